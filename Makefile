@@ -1,0 +1,35 @@
+# Every target sets up .venv from nothing: Python >= 3.11 and gcc are all that must be there.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CORPUS ?=
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: demo test test-all lint clean
+
+demo: $(VENV)/installed
+	@$(BIN)/python launch/demo.py $(if $(CORPUS),'corpus=$(CORPUS)')
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+test-all: $(VENV)/installed
+	$(BIN)/python -m pytest -m "not gpu"
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The constraints pin torch's CPU build where that is what the index offers; a GPU machine installs its own torch first.
+$(VENV)/installed: pyproject.toml .ci/constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is $$($(PYTHON) -V); Python 3.11 or newer is needed. Give make PYTHON=<python3.11>"; exit 2; }
+	@echo "installing into $(VENV) (once)"; start=$$(date +%s); \
+	$(PYTHON) -m venv $(VENV) && \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt torch setuptools wheel && \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --no-build-isolation --editable '.[dev]' && \
+	echo "installed in $$(( $$(date +%s) - start )) s" && touch $@
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,172 @@
+"""The door to Hydra: `conf/<verb>.yaml` and the command line become a typed config, which goes to the verb."""
+
+import dataclasses
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fireflyds import reference
+from fireflyds.config import VERBS
+from fireflyds.errors import UserError
+
+CONF = Path(__file__).parents[1] / "conf"
+
+C = TypeVar("C")
+
+# `group=<path>` is short for the option that takes a path, and the path.
+PATH_OPTIONS = {
+    "train": {"model": ("directory", "model.path={}"), "data": ("store", "data.store={}")},
+    "prepare": {"data": ("files", "data.sources=[{{path:{}}}]")},
+}
+
+# Sections whose keys are the user's own; Hydra wants such keys announced with ++.
+OPEN_KEYS = ("texts.", "data.weights.", "model.architecture.", "zero.extra.")
+
+
+def main(verb: Callable[[C], Any], about: str) -> None:
+    """Compose the config of a verb from `sys.argv` and call it. Leaves the process with an exit code.
+
+    `about` is the verb's module docstring, shown by `-h`. A `UserError` becomes one message on stderr and exit
+    code 2; an interrupt becomes exit code 130.
+    """
+    name = Path(sys.argv[0]).stem
+    arguments = drop_local_rank(sys.argv[1:])
+    if {"-h", "--help"} & set(arguments):
+        print(reference.help_text(name, about, CONF))
+        sys.exit(0)
+    try:
+        show = _take_cfg_job(arguments)
+        config = compose(name, arguments)
+        if show:
+            print(to_yaml(config), end="")
+        else:
+            verb(config)
+    except UserError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+
+
+def drop_local_rank(arguments: list[str]) -> list[str]:
+    """Launchers add `--local_rank N` in several spellings; the environment says the same, so it is dropped."""
+    kept: list[str] = []
+    skip = False
+    for argument in arguments:
+        if skip:
+            skip = False
+        elif re.fullmatch(r"--local[-_]rank", argument):
+            skip = True
+        elif not re.fullmatch(r"--local[-_]rank=.*", argument):
+            kept.append(argument)
+    return kept
+
+
+def compose(verb: str, overrides: list[str]) -> Any:
+    """The typed config of a verb.
+
+    Raises:
+        UserError: an unknown key, a missing value, a wrong type, an unknown option or a rule broken.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    ConfigStore.instance().store(name=f"{verb}_schema", node=VERBS[verb])
+    plain = dict(override.split("=", 1) for override in overrides if _is_plain_value(verb, override))
+    rest = [part for override in overrides if not _is_plain_value(verb, override) for part in _rewrite(verb, override)]
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+            composed = hydra_compose(config_name=verb, overrides=rest)
+        for key, value in plain.items():
+            OmegaConf.update(composed, key, value)
+        missing = sorted(key for key in OmegaConf.missing_keys(composed) if key not in ("hydra",))
+        if missing:
+            raise UserError(f"{missing[0]} is not set: {verb} needs {', '.join(missing)}. Give {missing[0]}=<value>")
+        return OmegaConf.to_object(composed)
+    except UserError:
+        raise
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_readable(verb, error)) from error
+
+
+def to_yaml(config: Any) -> str:
+    """A typed config as YAML that composes to the same config again."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def from_yaml(path: Path, schema: type[C]) -> C:
+    """Read back what `to_yaml` wrote, checked against the schema."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path))
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise UserError(
+            f"{path}: {str(error).splitlines()[0]}. The file was written by another version or edited"
+        ) from error
+
+
+def _take_cfg_job(arguments: list[str]) -> bool:
+    if "--cfg" not in arguments:
+        return False
+    at = arguments.index("--cfg")
+    if arguments[at + 1 : at + 2] != ["job"]:
+        raise UserError("--cfg takes one value here: --cfg job")
+    del arguments[at : at + 2]
+    return True
+
+
+def _is_plain_value(verb: str, override: str) -> bool:
+    """`model=<dir>` of a verb whose `model` is text: Hydra would take it for an option of `conf/model`."""
+    key, equals, _ = override.partition("=")
+    schema_fields = {field.name: field.type for field in dataclasses.fields(VERBS[verb])}
+    return bool(equals) and schema_fields.get(key) is str and (CONF / key).is_dir()
+
+
+def _rewrite(verb: str, override: str) -> list[str]:
+    """`model=<path>` becomes `model=directory` and `model.path=<path>`; values that Hydra's grammar misreads are quoted."""
+    key, equals, value = override.partition("=")
+    if not equals or value[:1] in tuple("[{'\"") or key.startswith(("+", "~")):
+        return [override]
+    special = set(value) & set(" *?:()'\"=,[]{}") or not value.isascii()
+    quoted = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'" if special else value
+    if key.startswith(OPEN_KEYS):
+        return [f"++{key}={quoted}"]
+    if key not in PATH_OPTIONS.get(verb, {}) or (CONF / key / f"{value}.yaml").exists():
+        return [f"{key}={quoted}"]
+    if not (os.sep in value or os.path.exists(value) or set("*?.") & set(value)):
+        known = sorted(p.stem for p in (CONF / key).glob("*.yaml"))
+        raise UserError(
+            f"{key}={value}: neither a file or folder nor an option of conf/{key}. Known: {', '.join(known)}"
+        )
+    option, field = PATH_OPTIONS[verb][key]
+    return [f"{key}={option}", field.format(quoted)]
+
+
+def _readable(verb: str, error: Exception) -> str:
+    """Hydra's message with what it leaves out: the nearest known keys, and where to look."""
+    text = str(error.__cause__ or error)
+    found = re.search(r"[Kk]ey '([^']+)'", text)
+    if found and ("not in" in text or "not exist" in text):
+        full = re.search(r"full_key: (\S+)", text)
+        key = full.group(1) if full else found.group(1)
+        near = difflib.get_close_matches(key, [name for name, _, _ in reference.options(VERBS[verb])], n=3, cutoff=0.5)
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        return f"{key}: no such key for {verb}.{hint} `python launch/{verb}.py -h` lists all keys"
+    full = re.search(r"full_key: (\S+)", text)
+    first = " ".join(line.strip() for line in text.split("full_key:")[0].split("\n") if line.strip())
+    return f"{full.group(1)}: {first}" if full else first

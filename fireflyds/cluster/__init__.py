@@ -1,0 +1,1 @@
+"""Runs of many steps and machines. Never imports torch."""

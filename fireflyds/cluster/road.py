@@ -1,0 +1,127 @@
+"""A road: verbs in order, each its own process, resumed where it stopped."""
+
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from fireflyds.config import RoadConfig, StageConfig
+from fireflyds.directories import write_whole
+from fireflyds.errors import UserError
+
+# Lines of DeepSpeed's launcher and of progress bars: kept in the stage's log, not shown.
+_NOISE = re.compile(r"^\[\d{4}-\d\d-\d\d |it/s\]|^\s*return func|FutureWarning|kernels-community")
+
+
+def command(stage: StageConfig) -> list[str]:
+    """What a person would type for a stage, from the checkout's root."""
+    start = ["deepspeed", "--num_gpus", str(stage.ranks)] if stage.ranks > 1 else ["python"]
+    return [*start, f"launch/{stage.verb}.py", *stage.overrides]
+
+
+class Road:
+    """Runs the stages of a road that are not done yet, and remembers what was done in `stages.json`.
+
+    A stage is done when its record says so, what it makes is there, and its key is the same: a hash over its
+    own and all earlier commands, so a change of one stage does the later ones again. A stage that was
+    interrupted is started again by the same command, and goes on from its checkpoint where it has one.
+    """
+
+    def __init__(self, config: RoadConfig, seed_key: str) -> None:
+        self._config, self._seed_key = config, seed_key
+        self._out = Path(config.out)
+        self._file = self._out / "stages.json"
+        self.records: dict[str, dict[str, Any]] = {}
+        if self._file.exists():
+            self.records = json.loads(self._file.read_text(encoding="utf-8"))
+
+    def run(self) -> None:
+        """Raises `UserError` when a stage fails, `KeyboardInterrupt` when it was interrupted."""
+        key = self._seed_key
+        for number, stage in enumerate(self._config.stages, 1):
+            key = hashlib.sha256("\n".join([key, *command(stage)]).encode()).hexdigest()
+            made = self._out / stage.makes
+            record = self.records.get(stage.name, {})
+            title = f"[{number}/{len(self._config.stages)}] {stage.name}"
+            if record.get("key") == key and record.get("done") and made.exists():
+                print(f"{title}: whole, re-used ({record['seconds']:.0f} s when it ran)", flush=True)
+                continue
+            if record.get("key") != key:
+                _remove(made, self._out)
+                record = {"command": shlex.join(command(stage)), "key": key, "seconds": 0.0, "done": False}
+            print(f"{title}: {record['command']}", flush=True)
+            self._do(stage, record)
+            print(f"{title}: {record['seconds']:.0f} s", flush=True)
+
+    def _do(self, stage: StageConfig, record: dict[str, Any]) -> None:
+        started = time.monotonic()
+        before = record["seconds"]
+        self.records[stage.name] = record
+        try:
+            self._save()
+            code = _execute(command(stage), self._out / "logs" / f"{stage.name}.log")
+        finally:
+            record["seconds"] = round(before + time.monotonic() - started, 2)
+            self._save()
+        if code != 0:
+            raise UserError(
+                f"{stage.name}: {record['command']} left with exit code {code}; its output: {self._out / 'logs' / stage.name}.log"
+            )
+        if not (self._out / stage.makes).exists():
+            raise UserError(f"{stage.name}: {record['command']} did not make {self._out / stage.makes}")
+        record["done"] = True
+        self._save()
+
+    def _save(self) -> None:
+        self._out.mkdir(parents=True, exist_ok=True)
+        write_whole(self._file, json.dumps(self.records, indent=2, ensure_ascii=False))
+
+
+def _remove(made: Path, out: Path) -> None:
+    """What an earlier, different stage left: the folder below `out` that holds it."""
+    folder = made if made.is_dir() else made.parent
+    if folder != out and out in folder.parents:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _execute(words: list[str], log: Path) -> int:
+    """Run a command with this interpreter's environment; its output goes to the log, and without noise to the terminal."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    bin_dir = Path(sys.executable).parent
+    environment = os.environ | {"PATH": f"{bin_dir}{os.pathsep}{os.environ.get('PATH', '')}"}
+    process = subprocess.Popen(
+        words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
+    assert process.stdout is not None
+    previous = signal.signal(signal.SIGTERM, lambda *_: _interrupt())
+    try:
+        with log.open("a", encoding="utf-8") as stream:
+            for line in process.stdout:
+                stream.write(line)
+                stream.flush()
+                if not _NOISE.search(line):
+                    print("   " + line, end="", flush=True)
+        return process.wait()
+    except KeyboardInterrupt:
+        # A Ctrl-C in a terminal has reached the stage too; a signal to this process alone has not.
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(timeout=60)
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            process.kill()
+            process.wait()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,27 @@
+"""Alpaca: `instruction`, `input`, `output`, and earlier turns in `history` as pairs (Stanford Alpaca; LLaMA-Factory)."""
+
+from typing import Any
+
+from fireflyds.types import Message, Sample
+
+EXAMPLE = {
+    "instruction": "翻译成英文",
+    "input": "早上好",
+    "output": "Good morning",
+    "system": "你是翻译。",
+    "history": [["你好", "你好！"]],
+}
+
+
+def matches(record: dict[str, Any]) -> bool:
+    return "instruction" in record and "output" in record
+
+
+def read(record: dict[str, Any]) -> Sample:
+    user = "\n".join(filter(None, [record["instruction"], record.get("input")]))
+    if not user or not record["output"]:
+        raise ValueError("instruction and output must not be empty")
+    messages = [Message("system", record["system"])] if record.get("system") else []
+    for question, answer in record.get("history") or []:
+        messages += [Message("user", question), Message("assistant", answer)]
+    return Sample(messages=(*messages, Message("user", user), Message("assistant", record["output"])))

@@ -1,0 +1,21 @@
+"""ShareGPT: `conversations` of `from`/`value` (FastChat)."""
+
+from typing import Any
+
+from fireflyds.types import Message, Sample
+
+EXAMPLE = {"conversations": [{"from": "human", "value": "你好"}, {"from": "gpt", "value": "你好！"}]}
+
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+def matches(record: dict[str, Any]) -> bool:
+    return isinstance(record.get("conversations"), list)
+
+
+def read(record: dict[str, Any]) -> Sample:
+    messages = [Message("system", record["system"])] if record.get("system") else []
+    messages += [Message(ROLES[turn["from"]], turn["value"]) for turn in record["conversations"]]
+    if not any(message.role == "assistant" for message in messages):
+        raise ValueError("no turn of the assistant")
+    return Sample(messages=tuple(messages))

@@ -1,0 +1,66 @@
+"""A source: files of one or more layouts, read as samples."""
+
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+from fireflyds import registry
+from fireflyds.config import SourceConfig
+from fireflyds.data.files import Rejected, find_files, read_records
+from fireflyds.errors import UserError
+from fireflyds.types import Sample
+
+FORMATS = "fireflyds.data.formats"
+
+
+def detect(fields: dict[str, Any]) -> ModuleType | None:
+    """The first layout, in alphabetical order, whose `matches` accepts the fields of a row."""
+    for name in registry.names(FORMATS):
+        layout = registry.find(FORMATS, name)
+        if layout.matches(fields):
+            return layout
+    return None
+
+
+def read_source(source: SourceConfig) -> Iterator[Sample | Rejected]:
+    """Every sample of a source, and every row that gives none.
+
+    Raises:
+        UserError: no such files, or no such format.
+    """
+    named = None if source.format == "auto" else registry.find(FORMATS, source.format)
+    for file in find_files(source.path):
+        layout = named
+        for record in read_records(file, source.split):
+            if isinstance(record, Rejected):
+                yield record
+                continue
+            if named is None and (layout is None or not layout.matches(record.fields)):
+                layout = detect(record.fields)
+            if layout is None:
+                keys = ", ".join(map(str, list(record.fields)[:8])) or "none"
+                known = ", ".join(registry.names(FORMATS))
+                yield Rejected(
+                    record.file, record.line, f"no known layout has the fields {keys}; known layouts: {known}"
+                )
+                continue
+            try:
+                yield layout.read(record.fields)
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                name = layout.__name__.rsplit(".", 1)[-1]
+                yield Rejected(record.file, record.line, f"not a valid {name} row: {type(error).__name__}: {error}")
+
+
+def read_texts(path: str) -> Iterator[str]:
+    """The documents of a source as plain text, for learning pieces and measuring tokenizers.
+
+    Raises:
+        UserError: no file, or no document in any of them.
+    """
+    count = 0
+    for item in read_source(SourceConfig(path=path)):
+        if isinstance(item, Sample):
+            count += 1
+            yield item.text if item.text is not None else "\n".join(message.content for message in item.messages)
+    if count == 0:
+        raise UserError(f"{path}: no documents in it. Give text with at least one non-empty document")

@@ -1,0 +1,1 @@
+"""The generated corpus of the demo: documents, dialogues and questions about an invented world."""

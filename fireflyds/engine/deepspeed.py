@@ -1,0 +1,130 @@
+"""The door to DeepSpeed: start the ranks, build the configuration, build the engine."""
+
+import os
+from collections.abc import Iterable
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import nn
+
+from fireflyds.config import HardwareConfig, Offload, OptimConfig, Precision, TrainConfig
+from fireflyds.engine.ranks import Ranks
+from fireflyds.errors import UserError
+
+
+def start(ranks: Ranks, timeout_minutes: float) -> None:
+    """Join the other ranks. On a machine without a GPU the CPU accelerator is picked, with a line saying so."""
+    ranks.export()
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        if ranks.rank == 0:
+            print("no GPU here: training on the CPU (DeepSpeed's cpu accelerator, gloo)", flush=True)
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel("WARNING")
+    # DeepSpeed would compile a shared-memory all-reduce for a minute at the first start; gloo's is enough.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if backend == "gloo":
+        # Ranks that each take all cores fight over them; launchers that know better say OMP_NUM_THREADS=1 to all.
+        local_size = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size)))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+    else:
+        torch.cuda.set_device(ranks.local_rank)
+    deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(minutes=timeout_minutes), verbose=False)
+
+
+def resolve_precision(config: HardwareConfig) -> Precision:
+    """The number format to train in.
+
+    Raises:
+        UserError: the device does not have it.
+    """
+    cuda = torch.cuda.is_available()
+    # torch also reports emulated bf16; the hardware has it from compute capability 8.0 on.
+    has_bf16 = torch.cuda.get_device_capability()[0] >= 8 if cuda else _cpu_has("bf16")
+    if config.precision is Precision.auto:
+        return (Precision.bf16 if has_bf16 else Precision.fp16) if cuda else Precision.fp32
+    if config.precision is Precision.bf16 and not has_bf16:
+        name = torch.cuda.get_device_name() if cuda else "this CPU"
+        raise UserError(
+            f"hardware.precision=bf16: {name} has no bf16. Use hardware.precision={'fp16' if cuda else 'fp32'}"
+        )
+    if config.precision is Precision.fp16 and not cuda and not _cpu_has("fp16"):
+        raise UserError("hardware.precision=fp16: this CPU has no fp16 arithmetic. Use hardware.precision=fp32")
+    return config.precision
+
+
+def _cpu_has(name: str) -> bool:
+    return bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")())
+
+
+def accumulation_steps(config: TrainConfig, world_size: int) -> int:
+    """Micro-batches in a step.
+
+    Raises:
+        UserError: `global_batch_size` is no multiple of `micro_batch_size` times the number of ranks.
+    """
+    rows = config.micro_batch_size * world_size
+    if config.global_batch_size % rows:
+        raise UserError(
+            f"global_batch_size={config.global_batch_size}: must be a multiple of micro_batch_size={config.micro_batch_size} "
+            f"x {world_size} ranks = {rows}. Nearest: {max(rows, config.global_batch_size // rows * rows)}"
+        )
+    return config.global_batch_size // rows
+
+
+def deepspeed_config(config: TrainConfig, precision: Precision, accumulation: int) -> dict[str, Any]:
+    """DeepSpeed's dict. Clipping is always said: from 0.19 on silence means 1.0."""
+    zero: dict[str, Any] = {
+        "stage": config.zero.stage,
+        "reduce_bucket_size": config.zero.reduce_bucket_size,
+        "overlap_comm": config.zero.overlap_comm,
+    }
+    if config.zero.offload_optimizer is not Offload.none:
+        zero["offload_optimizer"] = {"device": config.zero.offload_optimizer.name}
+    if config.zero.offload_param is not Offload.none:
+        zero["offload_param"] = {"device": config.zero.offload_param.name}
+    extra = dict(config.zero.extra)
+    zero |= extra.pop("zero_optimization", {})
+    return {
+        "train_micro_batch_size_per_gpu": config.micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.optim.max_grad_norm,
+        "bf16": {"enabled": precision is Precision.bf16},
+        "fp16": {"enabled": precision is Precision.fp16, "initial_scale_power": 16, "hysteresis": 2},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 1 << 30,
+        **extra,
+    }
+
+
+def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW over what trains; vectors (norms, biases) do not decay."""
+    trainable = [parameter for _, parameter in named if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(
+        groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=torch.cuda.is_available()
+    )
+
+
+def build_engine(model: nn.Module, config: TrainConfig, precision: Precision, accumulation: int) -> Any:
+    """The DeepSpeed engine of a model whose trainable parameters are marked."""
+    import deepspeed
+
+    optimizer = build_optimizer(model.named_parameters(), config.optim)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        config=deepspeed_config(config, precision, accumulation),
+        dist_init_required=False,
+    )
+    return engine

@@ -1,0 +1,78 @@
+"""The training loop: a generator, one optimizer step per `yield`."""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from fireflyds.config import OptimConfig
+from fireflyds.engine.schedule import learning_rate
+from fireflyds.types import PackedBatch, StepMetrics, TrainState
+
+
+class Loader(Protocol):
+    def step(self, number: int) -> list[PackedBatch]: ...
+
+
+def train_steps(
+    engine: Any,
+    loader: Loader,
+    state: TrainState,
+    optim: OptimConfig,
+    total_steps: int,
+    to_device: Callable[[PackedBatch, torch.device], dict[str, Any]],
+) -> Iterator[StepMetrics]:
+    """Steps `state.step` to `total_steps`; `state` is advanced before each yield.
+
+    The loss of a step is the sum over all learned tokens of all ranks and micro-batches, divided by their
+    number: the whole step's batches are read first, and their count summed over the ranks.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
+    """
+    world_size = dist.get_world_size()
+    engine.train()
+    for number in range(state.step, total_steps):
+        started = time.perf_counter()
+        batches = loader.step(number)
+        tokens = sum(batch.input_ids.numel() for batch in batches)
+        counts = torch.tensor(
+            [sum(batch.num_learned for batch in batches), tokens], dtype=torch.float64, device=engine.device
+        )
+        dist.all_reduce(counts)
+        learned, tokens = int(counts[0]), int(counts[1])
+        lr = learning_rate(number, total_steps, optim)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = lr
+
+        # DeepSpeed averages gradients over ranks and divides the loss by the accumulation; both are undone.
+        scale = world_size * len(batches) / max(learned, 1)
+        total = torch.zeros((), dtype=torch.float64, device=engine.device)
+        for batch in batches:
+            loss = engine(**to_device(batch, engine.device))
+            engine.backward(loss * scale)
+            engine.step()
+            total += loss.detach()
+        dist.all_reduce(total)
+        loss_value = float(total) / max(learned, 1)
+        if not loss_value < float("inf"):
+            raise FloatingPointError(f"step {number + 1}: the loss is {loss_value}; the last checkpoint is whole")
+
+        state.step, state.tokens, state.learned_tokens = (
+            number + 1,
+            state.tokens + tokens,
+            state.learned_tokens + learned,
+        )
+        seconds = time.perf_counter() - started
+        yield StepMetrics(
+            step=state.step,
+            loss=loss_value,
+            lr=lr,
+            grad_norm=float(engine.get_global_grad_norm() or 0.0),
+            tokens=state.tokens,
+            learned_tokens=state.learned_tokens,
+            tokens_per_second=tokens / seconds,
+            seconds=seconds,
+        )

@@ -1,0 +1,111 @@
+"""Likelihoods of token sequences under a model directory, many sequences in one packed forward pass."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fireflyds.config import EvaluateConfig, PromptStyle
+from fireflyds.errors import UserError
+from fireflyds.models.fuse import fuse
+from fireflyds.models.load import family_of
+from fireflyds.tokenizer.encoder import load_encoder
+from fireflyds.types import IGNORE_INDEX, Encoder
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A model under evaluation."""
+
+    model: Any
+    encoder: Encoder
+    chat: Any
+    max_tokens: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def prefix(self) -> list[int]:
+        """What text begins with, so that its first token has something to be predicted from."""
+        first = self.encoder.bos_id if self.encoder.bos_id is not None else self.encoder.eos_id
+        return [] if first is None else [first]
+
+    @property
+    def max_length(self) -> int:
+        return min(self.max_tokens, self.model.config.max_position_embeddings)
+
+    def prompt_ids(self, question: str) -> list[int]:
+        """A question, in the model's chat template when it is a chat model."""
+        if self.chat is None:
+            return self.prefix + self.encoder.encode(question)
+        message = [{"role": "user", "content": question}]
+        ids = self.chat.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
+        return list(ids)
+
+
+def load_subject(config: EvaluateConfig) -> Subject:
+    """Load a Hugging Face directory.
+
+    Raises:
+        UserError: no model there, or `prompt=chat` without a chat template.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    folder = Path(config.model)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model={folder}: no config.json there. Give the directory of a Hugging Face model")
+    family_of(AutoConfig.from_pretrained(folder).model_type)
+    encoder = load_encoder(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    if torch.cuda.is_available():
+        model = model.cuda()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    has_template = tokenizer.chat_template is not None
+    if config.prompt is PromptStyle.chat and not has_template:
+        raise UserError(f"prompt=chat: {folder} has no chat template. Use prompt=plain")
+    wants_chat = has_template and config.prompt is not PromptStyle.plain
+    return Subject(fuse(model), encoder, tokenizer if wants_chat else None, config.max_tokens)
+
+
+def token_losses(subject: Subject, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    """For each sequence of n ids, the n - 1 losses (nats) of its tokens after the first, given those before."""
+    losses: list[np.ndarray] = []
+    at = 0
+    while at < len(sequences):
+        end, tokens = at, 0
+        while end < len(sequences) and (end == at or tokens + len(sequences[end]) <= subject.max_tokens):
+            tokens += len(sequences[end])
+            end += 1
+        losses += _packed_losses(subject, sequences[at:end])
+        at = end
+    return losses
+
+
+@torch.no_grad()
+def _packed_losses(subject: Subject, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    lengths = [len(sequence) for sequence in sequences]
+    labels = [label for sequence in sequences for label in (*sequence[1:], IGNORE_INDEX)]
+    flat = [token for sequence in sequences for token in sequence]
+    device = subject.device
+    losses = subject.model(
+        input_ids=torch.tensor([flat], device=device),
+        labels=torch.tensor([labels], device=device),
+        position_ids=torch.cat([torch.arange(length) for length in lengths])[None].to(device),
+        cu_seqlens=torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32, device=device),
+        max_seqlen=max(lengths),
+        reduction="none",
+    )
+    return [part[:-1].cpu().numpy() for part in losses.split(lengths)]
+
+
+def continuation_losses(subject: Subject, prompt: list[int], continuations: Sequence[list[int]]) -> list[float]:
+    """The loss (nats) of each continuation after the prompt, which is cut on the left where too long."""
+    longest = max(map(len, continuations))
+    kept = prompt[-(subject.max_length - longest) :]
+    losses = token_losses(subject, [kept + continuation for continuation in continuations])
+    return [float(loss[len(kept) - 1 :].sum()) for loss in losses]

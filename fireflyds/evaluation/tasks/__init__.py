@@ -1,0 +1,1 @@
+"""Evaluation tasks. One file is one task: `evaluate(subject, config)`."""

@@ -1,0 +1,47 @@
+"""Multiple choice by likelihood: the answer is the choice whose text is likeliest after the question."""
+
+import json
+from itertools import islice
+from pathlib import Path
+
+from fireflyds.config import EvaluateConfig
+from fireflyds.data.files import Record, read_records
+from fireflyds.errors import UserError
+from fireflyds.evaluation.score import Subject, continuation_losses
+
+
+def evaluate(subject: Subject, config: EvaluateConfig) -> dict[str, float]:
+    """`accuracy`, `chance` and `questions`."""
+    questions = _read(config)
+    correct = 0
+    for question, choices, answer in questions:
+        prompt = subject.prompt_ids(question)
+        continues = subject.chat is None
+        losses = continuation_losses(subject, prompt, [subject.encoder.encode(c, continues=continues) for c in choices])
+        correct += losses.index(min(losses)) == answer
+    chance = sum(1 / len(choices) for _, choices, _ in questions) / len(questions)
+    return {"accuracy": correct / len(questions), "chance": chance, "questions": len(questions)}
+
+
+def _read(config: EvaluateConfig) -> list[tuple[str, list[str], int]]:
+    path = Path(config.questions)
+    if not path.is_file():
+        raise UserError(
+            f"questions={config.questions!r}: no such file. multiple_choice needs JSON lines with question, choices, answer"
+        )
+    rows = []
+    for record in islice(read_records(path), config.limit):
+        fields = record.fields if isinstance(record, Record) else None
+        match fields:
+            case {"question": str(question), "choices": [_, _, *_] as choices, "answer": int(answer)} if (
+                0 <= answer < len(choices)
+            ):
+                rows.append((question, choices, answer))
+            case _:
+                shown = json.dumps(fields, ensure_ascii=False)[:100] if fields else "not JSON"
+                raise UserError(
+                    f"{record.file}:{record.line}: {shown}: a row needs question (text), choices (two or more) and answer (index)"
+                )
+    if not rows:
+        raise UserError(f"questions={path}: no question in it")
+    return rows

@@ -1,0 +1,1 @@
+"""Models: loading, what trains, and the packed forward pass."""

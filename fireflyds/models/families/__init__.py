@@ -1,0 +1,1 @@
+"""Model families. One file is one family: `FAMILY`."""

@@ -1,0 +1,8 @@
+"""LLaMA: the architecture of LLaMA-1/2/3, Chinese-LLaMA, Yi, Atom, Linly, and many more."""
+
+from fireflyds.types import Family
+
+FAMILY = Family(
+    model_type="llama",
+    linear_layers=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+)

@@ -1,0 +1,114 @@
+"""A trained model as a Hugging Face directory: weights, tokenizer, chat template, generation settings, card."""
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from fireflyds import registry
+from fireflyds.config import Precision, TrainConfig
+from fireflyds.errors import UserError
+from fireflyds.models.fuse import fuse
+from fireflyds.types import EOS, Encoder
+
+# A reloaded model computes the same logits, up to the rounding of its number format.
+TOLERANCE = {Precision.fp32: 1e-5, Precision.bf16: 5e-2, Precision.fp16: 1e-2}
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                   "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja")  # fmt: skip
+
+
+def write_weights(folder: Path, hf_config: Any, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Safetensors and `config.json` of the plain model.
+
+    Raises:
+        UserError: the weights are not those of the configured architecture.
+    """
+    plain_config = copy.deepcopy(hf_config)
+    if hasattr(plain_config, "quantization_config"):
+        del plain_config.quantization_config
+    model = AutoModelForCausalLM.from_config(plain_config, dtype=dtype)
+    try:
+        model.load_state_dict(weights, strict=not plain_config.tie_word_embeddings)
+    except RuntimeError as error:
+        raise UserError(
+            f"the trained weights do not fit {plain_config.model_type}: {str(error).splitlines()[1].strip()}"
+        ) from error
+    model.save_pretrained(folder)
+
+
+def write_tokenizer_files(folder: Path, source: Path, encoder: Encoder, template: str | None) -> None:
+    """The tokenizer beside the weights; with a template, its Jinja form and the token at which generation stops."""
+    if source.is_dir():
+        for name in TOKENIZER_FILES:
+            if (source / name).exists():
+                shutil.copy2(source / name, folder / name)
+    else:
+        shutil.copy2(source, folder / "tokenizer.model")
+    stop = encoder.eos_id
+    if template is not None:
+        found = registry.find("fireflyds.data.templates", template)
+        (folder / "chat_template.jinja").write_text(found.JINJA, encoding="utf-8")
+        stop = encoder.eos_id if found.STOP == EOS else encoder.token_id(found.STOP)
+    settings = GenerationConfig(bos_token_id=encoder.bos_id, eos_token_id=stop, pad_token_id=encoder.eos_id)
+    settings.save_pretrained(folder)
+
+
+def reload_difference(folder: Path, trained: Any, encoder: Encoder, dtype: Precision) -> float:
+    """Largest difference between the logits of the directory, loaded by plain transformers, and of the trained
+    model in its packed forward pass, relative to the largest logit.
+
+    Raises:
+        UserError: it is larger than the number format explains.
+    """
+    ids = torch.randint(0, encoder.vocab_size, (1, 64), generator=torch.Generator().manual_seed(0))
+    # Training mode without dropout: in evaluation mode bitsandbytes swaps 4-bit layers on the CPU for a bf16 kernel.
+    trained = fuse(trained.train())
+    for module in trained.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.eval()
+    with torch.no_grad():
+        hidden = trained.get_decoder()(
+            input_ids=ids,
+            position_ids=torch.arange(64)[None],
+            cu_seqlens=torch.tensor([0, 64], dtype=torch.int32),
+            max_seqlen=64,
+            use_cache=False,
+        ).last_hidden_state
+        ours = trained.get_output_embeddings()(hidden).float()
+        theirs = AutoModelForCausalLM.from_pretrained(folder).eval()(ids).logits.float()
+    difference = float((ours - theirs).abs().max() / ours.abs().max())
+    if not difference <= TOLERANCE[dtype]:
+        raise UserError(
+            f"{folder}: logits differ from the trained model's by {difference:.1e}, more than {TOLERANCE[dtype]:.0e}. Nothing was written"
+        )
+    return difference
+
+
+def write_model_card(folder: Path, trained: TrainConfig, about: dict[str, Any]) -> None:
+    """`README.md` with the metadata that hubs read."""
+    base = trained.model.path or "none (from scratch)"
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "language: [zh, en]",
+        *([f"base_model: {base}"] if trained.model.path else []),
+        "---",
+        "",
+        f"# {trained.run}",
+        "",
+        f"Trained with fireflyds from {base}: {trained.tuning.method.name}, learning rate {trained.optim.lr:g} "
+        f"({trained.optim.schedule.name}), {trained.global_batch_size} packed rows of {trained.seq_len} tokens a step, "
+        f"{about['checkpoint']}.",
+        "",
+        "```json",
+        json.dumps(about, indent=2),
+        "```",
+        "",
+    ]
+    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")

@@ -1,0 +1,26 @@
+"""A folder is a registry: one file is one entry, and the file's name is the entry's name."""
+
+import importlib
+import pkgutil
+from types import ModuleType
+
+from fireflyds.errors import UserError
+
+
+def names(package: str) -> list[str]:
+    """The entries of a package such as `fireflyds.data.templates`, in alphabetical order."""
+    folder = importlib.import_module(package).__path__
+    return sorted(module.name for module in pkgutil.iter_modules(folder) if not module.name.startswith("_"))
+
+
+def find(package: str, name: str) -> ModuleType:
+    """The entry called `name`.
+
+    Raises:
+        UserError: there is none; the message lists those there are.
+    """
+    known = names(package)
+    if name not in known:
+        kind = package.rsplit(".", 1)[-1]
+        raise UserError(f"{kind}: no entry {name!r}. Known: {', '.join(known)}")
+    return importlib.import_module(f"{package}.{name}")

@@ -1,0 +1,120 @@
+"""Tokenizer files of a Hugging Face directory, written so that `AutoTokenizer` gives SentencePiece's ids."""
+
+import json
+from pathlib import Path
+
+from sentencepiece import sentencepiece_model_pb2 as sp_pb2
+
+FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+_PIECE = sp_pb2.ModelProto.SentencePiece
+
+
+def write_tokenizer(proto: sp_pb2.ModelProto, out: Path) -> None:
+    """Write `tokenizer.model`, `tokenizer.json` and `tokenizer_config.json`.
+
+    The JSON is made here because `LlamaTokenizer` of transformers 5 rebuilds its tokenizer and loses the
+    merge order; `PreTrainedTokenizerFast` takes the JSON as it is.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "tokenizer.model").write_bytes(proto.SerializeToString())
+    controls = [index for index, piece in enumerate(proto.pieces) if piece.type in (_PIECE.CONTROL, _PIECE.UNKNOWN)]
+    document = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {
+                "id": index,
+                "content": proto.pieces[index].piece,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": True,
+            }
+            for index in controls
+        ],
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [
+                *([{"type": "Prepend", "prepend": "▁"}] if proto.normalizer_spec.add_dummy_prefix else []),
+                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+            ],
+        },
+        "pre_tokenizer": None,
+        "post_processor": _post_processor(proto),
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                *(
+                    [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]
+                    if proto.normalizer_spec.add_dummy_prefix
+                    else []
+                ),
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": proto.pieces[proto.trainer_spec.unk_id].piece,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": bool(proto.trainer_spec.byte_fallback),
+            "ignore_merges": False,
+            "vocab": {piece.piece: index for index, piece in enumerate(proto.pieces)},
+            "merges": _merges(proto),
+        },
+    }
+    (out / "tokenizer.json").write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
+    spec = proto.trainer_spec
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": proto.pieces[spec.bos_id].piece,
+        "eos_token": proto.pieces[spec.eos_id].piece,
+        "unk_token": proto.pieces[spec.unk_id].piece,
+        # Padding never carries loss or attention here; the field's habit for LLaMA bases is the end token.
+        "pad_token": proto.pieces[spec.eos_id].piece,
+        "model_max_length": 1_000_000_000,
+        "clean_up_tokenization_spaces": False,
+    }
+    (out / "tokenizer_config.json").write_text(json.dumps(settings, ensure_ascii=False, indent=2), encoding="utf-8")
+
+
+def _merges(proto: sp_pb2.ModelProto) -> list[list[str]]:
+    """All two-piece splits of every piece, in the order of the merged piece's score (SentencePiece's own priority)."""
+    index = {piece.piece: number for number, piece in enumerate(proto.pieces) if piece.type == _PIECE.NORMAL}
+    ranked = sorted((piece for piece in proto.pieces if piece.type == _PIECE.NORMAL), key=lambda piece: -piece.score)
+    merges = []
+    for piece in ranked:
+        text = piece.piece
+        splits = [
+            (text[:cut], text[cut:]) for cut in range(1, len(text)) if text[:cut] in index and text[cut:] in index
+        ]
+        merges += [list(split) for split in sorted(splits, key=lambda split: (index[split[0]], index[split[1]]))]
+    return merges
+
+
+def _post_processor(proto: sp_pb2.ModelProto) -> dict[str, object]:
+    """BOS in front, as LLaMA's tokenizers do by default."""
+    bos = proto.pieces[proto.trainer_spec.bos_id].piece
+    token = {"SpecialToken": {"id": bos, "type_id": 0}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [token, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [token, {"Sequence": {"id": "A", "type_id": 0}}, token, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {bos: {"id": bos, "ids": [proto.trainer_spec.bos_id], "tokens": [bos]}},
+    }

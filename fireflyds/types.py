@@ -1,0 +1,141 @@
+"""The values handed from step to step. Nothing here knows how they are made."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+IGNORE_INDEX = -100
+
+# Stand for the tokenizer's own begin and end tokens in a chat template's segments.
+BOS = "<|fireflyds:bos|>"
+EOS = "<|fireflyds:eos|>"
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn: `role` is `system`, `user` or `assistant`."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One record in words: either a document (`text`) or a dialogue (`messages`)."""
+
+    text: str | None = None
+    messages: tuple[Message, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A stretch of a rendered dialogue. `special` text is one token, never split; `learn` text carries loss."""
+
+    text: str
+    learn: bool = False
+    special: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One record in tokens.
+
+    `spans` are the `[start, end)` token ranges that carry loss, in order; `num_bytes` is the UTF-8 length of
+    the text, the denominator of bits per byte.
+    """
+
+    input_ids: np.ndarray
+    spans: tuple[tuple[int, int], ...]
+    num_bytes: int
+
+    @property
+    def is_document(self) -> bool:
+        """Loss on everything, as in plain text."""
+        return self.spans == ((0, len(self.input_ids)),)
+
+
+class Encoder(Protocol):
+    """A tokenizer reduced to what data and evaluation need."""
+
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int | None
+
+    def encode(self, text: str, *, continues: bool = False) -> list[int]:
+        """Ids of plain text, no special tokens. `continues`: the text goes on from other text (no dummy prefix)."""
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a special token, or None."""
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+    def fingerprint(self) -> str:
+        """A hash that two tokenizers share when they map the same text to the same ids."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """Rows of documents laid end to end, without padding and without a 2-D mask.
+
+    `input_ids`, `labels`, `position_ids`: int64 `[1, T]`; `labels[0, t]` is the target of position t (already
+    shifted; -100 where there is none, as at the end of every document). `cu_seqlens`: int32 `[n + 1]`, the
+    documents' boundaries; `max_seqlen`: the longest document; `domains`: int64 `[n]`.
+    """
+
+    input_ids: Any
+    labels: Any
+    position_ids: Any
+    cu_seqlens: Any
+    max_seqlen: int
+    domains: Any
+    num_learned: int
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What differs between model families: the names of things."""
+
+    model_type: str
+    linear_layers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model on its device, with its family."""
+
+    model: Any
+    family: Family
+
+
+@dataclass(slots=True)
+class TrainState:
+    """Where a run stands. Position in the data is `step` alone: batches are arithmetic on it."""
+
+    step: int = 0
+    tokens: int = 0
+    learned_tokens: int = 0
+
+    def as_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class StepMetrics:
+    """One optimizer step, over all ranks and micro-batches. One line of `metrics.jsonl`."""
+
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float
+    tokens: int
+    learned_tokens: int
+    tokens_per_second: float
+    seconds: float
+    extra: dict[str, float] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, float]:
+        row = asdict(self)
+        extra: dict[str, float] = row.pop("extra")
+        return row | extra

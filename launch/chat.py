@@ -1,0 +1,40 @@
+"""Talk to a model in the terminal, with streaming and history.
+
+    python launch/chat.py model=runs/demo/sft/export
+    python launch/chat.py model=runs/demo/sft/export prompt="你好！"
+
+In a conversation `/clear` forgets what was said, `/exit` or Ctrl-D leaves.
+"""
+
+from pathlib import Path
+
+from fireflyds import app
+from fireflyds.config import ChatConfig
+from fireflyds.errors import UserError
+
+
+def chat(config: ChatConfig) -> None:
+    if not (Path(config.model) / "config.json").is_file():
+        raise UserError(f"model={config.model}: no config.json there. Give the directory of a Hugging Face model")
+    from fireflyds.evaluation.dialogue import Dialogue
+
+    dialogue = Dialogue(config)
+    if config.prompt:
+        dialogue.ask(config.prompt)
+        return
+    print("/clear forgets, /exit leaves")
+    while True:
+        try:
+            said = input("> ").strip()
+        except EOFError:
+            return
+        if said == "/exit":
+            return
+        if said == "/clear":
+            dialogue.clear()
+        elif said:
+            dialogue.ask(said)
+
+
+if __name__ == "__main__":
+    app.main(chat, __doc__)

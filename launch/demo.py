@@ -1,0 +1,63 @@
+"""Walk the whole road on this machine: a base model becomes a better Chinese model, and the figures say so.
+
+    python launch/demo.py
+    python launch/demo.py corpus=my_texts/
+
+Leaves `report.md`, `loss.png` and `summary.json` in the road's folder. The same command again goes on where it
+stopped and re-uses what is whole. The exit code is not 0 when a stage did not do what it is for.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+from fireflyds import app
+from fireflyds.cluster.road import Road
+from fireflyds.config import DemoConfig
+from fireflyds.data.files import find_files
+from fireflyds.directories import write_whole
+from fireflyds.engine.metrics import plot_loss, read_metrics
+from fireflyds.errors import UserError
+from fireflyds.evaluation import road_report
+
+
+def demo(config: DemoConfig) -> None:
+    own = hashlib.sha256()
+    if config.corpus:
+        config.road.stages[0].overrides.append(f"corpus={config.corpus}")
+        for file in find_files(config.corpus):
+            own.update(file.read_bytes())
+    # The recipes decide what the stages do, so a changed recipe does them again.
+    for file in sorted(app.CONF.glob("*/demo*.yaml")):
+        own.update(file.read_bytes())
+    road = Road(config.road, own.hexdigest())
+    road.run()
+
+    out = Path(config.road.out)
+    stages = {
+        stage.name: {key: road.records[stage.name][key] for key in ("seconds", "command")}
+        for stage in config.road.stages
+    }
+    curves = {}
+    for stage in config.road.stages:
+        if stage.verb == "train":
+            curves[stage.name] = list(read_metrics(out / stage.makes / "metrics.jsonl"))
+            stages[stage.name] |= road_report.training(curves[stage.name])
+    figures = road_report.figures(out)
+    checks = road_report.checks(figures, own_text=bool(config.corpus))
+    plot_loss(curves, out / "loss.png")
+    write_whole(out / "report.md", road_report.report(stages, figures, checks))
+    write_whole(out / "summary.json", json.dumps({"stages": stages, "figures": figures}, indent=2, ensure_ascii=False))
+    print("", road_report.table(figures), "", sep="\n")
+    for check in checks:
+        print(f"{'passed' if check.passed else 'FAILED'}: {check.rule} ({check.value})")
+    print(f"\nstages: {sum(stage['seconds'] for stage in stages.values()):.0f} s. Report: {out / 'report.md'}")
+    failed = [check.rule for check in checks if not check.passed]
+    if failed:
+        raise UserError(
+            f"{config.road.name}: {len(failed)} of {len(checks)} checks failed: {'; '.join(failed)}. See {out / 'report.md'}"
+        )
+
+
+if __name__ == "__main__":
+    app.main(demo, __doc__)
