@@ -1,5 +1,6 @@
 """A road: verbs in order, each its own process, resumed where it stopped."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -44,7 +45,16 @@ class Road:
             self.records = json.loads(self._file.read_text(encoding="utf-8"))
 
     def run(self) -> None:
-        """Raises `UserError` when a stage fails, `KeyboardInterrupt` when it was interrupted."""
+        """Raises `UserError` when a stage fails or the road is being walked already, `KeyboardInterrupt` on Ctrl-C."""
+        self._out.mkdir(parents=True, exist_ok=True)
+        with (self._out / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise UserError(f"{self._out}: another process walks this road now. Wait for it, or end it") from error
+            self._walk()
+
+    def _walk(self) -> None:
         key = self._seed_key
         for number, stage in enumerate(self._config.stages, 1):
             key = hashlib.sha256("\n".join([key, *command(stage)]).encode()).hexdigest()
@@ -81,7 +91,6 @@ class Road:
         self._save()
 
     def _save(self) -> None:
-        self._out.mkdir(parents=True, exist_ok=True)
         write_whole(self._file, json.dumps(self.records, indent=2, ensure_ascii=False))
 
 

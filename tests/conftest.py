@@ -1,0 +1,63 @@
+"""Fixtures: a small English base tokenizer, tiny models, and a way to run verbs as a person does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fireflyds.tokenizer.directory import write_tokenizer
+from fireflyds.tokenizer.encoder import SentencePieceEncoder, load_encoder
+from fireflyds.tokenizer.learn import learn_bpe
+from sentencepiece import sentencepiece_model_pb2 as sp_pb2
+
+ROOT = Path(__file__).parents[1]
+
+ENGLISH = [f"The {a} {b} saw {c} {d} near the old bridge, and nobody said a word about it." for a in ("miller", "sailor", "baker", "priest")
+           for b in ("gladly", "slowly", "never") for c in ("seven", "many", "two") for d in ("ships", "horses", "letters", "stars")]  # fmt: skip
+CHINESE = [f"{a}的特产是{b}，流经{a}的河是{c}。{a}离县城有一天的路程。" for a in ("青岭镇", "白渡镇", "石湾镇", "云桥镇")
+           for b in ("蜂蜜", "茶叶", "板栗") for c in ("清水河", "白浪河", "金沙溪")]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def base_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer directory learnt on English only, with byte fallback."""
+    folder = tmp_path_factory.mktemp("tokenizer") / "base"
+    proto = sp_pb2.ModelProto()
+    proto.ParseFromString(learn_bpe(ENGLISH, vocab_size=400, max_piece_length=12))
+    write_tokenizer(proto, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def encoder(base_tokenizer: Path) -> SentencePieceEncoder:
+    found = load_encoder(base_tokenizer)
+    assert isinstance(found, SentencePieceEncoder)
+    return found
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """Real tokenizers, corpora and benchmarks; only tests marked `data` may ask for it."""
+    place = os.environ.get("FIREFLYDS_TEST_DATA")
+    if not place:
+        pytest.skip("FIREFLYDS_TEST_DATA is not set")
+    return Path(place)
+
+
+@pytest.fixture
+def verb(tmp_path: Path):
+    """Run a verb in its own process, in `tmp_path`. `start` puts a launcher in front."""
+
+    def run(name: str, *arguments: str, start: tuple[str, ...] = (), check: bool = True, env: dict[str, str] | None = None):
+        head = [*start] if start else [sys.executable]
+        environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"} | (env or {})
+        done = subprocess.run(
+            [*head, str(ROOT / "launch" / f"{name}.py"), *arguments],
+            cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=280,
+        )  # fmt: skip
+        if check:
+            assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        return done
+
+    return run

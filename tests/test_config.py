@@ -1,0 +1,99 @@
+"""Composition: what is accepted, what is refused, and in which words."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from fireflyds import app, config, reference
+from fireflyds.errors import UserError
+
+GOOD = ["run=x", "model=some/model", "data=some/store", "optim.steps=3"]
+
+
+def test_overrides_reach_the_typed_config() -> None:
+    made = app.compose("train", [*GOOD, "tuning=qlora", "tuning.r=8", "zero=stage3", "optim.schedule=linear"])
+    assert isinstance(made, config.TrainConfig)
+    assert made.model.path == "some/model"
+    assert made.data.store == "some/store"
+    assert (made.tuning.method, made.tuning.r) == (config.TuningMethod.qlora, 8)
+    assert made.zero.stage == 3
+    assert made.optim.schedule is config.Schedule.linear
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([*GOOD, "optim.stepz=3"], "Did you mean optim.steps"),
+        ([*GOOD, "experiment=demo_ctp"], "demo_cpt"),
+        (GOOD[1:], "run is not set"),
+        ([*GOOD, "seq_len=abc"], "seq_len"),
+        ([*GOOD, "seq_len=0"], "seq_len=0: must be at least 1"),
+        ([*GOOD, "zero.stage=4"], "zero.stage=4: must be 0, 1, 2 or 3"),
+        ([*GOOD, "zero.offload_param=cpu"], "needs zero.stage=3"),
+        (["run=x", "model=nonsense", "data=s/t", "optim.steps=3"], "Known: "),
+        (GOOD[:3], "optim.steps and optim.epochs are both unset"),
+        ([*GOOD, "tuning=qlora", "tuning.r=0"], "tuning.r=0"),
+        ([*GOOD, "zero.extra.scheduler=x"], "zero.extra.scheduler"),
+    ],
+)  # fmt: skip
+def test_wrong_input_is_named_with_its_remedy(overrides: list[str], expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        app.compose("train", overrides)
+    assert expected in str(caught.value)
+
+
+def test_paths_with_spaces_and_chinese_are_taken_as_they_are() -> None:
+    made = app.compose("prepare", ["data=我的 语料/*.txt", "tokenizer=a b/t.model", "out=结果"])
+    assert [source.path for source in made.data.sources] == ["我的 语料/*.txt"]
+    assert made.tokenizer == "a b/t.model"
+    assert made.out == "结果"
+
+
+def test_model_is_plain_text_for_verbs_without_a_model_group() -> None:
+    assert app.compose("chat", ["model=some/dir", "prompt=你好，世界？"]).prompt == "你好，世界？"
+    assert app.compose("evaluate", ["model=x/y", "texts.zh=a.txt"]).texts == {"zh": "a.txt"}
+
+
+@pytest.mark.parametrize("spelling", [["--local_rank=1"], ["--local-rank", "1"], ["--local_rank", "1"], ["--local-rank=1"]])
+def test_local_rank_is_dropped_in_any_spelling(spelling: list[str]) -> None:
+    assert app.drop_local_rank(["a=1", *spelling, "b=2"]) == ["a=1", "b=2"]
+
+
+def test_a_composed_config_survives_its_yaml(tmp_path: Path) -> None:
+    made = app.compose("train", [*GOOD, "tuning=lora", "data.weights.zh=0.5", "zero.extra.wall_clock_breakdown=true"])
+    file = tmp_path / "config.yaml"
+    file.write_text(app.to_yaml(made), encoding="utf-8")
+    assert app.from_yaml(file, config.TrainConfig) == made
+
+
+def test_every_experiment_and_road_composes() -> None:
+    experiments = [path.stem for path in (app.CONF / "experiment").glob("*.yaml")]
+    assert "demo_cpt" in experiments
+    for name in experiments:
+        assert app.compose("train", [f"experiment={name}"]).run
+    for path in (app.CONF / "road").glob("*.yaml"):
+        for stage in app.compose("demo", [f"road={path.stem}"]).road.stages:
+            assert stage.verb in config.VERBS
+            app.compose(stage.verb, list(stage.overrides))
+
+
+def test_every_attribute_of_the_schema_is_a_documented_field() -> None:
+    for schema in vars(config).values():
+        if dataclasses.is_dataclass(schema) and isinstance(schema, type):
+            names = {field.name for field in dataclasses.fields(schema)}
+            assert names == set(schema.__annotations__)
+    for schema in config.VERBS.values():
+        for key, _, meaning in reference.options(schema):
+            assert meaning, key
+
+
+def test_option_reference_is_in_step_with_the_schema() -> None:
+    assert (app.CONF / "README.md").read_text(encoding="utf-8") == reference.markdown(app.CONF)
+
+
+def test_help_and_cfg_job_answer_without_torch(verb) -> None:
+    for name in config.VERBS:
+        shown = verb(name, "-h", env={"PYTHONPROFILEIMPORTTIME": "1"} if name != "train" else None)
+        assert "Keys" in shown.stdout
+        assert "| torch\n" not in shown.stderr
+    assert "seq_len: 7" in verb("train", *GOOD, "seq_len=7", "--cfg", "job").stdout

@@ -1,0 +1,16 @@
+import pytest
+from fireflyds import registry
+from fireflyds.errors import UserError
+
+
+def test_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(UserError, match="chatml, firefly"):
+        registry.find("fireflyds.data.templates", "fireflies")
+
+
+@pytest.mark.parametrize("package", ["fireflyds.data.formats", "fireflyds.data.templates", "fireflyds.models.families", "fireflyds.evaluation.tasks"])
+def test_every_entry_is_found_by_its_file_name(package: str) -> None:
+    known = registry.names(package)
+    assert known
+    for name in known:
+        assert registry.find(package, name).__name__.endswith(f".{name}")
