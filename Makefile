@@ -11,10 +11,10 @@ demo: $(VENV)/installed
 	@$(BIN)/python launch/demo.py $(if $(CORPUS),'corpus=$(CORPUS)')
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/pytest
 
 test-all: $(VENV)/installed
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/pytest -m "not gpu"
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -6,17 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from samples import ENGLISH
+from sentencepiece import sentencepiece_model_pb2 as sp_pb2
+
 from fireflyds.tokenizer.directory import write_tokenizer
 from fireflyds.tokenizer.encoder import SentencePieceEncoder, load_encoder
 from fireflyds.tokenizer.learn import learn_bpe
-from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 
 ROOT = Path(__file__).parents[1]
-
-ENGLISH = [f"The {a} {b} saw {c} {d} near the old bridge, and nobody said a word about it." for a in ("miller", "sailor", "baker", "priest")
-           for b in ("gladly", "slowly", "never") for c in ("seven", "many", "two") for d in ("ships", "horses", "letters", "stars")]  # fmt: skip
-CHINESE = [f"{a}的特产是{b}，流经{a}的河是{c}。{a}离县城有一天的路程。" for a in ("青岭镇", "白渡镇", "石湾镇", "云桥镇")
-           for b in ("蜂蜜", "茶叶", "板栗") for c in ("清水河", "白浪河", "金沙溪")]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -49,9 +46,13 @@ def data_folder() -> Path:
 def verb(tmp_path: Path):
     """Run a verb in its own process, in `tmp_path`. `start` puts a launcher in front."""
 
-    def run(name: str, *arguments: str, start: tuple[str, ...] = (), check: bool = True, env: dict[str, str] | None = None):
+    def run(
+        name: str, *arguments: str, start: tuple[str, ...] = (), check: bool = True, env: dict[str, str] | None = None
+    ):
         head = [*start] if start else [sys.executable]
-        environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"} | (env or {})
+        environment = (
+            os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"} | (env or {})
+        )
         done = subprocess.run(
             [*head, str(ROOT / "launch" / f"{name}.py"), *arguments],
             cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=280,

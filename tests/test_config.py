@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+
 from fireflyds import app, config, reference
 from fireflyds.errors import UserError
 
@@ -54,7 +55,9 @@ def test_model_is_plain_text_for_verbs_without_a_model_group() -> None:
     assert app.compose("evaluate", ["model=x/y", "texts.zh=a.txt"]).texts == {"zh": "a.txt"}
 
 
-@pytest.mark.parametrize("spelling", [["--local_rank=1"], ["--local-rank", "1"], ["--local_rank", "1"], ["--local-rank=1"]])
+@pytest.mark.parametrize(
+    "spelling", [["--local_rank=1"], ["--local-rank", "1"], ["--local_rank", "1"], ["--local-rank=1"]]
+)
 def test_local_rank_is_dropped_in_any_spelling(spelling: list[str]) -> None:
     assert app.drop_local_rank(["a=1", *spelling, "b=2"]) == ["a=1", "b=2"]
 

@@ -56,7 +56,9 @@ def test_every_library_has_one_door() -> None:
         where = str(path.relative_to(ROOT))
         for name in _imports(path):
             library = name.split(".")[0]
-            assert library not in DOORS or where in DOORS[library], f"{where} imports {library}; its door is {DOORS[library]}"
+            assert library not in DOORS or where in DOORS[library], (
+                f"{where} imports {library}; its door is {DOORS[library]}"
+            )
 
 
 def test_cluster_never_imports_torch() -> None:

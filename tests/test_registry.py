@@ -1,4 +1,5 @@
 import pytest
+
 from fireflyds import registry
 from fireflyds.errors import UserError
 
@@ -8,7 +9,10 @@ def test_unknown_name_lists_the_known_ones() -> None:
         registry.find("fireflyds.data.templates", "fireflies")
 
 
-@pytest.mark.parametrize("package", ["fireflyds.data.formats", "fireflyds.data.templates", "fireflyds.models.families", "fireflyds.evaluation.tasks"])
+@pytest.mark.parametrize(
+    "package",
+    ["fireflyds.data.formats", "fireflyds.data.templates", "fireflyds.models.families", "fireflyds.evaluation.tasks"],
+)
 def test_every_entry_is_found_by_its_file_name(package: str) -> None:
     known = registry.names(package)
     assert known

@@ -27,45 +27,37 @@ def write_tokenizer(proto: sp_pb2.ModelProto, out: Path) -> None:
     """
     out.mkdir(parents=True, exist_ok=True)
     (out / "tokenizer.model").write_bytes(proto.SerializeToString())
-    controls = [index for index, piece in enumerate(proto.pieces) if piece.type in (_PIECE.CONTROL, _PIECE.UNKNOWN)]
-    document = {
+    (out / "tokenizer.json").write_text(json.dumps(_fast_tokenizer(proto), ensure_ascii=False), encoding="utf-8")
+    spec = proto.trainer_spec
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": proto.pieces[spec.bos_id].piece,
+        "eos_token": proto.pieces[spec.eos_id].piece,
+        "unk_token": proto.pieces[spec.unk_id].piece,
+        # Padding never carries loss or attention here; the field's habit for LLaMA bases is the end token.
+        "pad_token": proto.pieces[spec.eos_id].piece,
+        "model_max_length": 1_000_000_000,
+        "clean_up_tokenization_spaces": False,
+    }
+    (out / "tokenizer_config.json").write_text(json.dumps(settings, ensure_ascii=False, indent=2), encoding="utf-8")
+
+
+def _fast_tokenizer(proto: sp_pb2.ModelProto) -> dict[str, object]:
+    """The document of `tokenizer.json`: SentencePiece's BPE in the terms of `tokenizers`."""
+    prefix = proto.normalizer_spec.add_dummy_prefix
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    back = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+    normalizers = [*([{"type": "Prepend", "prepend": "▁"}] if prefix else []), spaces]
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
+    return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [
-            {
-                "id": index,
-                "content": proto.pieces[index].piece,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-                "special": True,
-            }
-            for index in controls
-        ],
-        "normalizer": {
-            "type": "Sequence",
-            "normalizers": [
-                *([{"type": "Prepend", "prepend": "▁"}] if proto.normalizer_spec.add_dummy_prefix else []),
-                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-            ],
-        },
+        "added_tokens": _special_tokens(proto),
+        "normalizer": {"type": "Sequence", "normalizers": normalizers},
         "pre_tokenizer": None,
         "post_processor": _post_processor(proto),
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-                *(
-                    [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]
-                    if proto.normalizer_spec.add_dummy_prefix
-                    else []
-                ),
-            ],
-        },
+        "decoder": {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
         "model": {
             "type": "BPE",
             "dropout": None,
@@ -79,19 +71,15 @@ def write_tokenizer(proto: sp_pb2.ModelProto, out: Path) -> None:
             "merges": _merges(proto),
         },
     }
-    (out / "tokenizer.json").write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
-    spec = proto.trainer_spec
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": proto.pieces[spec.bos_id].piece,
-        "eos_token": proto.pieces[spec.eos_id].piece,
-        "unk_token": proto.pieces[spec.unk_id].piece,
-        # Padding never carries loss or attention here; the field's habit for LLaMA bases is the end token.
-        "pad_token": proto.pieces[spec.eos_id].piece,
-        "model_max_length": 1_000_000_000,
-        "clean_up_tokenization_spaces": False,
-    }
-    (out / "tokenizer_config.json").write_text(json.dumps(settings, ensure_ascii=False, indent=2), encoding="utf-8")
+
+
+def _special_tokens(proto: sp_pb2.ModelProto) -> list[dict[str, object]]:
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return [
+        {"id": index, "content": piece.piece, **plain}
+        for index, piece in enumerate(proto.pieces)
+        if piece.type in (_PIECE.CONTROL, _PIECE.UNKNOWN)
+    ]
 
 
 def _merges(proto: sp_pb2.ModelProto) -> list[list[str]]:

@@ -1,6 +1,7 @@
 """Every data format keeps the contract of its folder."""
 
 import pytest
+
 from fireflyds import registry
 from fireflyds.data.sources import detect
 from fireflyds.types import Sample
@@ -27,4 +28,10 @@ def test_no_other_format_claims_the_example(name: str) -> None:
 def test_alpaca_keeps_system_history_and_input() -> None:
     layout = registry.find(FORMATS, "alpaca")
     roles = [(message.role, message.content) for message in layout.read(layout.EXAMPLE).messages]
-    assert roles == [("system", "你是翻译。"), ("user", "你好"), ("assistant", "你好！"), ("user", "翻译成英文\n早上好"), ("assistant", "Good morning")]
+    assert roles == [
+        ("system", "你是翻译。"),
+        ("user", "你好"),
+        ("assistant", "你好！"),
+        ("user", "翻译成英文\n早上好"),
+        ("assistant", "Good morning"),
+    ]

@@ -2,6 +2,7 @@
 
 import jinja2
 import pytest
+
 from fireflyds import registry
 from fireflyds.types import BOS, EOS, Message
 
@@ -18,7 +19,9 @@ def _text(name: str, messages: tuple[Message, ...]) -> str:
 
 
 def _jinja(name: str, messages: tuple[Message, ...], *, prompt: bool) -> str:
-    template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(registry.find(TEMPLATES, name).JINJA)
+    template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(
+        registry.find(TEMPLATES, name).JINJA
+    )
     rows = [{"role": message.role, "content": message.content} for message in messages]
     return template.render(messages=rows, bos_token="<s>", eos_token="</s>", add_generation_prompt=prompt)
 

@@ -3,21 +3,32 @@
 from pathlib import Path
 
 import pytest
-from conftest import CHINESE, ENGLISH
+from samples import CHINESE, ENGLISH
+from transformers import AutoTokenizer
+
 from fireflyds.tokenizer.directory import write_tokenizer
 from fireflyds.tokenizer.encoder import load_encoder
 from fireflyds.tokenizer.learn import learn_chinese_pieces
 from fireflyds.tokenizer.merge import merge
-from transformers import AutoTokenizer
 
-CODE = ["def f(x):\n    return  x ** 2  # 注释", "\tif a:\n\t\tb = 1\n\n", "  two  spaces  ", "a", "", "emoji 🐉 and ﷽", "全角，标点。"]
+CODE = [
+    "def f(x):\n    return  x ** 2  # 注释",
+    "\tif a:\n\t\tb = 1\n\n",
+    "  two  spaces  ",
+    "a",
+    "",
+    "emoji 🐉 and ﷽",
+    "全角，标点。",
+]
 
 
 @pytest.fixture(scope="module")
 def merged(base_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("merged")
     pieces = learn_chinese_pieces(CHINESE, num_pieces=80, max_piece_length=4)
-    write_tokenizer(merge((base_tokenizer / "tokenizer.model").read_bytes(), pieces, cure=True, vocab_multiple=64).proto, folder)
+    write_tokenizer(
+        merge((base_tokenizer / "tokenizer.model").read_bytes(), pieces, cure=True, vocab_multiple=64).proto, folder
+    )
     return folder
 
 

@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from conftest import CHINESE, ENGLISH
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from samples import CHINESE, ENGLISH
+
 from fireflyds.errors import UserError
 from fireflyds.tokenizer.learn import has_han, learn_chinese_pieces
 from fireflyds.tokenizer.merge import merge, read_pieces, unreachable
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,9 @@ def test_any_string_comes_back(new, text: str) -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.text(st.characters(max_codepoint=0x2E7F, blacklist_categories=("Cs",)) | st.sampled_from(list("".join(ENGLISH)))))
+@given(
+    st.text(st.characters(max_codepoint=0x2E7F, blacklist_categories=("Cs",)) | st.sampled_from(list("".join(ENGLISH))))
+)
 def test_text_without_new_characters_keeps_its_ids(old, new, text: str) -> None:
     kept = "".join(c for c in text if c not in "‘’“”—…·")
     assert new.encode(kept) == old.encode(kept)

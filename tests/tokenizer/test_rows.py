@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
 from fireflyds.config import RowInit
 from fireflyds.errors import UserError
 from fireflyds.tokenizer.encoder import SentencePieceEncoder
 from fireflyds.tokenizer.rows import expand_model, new_rows, old_ids_of
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 
 def test_old_ids_hold_neither_bos_nor_the_dummy_prefix(encoder: SentencePieceEncoder) -> None:
@@ -33,7 +34,14 @@ def test_random_rows_have_the_old_rows_mean_and_spread_and_are_deterministic() -
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_expanded_model_keeps_its_old_logits(tmp_path: Path, tied: bool) -> None:
-    config = LlamaConfig(vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, tie_word_embeddings=tied)
+    config = LlamaConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        tie_word_embeddings=tied,
+    )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
     counts = expand_model(tmp_path / "base", tmp_path / "out", [[3, 4], [5]], RowInit.mean, 0)
     assert counts["parameters_after"] - counts["parameters_before"] == 2 * 16 * (1 if tied else 2)
@@ -45,7 +53,9 @@ def test_expanded_model_keeps_its_old_logits(tmp_path: Path, tied: bool) -> None
 
 
 def test_rows_that_disagree_with_the_config_are_refused(tmp_path: Path) -> None:
-    config = LlamaConfig(vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     file.write_text(file.read_text().replace('"vocab_size": 40', '"vocab_size": 39'))

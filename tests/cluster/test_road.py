@@ -1,0 +1,73 @@
+"""A road goes on where it stopped, re-uses what is whole, and does again what a change touches."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from fireflyds.cluster import road as road_module
+from fireflyds.cluster.road import Road
+from fireflyds.config import RoadConfig, StageConfig
+from fireflyds.errors import UserError
+
+
+@pytest.fixture
+def walk(tmp_path: Path, monkeypatch):
+    """Stages that append their name to a journal, and fail while a file `broken` exists."""
+    script = "import sys, pathlib as p; out, name = map(p.Path, sys.argv[1:3]); (out / 'journal').open('a').write(f'{name} '); "
+    script += "sys.exit(3) if (out / f'broken-{name}').exists() else ((out / name).mkdir(exist_ok=True), (out / name / 'made').touch())"
+    monkeypatch.setattr(
+        road_module,
+        "command",
+        lambda stage: [sys.executable, "-c", script, str(tmp_path), stage.name, *stage.overrides],
+    )
+
+    def run(second: str = "", seed: str = "k") -> str:
+        stages = [
+            StageConfig(name=name, verb="x", makes=f"{name}/made", overrides=[second] if name == "b" else [])
+            for name in "abc"
+        ]
+        before = _journal(tmp_path)
+        Road(RoadConfig(name="r", out=str(tmp_path), stages=stages), seed).run()
+        return _journal(tmp_path)[len(before) :].strip()
+
+    return run
+
+
+def _journal(folder: Path) -> str:
+    file = folder / "journal"
+    return file.read_text() if file.exists() else ""
+
+
+def test_a_whole_road_is_reused(walk) -> None:
+    assert walk() == "a b c"
+    assert walk() == ""
+
+
+def test_a_changed_stage_does_itself_and_the_later_ones_again(walk) -> None:
+    walk()
+    assert walk(second="other") == "b c"
+    assert walk(second="other", seed="new") == "a b c"
+
+
+def test_a_failed_stage_stops_the_road_and_is_started_again(walk, tmp_path: Path) -> None:
+    (tmp_path / "broken-b").touch()
+    with pytest.raises(UserError, match=r"b: .* left with exit code 3"):
+        walk()
+    (tmp_path / "broken-b").unlink()
+    assert walk() == "b c"
+
+
+def test_what_was_deleted_is_made_again(walk, tmp_path: Path) -> None:
+    walk()
+    (tmp_path / "b" / "made").unlink()
+    assert walk() == "b"
+
+
+def test_two_walkers_do_not_meet(walk, tmp_path: Path) -> None:
+    import fcntl
+
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process walks this road"):
+            walk()

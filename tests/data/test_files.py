@@ -1,0 +1,106 @@
+"""Raw files: what is read, what is set aside, and in which words."""
+
+import csv
+import json
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fireflyds.config import SourceConfig, TextSplit
+from fireflyds.data.files import Record, Rejected, find_files, read_records
+from fireflyds.data.sources import read_source, read_texts
+from fireflyds.errors import UserError
+from fireflyds.types import Sample
+
+ROWS = [{"text": "白日依山尽"}, {"text": "黄河入海流"}]
+
+
+def write(folder: Path, name: str) -> Path:
+    file = folder / name
+    match file.suffix:
+        case ".txt":
+            file.write_text("白日依山尽\n\n黄河入海流\n", encoding="utf-8")
+        case ".jsonl":
+            file.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+        case ".json":
+            file.write_text(json.dumps(ROWS), encoding="utf-8")
+        case ".csv" | ".tsv":
+            with file.open("w", encoding="utf-8", newline="") as stream:
+                writer = csv.DictWriter(stream, ["text"], delimiter="\t" if file.suffix == ".tsv" else ",")
+                writer.writeheader()
+                writer.writerows(ROWS)
+        case ".parquet":
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), file)
+    return file
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.csv", "a.tsv", "a.parquet"])
+def test_every_kind_of_file_gives_the_same_documents(tmp_path: Path, name: str) -> None:
+    write(tmp_path, name)
+    expected = ["白日依山尽", "黄河入海流"]
+    assert list(read_texts(str(tmp_path / name))) == expected
+    assert list(read_texts(str(tmp_path))) == expected
+    assert list(read_texts(str(tmp_path / "*.*"))) == expected
+
+
+def test_text_is_split_by_line_paragraph_or_file(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("一\n二\n\n三\n", encoding="utf-8")
+    split = {
+        how: [row.fields["text"] for row in read_records(file, how) if isinstance(row, Record)] for how in TextSplit
+    }
+    assert split == {
+        TextSplit.line: ["一", "二", "三"],
+        TextSplit.paragraph: ["一\n二", "三"],
+        TextSplit.file: ["一\n二\n\n三"],
+    }
+
+
+def test_broken_rows_are_set_aside_with_file_line_and_reason(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b'{"text": "ok"}\n{broken\n{"text": "\xff"}\n[1]\n{"other": 1}\n{"text": " "}\n"bare"\n')
+    items = list(read_source(SourceConfig(path=str(file))))
+    assert [item.text for item in items if isinstance(item, Sample)] == ["ok", "bare"]
+    found = {item.line: item.reason for item in items if isinstance(item, Rejected)}
+    assert sorted(found) == [2, 3, 4, 5, 6]
+    assert "not JSON" in found[2]
+    assert "not UTF-8: byte 0xff at column 11" in found[3]
+    assert "got list" in found[4]
+    assert "no known layout has the fields other" in found[5]
+    assert "empty" in found[6]
+
+
+def test_a_file_in_another_encoding_is_set_aside(tmp_path: Path) -> None:
+    for name, content in (
+        ("a.txt", "中文\n".encode("gb18030")),
+        ("b.json", b'{"text": "\xd6\xd0"}'),
+        ("c.parquet", b"no"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        items = list(read_records(tmp_path / name))
+        assert len(items) == 1
+        assert isinstance(items[0], Rejected)
+
+
+def test_missing_empty_and_unknown_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "a.doc").write_text("x")
+    with pytest.raises(UserError, match="no documents"):
+        list(read_texts(str(tmp_path / "empty.txt")))
+    with pytest.raises(UserError, match=r"ending '.doc' is not known"):
+        find_files(str(tmp_path / "a.doc"))
+    with pytest.raises(UserError, match="no such file"):
+        find_files(str(tmp_path / "nothing"))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.binary(max_size=300), st.sampled_from([".txt", ".jsonl", ".json", ".csv", ".parquet"]))
+def test_no_bytes_make_a_traceback(tmp_path_factory: pytest.TempPathFactory, content: bytes, suffix: str) -> None:
+    file = tmp_path_factory.mktemp("fuzz") / f"x{suffix}"
+    file.write_bytes(content)
+    for item in read_source(SourceConfig(path=str(file))):
+        assert isinstance(item, Sample | Rejected)

@@ -1,0 +1,67 @@
+import pytest
+import torch
+from torch import nn
+
+from fireflyds import app
+from fireflyds.config import HardwareConfig, Precision
+from fireflyds.engine import deepspeed
+from fireflyds.errors import UserError
+
+
+def _config(*overrides: str):
+    return app.compose("train", ["run=x", "model=a/b", "data=c/d", "optim.steps=3", *overrides])
+
+
+def test_clipping_is_always_said() -> None:
+    for norm in ("0", "0.3"):
+        assert deepspeed.deepspeed_config(_config(f"optim.max_grad_norm={norm}"), Precision.fp32, 1)[
+            "gradient_clipping"
+        ] == float(norm)
+
+
+def test_what_is_typed_and_what_is_passed_through_reach_deepspeed() -> None:
+    made = deepspeed.deepspeed_config(
+        _config("zero=stage3", "zero.offload_param=cpu", "zero.extra.wall_clock_breakdown=true", "micro_batch_size=3"),
+        Precision.bf16,
+        4,
+    )
+    assert made["zero_optimization"]["stage"] == 3
+    assert made["zero_optimization"]["offload_param"] == {"device": "cpu"}
+    assert made["wall_clock_breakdown"] is True
+    assert (made["train_micro_batch_size_per_gpu"], made["gradient_accumulation_steps"]) == (3, 4)
+    assert made["bf16"]["enabled"]
+    assert not made["fp16"]["enabled"]
+    assert "scheduler" not in made
+    assert "optimizer" not in made
+
+
+def test_a_global_batch_that_does_not_divide_names_the_nearest() -> None:
+    assert deepspeed.accumulation_steps(_config("global_batch_size=8", "micro_batch_size=2"), 2) == 2
+    with pytest.raises(UserError, match=r"global_batch_size=7: .*micro_batch_size=2 x 2 ranks = 4\. Nearest: 4"):
+        deepspeed.accumulation_steps(_config("global_batch_size=7", "micro_batch_size=2"), 2)
+
+
+def test_formats_the_device_lacks_are_refused(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(deepspeed, "_cpu_has", lambda name: False)
+    assert deepspeed.resolve_precision(HardwareConfig(precision=Precision.auto)) is Precision.fp32
+    for wanted in (Precision.bf16, Precision.fp16):
+        with pytest.raises(
+            UserError, match=f"hardware.precision={wanted.name}: this CPU has no .* Use hardware.precision=fp32"
+        ):
+            deepspeed.resolve_precision(HardwareConfig(precision=wanted))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100")
+    assert deepspeed.resolve_precision(HardwareConfig(precision=Precision.auto)) is Precision.fp16
+    with pytest.raises(UserError, match="Tesla V100 has no bf16. Use hardware.precision=fp16"):
+        deepspeed.resolve_precision(HardwareConfig(precision=Precision.bf16))
+
+
+def test_only_matrices_decay() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    groups = deepspeed.build_optimizer(model.named_parameters(), _config("optim.weight_decay=0.1").optim).param_groups
+    assert {(group["weight_decay"], parameter.ndim) for group in groups for parameter in group["params"]} == {
+        (0.1, 2),
+        (0.0, 1),
+    }

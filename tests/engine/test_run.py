@@ -1,0 +1,57 @@
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fireflyds import app
+from fireflyds.engine.metrics import MetricsFile, plot_loss, read_metrics
+from fireflyds.engine.run import open_run
+from fireflyds.errors import UserError
+from fireflyds.types import StepMetrics
+
+
+def _open(tmp_path: Path, *overrides: str) -> Path:
+    config = app.compose("train", [f"runs={tmp_path}", "run=r", "model=a/b", "data=c/d", "optim.steps=3", *overrides])
+    text = app.to_yaml(config)
+    return open_run(config, text, yaml.safe_load(text))
+
+
+def test_the_same_run_opens_again_and_another_configuration_is_refused(tmp_path: Path) -> None:
+    run_dir = _open(tmp_path)
+    assert _open(tmp_path, "log_every=3", "checkpoint.every=7") == run_dir
+    before = (run_dir / "config.yaml").read_bytes()
+    with pytest.raises(UserError, match=r"optim.lr: 0.0002 -> 0.5"):
+        _open(tmp_path, "optim.lr=0.5")
+    assert (run_dir / "config.yaml").read_bytes() == before
+    assert json.loads((run_dir / "provenance.json").read_text())["libraries"]["torch"]
+
+
+def _step(number: int) -> StepMetrics:
+    return StepMetrics(
+        step=number,
+        loss=1 / number,
+        lr=0.1,
+        grad_norm=1.0,
+        tokens=10 * number,
+        learned_tokens=9,
+        tokens_per_second=5.0,
+        seconds=2.0,
+    )
+
+
+def test_metrics_are_cut_back_to_the_resumed_step(tmp_path: Path) -> None:
+    first = MetricsFile(tmp_path, 0)
+    for number in range(1, 6):
+        first.write(_step(number))
+    first.close()
+    with (tmp_path / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 6, "lo')  # a kill in the middle of a line
+    again = MetricsFile(tmp_path, 3)
+    again.write(_step(4))
+    again.close()
+    rows = list(read_metrics(tmp_path / "metrics.jsonl"))
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert {"step", "loss", "tokens", "lr", "grad_norm"} <= rows[0].keys()
+    plot_loss({"run": rows}, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"

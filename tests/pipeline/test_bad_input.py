@@ -1,0 +1,107 @@
+"""Each mistake stops before work is wasted, in one message, with an exit code, and earlier output stays whole."""
+
+import json
+from pathlib import Path
+
+import pytest
+from samples import ENGLISH
+
+
+def refused(done, *expected: str) -> None:
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("error: ") == 1
+    for words in expected:
+        assert words in done.stderr
+
+
+@pytest.fixture
+def store(verb, tmp_path: Path, base_tokenizer: Path) -> Path:
+    (tmp_path / "en.txt").write_text("\n".join(ENGLISH), encoding="utf-8")
+    verb("prepare", "data=en.txt", f"tokenizer={base_tokenizer}", "out=store", "workers=1")
+    return tmp_path / "store"
+
+
+def test_missing_and_empty_corpora(verb, tmp_path: Path, base_tokenizer: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    for data, words in (("nowhere.txt", "no such file"), ("empty.txt", "no document could be used")):
+        refused(verb("prepare", f"data={data}", f"tokenizer={base_tokenizer}", "out=s", check=False), data, words)
+    assert not (tmp_path / "s").exists()
+    refused(verb("learn", "corpus=empty.txt", "out=t", check=False), "no documents in it")
+    refused(
+        verb("expand", f"base={base_tokenizer}", "corpus=empty.txt", "num_pieces=5", "out=e", check=False),
+        "no documents in it",
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"]
+
+
+def test_a_broken_line_is_set_aside_and_reported_at_the_end(verb, tmp_path: Path, base_tokenizer: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "fine"}\n{broken\n{"text": "\xff\xfe"}\n{"text": "also fine"}\n')
+    done = verb("prepare", "data=a.jsonl", f"tokenizer={base_tokenizer}", "out=s")
+    assert "2 documents" in done.stdout
+    assert "2 rejected" in done.stdout
+    rows = [json.loads(line) for line in (tmp_path / "s" / "rejected.jsonl").read_text().splitlines()]
+    assert [(row["file"], row["line"]) for row in rows] == [("a.jsonl", 2), ("a.jsonl", 3)]
+
+
+def test_a_failed_prepare_leaves_the_earlier_store_whole(
+    verb, store: Path, tmp_path: Path, base_tokenizer: Path
+) -> None:
+    before = {path.name: path.read_bytes() for path in store.iterdir()}
+    (tmp_path / "bad.jsonl").write_text("{broken\n")
+    refused(verb("prepare", "data=bad.jsonl", f"tokenizer={base_tokenizer}", "out=store", check=False), "not JSON")
+    assert {path.name: path.read_bytes() for path in store.iterdir()} == before
+    done = verb("prepare", "data=en.txt", f"tokenizer={base_tokenizer}", "out=store", "workers=1")
+    assert "nothing to do" in done.stdout
+
+
+def test_somebody_elses_folder_is_not_overwritten(verb, tmp_path: Path, base_tokenizer: Path, store: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    refused(
+        verb("prepare", "data=en.txt", f"tokenizer={base_tokenizer}", "out=mine", check=False), "holds other things"
+    )
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+def test_training_refuses_what_cannot_work(verb, store: Path, tmp_path: Path, base_tokenizer: Path) -> None:
+    scratch = [
+        "run=r", "model=directory", "model.init=scratch", f"model.tokenizer={base_tokenizer}", "optim.steps=2", "seq_len=64",
+        "model.architecture={model_type: llama, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2}",
+    ]  # fmt: skip
+    refused(
+        verb("train", *scratch, "data=store", "global_batch_size=3", "micro_batch_size=2", check=False),
+        "global_batch_size=3",
+        "Nearest: 2",
+    )
+    refused(verb("train", *scratch, "data=nowhere/", check=False), "no token store there", "launch/prepare.py")
+    refused(verb("train", *scratch, "data=store", "data.weights.zh=1", check=False), "It has: text")
+    refused(
+        verb("train", "run=r", "model=nowhere/", "data=store", "optim.steps=1", check=False),
+        "nowhere",
+        "no such file or directory",
+    )
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_store_made_with_another_tokenizer_is_refused(verb, store: Path, tmp_path: Path) -> None:
+    verb("learn", "corpus=en.txt", "out=other", "vocab_size=350")
+    scratch = [
+        "model=directory",
+        "model.init=scratch",
+        "model.tokenizer=other",
+        "model.architecture={model_type: llama}",
+    ]
+    done = verb("train", "run=r", *scratch, "data=store", "optim.steps=1", check=False)
+    refused(done, "made with another tokenizer", "Prepare it again with tokenizer=other")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_exporting_and_evaluating_what_is_not_there(verb, tmp_path: Path) -> None:
+    refused(verb("export", "run=never", check=False), "run=never: no such run", "Known: none")
+    refused(verb("evaluate", "model=never", check=False), "no config.json there")
+    refused(
+        verb("evaluate", "model=never", "tasks=[guess]", check=False),
+        "no entry 'guess'. Known: bits_per_byte, cmmlu, multiple_choice",
+    )
+    refused(verb("chat", "model=never", check=False), "no config.json there")

@@ -1,0 +1,164 @@
+"""Every verb in a row on a tiny model, with one rank and with two."""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from samples import CHINESE, ENGLISH
+
+ARCHITECTURE = (
+    "{model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2, "
+    "num_key_value_heads: 2, max_position_embeddings: 256, tie_word_embeddings: false}"
+)
+SMALL = ["seq_len=128", "micro_batch_size=1", "global_batch_size=4", "optim.lr=1e-2", "log_every=1"]
+TWO_RANKS = ("deepspeed", "--num_gpus", "2")
+
+
+def write(folder: Path, name: str, rows: list[dict]) -> str:
+    (folder / name).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return name
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def base(verb, tmp_path: Path, base_tokenizer: Path) -> Path:
+    """A base model trained for a few steps on English, exported."""
+    shutil.copytree(base_tokenizer, tmp_path / "tok")
+    write(tmp_path, "en.jsonl", [{"text": text} for text in ENGLISH])
+    verb("prepare", "data=en.jsonl", "tokenizer=tok", "out=en", "workers=1")
+    scratch = ["model=directory", "model.init=scratch", "model.tokenizer=tok", f"model.architecture={ARCHITECTURE}"]
+    verb("train", "run=base", *scratch, "data=en", "optim.steps=6", *SMALL)
+    verb("export", "run=base")
+    return tmp_path / "runs" / "base"
+
+
+def test_every_verb_in_a_row(verb, base: Path, tmp_path: Path) -> None:
+    assert losses(base)[-1] < losses(base)[0]
+    assert {path.name for path in base.iterdir()} >= {
+        "config.yaml",
+        "provenance.json",
+        "metrics.jsonl",
+        "train.log",
+        "logs",
+        "loss.png",
+        "checkpoints",
+    }
+    write(tmp_path, "zh.jsonl", [{"text": text} for text in CHINESE])
+    out = verb(
+        "expand", "base=runs/base/export", "corpus=zh.jsonl", "num_pieces=60", "max_piece_length=3", "out=expanded"
+    ).stdout
+    assert "tokens per character" in out
+    verb("prepare", "data=zh.jsonl", "tokenizer=expanded", "out=zh", "workers=2")
+    totals = json.loads((tmp_path / "zh" / "manifest.json").read_text())["totals"]
+    assert totals == {
+        "documents": 36,
+        "tokens": totals["tokens"],
+        "bytes": sum(len(t.encode()) for t in CHINESE),
+        "dropped": 0,
+        "rejected": 0,
+    }
+    verb("train", "run=cpt", "model=expanded", "data=zh", "optim.steps=8", *SMALL, start=TWO_RANKS)
+    assert losses(tmp_path / "runs" / "cpt")[-1] < losses(tmp_path / "runs" / "cpt")[0]
+    verb("export", "run=cpt")
+
+    talk = {
+        "conversation": [
+            {"human": "青岭镇的特产是什么？", "assistant": "蜂蜜。"},
+            {"human": "河呢？", "assistant": "清水河。"},
+        ]
+    }
+    write(tmp_path, "talks.jsonl", [talk] * 40)
+    verb("prepare", "data=talks.jsonl", "tokenizer=runs/cpt/export", "out=sft", "workers=1")
+    sft = [
+        "model=runs/cpt/export",
+        "data=sft",
+        "tuning=qlora",
+        "tuning.train_embeddings=true",
+        "optim.epochs=6",
+        *SMALL,
+    ]
+    verb("train", "run=sft", *sft, start=TWO_RANKS)
+    verb("export", "run=sft", "out=chat")
+    about = json.loads((tmp_path / "chat" / "export.json").read_text())
+    assert about["reload_max_rel_diff"] <= 1e-5
+    assert about["template"] == "firefly"
+
+    write(tmp_path, "q.jsonl", [{"question": "青岭镇的特产是什么？", "choices": ["蜂蜜。", "清水河。"], "answer": 0}])
+    verb("evaluate", "model=chat", "tasks=[bits_per_byte,multiple_choice]", "texts.zh=zh.jsonl", "questions=q.jsonl")
+    scores = json.loads((tmp_path / "chat" / "eval" / "scores.json").read_text())
+    assert scores["prompt"] == "chat"
+    assert 0 < scores["scores"]["bits_per_byte"]["zh"] < 20
+    answer = verb("chat", "model=chat", "prompt=青岭镇的特产是什么？", "max_new_tokens=8", "temperature=0").stdout
+    assert answer.strip()
+
+
+def test_the_export_loads_where_nothing_of_ours_is_installed(verb, base: Path, tmp_path: Path) -> None:
+    import subprocess
+
+    code = (
+        "import sys; sys.modules['fireflyds'] = None; sys.modules['fireflyds_kernels'] = None\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "t, m = AutoTokenizer.from_pretrained('runs/base/export'), AutoModelForCausalLM.from_pretrained('runs/base/export')\n"
+        "print(m(**t('the old bridge', return_tensors='pt')).logits.shape[-1], len(t))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.split() == ["400", "400"], done.stderr[-2000:]
+
+
+def test_all_launchers_and_world_sizes_give_the_same_losses(verb, base: Path, tmp_path: Path) -> None:
+    arguments = ["model=runs/base/export", "data=en", "optim.steps=3", *SMALL]
+    slurm = {
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "SLURM_NTASKS": "1",
+        "SLURM_STEP_ID": "0",
+        "SLURM_JOB_ID": "7",
+        "SLURM_STEP_NODELIST": "localhost",
+    }
+    starts = {
+        "python": ((), {}),
+        "deepspeed": (TWO_RANKS, {}),
+        "torchrun": (("torchrun", "--standalone", "--nproc_per_node", "2"), {}),
+        "slurm": ((), slurm),
+    }
+    found = {}
+    for name, (start, env) in starts.items():
+        done = verb("train", f"run={name}", *arguments, start=start, env=env)
+        found[name] = losses(tmp_path / "runs" / name)
+        assert "no GPU here: training on the CPU" in done.stdout
+    assert len(found["python"]) == 3
+    for name, values in found.items():
+        assert values == pytest.approx(found["python"], rel=1e-5), name
+    stage3 = verb("train", "run=z3", *arguments, "zero=stage3", start=TWO_RANKS)
+    assert "ZeRO-3" in stage3.stdout
+    assert losses(tmp_path / "runs" / "z3") == pytest.approx(found["python"], rel=1e-5)
+
+
+def test_a_run_cut_short_goes_on_with_the_same_losses(verb, base: Path, tmp_path: Path) -> None:
+    arguments = [
+        "model=runs/base/export",
+        "data=en",
+        "optim.steps=6",
+        "optim.warmup_steps=0",
+        "optim.schedule=constant",
+        *SMALL,
+        "checkpoint.every=2",
+    ]
+    verb("train", "run=whole", *arguments)
+    short = [argument.replace("optim.steps=6", "optim.steps=4") for argument in arguments]
+    verb("train", "run=cut", *short)
+    config = tmp_path / "runs" / "cut" / "config.yaml"
+    config.write_text(re.sub("steps: 4", "steps: 6", config.read_text()))
+    again = verb("train", "run=cut", *arguments)
+    assert "resumed at step 4" in again.stderr
+    assert losses(tmp_path / "runs" / "cut") == losses(tmp_path / "runs" / "whole")
+    assert sorted(path.name for path in (tmp_path / "runs" / "cut" / "checkpoints").glob("step-*")) == [
+        "step-000004",
+        "step-000006",
+    ]

@@ -1,0 +1,106 @@
+"""The same verbs on real tokenizers, corpora and benchmarks."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from fireflyds.data.sources import read_texts
+from fireflyds.tokenizer.encoder import load_encoder
+
+pytestmark = pytest.mark.data
+
+TINY_LLAMA = (
+    "{model_type: llama, hidden_size: 64, intermediate_size: 128, num_hidden_layers: 2, num_attention_heads: 4, "
+    "num_key_value_heads: 4, max_position_embeddings: 1024, tie_word_embeddings: false}"
+)
+
+
+def test_the_published_merge_is_reproduced(verb, data_folder: Path, tmp_path: Path) -> None:
+    tokenizers = data_folder / "tokenizers"
+    verb(
+        "expand",
+        f"base={tokenizers}/llama2_32000.model",
+        f"pieces={tokenizers}/chinese_sp_20000.model",
+        "cure=false",
+        "vocab_multiple=1",
+        "out=merged",
+    )
+    merged = load_encoder(tmp_path / "merged")
+    assert merged.vocab_size == 49_953
+    report = json.loads((tmp_path / "merged" / "expansion.json").read_text())
+    assert report["pieces_added"] == 17_953
+
+
+def test_the_published_vocabulary_counts(data_folder: Path) -> None:
+    corpus = data_folder / "corpora" / "clue_corpus_small_sample_zh.txt"
+    counts = {}
+    for name in ("llama2_32000", "chinese_llama2_55296"):
+        encoder = load_encoder(data_folder / "tokenizers" / f"{name}.model")
+        counts[name] = sum(len(encoder.encode(text)) for text in read_texts(str(corpus)))
+    assert counts == {"llama2_32000": 1_001_627, "chinese_llama2_55296": 457_920}
+
+
+def test_the_cured_merge_leaves_nothing_unreachable_and_english_as_it_was(
+    verb, data_folder: Path, tmp_path: Path
+) -> None:
+    tokenizers = data_folder / "tokenizers"
+    verb("expand", f"base={tokenizers}/llama2_32000.model", f"pieces={tokenizers}/chinese_sp_20000.model", "out=cured")
+    report = json.loads((tmp_path / "cured" / "expansion.json").read_text())
+    assert report["unreachable"] == []
+    old, new = load_encoder(tokenizers / "llama2_32000.model"), load_encoder(tmp_path / "cured")
+    assert new.vocab_size % 64 == 0
+    lines = [text for text in read_texts(str(data_folder / "corpora" / "wiki_demo_en.txt")) if text.isascii()]
+    assert len(lines) > 10
+    for line in lines:
+        assert new.encode(line) == old.encode(line)
+
+
+@pytest.mark.slow
+def test_the_road_on_real_text(verb, data_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "tok").mkdir()
+    shutil.copy(data_folder / "tokenizers" / "chinese_llama2_55296.model", tmp_path / "tok" / "tokenizer.model")
+    corpora, instructions = data_folder / "corpora", data_folder / "instructions"
+    for name in ("clue_corpus_small_sample_zh", "wiki_demo_en"):
+        shutil.copy(corpora / f"{name}.txt", tmp_path / f"{name}.txt")
+    sources = "data.sources=[{path: clue_corpus_small_sample_zh.txt, domain: zh}, {path: wiki_demo_en.txt, domain: en}]"
+    print(verb("prepare", "data=files", sources, "tokenizer=tok", "out=cpt").stdout)
+    scratch = ["model=directory", "model.init=scratch", "model.tokenizer=tok", f"model.architecture={TINY_LLAMA}"]
+    small = ["seq_len=256", "micro_batch_size=1", "global_batch_size=4", "log_every=5"]
+    start = ("deepspeed", "--num_gpus", "2")
+    weights = ["data.weights.zh=0.8", "data.weights.en=0.2"]
+    verb("train", "run=cpt", *scratch, "data=cpt", *weights, "optim.steps=40", "optim.lr=3e-3", *small, start=start)
+    verb("export", "run=cpt")
+    sources = (
+        f"data.sources=[{{path: '{instructions}/alpaca_zh_demo.json'}}, {{path: '{instructions}/oaast_sft_zh.json'}}]"
+    )
+    print(verb("prepare", "data=files", sources, "tokenizer=runs/cpt/export", "template=llama2", "out=sft").stdout)
+    sft = [
+        "model=runs/cpt/export",
+        "data=sft",
+        "tuning=qlora",
+        "tuning.train_embeddings=true",
+        "optim.steps=20",
+        "optim.lr=3e-4",
+        *small,
+    ]
+    verb("train", "run=sft", *sft, start=start)
+    verb("export", "run=sft")
+    for run in ("cpt", "sft"):
+        rows = [json.loads(line) for line in (tmp_path / "runs" / run / "metrics.jsonl").read_text().splitlines()]
+        print(run, rows[0]["loss"], "->", rows[-1]["loss"], rows[-1]["tokens"])
+        assert rows[-1]["loss"] < rows[0]["loss"]
+    cmmlu = [f"cmmlu={data_folder / 'evaluation' / 'cmmlu'}", "subjects=[anatomy,astronomy]", "limit=40"]
+    done = verb(
+        "evaluate",
+        "model=runs/sft/export",
+        "tasks=[cmmlu,bits_per_byte]",
+        "texts.zh=clue_corpus_small_sample_zh.txt",
+        "limit=40",
+        *cmmlu,
+    )
+    print(done.stdout)
+    scores = json.loads((tmp_path / "runs" / "sft" / "export" / "eval" / "scores.json").read_text())["scores"]
+    assert scores["cmmlu"]["questions"] == 80
+    assert 0 < scores["bits_per_byte"]["zh"] < 12
