@@ -19,12 +19,12 @@ C = TypeVar("C")
 
 # `group=<path>` is short for the option that takes a path, and the path.
 PATH_OPTIONS = {
-    "train": {"model": ("directory", "model.path={}"), "data": ("store", "data.store={}")},
-    "prepare": {"data": ("files", "data.sources=[{{path:{}}}]")},
+    "train": {"model": ("at_path", "model.path={}"), "data": ("at_path", "data.store={}")},
+    "prepare": {"data": ("at_path", "data.sources=[{{path:{}}}]")},
 }
 
 # Sections whose keys are the user's own; Hydra wants such keys announced with ++.
-OPEN_KEYS = ("texts.", "data.weights.", "model.architecture.", "zero.extra.")
+OPEN_SECTIONS = ("texts", "data.weights", "model.architecture", "zero.extra")
 
 
 def main(verb: Callable[[C], Any], about: str) -> None:
@@ -138,13 +138,16 @@ def _is_plain_value(verb: str, override: str) -> bool:
 
 
 def _rewrite(verb: str, override: str) -> list[str]:
-    """`model=<path>` becomes `model=directory` and `model.path=<path>`; values that Hydra's grammar misreads are quoted."""
+    """`model=<path>` becomes `model=at_path` and `model.path=<path>`; values that Hydra's grammar misreads are quoted."""
     key, equals, value = override.partition("=")
-    if not equals or value[:1] in tuple("[{'\"") or key.startswith(("+", "~")):
+    if not equals or key.startswith(("+", "~")):
         return [override]
+    is_open = any(key == section or key.startswith(f"{section}.") for section in OPEN_SECTIONS)
+    if value[:1] in tuple("[{'\""):
+        return [f"++{override}" if is_open else override]
     special = set(value) & set(" *?:()'\"=,[]{}") or not value.isascii()
     quoted = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'" if special else value
-    if key.startswith(OPEN_KEYS):
+    if is_open:
         return [f"++{key}={quoted}"]
     if key not in PATH_OPTIONS.get(verb, {}) or (CONF / key / f"{value}.yaml").exists():
         return [f"{key}={quoted}"]

@@ -66,7 +66,7 @@ def test_somebody_elses_folder_is_not_overwritten(verb, tmp_path: Path, base_tok
 
 def test_training_refuses_what_cannot_work(verb, store: Path, tmp_path: Path, base_tokenizer: Path) -> None:
     scratch = [
-        "run=r", "model=directory", "model.init=scratch", f"model.tokenizer={base_tokenizer}", "optim.steps=2", "seq_len=64",
+        "run=r", "model=at_path", "model.init=scratch", f"model.tokenizer={base_tokenizer}", "optim.steps=2", "seq_len=64",
         "model.architecture={model_type: llama, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2}",
     ]  # fmt: skip
     refused(
@@ -87,7 +87,7 @@ def test_training_refuses_what_cannot_work(verb, store: Path, tmp_path: Path, ba
 def test_a_store_made_with_another_tokenizer_is_refused(verb, store: Path, tmp_path: Path) -> None:
     verb("learn", "corpus=en.txt", "out=other", "vocab_size=350")
     scratch = [
-        "model=directory",
+        "model=at_path",
         "model.init=scratch",
         "model.tokenizer=other",
         "model.architecture={model_type: llama}",

@@ -32,7 +32,7 @@ def base(verb, tmp_path: Path, base_tokenizer: Path) -> Path:
     shutil.copytree(base_tokenizer, tmp_path / "tok")
     write(tmp_path, "en.jsonl", [{"text": text} for text in ENGLISH])
     verb("prepare", "data=en.jsonl", "tokenizer=tok", "out=en", "workers=1")
-    scratch = ["model=directory", "model.init=scratch", "model.tokenizer=tok", f"model.architecture={ARCHITECTURE}"]
+    scratch = ["model=at_path", "model.init=scratch", "model.tokenizer=tok", f"model.architecture={ARCHITECTURE}"]
     verb("train", "run=base", *scratch, "data=en", "optim.steps=6", *SMALL)
     verb("export", "run=base")
     return tmp_path / "runs" / "base"
@@ -136,7 +136,7 @@ def test_all_launchers_and_world_sizes_give_the_same_losses(verb, base: Path, tm
     for name, values in found.items():
         assert values == pytest.approx(found["python"], rel=1e-5), name
     stage3 = verb("train", "run=z3", *arguments, "zero=stage3", start=TWO_RANKS)
-    assert "ZeRO-3" in stage3.stdout
+    assert "ZeRO-3" in stage3.stderr
     assert losses(tmp_path / "runs" / "z3") == pytest.approx(found["python"], rel=1e-5)
 
 

@@ -65,8 +65,8 @@ def test_the_road_on_real_text(verb, data_folder: Path, tmp_path: Path) -> None:
     for name in ("clue_corpus_small_sample_zh", "wiki_demo_en"):
         shutil.copy(corpora / f"{name}.txt", tmp_path / f"{name}.txt")
     sources = "data.sources=[{path: clue_corpus_small_sample_zh.txt, domain: zh}, {path: wiki_demo_en.txt, domain: en}]"
-    print(verb("prepare", "data=files", sources, "tokenizer=tok", "out=cpt").stdout)
-    scratch = ["model=directory", "model.init=scratch", "model.tokenizer=tok", f"model.architecture={TINY_LLAMA}"]
+    print(verb("prepare", "data=at_path", sources, "tokenizer=tok", "out=cpt").stdout)
+    scratch = ["model=at_path", "model.init=scratch", "model.tokenizer=tok", f"model.architecture={TINY_LLAMA}"]
     small = ["seq_len=256", "micro_batch_size=1", "global_batch_size=4", "log_every=5"]
     start = ("deepspeed", "--num_gpus", "2")
     weights = ["data.weights.zh=0.8", "data.weights.en=0.2"]
@@ -75,7 +75,7 @@ def test_the_road_on_real_text(verb, data_folder: Path, tmp_path: Path) -> None:
     sources = (
         f"data.sources=[{{path: '{instructions}/alpaca_zh_demo.json'}}, {{path: '{instructions}/oaast_sft_zh.json'}}]"
     )
-    print(verb("prepare", "data=files", sources, "tokenizer=runs/cpt/export", "template=llama2", "out=sft").stdout)
+    print(verb("prepare", "data=at_path", sources, "tokenizer=runs/cpt/export", "template=llama2", "out=sft").stdout)
     sft = [
         "model=runs/cpt/export",
         "data=sft",
