@@ -66,7 +66,8 @@ def train(config: TrainConfig) -> None:
     engine = deepspeed.build_engine(model, config, precision, accumulation)
     state = checkpoint.load(engine, run_dir)
     if state.step:
-        log.info(f"resumed at step {state.step} ({state.tokens:,} tokens)")
+        rest = "" if state.step < total_steps else "; nothing left to do"
+        log.info(f"resumed at step {state.step} of {total_steps} ({state.tokens:,} tokens){rest}")
     loader = PackedLoader(store, rows, config.micro_batch_size, config.global_batch_size, me.rank, me.world_size)
     tracker = trackers.open_tracker(config.tracking, config.run, run_dir, yaml.safe_load(text), me.rank)
     lines = metrics.MetricsFile(run_dir, state.step) if me.rank == 0 else None

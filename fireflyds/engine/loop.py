@@ -53,6 +53,7 @@ def train_steps(
         for batch in batches:
             loss = engine(**to_device(batch, engine.device))
             engine.backward(loss * scale)
+            norm = _replicated_grad_norm(engine)
             engine.step()
             total += loss.detach()
         dist.all_reduce(total)
@@ -70,9 +71,17 @@ def train_steps(
             step=state.step,
             loss=loss_value,
             lr=lr,
-            grad_norm=float(engine.get_global_grad_norm() or 0.0),
+            grad_norm=float(norm if norm is not None else engine.get_global_grad_norm() or 0.0),
             tokens=state.tokens,
             learned_tokens=state.learned_tokens,
             tokens_per_second=tokens / seconds,
             seconds=seconds,
         )
+
+
+def _replicated_grad_norm(engine: Any) -> torch.Tensor | None:
+    """The norm before clipping where gradients are whole on every rank; elsewhere DeepSpeed knows it after the step."""
+    if engine.zero_optimization_stage() > 0 or not engine.is_gradient_accumulation_boundary():
+        return None
+    gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients) if gradients else None
