@@ -34,11 +34,17 @@ def main(verb: Callable[[C], Any], about: str) -> None:
     code 2; an interrupt becomes exit code 130.
     """
     name = Path(sys.argv[0]).stem
+    # Progress bars of weight loading are noise in logs; transformers' reads this when it is imported.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     arguments = drop_local_rank(sys.argv[1:])
     if {"-h", "--help"} & set(arguments):
         print(reference.help_text(name, about, CONF))
         sys.exit(0)
     try:
+        flags = [argument for argument in arguments if argument.startswith("-") and argument != "--cfg"]
+        if flags:
+            raise UserError(f"{flags[0]}: no such option. Keys are written key=value; -h lists them")
         show = _take_cfg_job(arguments)
         config = compose(name, arguments)
         if show:
@@ -46,7 +52,8 @@ def main(verb: Callable[[C], Any], about: str) -> None:
         else:
             verb(config)
     except UserError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
+        # One message a node: an error may be of this machine alone.
+        if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -82,13 +89,13 @@ def compose(verb: str, overrides: list[str]) -> Any:
     from omegaconf.errors import OmegaConfBaseException
 
     ConfigStore.instance().store(name=f"{verb}_schema", node=VERBS[verb])
-    plain = dict(override.split("=", 1) for override in overrides if _is_plain_value(verb, override))
-    rest = [part for override in overrides if not _is_plain_value(verb, override) for part in _rewrite(verb, override)]
+    plain = dict(override.split("=", 1) for override in overrides if _is_text(verb, override))
+    rest = [part for override in overrides if not _is_text(verb, override) for part in _rewrite(verb, override)]
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
             composed = hydra_compose(config_name=verb, overrides=rest)
         for key, value in plain.items():
-            OmegaConf.update(composed, key, value)
+            OmegaConf.update(composed, key, value.replace("${", "\\${"))
         missing = sorted(key for key in OmegaConf.missing_keys(composed) if key not in ("hydra",))
         if missing:
             raise UserError(f"{missing[0]} is not set: {verb} needs {', '.join(missing)}. Give {missing[0]}=<value>")
@@ -130,11 +137,11 @@ def _take_cfg_job(arguments: list[str]) -> bool:
     return True
 
 
-def _is_plain_value(verb: str, override: str) -> bool:
-    """`model=<dir>` of a verb whose `model` is text: Hydra would take it for an option of `conf/model`."""
+def _is_text(verb: str, override: str) -> bool:
+    """`prompt=Hi!`: a key whose value is text is taken as typed. Hydra's grammar would read some of its characters,
+    and would take `model=<dir>` for an option of `conf/model`."""
     key, equals, _ = override.partition("=")
-    schema_fields = {field.name: field.type for field in dataclasses.fields(VERBS[verb])}
-    return bool(equals) and schema_fields.get(key) is str and (CONF / key).is_dir()
+    return bool(equals) and {field.name: field.type for field in dataclasses.fields(VERBS[verb])}.get(key) is str
 
 
 def _rewrite(verb: str, override: str) -> list[str]:
@@ -145,8 +152,8 @@ def _rewrite(verb: str, override: str) -> list[str]:
     is_open = any(key == section or key.startswith(f"{section}.") for section in OPEN_SECTIONS)
     if value[:1] in tuple("[{'\""):
         return [f"++{override}" if is_open else override]
-    special = set(value) & set(" *?:()'\"=,[]{}") or not value.isascii()
-    quoted = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'" if special else value
+    special = re.fullmatch(r"[\w./+-]*", value, re.ASCII) is None
+    quoted = "'" + value.replace("\\", "\\\\").replace("'", "\\'").replace("${", "\\${") + "'" if special else value
     if is_open:
         return [f"++{key}={quoted}"]
     if key not in PATH_OPTIONS.get(verb, {}) or (CONF / key / f"{value}.yaml").exists():
@@ -162,7 +169,9 @@ def _rewrite(verb: str, override: str) -> list[str]:
 
 def _readable(verb: str, error: Exception) -> str:
     """Hydra's message with what it leaves out: the nearest known keys, and where to look."""
-    text = str(error.__cause__ or error)
+    text = str(error.__cause__ or error).split("\nConfig search path")[0]
+    if "You must specify" in text:
+        text += f" (or a path: {verb} takes <group>=<path> too)" if verb in PATH_OPTIONS else ""
     found = re.search(r"[Kk]ey '([^']+)'", text)
     if found and ("not in" in text or "not exist" in text):
         full = re.search(r"full_key: (\S+)", text)

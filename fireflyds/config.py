@@ -70,6 +70,14 @@ class PromptStyle(Enum):
     chat = 2
 
 
+def require_at_least(config: Any, **least: int) -> None:
+    """Raises `UserError` for the first field of `config` below its least value."""
+    for name, bound in least.items():
+        value = getattr(config, name)
+        if value is not None and value < bound:
+            raise UserError(f"{name}={value}: must be at least {bound}")
+
+
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
     init: ModelInit = MISSING
@@ -177,6 +185,8 @@ class ZeroConfig:
             "bf16",
             "fp16",
         } & self.extra.keys()
+        if "stage" in self.extra.get("zero_optimization", {}):
+            raise UserError("zero.extra.zero_optimization.stage: use zero.stage")
         if ours:
             raise UserError(
                 f"zero.extra.{min(ours)}: fireflyds sets this itself; use optim.*, micro_batch_size, "
@@ -280,9 +290,11 @@ class TrainConfig:
     """Seed of weights, dropout and the order of the data."""
 
     def __post_init__(self) -> None:
-        for name in ("seq_len", "micro_batch_size", "global_batch_size", "log_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)}: must be at least 1")
+        require_at_least(self, seq_len=2, micro_batch_size=1, global_batch_size=1, log_every=1)
+        if not self.run or self.run.startswith("/") or ".." in self.run.split("/"):
+            raise UserError(
+                f"run={self.run!r}: must be a name below the folder of runs, such as run=cpt or run=demo/cpt"
+            )
 
     @property
     def run_dir(self) -> str:
@@ -320,6 +332,9 @@ class LearnConfig:
     max_piece_length: int = 16
     """Longest piece, in characters."""
 
+    def __post_init__(self) -> None:
+        require_at_least(self, vocab_size=300, max_piece_length=1)
+
 
 @dataclass(kw_only=True, slots=True)
 class ExpandConfig:
@@ -354,8 +369,7 @@ class ExpandConfig:
             raise UserError(
                 f"num_pieces={self.num_pieces} needs text to learn from: give corpus=<file, folder or glob>"
             )
-        if self.vocab_multiple < 1:
-            raise UserError(f"vocab_multiple={self.vocab_multiple}: must be at least 1")
+        require_at_least(self, num_pieces=0, vocab_multiple=1, max_piece_length=1)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -369,6 +383,9 @@ class PrepareConfig:
     """Chat template of dialogues: an entry of `fireflyds/data/templates`."""
     workers: int = 0
     """Encoding processes; 0: one per core."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, workers=0)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -412,6 +429,11 @@ class EvaluateConfig:
     max_tokens: int = 4096
     """Tokens in one forward pass."""
 
+    def __post_init__(self) -> None:
+        require_at_least(self, max_tokens=2, limit=1, num_shots=0)
+        if not self.tasks:
+            raise UserError("tasks=[]: nothing to do. Name entries of fireflyds/evaluation/tasks")
+
 
 @dataclass(kw_only=True, slots=True)
 class ChatConfig:
@@ -429,6 +451,9 @@ class ChatConfig:
     """Nucleus sampling."""
     seed: int = 42
     """Seed of sampling."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, max_new_tokens=1, temperature=0)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -448,11 +473,13 @@ class StageConfig:
 @dataclass(kw_only=True, slots=True)
 class RoadConfig:
     name: str = MISSING
-    """Name of the road."""
-    out: str = MISSING
-    """Folder of the road: `report.md`, `loss.png`, `summary.json` and the stages' own folders."""
+    """Name of the road. Its folder is `runs/<name>`."""
     stages: list[StageConfig] = field(default_factory=list)
     """Verbs in order."""
+
+    @property
+    def out(self) -> str:
+        return f"runs/{self.name}"
 
 
 @dataclass(kw_only=True, slots=True)

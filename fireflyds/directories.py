@@ -18,6 +18,7 @@ def write_aside(out: Path, *, marker: str) -> Iterator[Path]:
     Raises:
         UserError: the place cannot be written, or holds other things.
     """
+    out = out.resolve()
     aside = out.with_name(f".{out.name}.partial")
     try:
         if out.is_file():

@@ -6,6 +6,8 @@
 In a conversation `/clear` forgets what was said, `/exit` or Ctrl-D leaves.
 """
 
+import io
+import sys
 from pathlib import Path
 
 from fireflyds import app
@@ -18,6 +20,8 @@ def chat(config: ChatConfig) -> None:
         raise UserError(f"model={config.model}: no config.json there. Give the directory of a Hugging Face model")
     from fireflyds.evaluation.dialogue import Dialogue
 
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     dialogue = Dialogue(config)
     if config.prompt:
         dialogue.ask(config.prompt)

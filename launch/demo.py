@@ -27,8 +27,8 @@ def demo(config: DemoConfig) -> None:
         config.road.stages[0].overrides.append(f"corpus={config.corpus}")
         for file in find_files(config.corpus):
             own.update(file.read_bytes())
-    # The recipes decide what the stages do, so a changed recipe does them again.
-    for file in sorted(app.CONF.glob("*/demo*.yaml")):
+    # Options decide what the stages do, so a changed option does them again.
+    for file in sorted(app.CONF.rglob("*.yaml")):
         own.update(file.read_bytes())
     road = Road(config.road, own.hexdigest())
     road.run()

@@ -14,7 +14,7 @@ from fireflyds.config import ExpandConfig
 from fireflyds.data.sources import read_texts
 from fireflyds.directories import write_aside
 from fireflyds.errors import UserError
-from fireflyds.tokenizer.directory import write_tokenizer
+from fireflyds.tokenizer.directory import TIES_NOTE, ties, write_tokenizer
 from fireflyds.tokenizer.encoder import load_encoder, model_file
 from fireflyds.tokenizer.learn import learn_chinese_pieces
 from fireflyds.tokenizer.merge import merge, read_pieces, unreachable
@@ -33,10 +33,19 @@ def expand(config: ExpandConfig) -> None:
         pieces = read_pieces(Path(config.pieces))
     else:
         pieces = learn_chinese_pieces(
-            read_texts(config.corpus), num_pieces=config.num_pieces, max_piece_length=config.max_piece_length
+            lambda: read_texts(config.corpus),
+            num_pieces=config.num_pieces,
+            max_piece_length=config.max_piece_length,
         )
     merged = merge(base_file.read_bytes(), pieces, cure=config.cure, vocab_multiple=config.vocab_multiple)
     added = merged.added + merged.filled
+    if base.resolve() == Path(config.out).resolve():
+        raise UserError(f"out={config.out}: is the base itself. Give another folder")
+    extra = load_encoder(base).vocab_size - merged.num_base
+    if extra > 0:
+        raise UserError(
+            f"base={base}: has {extra} added tokens behind the pieces of tokenizer.model; their ids would be given away. Use a base without added tokens"
+        )
     dead = unreachable(merged.proto.SerializeToString(), added)
 
     report = {
@@ -49,12 +58,12 @@ def expand(config: ExpandConfig) -> None:
         "dropped": merged.dropped,
         "unreachable": dead,
     }
-    with write_aside(Path(config.out), marker="tokenizer.json") as out:
+    with write_aside(Path(config.out), marker="expansion.json") as out:
         write_tokenizer(merged.proto, out)
         if base.is_dir() and (base / "config.json").exists():
             from fireflyds.tokenizer.rows import expand_model, old_ids_of
 
-            report |= expand_model(base, out, old_ids_of(added, old), config.init, config.seed)
+            report |= expand_model(base, out, merged.num_base, old_ids_of(added, old), config.init, config.seed)
         if config.corpus:
             new = load_encoder(out)
             texts = list(read_texts(config.corpus))
@@ -66,10 +75,12 @@ def expand(config: ExpandConfig) -> None:
             )
         (out / "expansion.json").write_text(json.dumps(report, ensure_ascii=False, indent=2), encoding="utf-8")
     print(
-        f"vocabulary: {merged.num_base:,} -> {len(merged.proto.pieces):,} pieces "
+        f"vocabulary: {merged.num_base:,} -> {len(merged.proto.pieces):,} pieces; of {len(pieces):,} candidates {len(merged.added) - len(merged.intermediates):,} were new "
         f"({len(merged.intermediates)} intermediates and {len(merged.filled)} characters added, "
         f"{len(merged.dropped)} dropped, {len(dead)} unreachable)"
     )
+    if ties(merged.proto):
+        print(TIES_NOTE)
     print(f"wrote {config.out}")
 
 

@@ -23,32 +23,42 @@ def export(config: ExportConfig) -> None:
     trained = app.from_yaml(run_dir / "config.yaml", TrainConfig)
 
     # Heavy imports come after the checks above.
-    from fireflyds.data.store import read_manifest
-    from fireflyds.engine import checkpoint, deepspeed
+    from fireflyds.engine import checkpoint, deepspeed, run
     from fireflyds.models import load, publish, tuning
+    from fireflyds.tokenizer.directory import copy_tokenizer
     from fireflyds.tokenizer.encoder import load_encoder
 
+    recorded = json.loads((run_dir / run.INPUTS).read_text(encoding="utf-8"))
+    if trained.model.path and run.contents_of(Path(trained.model.path)) != recorded["base"]:
+        raise UserError(
+            f"run={config.run}: its base {trained.model.path} has changed since. Restore the base, or train again under another run="
+        )
+    out = Path(config.out or run_dir / "export")
+    if trained.model.path and out.resolve() == Path(trained.model.path).resolve():
+        raise UserError(f"out={out}: is the run's base itself. Give another folder")
     step = checkpoint.find(run_dir, config.step)
     encoder = load_encoder(trained.model.tokenizer_path)
     hf_config = load.read_config(trained.model, encoder)
-    precision = deepspeed.resolve_precision(trained.hardware)
+    trained_in = deepspeed.resolve_precision(trained.hardware)
     adapters_only = trained.tuning.method is not TuningMethod.full
+    # Trained tensors are float32 in the checkpoint and stay so here; a quantised base is what it was in training.
+    quantization = tuning.quantization(trained.tuning, trained_in)
     loaded = load.load_model(
-        trained.model, hf_config, precision, trained.seed, tuning.quantization(trained.tuning, precision)
+        trained.model, hf_config, Precision.fp32 if quantization is None else trained_in, trained.seed, quantization
     )
     model = tuning.apply(loaded.model, loaded.family, trained.tuning, trained.seed)
     tuning.restore(model, checkpoint.trained_weights(step, adapters_only=adapters_only), step)
     weights = tuning.merged_state_dict(model) if adapters_only else model.state_dict()
 
-    dtype = precision if config.dtype is Precision.auto else config.dtype
-    out = Path(config.out or run_dir / "export")
-    with write_aside(out, marker="config.json") as folder:
+    dtype = trained_in if config.dtype is Precision.auto else config.dtype
+    with write_aside(out, marker="export.json") as folder:
         publish.write_weights(folder, hf_config, weights, load.DTYPES[dtype])
-        template = read_manifest(Path(trained.data.store))["template"]
-        publish.write_tokenizer_files(folder, Path(trained.model.tokenizer_path), encoder, template)
-        about = {"run": config.run, "checkpoint": step.name, "dtype": dtype.name, "template": template}
+        copy_tokenizer(Path(trained.model.tokenizer_path), folder)
+        publish.write_chat_settings(folder, encoder, recorded["template"])
+        about = {"run": config.run, "checkpoint": step.name, "dtype": dtype.name, "template": recorded["template"]}
         if config.verify:
-            about["reload_max_rel_diff"] = publish.reload_difference(folder, model, encoder, dtype)
+            coarser = dtype if quantization is None or dtype is not Precision.fp32 else trained_in
+            about["reload_max_rel_diff"] = publish.reload_difference(folder, model, encoder, coarser)
         publish.write_model_card(folder, trained, about)
         (folder / "export.json").write_text(json.dumps(about, indent=2), encoding="utf-8")
     print(f"wrote {out}: {json.dumps(about)}")

@@ -3,6 +3,7 @@
 python launch/learn.py corpus=en.jsonl vocab_size=4096 out=tokenizer
 """
 
+import json
 from pathlib import Path
 
 from sentencepiece import sentencepiece_model_pb2 as sp_pb2
@@ -19,8 +20,10 @@ def learn(config: LearnConfig) -> None:
     model = learn_bpe(read_texts(config.corpus), vocab_size=config.vocab_size, max_piece_length=config.max_piece_length)
     proto = sp_pb2.ModelProto()
     proto.ParseFromString(model)
-    with write_aside(Path(config.out), marker="tokenizer.json") as out:
+    with write_aside(Path(config.out), marker="learn.json") as out:
         write_tokenizer(proto, out)
+        about = {"corpus": config.corpus, "vocab_size": len(proto.pieces)}
+        (out / "learn.json").write_text(json.dumps(about, ensure_ascii=False), encoding="utf-8")
     print(f"wrote {config.out}: {len(proto.pieces):,} pieces")
 
 

@@ -7,14 +7,14 @@
 The run lives in `runs/<run>`. The same command again resumes it from its newest checkpoint.
 """
 
+import hashlib
+import json
 import math
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import yaml
 
@@ -24,8 +24,9 @@ from fireflyds.data.loader import PackedLoader
 from fireflyds.data.mix import RowSequence, lost_to_length
 from fireflyds.data.store import TokenStore
 from fireflyds.engine import checkpoint, deepspeed, metrics, ranks, run, trackers
+from fireflyds.engine.journal import Journal
 from fireflyds.engine.loop import train_steps
-from fireflyds.engine.progress import progress
+from fireflyds.engine.signals import StopRequest
 from fireflyds.errors import UserError
 from fireflyds.models import load, tuning
 from fireflyds.models.fuse import device_batch, fuse
@@ -41,28 +42,23 @@ def train(config: TrainConfig) -> None:
     accumulation = deepspeed.accumulation_steps(config, me.world_size)
     encoder = load_encoder(config.model.tokenizer_path)
     hf_config = load.read_config(config.model, encoder)
+    load.check_positions(hf_config, config.seq_len)
     store = open_store(config, encoder.fingerprint())
     rows = RowSequence(store, config.seq_len, config.seed, config.data.weights)
     total_steps = config.optim.steps or math.ceil(config.optim.epochs * rows.rows_per_epoch / config.global_batch_size)
 
     deepspeed.start(me, config.hardware.timeout_minutes)
     text = app.to_yaml(config)
-    if me.rank == 0:
-        run.open_run(config, text, yaml.safe_load(text))
-    dist.barrier()
     run_dir = Path(config.run_dir)
+    lock = deepspeed.on_rank_zero(lambda: run.open_run(config, text, yaml.safe_load(text), inputs(config, store)))
     log = metrics.logger(run_dir, me.rank)
 
-    loaded = load.load_model(
-        config.model, hf_config, precision, config.seed, tuning.quantization(config.tuning, precision)
-    )
+    quantization = tuning.quantization(config.tuning, precision)
+    loaded = load.load_model(config.model, hf_config, precision, config.seed, quantization)
     model = fuse(tuning.apply(loaded.model, loaded.family, config.tuning, config.seed))
     if config.hardware.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     log.info(describe(config, model, store, rows, total_steps, me.world_size, accumulation, precision.name))
-    # Dropout differs between ranks; the weights above are drawn from the same seed on all of them.
-    torch.manual_seed(config.seed + me.rank)
-
     engine = deepspeed.build_engine(model, config, precision, accumulation)
     state = checkpoint.load(engine, run_dir)
     if state.step:
@@ -70,32 +66,35 @@ def train(config: TrainConfig) -> None:
         log.info(f"resumed at step {state.step} of {total_steps} ({state.tokens:,} tokens){rest}")
     loader = PackedLoader(store, rows, config.micro_batch_size, config.global_batch_size, me.rank, me.world_size)
     tracker = trackers.open_tracker(config.tracking, config.run, run_dir, yaml.safe_load(text), me.rank)
-    lines = metrics.MetricsFile(run_dir, state.step) if me.rank == 0 else None
     stop = StopRequest()
     adapters_only = config.tuning.method is not TuningMethod.full
 
-    with progress(total_steps, state.step, me.rank == 0) as advance:
-        for step in train_steps(engine, loader, state, config.optim, total_steps, device_batch):
-            tracker.log(step)
-            advance(step)
-            if lines:
-                lines.write(step)
-            if step.step % config.log_every == 0 or step.step == total_steps:
-                log.info(metrics.line(step, total_steps))
+    with Journal(run_dir, tracker, log, me.rank, state.step, total_steps, config.log_every) as journal:
+        for step in train_steps(engine, loader, state, config.optim, total_steps, config.seed, device_batch):
+            journal.record(step)
             stopping = stop.agreed(engine.device)
             if step.step % config.checkpoint.every == 0 or step.step == total_steps or stopping:
                 checkpoint.save(engine, run_dir, state, adapters_only=adapters_only, keep=config.checkpoint.keep)
             if stopping and step.step < total_steps:
                 log.info(f"stopped at step {step.step}, checkpoint saved; the same command goes on from here")
                 break
-    if lines:
-        lines.close()
-        metrics.plot_loss({config.run: list(metrics.read_metrics(run_dir / "metrics.jsonl"))}, run_dir / "loss.png")
-    tracker.finish()
     dist.barrier()
     dist.destroy_process_group()
+    if lock:
+        lock.close()
     if state.step < total_steps:
         sys.exit(EXIT_INTERRUPTED)
+
+
+def inputs(config: TrainConfig, store: TokenStore) -> dict[str, Any]:
+    """What the run reads, by contents."""
+    made_from = json.dumps(store.manifest["made_from"], sort_keys=True)
+    base = run.contents_of(Path(config.model.path)) if config.model.path else None
+    return {
+        "store": hashlib.sha256(made_from.encode()).hexdigest(),
+        "base": base,
+        "template": store.manifest["template"],
+    }
 
 
 def open_store(config: TrainConfig, fingerprint: str) -> TokenStore:
@@ -135,25 +134,6 @@ def describe(
         f"{len(store):,} documents, {int(store.offsets[-1]):,} tokens, {rows.rows_per_epoch:,} rows an epoch{lost}; {steps:,} steps of "
         f"{config.global_batch_size} rows = {world} ranks x {config.micro_batch_size} x {accumulation} accumulated"
     )
-
-
-class StopRequest:
-    """SIGTERM or Ctrl-C: the step is finished and saved. The second one leaves at once."""
-
-    def __init__(self) -> None:
-        self._asked = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._ask)
-
-    def _ask(self, number: int, frame: object) -> None:
-        self._asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def agreed(self, device: torch.device) -> bool:
-        """Whether any rank was asked: all ranks hear the same answer."""
-        asked = torch.tensor(int(self._asked), device=device)
-        dist.all_reduce(asked)
-        return bool(asked)
 
 
 if __name__ == "__main__":

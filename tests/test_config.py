@@ -28,7 +28,7 @@ def test_overrides_reach_the_typed_config() -> None:
         ([*GOOD, "experiment=demo_ctp"], "demo_cpt"),
         (GOOD[1:], "run is not set"),
         ([*GOOD, "seq_len=abc"], "seq_len"),
-        ([*GOOD, "seq_len=0"], "seq_len=0: must be at least 1"),
+        ([*GOOD, "seq_len=0"], "seq_len=0: must be at least 2"),
         ([*GOOD, "zero.stage=4"], "zero.stage=4: must be 0, 1, 2 or 3"),
         ([*GOOD, "zero.offload_param=cpu"], "needs zero.stage=3"),
         (["run=x", "model=nonsense", "data=s/t", "optim.steps=3"], "Known: "),

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from fireflyds.directories import write_whole
 from fireflyds.errors import UserError
 
 # Lines of DeepSpeed's launcher and of progress bars: kept in the stage's log, not shown.
-_NOISE = re.compile(r"^\[\d{4}-\d\d-\d\d |it/s\]|^\s*return func|FutureWarning|kernels-community")
+_NOISE = re.compile(
+    r"^\[\d{4}-\d\d-\d\d |it/s\]|^\s*return func|FutureWarning|kernels-community|^(Processing zero|Parsing checkpoint|Detected checkpoint|Reconstructed )"
+)
 
 
 def command(stage: StageConfig) -> list[str]:
@@ -65,22 +68,17 @@ class Road:
                 print(f"{title}: whole, re-used ({record['seconds']:.0f} s when it ran)", flush=True)
                 continue
             if record.get("key") != key:
-                _remove(made, self._out)
+                # Only what a stage of this name made before is removed; whatever else is there is not ours.
+                if record:
+                    _remove(made, self._out)
                 record = {"command": shlex.join(command(stage)), "key": key, "seconds": 0.0, "done": False}
             print(f"{title}: {record['command']}", flush=True)
             self._do(stage, record)
             print(f"{title}: {record['seconds']:.0f} s", flush=True)
 
     def _do(self, stage: StageConfig, record: dict[str, Any]) -> None:
-        started = time.monotonic()
-        before = record["seconds"]
         self.records[stage.name] = record
-        try:
-            self._save()
-            code = _execute(command(stage), self._out / "logs" / f"{stage.name}.log")
-        finally:
-            record["seconds"] = round(before + time.monotonic() - started, 2)
-            self._save()
+        code = _execute(command(stage), self._out / "logs" / f"{stage.name}.log", self._clock(record))
         if code != 0:
             raise UserError(
                 f"{stage.name}: {record['command']} left with exit code {code}; its output: {self._out / 'logs' / stage.name}.log"
@@ -90,47 +88,60 @@ class Road:
         record["done"] = True
         self._save()
 
+    def _clock(self, record: dict[str, Any]) -> Callable[[], None]:
+        """A function that notes the time a stage has taken, all its starts together, so that a kill loses little of it."""
+        started, before = time.monotonic(), record["seconds"]
+
+        def note() -> None:
+            record["seconds"] = round(before + time.monotonic() - started, 2)
+            self._save()
+
+        note()
+        return note
+
     def _save(self) -> None:
         write_whole(self._file, json.dumps(self.records, indent=2, ensure_ascii=False))
 
 
 def _remove(made: Path, out: Path) -> None:
     """What an earlier, different stage left: the folder below `out` that holds it."""
-    folder = made if made.is_dir() else made.parent
+    folder, out = (made if made.is_dir() else made.parent).resolve(), out.resolve()
     if folder != out and out in folder.parents:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _execute(words: list[str], log: Path) -> int:
-    """Run a command with this interpreter's environment; its output goes to the log, and without noise to the terminal."""
+def _execute(words: list[str], log: Path, note_time: Callable[[], None]) -> int:
+    """Run a command with this interpreter's environment; its output goes to the log, and without noise to the terminal.
+
+    Ctrl-C and SIGTERM are passed on, and the command is given time to save; then `KeyboardInterrupt` is raised.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     bin_dir = Path(sys.executable).parent
     environment = os.environ | {"PATH": f"{bin_dir}{os.pathsep}{os.environ.get('PATH', '')}"}
     process = subprocess.Popen(
         words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     )
-    assert process.stdout is not None
-    previous = signal.signal(signal.SIGTERM, lambda *_: _interrupt())
+    asked: list[int] = []
+
+    def pass_on(number: int, frame: object) -> None:
+        # A Ctrl-C in a terminal has reached the command as well; a signal to this process alone has not.
+        process.send_signal(signal.SIGKILL if asked else signal.SIGINT)
+        asked.append(number)
+
+    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with log.open("a", encoding="utf-8") as stream:
-            for line in process.stdout:
+            for line in process.stdout or ():
                 stream.write(line)
                 stream.flush()
-                if not _NOISE.search(line):
+                note_time()
+                if line.strip() and not _NOISE.search(line):
                     print("   " + line, end="", flush=True)
-        return process.wait()
-    except KeyboardInterrupt:
-        # A Ctrl-C in a terminal has reached the stage too; a signal to this process alone has not.
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(timeout=60)
-        except (subprocess.TimeoutExpired, KeyboardInterrupt):
-            process.kill()
-            process.wait()
-        raise
+        code = process.wait()
     finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-def _interrupt() -> None:
-    raise KeyboardInterrupt
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        note_time()
+    if asked:
+        raise KeyboardInterrupt
+    return code

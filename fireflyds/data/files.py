@@ -43,7 +43,7 @@ def find_files(path: str) -> list[Path]:
     if place.is_file():
         files = [place]
     elif place.is_dir():
-        files = sorted(file for file in place.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+        files = sorted(file for file in place.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
     else:
         files = sorted(Path(name) for name in glob.glob(path, recursive=True) if Path(name).is_file())
     if not files:
@@ -51,7 +51,7 @@ def find_files(path: str) -> list[Path]:
             f"{path}: no such file, folder or glob, or nothing in it ends in {' '.join(SUFFIXES)}. Check the path"
         )
     for file in files:
-        if file.suffix not in SUFFIXES:
+        if file.suffix.lower() not in SUFFIXES:
             raise UserError(f"{file}: ending {file.suffix!r} is not known. Known: {' '.join(SUFFIXES)}")
     return files
 
@@ -65,7 +65,7 @@ def read_records(file: Path, split: TextSplit = TextSplit.line) -> Iterator[Reco
         ".csv": _table,
         ".tsv": _table,
         ".parquet": _parquet,
-    }[file.suffix]
+    }[file.suffix.lower()]
     return reader(file)
 
 
@@ -144,7 +144,7 @@ def _table(file: Path) -> Iterator[Record | Rejected]:
                 yield item[1] + "\n"
 
     bad: list[Rejected] = []
-    reader = csv.DictReader(lines(), delimiter="\t" if file.suffix == ".tsv" else ",")
+    reader = csv.DictReader(lines(), delimiter="\t" if file.suffix.lower() == ".tsv" else ",")
     try:
         for row in reader:
             fields = {key: value for key, value in row.items() if key and value}

@@ -1,5 +1,6 @@
 """A source: files of one or more layouts, read as samples."""
 
+import sys
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -41,7 +42,9 @@ def read_source(source: SourceConfig) -> Iterator[Sample | Rejected]:
                 keys = ", ".join(map(str, list(record.fields)[:8])) or "none"
                 known = ", ".join(registry.names(FORMATS))
                 yield Rejected(
-                    record.file, record.line, f"no known layout has the fields {keys}; known layouts: {known}"
+                    record.file,
+                    record.line,
+                    f"no known layout has the fields {keys}; known layouts: {known} (a table names its columns in the first line)",
                 )
                 continue
             try:
@@ -57,10 +60,16 @@ def read_texts(path: str) -> Iterator[str]:
     Raises:
         UserError: no file, or no document in any of them.
     """
-    count = 0
+    count, rejected = 0, []
     for item in read_source(SourceConfig(path=path)):
-        if isinstance(item, Sample):
+        if isinstance(item, Rejected):
+            rejected.append(item)
+        else:
             count += 1
             yield item.text if item.text is not None else "\n".join(message.content for message in item.messages)
+    first = f"{rejected[0].file}:{rejected[0].line}: {rejected[0].reason}" if rejected else ""
     if count == 0:
-        raise UserError(f"{path}: no documents in it. Give text with at least one non-empty document")
+        why = f"{len(rejected)} rows set aside, the first: {first}" if rejected else "it is empty"
+        raise UserError(f"{path}: no documents in it ({why}). Give text with at least one non-empty document")
+    if rejected:
+        print(f"{path}: {len(rejected):,} rows set aside, the first: {first}", file=sys.stderr)

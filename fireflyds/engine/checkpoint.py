@@ -42,7 +42,7 @@ def save(engine: Any, run_dir: Path, state: TrainState, *, adapters_only: bool, 
 
 def whole_checkpoints(run_dir: Path) -> list[Path]:
     """Checkpoints by step. One that is being written has another name."""
-    return sorted((run_dir / FOLDER).glob("step-*"))
+    return sorted((run_dir / FOLDER).glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def load(engine: Any, run_dir: Path) -> TrainState:
@@ -90,8 +90,8 @@ def trained_weights(checkpoint: Path, *, adapters_only: bool) -> dict[str, Tenso
     """The float32 weights in a checkpoint, gathered from all ranks' shards (or only those that trained)."""
     import torch
 
-    states = torch.load(next(checkpoint.glob("*mp_rank_00_model_states.pt")), map_location="cpu", weights_only=False)
     if not list(checkpoint.glob("*_optim_states.pt")):  # stage 0: whole on every rank
+        states = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
         module: dict[str, Tensor] = states["module"]
         return module
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint

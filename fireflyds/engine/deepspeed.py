@@ -1,9 +1,9 @@
 """The door to DeepSpeed: start the ranks, build the configuration, build the engine."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -11,6 +11,8 @@ from torch import nn
 from fireflyds.config import HardwareConfig, Offload, OptimConfig, Precision, TrainConfig
 from fireflyds.engine.ranks import Ranks
 from fireflyds.errors import UserError
+
+T = TypeVar("T")
 
 
 def start(ranks: Ranks, timeout_minutes: float) -> None:
@@ -34,6 +36,22 @@ def start(ranks: Ranks, timeout_minutes: float) -> None:
     else:
         torch.cuda.set_device(ranks.local_rank)
     deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(minutes=timeout_minutes), verbose=False)
+
+
+def on_rank_zero(work: Callable[[], T]) -> T | None:
+    """Do something on rank 0 while the others wait; its `UserError` becomes everybody's. Other ranks get None."""
+    import torch.distributed as dist
+
+    result, failure = None, [None]
+    if dist.get_rank() == 0:
+        try:
+            result = work()
+        except UserError as error:
+            failure = [str(error)]  # type: ignore[list-item]
+    dist.broadcast_object_list(failure)
+    if failure[0] is not None:
+        raise UserError(failure[0])
+    return result
 
 
 def resolve_precision(config: HardwareConfig) -> Precision:
@@ -88,6 +106,8 @@ def deepspeed_config(config: TrainConfig, precision: Precision, accumulation: in
     if config.zero.offload_param is not Offload.none:
         zero["offload_param"] = {"device": config.zero.offload_param.name}
     extra = dict(config.zero.extra)
+    if extra and int(os.environ.get("RANK", "0")) == 0:
+        print(f"zero.extra, passed to DeepSpeed as it is: {extra}", flush=True)
     zero |= extra.pop("zero_optimization", {})
     return {
         "train_micro_batch_size_per_gpu": config.micro_batch_size,

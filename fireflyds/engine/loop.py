@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from fireflyds.config import OptimConfig
 from fireflyds.engine.schedule import learning_rate
+from fireflyds.errors import UserError
 from fireflyds.types import PackedBatch, StepMetrics, TrainState
 
 
@@ -22,6 +23,7 @@ def train_steps(
     state: TrainState,
     optim: OptimConfig,
     total_steps: int,
+    seed: int,
     to_device: Callable[[PackedBatch, torch.device], dict[str, Any]],
 ) -> Iterator[StepMetrics]:
     """Steps `state.step` to `total_steps`; `state` is advanced before each yield.
@@ -30,12 +32,14 @@ def train_steps(
     number: the whole step's batches are read first, and their count summed over the ranks.
 
     Raises:
-        FloatingPointError: the loss is not finite.
+        UserError: the loss is not finite.
     """
     world_size = dist.get_world_size()
     engine.train()
     for number in range(state.step, total_steps):
         started = time.perf_counter()
+        # Dropout is a function of the step, so a resumed run drops what an undisturbed one would have.
+        torch.manual_seed(seed * 1_000_003 + number * world_size + dist.get_rank())
         batches = loader.step(number)
         tokens = sum(batch.input_ids.numel() for batch in batches)
         counts = torch.tensor(
@@ -47,20 +51,11 @@ def train_steps(
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
 
-        # DeepSpeed averages gradients over ranks and divides the loss by the accumulation; both are undone.
-        scale = world_size * len(batches) / max(learned, 1)
-        total = torch.zeros((), dtype=torch.float64, device=engine.device)
-        for batch in batches:
-            loss = engine(**to_device(batch, engine.device))
-            engine.backward(loss * scale)
-            norm = _replicated_grad_norm(engine)
-            engine.step()
-            total += loss.detach()
-        dist.all_reduce(total)
-        loss_value = float(total) / max(learned, 1)
-        if not loss_value < float("inf"):
-            raise FloatingPointError(f"step {number + 1}: the loss is {loss_value}; the last checkpoint is whole")
-
+        loss, norm = _optimizer_step(engine, batches, world_size, learned, to_device)
+        if not loss < float("inf"):
+            raise UserError(
+                f"step {number + 1}: the loss is {loss}; the newest checkpoint is whole. Lower optim.lr, or look at the data"
+            )
         state.step, state.tokens, state.learned_tokens = (
             number + 1,
             state.tokens + tokens,
@@ -69,14 +64,37 @@ def train_steps(
         seconds = time.perf_counter() - started
         yield StepMetrics(
             step=state.step,
-            loss=loss_value,
+            loss=loss,
             lr=lr,
-            grad_norm=float(norm if norm is not None else engine.get_global_grad_norm() or 0.0),
+            grad_norm=norm,
             tokens=state.tokens,
             learned_tokens=state.learned_tokens,
             tokens_per_second=tokens / seconds,
             seconds=seconds,
+            extra={"skipped_steps": float(engine.skipped_steps)},
         )
+
+
+def _optimizer_step(
+    engine: Any,
+    batches: list[PackedBatch],
+    world_size: int,
+    learned: int,
+    to_device: Callable[[PackedBatch, torch.device], dict[str, Any]],
+) -> tuple[float, float]:
+    """Forward, backward and update over the step's micro-batches. Returns the loss per learned token and the gradient norm."""
+    # DeepSpeed averages gradients over ranks and divides the loss by the accumulation; both are undone.
+    scale = world_size * len(batches) / max(learned, 1)
+    total = torch.zeros((), dtype=torch.float64, device=engine.device)
+    norm = None
+    for batch in batches:
+        loss = engine(**to_device(batch, engine.device))
+        engine.backward(loss * scale)
+        norm = _replicated_grad_norm(engine)
+        engine.step()
+        total += loss.detach()
+    dist.all_reduce(total)
+    return float(total) / max(learned, 1), float(norm if norm is not None else engine.get_global_grad_norm() or 0.0)
 
 
 def _replicated_grad_norm(engine: Any) -> torch.Tensor | None:

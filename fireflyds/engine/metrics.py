@@ -2,8 +2,9 @@
 
 import json
 import logging
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ class MetricsFile:
         self._stream = path.open("a", encoding="utf-8")
 
     def write(self, metrics: StepMetrics) -> None:
-        self._stream.write(json.dumps(metrics.as_dict()) + "\n")
+        row = {key: value if math.isfinite(value) else None for key, value in metrics.as_dict().items()}
+        self._stream.write(json.dumps(row) + "\n")
         self._stream.flush()
 
     def close(self) -> None:
@@ -54,10 +56,14 @@ def logger(run_dir: Path, rank: int) -> logging.Logger:
     return made
 
 
-def line(metrics: StepMetrics, total_steps: int) -> str:
+def line(recent: Sequence[StepMetrics], total_steps: int) -> str:
+    """One line for the steps since the last line: their mean loss and speed, the newest of everything else."""
+    newest = recent[-1]
+    loss = sum(step.loss for step in recent) / len(recent)
+    speed = sum(step.tokens_per_second * step.seconds for step in recent) / sum(step.seconds for step in recent)
     return (
-        f"step {metrics.step}/{total_steps}  loss {metrics.loss:.4f}  lr {metrics.lr:.2e}  grad_norm {metrics.grad_norm:.3f}  "
-        f"{metrics.tokens_per_second:,.0f} tokens/s  {metrics.tokens:,} tokens"
+        f"step {newest.step}/{total_steps}  loss {loss:.4f}  lr {newest.lr:.2e}  grad_norm {newest.grad_norm:.3f}  "
+        f"{speed:,.0f} tokens/s  {newest.tokens:,} tokens"
     )
 
 
@@ -70,7 +76,9 @@ def plot_loss(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
     for name, rows in curves.items():
-        axes.plot([row["tokens"] for row in rows], [row["loss"] for row in rows], label=name, linewidth=1.2)
+        width = max(1, len(rows) // 50)  # a running mean: one step's loss says more of its documents than of the model
+        means = [sum(row["loss"] for row in rows[at : at + width]) / width for at in range(len(rows) - width + 1)]
+        axes.plot([row["tokens"] for row in rows[width - 1 :]], means, label=name, linewidth=1.2)
     axes.set(xlabel="tokens", ylabel="loss per learned token (nats)")
     axes.grid(alpha=0.3)
     if len(curves) > 1:

@@ -1,17 +1,21 @@
 """The run directory: what was asked (`config.yaml`), with what (`provenance.json`), and by whom it may be resumed."""
 
+import fcntl
+import hashlib
 import json
+import os
 import platform
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from fireflyds.config import TrainConfig
 from fireflyds.directories import write_whole
 from fireflyds.errors import UserError
 
+INPUTS = "inputs.json"
 # Keys that may change between the start of a run and its resumption without making it another run.
 FREE_TO_CHANGE = ("tracking", "checkpoint", "log_every", "runs")
 
@@ -30,32 +34,56 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
     return found
 
 
-def open_run(config: TrainConfig, yaml_text: str, resolved: dict[str, Any]) -> Path:
+def open_run(config: TrainConfig, yaml_text: str, resolved: dict[str, Any], inputs: dict[str, Any]) -> IO[str]:
     """Make the run directory, or check that the one there is the same run. On rank 0 only.
 
+    `inputs` says what the run reads (the store's and the base's contents), which must be the same on resuming.
+    Returns the lock that keeps a second process out for as long as it is open.
+
     Raises:
-        UserError: the name is taken by a run with another configuration; the message lists the differences.
+        UserError: another process trains the run; or the name is taken by a run with another configuration or
+            other inputs, and the message lists the differences.
     """
     import yaml
 
     run_dir = Path(config.run_dir)
     file = run_dir / "config.yaml"
-    if file.exists():
-        changed = differences(yaml.safe_load(file.read_text(encoding="utf-8")), resolved)
-        if changed:
-            raise UserError(
-                f"run={config.run}: {run_dir} was started with another configuration ({'; '.join(changed)}). Give another run=, or the same values to go on"
-            )
-        return run_dir
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_whole(run_dir / "provenance.json", json.dumps(provenance(), indent=2))
-        write_whole(file, yaml_text)
+        lock = (run_dir / ".lock").open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(
+            f"run={config.run}: another process trains {run_dir} now. Wait for it, end it, or give another run="
+        ) from error
     except OSError as error:
         raise UserError(
             f"run={config.run}: {run_dir} cannot be written ({error.strerror}). Give another run= or runs="
         ) from error
-    return run_dir
+    if file.exists():
+        changed = differences(yaml.safe_load(file.read_text(encoding="utf-8")), resolved)
+        changed += differences(json.loads((run_dir / INPUTS).read_text(encoding="utf-8")), inputs)
+        if changed:
+            raise UserError(
+                f"run={config.run}: {run_dir} was started with another configuration ({'; '.join(changed)}). Give another run=, or the same values to go on"
+            )
+        return lock
+    write_whole(run_dir / "provenance.json", json.dumps(provenance(), indent=2))
+    write_whole(run_dir / INPUTS, json.dumps(inputs, indent=2))
+    write_whole(file, yaml_text)
+    return lock
+
+
+def contents_of(folder: Path) -> str:
+    """A hash of a model's weights: every file's name, size, first and last MiB."""
+    digest = hashlib.sha256()
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"]):
+        digest.update(f"{file.name} {file.stat().st_size}".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(1 << 20))
+            stream.seek(-min(1 << 20, file.stat().st_size), os.SEEK_END)
+            digest.update(stream.read())
+    return digest.hexdigest()
 
 
 def provenance() -> dict[str, Any]:

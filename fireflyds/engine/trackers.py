@@ -40,4 +40,10 @@ def open_tracker(
 ) -> NoTracker | WandbTracker:
     if rank != 0 or config.kind is Tracker.none:
         return NoTracker()
-    return WandbTracker(config, run, run_dir, resolved)
+    try:
+        return WandbTracker(config, run, run_dir, resolved)
+    except UserError:
+        raise
+    except Exception as error:  # whatever W&B raises, it is no reason to stop a training run
+        print(f"tracking=wandb: W&B did not start ({error}); training goes on without it", flush=True)
+        return NoTracker()

@@ -106,6 +106,11 @@ def _packed_losses(subject: Subject, sequences: Sequence[Sequence[int]]) -> list
 def continuation_losses(subject: Subject, prompt: list[int], continuations: Sequence[list[int]]) -> list[float]:
     """The loss (nats) of each continuation after the prompt, which is cut on the left where too long."""
     longest = max(map(len, continuations))
-    kept = prompt[-(subject.max_length - longest) :]
+    room = subject.max_length - longest
+    if room < 1:
+        raise UserError(
+            f"a choice of {longest} tokens does not fit into the model's {subject.max_length}. Leave it out"
+        )
+    kept = prompt if len(prompt) <= room else (subject.prefix + prompt[-(room - len(subject.prefix)) :])[-room:]
     losses = token_losses(subject, [kept + continuation for continuation in continuations])
     return [float(loss[len(kept) - 1 :].sum()) for loss in losses]

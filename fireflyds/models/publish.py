@@ -2,7 +2,6 @@
 
 import copy
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,6 @@ from fireflyds.types import EOS, Encoder
 
 # A reloaded model computes the same logits, up to the rounding of its number format.
 TOLERANCE = {Precision.fp32: 1e-5, Precision.bf16: 5e-2, Precision.fp16: 1e-2}
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-                   "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja")  # fmt: skip
 
 
 def write_weights(folder: Path, hf_config: Any, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
@@ -33,22 +30,19 @@ def write_weights(folder: Path, hf_config: Any, weights: dict[str, Tensor], dtyp
         del plain_config.quantization_config
     model = AutoModelForCausalLM.from_config(plain_config, dtype=dtype)
     try:
-        model.load_state_dict(weights, strict=not plain_config.tie_word_embeddings)
+        found = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:
-        raise UserError(
-            f"the trained weights do not fit {plain_config.model_type}: {str(error).splitlines()[1].strip()}"
-        ) from error
+        reason = str(error).splitlines()[1].strip()
+        raise UserError(f"the trained weights do not fit {plain_config.model_type}: {reason}") from error
+    tied = {"lm_head.weight"} if plain_config.tie_word_embeddings else set()
+    wrong = sorted(set(found.missing_keys) - tied) + found.unexpected_keys
+    if wrong:
+        raise UserError(f"the trained weights do not fit {plain_config.model_type}: {wrong[0]} is missing or unknown")
     model.save_pretrained(folder)
 
 
-def write_tokenizer_files(folder: Path, source: Path, encoder: Encoder, template: str | None) -> None:
-    """The tokenizer beside the weights; with a template, its Jinja form and the token at which generation stops."""
-    if source.is_dir():
-        for name in TOKENIZER_FILES:
-            if (source / name).exists():
-                shutil.copy2(source / name, folder / name)
-    else:
-        shutil.copy2(source, folder / "tokenizer.model")
+def write_chat_settings(folder: Path, encoder: Encoder, template: str | None) -> None:
+    """`generation_config.json`; with a template, its Jinja form too, and the token at which generation stops."""
     stop = encoder.eos_id
     if template is not None:
         found = registry.find("fireflyds.data.templates", template)
@@ -65,22 +59,26 @@ def reload_difference(folder: Path, trained: Any, encoder: Encoder, dtype: Preci
     Raises:
         UserError: it is larger than the number format explains.
     """
-    ids = torch.randint(0, encoder.vocab_size, (1, 64), generator=torch.Generator().manual_seed(0))
+    device = trained.get_input_embeddings().weight.device
+    ids = torch.randint(0, encoder.vocab_size, (1, 64), generator=torch.Generator().manual_seed(0)).to(device)
     # Training mode without dropout: in evaluation mode bitsandbytes swaps 4-bit layers on the CPU for a bf16 kernel.
     trained = fuse(trained.train())
     for module in trained.modules():
         if isinstance(module, torch.nn.Dropout):
             module.eval()
+    for parameter in trained.parameters():
+        if parameter.requires_grad:  # float32 beside a half-precision base
+            parameter.data = parameter.data.to(trained.dtype)
     with torch.no_grad():
         hidden = trained.get_decoder()(
             input_ids=ids,
-            position_ids=torch.arange(64)[None],
-            cu_seqlens=torch.tensor([0, 64], dtype=torch.int32),
+            position_ids=torch.arange(64, device=device)[None],
+            cu_seqlens=torch.tensor([0, 64], dtype=torch.int32, device=device),
             max_seqlen=64,
             use_cache=False,
         ).last_hidden_state
-        ours = trained.get_output_embeddings()(hidden).float()
-        theirs = AutoModelForCausalLM.from_pretrained(folder).eval()(ids).logits.float()
+        ours = trained.get_output_embeddings()(hidden).float().cpu()
+        theirs = AutoModelForCausalLM.from_pretrained(folder).eval()(ids.cpu()).logits.float()
     difference = float((ours - theirs).abs().max() / ours.abs().max())
     if not difference <= TOLERANCE[dtype]:
         raise UserError(

@@ -77,13 +77,14 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     merged = {name: tensor for name, tensor in model.state_dict().items() if _is_plain(name)}
     for name, module in model.named_modules():
-        if not isinstance(module, LoraLayer):
-            continue
-        base = module.get_base_layer()
-        a, b = module.lora_A[ADAPTER].weight.float(), module.lora_B[ADAPTER].weight.float()
-        merged[f"{name}.weight"] = _float_weight(base) + module.scaling[ADAPTER] * (b @ a)
-        if getattr(base, "bias", None) is not None:
-            merged[f"{name}.bias"] = base.bias
+        if isinstance(module, LoraLayer):
+            base = module.get_base_layer()
+            a, b = module.lora_A[ADAPTER].weight.float(), module.lora_B[ADAPTER].weight.float()
+            merged[f"{name}.weight"] = _float_weight(base) + module.scaling[ADAPTER] * (b @ a)
+            if getattr(base, "bias", None) is not None:
+                merged[f"{name}.bias"] = base.bias
+        elif getattr(getattr(module, "weight", None), "quant_state", None) is not None and _is_plain(f"{name}.weight"):
+            merged[f"{name}.weight"] = _float_weight(module)
     return {name: tensor.detach().cpu() for name, tensor in merged.items()}
 
 

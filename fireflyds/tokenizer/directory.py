@@ -1,9 +1,12 @@
 """Tokenizer files of a Hugging Face directory, written so that `AutoTokenizer` gives SentencePiece's ids."""
 
 import json
+import shutil
 from pathlib import Path
 
 from sentencepiece import sentencepiece_model_pb2 as sp_pb2
+
+from fireflyds.errors import UserError
 
 FILES = (
     "tokenizer.model",
@@ -16,6 +19,11 @@ FILES = (
     "chat_template.jinja",
 )
 
+TIES_NOTE = (
+    "note: pieces share scores (as in published Chinese-LLaMA vocabularies, or with cure=false); AutoTokenizer cannot "
+    "break such ties as SentencePiece does and gives other ids on much text. fireflyds encodes with SentencePiece"
+)
+
 _PIECE = sp_pb2.ModelProto.SentencePiece
 
 
@@ -25,6 +33,7 @@ def write_tokenizer(proto: sp_pb2.ModelProto, out: Path) -> None:
     The JSON is made here because `LlamaTokenizer` of transformers 5 rebuilds its tokenizer and loses the
     merge order; `PreTrainedTokenizerFast` takes the JSON as it is.
     """
+    check_supported(proto)
     out.mkdir(parents=True, exist_ok=True)
     (out / "tokenizer.model").write_bytes(proto.SerializeToString())
     (out / "tokenizer.json").write_text(json.dumps(_fast_tokenizer(proto), ensure_ascii=False), encoding="utf-8")
@@ -40,6 +49,54 @@ def write_tokenizer(proto: sp_pb2.ModelProto, out: Path) -> None:
         "clean_up_tokenization_spaces": False,
     }
     (out / "tokenizer_config.json").write_text(json.dumps(settings, ensure_ascii=False, indent=2), encoding="utf-8")
+
+
+def copy_tokenizer(source: Path, out: Path) -> None:
+    """The tokenizer of a directory or of a bare `.model`, as a directory that `AutoTokenizer` loads.
+
+    Without a `tokenizer.json` transformers would build a tokenizer of its own, with other ids, so one is written.
+    """
+    if source.is_dir():
+        for name in FILES:
+            if (source / name).exists():
+                shutil.copy2(source / name, out / name)
+    else:
+        shutil.copy2(source, out / "tokenizer.model")
+    if (out / "tokenizer.json").exists():
+        return
+    proto = sp_pb2.ModelProto()
+    proto.ParseFromString((out / "tokenizer.model").read_bytes())
+    try:
+        write_tokenizer(proto, out)
+    except UserError as error:
+        print(f"note: no tokenizer.json is written ({error}); transformers may give other ids than SentencePiece")
+        return
+    if ties(proto):
+        print(TIES_NOTE)
+
+
+def check_supported(proto: sp_pb2.ModelProto) -> None:
+    """Raises `UserError` for a SentencePiece model that `tokenizer.json` cannot express in the way written here."""
+    spec, normalizer = proto.trainer_spec, proto.normalizer_spec
+    rules = {
+        f"model_type is {spec.ModelType.Name(spec.model_type)}, not BPE": spec.model_type != spec.BPE,
+        f"normalisation is {normalizer.name!r}, not identity": normalizer.name not in ("identity", ""),
+        "it removes extra white space": normalizer.remove_extra_whitespaces,
+        "it has no BOS or no EOS": min(spec.bos_id, spec.eos_id) < 0,
+        "it has user-defined pieces": any(piece.type == _PIECE.USER_DEFINED for piece in proto.pieces),
+    }
+    broken = [rule for rule, applies in rules.items() if applies]
+    if broken:
+        raise UserError(
+            f"tokenizer.model: {broken[0]}; this kind of SentencePiece model cannot be a base here. Use a LLaMA-style one"
+        )
+
+
+def ties(proto: sp_pb2.ModelProto) -> bool:
+    """Whether mergeable pieces share a score. SentencePiece then merges the leftmost first, which the ranks of
+    `tokenizer.json` cannot say: `AutoTokenizer` will give other ids."""
+    scores = [piece.score for piece in proto.pieces if piece.type == _PIECE.NORMAL and len(piece.piece) > 1]
+    return len(set(scores)) < len(scores)
 
 
 def _fast_tokenizer(proto: sp_pb2.ModelProto) -> dict[str, object]:

@@ -2,7 +2,8 @@
 
 import io
 import re
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import sentencepiece
@@ -12,12 +13,14 @@ from fireflyds.errors import UserError
 
 NORMAL = sp_pb2.ModelProto.SentencePiece.NORMAL
 
-# Han (with extensions and compatibility forms), and CJK and full-width punctuation.
+# Han (with extensions and compatibility forms), and CJK and full-width punctuation. Quotation marks and dashes that
+# English uses too (“ ” — …) are not among them: text without the new scripts must keep its ids.
 HAN = "\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-CJK_PUNCTUATION = "\u3001-\u3006\u3008-\u303f\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65‘’“”—…·"
+CJK_PUNCTUATION = "\u3001-\u3006\u3008-\u303f\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65"
 _HAN_OR_PUNCTUATION = re.compile(f"[{HAN}]+|[{CJK_PUNCTUATION}]")
 # A line without a break is cut here: the trainer is quadratic in the length of what it cannot split.
 _LONGEST_LINE = 1000
+CHARACTER_COVERAGE = 0.9995
 
 
 def has_han(text: str) -> bool:
@@ -38,24 +41,62 @@ def learn_bpe(texts: Iterable[str], *, vocab_size: int, max_piece_length: int) -
         UserError: there is no text, or `vocab_size` is too small for its characters.
     """
     return _train(
-        _lines(texts), vocab_size, max_piece_length=max_piece_length, byte_fallback=True, add_dummy_prefix=True
+        _lines(texts),
+        vocab_size,
+        max_piece_length=max_piece_length,
+        byte_fallback=True,
+        add_dummy_prefix=True,
+        character_coverage=CHARACTER_COVERAGE,
     )
 
 
-def learn_chinese_pieces(texts: Iterable[str], *, num_pieces: int, max_piece_length: int) -> list[str]:
+def learn_chinese_pieces(
+    read_texts: Callable[[], Iterable[str]], *, num_pieces: int, max_piece_length: int
+) -> list[str]:
     """Pieces of Han characters, most useful first; single characters and CJK punctuation are among them.
 
-    No piece crosses punctuation, a space or another script. Returns at most `num_pieces`.
+    No piece crosses punctuation, a space or another script. Returns at most `num_pieces`, of which at most half
+    are single characters: rarer ones stay with the base's byte fallback. `read_texts` is called twice, once to
+    count characters and once to learn.
 
     Raises:
         UserError: the text has no Han characters.
     """
-    runs = (run for text in texts for run in _HAN_OR_PUNCTUATION.findall(text))
-    # Three more for the trainer's own <unk>, <s> and </s>.
-    model = _train(runs, num_pieces + 3, max_piece_length=max_piece_length, byte_fallback=False, add_dummy_prefix=False)
-    # A tab and a newline cannot be in a run, and the dummy prefix is off: all normal pieces are Chinese,
-    # except the bare space mark that the trainer always adds.
+    counts: Counter[str] = Counter()
+    for run in _runs(read_texts(), _HAN_OR_PUNCTUATION):
+        counts.update(run)
+    wanted = "".join(re.escape(character) for character in _common(counts, num_pieces // 2))
+    if not wanted:
+        raise UserError("corpus: no Han text in it to learn pieces from. Give Chinese text")
+    # Stretches of common characters; a punctuation mark stands alone, so that no piece crosses it.
+    common_runs = re.compile(f"(?:(?![{CJK_PUNCTUATION}])[{wanted}])+|[{wanted}]")
+    model = _train(
+        _runs(read_texts(), common_runs),
+        # Three more for the trainer's own <unk>, <s> and </s>.
+        num_pieces + 3,
+        max_piece_length=max_piece_length,
+        byte_fallback=False,
+        add_dummy_prefix=False,
+        character_coverage=1.0,
+    )
+    # The trainer adds the bare space mark, which is not Chinese.
     return [piece for piece in normal_pieces(model) if has_new_script(piece)]
+
+
+def _runs(texts: Iterable[str], pattern: re.Pattern[str]) -> Iterator[str]:
+    return (run for text in texts for run in pattern.findall(text))
+
+
+def _common(counts: Counter[str], most: int) -> list[str]:
+    """The commonest characters, up to `most`, that make up CHARACTER_COVERAGE of the text."""
+    enough = CHARACTER_COVERAGE * counts.total()
+    chosen, covered = [], 0
+    for character, count in counts.most_common(max(1, most)):
+        if covered >= enough:
+            break
+        chosen.append(character)
+        covered += count
+    return chosen
 
 
 def normal_pieces(model: bytes) -> list[str]:
@@ -82,7 +123,6 @@ def _train(sentences: Iterator[str], vocab_size: int, **options: Any) -> bytes:
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
-            character_coverage=0.9995,
             max_sentencepiece_length=max_piece_length,
             minloglevel=2,
             **options,
@@ -92,7 +132,7 @@ def _train(sentences: Iterator[str], vocab_size: int, **options: Any) -> bytes:
         if needed:
             raise UserError(
                 f"{vocab_size} pieces are too few: the text's characters alone need {needed.group(2)}. "
-                "Ask for more pieces"
+                "Raise vocab_size (learn) or num_pieces (expand)"
             ) from error
         raise UserError(f"learning pieces from the corpus failed: {error}") from error
     return model.getvalue()

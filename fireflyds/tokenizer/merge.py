@@ -66,8 +66,9 @@ def merge(base: bytes, pieces: list[str], *, cure: bool, vocab_multiple: int) ->
     merged = Merged(proto, len(proto.pieces))
     new = [piece for piece in pieces if piece not in known]
     if cure:
-        merged.dropped = [piece for piece in new if not has_new_script(piece)]
-        new = _with_characters([piece for piece in new if has_new_script(piece)], known)
+        kept = [piece for piece in new if has_new_script(piece) and _characters_are_sound(piece, known)]
+        merged.dropped = sorted(set(new) - set(kept))
+        new = _with_characters(kept, known)
     if not new:
         raise UserError(
             f"pieces: all {len(pieces)} are in the base already or were dropped. Give other pieces or a larger corpus"
@@ -85,6 +86,11 @@ def unreachable(model: bytes, pieces: list[str]) -> list[str]:
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     encoded = processor.encode([f"\n{piece}\n" for piece in pieces])
     return [piece for piece, ids in zip(pieces, encoded, strict=True) if processor.piece_to_id(piece) not in ids]
+
+
+def _characters_are_sound(piece: str, known: set[str]) -> bool:
+    """Every character is a piece already, or of a new script and so may become one."""
+    return all(character in known or has_new_script(character) for character in piece)
 
 
 def _with_characters(pieces: list[str], known: set[str]) -> list[str]:
@@ -118,7 +124,8 @@ def _make_reachable(merged: Merged) -> None:
         for piece in dead:
             parts = processor.encode(f"\n{piece}", out_type=str)[2:]
             step = "".join(parts[:2])
-            if len(parts) > 2 and step not in known:
+            # An intermediate without a new character would change how old text is encoded.
+            if len(parts) > 2 and step not in known and has_new_script(step):
                 known.add(step)
                 before[piece] = step
         if not before:

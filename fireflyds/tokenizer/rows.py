@@ -38,19 +38,27 @@ def new_rows(weight: torch.Tensor, old_ids: list[list[int]], init: RowInit, seed
     return torch.stack([values[ids].mean(0) for ids in old_ids]).to(weight.dtype)
 
 
-def expand_model(base: Path, out: Path, old_ids: list[list[int]], init: RowInit, seed: int) -> dict[str, int]:
-    """Copy a Hugging Face directory with `len(old_ids)` more rows in embeddings and head.
+def expand_model(
+    base: Path, out: Path, num_pieces: int, old_ids: list[list[int]], init: RowInit, seed: int
+) -> dict[str, int]:
+    """Copy a Hugging Face directory with rows for `len(old_ids)` new pieces, which follow the `num_pieces` old ones.
+
+    Rows beyond the old pieces are padding, which the new rows take the place of.
 
     Only one shard is in memory at a time. Returns the parameter counts before and after.
 
     Raises:
-        UserError: no safetensors weights, no embeddings under the expected name, or their number of rows is
+        UserError: no safetensors weights, fewer rows than pieces, no embeddings under the expected name, or their number of rows is
             not `vocab_size`.
     """
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     shards = sorted(base.glob("*.safetensors"))
     if not shards:
         raise UserError(f"base={base}: no *.safetensors weights there. Save the model with safetensors first")
+    if config["vocab_size"] < num_pieces:
+        raise UserError(
+            f"base={base}: config.json says vocab_size={config['vocab_size']}, fewer than the tokenizer's {num_pieces} pieces. The two do not belong together"
+        )
     out.mkdir(parents=True, exist_ok=True)
     grown, before, after = [], 0, 0
     for shard in shards:
@@ -61,23 +69,31 @@ def expand_model(base: Path, out: Path, old_ids: list[list[int]], init: RowInit,
                 tensor = file.get_tensor(name)
                 before += tensor.numel()
                 if name in (EMBEDDINGS, HEAD):
-                    tensor = _grow(base, name, tensor, config["vocab_size"], old_ids, init, seed)
+                    tensor = _grow(base, name, tensor, config["vocab_size"], num_pieces, old_ids, init, seed)
                     grown.append(name)
                 after += tensor.numel()
                 tensors[name] = tensor.contiguous()
         save_file(tensors, out / shard.name, metadata=metadata)
     if EMBEDDINGS not in grown:
         raise UserError(f"base={base}: no tensor {EMBEDDINGS} in its weights; this layout is not known")
-    _copy_rest(base, out, config | {"vocab_size": config["vocab_size"] + len(old_ids)})
+    _copy_rest(base, out, config | {"vocab_size": num_pieces + len(old_ids)})
     return {"parameters_before": before, "parameters_after": after}
 
 
 def _grow(
-    base: Path, name: str, weight: torch.Tensor, vocab_size: int, old_ids: list[list[int]], init: RowInit, seed: int
+    base: Path,
+    name: str,
+    weight: torch.Tensor,
+    vocab_size: int,
+    num_pieces: int,
+    old_ids: list[list[int]],
+    init: RowInit,
+    seed: int,
 ) -> torch.Tensor:
     if weight.shape[0] != vocab_size:
         raise UserError(f"base={base}: {name} has {weight.shape[0]} rows but config.json says vocab_size={vocab_size}")
-    return torch.cat([weight, new_rows(weight, old_ids, init, seed)])
+    old = weight[:num_pieces]
+    return torch.cat([old, new_rows(old, old_ids, init, seed)])
 
 
 def _copy_rest(base: Path, out: Path, config: dict[str, Any]) -> None:

@@ -14,12 +14,14 @@ from fireflyds.errors import UserError
 @pytest.fixture
 def walk(tmp_path: Path, monkeypatch):
     """Stages that append their name to a journal, and fail while a file `broken` exists."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "r").mkdir(parents=True)
     script = "import sys, pathlib as p; out, name = map(p.Path, sys.argv[1:3]); (out / 'journal').open('a').write(f'{name} '); "
     script += "sys.exit(3) if (out / f'broken-{name}').exists() else ((out / name).mkdir(exist_ok=True), (out / name / 'made').touch())"
     monkeypatch.setattr(
         road_module,
         "command",
-        lambda stage: [sys.executable, "-c", script, str(tmp_path), stage.name, *stage.overrides],
+        lambda stage: [sys.executable, "-c", script, str(tmp_path / "runs" / "r"), stage.name, *stage.overrides],
     )
 
     def run(second: str = "", seed: str = "k") -> str:
@@ -27,9 +29,9 @@ def walk(tmp_path: Path, monkeypatch):
             StageConfig(name=name, verb="x", makes=f"{name}/made", overrides=[second] if name == "b" else [])
             for name in "abc"
         ]
-        before = _journal(tmp_path)
-        Road(RoadConfig(name="r", out=str(tmp_path), stages=stages), seed).run()
-        return _journal(tmp_path)[len(before) :].strip()
+        before = _journal(tmp_path / "runs" / "r")
+        Road(RoadConfig(name="r", stages=stages), seed).run()
+        return _journal(tmp_path / "runs" / "r")[len(before) :].strip()
 
     return run
 
@@ -51,23 +53,31 @@ def test_a_changed_stage_does_itself_and_the_later_ones_again(walk) -> None:
 
 
 def test_a_failed_stage_stops_the_road_and_is_started_again(walk, tmp_path: Path) -> None:
-    (tmp_path / "broken-b").touch()
+    (tmp_path / "runs" / "r" / "broken-b").touch()
     with pytest.raises(UserError, match=r"b: .* left with exit code 3"):
         walk()
-    (tmp_path / "broken-b").unlink()
+    (tmp_path / "runs" / "r" / "broken-b").unlink()
     assert walk() == "b c"
 
 
 def test_what_was_deleted_is_made_again(walk, tmp_path: Path) -> None:
     walk()
-    (tmp_path / "b" / "made").unlink()
+    (tmp_path / "runs" / "r" / "b" / "made").unlink()
     assert walk() == "b"
 
 
 def test_two_walkers_do_not_meet(walk, tmp_path: Path) -> None:
     import fcntl
 
-    with (tmp_path / ".lock").open("w") as lock:
+    with (tmp_path / "runs" / "r" / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another process walks this road"):
             walk()
+
+
+def test_a_folder_that_no_stage_made_is_left_alone(walk, tmp_path: Path) -> None:
+    thesis = tmp_path / "runs" / "r" / "a" / "thesis.txt"
+    thesis.parent.mkdir()
+    thesis.write_text("years of work")
+    walk()
+    assert thesis.read_text() == "years of work"

@@ -11,10 +11,11 @@ from fireflyds.errors import UserError
 from fireflyds.types import StepMetrics
 
 
-def _open(tmp_path: Path, *overrides: str) -> Path:
+def _open(tmp_path: Path, *overrides: str, base: str = "b") -> Path:
     config = app.compose("train", [f"runs={tmp_path}", "run=r", "model=a/b", "data=c/d", "optim.steps=3", *overrides])
     text = app.to_yaml(config)
-    return open_run(config, text, yaml.safe_load(text))
+    open_run(config, text, yaml.safe_load(text), {"store": "s", "base": base}).close()
+    return tmp_path / "r"
 
 
 def test_the_same_run_opens_again_and_another_configuration_is_refused(tmp_path: Path) -> None:
@@ -23,8 +24,20 @@ def test_the_same_run_opens_again_and_another_configuration_is_refused(tmp_path:
     before = (run_dir / "config.yaml").read_bytes()
     with pytest.raises(UserError, match=r"optim.lr: 0.0002 -> 0.5"):
         _open(tmp_path, "optim.lr=0.5")
+    with pytest.raises(UserError, match=r"base: b -> c"):
+        _open(tmp_path, base="c")
     assert (run_dir / "config.yaml").read_bytes() == before
     assert json.loads((run_dir / "provenance.json").read_text())["libraries"]["torch"]
+
+
+def test_a_run_has_one_process(tmp_path: Path) -> None:
+    import fcntl
+
+    run_dir = _open(tmp_path)
+    with (run_dir / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process trains"):
+            _open(tmp_path)
 
 
 def _step(number: int) -> StepMetrics:

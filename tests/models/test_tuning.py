@@ -47,10 +47,13 @@ def _train_a_little(model) -> None:
         optimizer.zero_grad()
 
 
+@pytest.mark.parametrize("targets", [[], ["q_proj", "v_proj"]])
 @pytest.mark.parametrize("train_embeddings", [False, True])
 @pytest.mark.parametrize("method", [TuningMethod.lora, TuningMethod.qlora])
-def test_merged_equals_attached(base: Path, method: TuningMethod, train_embeddings: bool) -> None:
-    model = _load(base, TuningConfig(method=method, r=4, dropout=0.0, train_embeddings=train_embeddings))
+def test_merged_equals_attached(base: Path, method: TuningMethod, train_embeddings: bool, targets: list[str]) -> None:
+    model = _load(
+        base, TuningConfig(method=method, r=4, dropout=0.0, train_embeddings=train_embeddings, target_modules=targets)
+    )
     before = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
     _train_a_little(model)
     for name, parameter in model.named_parameters():

@@ -74,6 +74,9 @@ def test_training_refuses_what_cannot_work(verb, store: Path, tmp_path: Path, ba
         "global_batch_size=3",
         "Nearest: 2",
     )
+    refused(
+        verb("train", *scratch, "data=store", "seq_len=4096", check=False), "seq_len=4096: the model has 2048 positions"
+    )
     refused(verb("train", *scratch, "data=nowhere/", check=False), "no token store there", "launch/prepare.py")
     refused(verb("train", *scratch, "data=store", "data.weights.zh=1", check=False), "It has: text")
     refused(
@@ -105,3 +108,30 @@ def test_exporting_and_evaluating_what_is_not_there(verb, tmp_path: Path) -> Non
         "no entry 'guess'. Known: bits_per_byte, cmmlu, multiple_choice",
     )
     refused(verb("chat", "model=never", check=False), "no config.json there")
+
+
+def test_a_refusal_on_two_ranks_is_one_message(verb, store: Path, base_tokenizer: Path, tmp_path: Path) -> None:
+    arguments = [
+        "run=r", "data=store", "model=at_path", "model.init=scratch", f"model.tokenizer={base_tokenizer}", "optim.steps=1", "seq_len=64",
+        "global_batch_size=2", "model.architecture={model_type: llama, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2}",
+    ]  # fmt: skip
+    start = ("deepspeed", "--num_gpus", "2")
+    verb("train", *arguments, start=start)
+    done = verb("train", *arguments, "optim.lr=0.5", start=start, check=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("error: ") == 1
+    assert "optim.lr: 0.0002 -> 0.5" in done.stderr
+
+
+def test_values_out_of_range_are_refused_at_the_door(verb, tmp_path: Path) -> None:
+    for name, arguments, words in (
+        ("evaluate", ["model=x", "max_tokens=0"], "max_tokens=0: must be at least 2"),
+        ("evaluate", ["model=x", "tasks=[]"], "nothing to do"),
+        ("prepare", ["data=x/y", "tokenizer=t", "workers=-1"], "workers=-1: must be at least 0"),
+        ("chat", ["model=x", "max_new_tokens=0"], "max_new_tokens=0: must be at least 1"),
+        ("learn", ["corpus=x", "out=y", "vocab_size=5"], "vocab_size=5: must be at least 300"),
+        ("expand", ["base=x", "out=y", "corpus=z", "num_pieces=-5"], "num_pieces=-5: must be at least 0"),
+        ("train", ["--foo", "run=x"], "--foo: no such option"),
+    ):
+        refused(verb(name, *arguments, check=False), words)

@@ -25,7 +25,7 @@ CODE = [
 @pytest.fixture(scope="module")
 def merged(base_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("merged")
-    pieces = learn_chinese_pieces(CHINESE, num_pieces=80, max_piece_length=4)
+    pieces = learn_chinese_pieces(lambda: CHINESE, num_pieces=80, max_piece_length=4)
     write_tokenizer(
         merge((base_tokenizer / "tokenizer.model").read_bytes(), pieces, cure=True, vocab_multiple=64).proto, folder
     )

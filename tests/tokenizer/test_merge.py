@@ -15,7 +15,7 @@ from fireflyds.tokenizer.merge import merge, read_pieces, unreachable
 
 @pytest.fixture(scope="module")
 def pieces() -> list[str]:
-    return learn_chinese_pieces(CHINESE, num_pieces=80, max_piece_length=4)
+    return learn_chinese_pieces(lambda: CHINESE, num_pieces=80, max_piece_length=4)
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +65,7 @@ def test_any_string_comes_back(new, text: str) -> None:
     st.text(st.characters(max_codepoint=0x2E7F, blacklist_categories=("Cs",)) | st.sampled_from(list("".join(ENGLISH))))
 )
 def test_text_without_new_characters_keeps_its_ids(old, new, text: str) -> None:
-    kept = "".join(c for c in text if c not in "‘’“”—…·")
-    assert new.encode(kept) == old.encode(kept)
+    assert new.encode(text) == old.encode(text)
 
 
 def test_a_piece_without_a_path_gets_its_intermediate(base_tokenizer: Path) -> None:
@@ -94,5 +93,5 @@ def test_a_list_with_a_piece_twice_names_both_lines(tmp_path: Path) -> None:
 
 
 def test_a_corpus_without_chinese_is_refused() -> None:
-    with pytest.raises(UserError, match="no text of the wanted script"):
-        learn_chinese_pieces(ENGLISH, num_pieces=50, max_piece_length=4)
+    with pytest.raises(UserError, match="no Han text"):
+        learn_chinese_pieces(lambda: ENGLISH, num_pieces=50, max_piece_length=4)

@@ -43,7 +43,7 @@ def test_expanded_model_keeps_its_old_logits(tmp_path: Path, tied: bool) -> None
         tie_word_embeddings=tied,
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
-    counts = expand_model(tmp_path / "base", tmp_path / "out", [[3, 4], [5]], RowInit.mean, 0)
+    counts = expand_model(tmp_path / "base", tmp_path / "out", 40, [[3, 4], [5]], RowInit.mean, 0)
     assert counts["parameters_after"] - counts["parameters_before"] == 2 * 16 * (1 if tied else 2)
     old, new = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("base", "out"))
     assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 42
@@ -60,4 +60,4 @@ def test_rows_that_disagree_with_the_config_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text(file.read_text().replace('"vocab_size": 40', '"vocab_size": 39'))
     with pytest.raises(UserError, match=r"has 40 rows but config.json says vocab_size=39"):
-        expand_model(tmp_path, tmp_path / "out", [[1]], RowInit.mean, 0)
+        expand_model(tmp_path, tmp_path / "out", 39, [[1]], RowInit.mean, 0)

@@ -33,6 +33,8 @@ def evaluate(subject: Subject, config: EvaluateConfig) -> dict[str, float]:
             losses = continuation_losses(subject, subject.prompt_ids(header + shots + _ask(row)), letters)
             right += LETTERS[losses.index(min(losses))] == row["Answer"]
             asked += 1
+        if asked == 0:
+            raise UserError(f"{folder}/test/{name}.csv: no question in it")
         figures[name] = right / asked
         correct, total = correct + right, total + asked
     return figures | {"accuracy": correct / total, "chance": 1 / len(LETTERS), "questions": total}

@@ -34,7 +34,7 @@ def _read(config: EvaluateConfig) -> list[tuple[str, list[str], int]]:
         fields = record.fields if isinstance(record, Record) else None
         match fields:
             case {"question": str(question), "choices": [_, _, *_] as choices, "answer": int(answer)} if (
-                0 <= answer < len(choices)
+                0 <= answer < len(choices) and all(isinstance(choice, str) and choice for choice in choices)
             ):
                 rows.append((question, choices, answer))
             case _:
