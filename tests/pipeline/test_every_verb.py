@@ -138,9 +138,11 @@ def test_all_launchers_and_world_sizes_give_the_same_losses(verb, base: Path, tm
     stage3 = verb("train", "run=z3", *arguments, "zero=stage3", start=TWO_RANKS)
     assert "ZeRO-3" in stage3.stderr
     assert losses(tmp_path / "runs" / "z3") == pytest.approx(found["python"], rel=1e-5)
+    verb("export", "run=z3", "dtype=bf16")
 
 
-def test_a_run_cut_short_goes_on_with_the_same_losses(verb, base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tuning", [["tuning=full"], ["tuning=lora", "tuning.r=4", "tuning.dropout=0.3"]])
+def test_a_run_cut_short_goes_on_with_the_same_losses(verb, base: Path, tmp_path: Path, tuning: list[str]) -> None:
     arguments = [
         "model=runs/base/export",
         "data=en",
@@ -148,6 +150,7 @@ def test_a_run_cut_short_goes_on_with_the_same_losses(verb, base: Path, tmp_path
         "optim.warmup_steps=0",
         "optim.schedule=constant",
         *SMALL,
+        *tuning,
         "checkpoint.every=2",
     ]
     verb("train", "run=whole", *arguments)
