@@ -95,7 +95,9 @@ def check_supported(proto: sp_pb2.ModelProto) -> None:
 def ties(proto: sp_pb2.ModelProto) -> bool:
     """Whether mergeable pieces share a score. SentencePiece then merges the leftmost first, which the ranks of
     `tokenizer.json` cannot say: `AutoTokenizer` will give other ids."""
-    scores = [piece.score for piece in proto.pieces if piece.type == _PIECE.NORMAL and len(piece.piece) > 1]
+    merged = [piece for piece in proto.pieces if piece.type == _PIECE.NORMAL and len(piece.piece) > 1]
+    # LLaMA's runs of spaces share the score -1e9 without harm: any way of merging them gives the same run.
+    scores = [piece.score for piece in merged if piece.score > -1e8]
     return len(set(scores)) < len(scores)
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from samples import CHINESE, ENGLISH
 
 from fireflyds.errors import UserError
+from fireflyds.tokenizer.directory import ties
 from fireflyds.tokenizer.learn import has_han, learn_chinese_pieces
 from fireflyds.tokenizer.merge import merge, read_pieces, unreachable
 
@@ -75,6 +76,19 @@ def test_a_piece_without_a_path_gets_its_intermediate(base_tokenizer: Path) -> N
     assert unreachable(merged.proto.SerializeToString(), ["意大利"]) == []
     raw = merge(base, ["意大利"], cure=False, vocab_multiple=1)
     assert unreachable(raw.proto.SerializeToString(), ["意大利"]) == ["意大利"]
+
+
+def test_cured_scores_are_distinct_and_uncured_ones_tie(base_tokenizer: Path, pieces: list[str]) -> None:
+    base = (base_tokenizer / "tokenizer.model").read_bytes()
+    assert not ties(merge(base, pieces, cure=True, vocab_multiple=64).proto)
+    assert ties(merge(base, pieces, cure=False, vocab_multiple=1).proto)
+
+
+def test_no_intermediate_touches_old_text(base_tokenizer: Path) -> None:
+    base = (base_tokenizer / "tokenizer.model").read_bytes()
+    merged = merge(base, ["2017年", "年轻"], cure=True, vocab_multiple=1)
+    assert all(has_han(piece) for piece in merged.added)
+    assert merged.dropped == ["2017年"]
 
 
 def test_pieces_of_other_scripts_are_dropped_by_the_cure_alone(base_tokenizer: Path) -> None:
