@@ -38,10 +38,10 @@ def main(verb: Callable[[C], Any], about: str) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
     arguments = drop_local_rank(sys.argv[1:])
-    if {"-h", "--help"} & set(arguments):
-        print(reference.help_text(name, about, CONF))
-        sys.exit(0)
     try:
+        if {"-h", "--help"} & set(arguments):
+            print(reference.help_text(name, about, CONF), flush=True)
+            return
         flags = [argument for argument in arguments if argument.startswith("-") and argument != "--cfg"]
         if flags:
             raise UserError(f"{flags[0]}: no such option. Keys are written key=value; -h lists them")
@@ -56,6 +56,8 @@ def main(verb: Callable[[C], Any], about: str) -> None:
         if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except BrokenPipeError:  # `... -h | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from here", file=sys.stderr)
         sys.exit(130)

@@ -7,50 +7,47 @@
 The run lives in `runs/<run>`. The same command again resumes it from its newest checkpoint.
 """
 
-import hashlib
-import json
 import math
 import os
 import sys
 from pathlib import Path
-from typing import Any
-
-import torch.distributed as dist
-import yaml
 
 from fireflyds import app
 from fireflyds.config import TrainConfig, TuningMethod
-from fireflyds.data.loader import PackedLoader
-from fireflyds.data.mix import RowSequence, lost_to_length
-from fireflyds.data.store import TokenStore
-from fireflyds.engine import checkpoint, deepspeed, metrics, ranks, run, trackers
-from fireflyds.engine.journal import Journal
-from fireflyds.engine.loop import train_steps
-from fireflyds.engine.signals import StopRequest
-from fireflyds.errors import UserError
-from fireflyds.models import load, tuning
-from fireflyds.models.fuse import device_batch, fuse
-from fireflyds.tokenizer.encoder import load_encoder
 
 # A scheduler that sees this code may start the same command again.
 EXIT_INTERRUPTED = 75
 
 
 def train(config: TrainConfig) -> None:
+    # Heavy imports wait until the configuration is good.
+    import torch.distributed as dist
+    import yaml
+
+    from fireflyds.data.loader import PackedLoader
+    from fireflyds.data.mix import RowSequence
+    from fireflyds.engine import checkpoint, deepspeed, metrics, ranks, run, trackers
+    from fireflyds.engine.journal import Journal
+    from fireflyds.engine.loop import train_steps
+    from fireflyds.engine.signals import StopRequest
+    from fireflyds.models import load, tuning
+    from fireflyds.models.fuse import device_batch, fuse
+    from fireflyds.tokenizer.encoder import load_encoder
+
     me = ranks.discover(os.environ)
     precision = deepspeed.resolve_precision(config.hardware)
     accumulation = deepspeed.accumulation_steps(config, me.world_size)
     encoder = load_encoder(config.model.tokenizer_path)
     hf_config = load.read_config(config.model, encoder)
     load.check_positions(hf_config, config.seq_len)
-    store = open_store(config, encoder.fingerprint())
+    store = run.open_store(config, encoder.fingerprint())
     rows = RowSequence(store, config.seq_len, config.seed, config.data.weights)
     total_steps = config.optim.steps or math.ceil(config.optim.epochs * rows.rows_per_epoch / config.global_batch_size)
 
     deepspeed.start(me, config.hardware.timeout_minutes)
     text = app.to_yaml(config)
     run_dir = Path(config.run_dir)
-    lock = deepspeed.on_rank_zero(lambda: run.open_run(config, text, yaml.safe_load(text), inputs(config, store)))
+    lock = deepspeed.on_rank_zero(lambda: run.open_run(config, text, yaml.safe_load(text), run.inputs(config, store)))
     log = metrics.logger(run_dir, me.rank)
 
     quantization = tuning.quantization(config.tuning, precision)
@@ -58,7 +55,7 @@ def train(config: TrainConfig) -> None:
     model = fuse(tuning.apply(loaded.model, loaded.family, config.tuning, config.seed))
     if config.hardware.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    log.info(describe(config, model, store, rows, total_steps, me.world_size, accumulation, precision.name))
+    log.info(run.describe(config, model, store, rows, total_steps, me.world_size, accumulation, precision.name))
     engine = deepspeed.build_engine(model, config, precision, accumulation)
     state = checkpoint.load(engine, run_dir)
     if state.step:
@@ -84,56 +81,6 @@ def train(config: TrainConfig) -> None:
         lock.close()
     if state.step < total_steps:
         sys.exit(EXIT_INTERRUPTED)
-
-
-def inputs(config: TrainConfig, store: TokenStore) -> dict[str, Any]:
-    """What the run reads, by contents."""
-    made_from = json.dumps(store.manifest["made_from"], sort_keys=True)
-    base = run.contents_of(Path(config.model.path)) if config.model.path else None
-    return {
-        "store": hashlib.sha256(made_from.encode()).hexdigest(),
-        "base": base,
-        "template": store.manifest["template"],
-    }
-
-
-def open_store(config: TrainConfig, fingerprint: str) -> TokenStore:
-    """The token store, refused when it was made with another tokenizer."""
-    if not config.data.store:
-        raise UserError("data.store is empty: give data=<store made by launch/prepare.py>")
-    store = TokenStore(config.data.store)
-    made_with = store.manifest["made_from"]["tokenizer"]
-    if made_with != fingerprint:
-        raise UserError(
-            f"data.store={config.data.store}: made with another tokenizer (hash {made_with[:12]}) than {config.model.tokenizer_path} "
-            f"(hash {fingerprint[:12]}). Prepare it again with tokenizer={config.model.tokenizer_path}"
-        )
-    return store
-
-
-def describe(
-    config: TrainConfig,
-    model: Any,
-    store: TokenStore,
-    rows: RowSequence,
-    steps: int,
-    world: int,
-    accumulation: int,
-    precision: str,
-) -> str:
-    """What is about to happen, in two lines."""
-    total, trainable = tuning.count_parameters(model)
-    truncated, dropped = lost_to_length(rows.pieces)
-    lost = (
-        f", {truncated} dialogues shortened and {dropped} left out for seq_len={config.seq_len}"
-        if truncated or dropped
-        else ""
-    )
-    return (
-        f"{config.run}: {config.tuning.method.name}, {trainable:,} of {total:,} parameters train, ZeRO-{config.zero.stage}, {precision}\n"
-        f"{len(store):,} documents, {int(store.offsets[-1]):,} tokens, {rows.rows_per_epoch:,} rows an epoch{lost}; {steps:,} steps of "
-        f"{config.global_batch_size} rows = {world} ranks x {config.micro_batch_size} x {accumulation} accumulated"
-    )
 
 
 if __name__ == "__main__":

@@ -96,7 +96,8 @@ def test_option_reference_is_in_step_with_the_schema() -> None:
 
 def test_help_and_cfg_job_answer_without_torch(verb) -> None:
     for name in config.VERBS:
-        shown = verb(name, "-h", env={"PYTHONPROFILEIMPORTTIME": "1"} if name != "train" else None)
+        shown = verb(name, "-h", env={"PYTHONPROFILEIMPORTTIME": "1"})
         assert "Keys" in shown.stdout
+        assert "import time:" in shown.stderr
         assert "| torch\n" not in shown.stderr
     assert "seq_len: 7" in verb("train", *GOOD, "seq_len=7", "--cfg", "job").stdout

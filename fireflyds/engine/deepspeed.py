@@ -1,6 +1,7 @@
 """The door to DeepSpeed: start the ranks, build the configuration, build the engine."""
 
 import os
+import warnings
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -26,6 +27,8 @@ def start(ranks: Ranks, timeout_minutes: float) -> None:
     from deepspeed.utils import logger
 
     logger.setLevel("WARNING")
+    # DeepSpeed calls collectives by names that newer torch announces to rename; nothing a user could do about.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # DeepSpeed would compile a shared-memory all-reduce for a minute at the first start; gloo's is enough.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if torch.cuda.is_available() else "gloo"

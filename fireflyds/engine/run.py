@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from fireflyds.config import TrainConfig
+from fireflyds.data.mix import RowSequence, lost_to_length
+from fireflyds.data.store import TokenStore
 from fireflyds.directories import write_whole
 from fireflyds.errors import UserError
+from fireflyds.models import tuning
 
 INPUTS = "inputs.json"
 # Keys that may change between the start of a run and its resumption without making it another run.
@@ -84,6 +87,56 @@ def contents_of(folder: Path) -> str:
             stream.seek(-min(1 << 20, file.stat().st_size), os.SEEK_END)
             digest.update(stream.read())
     return digest.hexdigest()
+
+
+def inputs(config: TrainConfig, store: TokenStore) -> dict[str, Any]:
+    """What the run reads, by contents."""
+    made_from = json.dumps(store.manifest["made_from"], sort_keys=True)
+    base = contents_of(Path(config.model.path)) if config.model.path else None
+    return {
+        "store": hashlib.sha256(made_from.encode()).hexdigest(),
+        "base": base,
+        "template": store.manifest["template"],
+    }
+
+
+def open_store(config: TrainConfig, fingerprint: str) -> TokenStore:
+    """The token store, refused when it was made with another tokenizer."""
+    if not config.data.store:
+        raise UserError("data.store is empty: give data=<store made by launch/prepare.py>")
+    store = TokenStore(config.data.store)
+    made_with = store.manifest["made_from"]["tokenizer"]
+    if made_with != fingerprint:
+        raise UserError(
+            f"data.store={config.data.store}: made with another tokenizer (hash {made_with[:12]}) than {config.model.tokenizer_path} "
+            f"(hash {fingerprint[:12]}). Prepare it again with tokenizer={config.model.tokenizer_path}"
+        )
+    return store
+
+
+def describe(
+    config: TrainConfig,
+    model: Any,
+    store: TokenStore,
+    rows: RowSequence,
+    steps: int,
+    world: int,
+    accumulation: int,
+    precision: str,
+) -> str:
+    """What is about to happen, in two lines."""
+    total, trainable = tuning.count_parameters(model)
+    truncated, dropped = lost_to_length(rows.pieces)
+    lost = (
+        f", {truncated} dialogues shortened and {dropped} left out for seq_len={config.seq_len}"
+        if truncated or dropped
+        else ""
+    )
+    return (
+        f"{config.run}: {config.tuning.method.name}, {trainable:,} of {total:,} parameters train, ZeRO-{config.zero.stage}, {precision}\n"
+        f"{len(store):,} documents, {int(store.offsets[-1]):,} tokens, {rows.rows_per_epoch:,} rows an epoch{lost}; {steps:,} steps of "
+        f"{config.global_batch_size} rows = {world} ranks x {config.micro_batch_size} x {accumulation} accumulated"
+    )
 
 
 def provenance() -> dict[str, Any]:
