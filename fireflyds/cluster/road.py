@@ -118,14 +118,21 @@ def _execute(words: list[str], log: Path, note_time: Callable[[], None]) -> int:
     log.parent.mkdir(parents=True, exist_ok=True)
     bin_dir = Path(sys.executable).parent
     environment = os.environ | {"PATH": f"{bin_dir}{os.pathsep}{os.environ.get('PATH', '')}"}
+    # In a session of its own, so that a signal reaches all its processes, and once: DeepSpeed's launcher passes none on.
     process = subprocess.Popen(
-        words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        words,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
     )
     asked: list[int] = []
 
     def pass_on(number: int, frame: object) -> None:
-        # A Ctrl-C in a terminal has reached the command as well; a signal to this process alone has not.
-        process.send_signal(signal.SIGKILL if asked else signal.SIGINT)
+        print("   stopping (a second Ctrl-C kills) ..." if not asked else "   killing", flush=True)
+        os.killpg(process.pid, signal.SIGKILL if asked else signal.SIGINT)
         asked.append(number)
 
     previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}

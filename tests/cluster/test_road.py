@@ -81,3 +81,25 @@ def test_a_folder_that_no_stage_made_is_left_alone(walk, tmp_path: Path) -> None
     thesis.write_text("years of work")
     walk()
     assert thesis.read_text() == "years of work"
+
+
+def test_an_interrupt_reaches_the_stage_and_lets_it_save(tmp_path: Path) -> None:
+    import os
+    import signal
+    import subprocess
+    import time
+
+    stage = "import signal, sys, time; signal.signal(signal.SIGINT, lambda *_: (print('saved', flush=True), sys.exit(75))); print('ready', flush=True); time.sleep(60)"
+    code = (
+        "import sys; from pathlib import Path; from fireflyds.cluster.road import _execute\n"
+        f"try:\n    _execute([sys.executable, '-c', {stage!r}], Path('log'), lambda: None)\n"
+        "except KeyboardInterrupt:\n    sys.exit(130)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, start_new_session=True)
+    until = time.monotonic() + 30
+    while not (tmp_path / "log").exists() or "ready" not in (tmp_path / "log").read_text():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(20) == 130
+    assert (tmp_path / "log").read_text().split() == ["ready", "saved"]
