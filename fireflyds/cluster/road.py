@@ -127,6 +127,8 @@ def _execute(words: list[str], log: Path, note_time: Callable[[], None]) -> int:
         text=True,
         errors="replace",
         start_new_session=True,
+        # A road started in the background has SIGINT ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     asked: list[int] = []
 
