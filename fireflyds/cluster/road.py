@@ -144,7 +144,8 @@ def _execute(words: list[str], log: Path, note_time: Callable[[], None]) -> int:
                 stream.write(line)
                 stream.flush()
                 note_time()
-                if line.strip() and not _NOISE.search(line):
+                # Once asked to stop, only that it was saved matters; launchers' tracebacks stay in the log.
+                if line.strip() and not _NOISE.search(line) and (not asked or "stopped at" in line):
                     print("   " + line, end="", flush=True)
         code = process.wait()
     finally:
