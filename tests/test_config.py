@@ -69,6 +69,10 @@ def test_a_composed_config_survives_its_yaml(tmp_path: Path) -> None:
     assert app.from_yaml(file, config.TrainConfig) == made
 
 
+def test_zero_takes_the_stage_alone() -> None:
+    assert [app.compose("train", [*GOOD, f"zero={stage}"]).zero.stage for stage in range(4)] == [0, 1, 2, 3]
+
+
 def test_every_experiment_and_road_composes() -> None:
     experiments = [path.stem for path in (app.CONF / "experiment").glob("*.yaml")]
     assert "demo_cpt" in experiments
