@@ -98,7 +98,7 @@ def compose(verb: str, overrides: list[str]) -> Any:
             composed = hydra_compose(config_name=verb, overrides=rest)
         for key, value in plain.items():
             OmegaConf.update(composed, key, value.replace("${", "\\${"))
-        missing = sorted(key for key in OmegaConf.missing_keys(composed) if key not in ("hydra",))
+        missing = sorted(OmegaConf.missing_keys(composed))
         if missing:
             raise UserError(f"{missing[0]} is not set: {verb} needs {', '.join(missing)}. Give {missing[0]}=<value>")
         return OmegaConf.to_object(composed)

@@ -29,6 +29,13 @@ def expand(config: ExpandConfig) -> None:
             f"base={base}: no SentencePiece tokenizer there. Give a directory with tokenizer.model, or a .model"
         )
     old = load_encoder(base_file)
+    if base.resolve() == Path(config.out).resolve():
+        raise UserError(f"out={config.out}: is the base itself. Give another folder")
+    extra = load_encoder(base).vocab_size - old.vocab_size
+    if extra > 0:
+        raise UserError(
+            f"base={base}: has {extra} added tokens behind the pieces of tokenizer.model; their ids would be given away. Use a base without added tokens"
+        )
     if config.pieces:
         pieces = read_pieces(Path(config.pieces))
     else:
@@ -39,13 +46,6 @@ def expand(config: ExpandConfig) -> None:
         )
     merged = merge(base_file.read_bytes(), pieces, cure=config.cure, vocab_multiple=config.vocab_multiple)
     added = merged.added + merged.filled
-    if base.resolve() == Path(config.out).resolve():
-        raise UserError(f"out={config.out}: is the base itself. Give another folder")
-    extra = load_encoder(base).vocab_size - merged.num_base
-    if extra > 0:
-        raise UserError(
-            f"base={base}: has {extra} added tokens behind the pieces of tokenizer.model; their ids would be given away. Use a base without added tokens"
-        )
     dead = unreachable(merged.proto.SerializeToString(), added)
 
     report = {
@@ -66,8 +66,7 @@ def expand(config: ExpandConfig) -> None:
             report |= expand_model(base, out, merged.num_base, old_ids_of(added, old), config.init, config.seed)
         if config.corpus:
             new = load_encoder(out)
-            texts = list(read_texts(config.corpus))
-            before, after = measure(old, texts), measure(new, texts)
+            before, after = (measure(encoder, read_texts(config.corpus)) for encoder in (old, new))
             report |= {"before": before.as_dict(), "after": after.as_dict()}
             print(
                 f"tokens per character: {before.tokens_per_character:.4f} -> {after.tokens_per_character:.4f} "

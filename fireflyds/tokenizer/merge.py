@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import sentencepiece
@@ -145,7 +146,12 @@ def _fill(merged: Merged, multiple: int) -> None:
     missing = -(merged.num_base + len(merged.added)) % multiple
     known = {piece.piece for piece in merged.proto.pieces} | set(merged.added)
     characters = (c for c in _common_han() if c not in known)
-    merged.filled = [next(characters) for _ in range(missing)]
+    merged.filled = list(islice(characters, missing))
+    if len(merged.filled) < missing:
+        raise UserError(
+            f"vocab_multiple={multiple}: {missing:,} more pieces would be needed, and there are {len(merged.filled):,} "
+            "further Han characters. Give a smaller multiple"
+        )
 
 
 def _common_han() -> Iterator[str]:

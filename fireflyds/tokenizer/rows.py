@@ -48,8 +48,8 @@ def expand_model(
     Only one shard is in memory at a time. Returns the parameter counts before and after.
 
     Raises:
-        UserError: no safetensors weights, fewer rows than pieces, no embeddings under the expected name, or their number of rows is
-            not `vocab_size`.
+        UserError: no safetensors weights, fewer rows than pieces, no embeddings under the expected name, or their
+            number of rows is not `vocab_size`.
     """
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     shards = sorted(base.glob("*.safetensors"))

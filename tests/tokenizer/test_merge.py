@@ -84,6 +84,11 @@ def test_cured_scores_are_distinct_and_uncured_ones_tie(base_tokenizer: Path, pi
     assert ties(merge(base, pieces, cure=False, vocab_multiple=1).proto)
 
 
+def test_a_multiple_beyond_all_characters_is_refused(base_tokenizer: Path) -> None:
+    with pytest.raises(UserError, match=r"vocab_multiple=1000000: .* Give a smaller multiple"):
+        merge((base_tokenizer / "tokenizer.model").read_bytes(), ["河流"], cure=True, vocab_multiple=1_000_000)
+
+
 def test_no_intermediate_touches_old_text(base_tokenizer: Path) -> None:
     base = (base_tokenizer / "tokenizer.model").read_bytes()
     merged = merge(base, ["2017年", "年轻"], cure=True, vocab_multiple=1)
