@@ -1,4 +1,4 @@
-"""The reference of options, read from the docstrings under the fields of `config.py`."""
+"""The reference of options, read from the docstrings under the fields of `config/`."""
 
 import ast
 import dataclasses
@@ -21,7 +21,7 @@ def field_docs(schema: type) -> dict[str, str]:
     for field, below in zip(body.body, body.body[1:], strict=False):
         if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
             assert isinstance(field.target, ast.Name)
-            docs[field.target.id] = str(below.value.value)
+            docs[field.target.id] = " ".join(str(below.value.value).split())
     return docs
 
 
@@ -70,7 +70,7 @@ def markdown(conf: Path) -> str:
     parts = [
         "# Options",
         "",
-        "Written by `python -m fireflyds.reference`; a test keeps it in step with `fireflyds/config.py`.",
+        "Written by `python -m fireflyds.reference`; a test keeps it in step with `fireflyds/config`.",
     ]
     for verb, schema in config.VERBS.items():
         parts += ["", f"## `launch/{verb}.py`", "", "| key | default | meaning |", "|---|---|---|"]

@@ -71,6 +71,12 @@ class Encoder(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
+    def fragments(self) -> frozenset[int]:
+        """Ids that spell bytes and no whole character: byte fallback."""
+
+    def token(self, index: int) -> str:
+        """What a token spells, for people to read."""
+
     def fingerprint(self) -> str:
         """A hash that two tokenizers share when they map the same text to the same ids."""
 

@@ -1,86 +1,123 @@
-"""Expand a base model's vocabulary: learn or read pieces, merge them, give them embedding rows.
+"""Expand a base model's vocabulary: learn or read pieces, merge them, prove the merge, give them embedding rows.
 
-    python launch/expand.py base=models/llama-2-7b corpus=zh.txt num_pieces=20000 out=models/llama-2-7b-zh
+    python launch/expand.py base=models/llama-2-7b corpus=zh.txt num_pieces=12000 out=models/llama-2-7b-zh
     python launch/expand.py base=llama2.model pieces=chinese_sp.model out=merged
+    python launch/expand.py report=only base=llama2.model other=models/qwen corpus=zh.txt
 
-`base` is a Hugging Face directory (model and tokenizer come out) or a `.model` (a tokenizer comes out).
+`base` is a Hugging Face directory (model and tokenizer come out) or a tokenizer alone (a tokenizer comes out).
+Beside them stand `report.md`, `report.json` and `report.png`.
 """
 
 import json
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from fireflyds import app
-from fireflyds.config import ExpandConfig
+from fireflyds.config import ExpandConfig, ReportMode
 from fireflyds.data.sources import read_texts
 from fireflyds.directories import write_aside
 from fireflyds.errors import UserError
-from fireflyds.tokenizer.directory import TIES_NOTE, ties, write_tokenizer
+from fireflyds.tokenizer.base import Base, load_base
+from fireflyds.tokenizer.directory import TIES_NOTE, has_ties
 from fireflyds.tokenizer.encoder import load_encoder, model_file
-from fireflyds.tokenizer.learn import learn_chinese_pieces
-from fireflyds.tokenizer.merge import merge, read_pieces, unreachable
-from fireflyds.tokenizer.report import measure
+from fireflyds.tokenizer.expansion import Expansion, describe, plan_expansion
+from fireflyds.tokenizer.merge import read_pieces
+from fireflyds.tokenizer.prove import Check, prove
+from fireflyds.tokenizer.report import compare
+from fireflyds.tokenizer.report_page import chart, comparison, page, summary
+from fireflyds.tokenizer.sample import Sample, draw, lines
+from fireflyds.tokenizer.scripts import Scripts
+
+# Lines of each text on which the promises are tried.
+PROOF_LINES = 20_000
 
 
 def expand(config: ExpandConfig) -> None:
-    base = Path(config.base)
-    base_file = model_file(base)
-    if base_file is None:
-        raise UserError(
-            f"base={base}: no SentencePiece tokenizer there. Give a directory with tokenizer.model, or a .model"
-        )
-    old = load_encoder(base_file)
-    if base.resolve() == Path(config.out).resolve():
+    if config.report is ReportMode.only:
+        compare_tokenizers(config)
+        return
+    base_path = Path(config.base)
+    if base_path.resolve() == Path(config.out).resolve():
         raise UserError(f"out={config.out}: is the base itself. Give another folder")
-    extra = load_encoder(base).vocab_size - old.vocab_size
-    if extra > 0:
-        raise UserError(
-            f"base={base}: has {extra} added tokens behind the pieces of tokenizer.model; their ids would be given away. Use a base without added tokens"
-        )
-    if config.pieces:
-        pieces = read_pieces(Path(config.pieces))
-    else:
-        pieces = learn_chinese_pieces(
-            lambda: read_texts(config.corpus),
-            num_pieces=config.num_pieces,
-            max_piece_length=config.max_piece_length,
-        )
-    merged = merge(base_file.read_bytes(), pieces, cure=config.cure, vocab_multiple=config.vocab_multiple)
-    added = merged.added + merged.filled
-    dead = unreachable(merged.proto.SerializeToString(), added)
-
-    report = {
-        "vocab_size_before": merged.num_base,
-        "vocab_size_after": len(merged.proto.pieces),
-        "pieces_asked": len(pieces),
-        "pieces_added": len(merged.added),
-        "intermediates_added": merged.intermediates,
-        "characters_filled_in": len(merged.filled),
-        "dropped": merged.dropped,
-        "unreachable": dead,
-    }
-    with write_aside(Path(config.out), marker="expansion.json") as out:
-        write_tokenizer(merged.proto, out)
-        if base.is_dir() and (base / "config.json").exists():
-            from fireflyds.tokenizer.rows import expand_model, old_ids_of
-
-            report |= expand_model(base, out, merged.num_base, old_ids_of(added, old), config.init, config.seed)
+    base, scripts = load_base(base_path, tied=not config.cure), Scripts(config.scripts)
+    given = read_pieces(Path(config.pieces)) if config.pieces else []
+    # The place is taken before the work begins: a target that cannot be written costs nobody an hour.
+    with write_aside(Path(config.out), marker="report.json") as out:
+        sample = None
         if config.corpus:
-            new = load_encoder(out)
-            before, after = (measure(encoder, read_texts(config.corpus)) for encoder in (old, new))
-            report |= {"before": before.as_dict(), "after": after.as_dict()}
-            print(
-                f"tokens per character: {before.tokens_per_character:.4f} -> {after.tokens_per_character:.4f} "
-                f"({after.tokens / before.tokens - 1:+.2%})"
-            )
-        (out / "expansion.json").write_text(json.dumps(report, ensure_ascii=False, indent=2), encoding="utf-8")
-    print(
-        f"vocabulary: {merged.num_base:,} -> {len(merged.proto.pieces):,} pieces; of {len(pieces):,} candidates {len(merged.added) - len(merged.intermediates):,} were new "
-        f"({len(merged.intermediates)} intermediates and {len(merged.filled)} characters added, "
-        f"{len(merged.dropped)} dropped, {len(dead)} unreachable)"
-    )
-    if ties(merged.proto):
-        print(TIES_NOTE)
+            sample = draw(read_texts(config.corpus), characters=config.sample_characters, seed=config.seed)
+        found = plan_expansion(config, base, scripts, given, sample)
+        base.write(found.plan.steps, out)
+        checks = prove(base, found.plan, scripts, out, proof_lines(config, sample))
+        refuse_broken(config, checks)
+        report = describe(base, found, checks)
+        report["measured"] = [
+            row.as_dict() for row in compare(base.encoder([]), load_encoder(out), measured_texts(config, sample))
+        ]
+        if (base_path / "config.json").is_file():
+            report |= expand_rows(config, base, found, sample, out)
+        (out / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=2), encoding="utf-8")
+        (out / "report.md").write_text(page(report), encoding="utf-8")
+        chart(report, out / "report.png")
+    print(summary(report))
+    note_ties(config.out)
     print(f"wrote {config.out}")
+
+
+def expand_rows(config: ExpandConfig, base: Base, found: Expansion, sample: Sample | None, out: Path) -> dict[str, Any]:
+    from fireflyds.tokenizer.rows import NewRows, expand_model
+    from fireflyds.tokenizer.select import shares
+
+    old_ids = [base.old_ids(step.piece) for step in found.plan.steps]
+    frequency = shares(base.encoder([]), sample.learn) if sample else None
+    rows = NewRows(base.num_tokens, old_ids, config.init, config.seed, frequency)
+    return {"model": expand_model(Path(config.base), out, rows)}
+
+
+def proof_lines(config: ExpandConfig, sample: Sample | None) -> Iterator[str]:
+    yield from islice((sample.held_out + sample.learn) if sample else [], PROOF_LINES)
+    for path in config.texts.values():
+        yield from islice(lines(read_texts(path)), PROOF_LINES)
+
+
+def measured_texts(config: ExpandConfig, sample: Sample | None) -> Iterator[tuple[str, str]]:
+    for domain, path in config.texts.items():
+        yield from ((domain, text) for text in read_texts(path))
+    if sample and not config.texts:
+        yield from (("corpus", text) for text in sample.held_out)
+
+
+def refuse_broken(config: ExpandConfig, checks: list[Check]) -> None:
+    broken = [check for check in checks if not check.passed]
+    if config.cure and broken:
+        raise UserError(
+            f"base={config.base}: {broken[0].promise}, but not in {len(broken[0].failures):,} of {broken[0].tried:,} "
+            f"cases, the first {broken[0].failures[0][:100]!r}. Nothing was written; this tokenizer cannot be expanded here as it is"
+        )
+
+
+def note_ties(*tokenizers: str) -> None:
+    for path in tokenizers:
+        file = model_file(path)
+        if file and has_ties(file):
+            print(f"{path}: {TIES_NOTE}")
+
+
+def compare_tokenizers(config: ExpandConfig) -> None:
+    texts = config.texts or {"corpus": config.corpus}
+    pairs = ((domain, text) for domain, path in texts.items() for text in read_texts(path))
+    rows = [row.as_dict() for row in compare(load_encoder(config.base), load_encoder(config.other), pairs)]
+    table = "\n".join(comparison(rows, (config.base, config.other)))
+    print(table)
+    note_ties(config.base, config.other)
+    if config.out:
+        with write_aside(Path(config.out), marker="report.json") as out:
+            (out / "report.md").write_text(f"# Two tokenizers\n\n{table}\n", encoding="utf-8")
+            document = {"base": config.base, "other": config.other, "measured": rows}
+            (out / "report.json").write_text(json.dumps(document, ensure_ascii=False, indent=2), encoding="utf-8")
+        print(f"wrote {config.out}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Learn a tokenizer from text alone, with no base: SentencePiece BPE with byte fallback, in the LLaMA-2 style.
+"""Learn a tokenizer from text alone, with no base: SentencePiece BPE with byte fallback, or byte-level BPE.
 
 python launch/learn.py corpus=en.jsonl vocab_size=4096 out=tokenizer
+python launch/learn.py corpus=en.jsonl kind=byte_level vocab_size=16000 out=tokenizer
 """
 
 import json
@@ -9,22 +10,29 @@ from pathlib import Path
 from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 
 from fireflyds import app
-from fireflyds.config import LearnConfig
+from fireflyds.config import LearnConfig, TokenizerKind
 from fireflyds.data.sources import read_texts
 from fireflyds.directories import write_aside
-from fireflyds.tokenizer.directory import write_tokenizer
-from fireflyds.tokenizer.learn import learn_bpe
+from fireflyds.tokenizer.directory import write_byte_level, write_tokenizer
+from fireflyds.tokenizer.learn import learn_bpe, learn_byte_level
 
 
 def learn(config: LearnConfig) -> None:
-    model = learn_bpe(read_texts(config.corpus), vocab_size=config.vocab_size, max_piece_length=config.max_piece_length)
-    proto = sp_pb2.ModelProto()
-    proto.ParseFromString(model)
     with write_aside(Path(config.out), marker="learn.json") as out:
-        write_tokenizer(proto, out)
-        about = {"corpus": config.corpus, "vocab_size": len(proto.pieces)}
+        texts = read_texts(config.corpus)
+        size = {"vocab_size": config.vocab_size, "max_piece_length": config.max_piece_length}
+        if config.kind is TokenizerKind.byte_level:
+            document = learn_byte_level(texts, **size)
+            write_byte_level(document, out)
+            pieces = len(document["model"]["vocab"])
+        else:
+            proto = sp_pb2.ModelProto()
+            proto.ParseFromString(learn_bpe(texts, **size))
+            write_tokenizer(proto, out)
+            pieces = len(proto.pieces)
+        about = {"corpus": config.corpus, "kind": config.kind.name, "vocab_size": pieces}
         (out / "learn.json").write_text(json.dumps(about, ensure_ascii=False), encoding="utf-8")
-    print(f"wrote {config.out}: {len(proto.pieces):,} pieces")
+    print(f"wrote {config.out}: {pieces:,} pieces")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ DOORS = {
     "hydra": {"fireflyds/app.py"},
     "deepspeed": {"fireflyds/engine/deepspeed.py", "fireflyds/engine/checkpoint.py"},
     "wandb": {"fireflyds/engine/trackers.py"},
+    "datasets": {"fireflyds/data/hub.py"},
     "peft": {"fireflyds/models/tuning.py"},
     "bitsandbytes": {"fireflyds/models/tuning.py"},
 }
@@ -73,8 +74,7 @@ def test_kernels_folder_is_not_a_package() -> None:
 def test_files_and_functions_keep_their_size() -> None:
     for path in [*_sources(), *(ROOT / "launch").glob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
         source = path.read_text(encoding="utf-8")
-        limit = 520 if path.name == "config.py" else 300
-        assert len(source.splitlines()) <= limit, path
+        assert len(source.splitlines()) <= 300, path
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.FunctionDef):
                 assert (node.end_lineno or 0) - node.lineno <= 62, f"{path}:{node.name}"

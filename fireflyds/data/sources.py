@@ -7,7 +7,8 @@ from typing import Any
 
 from fireflyds import registry
 from fireflyds.config import SourceConfig
-from fireflyds.data.files import Rejected, find_files, read_records
+from fireflyds.data.files import Record, Rejected, find_files, read_records
+from fireflyds.data.hub import is_dataset, read_dataset
 from fireflyds.errors import UserError
 from fireflyds.types import Sample
 
@@ -30,9 +31,9 @@ def read_source(source: SourceConfig) -> Iterator[Sample | Rejected]:
         UserError: no such files, or no such format.
     """
     named = None if source.format == "auto" else registry.find(FORMATS, source.format)
-    for file in find_files(source.path):
+    for records in _record_streams(source):
         layout = named
-        for record in read_records(file, source.split):
+        for record in records:
             if isinstance(record, Rejected):
                 yield record
                 continue
@@ -52,6 +53,15 @@ def read_source(source: SourceConfig) -> Iterator[Sample | Rejected]:
             except (KeyError, TypeError, ValueError, AttributeError) as error:
                 name = layout.__name__.rsplit(".", 1)[-1]
                 yield Rejected(record.file, record.line, f"not a valid {name} row: {type(error).__name__}: {error}")
+
+
+def _record_streams(source: SourceConfig) -> Iterator[Iterator[Record | Rejected]]:
+    """The rows of each file, or of a data set."""
+    if is_dataset(source.path):
+        rows = enumerate(read_dataset(source.path), 1)
+        yield (Record(source.path, number, fields) for number, fields in rows)
+    else:
+        yield from (read_records(file, source.split) for file in find_files(source.path))
 
 
 def read_texts(path: str) -> Iterator[str]:

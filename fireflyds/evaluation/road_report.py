@@ -20,10 +20,10 @@ class Check:
 def figures(out: Path) -> dict[str, float]:
     """The road's figures, from the files its stages left."""
     scores = {name: _json(out / name / "export" / "eval" / "scores.json")["scores"] for name in MODELS}
-    expansion = _json(out / "expanded" / "expansion.json")
+    fit = _json(out / "expanded" / "report.json")["measured"][-1]
     found = {
-        "tokens_per_char_zh_before": expansion["before"]["tokens_per_character"],
-        "tokens_per_char_zh_after": expansion["after"]["tokens_per_character"],
+        "tokens_per_char_zh_before": fit["before"]["tokens_per_character"],
+        "tokens_per_char_zh_after": fit["after"]["tokens_per_character"],
     }
     for language in ("zh", "en"):
         for name in MODELS:

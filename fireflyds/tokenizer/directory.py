@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 
@@ -27,8 +28,8 @@ TIES_NOTE = (
 _PIECE = sp_pb2.ModelProto.SentencePiece
 
 
-def write_tokenizer(proto: sp_pb2.ModelProto, out: Path) -> None:
-    """Write `tokenizer.model`, `tokenizer.json` and `tokenizer_config.json`.
+def write_tokenizer(proto: sp_pb2.ModelProto, out: Path, source: Path | None = None) -> None:
+    """Write `tokenizer.model`, `tokenizer.json` and `tokenizer_config.json`, with the settings of `source`.
 
     The JSON is made here because `LlamaTokenizer` of transformers 5 rebuilds its tokenizer and loses the
     merge order; `PreTrainedTokenizerFast` takes the JSON as it is.
@@ -36,10 +37,11 @@ def write_tokenizer(proto: sp_pb2.ModelProto, out: Path) -> None:
     check_supported(proto)
     out.mkdir(parents=True, exist_ok=True)
     (out / "tokenizer.model").write_bytes(proto.SerializeToString())
-    (out / "tokenizer.json").write_text(json.dumps(_fast_tokenizer(proto), ensure_ascii=False), encoding="utf-8")
+    settings = settings_of(source)
+    document = _fast_tokenizer(proto, settings)
+    (out / "tokenizer.json").write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
     spec = proto.trainer_spec
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
+    defaults = {
         "bos_token": proto.pieces[spec.bos_id].piece,
         "eos_token": proto.pieces[spec.eos_id].piece,
         "unk_token": proto.pieces[spec.unk_id].piece,
@@ -48,7 +50,33 @@ def write_tokenizer(proto: sp_pb2.ModelProto, out: Path) -> None:
         "model_max_length": 1_000_000_000,
         "clean_up_tokenization_spaces": False,
     }
+    given = {key: value for key, value in settings.items() if value is not None}
+    write_settings(out, defaults | given, source)
+
+
+def write_byte_level(document: dict[str, Any], out: Path) -> None:
+    """Write a learnt byte-level tokenizer: its first two tokens are BOS and EOS."""
+    bos, eos = (token["content"] for token in document["added_tokens"][:2])
+    (out / "tokenizer.json").write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
+    settings = {"bos_token": bos, "eos_token": eos, "pad_token": eos, "model_max_length": 1_000_000_000}
+    write_settings(out, settings | {"clean_up_tokenization_spaces": False}, None)
+
+
+def settings_of(folder: Path | None) -> dict[str, Any]:
+    """`tokenizer_config.json` of a directory, without what belongs to the class it was written for."""
+    file = folder / "tokenizer_config.json" if folder else None
+    if not file or not file.is_file():
+        return {}
+    gone = {"tokenizer_class", "auto_map", "added_tokens_decoder", "legacy", "sp_model_kwargs", "backend", "is_local"}
+    return {key: value for key, value in json.loads(file.read_text(encoding="utf-8")).items() if key not in gone}
+
+
+def write_settings(out: Path, settings: dict[str, Any], source: Path | None) -> None:
+    """`tokenizer_config.json` for the class that takes `tokenizer.json` as it is, and the chat template."""
+    settings = settings | {"tokenizer_class": "PreTrainedTokenizerFast"}
     (out / "tokenizer_config.json").write_text(json.dumps(settings, ensure_ascii=False, indent=2), encoding="utf-8")
+    if source and (source / "chat_template.jinja").is_file():
+        shutil.copy2(source / "chat_template.jinja", out)
 
 
 def copy_tokenizer(source: Path, out: Path) -> None:
@@ -71,7 +99,7 @@ def copy_tokenizer(source: Path, out: Path) -> None:
     except UserError as error:
         print(f"note: no tokenizer.json is written ({error}); transformers may give other ids than SentencePiece")
         return
-    if ties(proto):
+    if has_ties(out / "tokenizer.model"):
         print(TIES_NOTE)
 
 
@@ -80,10 +108,10 @@ def check_supported(proto: sp_pb2.ModelProto) -> None:
     spec, normalizer = proto.trainer_spec, proto.normalizer_spec
     rules = {
         f"model_type is {spec.ModelType.Name(spec.model_type)}, not BPE": spec.model_type != spec.BPE,
-        f"normalisation is {normalizer.name!r}, not identity": normalizer.name not in ("identity", ""),
+        f"normalisation is {normalizer.name!r}, not identity": bool(normalizer.precompiled_charsmap),
         "it removes extra white space": normalizer.remove_extra_whitespaces,
         "it has no BOS or no EOS": min(spec.bos_id, spec.eos_id) < 0,
-        "it has user-defined pieces": any(piece.type == _PIECE.USER_DEFINED for piece in proto.pieces),
+        "its space marks stand behind words": spec.treat_whitespace_as_suffix or not normalizer.escape_whitespaces,
     }
     broken = [rule for rule, applies in rules.items() if applies]
     if broken:
@@ -92,30 +120,35 @@ def check_supported(proto: sp_pb2.ModelProto) -> None:
         )
 
 
-def ties(proto: sp_pb2.ModelProto) -> bool:
-    """Whether mergeable pieces share a score. SentencePiece then merges the leftmost first, which the ranks of
-    `tokenizer.json` cannot say: `AutoTokenizer` will give other ids."""
+def has_ties(model: Path) -> bool:
+    """Whether mergeable pieces of a `.model` share a score. SentencePiece then merges the leftmost first, which the
+    ranks of `tokenizer.json` cannot say: `AutoTokenizer` will give other ids."""
+    proto = sp_pb2.ModelProto()
+    proto.ParseFromString(model.read_bytes())
     merged = [piece for piece in proto.pieces if piece.type == _PIECE.NORMAL and len(piece.piece) > 1]
     # LLaMA's runs of spaces share the score -1e9 without harm: any way of merging them gives the same run.
     scores = [piece.score for piece in merged if piece.score > -1e8]
-    return len(set(scores)) < len(scores)
+    return proto.trainer_spec.model_type == proto.trainer_spec.BPE and len(set(scores)) < len(scores)
 
 
-def _fast_tokenizer(proto: sp_pb2.ModelProto) -> dict[str, object]:
+def _fast_tokenizer(proto: sp_pb2.ModelProto, settings: dict[str, Any]) -> dict[str, object]:
     """The document of `tokenizer.json`: SentencePiece's BPE in the terms of `tokenizers`."""
     prefix = proto.normalizer_spec.add_dummy_prefix
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     back = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
     normalizers = [*([{"type": "Prepend", "prepend": "▁"}] if prefix else []), spaces]
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
+    # A user-defined piece cuts the text, and a normalizer would put the prefix behind every cut.
+    cut = prefix and any(piece.type == _PIECE.USER_DEFINED for piece in proto.pieces)
+    once = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": _special_tokens(proto),
-        "normalizer": {"type": "Sequence", "normalizers": normalizers},
-        "pre_tokenizer": None,
-        "post_processor": _post_processor(proto),
+        "added_tokens": _added_tokens(proto),
+        "normalizer": None if cut else {"type": "Sequence", "normalizers": normalizers},
+        "pre_tokenizer": once if cut else None,
+        "post_processor": _post_processor(proto, settings),
         "decoder": {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
         "model": {
             "type": "BPE",
@@ -132,12 +165,13 @@ def _fast_tokenizer(proto: sp_pb2.ModelProto) -> dict[str, object]:
     }
 
 
-def _special_tokens(proto: sp_pb2.ModelProto) -> list[dict[str, object]]:
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+def _added_tokens(proto: sp_pb2.ModelProto) -> list[dict[str, object]]:
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    special = {_PIECE.CONTROL: True, _PIECE.UNKNOWN: True, _PIECE.USER_DEFINED: False}
     return [
-        {"id": index, "content": piece.piece, **plain}
+        {"id": index, "content": piece.piece, **plain, "special": special[piece.type]}
         for index, piece in enumerate(proto.pieces)
-        if piece.type in (_PIECE.CONTROL, _PIECE.UNKNOWN)
+        if piece.type in special
     ]
 
 
@@ -155,13 +189,17 @@ def _merges(proto: sp_pb2.ModelProto) -> list[list[str]]:
     return merges
 
 
-def _post_processor(proto: sp_pb2.ModelProto) -> dict[str, object]:
-    """BOS in front, as LLaMA's tokenizers do by default."""
-    bos = proto.pieces[proto.trainer_spec.bos_id].piece
-    token = {"SpecialToken": {"id": bos, "type_id": 0}}
+def _post_processor(proto: sp_pb2.ModelProto, settings: dict[str, Any]) -> dict[str, object] | None:
+    """BOS in front, as LLaMA's tokenizers do by default, or as `add_bos_token` and `add_eos_token` say."""
+    spec = proto.trainer_spec
+    ids = {proto.pieces[index].piece: index for index in (spec.bos_id, spec.eos_id)}
+    bos, eos = ids
+    before = [{"SpecialToken": {"id": bos, "type_id": 0}}] if settings.get("add_bos_token", True) else []
+    after = [{"SpecialToken": {"id": eos, "type_id": 0}}] if settings.get("add_eos_token", False) else []
+    first, second = ({"Sequence": {"id": name, "type_id": kind}} for name, kind in (("A", 0), ("B", 1)))
     return {
         "type": "TemplateProcessing",
-        "single": [token, {"Sequence": {"id": "A", "type_id": 0}}],
-        "pair": [token, {"Sequence": {"id": "A", "type_id": 0}}, token, {"Sequence": {"id": "B", "type_id": 1}}],
-        "special_tokens": {bos: {"id": bos, "ids": [proto.trainer_spec.bos_id], "tokens": [bos]}},
+        "single": [*before, first, *after],
+        "pair": [*before, first, *after, *before, second, *after],
+        "special_tokens": {token: {"id": token, "ids": [index], "tokens": [token]} for token, index in ids.items()},
     }

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,9 @@ from fireflyds.types import Encoder
 class SentencePieceEncoder:
     """Encodes with SentencePiece itself: what transformers derives from a `.model` may break ties differently."""
 
-    def __init__(self, path: Path, added_tokens: dict[str, int]) -> None:
-        self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    def __init__(self, model: bytes, added_tokens: dict[str, int] | None = None) -> None:
+        self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
+        added_tokens = added_tokens or {}
         self._added = {token: index for token, index in added_tokens.items() if index >= self._model.get_piece_size()}
         self.vocab_size: int = max([self._model.get_piece_size(), *(index + 1 for index in self._added.values())])
         self.bos_id = self._model.bos_id() if self._model.bos_id() >= 0 else None
@@ -40,25 +43,30 @@ class SentencePieceEncoder:
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._model.decode([index for index in ids if index < self._model.get_piece_size()]))
 
+    def fragments(self) -> frozenset[int]:
+        return frozenset(index for index in range(self._model.get_piece_size()) if self._model.is_byte(index))
+
+    def token(self, index: int) -> str:
+        return str(self._model.id_to_piece(index)).replace("▁", " ")
+
     def fingerprint(self) -> str:
         return hashlib.sha256(self._model.serialized_model_proto()).hexdigest()
 
 
 class FastEncoder:
-    """Encodes with `tokenizers`, for directories that have only a `tokenizer.json`."""
+    """Encodes with `tokenizers`, for directories that have only a `tokenizer.json`. `document` is that file's text."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, document: str, *, bos_id: int | None = None, eos_id: int | None = None) -> None:
         from tokenizers import Tokenizer
-        from transformers import AutoTokenizer
 
-        self._model = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._model = Tokenizer.from_str(document)
         # Text that spells a special token is text.
         self._model.encode_special_tokens = True
         self._has_dummy_prefix = self._model.encode("a", add_special_tokens=False).tokens[0].startswith("▁")
-        names: Any = AutoTokenizer.from_pretrained(folder)
-        self.vocab_size = self._model.get_vocab_size()
-        self.bos_id: int | None = names.bos_token_id
-        self.eos_id: int | None = names.eos_token_id
+        self.vocab_size: int = max(self._model.get_vocab().values()) + 1
+        self.bos_id = bos_id
+        self.eos_id = eos_id
+        self._bytes = byte_values() if '"ByteLevel"' in document else None
 
     def encode(self, text: str, *, continues: bool = False) -> list[int]:
         if continues and self._has_dummy_prefix:
@@ -73,8 +81,36 @@ class FastEncoder:
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._model.decode(list(ids), skip_special_tokens=True))
 
+    def fragments(self) -> frozenset[int]:
+        return frozenset(index for token, index in self._model.get_vocab().items() if self._text(token) is None)
+
+    def token(self, index: int) -> str:
+        token = str(self._model.id_to_token(index))
+        return self._text(token) or token
+
+    def _text(self, token: str) -> str | None:
+        """What a token spells; None for bytes that are no whole characters."""
+        if self._bytes is None:
+            return None if re.fullmatch("<0x[0-9A-F]{2}>", token) else token.replace("▁", " ")
+        values = [self._bytes.get(character) for character in token]
+        if None in values:  # an added token, spelt as it is
+            return token
+        try:
+            return bytes(value for value in values if value is not None).decode()
+        except UnicodeDecodeError:
+            return None
+
     def fingerprint(self) -> str:
         return hashlib.sha256(self._model.to_str().encode()).hexdigest()
+
+
+@cache
+def byte_values() -> dict[str, int]:
+    """The byte each character stands for in byte-level BPE (GPT-2's table): printable Latin-1 for itself, the others
+    in order from U+0100."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
 
 
 def model_file(path: str | Path) -> Path | None:
@@ -84,14 +120,14 @@ def model_file(path: str | Path) -> Path | None:
     return file if file.suffix == ".model" and file.is_file() else None
 
 
-def _added_tokens(folder: Path) -> dict[str, int]:
-    """Tokens that a Hugging Face directory adds to the pieces of its `tokenizer.model`."""
+def added_tokens(folder: Path) -> list[dict[str, Any]]:
+    """Tokens that a Hugging Face directory adds to its pieces: `content`, `id` and `special` of each."""
     if (folder / "tokenizer.json").is_file():
-        rows = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")).get("added_tokens", [])
-        return {row["content"]: row["id"] for row in rows}
+        return list(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")).get("added_tokens", []))
     if (folder / "added_tokens.json").is_file():
-        return dict(json.loads((folder / "added_tokens.json").read_text(encoding="utf-8")))
-    return {}
+        rows = json.loads((folder / "added_tokens.json").read_text(encoding="utf-8"))
+        return [{"content": token, "id": index, "special": True} for token, index in rows.items()]
+    return []
 
 
 def load_encoder(path: str | Path) -> Encoder:
@@ -106,9 +142,14 @@ def load_encoder(path: str | Path) -> Encoder:
     file = model_file(path)
     if file is not None:
         try:
-            return SentencePieceEncoder(file, _added_tokens(file.parent) if path.is_dir() else {})
+            added = {row["content"]: row["id"] for row in added_tokens(file.parent)} if path.is_dir() else {}
+            return SentencePieceEncoder(file.read_bytes(), added)
         except (RuntimeError, OSError) as error:
             raise UserError(f"tokenizer {file}: not a SentencePiece model ({error})") from error
     if (path / "tokenizer.json").is_file():
-        return FastEncoder(path)
+        from transformers import AutoTokenizer
+
+        names: Any = AutoTokenizer.from_pretrained(path)
+        document = (path / "tokenizer.json").read_text(encoding="utf-8")
+        return FastEncoder(document, bos_id=names.bos_token_id, eos_id=names.eos_token_id)
     raise UserError(f"tokenizer {path}: neither tokenizer.model nor tokenizer.json is there. Give another directory")

@@ -1,35 +1,106 @@
-"""Learn SentencePiece BPE pieces from text."""
+"""Learn from text: pieces for a base tokenizer, or a whole tokenizer."""
 
 import io
+import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 
+from fireflyds.config import PieceAlgorithm
 from fireflyds.errors import UserError
+from fireflyds.tokenizer.sample import lines
+from fireflyds.tokenizer.scripts import Scripts
+from fireflyds.types import Encoder
 
-NORMAL = sp_pb2.ModelProto.SentencePiece.NORMAL
-
-# Han (with extensions and compatibility forms), and CJK and full-width punctuation. Quotation marks and dashes that
-# English uses too (“ ” — …) are not among them: text without the new scripts must keep its ids.
-HAN = "\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-CJK_PUNCTUATION = "\u3001-\u3006\u3008-\u303f\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65"
-_HAN_OR_PUNCTUATION = re.compile(f"[{HAN}]+|[{CJK_PUNCTUATION}]")
-# A line without a break is cut here: the trainer is quadratic in the length of what it cannot split.
-_LONGEST_LINE = 1000
 CHARACTER_COVERAGE = 0.9995
+# Stand-ins for tokens in the trainer's text: one letter each, from the ideographs and the private planes.
+_LETTERS = [*range(0x4E00, 0xA000), *range(0xAC00, 0xD7A4), *range(0xF0000, 0xFFFFE)]
+BYTE_LEVEL_SPECIAL = ("<|begin_of_text|>", "<|end_of_text|>")
 
 
-def has_han(text: str) -> bool:
-    return re.search(f"[{HAN}]", text) is not None
+def count_words(texts: Iterable[str], scripts: Scripts) -> Counter[str]:
+    """How often each stretch occurs that pieces may be cut from.
+
+    Raises:
+        UserError: there is none.
+    """
+    words: Counter[str] = Counter()
+    for text in texts:
+        words.update(scripts.words(text))
+    if not words:
+        raise UserError(
+            f"corpus: no {' or '.join(scripts.names)} text in it to learn pieces from. Give such text, or other scripts"
+        )
+    return words
 
 
-def has_new_script(text: str) -> bool:
-    """Han or CJK punctuation: what an expansion to Chinese adds pieces for."""
-    return _HAN_OR_PUNCTUATION.search(text) is not None
+def common_characters(words: Counter[str], scripts: Scripts, min_count: int) -> list[str]:
+    """The commonest characters that make up CHARACTER_COVERAGE of the words and occur `min_count` times."""
+    counts: Counter[str] = Counter()
+    for word, count in words.items():
+        for character in word:
+            counts[character] += count
+    enough = CHARACTER_COVERAGE * counts.total()
+    chosen, covered = [], 0
+    for character, count in counts.most_common():
+        if covered >= enough or count < min_count:
+            break
+        if scripts.covers(character):
+            chosen.append(character)
+        covered += count
+    return chosen
+
+
+def learn_pieces(
+    words: Counter[str],
+    encoder: Encoder,
+    *,
+    algorithm: PieceAlgorithm,
+    num_pieces: int,
+    max_piece_length: int,
+) -> list[str]:
+    """About `num_pieces` texts of pieces, of at least two of the base's tokens each, the most useful first.
+
+    `bpe` goes on where the base's own merges end: words are what `encoder` makes of them, and each of its tokens
+    is one letter to SentencePiece's trainer, so that every merge found can be made behind the base's. `unigram`
+    learns from the words' characters, as the published Chinese-LLaMA vocabularies did.
+    """
+    # The space before a word is a letter to the trainer, and not part of the length to a person.
+    longest = max_piece_length + any(word.startswith(" ") for word in words)
+    if algorithm is PieceAlgorithm.unigram:
+        model = _train(_weighted(words), num_pieces, "unigram", max_piece_length=longest, input_format="tsv")
+        return [piece for piece in pieces_by_score(model) if 1 < len(piece.strip()) <= max_piece_length]
+    fragments = encoder.fragments()
+    letters: dict[int, str] = {}
+    spelled: Counter[str] = Counter()
+    for word, count in words.items():
+        stretch: list[int] = []
+        for index in [*encoder.encode(word, continues=True), None]:
+            if index is not None and index not in fragments:
+                stretch.append(index)
+                continue
+            # A rare character stays in bytes: no piece crosses it.
+            if len(stretch) > 1:
+                spelled["".join(letters.setdefault(each, chr(_LETTERS[len(letters)])) for each in stretch)] += count
+            stretch = []
+    if not spelled:
+        return []
+    model = _train(
+        _weighted(spelled),
+        num_pieces + len(letters),
+        "bpe",
+        max_piece_length=longest,
+        input_format="tsv",
+        split_by_unicode_script=False,
+        split_by_number=False,
+    )
+    tokens = {letter: encoder.token(index) for index, letter in letters.items()}
+    texts = ("".join(tokens[letter] for letter in piece) for piece in pieces_by_score(model) if len(piece) > 1)
+    return [text for text in texts if len(text.strip()) <= max_piece_length]
 
 
 def learn_bpe(texts: Iterable[str], *, vocab_size: int, max_piece_length: int) -> bytes:
@@ -41,89 +112,71 @@ def learn_bpe(texts: Iterable[str], *, vocab_size: int, max_piece_length: int) -
         UserError: there is no text, or `vocab_size` is too small for its characters.
     """
     return _train(
-        _lines(texts),
+        lines(texts),
         vocab_size,
+        "bpe",
         max_piece_length=max_piece_length,
         byte_fallback=True,
         add_dummy_prefix=True,
         character_coverage=CHARACTER_COVERAGE,
+        split_digits=True,
+        allow_whitespace_only_pieces=True,
+        special=3,
     )
 
 
-def learn_chinese_pieces(
-    read_texts: Callable[[], Iterable[str]], *, num_pieces: int, max_piece_length: int
-) -> list[str]:
-    """Pieces of Han characters, most useful first; single characters and CJK punctuation are among them.
+def learn_byte_level(texts: Iterable[str], *, vocab_size: int, max_piece_length: int) -> dict[str, Any]:
+    """A byte-level BPE tokenizer in GPT-2's style, as the document of a `tokenizer.json`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-    No piece crosses punctuation, a space or another script. Returns at most `num_pieces`, of which at most half
-    are single characters: rarer ones stay with the base's byte fallback. `read_texts` is called twice, once to
-    count characters and once to learn.
-
-    Raises:
-        UserError: the text has no Han characters.
-    """
-    counts: Counter[str] = Counter()
-    for run in _runs(read_texts(), _HAN_OR_PUNCTUATION):
-        counts.update(run)
-    wanted = "".join(re.escape(character) for character in _common(counts, num_pieces // 2))
-    if not wanted:
-        raise UserError("corpus: no Han text in it to learn pieces from. Give Chinese text")
-    # Stretches of common characters; a punctuation mark stands alone, so that no piece crosses it.
-    common_runs = re.compile(f"(?:(?![{CJK_PUNCTUATION}])[{wanted}])+|[{wanted}]")
-    model = _train(
-        _runs(read_texts(), common_runs),
-        # Three more for the trainer's own <unk>, <s> and </s>.
-        num_pieces + 3,
-        max_piece_length=max_piece_length,
-        byte_fallback=False,
-        add_dummy_prefix=False,
-        character_coverage=1.0,
+    bos, eos = BYTE_LEVEL_SPECIAL
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[bos, eos],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        max_token_length=max_piece_length,
+        show_progress=False,
     )
-    # The trainer adds the bare space mark, which is not Chinese.
-    return [piece for piece in normal_pieces(model) if has_new_script(piece)]
+    tokenizer.train_from_iterator(lines(texts), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+    )
+    return dict(json.loads(tokenizer.to_str()))
 
 
-def _runs(texts: Iterable[str], pattern: re.Pattern[str]) -> Iterator[str]:
-    return (run for text in texts for run in pattern.findall(text))
-
-
-def _common(counts: Counter[str], most: int) -> list[str]:
-    """The commonest characters, up to `most`, that make up CHARACTER_COVERAGE of the text."""
-    enough = CHARACTER_COVERAGE * counts.total()
-    chosen, covered = [], 0
-    for character, count in counts.most_common(max(1, most)):
-        if covered >= enough:
-            break
-        chosen.append(character)
-        covered += count
-    return chosen
-
-
-def normal_pieces(model: bytes) -> list[str]:
-    """The pieces of a serialised model, in order, without special and byte pieces."""
+def pieces_by_score(model: bytes) -> list[str]:
+    """The normal pieces of a serialised model, the best first."""
     proto = sp_pb2.ModelProto()
     proto.ParseFromString(model)
-    return [piece.piece for piece in proto.pieces if piece.type == NORMAL]
+    normal = [piece for piece in proto.pieces if piece.type == sp_pb2.ModelProto.SentencePiece.NORMAL]
+    return [piece.piece.replace("▁", " ") for piece in sorted(normal, key=lambda piece: -piece.score)]
 
 
-def _train(sentences: Iterator[str], vocab_size: int, **options: Any) -> bytes:
+def _weighted(words: Counter[str]) -> Iterator[str]:
+    return (f"{word}\t{count}" for word, count in words.items())
+
+
+def _train(sentences: Iterator[str], vocab_size: int, model_type: str, **options: Any) -> bytes:
     first = next(sentences, None)
     if first is None:
-        raise UserError("corpus: no text of the wanted script to learn from. Give files with such text")
-    max_piece_length = options.pop("max_piece_length")
+        raise UserError("corpus: no text in it to learn from. Give files with text")
+    # The trainer counts its own <unk>, <s> and </s> among the pieces.
+    vocab_size += 3 - int(options.pop("special", 0))
     model = io.BytesIO()
+    options = {"add_dummy_prefix": False, "character_coverage": 1.0} | options
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=_chain(first, sentences),
             model_writer=model,
-            model_type="bpe",
+            model_type=model_type,
             vocab_size=vocab_size,
             hard_vocab_limit=False,
-            split_digits=True,
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            max_sentencepiece_length=max_piece_length,
+            max_sentencepiece_length=options.pop("max_piece_length"),
             minloglevel=2,
             **options,
         )
@@ -141,10 +194,3 @@ def _train(sentences: Iterator[str], vocab_size: int, **options: Any) -> bytes:
 def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
     yield first
     yield from rest
-
-
-def _lines(texts: Iterable[str]) -> Iterator[str]:
-    for text in texts:
-        for line in text.splitlines():
-            for start in range(0, len(line), _LONGEST_LINE):
-                yield line[start : start + _LONGEST_LINE]

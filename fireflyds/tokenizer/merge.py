@@ -1,164 +1,235 @@
-"""Merge new pieces into a SentencePiece base: ids of old text stay, and every new piece can be reached."""
+"""Merge pieces into a base: ids of old text stay, and every new piece can be reached."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import pairwise
 from pathlib import Path
 
-import sentencepiece
+from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 
 from fireflyds.errors import UserError
-from fireflyds.tokenizer.learn import NORMAL, has_han, has_new_script, normal_pieces
+from fireflyds.tokenizer.base import Base, Step
+from fireflyds.tokenizer.bpe import Bpe, Pair
+from fireflyds.tokenizer.encoder import byte_values
+from fireflyds.tokenizer.scripts import Scripts
+from fireflyds.types import Encoder
 
 
 @dataclass(slots=True)
-class Merged:
-    """A merged vocabulary and what was done to make it sound."""
+class Plan:
+    """What is appended to a base, in merge order, and what became of the pieces asked for."""
 
-    proto: sp_pb2.ModelProto
-    num_base: int
-    added: list[str] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
     intermediates: list[str] = field(default_factory=list)
-    dropped: list[str] = field(default_factory=list)
+    """Pieces of `steps` that nobody asked for, without which others could not be reached."""
     filled: list[str] = field(default_factory=list)
+    dropped: dict[str, str] = field(default_factory=dict)
+    """The reason, by piece."""
+    present: list[str] = field(default_factory=list)
+    """Pieces that the base has already."""
+
+    def keep(self, chosen: set[str], reason: str) -> None:
+        """Leave out all steps but the chosen."""
+        asked = {step.piece for step in self.steps} - {*self.intermediates, *self.filled}
+        self.dropped |= {step.piece: reason for step in self.steps if step.piece in asked - chosen}
+        self.steps = [step for step in self.steps if step.piece in chosen]
+        self.intermediates = [piece for piece in self.intermediates if piece in chosen]
+
+
+def plan_merge(base: Base, texts: Sequence[str], scripts: Scripts) -> Plan:
+    """Steps that reach every piece of `texts` that can be reached, characters first, then in the order given.
+
+    BPE reaches a piece only through parts that are pieces. So every character of a piece is made a piece, and one
+    that falls into more than two parts gets the intermediates it lacks, the leftmost first. Merges go behind all
+    that stood before them, so none blocks another's path. A piece is dropped when it has no new character, or when
+    it could be reached only by a merge that also touches text without new characters.
+    """
+    inserter = _Inserter(base, scripts)
+    eligible = [text for text in dict.fromkeys(texts) if inserter.is_eligible(text)]
+    for character in dict.fromkeys(c for text in eligible for c in text if scripts.covers(c)):
+        inserter.insert(character, asked=character in texts)
+    for text in eligible:
+        inserter.insert(text, asked=True)
+    asked = {base.spelled(text) for text in texts}
+    plan = inserter.plan
+    plan.intermediates = [step.piece for step in plan.steps if step.piece not in asked]
+    return plan
+
+
+def fill(base: Base, plan: Plan, scripts: Scripts, vocab_size: int) -> None:
+    """Reach `vocab_size` by further characters of the scripts, which else cost several tokens each, not by dead rows.
+
+    Raises:
+        UserError: there are not so many characters.
+    """
+    inserter = _Inserter(base, scripts, plan)
+    for character in scripts.characters():
+        missing = vocab_size - base.num_tokens - len(plan.steps)
+        if missing <= 0:
+            break
+        if not inserter.is_known(character) and inserter.cost(character) <= missing:
+            before = len(plan.steps)
+            inserter.insert(character, asked=False)
+            plan.filled += [step.piece for step in plan.steps[before:]]
+    missing = vocab_size - base.num_tokens - len(plan.steps)
+    if missing > 0:
+        raise UserError(
+            f"vocab_multiple: {missing:,} more pieces would be needed to reach {vocab_size:,}, and the scripts "
+            f"{', '.join(scripts.names)} have no more characters. Give a smaller multiple"
+        )
+
+
+class _Inserter:
+    """Adds pieces to a plan, one by one."""
+
+    def __init__(self, base: Base, scripts: Scripts, plan: Plan | None = None) -> None:
+        self.base = base
+        self.scripts = scripts
+        self.plan = plan or Plan()
+        self.bpe: Bpe = base.bpe()
+        self._new = {step.piece for step in self.plan.steps}
+        for step in self.plan.steps:
+            if step.parts:
+                self.bpe.push(step.parts)
+
+    def is_known(self, text: str) -> bool:
+        piece = self.base.spelled(text)
+        return piece in self._new or self.base.knows(piece)
+
+    def is_eligible(self, text: str) -> bool:
+        """Whether the piece may be merged; says in the plan why not."""
+        piece = self.base.spelled(text)
+        if self.base.knows(piece):
+            self.plan.present.append(piece)
+            return False
+        if not self.scripts.has(text):
+            self.plan.dropped[piece] = f"no character of {', '.join(self.scripts.names)}"
+            return False
+        strange = [c for c in text if not (self.base.has_fragments or self.scripts.covers(c) or self.is_known(c))]
+        if strange:
+            self.plan.dropped[piece] = f"{strange[0]!r} is no piece and of none of the scripts"
+        return not strange
+
+    def cost(self, text: str) -> int:
+        """Rows that the piece needs."""
+        return max(1, len(self.bpe.split(self.base.spelled(text))) - 1)
+
+    def insert(self, text: str, *, asked: bool) -> None:
+        if self.is_known(text):
+            return
+        piece = self.base.spelled(text)
+        parts = self.bpe.split(piece)
+        if len(parts) == 1:  # a character of SentencePiece, which merges nothing
+            self._append(Step(piece, None))
+            return
+        pushed: list[Pair] = []
+        while len(parts) > 2:
+            pair = next((pair for pair in pairwise(parts) if self._may_join(pair)), None)
+            if pair is None:
+                self.bpe.pop(len(pushed))
+                if asked:
+                    self.plan.dropped[piece] = f"reached only by merges that touch other text: {' '.join(parts)}"
+                return
+            self.bpe.push(pair)
+            pushed.append(pair)
+            parts = self.bpe.split(piece)
+        last = (parts[0], parts[1])
+        self.bpe.push(last)
+        for pair in [*pushed, last]:
+            self._append(Step(pair[0] + pair[1], pair))
+
+    def _append(self, step: Step) -> None:
+        self.plan.steps.append(step)
+        self._new.add(step.piece)
+
+    def _may_join(self, pair: Pair) -> bool:
+        """Whether the joint of two parts is new characters alone, so that no other text is touched (and no token yet)."""
+        joint = pair[0] + pair[1]
+        if joint in self._new or self.base.knows(joint):
+            return False
+        text = self.base.text(joint)
+        if text is None:
+            return self.scripts.covers_lead(self.base.lead(joint))
+        return self.scripts.covers(text.removeprefix(" "))
+
+
+def unreachable(base: Base, plan: Plan, encoder: Encoder) -> list[str]:
+    """The new pieces that a newline, the piece and a newline do not yield.
+
+    A part of a character is asked for by the characters that begin with it.
+    """
+    dead = []
+    for index, step in enumerate(plan.steps, base.num_tokens):
+        text = base.text(step.piece)
+        texts = [text] if text is not None else _beginning_with(base.lead(step.piece))
+        if not any(index in encoder.encode(f"\n{text}\n") for text in texts):
+            dead.append(step.piece)
+    return dead
+
+
+def _beginning_with(lead: bytes) -> Iterator[str]:
+    tails = [bytes([byte]) for byte in range(0x80, 0xC0)]
+    for tail in tails + [first + second for first in tails for second in tails]:
+        text = (lead + tail).decode("utf-8", "ignore")
+        if text and text.encode() == lead + tail:
+            yield text
 
 
 def read_pieces(path: Path) -> list[str]:
-    """Pieces to merge, from a `.model` or from a UTF-8 text file with one piece a line.
+    """Texts of pieces to merge: of a `.model`, of a byte-level `tokenizer.json`, or of a text file, one a line.
 
     Raises:
-        UserError: the file is not there, not readable as either, or has a piece twice.
+        UserError: the file is not there, not readable as any, or has a piece twice.
     """
     if not path.is_file():
-        raise UserError(f"pieces={path}: no such file. Give a SentencePiece .model or a list with one piece a line")
-    if path.suffix == ".model":
-        return normal_pieces(path.read_bytes())
+        raise UserError(
+            f"pieces={path}: no such file. Give a SentencePiece .model, a tokenizer.json or a list with one piece a line"
+        )
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        if path.suffix == ".model":
+            return normal_pieces(path.read_bytes())
+        if path.suffix == ".json":
+            return _json_pieces(path)
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
+    except DecodeError as error:
+        raise UserError(f"pieces={path}: not a SentencePiece model ({error}). Give another file") from error
     except UnicodeDecodeError as error:
         raise UserError(
             f"pieces={path}: not UTF-8 ({error.reason} at byte {error.start}). Save the list as UTF-8"
         ) from error
     first_seen: dict[str, int] = {}
-    for number, piece in enumerate(lines, 1):
-        if piece and first_seen.setdefault(piece, number) != number:
-            raise UserError(f"{path}:{number}: piece {piece!r} stands already in line {first_seen[piece]}. Remove one")
+    for number, line in enumerate(lines, 1):
+        piece = line.replace("▁", " ")
+        if line and first_seen.setdefault(piece, number) != number:
+            raise UserError(f"{path}:{number}: piece {line!r} stands already in line {first_seen[piece]}. Remove one")
+    if not first_seen:
+        raise UserError(f"pieces={path}: there is no piece in it. Write one piece a line")
     return list(first_seen)
 
 
-def merge(base: bytes, pieces: list[str], *, cure: bool, vocab_multiple: int) -> Merged:
-    """Append to a base SentencePiece model the pieces it does not have.
-
-    With `cure` the result is sound: pieces without a character of the new scripts are dropped (text without
-    them keeps its ids), every character of a new piece is itself a piece, scores are distinct and in merge
-    order, and a piece that no sequence of merges reaches gets the intermediate it lacks or is dropped. The
-    vocabulary is then filled with further Han characters up to a multiple of `vocab_multiple`.
-
-    Without `cure` pieces are appended as they are with score 0, as the published Chinese-LLaMA vocabularies
-    were made.
-
-    Raises:
-        UserError: nothing would be added.
-    """
+def normal_pieces(model: bytes) -> list[str]:
+    """The texts of a serialised SentencePiece model's pieces, in order, without special and byte pieces."""
     proto = sp_pb2.ModelProto()
-    proto.ParseFromString(base)
-    known = {piece.piece for piece in proto.pieces}
-    merged = Merged(proto, len(proto.pieces))
-    new = [piece for piece in pieces if piece not in known]
-    if cure:
-        kept = [piece for piece in new if has_new_script(piece) and _characters_are_sound(piece, known)]
-        merged.dropped = sorted(set(new) - set(kept))
-        new = _with_characters(kept, known)
-    if not new:
-        raise UserError(
-            f"pieces: all {len(pieces)} are in the base already or were dropped. Give other pieces or a larger corpus"
-        )
-    merged.added = new
-    if cure:
-        _make_reachable(merged)
-    _fill(merged, vocab_multiple)
-    _append(merged, score_ties=not cure)
-    return merged
+    proto.ParseFromString(model)
+    normal = sp_pb2.ModelProto.SentencePiece.NORMAL
+    return [piece.piece.replace("▁", " ") for piece in proto.pieces if piece.type == normal]
 
 
-def unreachable(model: bytes, pieces: list[str]) -> list[str]:
-    """The pieces that encoding newline + piece + newline does not yield."""
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    encoded = processor.encode([f"\n{piece}\n" for piece in pieces])
-    return [piece for piece, ids in zip(pieces, encoded, strict=True) if processor.piece_to_id(piece) not in ids]
-
-
-def _characters_are_sound(piece: str, known: set[str]) -> bool:
-    """Every character is a piece already, or of a new script and so may become one."""
-    return all(character in known or has_new_script(character) for character in piece)
-
-
-def _with_characters(pieces: list[str], known: set[str]) -> list[str]:
-    """Characters first: byte fallback cannot merge, so a piece needs each of its characters as a piece."""
-    characters = {c: None for piece in pieces for c in piece.removeprefix("▁") if c not in known}
-    return list(characters | dict.fromkeys(pieces))
-
-
-def _serialised(merged: Merged, pieces: list[str], *, score_ties: bool = False) -> bytes:
-    proto = sp_pb2.ModelProto()
-    proto.CopyFrom(merged.proto)
-    del proto.pieces[merged.num_base :]
-    lowest = min(piece.score for piece in proto.pieces if piece.type == NORMAL and piece.score > -1e8)
-    for rank, piece in enumerate(pieces, 1):
-        # Below all of the base and distinct, so that the order of merges leaves nothing to chance.
-        proto.pieces.add(piece=piece, score=0.0 if score_ties else lowest - rank, type=NORMAL)
-    proto.trainer_spec.vocab_size = len(proto.pieces)
-    return bytes(proto.SerializeToString())
-
-
-def _make_reachable(merged: Merged) -> None:
-    """Give unreachable pieces the intermediate they lack, a few rounds long; drop what is left."""
-    for _ in range(4):
-        model = _serialised(merged, merged.added)
-        dead = unreachable(model, merged.added)
-        if not dead:
-            return
-        processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        known = set(merged.added)
-        before: dict[str, str] = {}
-        for piece in dead:
-            parts = processor.encode(f"\n{piece}", out_type=str)[2:]
-            step = "".join(parts[:2])
-            # An intermediate without a new character would change how old text is encoded.
-            if len(parts) > 2 and step not in known and has_new_script(step):
-                known.add(step)
-                before[piece] = step
-        if not before:
-            break
-        merged.intermediates += before.values()
-        merged.added = [
-            each for piece in merged.added for each in ([before[piece], piece] if piece in before else [piece])
-        ]
-    while dead := unreachable(_serialised(merged, merged.added), merged.added):
-        merged.dropped += [piece for piece in dead if piece not in merged.intermediates]
-        merged.intermediates = [piece for piece in merged.intermediates if piece not in set(dead)]
-        merged.added = [piece for piece in merged.added if piece not in set(dead)]
-
-
-def _fill(merged: Merged, multiple: int) -> None:
-    """Reach the multiple by characters that would otherwise cost three byte tokens each, not by dead rows."""
-    missing = -(merged.num_base + len(merged.added)) % multiple
-    known = {piece.piece for piece in merged.proto.pieces} | set(merged.added)
-    characters = (c for c in _common_han() if c not in known)
-    merged.filled = list(islice(characters, missing))
-    if len(merged.filled) < missing:
-        raise UserError(
-            f"vocab_multiple={multiple}: {missing:,} more pieces would be needed, and there are {len(merged.filled):,} "
-            "further Han characters. Give a smaller multiple"
-        )
-
-
-def _common_han() -> Iterator[str]:
-    """The characters of GB 2312, level 1 (the 3,755 most used) first, then the rest of the basic Han block."""
-    listed = [bytes((row, cell)).decode("gb2312", "ignore") for row in range(0xB0, 0xF8) for cell in range(0xA1, 0xFF)]
-    return iter({c: None for c in listed + [chr(code) for code in range(0x4E00, 0xA000)] if c and has_han(c)})
-
-
-def _append(merged: Merged, *, score_ties: bool) -> None:
-    merged.proto.ParseFromString(_serialised(merged, merged.added + merged.filled, score_ties=score_ties))
+def _json_pieces(path: Path) -> list[str]:
+    values = byte_values()
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        vocab = sorted(document["model"]["vocab"].items(), key=lambda item: item[1])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"pieces={path}: not a tokenizer.json ({type(error).__name__}: {error})") from error
+    if '"ByteLevel"' not in json.dumps([document.get("pre_tokenizer"), document.get("decoder")]):
+        return [piece.replace("▁", " ") for piece, _ in vocab]
+    texts = []
+    for piece, _ in vocab:
+        if all(character in values for character in piece):
+            text = bytes(values[character] for character in piece).decode("utf-8", "ignore")
+            if len(text.encode()) == len(piece):
+                texts.append(text)
+    return texts

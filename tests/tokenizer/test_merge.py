@@ -1,107 +1,213 @@
-"""A merged vocabulary leaves old text alone, reaches every new piece, and gives everything back."""
+"""A merge leaves old text alone, reaches every new piece, and gives everything back, on every kind of base."""
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import sentencepiece
+from bases import ADDED, KINDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import CHINESE, ENGLISH
+from transformers import AutoTokenizer
 
+from fireflyds.config import PieceAlgorithm
 from fireflyds.errors import UserError
-from fireflyds.tokenizer.directory import ties
-from fireflyds.tokenizer.learn import has_han, learn_chinese_pieces
-from fireflyds.tokenizer.merge import merge, read_pieces, unreachable
+from fireflyds.tokenizer.base import Base, load_base
+from fireflyds.tokenizer.encoder import load_encoder
+from fireflyds.tokenizer.learn import common_characters, count_words, learn_pieces
+from fireflyds.tokenizer.merge import Plan, fill, plan_merge, read_pieces, unreachable
+from fireflyds.tokenizer.scripts import Scripts
+from fireflyds.types import Encoder
+
+CHINESE_SCRIPTS = Scripts(["Han", "CJK_Punctuation"])
 
 
-@pytest.fixture(scope="module")
-def pieces() -> list[str]:
-    return learn_chinese_pieces(lambda: CHINESE, num_pieces=80, max_piece_length=4)
+@dataclass(frozen=True, slots=True)
+class Case:
+    base: Base
+    plan: Plan
+    old: Encoder
+    new: Encoder
+    folder: Path
 
 
-@pytest.fixture(scope="module")
-def old(base_tokenizer: Path) -> sentencepiece.SentencePieceProcessor:
-    return sentencepiece.SentencePieceProcessor(model_file=str(base_tokenizer / "tokenizer.model"))
+def learnt(base: Base, algorithm: PieceAlgorithm = PieceAlgorithm.bpe, texts=CHINESE, scripts=CHINESE_SCRIPTS) -> Plan:
+    words = count_words(texts, scripts)
+    characters = common_characters(words, scripts, 1)
+    encoder = base.encoder(plan_merge(base, characters, scripts).steps)
+    pieces = learn_pieces(words, encoder, algorithm=algorithm, num_pieces=60, max_piece_length=4)
+    return plan_merge(base, characters + pieces, scripts)
 
 
-@pytest.fixture(scope="module")
-def new(base_tokenizer: Path, pieces: list[str]) -> sentencepiece.SentencePieceProcessor:
-    merged = merge((base_tokenizer / "tokenizer.model").read_bytes(), pieces, cure=True, vocab_multiple=64)
-    return sentencepiece.SentencePieceProcessor(model_proto=merged.proto.SerializeToString())
+@pytest.fixture(scope="module", params=sorted(KINDS))
+def case(request, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    place = tmp_path_factory.mktemp(request.param)
+    base = load_base(KINDS[request.param](place / "base"))
+    plan = learnt(base)
+    (place / "out").mkdir()
+    base.write(plan.steps, place / "out")
+    return Case(base, plan, load_encoder(place / "base"), load_encoder(place / "out"), place / "out")
 
 
-def test_learnt_pieces_are_chinese_and_cross_no_punctuation(pieces: list[str]) -> None:
-    assert len(pieces) > 40
-    assert "，" in pieces
-    for piece in pieces:
-        assert len(piece) == 1 or all(has_han(character) for character in piece)
-
-
-def test_old_pieces_keep_their_ids(old, new) -> None:
-    for index in range(old.get_piece_size()):
-        assert new.id_to_piece(index) == old.id_to_piece(index)
-
-
-def test_vocabulary_reaches_the_multiple_and_no_piece_is_dead(old, new) -> None:
-    assert new.get_piece_size() % 64 == 0
-    added = [new.id_to_piece(index) for index in range(old.get_piece_size(), new.get_piece_size())]
-    assert len(added) == len(set(added)) > 40
-    assert unreachable(new.serialized_model_proto(), added) == []
-
-
-def test_chinese_takes_fewer_tokens(old, new) -> None:
-    text = "".join(CHINESE)
-    assert len(new.encode(text)) < 0.4 * len(old.encode(text))
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters="▁")))
-def test_any_string_comes_back(new, text: str) -> None:
-    if "\x00" not in text:  # SentencePiece itself stops at NUL
-        assert new.decode(new.encode(text)) == text
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    st.text(st.characters(max_codepoint=0x2E7F, blacklist_categories=("Cs",)) | st.sampled_from(list("".join(ENGLISH))))
+ANY_TEXT = st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters="▁\x00"))
+OLD_TEXT = st.text(
+    st.characters(blacklist_categories=("Cs",), blacklist_characters="▁\x00").filter(lambda c: not CHINESE_SCRIPTS.has(c))
+    | st.sampled_from(list("".join(ENGLISH) + "\n\t  “”—…·́"))
 )
-def test_text_without_new_characters_keeps_its_ids(old, new, text: str) -> None:
-    assert new.encode(text) == old.encode(text)
+MIXED_TEXT = st.lists(st.sampled_from([*"".join(CHINESE), *ENGLISH[0].split(), " ", "\n", "：", "é", "9"])).map("".join)
 
 
-def test_a_piece_without_a_path_gets_its_intermediate(base_tokenizer: Path) -> None:
-    base = (base_tokenizer / "tokenizer.model").read_bytes()
-    merged = merge(base, ["意大利"], cure=True, vocab_multiple=1)
-    assert merged.intermediates == ["意大"]
-    assert unreachable(merged.proto.SerializeToString(), ["意大利"]) == []
-    raw = merge(base, ["意大利"], cure=False, vocab_multiple=1)
-    assert unreachable(raw.proto.SerializeToString(), ["意大利"]) == ["意大利"]
+@settings(max_examples=150, deadline=None)
+@given(ANY_TEXT | MIXED_TEXT)
+def test_any_string_comes_back(case: Case, text: str) -> None:
+    assert case.new.decode(case.new.encode(text)) == text
 
 
-def test_cured_scores_are_distinct_and_uncured_ones_tie(base_tokenizer: Path, pieces: list[str]) -> None:
-    base = (base_tokenizer / "tokenizer.model").read_bytes()
-    assert not ties(merge(base, pieces, cure=True, vocab_multiple=64).proto)
-    assert ties(merge(base, pieces, cure=False, vocab_multiple=1).proto)
+@settings(max_examples=150, deadline=None)
+@given(OLD_TEXT)
+def test_text_without_new_characters_keeps_its_ids(case: Case, text: str) -> None:
+    assert case.new.encode(text) == case.old.encode(text)
 
 
-def test_a_multiple_beyond_all_characters_is_refused(base_tokenizer: Path) -> None:
-    with pytest.raises(UserError, match=r"vocab_multiple=1000000: .* Give a smaller multiple"):
-        merge((base_tokenizer / "tokenizer.model").read_bytes(), ["河流"], cure=True, vocab_multiple=1_000_000)
+@settings(max_examples=100, deadline=None)
+@given(ANY_TEXT | MIXED_TEXT)
+def test_auto_tokenizer_gives_the_same_ids(case: Case, text: str) -> None:
+    auto = _auto(case.folder)
+    assert auto.encode(text, add_special_tokens=False) == case.new.encode(text)
+
+
+_AUTO: dict[Path, object] = {}
+
+
+def _auto(folder: Path):
+    return _AUTO.setdefault(folder, AutoTokenizer.from_pretrained(folder))
+
+
+def test_every_new_piece_is_reached_and_has_the_next_id(case: Case) -> None:
+    assert len(case.plan.steps) > 60
+    assert unreachable(case.base, case.plan, case.new) == []
+    assert case.new.vocab_size == case.old.vocab_size + len(case.plan.steps)
+    for index, step in enumerate(case.plan.steps, case.base.num_tokens):
+        text = case.base.text(step.piece)
+        if text is not None:
+            assert case.new.token(index) == text
+            assert index in case.new.encode(f"\n{text}\n")
+
+
+def test_old_tokens_keep_their_ids(case: Case) -> None:
+    for index in range(case.old.vocab_size):
+        assert case.new.token(index) == case.old.token(index)
+
+
+def test_chinese_takes_fewer_tokens(case: Case) -> None:
+    before, after = (sum(len(encoder.encode(text)) for text in CHINESE) for encoder in (case.old, case.new))
+    assert after < 0.3 * before
+
+
+def test_a_piece_without_a_path_gets_its_intermediate(case: Case) -> None:
+    plan = plan_merge(case.base, ["意大利"], CHINESE_SCRIPTS)
+    assert case.base.spelled("意大") in plan.intermediates
+    assert unreachable(case.base, plan, case.base.encoder(plan.steps)) == []
+
+
+def test_filling_reaches_the_size_by_characters(case: Case) -> None:
+    plan = plan_merge(case.base, ["河流"], CHINESE_SCRIPTS)
+    size = case.base.num_tokens + len(plan.steps) + 50
+    fill(case.base, plan, CHINESE_SCRIPTS, size)
+    assert case.base.num_tokens + len(plan.steps) == size
+    assert len(plan.filled) == 50
+    assert unreachable(case.base, plan, case.base.encoder(plan.steps)) == []
+
+
+def test_added_tokens_keep_their_ids_and_new_pieces_stand_behind_them(tmp_path: Path) -> None:
+    base = load_base(KINDS["llama3"](tmp_path / "base"))
+    before = AutoTokenizer.from_pretrained(tmp_path / "base")
+    (tmp_path / "out").mkdir()
+    base.write(learnt(base).steps, tmp_path / "out")
+    after = AutoTokenizer.from_pretrained(tmp_path / "out")
+    ids = list(range(base.num_tokens - 3, base.num_tokens))
+    assert after.convert_tokens_to_ids(ADDED) == before.convert_tokens_to_ids(ADDED) == ids
+    assert (after.bos_token, after.eos_token) == (ADDED[0], ADDED[1])
+    assert after.encode(f"a{ADDED[2]}b", add_special_tokens=False)[1] == after.convert_tokens_to_ids(ADDED[2])
+    assert min(after.encode("河", add_special_tokens=False)) >= 0
+
+
+def test_added_tokens_of_a_sentencepiece_directory_become_its_pieces(tmp_path: Path) -> None:
+    folder = KINDS["sentencepiece"](tmp_path / "base")
+    (folder / "tokenizer.json").unlink()
+    (folder / "added_tokens.json").write_text(json.dumps({"<pad>": 400}))
+    base = load_base(folder)
+    assert base.num_tokens == 401
+    (tmp_path / "out").mkdir()
+    base.write(plan_merge(base, ["河流"], CHINESE_SCRIPTS).steps, tmp_path / "out")
+    tokenizer, ours = AutoTokenizer.from_pretrained(tmp_path / "out"), load_encoder(tmp_path / "out")
+    assert tokenizer.convert_tokens_to_ids("<pad>") == ours.token_id("<pad>") == 400
+    assert tokenizer.encode("a<pad>", add_special_tokens=False)[-1] == 400
+    assert 400 not in ours.encode("a<pad>")  # text that spells a special token is text
+
+
+def test_settings_and_chat_template_of_the_base_stay(tmp_path: Path) -> None:
+    folder = KINDS["sentencepiece"](tmp_path / "base")
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text()) | {"add_bos_token": False, "add_eos_token": True, "model_max_length": 4096}
+    file.write_text(json.dumps(settings | {"tokenizer_class": "LlamaTokenizer", "legacy": False}))
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    base = load_base(folder)
+    (tmp_path / "out").mkdir()
+    base.write(plan_merge(base, ["河流"], CHINESE_SCRIPTS).steps, tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.model_max_length == 4096
+    assert tokenizer.chat_template == "{{ messages }}"
+    ids = tokenizer.encode("the river")
+    assert (ids[0] == tokenizer.bos_token_id, ids[-1] == tokenizer.eos_token_id) == (False, True)
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "llama3"])
+def test_unigram_pieces_become_reachable_too(kind: str, tmp_path: Path) -> None:
+    base = load_base(KINDS[kind](tmp_path / "base"))
+    plan = learnt(base, PieceAlgorithm.unigram)
+    encoder = base.encoder(plan.steps)
+    assert unreachable(base, plan, encoder) == []
+    assert any(len(base.text(step.piece) or "") > 2 for step in plan.steps)
+
+
+RUSSIAN = ["Река течёт к морю, и река глубока. Он сказал: река красива, море сине, река течёт."] * 8
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_another_script_keeps_the_space_before_its_words(kind: str, tmp_path: Path) -> None:
+    base, scripts = load_base(KINDS[kind](tmp_path / "base")), Scripts(["Cyrillic"])
+    plan = learnt(base, texts=RUSSIAN, scripts=scripts)
+    old, new = base.encoder([]), base.encoder(plan.steps)
+    assert " река" in {base.text(step.piece) for step in plan.steps}
+    assert unreachable(base, plan, new) == []
+    for text in [*ENGLISH, *CHINESE]:
+        assert new.encode(text) == old.encode(text)
+    assert new.decode(new.encode(RUSSIAN[0])) == RUSSIAN[0]
+    assert len(new.encode(RUSSIAN[0])) < 0.5 * len(old.encode(RUSSIAN[0]))
 
 
 def test_no_intermediate_touches_old_text(base_tokenizer: Path) -> None:
-    base = (base_tokenizer / "tokenizer.model").read_bytes()
-    merged = merge(base, ["2017年", "年轻"], cure=True, vocab_multiple=1)
-    assert all(has_han(piece) for piece in merged.added)
-    assert merged.dropped == ["2017年"]
+    base = load_base(base_tokenizer)
+    plan = plan_merge(base, ["the年", "年轻", "xyzzy", "年"], CHINESE_SCRIPTS)
+    assert [step.piece for step in plan.steps] == ["年", "轻", "年轻"]
+    assert plan.dropped["the年"].startswith("reached only by merges that touch other text")
+    assert plan.dropped["xyzzy"] == "no character of Han, CJK_Punctuation"
 
 
-def test_pieces_of_other_scripts_are_dropped_by_the_cure_alone(base_tokenizer: Path) -> None:
-    base = (base_tokenizer / "tokenizer.model").read_bytes()
-    assert merge(base, ["河流", "xyzzy"], cure=True, vocab_multiple=1).dropped == ["xyzzy"]
-    assert "xyzzy" in merge(base, ["河流", "xyzzy"], cure=False, vocab_multiple=1).added
-    with pytest.raises(UserError, match="in the base already or were dropped"):
-        merge(base, ["xyzzy"], cure=True, vocab_multiple=1)
+def test_cured_scores_are_distinct_and_uncured_ones_tie(base_tokenizer: Path) -> None:
+    for tied in (False, True):
+        base = load_base(base_tokenizer, tied=tied)
+        steps = plan_merge(base, ["河流", "意大利"], CHINESE_SCRIPTS).steps
+        scores = [piece.score for piece in base.merged(steps).pieces[base.num_tokens :]]
+        assert (len(set(scores)), max(scores)) == ((1, 0.0) if tied else (len(steps), scores[0]))
+
+
+def test_more_characters_than_there_are_is_refused(base_tokenizer: Path) -> None:
+    base = load_base(base_tokenizer)
+    with pytest.raises(UserError, match=r"Han have no more characters. Give a smaller multiple"):
+        fill(base, plan_merge(base, ["河流"], CHINESE_SCRIPTS), Scripts(["Han"]), 1_000_000)
 
 
 def test_a_list_with_a_piece_twice_names_both_lines(tmp_path: Path) -> None:
@@ -111,6 +217,25 @@ def test_a_list_with_a_piece_twice_names_both_lines(tmp_path: Path) -> None:
         read_pieces(file)
 
 
-def test_a_corpus_without_chinese_is_refused() -> None:
-    with pytest.raises(UserError, match="no Han text"):
-        learn_chinese_pieces(lambda: ENGLISH, num_pieces=50, max_piece_length=4)
+def test_pieces_are_read_from_lists_models_and_byte_level_files(tmp_path: Path, case: Case) -> None:
+    file = tmp_path / "pieces.txt"
+    file.write_text("\ufeff河流\n\n▁山川 \n", encoding="utf-8")
+    assert read_pieces(file) == ["河流", " 山川"]
+    name = "tokenizer.model" if (case.folder / "tokenizer.model").exists() else "tokenizer.json"
+    texts = {case.base.text(step.piece) for step in case.plan.steps} - {None}
+    assert texts <= set(read_pieces(case.folder / name))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.model", b"no model", "not a SentencePiece model"),
+        ("p.json", b"{}", "not a tokenizer.json"),
+        ("p.txt", b"\xff\xfe", "not UTF-8"),
+        ("p.txt", b"\n \n", "there is no piece in it"),
+    ],
+)
+def test_unreadable_lists_are_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_pieces(tmp_path / name)

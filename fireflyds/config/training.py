@@ -1,81 +1,22 @@
-"""Every knob, with its default and its meaning. Hydra composes these from `conf/`; nothing else holds a default.
-
-A field's docstring is its entry in the option reference (`conf/README.md`) and in `-h`.
-"""
+"""A training run: its sections and the whole."""
 
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any
 
 from omegaconf import MISSING
 
+from fireflyds.config.values import (
+    ModelInit,
+    Offload,
+    Precision,
+    Schedule,
+    TextSplit,
+    Tracker,
+    TuningMethod,
+    WandbMode,
+    require_at_least,
+)
 from fireflyds.errors import UserError
-
-
-class Precision(Enum):
-    auto = 0
-    fp32 = 1
-    bf16 = 2
-    fp16 = 3
-
-
-class Schedule(Enum):
-    cosine = 0
-    linear = 1
-    constant = 2
-    constant_with_warmup = 3
-
-
-class ModelInit(Enum):
-    pretrained = 0
-    scratch = 1
-
-
-class TuningMethod(Enum):
-    full = 0
-    lora = 1
-    qlora = 2
-
-
-class Offload(Enum):
-    none = 0
-    cpu = 1
-
-
-class RowInit(Enum):
-    mean = 0
-    random = 1
-
-
-class WandbMode(Enum):
-    online = 0
-    offline = 1
-    disabled = 2
-
-
-class Tracker(Enum):
-    none = 0
-    wandb = 1
-
-
-class TextSplit(Enum):
-    line = 0
-    paragraph = 1
-    file = 2
-
-
-class PromptStyle(Enum):
-    auto = 0
-    plain = 1
-    chat = 2
-
-
-def require_at_least(config: Any, **least: int) -> None:
-    """Raises `UserError` for the first field of `config` below its least value."""
-    for name, bound in least.items():
-        value = getattr(config, name)
-        if value is not None and value < bound:
-            raise UserError(f"{name}={value}: must be at least {bound}")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -105,7 +46,8 @@ class ModelConfig:
 @dataclass(kw_only=True, slots=True)
 class SourceConfig:
     path: str = MISSING
-    """File, folder or glob: .txt .jsonl .json .csv .tsv .parquet."""
+    """File, folder or glob (.txt .jsonl .json .csv .tsv .parquet), a folder that `datasets` saved, or
+    `hf:<dataset>[:<config>]`."""
     domain: str = "text"
     """Name under which its tokens are counted, mixed and measured."""
     format: str = "auto"
@@ -299,204 +241,3 @@ class TrainConfig:
     @property
     def run_dir(self) -> str:
         return f"{self.runs}/{self.run}"
-
-
-@dataclass(kw_only=True, slots=True)
-class SynthesizeConfig:
-    out: str = MISSING
-    """Folder to write: documents, dialogues and questions."""
-    corpus: str = ""
-    """A person's own text (file, folder or glob) in place of the generated Chinese documents."""
-    zh_bytes: int = 2_200_000
-    """UTF-8 bytes of generated Chinese documents."""
-    en_bytes: int = 1_100_000
-    """UTF-8 bytes of generated English documents."""
-    num_entities: int = 48
-    """Invented things of each kind."""
-    num_questions: int = 240
-    """Multiple-choice questions held out from the dialogues."""
-    heldout_documents: int = 150
-    """Documents per language kept for bits per byte."""
-    seed: int = 20240229
-    """The same seed writes the same bytes."""
-
-
-@dataclass(kw_only=True, slots=True)
-class LearnConfig:
-    corpus: str = MISSING
-    """Text to learn from: file, folder or glob."""
-    out: str = MISSING
-    """Tokenizer directory to write."""
-    vocab_size: int = 32_000
-    """Pieces in all, special and byte pieces included."""
-    max_piece_length: int = 16
-    """Longest piece, in characters."""
-
-    def __post_init__(self) -> None:
-        require_at_least(self, vocab_size=300, max_piece_length=1)
-
-
-@dataclass(kw_only=True, slots=True)
-class ExpandConfig:
-    base: str = MISSING
-    """Hugging Face directory of the model, or a tokenizer `.model` alone."""
-    out: str = MISSING
-    """Directory to write."""
-    pieces: str = ""
-    """Pieces to merge: a SentencePiece `.model`, or a text file with one piece a line."""
-    corpus: str = ""
-    """Text to learn pieces from: file, folder or glob. Also what the report is measured on."""
-    num_pieces: int = 0
-    """Pieces to learn from `corpus`."""
-    max_piece_length: int = 8
-    """Longest learnt piece, in characters."""
-    cure: bool = True
-    """Drop pieces without Han, add the intermediates that make every new piece reachable; false: merge as given."""
-    vocab_multiple: int = 64
-    """The vocabulary is filled with further Han characters up to a multiple of this."""
-    init: RowInit = RowInit.mean
-    """New embedding rows: `mean` of the piece's old tokens, or `random` (mean and variance of the old rows)."""
-    seed: int = 42
-    """Seed of `init=random`."""
-
-    def __post_init__(self) -> None:
-        if bool(self.pieces) == bool(self.num_pieces):
-            raise UserError(
-                f"expand: give either pieces=<.model or list> or num_pieces=<N> with corpus=<files>, "
-                f"got pieces={self.pieces!r}, num_pieces={self.num_pieces}"
-            )
-        if self.num_pieces and not self.corpus:
-            raise UserError(
-                f"num_pieces={self.num_pieces} needs text to learn from: give corpus=<file, folder or glob>"
-            )
-        require_at_least(self, num_pieces=0, vocab_multiple=1, max_piece_length=1)
-
-
-@dataclass(kw_only=True, slots=True)
-class PrepareConfig:
-    data: DataConfig = MISSING
-    tokenizer: str = MISSING
-    """Hugging Face directory, or a SentencePiece `.model`."""
-    out: str = ""
-    """Token store to write; empty: `data.store`."""
-    template: str = "firefly"
-    """Chat template of dialogues: an entry of `fireflyds/data/templates`."""
-    workers: int = 0
-    """Encoding processes; 0: one per core."""
-
-    def __post_init__(self) -> None:
-        require_at_least(self, workers=0)
-
-
-@dataclass(kw_only=True, slots=True)
-class ExportConfig:
-    run: str = MISSING
-    """The run to export."""
-    runs: str = "runs"
-    """Folder that holds the runs."""
-    out: str = ""
-    """Hugging Face directory to write; empty: `<runs>/<run>/export`."""
-    step: int | None = None
-    """Checkpoint to export; unset: the newest whole one."""
-    dtype: Precision = Precision.auto
-    """Number format of the written weights; `auto`: that of the trained model."""
-    verify: bool = True
-    """Load what was written with plain transformers and compare logits with the trained model."""
-
-
-@dataclass(kw_only=True, slots=True)
-class EvaluateConfig:
-    model: str = MISSING
-    """Hugging Face directory."""
-    tasks: list[str] = field(default_factory=lambda: ["bits_per_byte"])
-    """Entries of `fireflyds/evaluation/tasks`."""
-    out: str = ""
-    """Folder for `scores.json`; empty: `<model>/eval`."""
-    texts: dict[str, str] = field(default_factory=dict)
-    """Held-out text for bits per byte: name to file, folder or glob."""
-    questions: str = ""
-    """Questions of `multiple_choice`: JSON lines with `question`, `choices`, `answer` (an index)."""
-    cmmlu: str = ""
-    """Folder of CMMLU with `dev/` and `test/`."""
-    subjects: list[str] = field(default_factory=list)
-    """CMMLU subjects; empty: all."""
-    num_shots: int = 0
-    """Worked examples put before each CMMLU question."""
-    limit: int | None = None
-    """At most this many documents or questions per task."""
-    prompt: PromptStyle = PromptStyle.auto
-    """`chat` wraps questions in the model's chat template, `plain` does not, `auto`: chat where there is one."""
-    max_tokens: int = 4096
-    """Tokens in one forward pass."""
-
-    def __post_init__(self) -> None:
-        require_at_least(self, max_tokens=2, limit=1, num_shots=0)
-        if not self.tasks:
-            raise UserError("tasks=[]: nothing to do. Name entries of fireflyds/evaluation/tasks")
-
-
-@dataclass(kw_only=True, slots=True)
-class ChatConfig:
-    model: str = MISSING
-    """Hugging Face directory with a chat template."""
-    prompt: str = ""
-    """Answer this one message and leave; empty: a conversation."""
-    system: str = ""
-    """System message."""
-    max_new_tokens: int = 256
-    """Longest answer."""
-    temperature: float = 0.35
-    """0 takes the likeliest token."""
-    top_p: float = 0.9
-    """Nucleus sampling."""
-    seed: int = 42
-    """Seed of sampling."""
-
-    def __post_init__(self) -> None:
-        require_at_least(self, max_new_tokens=1, temperature=0)
-
-
-@dataclass(kw_only=True, slots=True)
-class StageConfig:
-    name: str = MISSING
-    """Name of the stage: its key in `summary.json`."""
-    verb: str = MISSING
-    """A file of `launch/`."""
-    ranks: int = 1
-    """More than one: started by `deepspeed --num_gpus`."""
-    overrides: list[str] = field(default_factory=list)
-    """What is typed after the verb."""
-    makes: str = MISSING
-    """The file that stands when the stage is done."""
-
-
-@dataclass(kw_only=True, slots=True)
-class RoadConfig:
-    name: str = MISSING
-    """Name of the road. Its folder is `runs/<name>`."""
-    stages: list[StageConfig] = field(default_factory=list)
-    """Verbs in order."""
-
-    @property
-    def out(self) -> str:
-        return f"runs/{self.name}"
-
-
-@dataclass(kw_only=True, slots=True)
-class DemoConfig:
-    road: RoadConfig = MISSING
-    corpus: str = ""
-    """A person's own text (.txt .jsonl .json .csv .parquet; file, folder or glob) instead of the generated Chinese."""
-
-
-VERBS: dict[str, type] = {
-    "synthesize": SynthesizeConfig,
-    "learn": LearnConfig,
-    "expand": ExpandConfig,
-    "prepare": PrepareConfig,
-    "train": TrainConfig,
-    "export": ExportConfig,
-    "evaluate": EvaluateConfig,
-    "chat": ChatConfig,
-    "demo": DemoConfig,
-}

@@ -1,0 +1,96 @@
+"""Every knob, with its default and its meaning. Hydra composes these from `conf/`; nothing else holds a default.
+
+A field's docstring is its entry in the option reference (`conf/README.md`) and in `-h`.
+"""
+
+from fireflyds.config.training import (
+    CheckpointConfig,
+    DataConfig,
+    HardwareConfig,
+    ModelConfig,
+    OptimConfig,
+    SourceConfig,
+    TrackingConfig,
+    TrainConfig,
+    TuningConfig,
+    ZeroConfig,
+)
+from fireflyds.config.values import (
+    ModelInit,
+    Offload,
+    PieceAlgorithm,
+    Precision,
+    PromptStyle,
+    ReportMode,
+    RowInit,
+    Schedule,
+    SizeBy,
+    TextSplit,
+    TokenizerKind,
+    Tracker,
+    TuningMethod,
+    WandbMode,
+    require_at_least,
+)
+from fireflyds.config.verbs import (
+    ChatConfig,
+    DemoConfig,
+    EvaluateConfig,
+    ExportConfig,
+    PrepareConfig,
+    RoadConfig,
+    StageConfig,
+    SynthesizeConfig,
+)
+from fireflyds.config.vocabulary import ExpandConfig, LearnConfig
+
+__all__ = [
+    "VERBS",
+    "ChatConfig",
+    "CheckpointConfig",
+    "DataConfig",
+    "DemoConfig",
+    "EvaluateConfig",
+    "ExpandConfig",
+    "ExportConfig",
+    "HardwareConfig",
+    "LearnConfig",
+    "ModelConfig",
+    "ModelInit",
+    "Offload",
+    "OptimConfig",
+    "PieceAlgorithm",
+    "Precision",
+    "PrepareConfig",
+    "PromptStyle",
+    "ReportMode",
+    "RoadConfig",
+    "RowInit",
+    "Schedule",
+    "SizeBy",
+    "SourceConfig",
+    "StageConfig",
+    "SynthesizeConfig",
+    "TextSplit",
+    "TokenizerKind",
+    "Tracker",
+    "TrackingConfig",
+    "TrainConfig",
+    "TuningConfig",
+    "TuningMethod",
+    "WandbMode",
+    "ZeroConfig",
+    "require_at_least",
+]
+
+VERBS: dict[str, type] = {
+    "synthesize": SynthesizeConfig,
+    "learn": LearnConfig,
+    "expand": ExpandConfig,
+    "prepare": PrepareConfig,
+    "train": TrainConfig,
+    "export": ExportConfig,
+    "evaluate": EvaluateConfig,
+    "chat": ChatConfig,
+    "demo": DemoConfig,
+}

@@ -1,0 +1,94 @@
+"""The closed sets that options choose from, and the rule of least values."""
+
+from enum import Enum
+from typing import Any
+
+from fireflyds.errors import UserError
+
+
+class Precision(Enum):
+    auto = 0
+    fp32 = 1
+    bf16 = 2
+    fp16 = 3
+
+
+class Schedule(Enum):
+    cosine = 0
+    linear = 1
+    constant = 2
+    constant_with_warmup = 3
+
+
+class ModelInit(Enum):
+    pretrained = 0
+    scratch = 1
+
+
+class TuningMethod(Enum):
+    full = 0
+    lora = 1
+    qlora = 2
+
+
+class Offload(Enum):
+    none = 0
+    cpu = 1
+
+
+class RowInit(Enum):
+    mean = 0
+    weighted = 1
+    random = 2
+
+
+class TokenizerKind(Enum):
+    sentencepiece = 0
+    byte_level = 1
+
+
+class PieceAlgorithm(Enum):
+    bpe = 0
+    unigram = 1
+
+
+class SizeBy(Enum):
+    fixed = 0
+    knee = 1
+    alp = 2
+
+
+class ReportMode(Enum):
+    full = 0
+    only = 1
+
+
+class WandbMode(Enum):
+    online = 0
+    offline = 1
+    disabled = 2
+
+
+class Tracker(Enum):
+    none = 0
+    wandb = 1
+
+
+class TextSplit(Enum):
+    line = 0
+    paragraph = 1
+    file = 2
+
+
+class PromptStyle(Enum):
+    auto = 0
+    plain = 1
+    chat = 2
+
+
+def require_at_least(config: Any, **least: int) -> None:
+    """Raises `UserError` for the first field of `config` below its least value."""
+    for name, bound in least.items():
+        value = getattr(config, name)
+        if value is not None and value < bound:
+            raise UserError(f"{name}={value}: must be at least {bound}")

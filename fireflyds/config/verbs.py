@@ -1,0 +1,146 @@
+"""The other verbs."""
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+from fireflyds.config.training import DataConfig
+from fireflyds.config.values import Precision, PromptStyle, require_at_least
+from fireflyds.errors import UserError
+
+
+@dataclass(kw_only=True, slots=True)
+class SynthesizeConfig:
+    out: str = MISSING
+    """Folder to write: documents, dialogues and questions."""
+    corpus: str = ""
+    """A person's own text (file, folder or glob) in place of the generated Chinese documents."""
+    zh_bytes: int = 2_200_000
+    """UTF-8 bytes of generated Chinese documents."""
+    en_bytes: int = 1_100_000
+    """UTF-8 bytes of generated English documents."""
+    num_entities: int = 48
+    """Invented things of each kind."""
+    num_questions: int = 240
+    """Multiple-choice questions held out from the dialogues."""
+    heldout_documents: int = 150
+    """Documents per language kept for bits per byte."""
+    seed: int = 20240229
+    """The same seed writes the same bytes."""
+
+
+@dataclass(kw_only=True, slots=True)
+class PrepareConfig:
+    data: DataConfig = MISSING
+    tokenizer: str = MISSING
+    """Hugging Face directory, or a SentencePiece `.model`."""
+    out: str = ""
+    """Token store to write; empty: `data.store`."""
+    template: str = "firefly"
+    """Chat template of dialogues: an entry of `fireflyds/data/templates`."""
+    workers: int = 0
+    """Encoding processes; 0: one per core."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, workers=0)
+
+
+@dataclass(kw_only=True, slots=True)
+class ExportConfig:
+    run: str = MISSING
+    """The run to export."""
+    runs: str = "runs"
+    """Folder that holds the runs."""
+    out: str = ""
+    """Hugging Face directory to write; empty: `<runs>/<run>/export`."""
+    step: int | None = None
+    """Checkpoint to export; unset: the newest whole one."""
+    dtype: Precision = Precision.auto
+    """Number format of the written weights; `auto`: that of the trained model."""
+    verify: bool = True
+    """Load what was written with plain transformers and compare logits with the trained model."""
+
+
+@dataclass(kw_only=True, slots=True)
+class EvaluateConfig:
+    model: str = MISSING
+    """Hugging Face directory."""
+    tasks: list[str] = field(default_factory=lambda: ["bits_per_byte"])
+    """Entries of `fireflyds/evaluation/tasks`."""
+    out: str = ""
+    """Folder for `scores.json`; empty: `<model>/eval`."""
+    texts: dict[str, str] = field(default_factory=dict)
+    """Held-out text for bits per byte: name to file, folder or glob."""
+    questions: str = ""
+    """Questions of `multiple_choice`: JSON lines with `question`, `choices`, `answer` (an index)."""
+    cmmlu: str = ""
+    """Folder of CMMLU with `dev/` and `test/`."""
+    subjects: list[str] = field(default_factory=list)
+    """CMMLU subjects; empty: all."""
+    num_shots: int = 0
+    """Worked examples put before each CMMLU question."""
+    limit: int | None = None
+    """At most this many documents or questions per task."""
+    prompt: PromptStyle = PromptStyle.auto
+    """`chat` wraps questions in the model's chat template, `plain` does not, `auto`: chat where there is one."""
+    max_tokens: int = 4096
+    """Tokens in one forward pass."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, max_tokens=2, limit=1, num_shots=0)
+        if not self.tasks:
+            raise UserError("tasks=[]: nothing to do. Name entries of fireflyds/evaluation/tasks")
+
+
+@dataclass(kw_only=True, slots=True)
+class ChatConfig:
+    model: str = MISSING
+    """Hugging Face directory with a chat template."""
+    prompt: str = ""
+    """Answer this one message and leave; empty: a conversation."""
+    system: str = ""
+    """System message."""
+    max_new_tokens: int = 256
+    """Longest answer."""
+    temperature: float = 0.35
+    """0 takes the likeliest token."""
+    top_p: float = 0.9
+    """Nucleus sampling."""
+    seed: int = 42
+    """Seed of sampling."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, max_new_tokens=1, temperature=0)
+
+
+@dataclass(kw_only=True, slots=True)
+class StageConfig:
+    name: str = MISSING
+    """Name of the stage: its key in `summary.json`."""
+    verb: str = MISSING
+    """A file of `launch/`."""
+    ranks: int = 1
+    """More than one: started by `deepspeed --num_gpus`."""
+    overrides: list[str] = field(default_factory=list)
+    """What is typed after the verb."""
+    makes: str = MISSING
+    """The file that stands when the stage is done."""
+
+
+@dataclass(kw_only=True, slots=True)
+class RoadConfig:
+    name: str = MISSING
+    """Name of the road. Its folder is `runs/<name>`."""
+    stages: list[StageConfig] = field(default_factory=list)
+    """Verbs in order."""
+
+    @property
+    def out(self) -> str:
+        return f"runs/{self.name}"
+
+
+@dataclass(kw_only=True, slots=True)
+class DemoConfig:
+    road: RoadConfig = MISSING
+    corpus: str = ""
+    """A person's own text (.txt .jsonl .json .csv .parquet; file, folder or glob) instead of the generated Chinese."""

@@ -1,0 +1,107 @@
+"""Learning and expanding vocabularies."""
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+from fireflyds.config.values import PieceAlgorithm, ReportMode, RowInit, SizeBy, TokenizerKind, require_at_least
+from fireflyds.errors import UserError
+
+
+@dataclass(kw_only=True, slots=True)
+class LearnConfig:
+    corpus: str = MISSING
+    """Text to learn from: file, folder or glob."""
+    out: str = MISSING
+    """Tokenizer directory to write."""
+    kind: TokenizerKind = TokenizerKind.sentencepiece
+    """`sentencepiece` (BPE with byte fallback, as LLaMA-2) or `byte_level` (BPE over bytes, as GPT-2 and Llama-3)."""
+    vocab_size: int = 32_000
+    """Pieces in all, special and byte pieces included."""
+    max_piece_length: int = 16
+    """Longest piece, in characters (bytes, for `byte_level`)."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, vocab_size=300, max_piece_length=1)
+
+
+@dataclass(kw_only=True, slots=True)
+class ExpandConfig:
+    base: str = MISSING
+    """Hugging Face directory of the model or its tokenizer (`tokenizer.model` or `tokenizer.json`), or a `.model`."""
+    out: str = ""
+    """Directory to write."""
+    pieces: str = ""
+    """Pieces to merge: a `.model`, a byte-level `tokenizer.json`, or a text file with one piece a line."""
+    corpus: str = ""
+    """Text to learn pieces from, and to choose among given ones: file, folder, glob, a folder that `datasets`
+    saved, or `hf:<dataset>[:<config>]`."""
+    sample_characters: int = 10_000_000
+    """Most characters of `corpus` held in memory; a larger one is sampled evenly, by lines."""
+    scripts: list[str] = field(default_factory=lambda: ["Han", "CJK_Punctuation"])
+    """Scripts to add pieces for, by Unicode's names. Text without their characters keeps its ids."""
+    algorithm: PieceAlgorithm = PieceAlgorithm.bpe
+    """How pieces are learnt: `bpe` goes on from the base's merges, `unigram` starts from the corpus alone."""
+    num_pieces: int = 0
+    """Most new rows to learn from `corpus`."""
+    size: SizeBy = SizeBy.fixed
+    """`fixed`: as many rows as `num_pieces` allows; `knee`: up to where the curve of tokens saved bends; `alp`: where
+    the curve of average log probability does."""
+    max_piece_length: int = 8
+    """Longest learnt piece, in characters."""
+    min_count: int = 5
+    """Fewest tokens that a learnt piece must save in the sample."""
+    cure: bool = True
+    """Drop pieces without a new character, add what makes every new piece reachable; false: append as given, with ties,
+    as published Chinese-LLaMA vocabularies were made."""
+    vocab_multiple: int = 64
+    """The vocabulary's size is a multiple of this: learnt pieces stop at one, given ones are filled with characters."""
+    max_vocab_size: int = 0
+    """Most rows of the whole vocabulary; the pieces that save least are left out. 0: no limit."""
+    init: RowInit = RowInit.mean
+    """New rows: `mean` of the old tokens of the piece's text, `weighted` (the same, rare old tokens counting more) or
+    `random` (normal with the old rows' mean and covariance)."""
+    seed: int = 42
+    """Seed of `init=random` and of the sample."""
+    texts: dict[str, str] = field(default_factory=dict)
+    """Texts that the report measures: domain to file, folder or glob; empty: what of `corpus` nothing was learnt from."""
+    report: ReportMode = ReportMode.full
+    """`only`: nothing is merged; `base` and `other` are compared on `corpus` or `texts`."""
+    other: str = ""
+    """The second tokenizer of `report=only`."""
+
+    def __post_init__(self) -> None:
+        require_at_least(
+            self,
+            num_pieces=0,
+            vocab_multiple=1,
+            max_piece_length=1,
+            max_vocab_size=0,
+            min_count=1,
+            sample_characters=1000,
+        )
+        if self.report is ReportMode.only:
+            if not (self.other and (self.corpus or self.texts)):
+                raise UserError(
+                    "report=only compares two tokenizers on text: give base=, other= and corpus= or texts.<domain>="
+                )
+            return
+        if self.other:
+            raise UserError(f"other={self.other}: is compared only with report=only. Leave it out")
+        if not self.out:
+            raise UserError("out is not set: expand needs it. Give out=<directory>")
+        if bool(self.pieces) == bool(self.num_pieces):
+            raise UserError(
+                f"expand: give either pieces=<.model or list> or num_pieces=<N> with corpus=<files>, "
+                f"got pieces={self.pieces!r}, num_pieces={self.num_pieces}"
+            )
+        if self.num_pieces and not self.corpus:
+            raise UserError(
+                f"num_pieces={self.num_pieces} needs text to learn from: give corpus=<file, folder or glob>"
+            )
+        if not self.cure and not self.pieces:
+            raise UserError("cure=false appends given pieces as they are: give pieces=<.model or list>")
+        if self.size is not SizeBy.fixed and not self.corpus:
+            raise UserError(f"size={self.size.name} is read from a curve on text: give corpus=<file, folder or glob>")
+        if self.init is RowInit.weighted and not self.corpus:
+            raise UserError("init=weighted weighs by how often tokens occur: give corpus=<file, folder or glob>")

@@ -1,0 +1,86 @@
+"""A `tokenizer.json` as a base: byte-level BPE (Llama-3, Qwen, Falcon), and SentencePiece-like BPE kept only so."""
+
+import copy
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fireflyds.errors import UserError
+from fireflyds.tokenizer.base import Step
+from fireflyds.tokenizer.bpe import Bpe
+from fireflyds.tokenizer.directory import settings_of, write_settings
+from fireflyds.tokenizer.encoder import FastEncoder, byte_values
+
+
+class JsonBase:
+    """Pieces go behind the last id in use, their merges behind the last merge; nothing else in the file changes."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        file = folder / "tokenizer.json"
+        try:
+            self._document = json.loads(file.read_text(encoding="utf-8"))
+            model = self._document["model"]
+            kind, self._vocab, merges = model["type"], model["vocab"], model.get("merges", [])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{file}: not a tokenizer ({type(error).__name__}: {error}). Give another base") from error
+        self.has_fragments = '"ByteLevel"' in json.dumps([self._document["pre_tokenizer"], self._document["decoder"]])
+        if kind != "BPE" or not (self.has_fragments or model.get("byte_fallback")):
+            raise UserError(
+                f"{file}: a {kind} model {'without byte fallback ' if kind == 'BPE' else ''}cannot be merged into. "
+                "Give a base with byte-level BPE, or BPE with byte fallback"
+            )
+        self._merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in merges]
+        # tokenizers numbers added tokens anew unless the model knows them, and new pieces come behind them.
+        self._vocab |= {row["content"]: row["id"] for row in self._document.get("added_tokens", [])}
+        self.num_tokens = max(self._vocab.values()) + 1
+        self._bytes = byte_values()
+        self._own = self.bpe()
+        self._characters = {byte: character for character, byte in self._bytes.items()}
+
+    def bpe(self) -> Bpe:
+        return Bpe({pair: float(rank) for rank, pair in enumerate(self._merges)}, by_text=False)
+
+    def spelled(self, text: str) -> str:
+        if self.has_fragments:
+            return "".join(self._characters[byte] for byte in text.encode())
+        return text.replace(" ", "▁")
+
+    def text(self, piece: str) -> str | None:
+        if not self.has_fragments:
+            return piece.replace("▁", " ")
+        try:
+            return self.lead(piece).decode()
+        except UnicodeDecodeError:
+            return None
+
+    def lead(self, piece: str) -> bytes:
+        return bytes(self._bytes[character] for character in piece)
+
+    def knows(self, piece: str) -> bool:
+        return piece in self._vocab
+
+    def old_ids(self, piece: str) -> list[int]:
+        ids: list[int] = []
+        for part in self._own.split(piece):
+            known = self._vocab.get(part)
+            ids += [known] if known is not None else [self._vocab[f"<0x{byte:02X}>"] for byte in part.encode()]
+        return ids
+
+    def encoder(self, steps: Sequence[Step]) -> FastEncoder:
+        return FastEncoder(json.dumps(self._merged(steps)))
+
+    def write(self, steps: Sequence[Step], out: Path) -> None:
+        (out / "tokenizer.json").write_text(json.dumps(self._merged(steps), ensure_ascii=False), encoding="utf-8")
+        write_settings(out, settings_of(self._folder), self._folder)
+        if (self._folder / "special_tokens_map.json").is_file():
+            shutil.copy2(self._folder / "special_tokens_map.json", out)
+
+    def _merged(self, steps: Sequence[Step]) -> dict[str, Any]:
+        document = copy.copy(self._document)
+        vocab = self._vocab | {step.piece: self.num_tokens + index for index, step in enumerate(steps)}
+        merges = [*self._merges, *(step.parts for step in steps if step.parts)]
+        document["model"] = self._document["model"] | {"vocab": vocab, "merges": [list(pair) for pair in merges]}
+        return document

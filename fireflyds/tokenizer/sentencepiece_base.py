@@ -1,0 +1,88 @@
+"""SentencePiece BPE as a base: LLaMA-1/2, Mistral, Baichuan, InternLM and their like."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from google.protobuf.message import DecodeError
+from sentencepiece import sentencepiece_model_pb2 as sp_pb2
+
+from fireflyds.errors import UserError
+from fireflyds.tokenizer.base import Step
+from fireflyds.tokenizer.bpe import Bpe
+from fireflyds.tokenizer.directory import check_supported, write_tokenizer
+from fireflyds.tokenizer.encoder import SentencePieceEncoder, added_tokens
+
+_PIECE = sp_pb2.ModelProto.SentencePiece
+_SPACE = "▁"
+
+
+class SentencePieceBase:
+    """A `tokenizer.model`. Tokens that its directory adds behind the pieces become pieces of the same id."""
+
+    has_fragments = False
+
+    def __init__(self, file: Path, folder: Path | None, *, tied: bool = False) -> None:
+        self._tied = tied
+        self._proto = sp_pb2.ModelProto()
+        try:
+            self._proto.ParseFromString(file.read_bytes())
+        except DecodeError as error:
+            raise UserError(
+                f"{file}: not a SentencePiece model ({error}). Give a tokenizer.model of that kind"
+            ) from error
+        check_supported(self._proto)
+        self._folder = folder
+        if folder:
+            _append_added_tokens(self._proto, folder)
+        self.num_tokens = len(self._proto.pieces)
+        self._pieces = {piece.piece for piece in self._proto.pieces}
+        self._encoder = SentencePieceEncoder(self._proto.SerializeToString())
+
+    def bpe(self) -> Bpe:
+        ranks = {piece.piece: -piece.score for piece in self._proto.pieces if piece.type == _PIECE.NORMAL}
+        return Bpe(ranks, by_text=True)
+
+    def spelled(self, text: str) -> str:
+        return text.replace(" ", _SPACE)
+
+    def text(self, piece: str) -> str | None:
+        return piece.replace(_SPACE, " ")
+
+    def lead(self, piece: str) -> bytes:
+        raise NotImplementedError("SentencePiece pieces are whole characters")
+
+    def knows(self, piece: str) -> bool:
+        return piece in self._pieces
+
+    def old_ids(self, piece: str) -> list[int]:
+        return self._encoder.encode(piece.replace(_SPACE, " "), continues=True)
+
+    def encoder(self, steps: Sequence[Step]) -> SentencePieceEncoder:
+        return SentencePieceEncoder(self.merged(steps).SerializeToString())
+
+    def write(self, steps: Sequence[Step], out: Path) -> None:
+        write_tokenizer(self.merged(steps), out, source=self._folder)
+
+    def merged(self, steps: Sequence[Step]) -> sp_pb2.ModelProto:
+        """The base with pieces appended: scores distinct and below all of the base's, in merge order (or all 0)."""
+        proto = sp_pb2.ModelProto()
+        proto.CopyFrom(self._proto)
+        # Runs of spaces have the score -1e9 in LLaMA; merges of other text need not go below that.
+        lowest = min(piece.score for piece in proto.pieces if piece.type == _PIECE.NORMAL and piece.score > -1e8)
+        for rank, step in enumerate(steps, 1):
+            proto.pieces.add(piece=step.piece, score=0.0 if self._tied else lowest - rank, type=_PIECE.NORMAL)
+        proto.trainer_spec.vocab_size = len(proto.pieces)
+        return proto
+
+
+def _append_added_tokens(proto: sp_pb2.ModelProto, folder: Path) -> None:
+    pieces = {piece.piece for piece in proto.pieces}
+    behind = sorted((row for row in added_tokens(folder) if row["content"] not in pieces), key=lambda row: row["id"])
+    for row in behind:
+        if row["id"] != len(proto.pieces):
+            raise UserError(
+                f"base={folder}: the added token {row['content']!r} has id {row['id']}, but the next free id behind the "
+                f"pieces of tokenizer.model is {len(proto.pieces)}. Use a base whose added tokens follow its pieces"
+            )
+        kind = _PIECE.CONTROL if row.get("special", True) else _PIECE.USER_DEFINED
+        proto.pieces.add(piece=row["content"], score=0.0, type=kind)
