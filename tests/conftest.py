@@ -6,12 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from samples import ENGLISH
-from sentencepiece import sentencepiece_model_pb2 as sp_pb2
+from bases import sentencepiece_base
 
-from fireflyds.tokenizer.directory import write_tokenizer
 from fireflyds.tokenizer.encoder import SentencePieceEncoder, load_encoder
-from fireflyds.tokenizer.learn import learn_bpe
 
 ROOT = Path(__file__).parents[1]
 
@@ -19,11 +16,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="session")
 def base_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tokenizer directory learnt on English only, with byte fallback."""
-    folder = tmp_path_factory.mktemp("tokenizer") / "base"
-    proto = sp_pb2.ModelProto()
-    proto.ParseFromString(learn_bpe(ENGLISH, vocab_size=400, max_piece_length=12))
-    write_tokenizer(proto, folder)
-    return folder
+    return sentencepiece_base(tmp_path_factory.mktemp("tokenizer") / "base")
 
 
 @pytest.fixture(scope="session")

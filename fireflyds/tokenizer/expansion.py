@@ -8,7 +8,7 @@ from fireflyds.config import ExpandConfig, SizeBy
 from fireflyds.errors import UserError
 from fireflyds.tokenizer.base import Base, Step
 from fireflyds.tokenizer.learn import common_characters, count_words, learn_pieces
-from fireflyds.tokenizer.merge import Plan, fill, plan_merge
+from fireflyds.tokenizer.merge import Plan, drop_unreachable, fill, plan_merge
 from fireflyds.tokenizer.prove import Check
 from fireflyds.tokenizer.sample import Sample
 from fireflyds.tokenizer.scripts import Scripts
@@ -89,6 +89,7 @@ def _learnt(config: ExpandConfig, base: Base, scripts: Scripts, sample: Sample) 
         max_piece_length=config.max_piece_length,
     )
     plan = plan_merge(base, characters + learnt, scripts)
+    drop_unreachable(base, plan)
     # Nobody asked for these by name, so none of them is worth a word in the report.
     plan.dropped.clear()
     found = _chosen_from(config, base, plan, sample, least=config.min_count)
@@ -108,10 +109,13 @@ def _cured(config: ExpandConfig, base: Base, scripts: Scripts, texts: list[str],
         UserError: nothing would be added, or the limit leaves no row.
     """
     plan = plan_merge(base, texts, scripts)
+    drop_unreachable(base, plan)
     if not plan.steps:
+        piece, reason = next(iter(plan.dropped.items()), ("", ""))
+        why = f", the first {base.text(piece)!r}: {reason}" if reason else ""
         raise UserError(
             f"pieces={config.pieces}: of {len(texts):,} pieces {len(plan.present):,} are in the base already and "
-            f"{len(plan.dropped):,} have no character of {', '.join(scripts.names)}. Give other pieces, or other scripts"
+            f"{len(plan.dropped):,} cannot be merged{why}. Give other pieces, or other scripts"
         )
     found = _chosen_from(config, base, plan, sample, least=0) if sample else Expansion(plan, 0)
     found.asked = len(texts)

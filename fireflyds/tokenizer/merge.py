@@ -169,6 +169,22 @@ def unreachable(base: Base, plan: Plan, encoder: Encoder) -> list[str]:
     return dead
 
 
+def drop_unreachable(base: Base, plan: Plan) -> None:
+    """Leave out pieces that text cannot yield although merges lead to them, as where a pre-tokenizer cuts them."""
+    while dead := unreachable(base, plan, base.encoder(plan.steps)):
+        gone = set()
+        for piece in dead:
+            users = [step.piece for step in plan.steps if piece in (step.parts or ())]
+            # A part of characters that are all pieces: without the last of them it is what that one falls into.
+            gone.add(users[-1] if users and base.text(piece) is None else piece)
+        for step in plan.steps:
+            if gone.intersection(step.parts or ()):
+                gone.add(step.piece)
+        used = {part for step in plan.steps if step.piece not in gone for part in step.parts or ()}
+        gone |= set(plan.intermediates) - used
+        plan.keep({step.piece for step in plan.steps} - gone, "no text yields it: the base cuts text inside it")
+
+
 def _beginning_with(lead: bytes) -> Iterator[str]:
     tails = [bytes([byte]) for byte in range(0x80, 0xC0)]
     for tail in tails + [first + second for first in tails for second in tails]:

@@ -7,56 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from fireflyds.data.sources import read_texts
-from fireflyds.tokenizer.encoder import load_encoder
-from fireflyds.tokenizer.learn import has_new_script
-
 pytestmark = pytest.mark.data
 
 TINY_LLAMA = (
     "{model_type: llama, hidden_size: 64, intermediate_size: 128, num_hidden_layers: 2, num_attention_heads: 4, "
     "num_key_value_heads: 4, max_position_embeddings: 1024, tie_word_embeddings: false}"
 )
-
-
-def test_the_published_merge_is_reproduced(verb, data_folder: Path, tmp_path: Path) -> None:
-    tokenizers = data_folder / "tokenizers"
-    verb(
-        "expand",
-        f"base={tokenizers}/llama2_32000.model",
-        f"pieces={tokenizers}/chinese_sp_20000.model",
-        "cure=false",
-        "vocab_multiple=1",
-        "out=merged",
-    )
-    merged = load_encoder(tmp_path / "merged")
-    assert merged.vocab_size == 49_953
-    report = json.loads((tmp_path / "merged" / "expansion.json").read_text())
-    assert report["pieces_added"] == 17_953
-
-
-def test_the_published_vocabulary_counts(data_folder: Path) -> None:
-    corpus = data_folder / "corpora" / "clue_corpus_small_sample_zh.txt"
-    counts = {}
-    for name in ("llama2_32000", "chinese_llama2_55296"):
-        encoder = load_encoder(data_folder / "tokenizers" / f"{name}.model")
-        counts[name] = sum(len(encoder.encode(text)) for text in read_texts(str(corpus)))
-    assert counts == {"llama2_32000": 1_001_627, "chinese_llama2_55296": 457_920}
-
-
-def test_the_cured_merge_leaves_nothing_unreachable_and_english_as_it_was(
-    verb, data_folder: Path, tmp_path: Path
-) -> None:
-    tokenizers = data_folder / "tokenizers"
-    verb("expand", f"base={tokenizers}/llama2_32000.model", f"pieces={tokenizers}/chinese_sp_20000.model", "out=cured")
-    report = json.loads((tmp_path / "cured" / "expansion.json").read_text())
-    assert report["unreachable"] == []
-    old, new = load_encoder(tokenizers / "llama2_32000.model"), load_encoder(tmp_path / "cured")
-    assert new.vocab_size % 64 == 0
-    lines = [text for text in read_texts(str(data_folder / "corpora" / "wiki_demo_en.txt")) if not has_new_script(text)]
-    assert len(lines) > 10
-    for line in lines:
-        assert new.encode(line) == old.encode(line)
 
 
 @pytest.mark.slow

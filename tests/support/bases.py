@@ -10,9 +10,7 @@ from fireflyds.tokenizer.directory import write_byte_level, write_tokenizer
 from fireflyds.tokenizer.learn import learn_bpe, learn_byte_level
 
 # Llama-3's pre-tokenizer keeps a run of letters together with one other character before it.
-LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 ADDED = ["<|begin|>", "<|end|>", "<|reserved_0|>"]
 
 
@@ -37,7 +35,9 @@ def llama3_base(folder: Path) -> Path:
     file = folder / "tokenizer.json"
     document = json.loads(file.read_text(encoding="utf-8"))
     old = {token["content"] for token in document["added_tokens"]}
-    vocab = [token for token in sorted(document["model"]["vocab"], key=document["model"]["vocab"].get) if token not in old]
+    vocab = [
+        token for token in sorted(document["model"]["vocab"], key=document["model"]["vocab"].get) if token not in old
+    ]
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     document["added_tokens"] = [{"id": len(vocab) + i, "content": token, **flags} for i, token in enumerate(ADDED)]
     merges = [" ".join(pair) for pair in document["model"]["merges"]]

@@ -4,12 +4,15 @@ from pathlib import Path
 
 import pytest
 from samples import CHINESE, ENGLISH
+from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 from transformers import AutoTokenizer
 
-from fireflyds.tokenizer.directory import write_tokenizer
+from fireflyds.errors import UserError
+from fireflyds.tokenizer.base import load_base
+from fireflyds.tokenizer.directory import has_ties, write_tokenizer
 from fireflyds.tokenizer.encoder import load_encoder
-from fireflyds.tokenizer.learn import learn_chinese_pieces
-from fireflyds.tokenizer.merge import merge
+from fireflyds.tokenizer.merge import plan_merge
+from fireflyds.tokenizer.scripts import Scripts
 
 CODE = [
     "def f(x):\n    return  x ** 2  # 注释",
@@ -25,10 +28,9 @@ CODE = [
 @pytest.fixture(scope="module")
 def merged(base_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("merged")
-    pieces = learn_chinese_pieces(lambda: CHINESE, num_pieces=80, max_piece_length=4)
-    write_tokenizer(
-        merge((base_tokenizer / "tokenizer.model").read_bytes(), pieces, cure=True, vocab_multiple=64).proto, folder
-    )
+    base = load_base(base_tokenizer)
+    words = [*dict.fromkeys("".join(CHINESE)), "特产", "青岭镇", "流经", "清水河"]
+    base.write(plan_merge(base, words, Scripts(["Han", "CJK_Punctuation"])).steps, folder)
     return folder
 
 
@@ -53,3 +55,49 @@ def test_text_that_goes_on_has_no_dummy_prefix(merged: Path) -> None:
     assert ours.encode("the river") != ours.encode("the river", continues=True)
     assert ours.encode(" the river", continues=True) == ours.encode("the river")
     assert ours.decode([*ours.encode("near"), *ours.encode("by", continues=True)]) == "nearby"
+
+
+def _proto(folder: Path) -> sp_pb2.ModelProto:
+    proto = sp_pb2.ModelProto()
+    proto.ParseFromString((folder / "tokenizer.model").read_bytes())
+    return proto
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_user_defined_pieces_cut_the_text_in_both(merged: Path, tmp_path: Path, prefix: bool) -> None:
+    proto = _proto(merged)
+    proto.pieces.add(piece="<tool>", score=0.0, type=sp_pb2.ModelProto.SentencePiece.USER_DEFINED)
+    proto.normalizer_spec.add_dummy_prefix = prefix
+    write_tokenizer(proto, tmp_path)
+    fast, ours = AutoTokenizer.from_pretrained(tmp_path), load_encoder(tmp_path)
+    for text in ["a<tool>b 河流<tool>", "the river <tool> nearby", "x<tool><tool>\n"]:
+        ids = ours.encode(text)
+        assert fast.encode(text, add_special_tokens=False) == ids
+        assert ours.token_id("<tool>") in ids
+        assert fast.decode(ids) == text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda proto: setattr(proto.trainer_spec, "model_type", 1), "model_type is UNIGRAM, not BPE"),
+        (lambda proto: setattr(proto.normalizer_spec, "precompiled_charsmap", b"x"), "not identity"),
+        (lambda proto: setattr(proto.normalizer_spec, "remove_extra_whitespaces", True), "removes extra white space"),
+        (lambda proto: setattr(proto.trainer_spec, "bos_id", -1), "has no BOS"),
+        (lambda proto: setattr(proto.trainer_spec, "treat_whitespace_as_suffix", True), "stand behind words"),
+    ],
+)
+def test_models_that_tokenizer_json_cannot_express_are_refused(merged: Path, tmp_path: Path, change, message) -> None:
+    proto = _proto(merged)
+    change(proto)
+    with pytest.raises(UserError, match=message):
+        write_tokenizer(proto, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_ties_are_seen(merged: Path, tmp_path: Path) -> None:
+    assert not has_ties(merged / "tokenizer.model")
+    proto = _proto(merged)
+    proto.pieces[-1].score = proto.pieces[-2].score
+    (tmp_path / "tied.model").write_bytes(proto.SerializeToString())
+    assert has_ties(tmp_path / "tied.model")

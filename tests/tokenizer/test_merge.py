@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from bases import ADDED, KINDS
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from samples import CHINESE, ENGLISH
 from transformers import AutoTokenizer
@@ -52,7 +52,9 @@ def case(request, tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 ANY_TEXT = st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters="▁\x00"))
 OLD_TEXT = st.text(
-    st.characters(blacklist_categories=("Cs",), blacklist_characters="▁\x00").filter(lambda c: not CHINESE_SCRIPTS.has(c))
+    st.characters(blacklist_categories=("Cs",), blacklist_characters="▁\x00").filter(
+        lambda c: not CHINESE_SCRIPTS.has(c)
+    )
     | st.sampled_from(list("".join(ENGLISH) + "\n\t  “”—…·́"))
 )
 MIXED_TEXT = st.lists(st.sampled_from([*"".join(CHINESE), *ENGLISH[0].split(), " ", "\n", "：", "é", "9"])).map("".join)
@@ -74,6 +76,7 @@ def test_text_without_new_characters_keeps_its_ids(case: Case, text: str) -> Non
 @given(ANY_TEXT | MIXED_TEXT)
 def test_auto_tokenizer_gives_the_same_ids(case: Case, text: str) -> None:
     auto = _auto(case.folder)
+    assume(not any(token in text for token in auto.get_added_vocab()))
     assert auto.encode(text, add_special_tokens=False) == case.new.encode(text)
 
 

@@ -1,63 +1,153 @@
-"""New rows: the mean of the piece's own old tokens, and nothing else changed."""
+"""New rows: from the piece's own old tokens, and nothing else changed."""
 
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from bases import KINDS
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from fireflyds.config import RowInit
 from fireflyds.errors import UserError
-from fireflyds.tokenizer.encoder import SentencePieceEncoder
-from fireflyds.tokenizer.rows import expand_model, new_rows, old_ids_of
+from fireflyds.tokenizer.base import load_base
+from fireflyds.tokenizer.rows import NewRows, expand_model
+
+TINY = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
-def test_old_ids_hold_neither_bos_nor_the_dummy_prefix(encoder: SentencePieceEncoder) -> None:
-    ids = old_ids_of(["河"], encoder)[0]
-    assert [encoder.token_id(f"<0x{byte:02X}>") for byte in "河".encode()] == ids
+def rows(num_tokens: int = 40, init: RowInit = RowInit.mean, **more) -> NewRows:
+    return NewRows(num_tokens, [[3, 4], [5]], init, seed=0, **more)
+
+
+def llama(folder: Path, *, tied: bool = False, vocab_size: int = 40) -> Path:
+    LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, tie_word_embeddings=tied, **TINY)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_old_ids_hold_neither_bos_nor_the_dummy_prefix(kind: str, tmp_path: Path) -> None:
+    base = load_base(KINDS[kind](tmp_path / "base"))
+    ids, encoder = base.old_ids(base.spelled("河")), base.encoder([])
+    assert len(ids) == 3
+    assert set(ids) <= encoder.fragments()
+    assert encoder.decode(ids).strip() == "河"
 
 
 def test_mean_rows_are_means_of_old_rows() -> None:
-    weight = torch.randn(10, 4)
-    rows = new_rows(weight, [[1, 2], [3]], RowInit.mean, seed=0)
-    torch.testing.assert_close(rows, torch.stack([(weight[1] + weight[2]) / 2, weight[3]]))
+    weight = torch.randn(40, 4)
+    made = rows().make(weight)
+    torch.testing.assert_close(made, torch.stack([(weight[3] + weight[4]) / 2, weight[5]]))
 
 
-def test_random_rows_have_the_old_rows_mean_and_spread_and_are_deterministic() -> None:
-    weight = torch.randn(500, 4) * 3 + 5
-    rows = new_rows(weight, [[0]] * 4000, RowInit.random, seed=1)
-    torch.testing.assert_close(rows.mean(0), weight.mean(0), atol=0.3, rtol=0)
-    torch.testing.assert_close(rows.std(0), weight.std(0), atol=0.3, rtol=0)
-    assert torch.equal(rows, new_rows(weight, [[0]] * 4000, RowInit.random, seed=1))
+def test_weighted_rows_count_rare_tokens_more() -> None:
+    weight, frequency = torch.randn(40, 4), np.full(40, 1e-4)
+    frequency[3], frequency[4] = 0.009, 0.0  # weights 1e-3 / (1e-3 + p): 0.1 and 1
+    made = rows(init=RowInit.weighted, frequency=frequency).make(weight)
+    torch.testing.assert_close(made[0], (0.1 * weight[3] + weight[4]) / 1.1)
+    torch.testing.assert_close(made[1], weight[5])
+
+
+@pytest.mark.parametrize("num_rows", [2000, 3])
+def test_random_rows_have_the_mean_and_covariance_of_the_old(num_rows: int) -> None:
+    mixing = torch.tensor([[3.0, 0, 0, 0], [2.9, 0.5, 0, 0], [0, 0, 1, 0], [0, 0, -1, 0.1]])
+    weight = torch.randn(num_rows, 4) @ mixing.T + 5
+    new = NewRows(num_rows, [[0]] * 20_000, RowInit.random, seed=1)
+    made = new.make(weight)
+    torch.testing.assert_close(made.mean(0), weight.mean(0), atol=0.1, rtol=0)
+    torch.testing.assert_close(made.T.cov(), weight.T.cov(correction=0), atol=0.3, rtol=0.05)
+    assert torch.equal(made, new.make(weight))
+    assert not torch.equal(made, NewRows(num_rows, [[0]] * 20_000, RowInit.random, seed=2).make(weight))
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_expanded_model_keeps_its_old_logits(tmp_path: Path, tied: bool) -> None:
-    config = LlamaConfig(
-        vocab_size=40,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        tie_word_embeddings=tied,
-    )
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
-    counts = expand_model(tmp_path / "base", tmp_path / "out", 40, [[3, 4], [5]], RowInit.mean, 0)
+@pytest.mark.parametrize("layout", ["safetensors", "shards", "bin", "bin_shards"])
+def test_expanded_model_keeps_its_old_logits(tmp_path: Path, tied: bool, layout: str) -> None:
+    base = relaid(llama(tmp_path / "base", tied=tied), layout)
+    counts = expand_model(base, tmp_path / "out", rows())
     assert counts["parameters_after"] - counts["parameters_before"] == 2 * 16 * (1 if tied else 2)
-    old, new = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("base", "out"))
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 42
+    assert (counts["hidden_size"], counts["matrices"]) == (16, 1 if tied else 2)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["vocab_size"], config["tie_word_embeddings"]) == (42, tied)
+    assert not list((tmp_path / "out").glob("*.bin*"))
+    old = LlamaForCausalLM.from_pretrained(tmp_path / "plain" if layout != "safetensors" else base)
+    new = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     ids = torch.randint(0, 40, (1, 12))
     torch.testing.assert_close(new(ids).logits[..., :40], old(ids).logits, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(new.model.embed_tokens.weight[40], old.model.embed_tokens.weight[3:5].mean(0))
+    torch.testing.assert_close(new.lm_head.weight[40], old.lm_head.weight[3:5].mean(0))
+    index = tmp_path / "out" / "model.safetensors.index.json"
+    assert index.exists() == (layout in ("shards", "bin_shards"))
+    if index.exists():
+        document = json.loads(index.read_text())
+        for name, file in document["weight_map"].items():
+            assert name in load_file(tmp_path / "out" / file)
+        assert document["metadata"]["total_size"] == 4 * counts["parameters_after"]
+
+
+def relaid(base: Path, layout: str) -> Path:
+    """The same weights in another layout; the first one stays as `plain`."""
+    if layout == "safetensors":
+        return base
+    shutil.copytree(base, base.with_name("plain"))
+    weights = load_file(base / "model.safetensors")
+    (base / "model.safetensors").unlink()
+    names = sorted(weights)
+    parts = [names] if layout == "bin" else [names[:7], names[7:]]
+    for number, part in enumerate(parts, 1):
+        tensors = {name: weights[name] for name in part}
+        if layout == "shards":
+            save_file(tensors, base / f"model-{number:05d}-of-00002.safetensors", metadata={"format": "pt"})
+        else:
+            torch.save(
+                tensors, base / ("pytorch_model.bin" if layout == "bin" else f"pytorch_model-0000{number}-of-00002.bin")
+            )
+    return base
+
+
+def test_new_rows_take_the_place_of_padding(tmp_path: Path) -> None:
+    expand_model(llama(tmp_path / "base", vocab_size=64), tmp_path / "out", rows(40))
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert weights["model.embed_tokens.weight"].shape == weights["lm_head.weight"].shape == (42, 16)
+
+
+def test_a_tied_copy_of_the_head_is_left_out(tmp_path: Path) -> None:
+    base = llama(tmp_path / "base", tied=True)
+    weights = load_file(base / "model.safetensors")
+    save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}, base / "model.safetensors")
+    expand_model(base, tmp_path / "out", rows())
+    assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
+
+
+def test_models_that_would_not_load_as_they_trained_are_refused(tmp_path: Path) -> None:
+    tied, untied = llama(tmp_path / "tied", tied=True), llama(tmp_path / "untied")
+    for folder, key in ((tied, '"tie_word_embeddings": true'), (untied, '"tie_word_embeddings": false')):
+        file = folder / "config.json"
+        assert key in file.read_text()
+        file.write_text(
+            file.read_text().replace(key, key.replace("true", "no").replace("false", "true").replace("no", "false"))
+        )
+    with pytest.raises(UserError, match="tie_word_embeddings is false, but there is no head"):
+        expand_model(tied, tmp_path / "a", rows())
+    with pytest.raises(UserError, match="tie_word_embeddings is true, but the head's weights differ"):
+        expand_model(untied, tmp_path / "b", rows())
 
 
 def test_rows_that_disagree_with_the_config_are_refused(tmp_path: Path) -> None:
-    config = LlamaConfig(
-        vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
-    )
-    LlamaForCausalLM(config).save_pretrained(tmp_path)
-    file = tmp_path / "config.json"
-    file.write_text(file.read_text().replace('"vocab_size": 40', '"vocab_size": 39'))
-    with pytest.raises(UserError, match=r"has 40 rows but config.json says vocab_size=39"):
-        expand_model(tmp_path, tmp_path / "out", 39, [[1]], RowInit.mean, 0)
+    file = llama(tmp_path) / "config.json"
+    text = file.read_text()
+    file.write_text(text.replace('"vocab_size": 40', '"vocab_size": 41'))
+    with pytest.raises(UserError, match=r"has 40 rows but config.json says vocab_size=41"):
+        expand_model(tmp_path, tmp_path / "out", rows())
+    file.write_text(text.replace('"vocab_size": 40', '"vocab_size": 39'))
+    with pytest.raises(UserError, match=r"vocab_size=39, fewer than the tokenizer's 40 tokens"):
+        expand_model(tmp_path, tmp_path / "out", rows())
+
+
+def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
+    (llama(tmp_path) / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"no weights there \(\*.safetensors or pytorch_model\*.bin\)"):
+        expand_model(tmp_path, tmp_path / "out", rows())

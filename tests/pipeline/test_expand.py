@@ -1,0 +1,88 @@
+"""The expand verb as a person runs it: what comes out, and what is refused with nothing left behind."""
+
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+from bases import KINDS
+from samples import CHINESE, ENGLISH
+from transformers import AutoTokenizer
+
+
+def write(path: Path, texts: list[str]) -> None:
+    path.write_text("\n".join(texts), encoding="utf-8")
+
+
+def test_a_byte_level_tokenizer_is_learnt_and_expanded_from_a_saved_dataset(verb, tmp_path: Path) -> None:
+    write(tmp_path / "en.txt", ENGLISH)
+    datasets.Dataset.from_list([{"text": text} for text in CHINESE]).save_to_disk(tmp_path / "zh")
+    verb("learn", "corpus=en.txt", "kind=byte_level", "vocab_size=400", "out=base")
+    done = verb(
+        "expand", "base=base", "corpus=zh", "num_pieces=200", "min_count=1", "vocab_multiple=16", "out=merged",
+        "texts.zh=zh", "texts.en=en.txt",
+    )  # fmt: skip
+    assert "holds: every new piece is reached" in done.stdout
+    assert {path.name for path in (tmp_path / "merged").iterdir()} == {
+        "tokenizer.json", "tokenizer_config.json", "report.json", "report.md", "report.png",
+    }  # fmt: skip
+    report = json.loads((tmp_path / "merged" / "report.json").read_text())
+    assert report["vocab_size_after"] % 16 == 0
+    assert [check["failed"] for check in report["checks"]] == [0, 0, 0, 0]
+    assert report["checks"][1]["tried"] > len(ENGLISH)
+    english, chinese = report["measured"][0], report["measured"][1]
+    assert (english["domain"], english["before"], chinese["language"]) == ("en", english["after"], "Chinese")
+    assert chinese["after"]["tokens"] < 0.5 * chinese["before"]["tokens"]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert len(tokenizer) == report["vocab_size_after"]
+    page = (tmp_path / "merged" / "report.md").read_text()
+    for heading in ("## Fit", "## Cost of the new rows", "## How many pieces", "Dead pieces: 0"):
+        assert heading in page
+
+
+def test_two_tokenizers_are_compared_and_nothing_is_merged(verb, tmp_path: Path, base_tokenizer: Path) -> None:
+    write(tmp_path / "zh.txt", CHINESE)
+    KINDS["byte_level"](tmp_path / "other")
+    done = verb("expand", "report=only", f"base={base_tokenizer}", "other=other", "corpus=zh.txt", "out=compared")
+    assert "| corpus | Chinese |" in done.stdout
+    assert sorted(path.name for path in (tmp_path / "compared").iterdir()) == ["report.json", "report.md"]
+    rows = json.loads((tmp_path / "compared" / "report.json").read_text())["measured"]
+    assert rows[0]["before"]["characters"] == sum(map(len, CHINESE))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["base=nothing", "pieces=zh_pieces.txt"], "base=nothing: no such file or directory"),
+        (
+            ["base=empty", "pieces=zh_pieces.txt"],
+            "no tokenizer there to expand (neither tokenizer.model nor tokenizer.json)",
+        ),
+        (["base=BASE", "pieces=double.txt"], "double.txt:2: piece '河' stands already in line 1"),
+        (
+            ["base=BASE", "pieces=english.txt"],
+            "2 cannot be merged, the first 'xyzzy': no character of Han, CJK_Punctuation",
+        ),
+        (["base=BASE", "corpus=en.txt", "num_pieces=50"], "no Han or CJK_Punctuation text"),
+        (["base=BASE", "pieces=zh_pieces.txt", "max_vocab_size=420"], "max_vocab_size=420, vocab_multiple=64"),
+        (["base=BASE", "pieces=zh_pieces.txt", "cure=false", "max_vocab_size=401"], "max_vocab_size=401"),
+        (["base=BASE", "pieces=zh_pieces.txt", "out=en.txt/under"], "cannot be written"),
+        (["base=BASE", "corpus=hf:no/such", "num_pieces=50"], "hf:no/such: cannot be read as a data set"),
+    ],
+)
+def test_bad_input_is_named_and_leaves_nothing(
+    verb, tmp_path: Path, base_tokenizer: Path, arguments: list[str], words: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    write(tmp_path / "double.txt", ["河", "河"])
+    write(tmp_path / "english.txt", ["xyzzy", "plugh"])
+    write(tmp_path / "zh_pieces.txt", ["河流", "山川"])
+    write(tmp_path / "en.txt", ENGLISH)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    arguments = [argument.replace("BASE", str(base_tokenizer)) for argument in arguments]
+    out = [] if any(argument.startswith("out=") for argument in arguments) else ["out=out"]
+    done = verb("expand", *arguments, *out, check=False, env={"HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
