@@ -23,7 +23,7 @@ from fireflyds.tokenizer.base import Base, load_base
 from fireflyds.tokenizer.directory import TIES_NOTE, has_ties
 from fireflyds.tokenizer.encoder import load_encoder, model_file
 from fireflyds.tokenizer.expansion import Expansion, describe, plan_expansion
-from fireflyds.tokenizer.merge import read_pieces
+from fireflyds.tokenizer.pieces import read_pieces
 from fireflyds.tokenizer.prove import Check, prove
 from fireflyds.tokenizer.report import compare
 from fireflyds.tokenizer.report_page import chart, comparison, page, summary

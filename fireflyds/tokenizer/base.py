@@ -1,25 +1,15 @@
 """A tokenizer as a base to merge pieces into, whichever of the two ways it is kept."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from fireflyds.errors import UserError
-from fireflyds.tokenizer.bpe import Bpe, Pair
+from fireflyds.tokenizer.bpe import Bpe, Step
 from fireflyds.tokenizer.encoder import model_file
+from fireflyds.tokenizer.json_base import JsonBase
+from fireflyds.tokenizer.sentencepiece_base import SentencePieceBase
 from fireflyds.types import Encoder
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One new row: a piece in the base's own spelling, and the two parts that merge into it.
-
-    A character that SentencePiece knows from then on is no merge and has no parts.
-    """
-
-    piece: str
-    parts: Pair | None
 
 
 class Base(Protocol):
@@ -61,9 +51,6 @@ def load_base(path: Path, *, tied: bool = False) -> Base:
     Raises:
         UserError: nothing there that is a tokenizer, or one of a kind that cannot be merged into.
     """
-    from fireflyds.tokenizer.json_base import JsonBase
-    from fireflyds.tokenizer.sentencepiece_base import SentencePieceBase
-
     if not path.exists():
         raise UserError(f"base={path}: no such file or directory. Give a Hugging Face directory or a .model file")
     file = model_file(path)

@@ -3,10 +3,22 @@
 Texts are encoded by the real libraries; this exists because they cannot add a merge and try again 20,000 times.
 """
 
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 Pair = tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One new row: a piece in the base's own spelling, and the two parts that merge into it.
+
+    A character that SentencePiece knows from then on is no merge and has no parts.
+    """
+
+    piece: str
+    parts: Pair | None
 
 
 class Bpe:

@@ -6,7 +6,8 @@ from typing import Any
 
 from fireflyds.config import ExpandConfig, SizeBy
 from fireflyds.errors import UserError
-from fireflyds.tokenizer.base import Base, Step
+from fireflyds.tokenizer.base import Base
+from fireflyds.tokenizer.bpe import Step
 from fireflyds.tokenizer.learn import common_characters, count_words, learn_pieces
 from fireflyds.tokenizer.merge import Plan, drop_unreachable, fill, plan_merge
 from fireflyds.tokenizer.prove import Check

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fireflyds.errors import UserError
-from fireflyds.tokenizer.base import Step
-from fireflyds.tokenizer.bpe import Bpe
+from fireflyds.tokenizer.bpe import Bpe, Step
 from fireflyds.tokenizer.directory import settings_of, write_settings
 from fireflyds.tokenizer.encoder import FastEncoder, byte_values
 

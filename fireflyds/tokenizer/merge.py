@@ -1,18 +1,12 @@
 """Merge pieces into a base: ids of old text stay, and every new piece can be reached."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
-
-from google.protobuf.message import DecodeError
-from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 
 from fireflyds.errors import UserError
-from fireflyds.tokenizer.base import Base, Step
-from fireflyds.tokenizer.bpe import Bpe, Pair
-from fireflyds.tokenizer.encoder import byte_values
+from fireflyds.tokenizer.base import Base
+from fireflyds.tokenizer.bpe import Bpe, Pair, Step
 from fireflyds.tokenizer.scripts import Scripts
 from fireflyds.types import Encoder
 
@@ -191,61 +185,3 @@ def _beginning_with(lead: bytes) -> Iterator[str]:
         text = (lead + tail).decode("utf-8", "ignore")
         if text and text.encode() == lead + tail:
             yield text
-
-
-def read_pieces(path: Path) -> list[str]:
-    """Texts of pieces to merge: of a `.model`, of a byte-level `tokenizer.json`, or of a text file, one a line.
-
-    Raises:
-        UserError: the file is not there, not readable as any, or has a piece twice.
-    """
-    if not path.is_file():
-        raise UserError(
-            f"pieces={path}: no such file. Give a SentencePiece .model, a tokenizer.json or a list with one piece a line"
-        )
-    try:
-        if path.suffix == ".model":
-            return normal_pieces(path.read_bytes())
-        if path.suffix == ".json":
-            return _json_pieces(path)
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
-    except DecodeError as error:
-        raise UserError(f"pieces={path}: not a SentencePiece model ({error}). Give another file") from error
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"pieces={path}: not UTF-8 ({error.reason} at byte {error.start}). Save the list as UTF-8"
-        ) from error
-    first_seen: dict[str, int] = {}
-    for number, line in enumerate(lines, 1):
-        piece = line.replace("▁", " ")
-        if line and first_seen.setdefault(piece, number) != number:
-            raise UserError(f"{path}:{number}: piece {line!r} stands already in line {first_seen[piece]}. Remove one")
-    if not first_seen:
-        raise UserError(f"pieces={path}: there is no piece in it. Write one piece a line")
-    return list(first_seen)
-
-
-def normal_pieces(model: bytes) -> list[str]:
-    """The texts of a serialised SentencePiece model's pieces, in order, without special and byte pieces."""
-    proto = sp_pb2.ModelProto()
-    proto.ParseFromString(model)
-    normal = sp_pb2.ModelProto.SentencePiece.NORMAL
-    return [piece.piece.replace("▁", " ") for piece in proto.pieces if piece.type == normal]
-
-
-def _json_pieces(path: Path) -> list[str]:
-    values = byte_values()
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        vocab = sorted(document["model"]["vocab"].items(), key=lambda item: item[1])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"pieces={path}: not a tokenizer.json ({type(error).__name__}: {error})") from error
-    if '"ByteLevel"' not in json.dumps([document.get("pre_tokenizer"), document.get("decoder")]):
-        return [piece.replace("▁", " ") for piece, _ in vocab]
-    texts = []
-    for piece, _ in vocab:
-        if all(character in values for character in piece):
-            text = bytes(values[character] for character in piece).decode("utf-8", "ignore")
-            if len(text.encode()) == len(piece):
-                texts.append(text)
-    return texts

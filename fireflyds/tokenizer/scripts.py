@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
+from unicodedata import is_normalized
 
 import regex
 
@@ -58,7 +59,10 @@ class Scripts:
         return _covers_lead(self, lead)
 
     def characters(self) -> Iterator[str]:
-        """All characters of the scripts; the common ones of Han (GB 2312, level 1 before level 2) first."""
+        """All characters of the scripts; the common ones of Han (GB 2312, level 1 before level 2) first.
+
+        Compatibility forms are left out: normalisation, which some tokenizers begin with, turns them into others.
+        """
         listed: list[str] = []
         if not self._letters:
             return
@@ -69,7 +73,7 @@ class Scripts:
         letters = regex.compile(f"[{''.join(self._letters.values())}--[\\p{{Cn}}\\p{{Mn}}]]", regex.V1)
         first = dict.fromkeys(c for c in listed if c)
         yield from first
-        yield from (c for c in planes if letters.fullmatch(c) and c not in first)
+        yield from (c for c in planes if letters.fullmatch(c) and c not in first and is_normalized("NFC", c))
 
     def _word_pattern(self, every: str) -> str:
         unspaced = "".join(letters for name, letters in self._letters.items() if name in _UNSPACED)

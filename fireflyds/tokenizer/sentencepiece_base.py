@@ -7,8 +7,7 @@ from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 
 from fireflyds.errors import UserError
-from fireflyds.tokenizer.base import Step
-from fireflyds.tokenizer.bpe import Bpe
+from fireflyds.tokenizer.bpe import Bpe, Step
 from fireflyds.tokenizer.directory import check_supported, write_tokenizer
 from fireflyds.tokenizer.encoder import SentencePieceEncoder, added_tokens
 

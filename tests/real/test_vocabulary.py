@@ -16,7 +16,8 @@ from fireflyds.tokenizer.directory import write_byte_level
 from fireflyds.tokenizer.encoder import load_encoder
 from fireflyds.tokenizer.expansion import Expansion, plan_expansion
 from fireflyds.tokenizer.learn import learn_byte_level
-from fireflyds.tokenizer.merge import read_pieces, unreachable
+from fireflyds.tokenizer.merge import unreachable
+from fireflyds.tokenizer.pieces import read_pieces
 from fireflyds.tokenizer.sample import draw
 from fireflyds.tokenizer.scripts import Scripts
 from fireflyds.types import Encoder

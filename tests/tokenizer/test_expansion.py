@@ -1,5 +1,6 @@
 """How many rows a configuration comes to: by number, by the curve, by the limit, by the multiple."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,17 @@ def test_under_a_limit_the_pieces_that_save_most_stay(base: Base) -> None:
     assert len(found.plan.steps) == len(whole.plan.steps) - 6
     assert base.spelled("龘") not in {step.piece for step in found.plan.steps}
     assert found.plan.dropped[base.spelled("龘")] == f"left out for max_vocab_size={limit}: others save more"
+
+
+def test_pieces_that_the_base_cuts_or_rewrites_are_left_out(tmp_path: Path) -> None:
+    folder = KINDS["llama3"](tmp_path / "base")
+    document = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    document["normalizer"] = {"type": "NFC"}  # Qwen's
+    (folder / "tokenizer.json").write_text(json.dumps(document), encoding="utf-8")
+    base = load_base(folder)
+    found = expansion(base, given=["河流", "1、", "河\uf900", "山川"], corpus=False)
+    assert {base.text(piece) for piece in found.plan.dropped} == {"1、", "河\uf900"}
+    assert {"河流", "山川"} <= {base.text(step.piece) for step in found.plan.steps}
 
 
 def test_a_limit_or_multiple_that_leaves_no_row_is_refused(base: Base) -> None:

@@ -16,7 +16,8 @@ from fireflyds.errors import UserError
 from fireflyds.tokenizer.base import Base, load_base
 from fireflyds.tokenizer.encoder import load_encoder
 from fireflyds.tokenizer.learn import common_characters, count_words, learn_pieces
-from fireflyds.tokenizer.merge import Plan, fill, plan_merge, read_pieces, unreachable
+from fireflyds.tokenizer.merge import Plan, fill, plan_merge, unreachable
+from fireflyds.tokenizer.pieces import read_pieces
 from fireflyds.tokenizer.scripts import Scripts
 from fireflyds.types import Encoder
 

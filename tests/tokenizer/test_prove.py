@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from samples import CHINESE, ENGLISH
 
-from fireflyds.tokenizer.base import Base, Step, load_base
+from fireflyds.tokenizer.base import Base, load_base
+from fireflyds.tokenizer.bpe import Step
 from fireflyds.tokenizer.merge import Plan, plan_merge
 from fireflyds.tokenizer.prove import HARD_LINES, prove
 from fireflyds.tokenizer.scripts import Scripts

@@ -36,6 +36,7 @@ def test_common_characters_come_first_and_none_twice() -> None:
     characters = list(Scripts(["Han"]).characters())
     assert characters[0] == "啊"
     assert len(characters) == len(set(characters)) > 90_000
+    assert "\uf900" not in characters
     assert "鿿" in characters
 
 

@@ -1,0 +1,142 @@
+"""How fast and in how much memory pieces are learnt, and how long a merge with all its checks takes.
+
+    python benchmarks/bench_vocabulary.py zh.txt llama2.model chinese_llama2.model out.md [megabytes]
+
+The text is stretched to `megabytes` (100) by a chain of three characters, so that its words repeat as a corpus's do
+and its lines do not. The baseline is what people run today: SentencePiece's trainer on the text as it is.
+"""
+
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+
+from machine import describe
+
+PIECES = 12_000
+
+
+def stretch(source: Path, out: Path, size: int) -> None:
+    """Write `size` bytes of text that a chain of three characters makes of `source`."""
+    draw, text = random.Random(1), source.read_text(encoding="utf-8")
+    following: dict[str, list[str]] = defaultdict(list)
+    for at in range(len(text) - 3):
+        following[text[at : at + 3]].append(text[at + 3])
+    state, written = text[:3], 0
+    with out.open("w", encoding="utf-8") as file:
+        while written < size:
+            characters = []
+            for _ in range(100_000):
+                nexts = following.get(state)
+                if not nexts:
+                    at = draw.randrange(len(text) - 3)
+                    state = text[at : at + 3]
+                    continue
+                character = draw.choice(nexts)
+                characters.append(character)
+                state = state[1:] + character
+            made = "".join(characters)
+            file.write(made)
+            written += len(made.encode())
+
+
+def learn_here(corpus: str, base: str, sample_characters: str) -> None:
+    from fireflyds.config import ExpandConfig
+    from fireflyds.data.sources import read_texts
+    from fireflyds.tokenizer.base import load_base
+    from fireflyds.tokenizer.expansion import plan_expansion
+    from fireflyds.tokenizer.sample import draw
+    from fireflyds.tokenizer.scripts import Scripts
+
+    config = ExpandConfig(
+        base=base, corpus=corpus, out="-", num_pieces=PIECES, sample_characters=int(sample_characters)
+    )
+    sample = draw(read_texts(corpus), characters=config.sample_characters, seed=config.seed)
+    plan_expansion(config, load_base(Path(base)), Scripts(config.scripts), [], sample)
+    print(f"{sample.characters:,} of {sample.characters_read:,} characters sampled")
+
+
+def learn_with_sentencepiece(corpus: str) -> None:
+    import sentencepiece
+
+    with tempfile.TemporaryDirectory() as folder:
+        sentencepiece.SentencePieceTrainer.train(
+            input=corpus,
+            model_prefix=f"{folder}/pieces",
+            vocab_size=PIECES,
+            model_type="bpe",
+            character_coverage=0.9995,
+            max_sentence_length=1 << 20,
+            minloglevel=2,
+        )
+
+
+def merge_and_check(pieces: str, base: str) -> None:
+    from fireflyds.tokenizer.base import load_base
+    from fireflyds.tokenizer.merge import drop_unreachable, plan_merge, unreachable
+    from fireflyds.tokenizer.pieces import read_pieces
+    from fireflyds.tokenizer.scripts import Scripts
+
+    found = load_base(Path(base))
+    plan = plan_merge(found, read_pieces(Path(pieces)), Scripts(["Han", "CJK_Punctuation"]))
+    drop_unreachable(found, plan)
+    with tempfile.TemporaryDirectory() as folder:
+        found.write(plan.steps, Path(folder))
+    print(f"{len(plan.steps):,} rows, {len(unreachable(found, plan, found.encoder(plan.steps)))} dead")
+
+
+STEPS = {step.__name__: step for step in (learn_here, learn_with_sentencepiece, merge_and_check)}
+
+
+def measured(step: str, *arguments: str) -> tuple[float, float, str]:
+    """Seconds, peak MiB and last line of one step in a process of its own."""
+    start = time.perf_counter()
+    code = (
+        f"import sys, resource; sys.path.insert(0, {str(Path(__file__).parent)!r}); import bench_vocabulary as b; "
+        f"b.STEPS[{step!r}](*{arguments!r}); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    *said, peak = done.stdout.strip().splitlines()
+    return time.perf_counter() - start, float(peak), said[-1] if said else ""
+
+
+def main() -> None:
+    source, base, pieces, out = sys.argv[1:5]
+    size = int(sys.argv[5] if len(sys.argv) > 5 else 100) * 1_000_000
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = Path(folder) / "corpus.txt"
+        stretch(Path(source), corpus, size)
+        megabytes = corpus.stat().st_size / 1e6
+        rows = []
+        for what, step, *more in (
+            ("learnt here, default sample", "learn_here", base, "10000000"),
+            ("learnt here, sample as large as the text", "learn_here", base, "100000000"),
+            ("SentencePiece's trainer alone", "learn_with_sentencepiece"),
+        ):
+            seconds, peak, said = measured(step, str(corpus), *more)
+            rows.append(f"| {what} | {seconds:.1f} | {megabytes / seconds:.1f} | {peak:,.0f} | {said} |")
+        seconds, peak, said = measured("merge_and_check", pieces, base)
+    lines = [
+        "# Vocabulary: learning and merging",
+        "",
+        describe("sentencepiece", "tokenizers"),
+        "",
+        f"{PIECES:,} pieces from {megabytes:.0f} MB of text, from start to end of a process. Learning here includes reading,"
+        " sampling, the merge, what every piece saves, and the curve of sizes; the trainer alone gives a piece list.",
+        "",
+        "| | seconds | MB/s | peak MiB | |",
+        "|---|---:|---:|---:|---|",
+        *rows,
+        "",
+        f"Merging `{Path(pieces).name}` into `{Path(base).name}`, checking that every piece is reached, writing the tokenizer: "
+        f"{seconds:.1f} s, {peak:,.0f} MiB ({said}).",
+    ]
+    Path(out).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
