@@ -86,7 +86,7 @@ def main() -> None:
         "",
         f"A LLaMA of 3 layers and 192 columns with 4,096 English pieces, {BASE_STEPS} steps of 4,096 tokens on English and Chinese; "
         f"about 3,000 Chinese rows added three times; the same {CPT_STEPS} steps on unseen Chinese (lr 5e-4). Baseline: `random`, "
-        "which is what transformers does. All steps: the CSV beside this file.",
+        "a normal with the old rows' mean and covariance. All steps: the CSV beside this file.",
         "",
         "| init | " + " | ".join(f"step {step}" for step in shown) + " |",
         "|---|" + "---:|" * len(shown),

@@ -66,8 +66,8 @@ def encode_sample(encoder: Encoder, template: str, sample: Sample) -> Example:
     """
     if sample.text is not None:
         return encode_document(encoder, sample.text)
-    render = registry.find("fireflyds.data.templates", template).render
-    return encode_segments(encoder, render(sample.messages))
+    chat = registry.find("fireflyds.data.templates", template).CHAT
+    return encode_segments(encoder, chat.render(sample.messages))
 
 
 def encode_all(

@@ -45,9 +45,9 @@ def write_chat_settings(folder: Path, encoder: Encoder, template: str | None) ->
     """`generation_config.json`; with a template, its Jinja form too, and the token at which generation stops."""
     stop = encoder.eos_id
     if template is not None:
-        found = registry.find("fireflyds.data.templates", template)
-        (folder / "chat_template.jinja").write_text(found.JINJA, encoding="utf-8")
-        stop = encoder.eos_id if found.STOP == EOS else encoder.token_id(found.STOP)
+        chat = registry.find("fireflyds.data.templates", template).CHAT
+        (folder / "chat_template.jinja").write_text(chat.jinja, encoding="utf-8")
+        stop = encoder.eos_id if chat.stop == EOS else encoder.token_id(chat.stop)
     settings = GenerationConfig(bos_token_id=encoder.bos_id, eos_token_id=stop, pad_token_id=encoder.eos_id)
     settings.save_pretrained(folder)
 

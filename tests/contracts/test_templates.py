@@ -14,13 +14,13 @@ SYSTEM = (Message("system", "你是助手。"), *TALK)
 
 
 def _text(name: str, messages: tuple[Message, ...]) -> str:
-    segments = registry.find(TEMPLATES, name).render(messages)
+    segments = registry.find(TEMPLATES, name).CHAT.render(messages)
     return "".join(segment.text for segment in segments).replace(BOS, "<s>").replace(EOS, "</s>")
 
 
 def _jinja(name: str, messages: tuple[Message, ...], *, prompt: bool) -> str:
     template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(
-        registry.find(TEMPLATES, name).JINJA
+        registry.find(TEMPLATES, name).CHAT.jinja
     )
     rows = [{"role": message.role, "content": message.content} for message in messages]
     return template.render(messages=rows, bos_token="<s>", eos_token="</s>", add_generation_prompt=prompt)
@@ -37,18 +37,60 @@ def test_generation_prompt_is_the_beginning_of_the_full_dialogue(name: str) -> N
     prompt = _jinja(name, SYSTEM[:-1], prompt=True)
     whole = _text(name, SYSTEM)
     assert whole.startswith(prompt)
-    assert whole[len(prompt) :].lstrip(" ").startswith("2")
+    assert whole[len(prompt) :].lstrip().startswith("2")
 
 
 @pytest.mark.parametrize("name", registry.names(TEMPLATES))
 def test_every_answer_and_its_stop_are_learnt_and_nothing_else(name: str) -> None:
-    template = registry.find(TEMPLATES, name)
-    learnt = [segment.text.strip(" ") for segment in template.render(SYSTEM) if segment.learn]
-    assert learnt == ["你好！", template.STOP, "2", template.STOP]
+    chat = registry.find(TEMPLATES, name).CHAT
+    learnt = [segment.text.strip() for segment in chat.render(SYSTEM) if segment.learn]
+    assert learnt == ["你好！", chat.stop, "2", chat.stop]
 
 
 @pytest.mark.parametrize("messages", [TALK[1:], TALK[:1], (TALK[0], TALK[0]), (), (Message("user", ""), TALK[1])])
 @pytest.mark.parametrize("name", registry.names(TEMPLATES))
 def test_broken_order_of_roles_is_refused(name: str, messages: tuple[Message, ...]) -> None:
     with pytest.raises(ValueError, match="roles|empty"):
-        registry.find(TEMPLATES, name).render(messages)
+        registry.find(TEMPLATES, name).CHAT.render(messages)
+
+
+TWO_TURNS = {
+    "llama3": "<s><|start_header_id|>system<|end_header_id|>\n\nS<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nq"
+    "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\na<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nr"
+    "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nb<|eot_id|>",
+    "llama2": "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nq [/INST] a </s><s>[INST] r [/INST] b </s>",
+    "chinese_llama2": "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nq [/INST] a</s><s>[INST] r [/INST] b</s>",
+    "chatml": "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
+    "<|im_start|>user\nr<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n",
+    "firefly": "<s>S\nq</s>a</s>r</s>b</s>",
+    "chatglm2": "[gMASK]sopS\n\n[Round 1]\n\n问：q\n\n答：a</s>\n\n[Round 2]\n\n问：r\n\n答：b</s>\n\n",
+    "atom": "<s>System: S\n</s><s>Human: q\n</s><s>Assistant: a\n</s><s>Human: r\n</s><s>Assistant: b\n</s>",
+    "billa": "<s>S\nHuman: q\nAssistant: a</s>Human: r\nAssistant: b</s>",
+    "ziya": "S\n<human>:q\n<bot>:a</s><human>:r\n<bot>:b</s>",
+    "gemma": "<s><start_of_turn>user\nS\n\nq<end_of_turn>\n<start_of_turn>model\na<end_of_turn>\n"
+    "<start_of_turn>user\nr<end_of_turn>\n<start_of_turn>model\nb<end_of_turn>\n",
+    "baichuan2": "S<reserved_106>q<reserved_107>a</s><reserved_106>r<reserved_107>b</s>",
+    "vicuna": "<s>S USER: q ASSISTANT: a</s>USER: r ASSISTANT: b</s>",
+}
+
+
+@pytest.mark.parametrize("name", sorted(TWO_TURNS))
+def test_renderings_are_those_of_their_makers(name: str) -> None:
+    talk = [
+        Message("system", "S"),
+        Message("user", "q"),
+        Message("assistant", "a"),
+        Message("user", "r"),
+        Message("assistant", "b"),
+    ]
+    assert _text(name, tuple(talk)) == TWO_TURNS[name]
+
+
+def test_what_a_user_types_is_never_a_special_token() -> None:
+    segments = registry.find(TEMPLATES, "chatml").CHAT.render(
+        (Message("user", "<|im_end|>{}"), Message("assistant", "{round}"))
+    )
+    assert [(segment.text, segment.special) for segment in segments] == [
+        ("<|im_start|>", True), ("user\n<|im_end|>{}", False), ("<|im_end|>", True), ("\n", False),
+        ("<|im_start|>", True), ("assistant\n", False), ("{round}", False), ("<|im_end|>", True), ("\n", False),
+    ]  # fmt: skip

@@ -1,8 +1,88 @@
-"""Chat templates. One file is one template: `render(messages)`, `STOP`, `JINJA`."""
+"""Chat templates. One file is one template: its `CHAT`, from which our rendering and its Jinja twin are both made.
 
+In the strings of a `Chat` `{}` stands for a message, `{system}` for what `system` renders to (nothing without a system
+message) and `{round}` for the number of the turn, counted from 1. `BOS` and `EOS` stand for the tokenizer's own, and
+`special` names what else is one token of the tokenizer's.
+"""
+
+import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
-from fireflyds.types import Message
+from fireflyds.types import BOS, EOS, Message, Segment
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chat:
+    """How a dialogue is written. The answer and the stop behind it carry loss, nothing else does."""
+
+    user: str
+    """A turn of the user."""
+    opening: str = ""
+    """What stands before an answer, in training and in the prompt."""
+    answer: str = "{}"
+    stop: str = EOS
+    after: str = ""
+    """What stands behind the stop, without loss."""
+    begin: str = ""
+    system: str = "{}\n"
+    """The system message, before the first turn, or where `{system}` stands in the first turn of the user."""
+    default_system: str = ""
+    special: tuple[str, ...] = ()
+
+    def render(self, messages: Sequence[Message]) -> list[Segment]:
+        """The dialogue in segments.
+
+        Raises:
+            ValueError: the roles do not alternate, or a turn is empty.
+        """
+        system, pairs = turns(messages)
+        head = self.system.replace("{}", system or self.default_system) if system or self.default_system else ""
+        lead = self.begin + ("" if "{system}" in self.user else head)
+        segments: list[Segment] = []
+        for number, (user, assistant) in enumerate(pairs, 1):
+            turn = self.user.replace("{system}", head if number == 1 else "").replace("{round}", str(number))
+            before, _, behind = turn.partition("{}")
+            # Only the template's own strings are searched for special tokens: a user may type what he likes.
+            segments += self._cut(lead if number == 1 else self.after, learn=False)
+            segments += self._cut(before, learn=False)
+            segments.append(Segment(user))
+            segments += self._cut(behind + self.opening, learn=False)
+            before, _, behind = self.answer.partition("{}")
+            segments.append(Segment(before + assistant + behind, learn=True))
+            segments += self._cut(self.stop, learn=True)
+        return _joined([*segments, *self._cut(self.after, learn=False)])
+
+    @property
+    def jinja(self) -> str:
+        """The template of `tokenizer.apply_chat_template` that writes the same text."""
+        system, content = "system", "message['content']"
+        head = f"({self._expression(self.system, system)} if system else '')"
+        where = {"{system}": f"({head} if loop.first else '')", "{round}": "(loop.index0 // 2 + 1)|string"}
+        lead = self._expression(self.begin, content) + ("" if "{system}" in self.user else f" + {head}")
+        answer = self._expression(self.opening + self.answer + self.stop + self.after, content)
+        return (
+            f"{{% set system = {_quoted(self.default_system)} %}}{{% set rest = messages %}}"
+            "{% if messages and messages[0]['role'] == 'system' %}"
+            "{% set system = messages[0]['content'] %}{% set rest = messages[1:] %}{% endif %}"
+            f"{{{{ {lead} }}}}"
+            "{% for message in rest %}"
+            f"{{% if message['role'] == 'user' %}}{{{{ {self._expression(self.user, content, where)} }}}}"
+            f"{{% else %}}{{{{ {answer} }}}}{{% endif %}}"
+            "{% endfor %}"
+            f"{{% if add_generation_prompt %}}{{{{ {self._expression(self.opening, content)} }}}}{{% endif %}}"
+        )
+
+    def _expression(self, text: str, content: str, where: dict[str, str] | None = None) -> str:
+        """A string of the template as a Jinja expression."""
+        names = {"{}": content, BOS: "bos_token", EOS: "eos_token"} | (where or {})
+        parts = re.split("(" + "|".join(map(re.escape, names)) + ")", text)
+        return " + ".join(names.get(part, _quoted(part)) for part in parts if part) or "''"
+
+    def _cut(self, text: str, *, learn: bool) -> Iterator[Segment]:
+        for part in re.split("(" + "|".join(map(re.escape, (BOS, EOS, *self.special))) + ")", text):
+            if part:
+                yield Segment(part, learn=learn, special=part in (BOS, EOS, *self.special))
 
 
 def turns(messages: Sequence[Message]) -> tuple[str, Iterator[tuple[str, str]]]:
@@ -20,3 +100,21 @@ def turns(messages: Sequence[Message]) -> tuple[str, Iterator[tuple[str, str]]]:
     if any(not isinstance(message.content, str) or not message.content for message in messages):
         raise ValueError("a turn is empty")
     return system, ((rest[i].content, rest[i + 1].content) for i in range(0, len(rest), 2))
+
+
+def _joined(segments: Sequence[Segment]) -> list[Segment]:
+    """Neighbouring text without loss as one segment, so that it is encoded as one text."""
+    joined: list[Segment] = []
+    for segment in segments:
+        last = joined[-1] if joined else None
+        if not segment.text:
+            continue
+        if last and not (last.special or last.learn or segment.special or segment.learn):
+            joined[-1] = Segment(last.text + segment.text)
+        else:
+            joined.append(segment)
+    return joined
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"

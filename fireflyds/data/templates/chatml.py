@@ -1,30 +1,12 @@
-"""ChatML: `<|im_start|>role\\ncontent<|im_end|>\\n` (OpenAI; Qwen, Yi, InternLM2)."""
+"""ChatML (OpenAI; Yi, and Qwen without its default system message)."""
 
-from collections.abc import Sequence
+from fireflyds.data.templates import Chat
 
-from fireflyds.data.templates import turns
-from fireflyds.types import Message, Segment
-
-STOP = "<|im_end|>"
-
-JINJA = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+CHAT = Chat(
+    system="<|im_start|>system\n{}<|im_end|>\n",
+    user="<|im_start|>user\n{}<|im_end|>\n",
+    opening="<|im_start|>assistant\n",
+    stop="<|im_end|>",
+    after="\n",
+    special=("<|im_start|>", "<|im_end|>"),
 )
-
-
-def render(messages: Sequence[Message]) -> list[Segment]:
-    turns(messages)  # checks the order of the roles
-    segments = []
-    for message in messages:
-        learn = message.role == "assistant"
-        segments += [
-            Segment("<|im_start|>", special=True),
-            Segment(f"{message.role}\n"),
-            Segment(message.content, learn=learn),
-            Segment(STOP, special=True, learn=learn),
-            Segment("\n"),
-        ]
-    return segments

@@ -1,0 +1,6 @@
+"""DeepSeek chat: `User:` and `Assistant:` behind BOS."""
+
+from fireflyds.data.templates import Chat
+from fireflyds.types import BOS
+
+CHAT = Chat(begin=BOS, system="{}\n\n", user="User: {}\n\n", opening="Assistant:", answer=" {}")

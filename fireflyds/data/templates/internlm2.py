@@ -1,0 +1,8 @@
+"""InternLM2: ChatML behind BOS."""
+
+import dataclasses
+
+from fireflyds.data.templates import chatml
+from fireflyds.types import BOS
+
+CHAT = dataclasses.replace(chatml.CHAT, begin=BOS)

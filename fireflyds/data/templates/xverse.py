@@ -1,0 +1,5 @@
+"""XVERSE: `Human:` and `Assistant:`, EOS (`<|endoftext|>`) behind the answer."""
+
+from fireflyds.data.templates import Chat
+
+CHAT = Chat(system="{}\n\n", user="Human: {}\n\n", opening="Assistant: ")

@@ -1,0 +1,5 @@
+"""Ziya2: `<human>:` and `<bot>:` in one line."""
+
+from fireflyds.data.templates import Chat
+
+CHAT = Chat(user="<human>:{}", opening=" <bot>:")
