@@ -24,7 +24,7 @@ PATH_OPTIONS = {
 }
 
 # Sections whose keys are the user's own; Hydra wants such keys announced with ++.
-OPEN_SECTIONS = ("texts", "data.weights", "model.architecture", "zero.extra")
+OPEN_SECTIONS = ("texts", "data.weights", "data.max_epochs", "model.architecture", "zero.extra")
 
 
 def main(verb: Callable[[C], Any], about: str) -> None:

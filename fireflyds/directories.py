@@ -10,6 +10,48 @@ from fireflyds.errors import UserError
 
 
 @contextlib.contextmanager
+def build_aside(out: Path, *, marker: str, pieces: str) -> Iterator[Path]:
+    """As `write_aside`, but what stands in its folder `pieces` outlives a failure, and the next attempt finds it.
+
+    Raises:
+        UserError: the place cannot be written, or holds other things.
+    """
+    out = out.resolve()
+    aside = out.with_name(f".{out.name}.partial")
+    _refuse_foreign(out, marker)
+    try:
+        (aside / pieces).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"out={out}: cannot be written ({error.strerror}). Give another folder") from error
+    try:
+        yield aside
+        _replace(out, aside)
+    finally:
+        if aside.exists() and not any((aside / pieces).iterdir()):
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _refuse_foreign(out: Path, marker: str) -> None:
+    if out.is_file():
+        raise UserError(f"out={out}: cannot be written (a file of that name is there). Give another folder")
+    if out.exists() and any(out.iterdir()) and not (out / marker).exists():
+        raise UserError(
+            f"out={out}: the folder holds other things (no {marker}) and is not overwritten. Give another folder"
+        )
+
+
+def _replace(out: Path, aside: Path) -> None:
+    if not out.exists():
+        aside.rename(out)
+        return
+    old = out.with_name(f".{out.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    out.rename(old)
+    aside.rename(out)
+    shutil.rmtree(old)
+
+
+@contextlib.contextmanager
 def write_aside(out: Path, *, marker: str) -> Iterator[Path]:
     """Yield a fresh sibling folder to write into; on success it takes the place of `out`, on failure it goes.
 
@@ -20,27 +62,15 @@ def write_aside(out: Path, *, marker: str) -> Iterator[Path]:
     """
     out = out.resolve()
     aside = out.with_name(f".{out.name}.partial")
+    _refuse_foreign(out, marker)
     try:
-        if out.is_file():
-            raise NotADirectoryError(20, "a file of that name is there", str(out))
-        if out.exists() and any(out.iterdir()) and not (out / marker).exists():
-            raise UserError(
-                f"out={out}: the folder holds other things (no {marker}) and is not overwritten. Give another folder"
-            )
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"out={out}: cannot be written ({error.strerror}). Give another folder") from error
     try:
         yield aside
-        if out.exists():
-            old = out.with_name(f".{out.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
-            out.rename(old)
-            aside.rename(out)
-            shutil.rmtree(old)
-        else:
-            aside.rename(out)
+        _replace(out, aside)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

@@ -49,11 +49,8 @@ class Example:
     input_ids: np.ndarray
     spans: tuple[tuple[int, int], ...]
     num_bytes: int
-
-    @property
-    def is_document(self) -> bool:
-        """Loss on everything, as in plain text."""
-        return self.spans == ((0, len(self.input_ids)),)
+    is_document: bool = False
+    """Plain text: loss on everything, and it may be cut anywhere."""
 
 
 class Encoder(Protocol):

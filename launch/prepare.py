@@ -3,45 +3,71 @@
     python launch/prepare.py data=corpus.jsonl tokenizer=models/llama-2-7b-zh out=stores/cpt
     python launch/prepare.py data=demo_cpt tokenizer=runs/demo/expanded
     python launch/prepare.py data='dialogues/*.json' tokenizer=models/llama-2-7b-zh template=llama2 out=stores/sft
+    python launch/prepare.py data=corpus.jsonl tokenizer=models/llama-2-7b-zh inspect=3
+    python launch/prepare.py out=stores/cpt stats=only
 
-`data` is a file, a folder, a glob, or an option of `conf/data`. The same command again re-uses a store that is whole.
+`data` is a file, a folder, a glob, or an option of `conf/data`. The same command goes on where it was killed, and makes
+again only what a changed source, tokenizer or template touches.
 """
 
 import functools
+import sys
 from pathlib import Path
 
 from fireflyds import app, registry
-from fireflyds.config import PrepareConfig
-from fireflyds.data.build import provenance, write_store
-from fireflyds.data.store import MANIFEST, read_manifest
-from fireflyds.directories import write_aside
+from fireflyds.config import PrepareConfig, StatsMode
+from fireflyds.data import show
+from fireflyds.data.build import finish, make_parts, provenance
+from fireflyds.data.parts import plan_tasks
+from fireflyds.data.store import MANIFEST, TokenStore, read_manifest
+from fireflyds.directories import build_aside
 from fireflyds.errors import UserError
 from fireflyds.tokenizer.encoder import load_encoder
 
 
 def prepare(config: PrepareConfig) -> None:
     out = Path(config.out or config.data.store)
+    if config.stats is StatsMode.only:
+        print_stats(out)
+        return
     if not config.data.sources:
         raise UserError(
             "data.sources is empty: give data=<file, folder or glob> or an option of conf/data that lists sources"
         )
-    if out == Path():
-        raise UserError("out is empty and data.store too: give out=<folder>")
+    if not config.tokenizer:
+        raise UserError("tokenizer is not set: prepare needs it. Give tokenizer=<directory or .model>")
     registry.find("fireflyds.data.templates", config.template)
     encoder = load_encoder(config.tokenizer)
-    made_from = provenance(config, encoder.fingerprint())
+    if config.inspect:
+        show.print_samples(config, encoder)
+        return
+    if out == Path():
+        raise UserError("out is empty and data.store too: give out=<folder>")
+    tasks = plan_tasks(config, encoder.fingerprint())
+    made_from = provenance(config, encoder.fingerprint(), tasks)
     if (out / MANIFEST).exists() and read_manifest(out)["made_from"] == made_from:
         print(f"{out}: whole and made from the same sources, tokenizer and template; nothing to do")
         return
-    with write_aside(out, marker=MANIFEST) as folder:
+    with build_aside(out, marker=MANIFEST, pieces="parts") as folder:
         load = functools.partial(load_encoder, config.tokenizer)
-        totals = write_store(config, load, encoder.vocab_size, folder, made_from)
+        infos = make_parts(config, tasks, load, folder / "parts", out / "parts")
+        manifest = finish(config, tasks, infos, encoder, folder, made_from)
+    print(show.table(manifest))
+    totals = manifest["totals"]
     print(
         f"wrote {out}: {totals['documents']:,} documents, {totals['tokens']:,} tokens, {totals['bytes']:,} bytes, "
         f"{totals['dropped']:,} dropped, {totals['rejected']:,} rejected"
     )
     if totals["rejected"]:
-        print(f"rejected rows, with file, line and reason: {out / 'rejected.jsonl'}")
+        print(f"rejected rows, with file, line and reason: {out / 'rejected.jsonl'}", file=sys.stderr)
+
+
+def print_stats(out: Path) -> None:
+    store = TokenStore(out)
+    print(show.table(store.manifest))
+    print(show.histogram(store))
+    show.chart(store, out / "stats.png")
+    print(f"wrote {out / 'stats.png'}")
 
 
 if __name__ == "__main__":

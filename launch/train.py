@@ -41,8 +41,9 @@ def train(config: TrainConfig) -> None:
     hf_config = load.read_config(config.model, encoder)
     load.check_positions(hf_config, config.seq_len)
     store = run.open_store(config, encoder.fingerprint())
-    rows = RowSequence(store, config.seq_len, config.seed, config.data.weights)
+    rows = RowSequence(store, config.seq_len, config.seed, config.data)
     total_steps = config.optim.steps or math.ceil(config.optim.epochs * rows.rows_per_epoch / config.global_batch_size)
+    rows.require(total_steps * config.global_batch_size)
 
     deepspeed.start(me, config.hardware.timeout_minutes)
     text = app.to_yaml(config)

@@ -5,7 +5,7 @@ from fireflyds.errors import UserError
 
 
 def test_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(UserError, match="chatml, firefly"):
+    with pytest.raises(UserError, match="chatml, chinese_llama2, deepseek, firefly"):
         registry.find("fireflyds.data.templates", "fireflies")
 
 

@@ -5,12 +5,12 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from fireflyds.config.data import DataConfig
 from fireflyds.config.values import (
     ModelInit,
     Offload,
     Precision,
     Schedule,
-    TextSplit,
     Tracker,
     TuningMethod,
     WandbMode,
@@ -41,36 +41,6 @@ class ModelConfig:
     @property
     def tokenizer_path(self) -> str:
         return self.tokenizer or self.path
-
-
-@dataclass(kw_only=True, slots=True)
-class SourceConfig:
-    path: str = MISSING
-    """File, folder or glob (.txt .jsonl .json .csv .tsv .parquet), a folder that `datasets` saved, or
-    `hf:<dataset>[:<config>]`."""
-    domain: str = "text"
-    """Name under which its tokens are counted, mixed and measured."""
-    format: str = "auto"
-    """Record layout: an entry of `fireflyds/data/formats`, or `auto` (what is chosen is printed)."""
-    split: TextSplit = TextSplit.line
-    """What one document is in a .txt file: a `line`, a `paragraph` (blank line between) or the `file`."""
-
-
-@dataclass(kw_only=True, slots=True)
-class DataConfig:
-    store: str = ""
-    """Token store directory: `prepare` writes it (unless `out` says otherwise), `train` reads it."""
-    sources: list[SourceConfig] = field(default_factory=list)
-    """Raw files that `prepare` reads."""
-    weights: dict[str, float] = field(default_factory=dict)
-    """Share of the training tokens by domain; empty: as much as there is of each."""
-
-    def __post_init__(self) -> None:
-        for domain, weight in self.weights.items():
-            if weight <= 0:
-                raise UserError(
-                    f"data.weights.{domain}={weight}: a weight must be greater than 0. Leave the domain out instead"
-                )
 
 
 @dataclass(kw_only=True, slots=True)

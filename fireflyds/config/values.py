@@ -80,6 +80,29 @@ class TextSplit(Enum):
     file = 2
 
 
+class LossOn(Enum):
+    answers = 0
+    last_answer = 1
+    all = 2
+
+
+class UnicodeForm(Enum):
+    none = 0
+    nfc = 1
+    nfkc = 2
+
+
+class Duplicates(Enum):
+    keep = 0
+    exact = 1
+    near = 2
+
+
+class StatsMode(Enum):
+    full = 0
+    only = 1
+
+
 class PromptStyle(Enum):
     auto = 0
     plain = 1

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from fireflyds.config.training import DataConfig
 from fireflyds.config.values import Precision, PromptStyle, require_at_least
 from fireflyds.errors import UserError
 
@@ -27,22 +26,6 @@ class SynthesizeConfig:
     """Documents per language kept for bits per byte."""
     seed: int = 20240229
     """The same seed writes the same bytes."""
-
-
-@dataclass(kw_only=True, slots=True)
-class PrepareConfig:
-    data: DataConfig = MISSING
-    tokenizer: str = MISSING
-    """Hugging Face directory, or a SentencePiece `.model`."""
-    out: str = ""
-    """Token store to write; empty: `data.store`."""
-    template: str = "firefly"
-    """Chat template of dialogues: an entry of `fireflyds/data/templates`."""
-    workers: int = 0
-    """Encoding processes; 0: one per core."""
-
-    def __post_init__(self) -> None:
-        require_at_least(self, workers=0)
 
 
 @dataclass(kw_only=True, slots=True)

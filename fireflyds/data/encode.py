@@ -1,18 +1,14 @@
 """Samples to token ids with the spans that carry loss."""
 
-import functools
-import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from itertools import islice
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 
 from fireflyds import registry
-from fireflyds.errors import UserError
+from fireflyds.config import LossOn
 from fireflyds.types import BOS, EOS, Encoder, Example, Sample, Segment
-
-CHUNK = 256
 
 
 def encode_document(encoder: Encoder, text: str) -> Example:
@@ -22,7 +18,7 @@ def encode_document(encoder: Encoder, text: str) -> Example:
         ids.insert(0, encoder.bos_id)
     if encoder.eos_id is not None:
         ids.append(encoder.eos_id)
-    return Example(np.asarray(ids), ((0, len(ids)),), len(text.encode()))
+    return Example(np.asarray(ids), ((0, len(ids)),), len(text.encode()), is_document=True)
 
 
 def encode_segments(encoder: Encoder, segments: Sequence[Segment]) -> Example:
@@ -58,7 +54,7 @@ def _special_id(encoder: Encoder, token: str) -> int:
     return index
 
 
-def encode_sample(encoder: Encoder, template: str, sample: Sample) -> Example:
+def encode_sample(encoder: Encoder, template: str, sample: Sample, loss_on: LossOn = LossOn.answers) -> Example:
     """A document, or a dialogue in the given template.
 
     Raises:
@@ -67,53 +63,11 @@ def encode_sample(encoder: Encoder, template: str, sample: Sample) -> Example:
     if sample.text is not None:
         return encode_document(encoder, sample.text)
     chat = registry.find("fireflyds.data.templates", template).CHAT
-    return encode_segments(encoder, chat.render(sample.messages))
-
-
-def encode_all(
-    load_encoder: Callable[[], Encoder], template: str, samples: Iterator[Sample], workers: int
-) -> Iterator[Example | str]:
-    """Encode in `workers` processes (0: one per core), in order; a sample that cannot be encoded gives its reason."""
-    workers = workers or os.cpu_count() or 1
-    chunks = iter(lambda: list(islice(samples, CHUNK)), [])
-    if workers == 1:
-        encoder = load_encoder()
-        for chunk in chunks:
-            yield from _encode_chunk(encoder, template, chunk)
-        return
-    with ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(load_encoder,)) as pool:
-        work = functools.partial(_encode_in_worker, template)
-        try:
-            # A bounded window of chunks under way keeps memory flat whatever the corpus size.
-            waiting = [pool.submit(work, chunk) for chunk in islice(chunks, 4 * workers)]
-            while waiting:
-                yield from waiting.pop(0).result()
-                waiting += [pool.submit(work, chunk) for chunk in islice(chunks, 1)]
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-_worker_encoder: Encoder | None = None
-
-
-def _start_worker(load_encoder: Callable[[], Encoder]) -> None:
-    global _worker_encoder
-    _worker_encoder = load_encoder()
-
-
-def _encode_in_worker(template: str, samples: list[Sample]) -> list[Example | str]:
-    assert _worker_encoder is not None
-    return _encode_chunk(_worker_encoder, template, samples)
-
-
-def _encode_chunk(encoder: Encoder, template: str, samples: list[Sample]) -> list[Example | str]:
-    encoded: list[Example | str] = []
-    for sample in samples:
-        try:
-            encoded.append(encode_sample(encoder, template, sample))
-        except UserError:
-            raise
-        except ValueError as error:
-            encoded.append(str(error))
-    return encoded
+    example = encode_segments(encoder, chat.render(sample.messages))
+    if loss_on is LossOn.last_answer:
+        return replace(example, spans=example.spans[-1:])
+    if loss_on is LossOn.all:
+        # Turn by turn, so that a long dialogue is still cut at a whole turn.
+        ends = [*(end for _, end in example.spans[:-1]), len(example.input_ids)]
+        return replace(example, spans=tuple(pairwise([0, *ends])))
+    return example

@@ -1,18 +1,34 @@
 """Raw files to records. What cannot be read is set aside with file, line and reason; nothing stops for it."""
 
+import contextlib
 import csv
 import glob
+import gzip
+import io
 import json
+import re
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from fireflyds.config import TextSplit
 from fireflyds.errors import UserError
 
-SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
+SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+PACKED = (".gz", ".zst")
 csv.field_size_limit(1 << 30)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A stretch of a file: the lines that begin in bytes `[start, end)`, the first being line `first_line`."""
+
+    file: str
+    start: int = 0
+    end: int | None = None
+    first_line: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +59,7 @@ def find_files(path: str) -> list[Path]:
     if place.is_file():
         files = [place]
     elif place.is_dir():
-        files = sorted(file for file in place.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+        files = sorted(file for file in place.rglob("*") if kind(file) in SUFFIXES and file.is_file())
     else:
         files = sorted(Path(name) for name in glob.glob(path, recursive=True) if Path(name).is_file())
     if not files:
@@ -51,27 +67,68 @@ def find_files(path: str) -> list[Path]:
             f"{path}: no such file, folder or glob, or nothing in it ends in {' '.join(SUFFIXES)}. Check the path"
         )
     for file in files:
-        if file.suffix.lower() not in SUFFIXES:
-            raise UserError(f"{file}: ending {file.suffix!r} is not known. Known: {' '.join(SUFFIXES)}")
+        if kind(file) not in SUFFIXES:
+            raise UserError(
+                f"{file}: ending {file.suffix!r} is not known. Known: {' '.join(SUFFIXES)}, and these with {' '.join(PACKED)}"
+            )
     return files
 
 
-def read_records(file: Path, split: TextSplit = TextSplit.line) -> Iterator[Record | Rejected]:
-    """All rows of one file, in order."""
-    reader: Callable[[Path], Iterator[Record | Rejected]] = {
-        ".txt": lambda path: _text(path, split),
+def kind(file: Path) -> str:
+    """The ending that says how a file is read: `.jsonl` of `a.jsonl.gz`."""
+    suffix = file.suffix.lower()
+    return Path(file.stem).suffix.lower() if suffix in PACKED else suffix
+
+
+def read_records(file: Path | Part, split: TextSplit = TextSplit.line) -> Iterator[Record | Rejected]:
+    """All rows of one file, or of a part of one, in order."""
+    part = file if isinstance(file, Part) else Part(str(file))
+    reader: Callable[[Part], Iterator[Record | Rejected]] = {
+        ".txt": lambda part: _text(part, split),
         ".jsonl": _json_lines,
         ".json": _json,
         ".csv": _table,
         ".tsv": _table,
         ".parquet": _parquet,
-    }[file.suffix.lower()]
-    return reader(file)
+        ".arrow": _arrow,
+    }[kind(Path(part.file))]
+    return _whole(part, reader(part))
 
 
-def _decoded_lines(file: Path) -> Iterator[tuple[int, str] | Rejected]:
-    with file.open("rb") as stream:
-        for number, raw in enumerate(stream, 1):
+def _whole(part: Part, rows: Iterator[Record | Rejected]) -> Iterator[Record | Rejected]:
+    """The rows; a file that breaks off or is no such file is one row set aside."""
+    import zstandard
+
+    try:
+        yield from rows
+    except (EOFError, OSError, zlib.error, zstandard.ZstdError) as error:
+        yield Rejected(part.file, 0, f"cannot be read to its end: {error}")
+
+
+@contextlib.contextmanager
+def _open(file: str) -> Iterator[IO[bytes]]:
+    if file.lower().endswith(".gz"):
+        with gzip.open(file) as stream:
+            yield stream  # type: ignore[misc]
+    elif file.lower().endswith(".zst"):
+        import zstandard
+
+        with zstandard.open(file, "rb") as stream:
+            yield io.BufferedReader(stream)
+    else:
+        with Path(file).open("rb") as stream:
+            yield stream
+
+
+def _decoded_lines(part: Part) -> Iterator[tuple[int, str] | Rejected]:
+    with _open(part.file) as stream:
+        at = part.start
+        if at:
+            stream.seek(at)
+        for number, raw in enumerate(stream, part.first_line):
+            if part.end is not None and at >= part.end:
+                break
+            at += len(raw)
             try:
                 # A byte order mark is no text; form feeds and the like stay as they are.
                 yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
@@ -79,13 +136,14 @@ def _decoded_lines(file: Path) -> Iterator[tuple[int, str] | Rejected]:
                 reason = (
                     f"not UTF-8: byte 0x{raw[error.start]:02x} at column {error.start + 1}; convert the file to UTF-8"
                 )
-                yield Rejected(str(file), number, reason)
+                yield Rejected(part.file, number, reason)
 
 
-def _text(file: Path, split: TextSplit) -> Iterator[Record | Rejected]:
+def _text(part: Part, split: TextSplit) -> Iterator[Record | Rejected]:
+    file = part.file
     held: list[str] = []
     start = 1
-    for item in _decoded_lines(file):
+    for item in _decoded_lines(part):
         if isinstance(item, Rejected):
             yield item
             continue
@@ -96,14 +154,15 @@ def _text(file: Path, split: TextSplit) -> Iterator[Record | Rejected]:
         if line.strip() or (split is TextSplit.file and held):
             held.append(line)
         if ends and held:
-            yield Record(str(file), start, {"text": "\n".join(held)})
+            yield Record(file, start, {"text": "\n".join(held)})
             held = []
     if held:
-        yield Record(str(file), start, {"text": "\n".join(held)})
+        yield Record(file, start, {"text": "\n".join(held)})
 
 
-def _json_lines(file: Path) -> Iterator[Record | Rejected]:
-    for item in _decoded_lines(file):
+def _json_lines(part: Part) -> Iterator[Record | Rejected]:
+    file = part.file
+    for item in _decoded_lines(part):
         if isinstance(item, Rejected):
             yield item
         elif item[1].strip():
@@ -111,32 +170,35 @@ def _json_lines(file: Path) -> Iterator[Record | Rejected]:
             try:
                 yield _record(file, number, json.loads(line))
             except (ValueError, RecursionError) as error:
-                yield Rejected(str(file), number, f"not JSON: {error}")
+                yield Rejected(file, number, f"not JSON: {error}")
 
 
-def _json(file: Path) -> Iterator[Record | Rejected]:
+def _json(part: Part) -> Iterator[Record | Rejected]:
+    file = part.file
     try:
-        content = json.loads(file.read_bytes().decode("utf-8-sig"))
+        with _open(file) as stream:
+            content = json.loads(stream.read().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        yield Rejected(str(file), 0, f"not UTF-8 at byte {error.start}; convert the file to UTF-8")
+        yield Rejected(file, 0, f"not UTF-8 at byte {error.start}; convert the file to UTF-8")
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":  # JSON lines under another ending
-            yield from _json_lines(file)
+            yield from _json_lines(part)
         else:
-            yield Rejected(str(file), error.lineno, f"not JSON: {error}")
+            yield Rejected(file, error.lineno, f"not JSON: {error}")
     except RecursionError as error:
-        yield Rejected(str(file), 0, f"not JSON: {error}")
+        yield Rejected(file, 0, f"not JSON: {error}")
     else:
         rows = content if isinstance(content, list) else [content]
         for number, row in enumerate(rows, 1):
             yield _record(file, number, row)
 
 
-def _table(file: Path) -> Iterator[Record | Rejected]:
+def _table(part: Part) -> Iterator[Record | Rejected]:
+    file = part.file
     good: list[int] = []
 
     def lines() -> Iterator[str]:
-        for item in _decoded_lines(file):
+        for item in _decoded_lines(part):
             if isinstance(item, Rejected):
                 bad.append(item)
             else:
@@ -144,33 +206,67 @@ def _table(file: Path) -> Iterator[Record | Rejected]:
                 yield item[1] + "\n"
 
     bad: list[Rejected] = []
-    reader = csv.DictReader(lines(), delimiter="\t" if file.suffix.lower() == ".tsv" else ",")
+    reader = csv.reader(lines(), delimiter="\t" if kind(Path(file)) == ".tsv" else ",")
     try:
+        columns: list[str] = []
         for row in reader:
-            fields = {key: value for key, value in row.items() if key and value}
-            yield Record(str(file), good[-1], fields)
+            if not columns:
+                columns = row if _is_header(row) else [f"column_{number}" for number in range(1, len(row) + 1)]
+                if columns == row:
+                    continue
+            fields = {key: value for key, value in zip(columns, row, strict=False) if key and value}
+            if fields:
+                yield Record(file, good[-1], fields)
     except csv.Error as error:
-        yield Rejected(str(file), good[-1] if good else 1, f"not a table: {error}")
+        yield Rejected(file, good[-1] if good else 1, f"not a table: {error}")
     yield from bad
 
 
-def _parquet(file: Path) -> Iterator[Record | Rejected]:
-    import pyarrow
+def _is_header(row: list[str]) -> bool:
+    """Column names are short and have no sentence in them; a table may begin with its data."""
+    return len(set(row)) == len(row) and all(
+        re.fullmatch(r"[^\W\d][\w -]{0,40}", cell) is not None for cell in row if cell
+    )
+
+
+def _parquet(part: Part) -> Iterator[Record | Rejected]:
     import pyarrow.parquet
+
+    with _open(part.file) as stream:
+        yield from _batches(part, "Parquet", lambda: pyarrow.parquet.ParquetFile(stream).iter_batches())
+
+
+def _arrow(part: Part) -> Iterator[Record | Rejected]:
+    import pyarrow
+
+    def batches(stream: IO[bytes]) -> Iterator[Any]:
+        try:  # what `datasets` writes; other programs write the random-access form
+            yield from pyarrow.ipc.open_stream(stream)
+        except pyarrow.ArrowInvalid:
+            stream.seek(0)
+            file = pyarrow.ipc.open_file(stream)
+            yield from (file.get_batch(number) for number in range(file.num_record_batches))
+
+    with _open(part.file) as stream:
+        yield from _batches(part, "Arrow", lambda: batches(stream))
+
+
+def _batches(part: Part, name: str, open_batches: Callable[[], Iterator[Any]]) -> Iterator[Record | Rejected]:
+    import pyarrow
 
     number = 0
     try:
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
+        for batch in open_batches():
             for row in batch.to_pylist():
                 number += 1
-                yield _record(file, number, row)
+                yield _record(part.file, number, row)
     except (pyarrow.ArrowException, OSError) as error:
-        yield Rejected(str(file), number + 1, f"not Parquet: {str(error).splitlines()[0]}")
+        yield Rejected(part.file, number + 1, f"not {name}: {str(error).splitlines()[0]}")
 
 
-def _record(file: Path, number: int, row: Any) -> Record | Rejected:
+def _record(file: str, number: int, row: Any) -> Record | Rejected:
     if isinstance(row, str):
-        return Record(str(file), number, {"text": row})
+        return Record(file, number, {"text": row})
     if isinstance(row, dict):
-        return Record(str(file), number, row)
-    return Rejected(str(file), number, f"a row must be an object or a string, got {type(row).__name__}")
+        return Record(file, number, row)
+    return Rejected(file, number, f"a row must be an object or a string, got {type(row).__name__}")

@@ -1,5 +1,8 @@
 """This rank's packed batches, by arithmetic on the step number alone."""
 
+import queue
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +11,9 @@ import torch
 from fireflyds.data.mix import RowSequence
 from fireflyds.data.store import TokenStore
 from fireflyds.types import IGNORE_INDEX, PackedBatch
+
+# Steps that are made ready while the device computes.
+_AHEAD = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,28 +45,63 @@ class PackedLoader:
             batches.append(collate(self.store, pieces))
         return batches
 
+    def steps(self, first: int, end: int) -> Iterator[list[PackedBatch]]:
+        """Steps `first` to `end`, made ready by a thread while the caller works."""
+        ready: queue.Queue[list[PackedBatch] | BaseException | None] = queue.Queue(_AHEAD)
+        left = threading.Event()
+
+        def put(item: list[PackedBatch] | BaseException | None) -> None:
+            while not left.is_set():
+                try:
+                    return ready.put(item, timeout=0.1)
+                except queue.Full:
+                    continue
+
+        def work() -> None:
+            try:
+                for number in range(first, end):
+                    if left.is_set():
+                        return
+                    put(self.step(number))
+                put(None)
+            except BaseException as error:
+                put(error)
+
+        thread = threading.Thread(target=work, name="loader", daemon=True)
+        thread.start()
+        try:
+            while (item := ready.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            left.set()
+            thread.join()
+
 
 def collate(store: TokenStore, pieces: list[tuple[int, int, int]]) -> PackedBatch:
     """Lay `(document, start, length)` pieces end to end."""
-    ids, labels, positions = [], [], []
-    for document, start, length in pieces:
-        tokens = store.ids(document, start, length)
-        targets = np.full(length, IGNORE_INDEX)
-        for first, end in store.spans_of(document):
-            # Position t predicts token t + 1, so a learned token at the piece's start has no position to predict it.
-            low, high = max(first - start, 1), min(end - start, length)
-            targets[low - 1 : max(high - 1, low - 1)] = tokens[low:high] if high > low else []
-        ids.append(tokens)
-        labels.append(targets)
-        positions.append(np.arange(length))
-    lengths = [length for _, _, length in pieces]
-    flat_labels = np.concatenate(labels)
+    documents = np.array([document for document, _, _ in pieces])
+    lengths = np.array([length for _, _, length in pieces])
+    bounds = np.zeros(len(pieces) + 1, np.int64)
+    np.cumsum(lengths, out=bounds[1:])
+    ids = np.concatenate([store.ids(*piece) for piece in pieces]).astype(np.int64)
+    # Position t predicts token t + 1; the last of a piece predicts nothing.
+    labels = np.empty_like(ids)
+    labels[:-1] = ids[1:]
+    labels[bounds[1:] - 1] = IGNORE_INDEX
+    for place in np.flatnonzero(~store.is_document(documents)).tolist():
+        document, start, length = pieces[place]
+        learned = np.zeros(length, bool)
+        for first, end in store.spans_of(document).tolist():
+            learned[max(first - start, 1) - 1 : max(min(end - start, length) - 1, 0)] = True
+        labels[bounds[place] : bounds[place + 1]][~learned] = IGNORE_INDEX
     return PackedBatch(
-        input_ids=torch.from_numpy(np.concatenate(ids))[None],
-        labels=torch.from_numpy(flat_labels)[None],
-        position_ids=torch.from_numpy(np.concatenate(positions))[None],
-        cu_seqlens=torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32)),
-        max_seqlen=max(lengths),
-        domains=torch.from_numpy(store.domain_ids[[document for document, _, _ in pieces]].astype(np.int64)),
-        num_learned=int((flat_labels != IGNORE_INDEX).sum()),
+        input_ids=torch.from_numpy(ids)[None],
+        labels=torch.from_numpy(labels)[None],
+        position_ids=torch.from_numpy(np.arange(len(ids)) - np.repeat(bounds[:-1], lengths))[None],
+        cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
+        max_seqlen=int(lengths.max()),
+        domains=torch.from_numpy(store.domain_ids[documents].astype(np.int64)),
+        num_learned=int(np.count_nonzero(labels != IGNORE_INDEX)),
     )

@@ -1,86 +1,245 @@
-"""One endless sequence of rows from one or more domains, by token weights, as a function of the row's number."""
+"""One sequence of rows from one or more domains, by token weights, as a function of the row's number."""
 
-import bisect
+import hashlib
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
+from fireflyds.config import DataConfig
 from fireflyds.data.pack import Pieces, Plan, cut, plan
 from fireflyds.data.store import TokenStore
 from fireflyds.errors import UserError
+
+# Rows are dealt to domains in blocks of this many: shares are exact to 1/10,000.
+_BLOCK = 10_000
+
+
+class Pool:
+    """The rows of one domain (or of all): every epoch has as many, in another order."""
+
+    def __init__(self, name: str, store: TokenStore, documents: np.ndarray, seq_len: int, seed: int) -> None:
+        self.name = name
+        self._store, self._seq_len, self._seed = store, seq_len, seed
+        contents = hashlib.sha256(f"{store.manifest['made_from']} {name} {len(documents)}".encode()).hexdigest()[:12]
+        self._cache = f"{contents}-{seq_len}"
+        self.pieces = self._cut(documents)
+        self._plans: dict[int, Plan] = {}
+        self.rows_per_epoch = len(self.plan(0))
+        if self.rows_per_epoch == 0:
+            raise UserError(
+                f"data.store={store.path}: domain {name} has no row of at most seq_len={seq_len} tokens. Raise seq_len"
+            )
+        self.tokens_per_row = float(self.pieces.lengths.sum()) / self.rows_per_epoch
+
+    def row(self, number: int) -> list[tuple[int, int, int]]:
+        """The `(document, start, length)` pieces of row `number`, counted through all epochs."""
+        epoch, within = divmod(number, self.rows_per_epoch)
+        chosen = self.plan(epoch).row(within)
+        pieces = self.pieces
+        return list(
+            zip(
+                pieces.documents[chosen].tolist(),
+                pieces.starts[chosen].tolist(),
+                pieces.lengths[chosen].tolist(),
+                strict=True,
+            )
+        )
+
+    def plan(self, epoch: int) -> Plan:
+        if epoch not in self._plans:
+            while len(self._plans) > 1:  # this epoch's and the next one's
+                del self._plans[min(self._plans)]
+            arrays = self._cached(
+                f"plan-{self._cache}-{self._seed}-{epoch}",
+                ("order", "row_offsets"),
+                lambda: plan(self.pieces.lengths, self._seq_len, self._seed, epoch),
+            )
+            self._plans[epoch] = Plan(*arrays)
+        return self._plans[epoch]
+
+    def _cut(self, documents: np.ndarray) -> Pieces:
+        arrays = self._cached(
+            f"pieces-{self._cache}",
+            ("documents", "starts", "lengths", "truncated", "dropped"),
+            lambda: cut(self._store, documents, self._seq_len),
+        )
+        return Pieces(arrays[0], arrays[1], arrays[2], int(arrays[3]), int(arrays[4]))
+
+    def _cached(self, name: str, fields: tuple[str, ...], make) -> list[np.ndarray]:  # type: ignore[no-untyped-def]
+        """Arrays that are made once and then stand beside the store, where that can be written."""
+        folder = self._store.path / "plans" / name
+        try:
+            return [np.load(folder / f"{field}.npy", mmap_mode="r").view(np.ndarray) for field in fields]
+        except (OSError, ValueError):
+            pass
+        made = make()
+        aside = folder.with_name(f".{name}.{os.getpid()}")
+        try:
+            aside.mkdir(parents=True)
+            for field in fields:
+                np.save(aside / f"{field}.npy", getattr(made, field))
+            os.replace(aside, folder)
+        except OSError:  # a read-only store, or another rank was first
+            _remove(aside)
+        return [np.asarray(getattr(made, field)) for field in fields]
+
+
+def _remove(folder: Path) -> None:
+    import shutil
+
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of the sequence with constant shares.
+
+    `quotas`, int64 `[pools]`, are the rows of each pool in a block of `_BLOCK`; `taken` those of all phases before.
+    """
+
+    first_row: int
+    quotas: np.ndarray
+    taken: np.ndarray
+
+    @cached_property
+    def pattern(self) -> np.ndarray:
+        """The pool of each row of a block, every pool spread evenly: int64 `[_BLOCK]`."""
+        pools = np.repeat(np.arange(len(self.quotas)), self.quotas)
+        within = np.arange(_BLOCK) - np.repeat(np.cumsum(self.quotas) - self.quotas, self.quotas)
+        return pools[np.argsort((within + 0.5) / np.repeat(self.quotas, self.quotas), kind="stable")]
+
+    @cached_property
+    def _before(self) -> np.ndarray:
+        """Rows of the same pool before each row of a block: int64 `[_BLOCK]`."""
+        order = np.argsort(self.pattern, kind="stable")
+        before = np.empty(_BLOCK, np.int64)
+        before[order] = np.arange(_BLOCK) - np.repeat(np.cumsum(self.quotas) - self.quotas, self.quotas)
+        return before
+
+    def locate(self, number: int) -> tuple[int, int]:
+        """The pool of row `number` and its number within the pool."""
+        block, at = divmod(number - self.first_row, _BLOCK)
+        pool = int(self.pattern[at])
+        return pool, int(self.taken[pool] + block * self.quotas[pool] + self._before[at])
+
+    def counts(self, number: int) -> np.ndarray:
+        """Rows of each pool before row `number`: int64 `[pools]`."""
+        block, at = divmod(number - self.first_row, _BLOCK)
+        counts: np.ndarray = self.taken + block * self.quotas
+        return counts + np.bincount(self.pattern[:at], minlength=len(self.quotas))
+
+    def row_of(self, pool: int, count: int) -> int:
+        """The number of the row after which `count` rows of a pool were taken."""
+        block, rest = divmod(count - int(self.taken[pool]), int(self.quotas[pool]))
+        if rest == 0:
+            block, rest = block - 1, int(self.quotas[pool])
+        return self.first_row + block * _BLOCK + int(np.flatnonzero(self.pattern == pool)[rest - 1]) + 1
 
 
 class RowSequence:
     """Row i of a training run, whatever the world size and wherever the run was resumed.
 
     Without weights all domains form one pool and an epoch sees each document once. With weights every domain
-    is a pool of its own, repeated as often as needed, and the next row comes from the domain that is furthest
-    behind its share of the tokens.
+    is a pool of its own, repeated as often as needed (or allowed), and rows are dealt to the domains so that their
+    tokens stand in the wanted proportion. Nothing is replayed: where row i comes from is arithmetic.
     """
 
-    def __init__(self, store: TokenStore, seq_len: int, seed: int, weights: dict[str, float]) -> None:
-        self._seq_len, self._seed = seq_len, seed
+    def __init__(self, store: TokenStore, seq_len: int, seed: int, data: DataConfig) -> None:
+        weights = data.weights or store.manifest.get("weights", {})
+        _refuse_unknown(store, {**weights, **data.max_epochs})
         self.names = list(weights) or ["all"]
-        self.pieces = [cut(store, documents, seq_len) for documents in _pools(store, weights)]
-        total = sum(weights.values())
-        self.shares = np.array([weight / total for weight in weights.values()] or [1.0])
-        self._plans = [[self._plan(pool, 0)] for pool in range(len(self.names))]
-        self._starts = [[0, len(plans[0])] for plans in self._plans]  # first row of every epoch, and the end
-        for name, plans in zip(self.names, self._plans, strict=True):
-            if len(plans[0]) == 0:
-                raise UserError(
-                    f"data.store={store.path}: domain {name} has no row of at most seq_len={seq_len} tokens. Raise seq_len"
-                )
-        self._choices: list[tuple[int, int]] = []  # row number -> (pool, number within the pool)
-        self._taken = [0] * len(self.names)
-        self.tokens = np.zeros(len(self.names))
+        documents = [np.flatnonzero(store.domain_ids == store.domains.index(name)) for name in weights]
+        self.pools = [
+            Pool(name, store, chosen, seq_len, seed + number)
+            for number, (name, chosen) in enumerate(zip(self.names, documents or [np.arange(len(store))], strict=True))
+        ]
+        self._limits = [data.max_epochs.get(name, float("inf")) for name in self.names]
+        changes = [(0, weights or {"all": 1.0}), *((phase.tokens, phase.weights) for phase in data.curriculum)]
+        self.phases, self.num_rows = self._phases(
+            [(tokens, [given[name] for name in self.names]) for tokens, given in changes]
+        )
 
     @property
     def rows_per_epoch(self) -> int:
-        """Rows until every document of the pool that lasts longest was seen once."""
-        per_pool = [len(plans[0]) / share for plans, share in zip(self._plans, self.shares, strict=True)]
-        return max(1, round(float(max(per_pool))))
+        """Rows until every document of the pool that lasts longest was seen once, at the first weights."""
+        shares = self.phases[0].quotas / _BLOCK
+        return max(
+            1, round(float(max(pool.rows_per_epoch / share for pool, share in zip(self.pools, shares, strict=True))))
+        )
+
+    @property
+    def lost_to_length(self) -> tuple[int, int]:
+        """Dialogues truncated and dropped for their length, over all pools."""
+        return sum(pool.pieces.truncated for pool in self.pools), sum(pool.pieces.dropped for pool in self.pools)
 
     def row(self, number: int) -> list[tuple[int, int, int]]:
-        """The `(document, start, length)` pieces of row `number`."""
-        while len(self._choices) <= number:
-            self._choose()
-        pool, within = self._choices[number]
-        chosen, at = self._locate(pool, within)
-        pieces = self.pieces[pool]
-        return [(int(pieces.documents[i]), int(pieces.starts[i]), int(pieces.lengths[i])) for i in chosen.row(at)]
+        """The `(document, start, length)` pieces of row `number`.
 
-    def _choose(self) -> None:
-        pool = int(np.argmax(self.shares * (self.tokens.sum() + self._seq_len) - self.tokens))
-        within = self._taken[pool]
-        chosen, at = self._locate(pool, within)
-        self._choices.append((pool, within))
-        self._taken[pool] += 1
-        self.tokens[pool] += chosen.row_tokens[at]
+        Raises:
+            UserError: `max_epochs` leaves no such row.
+        """
+        pool, within = self.locate(number)
+        return self.pools[pool].row(within)
 
-    def _locate(self, pool: int, within: int) -> tuple[Plan, int]:
-        """The plan and the row index in it of a pool's row; plans of later epochs are made when first needed."""
-        starts, plans = self._starts[pool], self._plans[pool]
-        while starts[-1] <= within:
-            plans.append(self._plan(pool, len(plans)))
-            starts.append(starts[-1] + len(plans[-1]))
-        epoch = bisect.bisect_right(starts, within) - 1
-        return plans[epoch], within - starts[epoch]
+    def locate(self, number: int) -> tuple[int, int]:
+        """The pool of row `number` and its number within the pool."""
+        self.require(number + 1)
+        phase = next(phase for phase in reversed(self.phases) if phase.first_row <= number)
+        return phase.locate(number)
 
-    def _plan(self, pool: int, epoch: int) -> Plan:
-        return plan(self.pieces[pool].lengths, self._seq_len, self._seed + pool, epoch)
+    def require(self, rows: int) -> None:
+        """Raises `UserError` when the sequence ends before so many rows."""
+        if self.num_rows is not None and rows > self.num_rows:
+            raise UserError(
+                f"data.max_epochs: the data last for {self.num_rows:,} rows, {rows:,} are asked for. Lower optim.steps, or allow more epochs"
+            )
+
+    def _phases(self, changes: list[tuple[int, list[float]]]) -> tuple[list[Phase], int | None]:
+        """Phases between changes of the weights and ends of pools, and the number of rows if it is limited."""
+        per_row = np.array([pool.tokens_per_row for pool in self.pools])
+        limits = np.array([limit * pool.rows_per_epoch for limit, pool in zip(self._limits, self.pools, strict=True)])
+        taken, row = np.zeros(len(self.pools), np.int64), 0
+        phases: list[Phase] = []
+        waiting = list(changes)
+        weights = np.array(waiting.pop(0)[1])
+        while True:
+            open_pools = taken < np.floor(limits)
+            if not open_pools.any():
+                return phases, row
+            phase = Phase(row, _quotas(np.where(open_pools, weights, 0.0) / per_row), taken)
+            phases.append(phase)
+            ends = [
+                phase.row_of(pool, int(limits[pool]))
+                for pool in np.flatnonzero(open_pools & np.isfinite(limits)).tolist()
+                if phase.quotas[pool]
+            ]
+            if waiting:
+                left = waiting[0][0] - float((taken * per_row).sum())
+                change = row + max(1, round(left / float((phase.quotas * per_row).sum() / _BLOCK)))
+                if change <= min(ends, default=change):
+                    weights = np.array(waiting.pop(0)[1])
+                ends.append(change)
+            if not ends:
+                return phases, None
+            taken, row = phase.counts(min(ends)), min(ends)
 
 
-def _pools(store: TokenStore, weights: dict[str, float]) -> list[np.ndarray]:
+def _quotas(shares: np.ndarray) -> np.ndarray:
+    """Whole rows of a block in proportion to the shares, at least one of each that has any: int64, sum `_BLOCK`."""
+    exact = shares / shares.sum() * _BLOCK
+    quotas = np.where(shares > 0, np.maximum(1, np.floor(exact)), 0).astype(np.int64)
+    for index in np.argsort(quotas - exact, kind="stable")[: max(0, _BLOCK - int(quotas.sum()))]:
+        quotas[index] += 1
+    quotas[np.argmax(quotas)] += _BLOCK - quotas.sum()
+    return quotas
+
+
+def _refuse_unknown(store: TokenStore, weights: dict[str, float]) -> None:
     unknown = sorted(set(weights) - set(store.domains))
     if unknown:
         raise UserError(
             f"data.weights.{unknown[0]}: the store {store.path} has no such domain. It has: {', '.join(store.domains)}"
         )
-    if not weights:
-        return [np.arange(len(store))]
-    return [np.flatnonzero(store.domain_ids == store.domains.index(name)) for name in weights]
-
-
-def lost_to_length(pieces: list[Pieces]) -> tuple[int, int]:
-    """Dialogues truncated and dropped for their length, over all pools."""
-    return sum(pool.truncated for pool in pieces), sum(pool.dropped for pool in pieces)

@@ -1,13 +1,13 @@
 """A source: files of one or more layouts, read as samples."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import ModuleType
 from typing import Any
 
 from fireflyds import registry
 from fireflyds.config import SourceConfig
-from fireflyds.data.files import Record, Rejected, find_files, read_records
+from fireflyds.data.files import Part, Record, Rejected, find_files, read_records
 from fireflyds.data.hub import is_dataset, read_dataset
 from fireflyds.errors import UserError
 from fireflyds.types import Sample
@@ -30,38 +30,46 @@ def read_source(source: SourceConfig) -> Iterator[Sample | Rejected]:
     Raises:
         UserError: no such files, or no such format.
     """
-    named = None if source.format == "auto" else registry.find(FORMATS, source.format)
-    for records in _record_streams(source):
-        layout = named
-        for record in records:
-            if isinstance(record, Rejected):
-                yield record
-                continue
-            if named is None and (layout is None or not layout.matches(record.fields)):
-                layout = detect(record.fields)
-            if layout is None:
-                keys = ", ".join(map(str, list(record.fields)[:8])) or "none"
-                known = ", ".join(registry.names(FORMATS))
-                yield Rejected(
-                    record.file,
-                    record.line,
-                    f"no known layout has the fields {keys}; known layouts: {known} (a table names its columns in the first line)",
-                )
-                continue
-            try:
-                yield layout.read(record.fields)
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
-                name = layout.__name__.rsplit(".", 1)[-1]
-                yield Rejected(record.file, record.line, f"not a valid {name} row: {type(error).__name__}: {error}")
+    for part in parts_of(source):
+        yield from (item if isinstance(item, Rejected) else item[1] for item in read_part(source, part))
 
 
-def _record_streams(source: SourceConfig) -> Iterator[Iterator[Record | Rejected]]:
-    """The rows of each file, or of a data set."""
+def parts_of(source: SourceConfig) -> list[Part]:
+    """The files of a source, each as one part; a data set is one part."""
     if is_dataset(source.path):
-        rows = enumerate(read_dataset(source.path), 1)
-        yield (Record(source.path, number, fields) for number, fields in rows)
-    else:
-        yield from (read_records(file, source.split) for file in find_files(source.path))
+        return [Part(source.path)]
+    return [Part(str(file)) for file in find_files(source.path)]
+
+
+def read_part(source: SourceConfig, part: Part) -> Iterator[tuple[str, Sample] | Rejected]:
+    """The samples of a part, each with the name of its layout, and every row that gives none."""
+    layout = named = None if source.format == "auto" else registry.find(FORMATS, source.format)
+    for record in _records(source, part):
+        if isinstance(record, Rejected):
+            yield record
+            continue
+        if named is None and (layout is None or not layout.matches(record.fields)):
+            layout = detect(record.fields)
+        if layout is None:
+            keys = ", ".join(map(str, list(record.fields)[:8])) or "none"
+            known = ", ".join(registry.names(FORMATS))
+            yield Rejected(
+                record.file,
+                record.line,
+                f"no known layout has the fields {keys}; known layouts: {known} (a table names its columns in the first line)",
+            )
+            continue
+        name = layout.__name__.rsplit(".", 1)[-1]
+        try:
+            yield name, layout.read(record.fields)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            yield Rejected(record.file, record.line, f"not a valid {name} row: {type(error).__name__}: {error}")
+
+
+def _records(source: SourceConfig, part: Part) -> Iterable[Record | Rejected]:
+    if is_dataset(part.file):
+        return (Record(part.file, number, fields) for number, fields in enumerate(read_dataset(part.file), 1))
+    return read_records(part, source.split)
 
 
 def read_texts(path: str) -> Iterator[str]:

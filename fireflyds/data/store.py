@@ -1,16 +1,18 @@
 """The token store: what `prepare` writes once and `train` maps into memory at any `seq_len`.
 
-ids.bin          uint16 or uint32, all documents end to end
-index.npz        offsets int64 [n + 1], domain_ids uint8 [n], num_bytes int64 [n],
-                 span_offsets int64 [n + 1], spans int64 [m, 2] (token ranges within a document)
-rejected.jsonl   rows that could not be used: file, line, reason
-manifest.json    what it was made from, with counts; written last
+parts/<key>.ids       uint16 or uint32, the documents of one stretch of one source end to end
+parts/<key>.npz       their lengths, byte lengths and learned spans (and hashes, where duplicates are looked for)
+parts/<key>.json      counts, written last: a part without it is not whole
+index/*.npy           of all documents that are kept, in order: part int32, start int64 (within the part), length int32,
+                      domain uint16, language uint16, num_bytes int64, span_offsets int64 [n + 1], spans int32 [m, 2];
+                      sentence_ends: ids of tokens that end a sentence
+rejected.jsonl        rows that could not be used: file, line, reason
+manifest.json         what it was made from, with counts; written last
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -18,50 +20,54 @@ from fireflyds.errors import UserError
 from fireflyds.types import Example
 
 MANIFEST = "manifest.json"
-VERSION = 1
+VERSION = 2
+INDEX = ("part", "start", "length", "domain", "language", "num_bytes", "span_offsets", "spans", "sentence_ends")
 
 
-class StoreWriter:
-    """Appends examples to a store folder."""
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The smallest type that holds every id."""
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
-    def __init__(self, folder: Path, vocab_size: int) -> None:
-        self._folder = folder
-        self._dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32
-        self._ids: BinaryIO = (folder / "ids.bin").open("wb")
-        self._domains: list[str] = []
-        self._lengths: list[int] = []
-        self._domain_ids: list[int] = []
+
+class PartWriter:
+    """Collects the documents of one part and writes them when it is whole."""
+
+    def __init__(self, folder: Path, key: str, dtype: np.dtype[Any]) -> None:
+        self._folder, self._key, self._dtype = folder, key, dtype
+        self._ids: list[np.ndarray] = []
         self._num_bytes: list[int] = []
-        self._span_counts: list[int] = []
         self._spans: list[tuple[int, int]] = []
+        self._span_counts: list[int] = []
 
-    def add(self, example: Example, domain: str) -> None:
-        if domain not in self._domains:
-            self._domains.append(domain)
-        self._ids.write(example.input_ids.astype(self._dtype).tobytes())
-        self._lengths.append(len(example.input_ids))
-        self._domain_ids.append(self._domains.index(domain))
+    def add(self, example: Example) -> None:
+        self._ids.append(example.input_ids.astype(self._dtype))
         self._num_bytes.append(example.num_bytes)
-        self._span_counts.append(len(example.spans))
-        self._spans += example.spans
+        # A document carries loss throughout, which needs no span.
+        spans = () if example.is_document else example.spans
+        self._spans += spans
+        self._span_counts.append(len(spans))
 
-    def close(self, manifest: dict[str, Any]) -> None:
-        """Write the index and, last, the manifest with the totals of what was added."""
-        self._ids.close()
+    def close(self, info: dict[str, Any], **more: Any) -> None:
+        """Write the arrays and, last, `info`."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        base = self._folder / self._key
+        ids = np.concatenate(self._ids) if self._ids else np.zeros(0, self._dtype)
+        ids.tofile(base.with_suffix(".ids"))
         np.savez(
-            self._folder / "index.npz",
-            offsets=np.cumsum([0, *self._lengths]),
-            domain_ids=np.asarray(self._domain_ids, np.uint8),
+            base.with_suffix(".npz"),
+            length=np.asarray([len(each) for each in self._ids], np.int32),
             num_bytes=np.asarray(self._num_bytes, np.int64),
-            span_offsets=np.cumsum([0, *self._span_counts]),
-            spans=np.asarray(self._spans, np.int64).reshape(-1, 2),
+            span_counts=np.asarray(self._span_counts, np.int32),
+            spans=np.asarray(self._spans, np.int32).reshape(-1, 2),
+            **more,
         )
-        document = manifest | {"version": VERSION, "dtype": np.dtype(self._dtype).name, "domains": self._domains}
-        (self._folder / MANIFEST).write_text(json.dumps(document, ensure_ascii=False, indent=2), encoding="utf-8")
+        aside = base.with_suffix(".json.partial")
+        aside.write_text(json.dumps(info, ensure_ascii=False), encoding="utf-8")
+        aside.rename(base.with_suffix(".json"))
 
 
 class TokenStore:
-    """A store opened for reading. Nothing is loaded but the index."""
+    """A store opened for reading. Nothing is loaded; ids and index are mapped."""
 
     def __init__(self, folder: str | Path) -> None:
         folder = Path(folder)
@@ -71,39 +77,72 @@ class TokenStore:
             raise UserError(
                 f"data.store={folder}: version {self.manifest['version']}, this code reads {VERSION}. Prepare it again"
             )
-        index = np.load(folder / "index.npz")
-        self.offsets: np.ndarray = index["offsets"]
-        self.domain_ids: np.ndarray = index["domain_ids"]
-        self.num_bytes: np.ndarray = index["num_bytes"]
-        self.span_offsets: np.ndarray = index["span_offsets"]
-        self.spans: np.ndarray = index["spans"]
+        try:
+            arrays = {name: _mapped(folder / "index" / f"{name}.npy") for name in INDEX}
+        except (OSError, ValueError) as error:
+            raise UserError(f"data.store={folder}: its index is damaged ({error}). Prepare it again") from error
+        self._part, self._start = arrays["part"], arrays["start"]
+        self.lengths = arrays["length"]
+        """Tokens of each document: int32 `[n]`."""
+        self.domain_ids, self.language_ids = arrays["domain"], arrays["language"]
+        self.num_bytes = arrays["num_bytes"]
+        self._span_offsets, self._spans = arrays["span_offsets"], arrays["spans"]
+        self.sentence_ends = arrays["sentence_ends"]
         self.domains: list[str] = self.manifest["domains"]
-        self._ids = np.memmap(folder / "ids.bin", dtype=self.manifest["dtype"], mode="r")
-        if len(self._ids) != self.offsets[-1]:
+        self.languages: list[str] = self.manifest["languages"]
+        self._dtype = np.dtype(self.manifest["dtype"])
+        self._parts: list[np.ndarray | None] = [None] * len(self.manifest["parts"])
+        for part in self.manifest["parts"]:
+            self._check(part)
+
+    def _check(self, part: dict[str, Any]) -> None:
+        file = self.path / "parts" / f"{part['key']}.ids"
+        found = file.stat().st_size // self._dtype.itemsize if file.exists() else 0
+        if found != part["tokens"]:
             raise UserError(
-                f"data.store={folder}: ids.bin has {len(self._ids)} tokens, the index says {self.offsets[-1]}. Prepare it again"
+                f"data.store={self.path}: {file.name} has {found} tokens, the manifest says {part['tokens']}. Prepare it again"
             )
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1
+        return len(self.lengths)
 
     @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each document: int64 `[n]`."""
-        return np.diff(self.offsets)
+    def num_tokens(self) -> int:
+        return int(self.lengths.sum(dtype=np.int64))
 
     def ids(self, document: int, start: int, length: int) -> np.ndarray:
-        """`length` token ids of a document from its token `start` on: int64 `[length]`."""
-        at = self.offsets[document] + start
-        return self._ids[at : at + length].astype(np.int64)
+        """`length` token ids of a document from its token `start` on, as stored."""
+        part = int(self._part[document])
+        tokens = self._parts[part]
+        if tokens is None:
+            tokens = self._parts[part] = self._open(part)
+        at = int(self._start[document]) + start
+        return tokens[at : at + length]
+
+    def is_document(self, documents: np.ndarray) -> np.ndarray:
+        """Which carry loss throughout: bool, in the order given."""
+        same: np.ndarray = self._span_offsets[documents + 1] == self._span_offsets[documents]
+        return same
 
     def spans_of(self, document: int) -> np.ndarray:
         """The learned token ranges of a document: int64 `[k, 2]`."""
-        return self.spans[self.span_offsets[document] : self.span_offsets[document + 1]]
+        first, end = self._span_offsets[document], self._span_offsets[document + 1]
+        if first == end:
+            return np.array([[0, self.lengths[document]]], np.int64)
+        return self._spans[first:end].astype(np.int64)
 
-    def __iter__(self) -> Iterator[np.ndarray]:
-        for document, length in enumerate(self.lengths):
-            yield self.ids(document, 0, int(length))
+    def _open(self, part: int) -> np.ndarray:
+        file = self.path / "parts" / f"{self.manifest['parts'][part]['key']}.ids"
+        if file.stat().st_size == 0:
+            return np.zeros(0, self._dtype)
+        # A plain view: slices of memmap objects cost microseconds each.
+        mapped: np.ndarray = np.asarray(np.memmap(file, self._dtype, mode="r"))
+        return mapped
+
+
+def _mapped(file: Path) -> np.ndarray:
+    mapped: np.ndarray = np.asarray(np.load(file, mmap_mode="r"))
+    return mapped
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

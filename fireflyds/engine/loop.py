@@ -14,7 +14,7 @@ from fireflyds.types import PackedBatch, StepMetrics, TrainState
 
 
 class Loader(Protocol):
-    def step(self, number: int) -> list[PackedBatch]: ...
+    def steps(self, first: int, end: int) -> Iterator[list[PackedBatch]]: ...
 
 
 def train_steps(
@@ -36,11 +36,13 @@ def train_steps(
     """
     world_size = dist.get_world_size()
     engine.train()
+    ready = loader.steps(state.step, total_steps)
     for number in range(state.step, total_steps):
         started = time.perf_counter()
+        batches = next(ready)
+        waited = time.perf_counter() - started
         # Dropout is a function of the step, so a resumed run drops what an undisturbed one would have.
         torch.manual_seed(seed * 1_000_003 + number * world_size + dist.get_rank())
-        batches = loader.step(number)
         tokens = sum(batch.input_ids.numel() for batch in batches)
         counts = torch.tensor(
             [sum(batch.num_learned for batch in batches), tokens], dtype=torch.float64, device=engine.device
@@ -71,7 +73,7 @@ def train_steps(
             learned_tokens=state.learned_tokens,
             tokens_per_second=tokens / seconds,
             seconds=seconds,
-            extra={"skipped_steps": float(engine.skipped_steps)},
+            extra={"skipped_steps": float(engine.skipped_steps), "data_wait_seconds": waited},
         )
 
 

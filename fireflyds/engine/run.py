@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from fireflyds.config import TrainConfig
-from fireflyds.data.mix import RowSequence, lost_to_length
+from fireflyds.data.mix import RowSequence
 from fireflyds.data.store import TokenStore
 from fireflyds.directories import write_whole
 from fireflyds.errors import UserError
@@ -126,7 +126,7 @@ def describe(
 ) -> str:
     """What is about to happen, in two lines."""
     total, trainable = tuning.count_parameters(model)
-    truncated, dropped = lost_to_length(rows.pieces)
+    truncated, dropped = rows.lost_to_length
     lost = (
         f", {truncated} dialogues shortened and {dropped} left out for seq_len={config.seq_len}"
         if truncated or dropped
@@ -134,7 +134,7 @@ def describe(
     )
     return (
         f"{config.run}: {config.tuning.method.name}, {trainable:,} of {total:,} parameters train, ZeRO-{config.zero.stage}, {precision}\n"
-        f"{len(store):,} documents, {int(store.offsets[-1]):,} tokens, {rows.rows_per_epoch:,} rows an epoch{lost}; {steps:,} steps of "
+        f"{len(store):,} documents, {store.num_tokens:,} tokens, {rows.rows_per_epoch:,} rows an epoch{lost}; {steps:,} steps of "
         f"{config.global_batch_size} rows = {world} ranks x {config.micro_batch_size} x {accumulation} accumulated"
     )
 

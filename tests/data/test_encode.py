@@ -1,11 +1,13 @@
 """Ids and learned spans."""
 
-import functools
+from itertools import pairwise
 
 import pytest
 
-from fireflyds.data.encode import encode_all, encode_document, encode_sample
-from fireflyds.tokenizer.encoder import SentencePieceEncoder, load_encoder
+from fireflyds import registry
+from fireflyds.config import LossOn
+from fireflyds.data.encode import encode_document, encode_sample
+from fireflyds.tokenizer.encoder import SentencePieceEncoder
 from fireflyds.types import Message, Sample
 
 TALK = Sample(
@@ -39,16 +41,27 @@ def test_a_prompt_has_the_same_ids_in_training_and_in_use(encoder: SentencePiece
     assert whole[: len(prompt)] == prompt
 
 
-def test_a_template_whose_special_token_is_missing_says_which(encoder: SentencePieceEncoder, base_tokenizer) -> None:
-    load = functools.partial(load_encoder, base_tokenizer)
-    assert list(encode_all(load, "chatml", iter([TALK]), 1)) == [
-        "the tokenizer has no special token <|im_start|>, which the template needs"
-    ]
+def test_a_template_whose_special_token_is_missing_says_which(encoder: SentencePieceEncoder) -> None:
+    with pytest.raises(
+        ValueError, match=r"the tokenizer has no special token <\|im_start\|>, which the template needs"
+    ):
+        encode_sample(encoder, "chatml", TALK)
 
 
-def test_workers_give_the_same_examples_in_the_same_order(base_tokenizer) -> None:
-    samples = [Sample(text=f"ship number {number} near the bridge") for number in range(700)]
-    load = functools.partial(load_encoder, base_tokenizer)
-    one, two = (list(encode_all(load, "firefly", iter(samples), workers)) for workers in (1, 2))
-    assert [e.input_ids.tolist() for e in one] == [e.input_ids.tolist() for e in two]
-    assert len(one) == 700
+def test_loss_can_be_on_the_last_answer_or_on_everything(encoder: SentencePieceEncoder) -> None:
+    answers = encode_sample(encoder, "firefly", TALK)
+    last = encode_sample(encoder, "firefly", TALK, LossOn.last_answer)
+    everything = encode_sample(encoder, "firefly", TALK, LossOn.all)
+    assert last.spans == answers.spans[1:]
+    assert everything.spans == ((0, answers.spans[0][1]), (answers.spans[0][1], len(answers.input_ids)))
+    assert not everything.is_document
+
+
+def test_bos_and_eos_are_never_doubled(encoder: SentencePieceEncoder) -> None:
+    for name in registry.names("fireflyds.data.templates"):
+        chat = registry.find("fireflyds.data.templates", name).CHAT
+        if chat.special:  # tokens this tokenizer does not have
+            continue
+        ids = encode_sample(encoder, name, TALK).input_ids.tolist()
+        for special in (encoder.bos_id, encoder.eos_id):
+            assert not any(a == b == special for a, b in pairwise(ids)), name

@@ -1,17 +1,20 @@
 """Raw files: what is read, what is set aside, and in which words."""
 
 import csv
+import gzip
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fireflyds.config import SourceConfig, TextSplit
-from fireflyds.data.files import Record, Rejected, find_files, read_records
+from fireflyds.data.files import Part, Record, Rejected, find_files, read_records
 from fireflyds.data.sources import read_source, read_texts
 from fireflyds.errors import UserError
 from fireflyds.types import Sample
@@ -35,10 +38,36 @@ def write(folder: Path, name: str) -> Path:
                 writer.writerows(ROWS)
         case ".parquet":
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), file)
+        case ".arrow":
+            made = pyarrow.Table.from_pylist(ROWS)
+            open_file = pyarrow.ipc.new_stream if name.startswith("s") else pyarrow.ipc.new_file
+            with open_file(str(file), made.schema) as writer:
+                writer.write_table(made)
+        case ".gz":
+            file.write_bytes(gzip.compress(write(folder, file.stem).read_bytes()))
+            (folder / file.stem).unlink()
+        case ".zst":
+            file.write_bytes(zstandard.compress(write(folder, file.stem).read_bytes()))
+            (folder / file.stem).unlink()
     return file
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.csv", "a.tsv", "a.parquet"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a.txt",
+        "a.jsonl",
+        "a.json",
+        "a.csv",
+        "a.tsv",
+        "a.parquet",
+        "a.arrow",
+        "s.arrow",
+        "a.txt.gz",
+        "a.jsonl.zst",
+        "a.parquet.gz",
+    ],
+)
 def test_every_kind_of_file_gives_the_same_documents(tmp_path: Path, name: str) -> None:
     write(tmp_path, name)
     expected = ["白日依山尽", "黄河入海流"]
@@ -98,9 +127,44 @@ def test_missing_empty_and_unknown_files_are_refused(tmp_path: Path) -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.binary(max_size=300), st.sampled_from([".txt", ".jsonl", ".json", ".csv", ".parquet"]))
+@given(
+    st.binary(max_size=300),
+    st.sampled_from([".txt", ".jsonl", ".json", ".csv", ".parquet", ".arrow", ".txt.gz", ".jsonl.zst"]),
+)
 def test_no_bytes_make_a_traceback(tmp_path_factory: pytest.TempPathFactory, content: bytes, suffix: str) -> None:
     file = tmp_path_factory.mktemp("fuzz") / f"x{suffix}"
     file.write_bytes(content)
     for item in read_source(SourceConfig(path=str(file))):
         assert isinstance(item, Sample | Rejected)
+
+
+def test_parts_of_a_file_give_its_rows_once_with_their_lines(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    lines = [json.dumps({"text": "字" * (number % 7 + 1)}, ensure_ascii=False) for number in range(50)]
+    lines[20] = "{broken"
+    file.write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
+    whole = [(row.line, isinstance(row, Record)) for row in read_records(file)]
+    raw = file.read_bytes()
+    cuts = [0, raw.index(b"\n", 100) + 1, raw.index(b"\n", 400) + 1, len(raw)]
+    parts = [Part(str(file), a, b, 1 + raw[:a].count(b"\n")) for a, b in pairwise(cuts)]
+    assert [(row.line, isinstance(row, Record)) for part in parts for row in read_records(part)] == whole
+    assert (21, False) in whole
+
+
+def test_a_table_without_column_names_begins_with_its_data(tmp_path: Path) -> None:
+    (tmp_path / "pairs.tsv").write_text("Good morning, all.\t早上好。\nThank you.\t谢谢。\n", encoding="utf-8")
+    texts = [item.text for item in read_source(SourceConfig(path=str(tmp_path))) if isinstance(item, Sample)]
+    assert sorted(tuple(sorted(text.split("\n"))) for text in texts) == [
+        ("Good morning, all.", "早上好。"),
+        ("Thank you.", "谢谢。"),
+    ]
+
+
+def test_a_packed_file_that_breaks_off_keeps_what_it_gave(tmp_path: Path) -> None:
+    file = write(tmp_path, "a.jsonl.gz")
+    many = gzip.compress(b'{"text": "x"}\n' * 50_000)
+    file.write_bytes(many[: len(many) // 2])
+    items = list(read_records(file))
+    assert isinstance(items[-1], Rejected)
+    assert "cannot be read to its end" in items[-1].reason
+    assert all(isinstance(item, Record) for item in items[:-1])

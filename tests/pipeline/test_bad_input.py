@@ -37,20 +37,24 @@ def test_missing_and_empty_corpora(verb, tmp_path: Path, base_tokenizer: Path) -
 
 def test_a_broken_line_is_set_aside_and_reported_at_the_end(verb, tmp_path: Path, base_tokenizer: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "fine"}\n{broken\n{"text": "\xff\xfe"}\n{"text": "also fine"}\n')
-    done = verb("prepare", "data=a.jsonl", f"tokenizer={base_tokenizer}", "out=s")
+    done = verb("prepare", "data=a.jsonl", f"tokenizer={base_tokenizer}", "out=s", "max_rejected=0.6")
     assert "2 documents" in done.stdout
     assert "2 rejected" in done.stdout
     rows = [json.loads(line) for line in (tmp_path / "s" / "rejected.jsonl").read_text().splitlines()]
     assert [(row["file"], row["line"]) for row in rows] == [("a.jsonl", 2), ("a.jsonl", 3)]
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_a_failed_prepare_leaves_the_earlier_store_whole(
     verb, store: Path, tmp_path: Path, base_tokenizer: Path
 ) -> None:
-    before = {path.name: path.read_bytes() for path in store.iterdir()}
+    before = contents(store)
     (tmp_path / "bad.jsonl").write_text("{broken\n")
     refused(verb("prepare", "data=bad.jsonl", f"tokenizer={base_tokenizer}", "out=store", check=False), "not JSON")
-    assert {path.name: path.read_bytes() for path in store.iterdir()} == before
+    assert contents(store) == before
     done = verb("prepare", "data=en.txt", f"tokenizer={base_tokenizer}", "out=store", "workers=1")
     assert "nothing to do" in done.stdout
 

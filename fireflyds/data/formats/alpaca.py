@@ -14,7 +14,9 @@ EXAMPLE = {
 
 
 def matches(record: dict[str, Any]) -> bool:
-    return "instruction" in record and "output" in record
+    instruction = record.get("instruction")
+    rendered = isinstance(instruction, str) and instruction.startswith("Human: ")  # BiLLa's
+    return "instruction" in record and "output" in record and not rendered
 
 
 def read(record: dict[str, Any]) -> Sample:

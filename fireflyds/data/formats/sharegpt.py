@@ -10,7 +10,9 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 
 
 def matches(record: dict[str, Any]) -> bool:
-    return isinstance(record.get("conversations"), list)
+    turns = record.get("conversations")
+    # YaYi's name for the assistant is its own.
+    return isinstance(turns, list) and not any(isinstance(t, dict) and t.get("from") == "yayi" for t in turns)
 
 
 def read(record: dict[str, Any]) -> Sample:

@@ -8,7 +8,9 @@ EXAMPLE = {"text": "白日依山尽，黄河入海流。"}
 
 
 def matches(record: dict[str, Any]) -> bool:
-    return isinstance(record.get("text", record.get("content")), str) or isinstance(record.get("paragraphs"), list)
+    text = record.get("text", record.get("content"))
+    rendered = isinstance(text, str) and text.startswith(("<s>Human:", "<s>System:"))  # FlagAlpha's
+    return (isinstance(text, str) and not rendered) or isinstance(record.get("paragraphs"), list)
 
 
 def read(record: dict[str, Any]) -> Sample:

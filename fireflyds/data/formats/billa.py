@@ -1,0 +1,20 @@
+"""BiLLa: `instruction`, `input` and `output` as in Alpaca, or the rendered `Human: …` in `instruction` and an `output`."""
+
+from typing import Any
+
+from fireflyds.types import Message, Sample
+
+EXAMPLE = {"instruction": "Human: 你好\nAssistant: ", "input": "", "output": "你好！"}
+
+
+def matches(record: dict[str, Any]) -> bool:
+    instruction = record.get("instruction")
+    return isinstance(instruction, str) and instruction.startswith("Human: ") and "output" in record
+
+
+def read(record: dict[str, Any]) -> Sample:
+    user = record["instruction"].removeprefix("Human: ").rstrip().removesuffix("Assistant:").rstrip()
+    user = "\n".join(filter(None, [user, record.get("input")]))
+    if not user or not record["output"]:
+        raise ValueError("instruction and output must not be empty")
+    return Sample(messages=(Message("user", user), Message("assistant", record["output"])))

@@ -1,0 +1,24 @@
+"""FlagAlpha (Llama-Chinese, Atom): a dialogue rendered into `text`, `<s>Human: …\\n</s><s>Assistant: …\\n</s>`."""
+
+import re
+from typing import Any
+
+from fireflyds.types import Message, Sample
+
+EXAMPLE = {"text": "<s>Human: 你好\n</s><s>Assistant: 你好！\n</s>"}
+
+_TURN = re.compile(r"<s>(System|Human|Assistant): ?(.*?)\n?</s>", re.DOTALL)
+_ROLES = {"System": "system", "Human": "user", "Assistant": "assistant"}
+
+
+def matches(record: dict[str, Any]) -> bool:
+    text = record.get("text")
+    return isinstance(text, str) and text.startswith(("<s>Human:", "<s>System:"))
+
+
+def read(record: dict[str, Any]) -> Sample:
+    text = record["text"].strip()
+    turns = _TURN.findall(text)
+    if not turns or _TURN.sub("", text).strip():
+        raise ValueError("text is not a row of <s>Human: …</s><s>Assistant: …</s> turns")
+    return Sample(messages=tuple(Message(_ROLES[role], content) for role, content in turns))

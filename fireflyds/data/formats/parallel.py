@@ -1,0 +1,29 @@
+"""Parallel text: one sentence in two languages (`en`/`zh`, a `translation` of both, or a table of two columns without
+names), as one document."""
+
+from typing import Any
+
+from fireflyds.types import Sample
+
+EXAMPLE = {"en": "Good morning.", "zh": "早上好。"}
+
+
+def matches(record: dict[str, Any]) -> bool:
+    return _sides(record) is not None
+
+
+def read(record: dict[str, Any]) -> Sample:
+    sides = _sides(record)
+    if sides is None or not (sides[0].strip() and sides[1].strip()):
+        raise ValueError("one side of the pair is missing or empty")
+    # Both directions are learnt: which language stands first changes with the text, not with the run.
+    first, second = sides if (len(sides[0]) + len(sides[1])) % 2 else sides[::-1]
+    return Sample(text=f"{first}\n{second}")
+
+
+def _sides(record: dict[str, Any]) -> tuple[str, str] | None:
+    pair = record.get("translation", record)
+    for first, second in (("en", "zh"), ("column_1", "column_2")):
+        if isinstance(pair, dict) and isinstance(pair.get(first), str) and isinstance(pair.get(second), str):
+            return (pair[first], pair[second]) if first == "en" or len(pair) == 2 else None
+    return None

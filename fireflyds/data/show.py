@@ -1,0 +1,152 @@
+"""A token store for people: its table, its chart, and samples with what is learnt from them marked."""
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.text import Text
+
+from fireflyds.config import PrepareConfig
+from fireflyds.data.clean import Cleaner
+from fireflyds.data.encode import encode_sample
+from fireflyds.data.files import Rejected
+from fireflyds.data.sources import parts_of, read_part
+from fireflyds.data.store import TokenStore
+from fireflyds.types import Encoder, Example, Sample
+
+_BAR = 40
+
+
+def table(manifest: dict[str, Any]) -> str:
+    """What was read, kept, dropped and why, by domain."""
+    head = (
+        "domain",
+        "read",
+        "documents",
+        "dialogues",
+        "tokens",
+        "bytes",
+        "bytes/token",
+        "learned",
+        "dropped",
+        "rejected",
+    )
+    rows = [head]
+    for domain, counts in [*manifest["per_domain"].items(), ("all", manifest["totals"])]:
+        tokens = max(1, counts["tokens"])
+        whole = ("read", "documents", "dialogues", "tokens", "bytes")
+        rows.append(
+            (
+                domain,
+                *(f"{counts[name]:,}" for name in whole),
+                f"{counts['bytes'] / tokens:.2f}",
+                f"{counts['learned'] / tokens:.1%}",
+                f"{counts['dropped']:,}",
+                f"{counts['rejected']:,}",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if not at else cell.rjust(width)
+            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    for domain, counts in manifest["per_domain"].items():
+        lines += [f"{domain}: dropped {count:,}: {reason}" for reason, count in counts["reasons"].items()]
+        lines += [f"{domain}: layout {name}: {count:,} rows" for name, count in counts["formats"].items()]
+    return "\n".join(lines)
+
+
+def histogram(store: TokenStore) -> str:
+    """Documents and tokens by length, in powers of two."""
+    edges, documents, tokens = _by_length(store)
+    most = max(tokens.max(initial=0), 1)
+    lines = ["length in tokens   documents         tokens"]
+    for low, count, total in zip(edges.tolist(), documents.tolist(), tokens.tolist(), strict=True):
+        bar = "#" * round(_BAR * total / most)
+        lines.append(f"{low:>7,}-{2 * low - 1:<8,} {count:>11,} {total:>14,} {bar}")
+    return "\n".join(lines)
+
+
+def _by_length(store: TokenStore) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    lengths = np.asarray(store.lengths, np.int64)
+    powers = np.floor(np.log2(np.maximum(lengths, 1))).astype(np.int64)
+    documents = np.bincount(powers)
+    tokens = np.bincount(powers, weights=lengths).astype(np.int64)
+    return 1 << np.arange(len(documents)), documents, tokens
+
+
+def chart(store: TokenStore, file: Path) -> None:
+    """Tokens by domain and by length."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    domains = store.manifest["per_domain"]
+    left.barh(list(domains), [counts["tokens"] for counts in domains.values()])
+    left.set(xlabel="tokens", title="tokens by domain")
+    edges, _, tokens = _by_length(store)
+    right.bar([str(edge) for edge in edges], tokens)
+    right.tick_params(axis="x", rotation=60)
+    right.set(xlabel="document length, from", ylabel="tokens", title="tokens by length")
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
+
+
+def samples(config: PrepareConfig, encoder: Encoder) -> Iterator[tuple[str, Example | str]]:
+    """The first samples of each source as they would be stored, or why one would not be."""
+    cleaner = Cleaner(config.clean)
+    for source in config.data.sources:
+        items = (item for part in parts_of(source) for item in read_part(source, part))
+        for item in islice(items, config.inspect):
+            if isinstance(item, Rejected):
+                yield f"{item.file}:{item.line}", f"rejected: {item.reason}"
+                continue
+            cleaned = cleaner.clean(item[1])
+            if not isinstance(cleaned, Sample):
+                yield source.path, f"dropped: {cleaned}"
+                continue
+            try:
+                yield f"{source.path} ({item[0]})", encode_sample(encoder, config.template, cleaned, config.loss_on)
+            except ValueError as error:
+                yield source.path, f"dropped: {error}"
+
+
+def print_samples(config: PrepareConfig, encoder: Encoder) -> None:
+    """Learned tokens in green, between ⟦ and ⟧, which stay where there are no colours."""
+    console = Console(soft_wrap=True, highlight=False)
+    for name, example in samples(config, encoder):
+        console.rule(Text(name))
+        if isinstance(example, str):
+            console.print(Text(example, style="red"))
+            continue
+        text, at = Text(), 0
+        for start, end in example.spans:
+            text.append(_words(encoder, example.input_ids[at:start]), style="dim")
+            text.append("⟦" + _words(encoder, example.input_ids[start:end]) + "⟧", style="green")
+            at = end
+        text.append(_words(encoder, example.input_ids[at:]), style="dim")
+        console.print(text)
+        learned = sum(end - start for start, end in example.spans)
+        console.print(Text(f"{len(example.input_ids):,} tokens, {learned:,} learned", style="cyan"))
+
+
+def _words(encoder: Encoder, ids: np.ndarray) -> str:
+    """Text of tokens, special ones by their names."""
+    words: list[str] = []
+    held: list[int] = []
+    special = {index for index in (encoder.bos_id, encoder.eos_id) if index is not None}
+    for index in ids.tolist():
+        if index in special:
+            words += [encoder.decode(held), encoder.token(index)]
+            held = []
+        else:
+            held.append(index)
+    return "".join([*words, encoder.decode(held)])
