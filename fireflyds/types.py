@@ -63,6 +63,9 @@ class Encoder(Protocol):
     def encode(self, text: str, *, continues: bool = False) -> list[int]:
         """Ids of plain text, no special tokens. `continues`: the text goes on from other text (no dummy prefix)."""
 
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The same as `encode` of each, in less time."""
+
     def token_id(self, token: str) -> int | None:
         """The id of a special token, or None."""
 

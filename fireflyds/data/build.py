@@ -14,7 +14,7 @@ import numpy as np
 
 from fireflyds.config import Duplicates, PrepareConfig
 from fireflyds.data.duplicates import exact_duplicates, near_duplicates
-from fireflyds.data.parts import Task, Workshop, finished_part, make_part, open_workshop
+from fireflyds.data.parts import Task, Workshop, finished_part, make_part, open_workshop, start_worker
 from fireflyds.data.store import MANIFEST, VERSION, token_dtype
 from fireflyds.errors import UserError
 from fireflyds.types import Encoder
@@ -73,7 +73,7 @@ def _made(tasks: list[Task], workshop: Workshop, workers: int) -> Iterator[tuple
         open_workshop(workshop)
         yield from ((task, make_part(task)) for task in tasks)
         return
-    with ProcessPoolExecutor(workers, initializer=open_workshop, initargs=(workshop,)) as pool:
+    with ProcessPoolExecutor(workers, initializer=start_worker, initargs=(workshop,)) as pool:
         try:
             yield from zip(tasks, pool.map(make_part, tasks), strict=True)
         except BaseException:
@@ -189,13 +189,13 @@ def _columns(
     sizes = [len(part["length"]) for part in parts]
 
     def column(values: Iterable[Any], dtype: Any) -> np.ndarray:
-        return np.concatenate([np.zeros(0, dtype), *(np.asarray(value, dtype) for value in values)]).astype(dtype)
+        return np.concatenate([np.zeros(0, dtype), *(np.asarray(value, dtype) for value in values)])
 
     def repeated(values: Iterable[int], dtype: Any) -> np.ndarray:
         return np.repeat(np.asarray(list(values), dtype), sizes)
 
     length = column((part["length"] for part in parts), np.int32)
-    source = repeated((task.source for task in tasks), np.int64)
+    source = repeated((task.source for task in tasks), np.int32)
     keep, lost = np.ones(len(length), bool), {}
     if config.clean.duplicates is not Duplicates.keep:
         copies = exact_duplicates(column((part["hashes"] for part in parts), np.uint64))
@@ -211,7 +211,7 @@ def _columns(
     over = _beyond_cap(config, source, keep)
     lost["beyond max_documents"] = source[over]
     keep[over] = False
-    counts = column((part["span_counts"] for part in parts), np.int64)
+    counts = column((part["span_counts"] for part in parts), np.int32)
     spans = np.concatenate([np.zeros((0, 2), np.int32), *(part["spans"] for part in parts)])
     sources = config.data.sources
     columns = {
@@ -222,9 +222,11 @@ def _columns(
         "language": repeated((languages.index(sources[task.source].language) for task in tasks), np.uint16),
         "num_bytes": column((part["num_bytes"] for part in parts), np.int64),
     }
-    columns = {name: values[keep] for name, values in columns.items()}
-    columns["span_offsets"] = np.concatenate([[0], np.cumsum(counts[keep])]).astype(np.int64)
-    columns["spans"] = spans[np.repeat(keep, counts)]
+    if not keep.all():
+        columns = {name: values[keep] for name, values in columns.items()}
+        spans, counts = spans[np.repeat(keep, counts)], counts[keep]
+    columns["spans"] = spans
+    columns["span_offsets"] = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
     return columns, lost
 
 
@@ -249,11 +251,9 @@ def _per_domain(
 ) -> dict[str, dict[str, Any]]:
     """What was read, kept and dropped, and why."""
     found: dict[str, dict[str, Any]] = {}
-    learned = np.zeros(len(columns["length"]), np.int64)
     counts = np.diff(columns["span_offsets"])
-    widths = (columns["spans"][:, 1] - columns["spans"][:, 0]).astype(np.int64)
-    np.add.at(learned, np.repeat(np.arange(len(counts)), counts), widths)
-    learned[counts == 0] = columns["length"][counts == 0]
+    widths = columns["spans"][:, 1] - columns["spans"][:, 0]
+    of_span = np.repeat(columns["domain"], counts)
     for number, domain in enumerate(domains):
         mine = [
             info for task, info in zip(tasks, infos, strict=True) if config.data.sources[task.source].domain == domain
@@ -273,7 +273,8 @@ def _per_domain(
             "dialogues": int((counts[chosen] > 0).sum()),
             "tokens": int(columns["length"][chosen].sum(dtype=np.int64)),
             "bytes": int(columns["num_bytes"][chosen].sum()),
-            "learned": int(learned[chosen].sum()),
+            "learned": int(columns["length"][chosen & (counts == 0)].sum(dtype=np.int64))
+            + int(widths[of_span == number].sum(dtype=np.int64)),
             "dropped": dropped.total(),
             "rejected": rejected,
             "reasons": {reason: count for reason, count in dropped.items() if count},

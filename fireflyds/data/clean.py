@@ -35,11 +35,14 @@ class Cleaner:
     def __init__(self, config: CleanConfig) -> None:
         self._config = config
         self._changes = _changes(config)
+        self._idle = config == CleanConfig(duplicates=config.duplicates, similarity=config.similarity)
         self._contamination = np.sort(contamination(config)) if config.decontaminate else None
 
     def clean(self, sample: Sample) -> Sample | str:
         """The cleaned sample, or the name of the step that dropped it. Dialogues are changed, and dropped only when
         they are contaminated."""
+        if self._idle:
+            return sample
         if self._changes:
             sample = Sample(
                 text=None if sample.text is None else self._changed(sample.text),

@@ -8,17 +8,44 @@ import numpy as np
 
 from fireflyds import registry
 from fireflyds.config import LossOn
+from fireflyds.errors import UserError
 from fireflyds.types import BOS, EOS, Encoder, Example, Sample, Segment
 
 
 def encode_document(encoder: Encoder, text: str) -> Example:
     """BOS (where the tokenizer has one), the text, EOS; loss on all but the first token."""
-    ids = encoder.encode(text)
+    return _document(encoder, text, encoder.encode(text))
+
+
+def _document(encoder: Encoder, text: str, ids: list[int]) -> Example:
     if encoder.bos_id is not None:
         ids.insert(0, encoder.bos_id)
     if encoder.eos_id is not None:
         ids.append(encoder.eos_id)
-    return Example(np.asarray(ids), ((0, len(ids)),), len(text.encode()), is_document=True)
+    num_bytes = len(text) if text.isascii() else len(text.encode())
+    return Example(np.array(ids, np.uint32), ((0, len(ids)),), num_bytes, is_document=True)
+
+
+def encode_samples(encoder: Encoder, template: str, samples: Sequence[Sample], loss_on: LossOn) -> list[Example | str]:
+    """Every sample, or why it cannot be encoded. Documents go to the tokenizer together."""
+    try:
+        documents = iter(encoder.encode_batch([sample.text for sample in samples if sample.text is not None]))
+    except UnicodeEncodeError:
+        if len(samples) == 1:
+            return ["half a surrogate pair, which is no character"]
+        return [made for sample in samples for made in encode_samples(encoder, template, [sample], loss_on)]
+    encoded: list[Example | str] = []
+    for sample in samples:
+        if sample.text is not None:
+            encoded.append(_document(encoder, sample.text, next(documents)))
+            continue
+        try:
+            encoded.append(encode_sample(encoder, template, sample, loss_on))
+        except UserError:
+            raise
+        except ValueError as error:
+            encoded.append(str(error))
+    return encoded
 
 
 def encode_segments(encoder: Encoder, segments: Sequence[Segment]) -> Example:

@@ -141,6 +141,13 @@ def _decoded_lines(part: Part) -> Iterator[tuple[int, str] | Rejected]:
 
 def _text(part: Part, split: TextSplit) -> Iterator[Record | Rejected]:
     file = part.file
+    if split is TextSplit.line:
+        for item in _decoded_lines(part):
+            if isinstance(item, Rejected):
+                yield item
+            elif item[1] and not item[1].isspace():
+                yield Record(file, item[0], {"text": item[1]})
+        return
     held: list[str] = []
     start = 1
     for item in _decoded_lines(part):
@@ -148,7 +155,7 @@ def _text(part: Part, split: TextSplit) -> Iterator[Record | Rejected]:
             yield item
             continue
         number, line = item
-        ends = split is TextSplit.line or (split is TextSplit.paragraph and not line.strip())
+        ends = split is TextSplit.paragraph and not line.strip()
         if not held:
             start = number
         if line.strip() or (split is TextSplit.file and held):

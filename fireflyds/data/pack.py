@@ -98,7 +98,7 @@ def plan(lengths: np.ndarray, seq_len: int, seed: int, epoch: int) -> Plan:
         if epoch:
             window = rng.permutation(window)
         row_of, num_rows = best_fit(lengths[window], seq_len)
-        order = np.argsort(row_of, kind="stable")
+        order = _order(row_of)
         rows.append(window[order])
         sizes.append(np.bincount(row_of, minlength=num_rows))
         count += num_rows
@@ -113,6 +113,14 @@ def plan(lengths: np.ndarray, seq_len: int, seed: int, epoch: int) -> Plan:
     return Plan(order[at], offsets)
 
 
+def _order(values: np.ndarray) -> np.ndarray:
+    """A stable argsort of non-negative integers below 2^32: two passes of NumPy's radix sort, which takes 16 bits."""
+    order: np.ndarray = np.argsort((values & 0xFFFF).astype(np.uint16), kind="stable")
+    if len(values) and values.max() > 0xFFFF:
+        order = order[np.argsort((values >> 16).astype(np.uint16)[order], kind="stable")]
+    return order
+
+
 def best_fit(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, int]:
     """The row of every piece under best fit decreasing, int64 `[p]`, and the number of rows.
 
@@ -120,7 +128,7 @@ def best_fit(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, int]:
     lengths, not of pieces. A row that takes a piece has the least room that takes the next of the same length, so it
     takes as many as it can before the next row is looked at.
     """
-    order = np.argsort(-lengths, kind="stable")
+    order = _order(seq_len - lengths)
     row_of = np.empty(len(lengths), np.int64)
     room: dict[int, list[np.ndarray]] = {}  # rows by the room they have left
     rooms = np.zeros(seq_len + 1, bool)

@@ -1,7 +1,11 @@
 """Sources cut into parts that are read, cleaned and encoded one by one, each in a process of its own."""
 
+import ctypes
 import hashlib
 import json
+import os
+import signal
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -13,16 +17,18 @@ import numpy as np
 from fireflyds.config import CleanConfig, Duplicates, LossOn, PrepareConfig, SourceConfig, TextSplit
 from fireflyds.data.clean import Cleaner
 from fireflyds.data.duplicates import NUM_PERM, signature, text_hash
-from fireflyds.data.encode import encode_sample
+from fireflyds.data.encode import encode_samples
 from fireflyds.data.files import Part, Rejected, kind
 from fireflyds.data.hub import is_dataset
 from fireflyds.data.sources import parts_of, read_part
 from fireflyds.data.store import VERSION, PartWriter, token_dtype
-from fireflyds.errors import UserError
 from fireflyds.types import Encoder, Sample
 
 PART_BYTES = 8 << 20
 _MOST_PARTS = 2048
+_PR_SET_PDEATHSIG = 1
+# Documents that go to the tokenizer in one call.
+_TOGETHER = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,60 +119,88 @@ _workshop: Workshop
 def open_workshop(workshop: Workshop) -> None:
     """Load what every part needs, once in a process."""
     global _encoder, _cleaner, _workshop
+    # Every core has a process already.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _encoder, _cleaner, _workshop = workshop.load_encoder(), Cleaner(workshop.clean), workshop
+
+
+def start_worker(workshop: Workshop) -> None:
+    """Open the workshop in a process that leaves Ctrl-C to the one that started it, and ends with that one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    open_workshop(workshop)
 
 
 def make_part(task: Task) -> dict[str, Any]:
     """Read, clean and encode one part into the workshop's folder. Returns its counts."""
-    counts: Counter[str] = Counter()
-    dropped: Counter[str] = Counter()
-    formats: Counter[str] = Counter()
-    hashes: list[int] = []
-    signatures: list[list[int]] = []
-    source, mode = _workshop.sources[task.source], _workshop.clean.duplicates
-    writer = PartWriter(_workshop.folder, task.key, token_dtype(_encoder.vocab_size))
-    rejected: list[dict[str, Any]] = []
-    for item in read_part(source, task.part):
+    making = _Making(task)
+    for item in read_part(_workshop.sources[task.source], task.part):
         if isinstance(item, Rejected):
-            rejected.append({"file": item.file, "line": item.line, "reason": item.reason})
+            making.rejected.append({"file": item.file, "line": item.line, "reason": item.reason})
             continue
-        formats[item[0]] += 1
+        making.formats[item[0]] += 1
         cleaned = _cleaner.clean(item[1])
-        if not isinstance(cleaned, Sample):
-            dropped[cleaned] += 1
-            continue
-        try:
-            example = encode_sample(_encoder, _workshop.template, cleaned, _workshop.loss_on)
-        except UserError:
-            raise
-        except ValueError as error:
-            dropped[str(error)] += 1
-            continue
-        writer.add(example)
-        counts["documents"] += 1
-        counts["dialogues"] += not example.is_document
-        counts["tokens"] += len(example.input_ids)
-        counts["bytes"] += example.num_bytes
-        counts["learned"] += sum(end - start for start, end in example.spans)
-        if mode is not Duplicates.keep:
-            words = cleaned.text if cleaned.text is not None else "\n".join(m.content for m in cleaned.messages)
-            hashes.append(text_hash(words))
-            if mode is Duplicates.near:
-                signatures.append(signature(words))
-    info = {
-        "key": task.key,
-        "template": _workshop.template,
-        "loss_on": _workshop.loss_on.name,
-        "counts": {"documents": 0, "dialogues": 0, "tokens": 0, "bytes": 0, "learned": 0} | counts,
-        "dropped": dropped,
-        "formats": formats,
-        "rejected": rejected,
-    }
-    more: dict[str, Any] = {"hashes": np.asarray(hashes, np.uint64)} if mode is not Duplicates.keep else {}
-    if mode is Duplicates.near:
-        more["signatures"] = np.asarray(signatures, np.uint32).reshape(-1, NUM_PERM)
-    writer.close(info, **more)
-    return info
+        if isinstance(cleaned, Sample):
+            making.add(cleaned)
+        else:
+            making.dropped[cleaned] += 1
+    return making.close()
+
+
+class _Making:
+    """A part that is being made."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self.dropped: Counter[str] = Counter()
+        self.formats: Counter[str] = Counter()
+        self.rejected: list[dict[str, Any]] = []
+        self._waiting: list[Sample] = []
+        self._hashes: list[int] = []
+        self._signatures: list[list[int]] = []
+        self._writer = PartWriter(_workshop.folder, task.key, token_dtype(_encoder.vocab_size))
+
+    def add(self, sample: Sample) -> None:
+        self._waiting.append(sample)
+        if len(self._waiting) == _TOGETHER:
+            self._encode()
+
+    def _encode(self) -> None:
+        encoded = encode_samples(_encoder, _workshop.template, self._waiting, _workshop.loss_on)
+        for sample, example in zip(self._waiting, encoded, strict=True):
+            if isinstance(example, str):
+                self.dropped[example] += 1
+                continue
+            self._writer.add(example)
+            if _workshop.clean.duplicates is not Duplicates.keep:
+                self._hash(sample)
+        self._waiting = []
+
+    def _hash(self, sample: Sample) -> None:
+        words = sample.text if sample.text is not None else "\n".join(m.content for m in sample.messages)
+        self._hashes.append(text_hash(words))
+        if _workshop.clean.duplicates is Duplicates.near:
+            self._signatures.append(signature(words))
+
+    def close(self) -> dict[str, Any]:
+        self._encode()
+        info = {
+            "key": self._task.key,
+            "template": _workshop.template,
+            "loss_on": _workshop.loss_on.name,
+            "counts": self._writer.counts(),
+            "dropped": self.dropped,
+            "formats": self.formats,
+            "rejected": self.rejected,
+        }
+        more: dict[str, Any] = {}
+        if _workshop.clean.duplicates is not Duplicates.keep:
+            more["hashes"] = np.asarray(self._hashes, np.uint64)
+        if _workshop.clean.duplicates is Duplicates.near:
+            more["signatures"] = np.asarray(self._signatures, np.uint32).reshape(-1, NUM_PERM)
+        self._writer.close(info, **more)
+        return info
 
 
 def finished_part(folder: Path, task: Task, template: str, loss_on: LossOn) -> dict[str, Any] | None:

@@ -47,6 +47,15 @@ class PartWriter:
         self._spans += spans
         self._span_counts.append(len(spans))
 
+    def counts(self) -> dict[str, int]:
+        """Of what was added."""
+        return {
+            "documents": len(self._ids),
+            "dialogues": sum(count > 0 for count in self._span_counts),
+            "tokens": sum(map(len, self._ids)),
+            "bytes": sum(self._num_bytes),
+        }
+
     def close(self, info: dict[str, Any], **more: Any) -> None:
         """Write the arrays and, last, `info`."""
         self._folder.mkdir(parents=True, exist_ok=True)

@@ -34,6 +34,9 @@ class SentencePieceEncoder:
             return list(self._model.encode("\n" + text)[len(self._newline) :])
         return list(self._model.encode(text))
 
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return list(self._model.encode(list(texts), num_threads=1))
+
     def token_id(self, token: str) -> int | None:
         if token in self._added:
             return self._added[token]
@@ -73,6 +76,9 @@ class FastEncoder:
             newline = self._model.encode("\n", add_special_tokens=False).ids
             return list(self._model.encode("\n" + text, add_special_tokens=False).ids[len(newline) :])
         return list(self._model.encode(text, add_special_tokens=False).ids)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [each.ids for each in self._model.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def token_id(self, token: str) -> int | None:
         index = self._model.token_to_id(token)

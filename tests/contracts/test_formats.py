@@ -35,3 +35,53 @@ def test_alpaca_keeps_system_history_and_input() -> None:
         ("user", "翻译成英文\n早上好"),
         ("assistant", "Good morning"),
     ]
+
+
+def test_a_book_is_one_document_with_its_titles_in_order() -> None:
+    book = {
+        "title": "书",
+        "content": [{"title": "卷一", "content": [{"chapter": "第一章", "paragraphs": ["甲。", "乙。"]}]}],
+    }
+    assert registry.find(FORMATS, "text").read(book).text == "书\n卷一\n第一章\n甲。\n乙。"
+
+
+def test_of_a_preference_pair_the_chosen_answer_is_read() -> None:
+    pair = {
+        "conversations": [{"from": "human", "value": "问"}],
+        "chosen": {"from": "gpt", "value": "好"}, "rejected": {"from": "gpt", "value": "坏"},
+    }  # fmt: skip
+    assert [message.content for message in registry.find(FORMATS, "sharegpt").read(pair).messages] == ["问", "好"]
+
+
+@pytest.mark.parametrize(
+    ("name", "record", "expected"),
+    [
+        (
+            "flagalpha",
+            {"text": "<s>Human: 一\n</s><s>Assistant: 二\n</s><s>Human: 三\n</s><s>Assistant: 四\n</s>"},
+            "一二三四",
+        ),
+        (
+            "yayi",
+            {"system": "系", "conversations": [{"from": "human", "value": "一"}, {"from": "yayi", "value": "二"}]},
+            "系一二",
+        ),
+        ("billa", {"instruction": "Human: 一\nAssistant: ", "input": "二", "output": "三"}, "一\n二三"),
+        ("prompt_completion", {"input": "一", "target": "二"}, "一二"),
+    ],
+)
+def test_dialogues_of_other_makers_keep_every_turn(name: str, record: dict, expected: str) -> None:
+    assert "".join(message.content for message in registry.find(FORMATS, name).read(record).messages) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "record"),
+    [
+        ("flagalpha", {"text": "<s>Human: 一\n</s>rest"}),
+        ("parallel", {"en": "a", "zh": " "}),
+        ("prompt_completion", {"prompt": "", "completion": "x"}),
+    ],
+)
+def test_rows_that_are_not_what_they_seem_are_refused(name: str, record: dict) -> None:
+    with pytest.raises(ValueError, match="empty|not a row"):
+        registry.find(FORMATS, name).read(record)

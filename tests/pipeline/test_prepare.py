@@ -135,3 +135,35 @@ def test_the_table_of_a_store_is_shown_alone(verb, tmp_path: Path, base_tokenize
     assert f"{len(ENGLISH):,}" in shown
     assert "length in tokens" in shown
     assert (tmp_path / "s" / "stats.png").stat().st_size > 5_000
+
+
+def test_whatever_stands_in_files_ends_in_the_store_or_among_the_rejected(
+    verb, tmp_path: Path, base_tokenizer: Path
+) -> None:
+    (tmp_path / "nasty").mkdir()
+    files = {
+        "nul.txt": b"a\x00b\nplain\n",
+        "newlines.txt": b"one\r\ntwo\rstill two\n\n\x0c\nthree",
+        "bom.jsonl": b'\xef\xbb\xbf{"text": "with a mark"}\n',
+        "surrogate.jsonl": b'{"text": "half \\ud800 pair"}\n{"text": "whole"}\n',
+        "deep.jsonl": b'{"text": ' + b"[" * 20_000 + b"]" * 20_000 + b"}\n",
+        "huge.txt": "字".encode() * 1_000_000,
+        "broken.jsonl": b'{"text": "\xff\xfe"}\n{"text": 3}\n{"text": null}\n[]\n{}\n',
+        "empty.json": b"",
+        "number.json": b"17",
+        "binary.parquet": bytes(range(256)),
+        "binary.jsonl.gz": bytes(range(256)),
+    }
+    for name, content in files.items():
+        (tmp_path / "nasty" / name).write_bytes(content)
+    done = verb("prepare", "data=nasty", f"tokenizer={base_tokenizer}", "out=s", "max_rejected=1", "workers=2")
+    assert "Traceback" not in done.stderr
+    manifest = TokenStore(tmp_path / "s").manifest
+    # 2 + 3 + 1 + 1 + 1 documents; half a pair is dropped with its reason.
+    assert manifest["totals"]["documents"] == 8
+    assert manifest["per_domain"]["text"]["reasons"] == {"half a surrogate pair, which is no character": 1}
+    rejected = [json.loads(line) for line in (tmp_path / "s" / "rejected.jsonl").read_text().splitlines()]
+    assert {Path(row["file"]).name for row in rejected} == {
+        "deep.jsonl", "broken.jsonl", "empty.json", "number.json", "binary.parquet", "binary.jsonl.gz",
+    }  # fmt: skip
+    assert sum(row["file"].endswith("broken.jsonl") for row in rejected) == 5

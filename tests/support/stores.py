@@ -29,14 +29,7 @@ def write_store(folder: Path, domains: dict[str, list[Example]], vocab_size: int
         writer = PartWriter(folder / "parts", f"part{number}", token_dtype(vocab_size))
         for example in examples:
             writer.add(example)
-        counts = {
-            "documents": len(examples),
-            "dialogues": sum(not example.is_document for example in examples),
-            "tokens": sum(len(example.input_ids) for example in examples),
-            "bytes": sum(example.num_bytes for example in examples),
-            "learned": 0,
-        }
-        info = {"key": f"part{number}", "counts": counts, "dropped": {}, "formats": {}, "rejected": []}
+        info = {"key": f"part{number}", "counts": writer.counts(), "dropped": {}, "formats": {}, "rejected": []}
         writer.close(info)
         tasks.append(Task(number, Part("x"), 0, f"part{number}"))
         infos.append(info)

@@ -1,4 +1,4 @@
-"""ShareGPT: `conversations` of `from`/`value` (FastChat)."""
+"""ShareGPT: `conversations` of `from`/`value` (FastChat); of a preference pair the `chosen` answer (LLaMA-Factory)."""
 
 from typing import Any
 
@@ -17,7 +17,8 @@ def matches(record: dict[str, Any]) -> bool:
 
 def read(record: dict[str, Any]) -> Sample:
     messages = [Message("system", record["system"])] if record.get("system") else []
-    messages += [Message(ROLES[turn["from"]], turn["value"]) for turn in record["conversations"]]
+    turns = [*record["conversations"], *([record["chosen"]] if record.get("chosen") else [])]
+    messages += [Message(ROLES[turn["from"]], turn["value"]) for turn in turns]
     if not any(message.role == "assistant" for message in messages):
         raise ValueError("no turn of the assistant")
     return Sample(messages=tuple(messages))

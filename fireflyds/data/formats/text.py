@@ -1,5 +1,6 @@
-"""A document: `text` (or `content`), or `paragraphs` with an optional `title`."""
+"""A document: `text` (or `content`), or `paragraphs` with an optional `title`, also in chapters (chinese-poetry's books)."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from fireflyds.types import Sample
@@ -10,13 +11,25 @@ EXAMPLE = {"text": "白日依山尽，黄河入海流。"}
 def matches(record: dict[str, Any]) -> bool:
     text = record.get("text", record.get("content"))
     rendered = isinstance(text, str) and text.startswith(("<s>Human:", "<s>System:"))  # FlagAlpha's
-    return (isinstance(text, str) and not rendered) or isinstance(record.get("paragraphs"), list)
+    return (isinstance(text, str) and not rendered) or next(_lines(record), None) is not None
 
 
 def read(record: dict[str, Any]) -> Sample:
     text = record.get("text", record.get("content"))
-    if text is None:
-        text = "\n".join([*filter(None, [record.get("title")]), *record["paragraphs"]])
-    if not isinstance(text, str) or not text.strip():
+    if not isinstance(text, str):
+        text = "\n".join(_lines(record))
+    if not text.strip():
         raise ValueError("the text is empty")
     return Sample(text=text)
+
+
+def _lines(record: dict[str, Any]) -> Iterator[str]:
+    """Titles and paragraphs of a poem, or of all chapters of a book, in order."""
+    paragraphs, chapters = record.get("paragraphs"), record.get("content")
+    if not isinstance(paragraphs, list) and not (isinstance(chapters, list) and chapters):
+        return
+    yield from filter(None, [record.get("title") or record.get("chapter")])
+    yield from (line for line in paragraphs or [] if isinstance(line, str))
+    for chapter in chapters if isinstance(chapters, list) else []:
+        if isinstance(chapter, dict):
+            yield from _lines(chapter)

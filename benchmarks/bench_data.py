@@ -1,0 +1,290 @@
+"""Preparing, packing and loading, each beside what people use today, in one run.
+
+    python benchmarks/bench_data.py zh.txt chinese_llama2.model out.md
+
+`trl` is needed for the packing row (`pip install --no-deps trl`); nothing else of it is used.
+"""
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import psutil
+from machine import describe
+
+from fireflyds.config import DataConfig, PrepareConfig, SourceConfig
+from fireflyds.data.build import finish, make_parts, provenance
+from fireflyds.data.duplicates import near_duplicates, signature
+from fireflyds.data.loader import PackedLoader
+from fireflyds.data.mix import RowSequence
+from fireflyds.data.pack import plan
+from fireflyds.data.parts import plan_tasks
+from fireflyds.data.store import TokenStore
+from fireflyds.tokenizer.encoder import load_encoder
+
+ROOT = Path(__file__).parents[1]
+SEQ_LEN = 4096
+
+
+def repeated(source: Path, out: Path, size: int) -> None:
+    """Write `size` bytes of the source's documents, shuffled anew each time round."""
+    documents = [line for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
+    shuffled, written = random.Random(1), 0
+    with out.open("w", encoding="utf-8") as file:
+        while written < size:
+            shuffled.shuffle(documents)
+            written += sum(len(line.encode()) for line in documents)
+            file.write("\n".join(documents) + "\n")
+
+
+def timed(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def prepare_here(text: Path, model: Path, out: Path) -> None:
+    config = PrepareConfig(
+        data=DataConfig(sources=[SourceConfig(path=str(text))]), tokenizer=str(model), out=str(out), workers=2
+    )
+    encoder = load_encoder(model)
+    tasks = plan_tasks(config, encoder.fingerprint())
+    made_from = provenance(config, encoder.fingerprint(), tasks)
+    infos = make_parts(config, tasks, partial(load_encoder, model), out / "parts", out / "none")
+    finish(config, tasks, infos, encoder, out, made_from)
+
+
+def encode_with_sentencepiece(documents: list[str], model: Path) -> None:
+    import sentencepiece
+
+    sentencepiece.SentencePieceProcessor(model_file=str(model)).encode(documents, num_threads=2)
+
+
+def map_with_datasets(text: Path, tokenizer: Path, cache: Path) -> None:
+    import datasets
+    from transformers import AutoTokenizer
+
+    fast = AutoTokenizer.from_pretrained(tokenizer)
+    rows = datasets.load_dataset("text", data_files=str(text), cache_dir=str(cache))["train"]
+    rows.map(
+        lambda batch: {"input_ids": fast(batch["text"])["input_ids"]}, batched=True, num_proc=2, remove_columns="text"
+    )
+
+
+def encoding_rows(source: Path, model: Path, folder: Path) -> list[str]:
+    text = folder / "text.txt"
+    repeated(source, text, 100_000_000)
+    megabytes = text.stat().st_size / 1e6
+    documents = text.read_text(encoding="utf-8").splitlines()
+    subprocess.run(
+        [sys.executable, str(ROOT / "launch" / "expand.py"), f"base={model}", f"pieces={_one_piece(folder)}", f"out={folder}/fast", "vocab_multiple=1"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    rows = []
+    for name, work in (
+        ("text → store, 2 processes", lambda: prepare_here(text, model, folder / "store")),
+        ("SentencePiece encoding alone, 2 threads (baseline)", lambda: encode_with_sentencepiece(documents, model)),
+        (
+            "`datasets.map`, fast tokenizer, `num_proc=2` (baseline)",
+            lambda: map_with_datasets(text, folder / "fast", folder / "cache"),
+        ),
+    ):
+        seconds = timed(work)
+        rows.append(f"| {name} | {megabytes / seconds:.1f} MB/s | {seconds:.1f} s for {megabytes:.0f} MB |")
+    return rows
+
+
+def _one_piece(folder: Path) -> Path:
+    """A list of one piece, so that the tokenizer gets its `tokenizer.json`."""
+    file = folder / "piece.txt"
+    file.write_text("龘\n", encoding="utf-8")
+    return file
+
+
+def packing_rows() -> list[str]:
+    lengths = np.minimum(np.exp(np.random.default_rng(0).normal(6, 1, 10_000_000)).astype(np.int64) + 1, SEQ_LEN)
+    start = time.perf_counter()
+    made = plan(lengths, SEQ_LEN, 0, 1)
+    seconds = time.perf_counter() - start
+    fill = lengths.sum() / (len(made) * SEQ_LEN)
+    rows = [
+        f"| packing 10 M lengths, {fill:.4%} full | {len(lengths) / seconds / 1e6:.2f} M documents/s | {seconds:.1f} s |"
+    ]
+    try:
+        from trl import pack_dataset
+    except ImportError:
+        return rows
+    import datasets
+
+    few = lengths[:200_000]
+    flat = datasets.Dataset.from_dict({"input_ids": [[0] * int(length) for length in few]})
+    start = time.perf_counter()
+    packed = pack_dataset(flat, seq_length=SEQ_LEN, strategy="bfd")
+    seconds = time.perf_counter() - start
+    fill = few.sum() / (len(packed) * SEQ_LEN)
+    return [
+        *rows,
+        f'| `trl.pack_dataset(strategy="bfd")` on 200,000 of them, {fill:.4%} full (baseline; it moves the tokens too) | {len(few) / seconds / 1e6:.3f} M documents/s | {seconds:.1f} s |',
+    ]
+
+
+def loader_rows(store: TokenStore) -> list[str]:
+    rows = RowSequence(store, SEQ_LEN, 0, DataConfig())
+    loader = PackedLoader(store, rows, 4, 4, 0, 1)
+    for number in range(50):
+        loader.step(number)
+    steps, tokens = 2000, 0
+    start = time.perf_counter()
+    for number in range(steps):
+        tokens += sum(batch.input_ids.numel() for batch in loader.step(number))
+    seconds = time.perf_counter() - start
+    return [
+        f"| loader, batches of {tokens / steps / 1000:.1f} k tokens, warm, one thread | {tokens / seconds / 1e6:.1f} M tokens/s | {seconds / steps * 1e3:.2f} ms a batch |"
+    ]
+
+
+def resume_rows(folder: Path) -> list[str]:
+    """A store of 10 M documents; its ids are a file of zeros, its index is real."""
+    count = 10_000_000
+    lengths = np.minimum(np.exp(np.random.default_rng(1).normal(4, 1, count)).astype(np.int32) + 2, 4096)
+    (folder / "parts").mkdir(parents=True)
+    (folder / "index").mkdir()
+    total = int(lengths.sum(dtype=np.int64))
+    with (folder / "parts" / "a.ids").open("wb") as file:
+        file.truncate(2 * total)
+    columns = {
+        "part": np.zeros(count, np.int32), "start": np.cumsum(lengths, dtype=np.int64) - lengths, "length": lengths,
+        "domain": np.zeros(count, np.uint16), "language": np.zeros(count, np.uint16), "num_bytes": lengths.astype(np.int64),
+        "span_offsets": np.zeros(count + 1, np.int64), "spans": np.zeros((0, 2), np.int32), "sentence_ends": np.zeros(0, np.int64),
+    }  # fmt: skip
+    for name, column in columns.items():
+        np.save(folder / "index" / f"{name}.npy", column)
+    manifest = {"version": 2, "dtype": "uint16", "domains": ["text"], "languages": [""], "template": None, "weights": {},
+                "made_from": {"tokenizer": "x"}, "parts": [{"key": "a", "tokens": total}]}  # fmt: skip
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+    def resume() -> None:
+        store = TokenStore(folder)
+        PackedLoader(store, RowSequence(store, SEQ_LEN, 0, DataConfig()), 4, 4, 0, 1).step(1_000_000)
+
+    first, again = timed(resume), timed(resume)
+    return [
+        f"| first batch of step 1,000,000 of a store of 10 M documents, plans not yet made | {first:.2f} s | |",
+        f"| ... plans beside the store, as after a kill | {again:.2f} s | |",
+    ]
+
+
+def near_duplicate_rows(source: Path) -> list[str]:
+    """Copies with changed characters among documents of the source; similarity is counted, not assumed."""
+    rng = np.random.default_rng(0)
+    characters = sorted({c for c in source.read_text(encoding="utf-8") if c > "\u4e00"})
+    documents = list({line for line in source.read_text(encoding="utf-8").splitlines() if len(line) > 50})
+    planted = []
+    for text in documents[:1000]:
+        changed = list(text)
+        for at in rng.choice(len(text), max(1, len(text) // 60), replace=False):
+            changed[at] = characters[int(rng.integers(len(characters)))]
+        planted.append("".join(changed))
+    pairs = [_similarity(a, b) for a, b in zip(documents, planted, strict=False)]
+    start = time.perf_counter()
+    signatures = np.array([signature(text) for text in documents + planted], np.uint32)
+    drop = near_duplicates(signatures, 0.8)
+    seconds = time.perf_counter() - start
+    wanted = np.array(pairs) >= 0.8
+    recall = drop[len(documents) :][wanted].mean()
+    # What was dropped among the originals, and is like no earlier one, is a mistake.
+    false = 0
+    for at in np.flatnonzero(drop[: len(documents)]).tolist():
+        false += max(_similarity(documents[at], other) for other in documents[:at]) < 0.75
+    size = sum(map(len, documents + planted)) * 3 / 1e6
+    return [
+        f"| near-duplicates: recall of {int(wanted.sum())} planted at Jaccard ≥ 0.8 | {recall:.1%} | false among {len(documents):,}: {false / len(documents):.2%}; {size / seconds:.1f} MB/s |"
+    ]
+
+
+def _similarity(a: str, b: str) -> float:
+    first, second = ({text[at : at + 5] for at in range(max(1, len(text) - 4))} for text in (a, b))
+    return len(first & second) / len(first | second)
+
+
+def memory_rows(source: Path, model: Path, folder: Path) -> list[str]:
+    """The most memory that `prepare` and its processes hold at once, shared pages counted once."""
+    rows = []
+    for name, size in (("100 MB", 100_000_000), ("1 GB", 1_000_000_000)):
+        text = folder / "big.txt"
+        repeated(source, text, size)
+        shutil.rmtree(folder / "big", ignore_errors=True)
+        command = [
+            sys.executable,
+            str(ROOT / "launch" / "prepare.py"),
+            f"data={text}",
+            f"tokenizer={model}",
+            f"out={folder}/big",
+        ]
+        start = time.perf_counter()
+        running = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        peak = _watch(running)
+        seconds = time.perf_counter() - start
+        rows.append(
+            f"| `prepare` of {name}, whole process | {peak / 2**20:,.0f} MiB at most | {text.stat().st_size / seconds / 1e6:.1f} MB/s |"
+        )
+    return rows
+
+
+def _watch(running: subprocess.Popen[bytes]) -> int:
+    peak, done = 0, threading.Event()
+
+    def look() -> None:
+        nonlocal peak
+        me = psutil.Process(running.pid)
+        while not done.wait(0.1):
+            try:
+                peak = max(peak, sum(p.memory_full_info().pss for p in [me, *me.children(recursive=True)]))
+            except psutil.Error:
+                continue
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    running.wait()
+    done.set()
+    watcher.join()
+    assert running.returncode == 0
+    return peak
+
+
+def main() -> None:
+    source, model, out = (Path(argument).resolve() for argument in sys.argv[1:4])
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        rows = encoding_rows(source, model, folder)
+        rows += packing_rows()
+        rows += loader_rows(TokenStore(folder / "store"))
+        rows += resume_rows(folder / "resume")
+        rows += near_duplicate_rows(source)
+        rows += memory_rows(source, model, folder)
+    lines = [
+        "# Data: preparing, packing, loading",
+        "",
+        describe("sentencepiece", "tokenizers", "datasets", "numpy", "rensa"),
+        "",
+        f"Text: `{source.name}`, its documents repeated in new orders. Rows of {SEQ_LEN:,} tokens.",
+        "",
+        "| what | | |",
+        "|---|---:|---|",
+        *rows,
+    ]
+    out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
