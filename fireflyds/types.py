@@ -59,6 +59,8 @@ class Encoder(Protocol):
     vocab_size: int
     bos_id: int | None
     eos_id: int | None
+    adds_bos: bool
+    """Documents begin with BOS: what the tokenizer does by itself."""
 
     def encode(self, text: str, *, continues: bool = False) -> list[int]:
         """Ids of plain text, no special tokens. `continues`: the text goes on from other text (no dummy prefix)."""

@@ -13,12 +13,12 @@ from fireflyds.types import BOS, EOS, Encoder, Example, Sample, Segment
 
 
 def encode_document(encoder: Encoder, text: str) -> Example:
-    """BOS (where the tokenizer has one), the text, EOS; loss on all but the first token."""
+    """BOS (where the tokenizer puts one), the text, EOS; loss on all but the first token."""
     return _document(encoder, text, encoder.encode(text))
 
 
 def _document(encoder: Encoder, text: str, ids: list[int]) -> Example:
-    if encoder.bos_id is not None:
+    if encoder.adds_bos and encoder.bos_id is not None:
         ids.insert(0, encoder.bos_id)
     if encoder.eos_id is not None:
         ids.append(encoder.eos_id)
@@ -30,7 +30,7 @@ def encode_samples(encoder: Encoder, template: str, samples: Sequence[Sample], l
     """Every sample, or why it cannot be encoded. Documents go to the tokenizer together."""
     try:
         documents = iter(encoder.encode_batch([sample.text for sample in samples if sample.text is not None]))
-    except UnicodeEncodeError:
+    except (UnicodeEncodeError, TypeError):  # libraries differ in what they call a text that is not UTF-8
         if len(samples) == 1:
             return ["half a surrogate pair, which is no character"]
         return [made for sample in samples for made in encode_samples(encoder, template, [sample], loss_on)]
@@ -43,7 +43,7 @@ def encode_samples(encoder: Encoder, template: str, samples: Sequence[Sample], l
             encoded.append(encode_sample(encoder, template, sample, loss_on))
         except UserError:
             raise
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             encoded.append(str(error))
     return encoded
 

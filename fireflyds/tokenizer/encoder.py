@@ -17,13 +17,14 @@ from fireflyds.types import Encoder
 class SentencePieceEncoder:
     """Encodes with SentencePiece itself: what transformers derives from a `.model` may break ties differently."""
 
-    def __init__(self, model: bytes, added_tokens: dict[str, int] | None = None) -> None:
+    def __init__(self, model: bytes, added_tokens: dict[str, int] | None = None, *, adds_bos: bool = True) -> None:
         self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
         added_tokens = added_tokens or {}
         self._added = {token: index for token, index in added_tokens.items() if index >= self._model.get_piece_size()}
         self.vocab_size: int = max([self._model.get_piece_size(), *(index + 1 for index in self._added.values())])
         self.bos_id = self._model.bos_id() if self._model.bos_id() >= 0 else None
         self.eos_id = self._model.eos_id() if self._model.eos_id() >= 0 else None
+        self.adds_bos = adds_bos
         # A newline is a byte piece everywhere, so text after it is encoded without the dummy prefix.
         self._newline: list[int] = self._model.encode("\n")
 
@@ -53,13 +54,15 @@ class SentencePieceEncoder:
         return str(self._model.id_to_piece(index)).replace("▁", " ")
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(self._model.serialized_model_proto()).hexdigest()
+        return hashlib.sha256(self._model.serialized_model_proto() + (b"" if self.adds_bos else b"no BOS")).hexdigest()
 
 
 class FastEncoder:
     """Encodes with `tokenizers`, for directories that have only a `tokenizer.json`. `document` is that file's text."""
 
-    def __init__(self, document: str, *, bos_id: int | None = None, eos_id: int | None = None) -> None:
+    def __init__(
+        self, document: str, *, bos_id: int | None = None, eos_id: int | None = None, adds_bos: bool = True
+    ) -> None:
         from tokenizers import Tokenizer
 
         self._model = Tokenizer.from_str(document)
@@ -69,6 +72,7 @@ class FastEncoder:
         self.vocab_size: int = max(self._model.get_vocab().values()) + 1
         self.bos_id = bos_id
         self.eos_id = eos_id
+        self.adds_bos = adds_bos
         self._bytes = byte_values() if '"ByteLevel"' in document else None
 
     def encode(self, text: str, *, continues: bool = False) -> list[int]:
@@ -107,7 +111,7 @@ class FastEncoder:
             return None
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(self._model.to_str().encode()).hexdigest()
+        return hashlib.sha256(f"{self._model.to_str()}{'' if self.adds_bos else 'no BOS'}".encode()).hexdigest()
 
 
 @cache
@@ -136,6 +140,13 @@ def added_tokens(folder: Path) -> list[dict[str, Any]]:
     return []
 
 
+def _adds_bos(folder: Path) -> bool:
+    """Whether the tokenizer of a SentencePiece directory begins with BOS: LLaMA's do unless their settings say not."""
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return settings.get("add_bos_token") is not False
+
+
 def load_encoder(path: str | Path) -> Encoder:
     """The encoder of a `.model` file or of a Hugging Face directory.
 
@@ -149,7 +160,7 @@ def load_encoder(path: str | Path) -> Encoder:
     if file is not None:
         try:
             added = {row["content"]: row["id"] for row in added_tokens(file.parent)} if path.is_dir() else {}
-            return SentencePieceEncoder(file.read_bytes(), added)
+            return SentencePieceEncoder(file.read_bytes(), added, adds_bos=not path.is_dir() or _adds_bos(path))
         except (RuntimeError, OSError) as error:
             raise UserError(f"tokenizer {file}: not a SentencePiece model ({error})") from error
     if (path / "tokenizer.json").is_file():
@@ -157,5 +168,6 @@ def load_encoder(path: str | Path) -> Encoder:
 
         names: Any = AutoTokenizer.from_pretrained(path)
         document = (path / "tokenizer.json").read_text(encoding="utf-8")
-        return FastEncoder(document, bos_id=names.bos_token_id, eos_id=names.eos_token_id)
+        adds_bos = names("a")["input_ids"][:1] == [names.bos_token_id]
+        return FastEncoder(document, bos_id=names.bos_token_id, eos_id=names.eos_token_id, adds_bos=adds_bos)
     raise UserError(f"tokenizer {path}: neither tokenizer.model nor tokenizer.json is there. Give another directory")

@@ -8,6 +8,7 @@ import pytest
 from samples import CHINESE, ENGLISH
 from transformers import AutoTokenizer
 
+from fireflyds.data.encode import encode_document
 from fireflyds.errors import UserError
 from fireflyds.tokenizer.directory import copy_tokenizer
 from fireflyds.tokenizer.encoder import FastEncoder, SentencePieceEncoder, load_encoder
@@ -64,3 +65,23 @@ def test_fingerprints_tell_tokenizers_apart(base_tokenizer: Path, fast_only: Pat
     assert isinstance(first, SentencePieceEncoder)
     assert first.fingerprint() == load_encoder(base_tokenizer / "tokenizer.model").fingerprint()
     assert first.fingerprint() != load_encoder(fast_only).fingerprint()
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_documents_begin_with_bos_only_where_the_tokenizer_does_so(
+    base_tokenizer: Path, tmp_path: Path, fast: bool
+) -> None:
+    folder = tmp_path / "t"
+    shutil.copytree(base_tokenizer, folder)
+    document = json.loads((folder / "tokenizer.json").read_text())
+    document["post_processor"] = None
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"add_bos_token": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    if fast:
+        (folder / "tokenizer.model").unlink()
+    encoder = load_encoder(folder)
+    assert load_encoder(base_tokenizer).adds_bos
+    assert not encoder.adds_bos
+    assert encode_document(encoder, "the ships").input_ids.tolist() == [*encoder.encode("the ships"), encoder.eos_id]
+    assert encoder.fingerprint() != load_encoder(base_tokenizer).fingerprint()
