@@ -59,7 +59,7 @@ def main(verb: Callable[[C], Any], about: str) -> None:
     except BrokenPipeError:  # `... -h | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on from here", file=sys.stderr)
+        print("interrupted: what is whole stays; give the same command again", file=sys.stderr)
         sys.exit(130)
 
 
@@ -87,7 +87,7 @@ def compose(verb: str, overrides: list[str]) -> Any:
     from hydra import initialize_config_dir
     from hydra.core.config_store import ConfigStore
     from hydra.errors import HydraException
-    from omegaconf import OmegaConf
+    from omegaconf import OmegaConf, open_dict
     from omegaconf.errors import OmegaConfBaseException
 
     ConfigStore.instance().store(name=f"{verb}_schema", node=VERBS[verb])
@@ -97,7 +97,13 @@ def compose(verb: str, overrides: list[str]) -> Any:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
             composed = hydra_compose(config_name=verb, overrides=rest)
         for key, value in plain.items():
-            OmegaConf.update(composed, key, value.replace("${", "\\${"))
+            section, dot, name = key.partition(".")
+            text = value.replace("${", "\\${")
+            if dot:
+                with open_dict(composed):
+                    OmegaConf.select(composed, section)[name] = text
+            else:
+                OmegaConf.update(composed, key, text)
         missing = sorted(OmegaConf.missing_keys(composed))
         if missing:
             raise UserError(f"{missing[0]} is not set: {verb} needs {', '.join(missing)}. Give {missing[0]}=<value>")
@@ -143,7 +149,11 @@ def _is_text(verb: str, override: str) -> bool:
     """`prompt=Hi!`: a key whose value is text is taken as typed. Hydra's grammar would read some of its characters,
     and would take `model=<dir>` for an option of `conf/model`."""
     key, equals, _ = override.partition("=")
-    return bool(equals) and {field.name: field.type for field in dataclasses.fields(VERBS[verb])}.get(key) is str
+    # A domain is a name of the user's own, in whatever script.
+    return bool(equals) and (
+        key.startswith("texts.")
+        or {field.name: field.type for field in dataclasses.fields(VERBS[verb])}.get(key) is str
+    )
 
 
 def _rewrite(verb: str, override: str) -> list[str]:

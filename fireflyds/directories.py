@@ -1,12 +1,61 @@
 """Files and directories are whole or absent: written under another name and renamed when done."""
 
 import contextlib
+import fcntl
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from fireflyds.errors import UserError
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        UserError: it cannot be read, is no JSON, or is something else than an object.
+    """
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read as JSON ({error}). Mend the file, or get it again") from error
+    if not isinstance(document, dict):
+        raise UserError(f"{file}: an object was expected, it holds a {type(document).__name__}. Get the file again")
+    return document
+
+
+def refuse_inputs_inside(out: Path, **inputs: str) -> None:
+    """Raises `UserError` when `out`, which will be replaced, is or holds one of the named inputs."""
+    out = out.resolve()
+    for name, path in inputs.items():
+        place = Path(path).resolve() if path and not any(c in path for c in "*?[") else None
+        if place is not None and (place == out or out in place.parents):
+            raise UserError(f"out={out}: {name}={path} stands there and would be replaced. Give another folder")
+
+
+@contextlib.contextmanager
+def _only_writer(out: Path) -> Iterator[None]:
+    """Keep a second process out of the same place."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lock = out.with_name(f".{out.name}.lock").open("w")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is no place for a folder"
+        raise UserError(f"out={out}: cannot be written ({reason}). Give another folder") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"out={out}: another process writes there now. Wait for it, or give another folder"
+            ) from error
+        try:
+            yield
+        finally:
+            Path(lock.name).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -17,6 +66,11 @@ def build_aside(out: Path, *, marker: str, pieces: str) -> Iterator[Path]:
         UserError: the place cannot be written, or holds other things.
     """
     out = out.resolve()
+    with _only_writer(out):
+        yield from _built(out, marker, pieces)
+
+
+def _built(out: Path, marker: str, pieces: str) -> Iterator[Path]:
     aside = out.with_name(f".{out.name}.partial")
     _refuse_foreign(out, marker)
     try:
@@ -61,6 +115,11 @@ def write_aside(out: Path, *, marker: str) -> Iterator[Path]:
         UserError: the place cannot be written, or holds other things.
     """
     out = out.resolve()
+    with _only_writer(out):
+        yield from _written(out, marker)
+
+
+def _written(out: Path, marker: str) -> Iterator[Path]:
     aside = out.with_name(f".{out.name}.partial")
     _refuse_foreign(out, marker)
     try:

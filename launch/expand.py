@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from fireflyds import app
-from fireflyds.config import ExpandConfig, ReportMode
-from fireflyds.data.sources import read_texts
-from fireflyds.directories import write_aside
+from fireflyds.config import ExpandConfig, ReportMode, SourceConfig
+from fireflyds.data.sources import parts_of, read_texts
+from fireflyds.directories import refuse_inputs_inside, write_aside
 from fireflyds.errors import UserError
 from fireflyds.tokenizer.base import Base, load_base
-from fireflyds.tokenizer.directory import TIES_NOTE, has_ties
+from fireflyds.tokenizer.directory import disagreement, read_proto
 from fireflyds.tokenizer.encoder import load_encoder, model_file
 from fireflyds.tokenizer.expansion import Expansion, describe, plan_expansion
 from fireflyds.tokenizer.pieces import read_pieces
@@ -39,10 +39,17 @@ def expand(config: ExpandConfig) -> None:
         compare_tokenizers(config)
         return
     base_path = Path(config.base)
-    if base_path.resolve() == Path(config.out).resolve():
-        raise UserError(f"out={config.out}: is the base itself. Give another folder")
+    refuse_inputs_inside(
+        Path(config.out), base=config.base, pieces=config.pieces, corpus=config.corpus, **_named(config.texts)
+    )
+    for path in config.texts.values():
+        parts_of(SourceConfig(path=path))
     base, scripts = load_base(base_path, tied=not config.cure), Scripts(config.scripts)
     given = read_pieces(Path(config.pieces)) if config.pieces else []
+    if (base_path / "config.json").is_file():
+        from fireflyds.tokenizer.rows import check_model
+
+        check_model(base_path, base.num_tokens)
     # The place is taken before the work begins: a target that cannot be written costs nobody an hour.
     with write_aside(Path(config.out), marker="report.json") as out:
         sample = None
@@ -51,7 +58,7 @@ def expand(config: ExpandConfig) -> None:
         found = plan_expansion(config, base, scripts, given, sample)
         base.write(found.plan.steps, out)
         checks = prove(base, found.plan, scripts, out, proof_lines(config, sample))
-        refuse_broken(config, checks)
+        refuse_broken(config, base, checks)
         report = describe(base, found, checks)
         report["measured"] = [
             row.as_dict() for row in compare(base.encoder([]), load_encoder(out), measured_texts(config, sample))
@@ -62,7 +69,8 @@ def expand(config: ExpandConfig) -> None:
         (out / "report.md").write_text(page(report), encoding="utf-8")
         chart(report, out / "report.png")
     print(summary(report))
-    note_ties(config.out)
+    if base.disagreement:
+        print(f"note: {base.disagreement}; fireflyds encodes with SentencePiece")
     print(f"wrote {config.out}")
 
 
@@ -89,8 +97,8 @@ def measured_texts(config: ExpandConfig, sample: Sample | None) -> Iterator[tupl
         yield from (("corpus", text) for text in sample.held_out)
 
 
-def refuse_broken(config: ExpandConfig, checks: list[Check]) -> None:
-    broken = [check for check in checks if not check.passed]
+def refuse_broken(config: ExpandConfig, base: Base, checks: list[Check]) -> None:
+    broken = [check for check in checks if not check.passed and not (check.of_auto_tokenizer and base.disagreement)]
     if config.cure and broken:
         raise UserError(
             f"base={config.base}: {broken[0].promise}, but not in {len(broken[0].failures):,} of {broken[0].tried:,} "
@@ -98,11 +106,8 @@ def refuse_broken(config: ExpandConfig, checks: list[Check]) -> None:
         )
 
 
-def note_ties(*tokenizers: str) -> None:
-    for path in tokenizers:
-        file = model_file(path)
-        if file and has_ties(file):
-            print(f"{path}: {TIES_NOTE}")
+def _named(texts: dict[str, str]) -> dict[str, str]:
+    return {f"texts.{domain}": path for domain, path in texts.items()}
 
 
 def compare_tokenizers(config: ExpandConfig) -> None:
@@ -111,12 +116,16 @@ def compare_tokenizers(config: ExpandConfig) -> None:
     rows = [row.as_dict() for row in compare(load_encoder(config.base), load_encoder(config.other), pairs)]
     table = "\n".join(comparison(rows, (config.base, config.other)))
     print(table)
-    note_ties(config.base, config.other)
+    for path in (config.base, config.other):
+        file = model_file(path)
+        if file and (reason := disagreement(read_proto(file))):
+            print(f"note: {path}: {reason}; fireflyds encodes with SentencePiece")
     if config.out:
-        with write_aside(Path(config.out), marker="report.json") as out:
-            (out / "report.md").write_text(f"# Two tokenizers\n\n{table}\n", encoding="utf-8")
+        refuse_inputs_inside(Path(config.out), base=config.base, other=config.other, **_named(texts))
+        with write_aside(Path(config.out), marker="comparison.json") as out:
+            (out / "comparison.md").write_text(f"# Two tokenizers\n\n{table}\n", encoding="utf-8")
             document = {"base": config.base, "other": config.other, "measured": rows}
-            (out / "report.json").write_text(json.dumps(document, ensure_ascii=False, indent=2), encoding="utf-8")
+            (out / "comparison.json").write_text(json.dumps(document, ensure_ascii=False, indent=2), encoding="utf-8")
         print(f"wrote {config.out}")
 
 

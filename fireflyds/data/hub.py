@@ -25,6 +25,8 @@ def read_dataset(path: str) -> Iterator[dict[str, Any]]:
     try:
         if path.startswith(PREFIX):
             name, _, config = path.removeprefix(PREFIX).partition(":")
+            if not name:
+                raise ValueError("it has no name")
             found = datasets.load_dataset(name, config or None, streaming=True)
         else:
             found = datasets.load_from_disk(path)

@@ -83,11 +83,23 @@ def read_texts(path: str) -> Iterator[str]:
         if isinstance(item, Rejected):
             rejected.append(item)
         else:
+            text = item.text if item.text is not None else "\n".join(message.content for message in item.messages)
+            if not _is_text(text):
+                rejected.append(Rejected(path, 0, "half a surrogate pair, which is no character"))
+                continue
             count += 1
-            yield item.text if item.text is not None else "\n".join(message.content for message in item.messages)
+            yield text
     first = f"{rejected[0].file}:{rejected[0].line}: {rejected[0].reason}" if rejected else ""
     if count == 0:
         why = f"{len(rejected)} rows set aside, the first: {first}" if rejected else "it is empty"
         raise UserError(f"{path}: no documents in it ({why}). Give text with at least one non-empty document")
     if rejected:
         print(f"{path}: {len(rejected):,} rows set aside, the first: {first}", file=sys.stderr)
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

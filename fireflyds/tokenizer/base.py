@@ -20,6 +20,9 @@ class Base(Protocol):
     has_fragments: bool
     """Pieces are bytes, so that a new one may be a part of a character."""
 
+    disagreement: str | None
+    """Why `AutoTokenizer` cannot give the same ids for every text, where it cannot."""
+
     def bpe(self) -> Bpe: ...
 
     def spelled(self, text: str) -> str:

@@ -5,9 +5,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 
 from fireflyds.errors import UserError
+from fireflyds.tokenizer.settings import FLAGS, added_tokens, settings_of
 
 FILES = (
     "tokenizer.model",
@@ -20,10 +22,11 @@ FILES = (
     "chat_template.jinja",
 )
 
-TIES_NOTE = (
-    "note: pieces share scores (as in published Chinese-LLaMA vocabularies, or with cure=false); AutoTokenizer cannot "
-    "break such ties as SentencePiece does and gives other ids on much text. fireflyds encodes with SentencePiece"
+TIES = (
+    "pieces share scores (as in published Chinese-LLaMA vocabularies, or with cure=false), and AutoTokenizer cannot break "
+    "such ties as SentencePiece does"
 )
+CUTS = "it has user-defined pieces and a dummy prefix, and AutoTokenizer puts no prefix before text that begins with a space"
 
 _PIECE = sp_pb2.ModelProto.SentencePiece
 
@@ -38,7 +41,8 @@ def write_tokenizer(proto: sp_pb2.ModelProto, out: Path, source: Path | None = N
     out.mkdir(parents=True, exist_ok=True)
     (out / "tokenizer.model").write_bytes(proto.SerializeToString())
     settings = settings_of(source)
-    document = _fast_tokenizer(proto, settings)
+    added = {row["content"]: row for row in added_tokens(source)} if source else {}
+    document = _fast_tokenizer(proto, settings, added)
     (out / "tokenizer.json").write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
     spec = proto.trainer_spec
     defaults = {
@@ -50,8 +54,7 @@ def write_tokenizer(proto: sp_pb2.ModelProto, out: Path, source: Path | None = N
         "model_max_length": 1_000_000_000,
         "clean_up_tokenization_spaces": False,
     }
-    given = {key: value for key, value in settings.items() if value is not None}
-    write_settings(out, defaults | given, source)
+    write_settings(out, defaults | settings, source)
 
 
 def write_byte_level(document: dict[str, Any], out: Path) -> None:
@@ -60,15 +63,6 @@ def write_byte_level(document: dict[str, Any], out: Path) -> None:
     (out / "tokenizer.json").write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
     settings = {"bos_token": bos, "eos_token": eos, "pad_token": eos, "model_max_length": 1_000_000_000}
     write_settings(out, settings | {"clean_up_tokenization_spaces": False}, None)
-
-
-def settings_of(folder: Path | None) -> dict[str, Any]:
-    """`tokenizer_config.json` of a directory, without what belongs to the class it was written for."""
-    file = folder / "tokenizer_config.json" if folder else None
-    if not file or not file.is_file():
-        return {}
-    gone = {"tokenizer_class", "auto_map", "added_tokens_decoder", "legacy", "sp_model_kwargs", "backend", "is_local"}
-    return {key: value for key, value in json.loads(file.read_text(encoding="utf-8")).items() if key not in gone}
 
 
 def write_settings(out: Path, settings: dict[str, Any], source: Path | None) -> None:
@@ -92,15 +86,14 @@ def copy_tokenizer(source: Path, out: Path) -> None:
         shutil.copy2(source, out / "tokenizer.model")
     if (out / "tokenizer.json").exists():
         return
-    proto = sp_pb2.ModelProto()
-    proto.ParseFromString((out / "tokenizer.model").read_bytes())
+    proto = read_proto(out / "tokenizer.model")
     try:
         write_tokenizer(proto, out)
     except UserError as error:
         print(f"note: no tokenizer.json is written ({error}); transformers may give other ids than SentencePiece")
         return
-    if has_ties(out / "tokenizer.model"):
-        print(TIES_NOTE)
+    if reason := disagreement(proto):
+        print(f"note: {reason}; fireflyds encodes with SentencePiece")
 
 
 def check_supported(proto: sp_pb2.ModelProto) -> None:
@@ -120,32 +113,55 @@ def check_supported(proto: sp_pb2.ModelProto) -> None:
         )
 
 
-def has_ties(model: Path) -> bool:
-    """Whether mergeable pieces of a `.model` share a score. SentencePiece then merges the leftmost first, which the
-    ranks of `tokenizer.json` cannot say: `AutoTokenizer` will give other ids."""
-    proto = sp_pb2.ModelProto()
-    proto.ParseFromString(model.read_bytes())
+def disagreement(proto: sp_pb2.ModelProto) -> str | None:
+    """Why `AutoTokenizer` cannot give SentencePiece's ids for every text, where it cannot."""
+    if proto.trainer_spec.model_type != proto.trainer_spec.BPE:
+        return None
     merged = [piece for piece in proto.pieces if piece.type == _PIECE.NORMAL and len(piece.piece) > 1]
     # LLaMA's runs of spaces share the score -1e9 without harm: any way of merging them gives the same run.
     scores = [piece.score for piece in merged if piece.score > -1e8]
-    return proto.trainer_spec.model_type == proto.trainer_spec.BPE and len(set(scores)) < len(scores)
+    if len(set(scores)) < len(scores):
+        # SentencePiece then merges the leftmost first, which the ranks of `tokenizer.json` cannot say.
+        return TIES
+    return CUTS if _cuts_behind_prefix(proto) else None
 
 
-def _fast_tokenizer(proto: sp_pb2.ModelProto, settings: dict[str, Any]) -> dict[str, object]:
+def read_proto(file: Path) -> sp_pb2.ModelProto:
+    """A `.model` as it is.
+
+    Raises:
+        UserError: it is none.
+    """
+    proto = sp_pb2.ModelProto()
+    try:
+        proto.ParseFromString(file.read_bytes())
+    except (DecodeError, OSError) as error:
+        raise UserError(f"{file}: not a SentencePiece model ({error}). Give a tokenizer.model of that kind") from error
+    return proto
+
+
+def _cuts_behind_prefix(proto: sp_pb2.ModelProto) -> bool:
+    """A user-defined piece cuts the text, and a normalizer would put the prefix behind every cut."""
+    defined = any(piece.type == _PIECE.USER_DEFINED for piece in proto.pieces)
+    return proto.normalizer_spec.add_dummy_prefix and defined
+
+
+def _fast_tokenizer(
+    proto: sp_pb2.ModelProto, settings: dict[str, Any], added: dict[str, dict[str, Any]]
+) -> dict[str, object]:
     """The document of `tokenizer.json`: SentencePiece's BPE in the terms of `tokenizers`."""
     prefix = proto.normalizer_spec.add_dummy_prefix
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     back = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
     normalizers = [*([{"type": "Prepend", "prepend": "▁"}] if prefix else []), spaces]
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
-    # A user-defined piece cuts the text, and a normalizer would put the prefix behind every cut.
-    cut = prefix and any(piece.type == _PIECE.USER_DEFINED for piece in proto.pieces)
+    cut = _cuts_behind_prefix(proto)
     once = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": _added_tokens(proto),
+        "added_tokens": _added_tokens(proto, added),
         "normalizer": None if cut else {"type": "Sequence", "normalizers": normalizers},
         "pre_tokenizer": once if cut else None,
         "post_processor": _post_processor(proto, settings),
@@ -165,11 +181,16 @@ def _fast_tokenizer(proto: sp_pb2.ModelProto, settings: dict[str, Any]) -> dict[
     }
 
 
-def _added_tokens(proto: sp_pb2.ModelProto) -> list[dict[str, object]]:
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+def _added_tokens(proto: sp_pb2.ModelProto, known: dict[str, dict[str, Any]]) -> list[dict[str, object]]:
+    """Control and user-defined pieces, with the flags they had in the base."""
     special = {_PIECE.CONTROL: True, _PIECE.UNKNOWN: True, _PIECE.USER_DEFINED: False}
     return [
-        {"id": index, "content": piece.piece, **plain, "special": special[piece.type]}
+        {
+            "id": index,
+            "content": piece.piece,
+            **{flag: known.get(piece.piece, {}).get(flag, False) for flag in FLAGS},
+            "special": special[piece.type],
+        }
         for index, piece in enumerate(proto.pieces)
         if piece.type in special
     ]

@@ -1,7 +1,6 @@
 """One interface over SentencePiece `.model` files and `tokenizer.json`, the two ways a tokenizer is kept."""
 
 import hashlib
-import json
 import re
 from collections.abc import Sequence
 from functools import cache
@@ -11,6 +10,7 @@ from typing import Any
 import sentencepiece
 
 from fireflyds.errors import UserError
+from fireflyds.tokenizer.settings import added_tokens, adds_bos
 from fireflyds.types import Encoder
 
 
@@ -130,23 +130,6 @@ def model_file(path: str | Path) -> Path | None:
     return file if file.suffix == ".model" and file.is_file() else None
 
 
-def added_tokens(folder: Path) -> list[dict[str, Any]]:
-    """Tokens that a Hugging Face directory adds to its pieces: `content`, `id` and `special` of each."""
-    if (folder / "tokenizer.json").is_file():
-        return list(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")).get("added_tokens", []))
-    if (folder / "added_tokens.json").is_file():
-        rows = json.loads((folder / "added_tokens.json").read_text(encoding="utf-8"))
-        return [{"content": token, "id": index, "special": True} for token, index in rows.items()]
-    return []
-
-
-def _adds_bos(folder: Path) -> bool:
-    """Whether the tokenizer of a SentencePiece directory begins with BOS: LLaMA's do unless their settings say not."""
-    file = folder / "tokenizer_config.json"
-    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return settings.get("add_bos_token") is not False
-
-
 def load_encoder(path: str | Path) -> Encoder:
     """The encoder of a `.model` file or of a Hugging Face directory.
 
@@ -160,7 +143,7 @@ def load_encoder(path: str | Path) -> Encoder:
     if file is not None:
         try:
             added = {row["content"]: row["id"] for row in added_tokens(file.parent)} if path.is_dir() else {}
-            return SentencePieceEncoder(file.read_bytes(), added, adds_bos=not path.is_dir() or _adds_bos(path))
+            return SentencePieceEncoder(file.read_bytes(), added, adds_bos=not path.is_dir() or adds_bos(path))
         except (RuntimeError, OSError) as error:
             raise UserError(f"tokenizer {file}: not a SentencePiece model ({error})") from error
     if (path / "tokenizer.json").is_file():
@@ -168,6 +151,6 @@ def load_encoder(path: str | Path) -> Encoder:
 
         names: Any = AutoTokenizer.from_pretrained(path)
         document = (path / "tokenizer.json").read_text(encoding="utf-8")
-        adds_bos = names("a")["input_ids"][:1] == [names.bos_token_id]
-        return FastEncoder(document, bos_id=names.bos_token_id, eos_id=names.eos_token_id, adds_bos=adds_bos)
+        begins = names("a")["input_ids"][:1] == [names.bos_token_id]
+        return FastEncoder(document, bos_id=names.bos_token_id, eos_id=names.eos_token_id, adds_bos=begins)
     raise UserError(f"tokenizer {path}: neither tokenizer.model nor tokenizer.json is there. Give another directory")

@@ -91,14 +91,20 @@ def _learnt(config: ExpandConfig, base: Base, scripts: Scripts, sample: Sample) 
     )
     plan = plan_merge(base, characters + learnt, scripts)
     drop_unreachable(base, plan)
-    # Nobody asked for these by name, so none of them is worth a word in the report.
-    plan.dropped.clear()
+    # Nobody asked for these by name; only characters that cannot be pieces are worth a word in the report.
+    given_up = {piece: reason for piece, reason in plan.dropped.items() if len(base.text(piece) or "") == 1}
     found = _chosen_from(config, base, plan, sample, least=config.min_count)
+    if not found.saved:
+        raise UserError(
+            f"corpus={config.corpus}: no piece of {', '.join(scripts.names)} saves min_count={config.min_count} tokens in the "
+            f"{sample.characters:,} characters sampled ({len(given_up):,} characters cannot be pieces of this base). "
+            "Give more text of these scripts, a larger sample_characters, or a smaller min_count"
+        )
     found.asked = len(set(characters + learnt))
     most = found.knees.get(config.size.name, config.num_pieces)
     rows = _rows(config, base, min(most, len(found.saved)), upwards=False)
     plan.keep(set(by_saving(plan, found.saved)[:rows]), "")
-    plan.dropped.clear()
+    plan.dropped = given_up
     found.saved = {step.piece: found.saved[step.piece] for step in plan.steps}
     return found
 
@@ -159,6 +165,8 @@ def _chosen_from(config: ExpandConfig, base: Base, plan: Plan, sample: Sample, *
     saved = {step.piece: saved[step.piece] for step in plan.steps}
     most = config.num_pieces or len(saved)
     points = curve(base, plan, by_saving(plan, saved)[:most], sample.held_out)
+    if not saved:
+        return Expansion(plan, 0)
     knees = {by.name: knee(points, by).rows for by in (SizeBy.knee, SizeBy.alp)}
     return Expansion(plan, 0, saved, points, knees)
 

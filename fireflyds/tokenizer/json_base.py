@@ -7,25 +7,31 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fireflyds.directories import read_json
 from fireflyds.errors import UserError
 from fireflyds.tokenizer.bpe import Bpe, Step
-from fireflyds.tokenizer.directory import settings_of, write_settings
+from fireflyds.tokenizer.directory import write_settings
 from fireflyds.tokenizer.encoder import FastEncoder, byte_values
+from fireflyds.tokenizer.settings import settings_of
 
 
 class JsonBase:
     """Pieces go behind the last id in use, their merges behind the last merge; nothing else in the file changes."""
 
+    disagreement: str | None = None
+
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         file = folder / "tokenizer.json"
         try:
-            self._document = json.loads(file.read_text(encoding="utf-8"))
+            self._document = read_json(file)
             model = self._document["model"]
             kind, self._vocab, merges = model["type"], model["vocab"], model.get("merges", [])
-        except (ValueError, KeyError, TypeError) as error:
+        except (KeyError, TypeError) as error:
             raise UserError(f"{file}: not a tokenizer ({type(error).__name__}: {error}). Give another base") from error
-        self.has_fragments = '"ByteLevel"' in json.dumps([self._document["pre_tokenizer"], self._document["decoder"]])
+        self.has_fragments = '"ByteLevel"' in json.dumps(
+            [self._document.get("pre_tokenizer"), self._document.get("decoder")]
+        )
         if kind != "BPE" or not (self.has_fragments or model.get("byte_fallback")):
             raise UserError(
                 f"{file}: a {kind} model {'without byte fallback ' if kind == 'BPE' else ''}cannot be merged into. "

@@ -163,6 +163,7 @@ def _train(sentences: Iterator[str], vocab_size: int, model_type: str, **options
     first = next(sentences, None)
     if first is None:
         raise UserError("corpus: no text in it to learn from. Give files with text")
+    asked = vocab_size
     # The trainer counts its own <unk>, <s> and </s> among the pieces.
     vocab_size += 3 - int(options.pop("special", 0))
     model = io.BytesIO()
@@ -184,7 +185,7 @@ def _train(sentences: Iterator[str], vocab_size: int, model_type: str, **options
         needed = re.search(r"smaller than required_chars\. (\d+) vs (\d+)", str(error))
         if needed:
             raise UserError(
-                f"{vocab_size} pieces are too few: the text's characters alone need {needed.group(2)}. "
+                f"{asked} pieces are too few: the text's characters alone need {needed.group(2)}. "
                 "Raise vocab_size (learn) or num_pieces (expand)"
             ) from error
         raise UserError(f"learning pieces from the corpus failed: {error}") from error

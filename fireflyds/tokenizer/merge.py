@@ -10,6 +10,9 @@ from fireflyds.tokenizer.bpe import Bpe, Pair, Step
 from fireflyds.tokenizer.scripts import Scripts
 from fireflyds.types import Encoder
 
+# A longer piece is a line of a corpus, given by mistake.
+_LONGEST = 64
+
 
 @dataclass(slots=True)
 class Plan:
@@ -26,8 +29,9 @@ class Plan:
 
     def keep(self, chosen: set[str], reason: str) -> None:
         """Leave out all steps but the chosen."""
-        asked = {step.piece for step in self.steps} - {*self.intermediates, *self.filled}
-        self.dropped |= {step.piece: reason for step in self.steps if step.piece in asked - chosen}
+        unasked = {*self.intermediates, *self.filled}
+        gone = (step.piece for step in self.steps if step.piece not in chosen and step.piece not in unasked)
+        self.dropped |= dict.fromkeys(gone, reason)
         self.steps = [step for step in self.steps if step.piece in chosen]
         self.intermediates = [piece for piece in self.intermediates if piece in chosen]
 
@@ -49,7 +53,17 @@ def plan_merge(base: Base, texts: Sequence[str], scripts: Scripts) -> Plan:
     asked = {base.spelled(text) for text in texts}
     plan = inserter.plan
     plan.intermediates = [step.piece for step in plan.steps if step.piece not in asked]
+    _prune(plan)
     return plan
+
+
+def _prune(plan: Plan) -> None:
+    """Leave out intermediates whose piece could not be reached after all."""
+    unasked, used = set(plan.intermediates), set[str]()
+    for step in reversed(plan.steps):
+        if step.piece not in unasked or step.piece in used:
+            used |= {step.piece, *(step.parts or ())}
+    plan.keep(used, "")
 
 
 def fill(base: Base, plan: Plan, scripts: Scripts, vocab_size: int) -> None:
@@ -100,6 +114,9 @@ class _Inserter:
             return False
         if not self.scripts.has(text):
             self.plan.dropped[piece] = f"no character of {', '.join(self.scripts.names)}"
+            return False
+        if len(text) > _LONGEST:
+            self.plan.dropped[piece] = f"longer than {_LONGEST} characters"
             return False
         strange = [c for c in text if not (self.base.has_fragments or self.scripts.covers(c) or self.is_known(c))]
         if strange:

@@ -1,7 +1,7 @@
 """What an expansion promises, checked on real text before anything is handed over."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ HARD_LINES = (
     "👩‍👩‍👧‍👦 🏳️‍🌈 é ñ ﷽ שלום привет こんにちは 안녕",
     "“引号”—破折号…《书名》「引文」（括号）、～",
 )
+# Every so manyth token of the base is a line to try, so that there is old text whatever the corpus.
+_EVERY_TOKEN = 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,7 @@ class Check:
     promise: str
     tried: int
     failures: list[str]
+    of_auto_tokenizer: bool = False
 
     @property
     def passed(self) -> bool:
@@ -47,7 +50,8 @@ def prove(base: Base, plan: Plan, scripts: Scripts, folder: Path, lines: Iterabl
     """
     old, new = base.encoder([]), load_encoder(folder)
     auto = _auto_encode(folder)
-    tried = [line for line in (*HARD_LINES, *lines) if line and not any(token in line for token in auto.tokens)]
+    own = (text for index in range(0, base.num_tokens, _EVERY_TOKEN) if (text := old.token(index)))
+    tried = [line for line in (*HARD_LINES, *own, *lines) if line and not any(token in line for token in auto.tokens)]
     encoded = [new.encode(line) for line in tried]
     dead = unreachable(base, plan, new)
     kept = [(line, ids == old.encode(line)) for line, ids in zip(tried, encoded, strict=True) if not scripts.has(line)]
@@ -57,7 +61,7 @@ def prove(base: Base, plan: Plan, scripts: Scripts, folder: Path, lines: Iterabl
         Check("every new piece is reached", len(plan.steps), dead),
         _check("text without new characters keeps its ids", kept),
         _check("decoding gives the text back", given_back),
-        _check("AutoTokenizer gives the same ids", agree),
+        replace(_check("AutoTokenizer gives the same ids", agree), of_auto_tokenizer=True),
     ]
 
 

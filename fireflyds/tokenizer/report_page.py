@@ -59,9 +59,9 @@ def page(report: dict[str, Any]) -> str:
     lines = [
         "# Vocabulary expansion",
         "",
-        f"{report['vocab_size_before']:,} → {report['vocab_size_after']:,} tokens. Of {pieces['asked']:,} pieces "
-        f"{pieces['present']:,} were in the base already, {len(pieces['dropped']):,} were left out; "
-        f"{len(pieces['intermediates']):,} intermediates and {len(pieces['filled']):,} characters were added.",
+        f"{report['vocab_size_before']:,} → {report['vocab_size_after']:,} tokens: {pieces['added']:,} of "
+        f"{pieces['asked']:,} candidates, {len(pieces['intermediates']):,} intermediates, {len(pieces['filled']):,} "
+        f"characters to fill. {pieces['present']:,} were in the base already, {len(pieces['dropped']):,} could not be added.",
         "",
         f"Dead pieces: {len(report['dead'])}.",
         "",
@@ -114,7 +114,9 @@ def _costs(report: dict[str, Any]) -> str:
 
 
 def _curve(report: dict[str, Any]) -> list[str]:
-    marks = {rows: name for name, rows in report["knees"].items()}
+    marks: dict[int, str] = {}
+    for name, rows in report["knees"].items():
+        marks[rows] = f"{marks[rows]}, {name}" if rows in marks else name
     lines = ["| new rows | tokens on held-out lines | average log probability | |", "|---:|---:|---:|---|"]
     lines += [
         f"| {point['rows']:,} | {point['tokens']:,} | {point['alp']:.1f} | {marks.get(point['rows'], '')} |"

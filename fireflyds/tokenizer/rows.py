@@ -1,6 +1,7 @@
 """New embedding and head rows for new pieces, written shard by shard beside the rest of the model."""
 
 import json
+import pickle
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -11,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fireflyds.config import RowInit
+from fireflyds.directories import read_json
 from fireflyds.errors import UserError
 from fireflyds.tokenizer.directory import FILES
 
@@ -90,11 +92,7 @@ def expand_model(base: Path, out: Path, new: NewRows) -> dict[str, int]:
     """
     config, tied = _read_config(base)
     rows = config["vocab_size"]
-    if rows < new.num_tokens:
-        raise UserError(
-            f"base={base}: config.json says vocab_size={rows}, fewer than the tokenizer's {new.num_tokens} tokens. "
-            "The two do not belong together"
-        )
+    check_model(base, new.num_tokens)
     seen = _Seen(base, rows, tied)
     out.mkdir(parents=True, exist_ok=True)
     weight_map: dict[str, str] = {}
@@ -107,9 +105,11 @@ def expand_model(base: Path, out: Path, new: NewRows) -> dict[str, int]:
             if is_copy:  # tied models keep one matrix
                 continue
             tensor = torch.cat([tensor[: new.num_tokens], new.make(tensor)]) if grown else tensor
+            # Two names on one storage cannot both be saved; a tensor of its own can.
+            tensor = tensor.contiguous() if name.endswith(".safetensors") else tensor.clone()
             seen.after += tensor.numel()
             total += tensor.numel() * tensor.element_size()
-            tensors[key] = tensor.contiguous()
+            tensors[key] = tensor
         written = name if name.endswith(".safetensors") else _name(number, len(files))
         save_file(tensors, out / written, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, written)
@@ -182,7 +182,7 @@ class _Seen:
 
 def _read_config(base: Path) -> tuple[dict[str, Any], bool]:
     """`config.json`, and whether the head is the embeddings."""
-    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    config = read_json(base / "config.json")
     if "vocab_size" not in config:
         raise UserError(f"base={base}: config.json has no vocab_size at its top. Give the language model alone")
     if "tie_word_embeddings" in config:
@@ -198,19 +198,62 @@ def _read_config(base: Path) -> tuple[dict[str, Any], bool]:
         ) from error
 
 
+def check_model(base: Path, num_tokens: int) -> None:
+    """Refuse, before anything is learnt, a model that could not be given rows.
+
+    Raises:
+        UserError: no weights, fewer rows than tokens, or special tokens that the tokenizer does not have.
+    """
+    config, _ = _read_config(base)
+    if config["vocab_size"] < num_tokens:
+        raise UserError(
+            f"base={base}: config.json says vocab_size={config['vocab_size']}, fewer than the tokenizer's {num_tokens} "
+            "tokens. The two do not belong together"
+        )
+    for file in (base / "config.json", base / "generation_config.json"):
+        settings = read_json(file) if file.is_file() else {}
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = settings.get(name)
+            for index in value if isinstance(value, list) else [value]:
+                if isinstance(index, int) and index >= num_tokens:
+                    raise UserError(
+                        f"{file}: {name} is {index}, but the tokenizer has no such token (it has {num_tokens}); a new piece "
+                        "would take its place. Correct the file, or add the token to the tokenizer"
+                    )
+    for _, read in _shards(base):
+        next(read(), None)
+
+
 Reader = Callable[[], Iterator[tuple[str, torch.Tensor]]]
 
 
 def _shards(base: Path) -> list[tuple[str, Reader]]:
-    """Weight files with a reader each: safetensors where there are any, else PyTorch's own."""
-    for pattern, read in (("*.safetensors", _read_safetensors), ("pytorch_model*.bin", _read_pytorch)):
-        files = sorted(base.glob(pattern))
-        if files:
-            return [(file.name, partial(read, file)) for file in files]
+    """Weight files with a reader each: those of the index, safetensors before PyTorch's own."""
+    for stem, suffix, read in (("model", ".safetensors", _read_safetensors), ("pytorch_model", ".bin", _read_pytorch)):
+        index = base / f"{stem}{suffix}.index.json"
+        if index.is_file():
+            names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        else:
+            whole = f"{stem}{suffix}"
+            names = [whole] if (base / whole).is_file() else sorted(file.name for file in base.glob(f"{stem}*{suffix}"))
+        missing = [name for name in names if not (base / name).is_file()]
+        if missing:
+            raise UserError(f"base={base}: {missing[0]} is missing, which {index.name} names. Get the file again")
+        if names:
+            return [(name, partial(_readable, read, base / name)) for name in names]
     raise UserError(
-        f"base={base}: no weights there (*.safetensors or pytorch_model*.bin). "
+        f"base={base}: no weights there (model*.safetensors or pytorch_model*.bin). "
         "Give a whole model, or its tokenizer alone (without config.json)"
     )
+
+
+def _readable(
+    read: Callable[[Path], Iterator[tuple[str, torch.Tensor]]], file: Path
+) -> Iterator[tuple[str, torch.Tensor]]:
+    try:
+        yield from read(file)
+    except (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+        raise UserError(f"{file}: cannot be read ({str(error).splitlines()[0]}). Get the file again") from error
 
 
 def _read_safetensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:

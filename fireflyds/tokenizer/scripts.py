@@ -12,7 +12,8 @@ from fireflyds.errors import UserError
 PUNCTUATION = "CJK_Punctuation"
 # The blocks "CJK Symbols and Punctuation" and "Halfwidth and Fullwidth Forms". Quotation marks and dashes that English
 # uses too (“ ” — …) are not among them: text without the new scripts must keep its ids.
-_PUNCTUATION = "\u3000-\u3004\u3006\u3008-\u3020\u302a-\u3037\u303c-\u303f\uff00-\uffef"
+# U+2329 and U+232A are the same brackets as U+3008 and U+3009 to Unicode normalisation.
+_PUNCTUATION = "\u2329\u232a\u3000-\u3004\u3006\u3008-\u3020\u302a-\u3037\u303c-\u303f\uff00-\uffef"
 # Unicode counts the long-vowel mark as common to both syllabaries.
 _EXTRA = {"Hiragana": "\u30fc", "Katakana": "\u30fc"}
 # Written without spaces between words; words of all other scripts may begin with one.
@@ -64,16 +65,15 @@ class Scripts:
         Compatibility forms are left out: normalisation, which some tokenizers begin with, turns them into others.
         """
         listed: list[str] = []
-        if not self._letters:
-            return
         if "Han" in self._letters:
             cells = ((row, cell) for row in range(0xB0, 0xF8) for cell in range(0xA1, 0xFF))
             listed = [bytes(pair).decode("gb2312", "ignore") for pair in cells]
-        planes = (chr(code) for code in range(0x21, 0x34000) if not 0xD800 <= code < 0xE000)
-        letters = regex.compile(f"[{''.join(self._letters.values())}--[\\p{{Cn}}\\p{{Mn}}]]", regex.V1)
         first = dict.fromkeys(c for c in listed if c)
         yield from first
-        yield from (c for c in planes if letters.fullmatch(c) and c not in first and is_normalized("NFC", c))
+        planes = (chr(code) for code in range(0x21, 0x34000) if not 0xD800 <= code < 0xE000)
+        usual = regex.compile(r"[^\p{Cn}\p{Mn}\p{Zs}]")
+        new = (c for c in planes if self._any.match(c) and c not in first and usual.match(c))
+        yield from (c for c in new if is_normalized("NFC", c))
 
     def _word_pattern(self, every: str) -> str:
         unspaced = "".join(letters for name, letters in self._letters.items() if name in _UNSPACED)

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 
 from fireflyds.errors import UserError
 from fireflyds.tokenizer.bpe import Bpe, Step
-from fireflyds.tokenizer.directory import check_supported, write_tokenizer
-from fireflyds.tokenizer.encoder import SentencePieceEncoder, added_tokens
+from fireflyds.tokenizer.directory import TIES, check_supported, disagreement, read_proto, write_tokenizer
+from fireflyds.tokenizer.encoder import SentencePieceEncoder
+from fireflyds.tokenizer.settings import NAMED, added_tokens, content, settings_of
 
 _PIECE = sp_pb2.ModelProto.SentencePiece
 _SPACE = "▁"
@@ -22,17 +22,13 @@ class SentencePieceBase:
 
     def __init__(self, file: Path, folder: Path | None, *, tied: bool = False) -> None:
         self._tied = tied
-        self._proto = sp_pb2.ModelProto()
-        try:
-            self._proto.ParseFromString(file.read_bytes())
-        except DecodeError as error:
-            raise UserError(
-                f"{file}: not a SentencePiece model ({error}). Give a tokenizer.model of that kind"
-            ) from error
+        self._proto = read_proto(file)
         check_supported(self._proto)
         self._folder = folder
         if folder:
             _append_added_tokens(self._proto, folder)
+            _refuse_unknown_names(self._proto, folder)
+        self.disagreement = TIES if tied else disagreement(self._proto)
         self.num_tokens = len(self._proto.pieces)
         self._pieces = {piece.piece for piece in self._proto.pieces}
         self._encoder = SentencePieceEncoder(self._proto.SerializeToString())
@@ -85,3 +81,14 @@ def _append_added_tokens(proto: sp_pb2.ModelProto, folder: Path) -> None:
             )
         kind = _PIECE.CONTROL if row.get("special", True) else _PIECE.USER_DEFINED
         proto.pieces.add(piece=row["content"], score=0.0, type=kind)
+
+
+def _refuse_unknown_names(proto: sp_pb2.ModelProto, folder: Path) -> None:
+    pieces = {piece.piece for piece in proto.pieces}
+    for name in NAMED:
+        token = content(settings_of(folder).get(name))
+        if token is not None and token not in pieces:
+            raise UserError(
+                f"base={folder}: {name} is {token!r}, which has no id; a new piece would get the one it is given in use. "
+                f"Add it to the base (tokenizer and rows), or name another {name}"
+            )

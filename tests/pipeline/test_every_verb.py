@@ -62,6 +62,9 @@ def test_every_verb_in_a_row(verb, base: Path, tmp_path: Path) -> None:
         "bytes": sum(len(t.encode()) for t in CHINESE),
         "dropped": 0,
         "rejected": 0,
+        "read": 36,
+        "dialogues": 0,
+        "learned": totals["tokens"],
     }
     verb("train", "run=cpt", "model=expanded", "data=zh", "optim.steps=8", *SMALL, start=TWO_RANKS)
     assert losses(tmp_path / "runs" / "cpt")[-1] < losses(tmp_path / "runs" / "cpt")[0]

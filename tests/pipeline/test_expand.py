@@ -45,8 +45,8 @@ def test_two_tokenizers_are_compared_and_nothing_is_merged(verb, tmp_path: Path,
     KINDS["byte_level"](tmp_path / "other")
     done = verb("expand", "report=only", f"base={base_tokenizer}", "other=other", "corpus=zh.txt", "out=compared")
     assert "| corpus | Chinese |" in done.stdout
-    assert sorted(path.name for path in (tmp_path / "compared").iterdir()) == ["report.json", "report.md"]
-    rows = json.loads((tmp_path / "compared" / "report.json").read_text())["measured"]
+    assert sorted(path.name for path in (tmp_path / "compared").iterdir()) == ["comparison.json", "comparison.md"]
+    rows = json.loads((tmp_path / "compared" / "comparison.json").read_text())["measured"]
     assert rows[0]["before"]["characters"] == sum(map(len, CHINESE))
 
 
@@ -67,6 +67,13 @@ def test_two_tokenizers_are_compared_and_nothing_is_merged(verb, tmp_path: Path,
         (["base=BASE", "pieces=zh_pieces.txt", "max_vocab_size=420"], "max_vocab_size=420, vocab_multiple=64"),
         (["base=BASE", "pieces=zh_pieces.txt", "cure=false", "max_vocab_size=401"], "max_vocab_size=401"),
         (["base=BASE", "pieces=zh_pieces.txt", "out=en.txt/under"], "cannot be written"),
+        (
+            ["base=BASE", "pieces=mine/pieces.txt", "out=mine"],
+            "pieces=mine/pieces.txt stands there and would be replaced",
+        ),
+        (["base=BASE", "pieces=zh_pieces.txt", "texts.新闻=nowhere.txt"], "nowhere.txt: no such file"),
+        (["base=BASE", "pieces=zh_pieces.txt", "out=/"], "out=/"),
+        (["base=BASE", "corpus=hf:", "num_pieces=50"], "hf:: cannot be read as a data set"),
         (["base=BASE", "corpus=hf:no/such", "num_pieces=50"], "hf:no/such: cannot be read as a data set"),
     ],
 )
@@ -78,6 +85,9 @@ def test_bad_input_is_named_and_leaves_nothing(
     write(tmp_path / "english.txt", ["xyzzy", "plugh"])
     write(tmp_path / "zh_pieces.txt", ["河流", "山川"])
     write(tmp_path / "en.txt", ENGLISH)
+    (tmp_path / "mine").mkdir()
+    write(tmp_path / "mine" / "pieces.txt", ["河流"])
+    (tmp_path / "mine" / "report.json").write_text("{}")
     before = sorted(path.name for path in tmp_path.iterdir())
     arguments = [argument.replace("BASE", str(base_tokenizer)) for argument in arguments]
     out = [] if any(argument.startswith("out=") for argument in arguments) else ["out=out"]

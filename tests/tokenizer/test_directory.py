@@ -1,5 +1,7 @@
 """What AutoTokenizer loads gives SentencePiece's ids."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ from transformers import AutoTokenizer
 
 from fireflyds.errors import UserError
 from fireflyds.tokenizer.base import load_base
-from fireflyds.tokenizer.directory import has_ties, write_tokenizer
+from fireflyds.tokenizer.directory import CUTS, TIES, disagreement, write_tokenizer
 from fireflyds.tokenizer.encoder import load_encoder
 from fireflyds.tokenizer.merge import plan_merge
 from fireflyds.tokenizer.scripts import Scripts
@@ -95,9 +97,56 @@ def test_models_that_tokenizer_json_cannot_express_are_refused(merged: Path, tmp
     assert not (tmp_path / "out").exists()
 
 
-def test_ties_are_seen(merged: Path, tmp_path: Path) -> None:
-    assert not has_ties(merged / "tokenizer.model")
+def test_ties_are_seen(merged: Path) -> None:
+    proto = _proto(merged)
+    assert disagreement(proto) is None
+    proto.pieces.add(piece="<tool>", score=0.0, type=sp_pb2.ModelProto.SentencePiece.USER_DEFINED)
+    assert disagreement(proto) == CUTS
     proto = _proto(merged)
     proto.pieces[-1].score = proto.pieces[-2].score
-    (tmp_path / "tied.model").write_bytes(proto.SerializeToString())
-    assert has_ties(tmp_path / "tied.model")
+    assert disagreement(proto) == TIES
+
+
+def test_flags_of_added_tokens_and_settings_are_kept(merged: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(merged, source)
+    proto = _proto(merged)
+    size = len(proto.pieces)
+    (source / "tokenizer.json").unlink()
+    (source / "special_tokens_map.json").write_text('{"pad_token": "<unk>"}')
+    flags = {"special": False, "rstrip": True, "lstrip": False, "normalized": False, "single_word": False}
+    settings = {
+        "tokenizer_class": "LlamaTokenizer",
+        "added_tokens_decoder": {str(size): flags | {"content": "<|user|>"}},
+        "add_bos_token": False,
+    }
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    base = load_base(source)
+    assert base.num_tokens == size + 1
+    (tmp_path / "out").mkdir()
+    base.write([], tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.convert_tokens_to_ids("<|user|>") == size
+    assert tokenizer.pad_token == "<unk>"
+    assert tokenizer.padding_side == "left"
+    with_break = tokenizer.encode("<|user|>\nriver", add_special_tokens=False)
+    assert with_break == tokenizer.encode("<|user|>river", add_special_tokens=False)  # rstrip eats the line break
+    assert tokenizer.decode([size], skip_special_tokens=True) == "<|user|>"
+
+
+def test_a_named_token_without_an_id_is_refused(merged: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(merged, source)
+    settings = json.loads((source / "tokenizer_config.json").read_text()) | {"pad_token": "<pad>"}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="pad_token is '<pad>', which has no id"):
+        load_base(source)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "added_tokens.json"])
+@pytest.mark.parametrize("content", ["{broken", "[]"])
+def test_corrupt_files_are_named(merged: Path, tmp_path: Path, name: str, content: str) -> None:
+    shutil.copytree(merged, tmp_path / "source")
+    (tmp_path / "source" / name).write_text(content)
+    with pytest.raises(UserError, match=f"{name}: (cannot be read as JSON|an object was expected)"):
+        load_base(tmp_path / "source")

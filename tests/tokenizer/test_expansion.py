@@ -110,3 +110,8 @@ def test_uncured_pieces_are_appended_as_they_are(tmp_path: Path) -> None:
 def test_options_that_contradict_each_other_are_refused(options, words: str) -> None:
     with pytest.raises(UserError, match=words):
         ExpandConfig(**({"base": "b", "out": "o"} | options))
+
+
+def test_a_corpus_that_gives_nothing_says_why(base: Base) -> None:
+    with pytest.raises(UserError, match=r"no piece of Han, CJK_Punctuation saves min_count=100000 tokens"):
+        expansion(base, min_count=100_000)

@@ -243,3 +243,9 @@ def test_unreadable_lists_are_refused(tmp_path: Path, name: str, content: bytes,
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         read_pieces(tmp_path / name)
+
+
+def test_nothing_is_added_for_a_piece_that_cannot_be_reached(base_tokenizer: Path) -> None:
+    plan = plan_merge(load_base(base_tokenizer), ["河the流", "河" * 65], CHINESE_SCRIPTS)
+    assert plan.steps == plan.intermediates == []
+    assert plan.dropped["河" * 65] == "longer than 64 characters"

@@ -21,7 +21,7 @@ def test_a_sound_merge_keeps_every_promise(base_tokenizer: Path, tmp_path: Path)
     checks = prove(base, plan, SCRIPTS, tmp_path, [*CHINESE, *ENGLISH])
     assert all(check.passed for check in checks)
     assert checks[0].tried == len(plan.steps)
-    assert checks[2].tried == len(CHINESE) + len(ENGLISH) + len(HARD_LINES)
+    assert checks[2].tried > len(CHINESE) + len(ENGLISH) + len(HARD_LINES)
     assert len(ENGLISH) <= checks[1].tried < checks[2].tried
 
 

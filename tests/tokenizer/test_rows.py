@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from fireflyds.config import RowInit
 from fireflyds.errors import UserError
 from fireflyds.tokenizer.base import load_base
-from fireflyds.tokenizer.rows import NewRows, expand_model
+from fireflyds.tokenizer.rows import NewRows, check_model, expand_model
 
 TINY = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -149,5 +149,51 @@ def test_rows_that_disagree_with_the_config_are_refused(tmp_path: Path) -> None:
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
     (llama(tmp_path) / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"no weights there \(\*.safetensors or pytorch_model\*.bin\)"):
+    with pytest.raises(UserError, match=r"no weights there \(model\*.safetensors or pytorch_model\*.bin\)"):
         expand_model(tmp_path, tmp_path / "out", rows())
+
+
+def test_weights_outside_the_index_are_left_alone(tmp_path: Path) -> None:
+    base = relaid(llama(tmp_path / "base"), "shards")
+    files = sorted(base.glob("model-*.safetensors"))
+    weight_map = {name: file.name for file in files for name in load_file(file)}
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    save_file({"other": torch.zeros(3)}, base / "consolidated.safetensors")
+    counts = expand_model(base, tmp_path / "out", rows())
+    assert sorted(file.name for file in (tmp_path / "out").glob("*.safetensors")) == [file.name for file in files]
+    assert counts["parameters_before"] == sum(t.numel() for file in files for t in load_file(file).values())
+    files[1].unlink()
+    with pytest.raises(UserError, match="is missing, which model.safetensors.index.json names"):
+        check_model(base, 40)
+
+
+def test_two_names_on_one_storage_are_both_written(tmp_path: Path) -> None:
+    base = relaid(llama(tmp_path / "base"), "bin")
+    weights = torch.load(base / "pytorch_model.bin")
+    weights["model.layers.1.input_layernorm.weight"] = weights["model.layers.0.input_layernorm.weight"]
+    torch.save(weights, base / "pytorch_model.bin")
+    expand_model(base, tmp_path / "out", rows())
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    torch.testing.assert_close(
+        written["model.layers.1.input_layernorm.weight"], weights["model.layers.0.input_layernorm.weight"]
+    )
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "bin"])
+def test_a_truncated_file_is_named(tmp_path: Path, layout: str) -> None:
+    base = relaid(llama(tmp_path / "base"), layout)
+    file = next(file for file in base.iterdir() if file.suffix in (".safetensors", ".bin"))
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match=f"{file.name}: cannot be read"):
+        check_model(base, 40)
+
+
+@pytest.mark.parametrize("value", [40, [2, 40]])
+def test_special_ids_beyond_the_tokenizer_are_refused(tmp_path: Path, value) -> None:
+    base = llama(tmp_path / "base", vocab_size=64)
+    file = base / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": value}))
+    with pytest.raises(
+        UserError, match=r"generation_config.json: eos_token_id is 40, but the tokenizer has no such token"
+    ):
+        check_model(base, 40)

@@ -45,3 +45,9 @@ def test_unknown_and_missing_scripts_are_refused() -> None:
         Scripts(["Klingon"])
     with pytest.raises(UserError, match="at least one script"):
         Scripts([])
+
+
+def test_punctuation_alone_can_fill_too() -> None:
+    marks = list(Scripts(["CJK_Punctuation"]).characters())
+    assert {"。", "，", "！"} <= set(marks)
+    assert Scripts(["CJK_Punctuation"]).has("\u2329")  # normalisation makes it U+3008
