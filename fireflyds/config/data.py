@@ -58,17 +58,18 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_weights("data.weights", self.weights)
         check_weights("data.max_epochs", self.max_epochs)
-        if self.max_epochs and not self.weights:
-            raise UserError("data.max_epochs limits domains that are mixed by weight: give data.weights too")
         starts = [phase.tokens for phase in self.curriculum]
         if starts != sorted(set(starts)):
             raise UserError(f"data.curriculum: tokens {starts} must rise from phase to phase")
-        for phase in self.curriculum:
-            if set(phase.weights) != set(self.weights):
-                raise UserError(
-                    f"data.curriculum: the phase from {phase.tokens} tokens weighs {sorted(phase.weights)}, data.weights "
-                    f"{sorted(self.weights)}. Name the same domains in all"
-                )
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """`weights`, with what single sources say of their domains."""
+        shares = dict(self.weights)
+        for source in self.sources:
+            if source.weight and source.domain not in self.weights:
+                shares[source.domain] = shares.get(source.domain, 0.0) + source.weight
+        return shares
 
 
 def check_weights(name: str, weights: dict[str, float]) -> None:

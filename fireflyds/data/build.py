@@ -116,10 +116,6 @@ def finish(
     totals: Counter[str] = Counter()
     for counts in per_domain.values():
         totals.update({name: count for name, count in counts.items() if isinstance(count, int)})
-    weights: dict[str, float] = dict(config.data.weights)
-    for source in config.data.sources:
-        if source.weight and source.domain not in config.data.weights:
-            weights[source.domain] = weights.get(source.domain, 0.0) + source.weight
     for name in [path.name for path in (out / "parts").iterdir()]:
         if name.split(".")[0] not in {task.key for task in tasks}:
             (out / "parts" / name).unlink()
@@ -130,7 +126,7 @@ def finish(
         "languages": languages,
         # Only a store with dialogues in it speaks a template, which the export then writes.
         "template": config.template if totals["dialogues"] else None,
-        "weights": weights,
+        "weights": config.data.shares,
         "made_from": made_from,
         "totals": dict(totals),
         "per_domain": per_domain,

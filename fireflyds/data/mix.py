@@ -2,9 +2,10 @@
 
 import hashlib
 import os
+import shutil
+import socket
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 
@@ -15,6 +16,8 @@ from fireflyds.errors import UserError
 
 # Rows are dealt to domains in blocks of this many: shares are exact to 1/10,000.
 _BLOCK = 10_000
+# Raised when packing changes, so that no plan of before is used.
+_FORMAT = 1
 
 
 class Pool:
@@ -24,7 +27,7 @@ class Pool:
         self.name = name
         self._store, self._seq_len, self._seed = store, seq_len, seed
         contents = hashlib.sha256(f"{store.manifest['made_from']} {name} {len(documents)}".encode()).hexdigest()[:12]
-        self._cache = f"{contents}-{seq_len}"
+        self._cache = f"{_FORMAT}-{contents}-{seq_len}"
         self.pieces = self._cut(documents)
         self._plans: dict[int, Plan] = {}
         self.rows_per_epoch = len(self.plan(0))
@@ -76,21 +79,15 @@ class Pool:
         except (OSError, ValueError):
             pass
         made = make()
-        aside = folder.with_name(f".{name}.{os.getpid()}")
+        aside = folder.with_name(f".{name}.{socket.gethostname()}.{os.getpid()}")
         try:
             aside.mkdir(parents=True)
             for field in fields:
                 np.save(aside / f"{field}.npy", getattr(made, field))
             os.replace(aside, folder)
         except OSError:  # a read-only store, or another rank was first
-            _remove(aside)
+            shutil.rmtree(aside, ignore_errors=True)
         return [np.asarray(getattr(made, field)) for field in fields]
-
-
-def _remove(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -148,8 +145,8 @@ class RowSequence:
     """
 
     def __init__(self, store: TokenStore, seq_len: int, seed: int, data: DataConfig) -> None:
-        weights = data.weights or store.manifest.get("weights", {})
-        _refuse_unknown(store, {**weights, **data.max_epochs})
+        weights = data.shares or store.manifest["weights"]
+        _refuse_unknown(store, weights, data)
         self.names = list(weights) or ["all"]
         documents = [np.flatnonzero(store.domain_ids == store.domains.index(name)) for name in weights]
         self.pools = [
@@ -237,9 +234,21 @@ def _quotas(shares: np.ndarray) -> np.ndarray:
     return quotas
 
 
-def _refuse_unknown(store: TokenStore, weights: dict[str, float]) -> None:
+def _refuse_unknown(store: TokenStore, weights: dict[str, float], data: DataConfig) -> None:
     unknown = sorted(set(weights) - set(store.domains))
     if unknown:
         raise UserError(
             f"data.weights.{unknown[0]}: the store {store.path} has no such domain. It has: {', '.join(store.domains)}"
         )
+    unweighed = sorted(set(data.max_epochs) - set(weights))
+    if unweighed:
+        raise UserError(
+            f"data.max_epochs.{unweighed[0]}: limits a domain that is mixed by weight, and these have weights: "
+            f"{', '.join(weights) or 'none'}. Give data.weights.{unweighed[0]} too"
+        )
+    for phase in data.curriculum:
+        if set(phase.weights) != set(weights):
+            raise UserError(
+                f"data.curriculum: the phase from {phase.tokens} tokens weighs {sorted(phase.weights)}, the beginning "
+                f"{sorted(weights)}. Name the same domains in all"
+            )

@@ -1,5 +1,6 @@
 """Packing and mixing: nothing lost, nothing twice, no label across documents, the same rows for all world sizes."""
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stores import write_store
 
-from fireflyds.config import DataConfig, PhaseConfig
+from fireflyds.config import DataConfig, PhaseConfig, SourceConfig
 from fireflyds.data.loader import PackedLoader, collate
 from fireflyds.data.mix import RowSequence
 from fireflyds.data.pack import best_fit, cut, plan
@@ -178,6 +179,33 @@ def test_a_curriculum_changes_the_weights_at_its_token_count(store: TokenStore) 
     assert abs(before.sum() - 20_000) < 2 * SEQ
     assert abs(before[0] / before.sum() - 0.5) < 0.02
     assert abs(after[0] / after.sum() - 0.9) < 0.005
+
+
+def test_weights_of_the_sources_hold_where_training_gives_none(tmp_path: Path) -> None:
+    made = make_store(tmp_path / "s")
+    manifest = json.loads((made.path / "manifest.json").read_text()) | {"weights": {"zh": 1.0, "en": 1.0}}
+    (made.path / "manifest.json").write_text(json.dumps(manifest))
+    phases = [PhaseConfig(tokens=5_000, weights={"zh": 9.0, "en": 1.0})]
+    rows = RowSequence(TokenStore(made.path), SEQ, 0, data(curriculum=phases, max_epochs={"en": 5.0}))
+    assert rows.names == ["zh", "en"]
+    assert RowSequence(TokenStore(made.path), SEQ, 0, data(weights={"en": 1.0})).names == ["en"]
+    sources = [SourceConfig(path="x", domain="en", weight=0.5), SourceConfig(path="y", domain="en", weight=0.25)]
+    assert data(sources=sources).shares == {"en": 0.75}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"max_epochs": {"zh": 1.0}}, "data.max_epochs.zh: limits a domain that is mixed by weight"),
+        (
+            {"weights": {"zh": 1.0}, "curriculum": [PhaseConfig(tokens=5, weights={"en": 1.0})]},
+            "Name the same domains in all",
+        ),
+    ],
+)
+def test_mixtures_that_contradict_themselves_are_refused(store: TokenStore, options, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        RowSequence(store, SEQ, 0, data(**options))
 
 
 def test_plans_stand_beside_the_store_and_are_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
