@@ -3,6 +3,7 @@
 import pytest
 import torch
 from fireflyds_kernels import linear_cross_entropy
+from fireflyds_kernels.linear_cross_entropy import chunked, reference
 from torch.nn.functional import cross_entropy
 
 
@@ -39,8 +40,105 @@ def test_logits_of_rows_without_a_label_never_exist() -> None:
     assert max(saved) <= 8000  # the weight; whole logits would be 4,000,000
 
 
+def _inputs(rows: int, dtype: torch.dtype = torch.float64, vocab: int = 97, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, 16, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    weight = torch.randn(vocab, 16, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    labels = torch.randint(0, vocab, (rows,), generator=generator)
+    labels[torch.rand(rows, generator=generator) < 0.4] = -100
+    return hidden, weight, labels
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_many_chunks_are_one(reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, labels = _inputs(200)
+    upstream = torch.randn(200, dtype=torch.float64) if reduction == "none" else torch.tensor(3.0, dtype=torch.float64)
+    found = []
+    for elements in (chunked.CHUNK_ELEMENTS, 97 * 16):
+        monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", elements)
+        loss = linear_cross_entropy(hidden, weight, labels, reduction=reduction)
+        found.append((loss, *torch.autograd.grad(loss, (hidden, weight), upstream)))
+    for one, many in zip(*found, strict=True):
+        torch.testing.assert_close(one, many)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_tokens_are_weighted(reduction: str) -> None:
+    hidden, weight, labels = _inputs(60)
+    weights = torch.rand(60, dtype=torch.float64)
+    ours = linear_cross_entropy(hidden, weight, labels, token_weights=weights, reduction=reduction).sum()
+    kept = labels != -100
+    theirs = (reference.token_losses(hidden[kept], weight, labels[kept]) * weights[kept]).sum()
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-6)
+    for a, b in zip(
+        torch.autograd.grad(ours, (hidden, weight)), torch.autograd.grad(theirs, (hidden, weight)), strict=True
+    ):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_a_head_may_train_its_new_rows_alone(reduction: str) -> None:
+    hidden, weight, labels = _inputs(60)
+    old, new = weight.detach()[:80].clone(), weight.detach()[80:].clone().requires_grad_()
+    ours = linear_cross_entropy(hidden, (old, new), labels, reduction=reduction).sum()
+    theirs = linear_cross_entropy(hidden, weight, labels).sum()
+    torch.testing.assert_close(ours, theirs)
+    ours.backward(retain_graph=True)
+    assert old.grad is None
+    torch.testing.assert_close(new.grad, torch.autograd.grad(theirs, weight, retain_graph=True)[0][80:])
+    torch.testing.assert_close(hidden.grad, torch.autograd.grad(theirs, hidden)[0])
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+def test_narrow_types_stay_near_the_definition(dtype: torch.dtype, tolerance: float) -> None:
+    hidden, weight, labels = _inputs(300, dtype, vocab=1000)
+    kept = labels != -100
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    theirs = reference.token_losses(exact[0][kept], exact[1], labels[kept]).sum()
+    ours = linear_cross_entropy(hidden, weight, labels)
+    assert ours.dtype is torch.float32
+    torch.testing.assert_close(ours.double(), theirs, rtol=1e-3, atol=0)
+    for a, b in zip(torch.autograd.grad(ours, (hidden, weight)), torch.autograd.grad(theirs, exact), strict=True):
+        assert a.dtype is dtype
+        assert (a.double() - b).norm() < tolerance * b.norm()
+
+
+def test_float16_gradients_survive_a_mean_over_many_tokens_and_a_loss_scale() -> None:
+    """Flat logits at V = 55,296: a mean over the tokens taken before the gradients are formed leaves only zeros."""
+    vocab, rows = 55_296, 64
+    hidden = (torch.randn(rows, 16) * 0.01).half().requires_grad_()
+    weight = (torch.randn(vocab, 16) * 0.01).half().requires_grad_()
+    labels = torch.randint(0, vocab, (rows,))
+    scale = 2.0**12
+    loss = linear_cross_entropy(hidden, weight, labels) * (scale / 4096)
+    got = [g.double() / scale for g in torch.autograd.grad(loss, (hidden, weight))]
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    wanted = torch.autograd.grad(reference.token_losses(exact[0], exact[1], labels).sum() / 4096, exact)
+    for a, b in zip(got, wanted, strict=True):
+        assert (a - b).norm() < 5e-3 * b.norm()
+    others = torch.ones(vocab, dtype=torch.bool)
+    others[labels] = False
+    assert (got[1][others] - wanted[1][others]).norm() < 0.05 * wanted[1][others].norm()
+
+
+def test_nothing_is_computed_for_what_needs_no_gradient() -> None:
+    hidden, weight, labels = _inputs(50)
+    frozen = weight.detach()
+    loss = linear_cross_entropy(hidden, frozen, labels)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, hidden)[0],
+        torch.autograd.grad(linear_cross_entropy(hidden, weight, labels), hidden)[0],
+    )
+    with torch.no_grad():
+        assert not linear_cross_entropy(hidden, weight, labels).requires_grad
+
+
 def test_wrong_arguments_are_named() -> None:
     with pytest.raises(ValueError, match=r"hidden \[T, d\]"):
         linear_cross_entropy(torch.zeros(3, 4), torch.zeros(5, 6), torch.zeros(3, dtype=torch.long))
     with pytest.raises(ValueError, match="reduction='mean'"):
         linear_cross_entropy(torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(3, dtype=torch.long), reduction="mean")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"token_weights \[T\] expected with T=3"):
+        linear_cross_entropy(
+            torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(3, dtype=torch.long), token_weights=torch.ones(2)
+        )

@@ -1,41 +1,66 @@
 """Cross entropy of a linear head without the logits ever existing whole."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fireflyds_kernels.linear_cross_entropy import reference
+from fireflyds_kernels.linear_cross_entropy import chunked
 
 
 def linear_cross_entropy(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | Sequence[Tensor],
     labels: Tensor,
     *,
     bias: Tensor | None = None,
+    token_weights: Tensor | None = None,
     ignore_index: int = -100,
     reduction: Literal["sum", "none"] = "sum",
 ) -> Tensor:
-    """-log softmax(hidden weightᵀ + bias)[label], over the rows that have a label.
+    """-token_weight · log softmax(hidden weightᵀ + bias)[label], over the rows that have a label.
 
     Args:
         hidden: `[T, d]`.
-        weight: `[V, d]`; `bias`: `[V]` or None.
+        weight: `[V, d]`, or blocks of its rows one after the other, `([V0, d], [V1, d])`: a block that needs no
+            gradient costs none, so that a head may train its new rows alone.
+        bias: `[V]` or None.
         labels: int64 `[T]`; rows with `ignore_index` cost nothing, in compute or memory.
+        token_weights: `[T]`, without gradient, or None for 1 everywhere.
         reduction: `sum` gives a scalar, `none` gives `[T]` with 0 at ignored rows. Both float32.
+
+    With `sum` the gradients are formed in the forward pass, chunk by chunk, while the chunk's logits are there: three
+    matrix products as in the plain computation, not four. They are held un-normalised, scaled by a power of two and
+    accumulated in float32, so that a float16 loss scale, which comes only in the backward pass, finds nothing lost.
 
     Raises:
         ValueError: shapes that do not fit together, or an unknown reduction.
     """
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or labels.shape != hidden.shape[:1]:
+    blocks = (weight,) if isinstance(weight, Tensor) else tuple(weight)
+    shapes = [[*block.shape] for block in blocks]
+    if (
+        hidden.dim() != 2
+        or labels.shape != hidden.shape[:1]
+        or any(block.dim() != 2 or block.shape[1] != hidden.shape[1] for block in blocks)
+    ):
         raise ValueError(
-            f"linear_cross_entropy: hidden [T, d], weight [V, d], labels [T] expected, got {[*hidden.shape]}, {[*weight.shape]}, {[*labels.shape]}"
+            f"linear_cross_entropy: hidden [T, d], weight [V, d], labels [T] expected, got {[*hidden.shape]}, {shapes}, {[*labels.shape]}"
+        )
+    rows = sum(block.shape[0] for block in blocks)
+    if bias is not None and bias.shape != (rows,):
+        raise ValueError(f"linear_cross_entropy: bias [V] expected with V={rows}, got {[*bias.shape]}")
+    if token_weights is not None and token_weights.shape != labels.shape:
+        raise ValueError(
+            f"linear_cross_entropy: token_weights [T] expected with T={len(labels)}, got {[*token_weights.shape]}"
         )
     if reduction not in ("sum", "none"):
         raise ValueError(f"linear_cross_entropy: reduction={reduction!r} is neither 'sum' nor 'none'")
-    rows = (labels != ignore_index).nonzero().squeeze(1)
-    losses = reference.token_losses(hidden[rows], weight, labels[rows], bias)
+    labelled = (labels != ignore_index).nonzero().squeeze(1)
+    scale = None if token_weights is None else token_weights[labelled].float()
+    compact, targets = hidden[labelled], labels[labelled]
     if reduction == "sum":
-        return losses.sum()
-    return torch.zeros(len(labels), dtype=losses.dtype, device=losses.device).index_put((rows,), losses)
+        return chunked.summed(compact, blocks, targets, bias, scale)
+    losses = chunked.each(compact, blocks, targets, bias)
+    losses = losses if scale is None else losses * scale
+    return torch.zeros(len(labels), dtype=losses.dtype, device=losses.device).index_put((labelled,), losses)
