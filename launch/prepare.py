@@ -20,7 +20,7 @@ from fireflyds.data import show
 from fireflyds.data.build import finish, make_parts, provenance
 from fireflyds.data.parts import plan_tasks
 from fireflyds.data.store import MANIFEST, TokenStore, read_manifest
-from fireflyds.directories import build_aside
+from fireflyds.directories import build_aside, refuse_inputs_inside
 from fireflyds.errors import UserError
 from fireflyds.tokenizer.encoder import load_encoder
 
@@ -43,6 +43,7 @@ def prepare(config: PrepareConfig) -> None:
         return
     if out == Path():
         raise UserError("out is empty and data.store too: give out=<folder>")
+    refuse_overlap(config, out)
     tasks = plan_tasks(config, encoder.fingerprint())
     made_from = provenance(config, encoder.fingerprint(), tasks)
     if (out / MANIFEST).exists() and read_manifest(out)["made_from"] == made_from:
@@ -60,6 +61,15 @@ def prepare(config: PrepareConfig) -> None:
     )
     if totals["rejected"]:
         print(f"rejected rows, with file, line and reason: {out / 'rejected.jsonl'}", file=sys.stderr)
+
+
+def refuse_overlap(config: PrepareConfig, out: Path) -> None:
+    """Neither does the store replace what it is made from, nor is it read as a source the next time."""
+    paths = {f"data.sources.{number}.path": source.path for number, source in enumerate(config.data.sources)}
+    refuse_inputs_inside(out, tokenizer=config.tokenizer, **paths)
+    for name, path in paths.items():
+        if Path(path).is_dir() and Path(path).resolve() in out.resolve().parents:
+            raise UserError(f"out={out}: stands inside {name}={path}, and would be read as text. Give another folder")
 
 
 def print_stats(out: Path) -> None:

@@ -19,10 +19,10 @@ _WIDTH = {code: code - 0xFEE0 for code in (*range(0xFF10, 0xFF1A), *range(0xFF21
 _WIDTH[0x3000] = 0x20
 # Lines that web pages repeat around their text.
 _BOILERPLATE = re.compile(
-    r"^\s*(首页|上一[页篇]|下一[页篇]|返回(顶部|首页|列表)|登录|注册|分享到?[:：].*|责任编辑[:：].*|编辑[:：]\S{1,8}|来源[:：]\S{1,30}|"
-    r"版权(所有|声明).*|未经.{0,12}(授权|许可).{0,8}(转载|使用).*|.*(ICP备|公网安备).*号?.*|点击(查看|进入|这里).*|扫(码|一扫).{0,20}|"
-    r"关注.{0,12}(公众号|微信).*|copyright\b.*|all rights reserved.*|(click|tap) here.*|share (this|on) .*|"
-    r"(accept|we use) cookies.*|subscribe to .*|sign (in|up)|log ?in)\s*$",
+    r"^\s*(首页|上一[页篇]|下一[页篇]|返回(顶部|首页|列表)|登录|注册|分享到[:：].{0,30}|责任编辑[:：].{0,20}|编辑[:：]\S{1,8}|来源[:：]\S{1,30}|"
+    r"版权(所有|声明).{0,60}|未经.{0,12}(授权|许可).{0,8}(转载|使用).{0,30}|.{0,30}(ICP备|公网安备).{0,30}|点击(查看|进入|这里).{0,20}|"
+    r"扫(码|一扫).{0,20}|关注.{0,12}(公众号|微信).{0,20}|(copyright\s*)?(©|\(c\)|copyright\s+\d{4}).{0,60}|all rights reserved.{0,20}|"
+    r"(click|tap) here.{0,30}|share (this|on) .{0,30}|(accept|we use) cookies.{0,60}|subscribe to .{0,30}|sign (in|up)|log ?in)\s*$",
     re.IGNORECASE,
 )
 _RUN = 10
@@ -123,7 +123,15 @@ def run_hashes(text: str, length: int) -> np.ndarray:
 
 def contamination(config: CleanConfig) -> np.ndarray:
     """The run hashes of all evaluation sets, each once."""
-    found = [run_hashes(text, config.overlap) for path in config.decontaminate for text in _evaluation_texts(path)]
+    found = []
+    for path in config.decontaminate:
+        hashes = [run_hashes(text, config.overlap) for text in _evaluation_texts(path)]
+        if not sum(map(len, hashes)):
+            raise UserError(
+                f"clean.decontaminate: {path} has no text of clean.overlap={config.overlap} characters, so nothing would be found. "
+                "Give a file that can be read, or a smaller overlap"
+            )
+        found += hashes
     return np.unique(np.concatenate(found)) if found else np.zeros(0, np.uint64)
 
 

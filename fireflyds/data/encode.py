@@ -28,12 +28,7 @@ def _document(encoder: Encoder, text: str, ids: list[int]) -> Example:
 
 def encode_samples(encoder: Encoder, template: str, samples: Sequence[Sample], loss_on: LossOn) -> list[Example | str]:
     """Every sample, or why it cannot be encoded. Documents go to the tokenizer together."""
-    try:
-        documents = iter(encoder.encode_batch([sample.text for sample in samples if sample.text is not None]))
-    except (UnicodeEncodeError, TypeError):  # libraries differ in what they call a text that is not UTF-8
-        if len(samples) == 1:
-            return ["half a surrogate pair, which is no character"]
-        return [made for sample in samples for made in encode_samples(encoder, template, [sample], loss_on)]
+    documents = iter(encoder.encode_batch([sample.text for sample in samples if sample.text is not None]))
     encoded: list[Example | str] = []
     for sample in samples:
         if sample.text is not None:
@@ -43,7 +38,7 @@ def encode_samples(encoder: Encoder, template: str, samples: Sequence[Sample], l
             encoded.append(encode_sample(encoder, template, sample, loss_on))
         except UserError:
             raise
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             encoded.append(str(error))
     return encoded
 

@@ -1,10 +1,7 @@
 """Raw files to records. What cannot be read is set aside with file, line and reason; nothing stops for it."""
 
-import contextlib
 import csv
 import glob
-import gzip
-import io
 import json
 import re
 import zlib
@@ -14,10 +11,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from fireflyds.config import TextSplit
+from fireflyds.data.streams import PACKED, open_bytes
 from fireflyds.errors import UserError
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
-PACKED = (".gz", ".zst")
 csv.field_size_limit(1 << 30)
 
 
@@ -105,23 +102,8 @@ def _whole(part: Part, rows: Iterator[Record | Rejected]) -> Iterator[Record | R
         yield Rejected(part.file, 0, f"cannot be read to its end: {error}")
 
 
-@contextlib.contextmanager
-def _open(file: str) -> Iterator[IO[bytes]]:
-    if file.lower().endswith(".gz"):
-        with gzip.open(file) as stream:
-            yield stream  # type: ignore[misc]
-    elif file.lower().endswith(".zst"):
-        import zstandard
-
-        with zstandard.open(file, "rb") as stream:
-            yield io.BufferedReader(stream)
-    else:
-        with Path(file).open("rb") as stream:
-            yield stream
-
-
 def _decoded_lines(part: Part) -> Iterator[tuple[int, str] | Rejected]:
-    with _open(part.file) as stream:
+    with open_bytes(part.file) as stream:
         at = part.start
         if at:
             stream.seek(at)
@@ -183,7 +165,7 @@ def _json_lines(part: Part) -> Iterator[Record | Rejected]:
 def _json(part: Part) -> Iterator[Record | Rejected]:
     file = part.file
     try:
-        with _open(file) as stream:
+        with open_bytes(file) as stream:
             content = json.loads(stream.read().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         yield Rejected(file, 0, f"not UTF-8 at byte {error.start}; convert the file to UTF-8")
@@ -213,33 +195,43 @@ def _table(part: Part) -> Iterator[Record | Rejected]:
                 yield item[1] + "\n"
 
     bad: list[Rejected] = []
-    reader = csv.reader(lines(), delimiter="\t" if kind(Path(file)) == ".tsv" else ",")
-    try:
-        columns: list[str] = []
-        for row in reader:
-            if not columns:
-                columns = row if _is_header(row) else [f"column_{number}" for number in range(1, len(row) + 1)]
-                if columns == row:
-                    continue
-            fields = {key: value for key, value in zip(columns, row, strict=False) if key and value}
-            if fields:
-                yield Record(file, good[-1], fields)
-    except csv.Error as error:
-        yield Rejected(file, good[-1] if good else 1, f"not a table: {error}")
+    # A tab-separated table has no quotation: a quotation mark in it is text.
+    tabs = kind(Path(file)) == ".tsv"
+    reader = csv.reader(lines(), delimiter="\t" if tabs else ",", quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL)
+    columns: list[str] = []
+    while True:
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            yield Rejected(file, good[-1] if good else 1, f"not a row of a table: {error}")
+            continue
+        if row is None:
+            break
+        if not columns:
+            columns = row if _is_header(row) else [f"column_{number}" for number in range(1, len(row) + 1)]
+            if columns == row:
+                continue
+        if len(row) > len(columns):
+            reason = f"{len(row)} cells for {len(columns)} columns; quote cells that hold the separator"
+            yield Rejected(file, good[-1], reason)
+            continue
+        fields = {key: value for key, value in zip(columns, row, strict=False) if key and value}
+        if fields:
+            yield Record(file, good[-1], fields)
     yield from bad
 
 
 def _is_header(row: list[str]) -> bool:
-    """Column names are short and have no sentence in them; a table may begin with its data."""
+    """Column names are single words; a table may begin with its data."""
     return len(set(row)) == len(row) and all(
-        re.fullmatch(r"[^\W\d][\w -]{0,40}", cell) is not None for cell in row if cell
+        re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]{0,40}", cell) for cell in row if cell
     )
 
 
 def _parquet(part: Part) -> Iterator[Record | Rejected]:
     import pyarrow.parquet
 
-    with _open(part.file) as stream:
+    with open_bytes(part.file) as stream:
         yield from _batches(part, "Parquet", lambda: pyarrow.parquet.ParquetFile(stream).iter_batches())
 
 
@@ -254,7 +246,7 @@ def _arrow(part: Part) -> Iterator[Record | Rejected]:
             file = pyarrow.ipc.open_file(stream)
             yield from (file.get_batch(number) for number in range(file.num_record_batches))
 
-    with _open(part.file) as stream:
+    with open_bytes(part.file) as stream:
         yield from _batches(part, "Arrow", lambda: batches(stream))
 
 

@@ -153,7 +153,16 @@ class RowSequence:
             Pool(name, store, chosen, seq_len, seed + number)
             for number, (name, chosen) in enumerate(zip(self.names, documents or [np.arange(len(store))], strict=True))
         ]
-        self._limits = [data.max_epochs.get(name, float("inf")) for name in self.names]
+        self._row_limits = [
+            np.floor(data.max_epochs.get(name, np.inf) * pool.rows_per_epoch)
+            for name, pool in zip(self.names, self.pools, strict=True)
+        ]
+        for name, pool, limit in zip(self.names, self.pools, self._row_limits, strict=True):
+            if limit < 1:
+                raise UserError(
+                    f"data.max_epochs.{name}={data.max_epochs[name]}: less than one of its {pool.rows_per_epoch:,} rows. "
+                    "Leave the domain out of the weights instead"
+                )
         changes = [(0, weights or {"all": 1.0}), *((phase.tokens, phase.weights) for phase in data.curriculum)]
         self.phases, self.num_rows = self._phases(
             [(tokens, [given[name] for name in self.names]) for tokens, given in changes]
@@ -161,11 +170,18 @@ class RowSequence:
 
     @property
     def rows_per_epoch(self) -> int:
-        """Rows until every document of the pool that lasts longest was seen once, at the first weights."""
-        shares = self.phases[0].quotas / _BLOCK
-        return max(
-            1, round(float(max(pool.rows_per_epoch / share for pool, share in zip(self.pools, shares, strict=True))))
-        )
+        """Rows until every document was seen once, or as often as `max_epochs` allows of it."""
+        wanted = [
+            int(min(pool.rows_per_epoch, limit)) for pool, limit in zip(self.pools, self._row_limits, strict=True)
+        ]
+        return max(self._row_after(pool, count) for pool, count in enumerate(wanted))
+
+    def _row_after(self, pool: int, count: int) -> int:
+        """The number of the row after which `count` rows of a pool were taken."""
+        for phase, following in zip(self.phases, [*self.phases[1:], None], strict=True):
+            if phase.quotas[pool] and (following is None or following.taken[pool] >= count):
+                return phase.row_of(pool, count)
+        raise AssertionError("every pool goes on to its limit")
 
     @property
     def lost_to_length(self) -> tuple[int, int]:
@@ -197,13 +213,13 @@ class RowSequence:
     def _phases(self, changes: list[tuple[int, list[float]]]) -> tuple[list[Phase], int | None]:
         """Phases between changes of the weights and ends of pools, and the number of rows if it is limited."""
         per_row = np.array([pool.tokens_per_row for pool in self.pools])
-        limits = np.array([limit * pool.rows_per_epoch for limit, pool in zip(self._limits, self.pools, strict=True)])
+        limits = np.array(self._row_limits)
         taken, row = np.zeros(len(self.pools), np.int64), 0
         phases: list[Phase] = []
         waiting = list(changes)
         weights = np.array(waiting.pop(0)[1])
         while True:
-            open_pools = taken < np.floor(limits)
+            open_pools = taken < limits
             if not open_pools.any():
                 return phases, row
             phase = Phase(row, _quotas(np.where(open_pools, weights, 0.0) / per_row), taken)

@@ -137,12 +137,12 @@ def make_part(task: Task) -> dict[str, Any]:
     making = _Making(task)
     for item in read_part(_workshop.sources[task.source], task.part):
         if isinstance(item, Rejected):
-            making.rejected.append({"file": item.file, "line": item.line, "reason": item.reason})
+            making.reject(item.line, item.reason)
             continue
-        making.formats[item[0]] += 1
-        cleaned = _cleaner.clean(item[1])
+        making.formats[item.layout] += 1
+        cleaned = _cleaner.clean(item.sample)
         if isinstance(cleaned, Sample):
-            making.add(cleaned)
+            making.add(cleaned, item.line)
         else:
             making.dropped[cleaned] += 1
     return making.close()
@@ -156,21 +156,28 @@ class _Making:
         self.dropped: Counter[str] = Counter()
         self.formats: Counter[str] = Counter()
         self.rejected: list[dict[str, Any]] = []
-        self._waiting: list[Sample] = []
+        self._speaks = False
+        self._waiting: list[tuple[Sample, int]] = []
         self._hashes: list[int] = []
         self._signatures: list[list[int]] = []
         self._writer = PartWriter(_workshop.folder, task.key, token_dtype(_encoder.vocab_size))
 
-    def add(self, sample: Sample) -> None:
-        self._waiting.append(sample)
+    def reject(self, line: int, reason: str) -> None:
+        """Lines are counted from the part's beginning: the part may be used again in another place."""
+        self.rejected.append({"line": line and line - self._task.part.first_line + 1, "reason": reason})
+
+    def add(self, sample: Sample, line: int) -> None:
+        self._speaks |= sample.text is None
+        self._waiting.append((sample, line))
         if len(self._waiting) == _TOGETHER:
             self._encode()
 
     def _encode(self) -> None:
-        encoded = encode_samples(_encoder, _workshop.template, self._waiting, _workshop.loss_on)
-        for sample, example in zip(self._waiting, encoded, strict=True):
+        samples = [sample for sample, _ in self._waiting]
+        encoded = encode_samples(_encoder, _workshop.template, samples, _workshop.loss_on)
+        for (sample, line), example in zip(self._waiting, encoded, strict=True):
             if isinstance(example, str):
-                self.dropped[example] += 1
+                self.reject(line, example)
                 continue
             self._writer.add(example)
             if _workshop.clean.duplicates is not Duplicates.keep:
@@ -193,6 +200,7 @@ class _Making:
             "dropped": self.dropped,
             "formats": self.formats,
             "rejected": self.rejected,
+            "speaks": self._speaks,
         }
         more: dict[str, Any] = {}
         if _workshop.clean.duplicates is not Duplicates.keep:
@@ -210,9 +218,5 @@ def finished_part(folder: Path, task: Task, template: str, loss_on: LossOn) -> d
         return None
     info: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     # A chat template touches dialogues alone.
-    same = (info["template"], info["loss_on"]) == (template, loss_on.name) or not _speaks(info)
+    same = (info["template"], info["loss_on"]) == (template, loss_on.name) or not info["speaks"]
     return info if same else None
-
-
-def _speaks(info: dict[str, Any]) -> bool:
-    return bool(info["counts"]["dialogues"] or info["dropped"])

@@ -109,12 +109,12 @@ def samples(config: PrepareConfig, encoder: Encoder) -> Iterator[tuple[str, Exam
             if isinstance(item, Rejected):
                 yield f"{item.file}:{item.line}", f"rejected: {item.reason}"
                 continue
-            cleaned = cleaner.clean(item[1])
+            cleaned = cleaner.clean(item.sample)
             if not isinstance(cleaned, Sample):
                 yield source.path, f"dropped: {cleaned}"
                 continue
             try:
-                yield f"{source.path} ({item[0]})", encode_sample(encoder, config.template, cleaned, config.loss_on)
+                yield f"{source.path} ({item.layout})", encode_sample(encoder, config.template, cleaned, config.loss_on)
             except ValueError as error:
                 yield source.path, f"dropped: {error}"
 
@@ -141,10 +141,11 @@ def print_samples(config: PrepareConfig, encoder: Encoder) -> None:
 def _words(encoder: Encoder, ids: np.ndarray) -> str:
     """Text of tokens, special ones by their names."""
     words: list[str] = []
+    fragments = encoder.fragments()
     held: list[int] = []
-    special = {index for index in (encoder.bos_id, encoder.eos_id) if index is not None}
     for index in ids.tolist():
-        if index in special:
+        # A special token decodes to nothing; its name shows.
+        if index not in fragments and not encoder.decode([index]) and encoder.token(index).strip():
             words += [encoder.decode(held), encoder.token(index)]
             held = []
         else:

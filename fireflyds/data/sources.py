@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -13,6 +14,16 @@ from fireflyds.errors import UserError
 from fireflyds.types import Sample
 
 FORMATS = "fireflyds.data.formats"
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A sample, the name of its layout, and where it stands."""
+
+    sample: Sample
+    layout: str
+    file: str
+    line: int
 
 
 def detect(fields: dict[str, Any]) -> ModuleType | None:
@@ -31,7 +42,7 @@ def read_source(source: SourceConfig) -> Iterator[Sample | Rejected]:
         UserError: no such files, or no such format.
     """
     for part in parts_of(source):
-        yield from (item if isinstance(item, Rejected) else item[1] for item in read_part(source, part))
+        yield from (item if isinstance(item, Rejected) else item.sample for item in read_part(source, part))
 
 
 def parts_of(source: SourceConfig) -> list[Part]:
@@ -41,8 +52,8 @@ def parts_of(source: SourceConfig) -> list[Part]:
     return [Part(str(file)) for file in find_files(source.path)]
 
 
-def read_part(source: SourceConfig, part: Part) -> Iterator[tuple[str, Sample] | Rejected]:
-    """The samples of a part, each with the name of its layout, and every row that gives none."""
+def read_part(source: SourceConfig, part: Part) -> Iterator[Found | Rejected]:
+    """The samples of a part, and every row that gives none."""
     layout = named = None if source.format == "auto" else registry.find(FORMATS, source.format)
     for record in _records(source, part):
         if isinstance(record, Rejected):
@@ -61,9 +72,12 @@ def read_part(source: SourceConfig, part: Part) -> Iterator[tuple[str, Sample] |
             continue
         name = layout.__name__.rsplit(".", 1)[-1]
         try:
-            yield name, layout.read(record.fields)
+            sample = layout.read(record.fields)
+            _check_text(sample)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             yield Rejected(record.file, record.line, f"not a valid {name} row: {type(error).__name__}: {error}")
+            continue
+        yield Found(sample, name, record.file, record.line)
 
 
 def _records(source: SourceConfig, part: Part) -> Iterable[Record | Rejected]:
@@ -84,9 +98,6 @@ def read_texts(path: str) -> Iterator[str]:
             rejected.append(item)
         else:
             text = item.text if item.text is not None else "\n".join(message.content for message in item.messages)
-            if not _is_text(text):
-                rejected.append(Rejected(path, 0, "half a surrogate pair, which is no character"))
-                continue
             count += 1
             yield text
     first = f"{rejected[0].file}:{rejected[0].line}: {rejected[0].reason}" if rejected else ""
@@ -97,9 +108,10 @@ def read_texts(path: str) -> Iterator[str]:
         print(f"{path}: {len(rejected):,} rows set aside, the first: {first}", file=sys.stderr)
 
 
-def _is_text(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def _check_text(sample: Sample) -> None:
+    """Raises `ValueError` or `TypeError` where a text is none, or holds half a surrogate pair."""
+    for text in (sample.text,) if sample.text is not None else (message.content for message in sample.messages):
+        if not isinstance(text, str):
+            raise TypeError(f"a text is expected, got {type(text).__name__}")
+        if not text.isascii():
+            text.encode()

@@ -12,10 +12,11 @@ manifest.json         what it was made from, with counts; written last
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
+from fireflyds.directories import read_json
 from fireflyds.errors import UserError
 from fireflyds.types import Example
 
@@ -30,17 +31,24 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 class PartWriter:
-    """Collects the documents of one part and writes them when it is whole."""
+    """Writes the documents of one part aside, and gives it its names when it is whole.
+
+    Files of an earlier part of that name may be shared with a finished store, so they are replaced, never written into.
+    """
 
     def __init__(self, folder: Path, key: str, dtype: np.dtype[Any]) -> None:
-        self._folder, self._key, self._dtype = folder, key, dtype
-        self._ids: list[np.ndarray] = []
+        folder.mkdir(parents=True, exist_ok=True)
+        self._base, self._dtype = folder / key, dtype
+        self._base.with_suffix(".json").unlink(missing_ok=True)
+        self._file: BinaryIO = self._aside(".ids").open("wb")
+        self._lengths: list[int] = []
         self._num_bytes: list[int] = []
         self._spans: list[tuple[int, int]] = []
         self._span_counts: list[int] = []
 
     def add(self, example: Example) -> None:
-        self._ids.append(example.input_ids.astype(self._dtype))
+        self._file.write(example.input_ids.astype(self._dtype).tobytes())
+        self._lengths.append(len(example.input_ids))
         self._num_bytes.append(example.num_bytes)
         # A document carries loss throughout, which needs no span.
         spans = () if example.is_document else example.spans
@@ -50,29 +58,30 @@ class PartWriter:
     def counts(self) -> dict[str, int]:
         """Of what was added."""
         return {
-            "documents": len(self._ids),
+            "documents": len(self._lengths),
             "dialogues": sum(count > 0 for count in self._span_counts),
-            "tokens": sum(map(len, self._ids)),
+            "tokens": sum(self._lengths),
             "bytes": sum(self._num_bytes),
         }
 
     def close(self, info: dict[str, Any], **more: Any) -> None:
         """Write the arrays and, last, `info`."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        base = self._folder / self._key
-        ids = np.concatenate(self._ids) if self._ids else np.zeros(0, self._dtype)
-        ids.tofile(base.with_suffix(".ids"))
-        np.savez(
-            base.with_suffix(".npz"),
-            length=np.asarray([len(each) for each in self._ids], np.int32),
-            num_bytes=np.asarray(self._num_bytes, np.int64),
-            span_counts=np.asarray(self._span_counts, np.int32),
-            spans=np.asarray(self._spans, np.int32).reshape(-1, 2),
-            **more,
-        )
-        aside = base.with_suffix(".json.partial")
-        aside.write_text(json.dumps(info, ensure_ascii=False), encoding="utf-8")
-        aside.rename(base.with_suffix(".json"))
+        self._file.close()
+        with self._aside(".npz").open("wb") as file:
+            np.savez(
+                file,
+                length=np.asarray(self._lengths, np.int32),
+                num_bytes=np.asarray(self._num_bytes, np.int64),
+                span_counts=np.asarray(self._span_counts, np.int32),
+                spans=np.asarray(self._spans, np.int32).reshape(-1, 2),
+                **more,
+            )
+        self._aside(".json").write_text(json.dumps(info, ensure_ascii=False), encoding="utf-8")
+        for suffix in (".ids", ".npz", ".json"):
+            self._aside(suffix).rename(self._base.with_suffix(suffix))
+
+    def _aside(self, suffix: str) -> Path:
+        return self._base.with_suffix(f"{suffix}.partial")
 
 
 class TokenStore:
@@ -165,5 +174,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"data.store={folder}: no token store there ({MANIFEST} is missing). Make one with launch/prepare.py out={folder}"
         )
-    manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    manifest = read_json(file)
+    if "made_from" not in manifest:
+        raise UserError(f"data.store={folder}: its {MANIFEST} is not that of a token store. Give another folder")
     return manifest

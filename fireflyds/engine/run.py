@@ -132,6 +132,9 @@ def describe(
         if truncated or dropped
         else ""
     )
+    mixed = [name for name in rows.names if name != "all"]
+    if mixed and (unmixed := sorted(set(store.domains) - set(mixed))):
+        lost += f"; without weight, so not trained on: {', '.join(unmixed)}"
     return (
         f"{config.run}: {config.tuning.method.name}, {trainable:,} of {total:,} parameters train, ZeRO-{config.zero.stage}, {precision}\n"
         f"{len(store):,} documents, {store.num_tokens:,} tokens, {rows.rows_per_epoch:,} rows an epoch{lost}; {steps:,} steps of "

@@ -51,6 +51,8 @@ class SentencePieceEncoder:
         return frozenset(index for index in range(self._model.get_piece_size()) if self._model.is_byte(index))
 
     def token(self, index: int) -> str:
+        if index >= self._model.get_piece_size():
+            return next((token for token, added in self._added.items() if added == index), "")
         return str(self._model.id_to_piece(index)).replace("▁", " ")
 
     def fingerprint(self) -> str:

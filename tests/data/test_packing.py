@@ -196,6 +196,7 @@ def test_weights_of_the_sources_hold_where_training_gives_none(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        ({"weights": {"zh": 1.0}, "max_epochs": {"zh": 0.001}}, "data.max_epochs.zh=0.001: less than one of its"),
         ({"max_epochs": {"zh": 1.0}}, "data.max_epochs.zh: limits a domain that is mixed by weight"),
         (
             {"weights": {"zh": 1.0}, "curriculum": [PhaseConfig(tokens=5, weights={"en": 1.0})]},
@@ -206,6 +207,16 @@ def test_weights_of_the_sources_hold_where_training_gives_none(tmp_path: Path) -
 def test_mixtures_that_contradict_themselves_are_refused(store: TokenStore, options, words: str) -> None:
     with pytest.raises(UserError, match=words):
         RowSequence(store, SEQ, 0, data(**options))
+
+
+def test_an_epoch_ends_when_every_pool_was_seen_or_may_be_seen_no_more(store: TokenStore) -> None:
+    both = {"zh": 1.0, "en": 1.0}
+    rows = RowSequence(store, SEQ, 0, data(weights=both, max_epochs={"en": 1.0, "zh": 1.0}))
+    assert rows.rows_per_epoch == rows.num_rows == sum(pool.rows_per_epoch for pool in rows.pools)
+    free = RowSequence(store, SEQ, 0, data(weights=both))
+    seen = free.phases[0].counts(free.rows_per_epoch)
+    assert seen[0] == free.pools[0].rows_per_epoch
+    assert seen[1] >= free.pools[1].rows_per_epoch
 
 
 def test_plans_stand_beside_the_store_and_are_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,11 +159,45 @@ def test_whatever_stands_in_files_ends_in_the_store_or_among_the_rejected(
     done = verb("prepare", "data=nasty", f"tokenizer={base_tokenizer}", "out=s", "max_rejected=1", "workers=2")
     assert "Traceback" not in done.stderr
     manifest = TokenStore(tmp_path / "s").manifest
-    # 2 + 3 + 1 + 1 + 1 documents; half a pair is dropped with its reason.
+    # 2 + 3 + 1 + 1 + 1 documents.
     assert manifest["totals"]["documents"] == 8
-    assert manifest["per_domain"]["text"]["reasons"] == {"half a surrogate pair, which is no character": 1}
+    assert manifest["totals"]["dropped"] == 0
     rejected = [json.loads(line) for line in (tmp_path / "s" / "rejected.jsonl").read_text().splitlines()]
     assert {Path(row["file"]).name for row in rejected} == {
-        "deep.jsonl", "broken.jsonl", "empty.json", "number.json", "binary.parquet", "binary.jsonl.gz",
+        "deep.jsonl", "surrogate.jsonl", "broken.jsonl", "empty.json", "number.json", "binary.parquet", "binary.jsonl.gz",
     }  # fmt: skip
     assert sum(row["file"].endswith("broken.jsonl") for row in rejected) == 5
+
+
+def test_neither_sources_nor_store_are_taken_for_the_other(verb, tmp_path: Path, base_tokenizer: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    write(tmp_path / "texts" / "en.txt", ENGLISH)
+    same = ["prepare", f"tokenizer={base_tokenizer}"]
+    done = verb(*same, "data=texts", "out=texts/store", check=False)
+    assert "stands inside data.sources.0.path=texts" in done.stderr
+    verb(*same, "data=texts", "out=s")
+    write(tmp_path / "s" / "more.txt", ENGLISH)
+    done = verb(*same, "data=s/more.txt", "out=s", check=False)
+    assert "data.sources.0.path=s/more.txt stands there and would be replaced" in done.stderr
+    assert (tmp_path / "s" / "more.txt").exists()
+
+
+def test_dialogues_that_do_not_fit_the_template_are_rejected_with_their_line(
+    verb, tmp_path: Path, base_tokenizer: Path
+) -> None:
+    bad = {"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]}
+    write(tmp_path / "talk.jsonl", [*TALKS, bad])
+    done = verb("prepare", "data=talk.jsonl", f"tokenizer={base_tokenizer}", "out=s", check=False)
+    assert "1 of 6 rows cannot be used (roles must be" in done.stderr
+    assert '"line": 6' in done.stderr
+    done = verb("prepare", "data=talk.jsonl", f"tokenizer={base_tokenizer}", "out=s", "template=chatml", check=False)
+    assert "the tokenizer has no special token <|im_start|>" in done.stderr
+
+
+def test_a_changed_weight_is_a_changed_store_and_reuses_its_parts(verb, tmp_path: Path, base_tokenizer: Path) -> None:
+    write(tmp_path / "en.txt", ENGLISH)
+    same = ["prepare", f"tokenizer={base_tokenizer}", "out=s"]
+    verb(*same, "data.sources=[{path: en.txt, domain: en, weight: 1.0}]")
+    done = verb(*same, "data.sources=[{path: en.txt, domain: en, weight: 2.0}]")
+    assert "1 of 1 parts stand already" in done.stdout
+    assert TokenStore(tmp_path / "s").manifest["weights"] == {"en": 2.0}

@@ -16,8 +16,11 @@ def matches(record: dict[str, Any]) -> bool:
 
 
 def read(record: dict[str, Any]) -> Sample:
-    messages = [Message("system", record["system"])] if record.get("system") else []
-    turns = [*record["conversations"], *([record["chosen"]] if record.get("chosen") else [])]
+    turns = list(record["conversations"])
+    if record.get("chosen") and turns and ROLES[turns[-1]["from"]] == "user":
+        turns.append(record["chosen"])
+    has_system = bool(turns) and ROLES[turns[0]["from"]] == "system"
+    messages = [Message("system", record["system"])] if record.get("system") and not has_system else []
     messages += [Message(ROLES[turn["from"]], turn["value"]) for turn in turns]
     if not any(message.role == "assistant" for message in messages):
         raise ValueError("no turn of the assistant")

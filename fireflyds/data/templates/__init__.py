@@ -37,21 +37,30 @@ class Chat:
             ValueError: the roles do not alternate, or a turn is empty.
         """
         system, pairs = turns(messages)
-        head = self.system.replace("{}", system or self.default_system) if system or self.default_system else ""
-        lead = self.begin + ("" if "{system}" in self.user else head)
-        segments: list[Segment] = []
+        said = system or self.default_system
+        head = list(self._filled(self.system, said)) if said else []
+        inside = "{system}" in self.user
+        segments = [*self._cut(self.begin, learn=False), *([] if inside else head)]
         for number, (user, assistant) in enumerate(pairs, 1):
-            turn = self.user.replace("{system}", head if number == 1 else "").replace("{round}", str(number))
-            before, _, behind = turn.partition("{}")
-            # Only the template's own strings are searched for special tokens: a user may type what he likes.
-            segments += self._cut(lead if number == 1 else self.after, learn=False)
-            segments += self._cut(before, learn=False)
-            segments.append(Segment(user))
-            segments += self._cut(behind + self.opening, learn=False)
+            before, system_here, rest = self.user.replace("{round}", str(number)).partition("{system}")
+            if number > 1:
+                segments += self._cut(self.after, learn=False)
+            if system_here:
+                segments += [*self._cut(before, learn=False), *(head if number == 1 else [])]
+            segments += self._filled(rest if system_here else before, user)
+            segments += self._cut(self.opening, learn=False)
             before, _, behind = self.answer.partition("{}")
             segments.append(Segment(before + assistant + behind, learn=True))
             segments += self._cut(self.stop, learn=True)
         return _joined([*segments, *self._cut(self.after, learn=False)])
+
+    def _filled(self, text: str, message: str) -> Iterator[Segment]:
+        """A string of the template with a message in it. Only the template's own words are searched for special
+        tokens: a person may type what he likes."""
+        before, _, behind = text.partition("{}")
+        yield from self._cut(before, learn=False)
+        yield Segment(message)
+        yield from self._cut(behind, learn=False)
 
     @property
     def jinja(self) -> str:
@@ -91,13 +100,14 @@ def turns(messages: Sequence[Message]) -> tuple[str, Iterator[tuple[str, str]]]:
     Raises:
         ValueError: the roles do not alternate user, assistant, … after at most one system message.
     """
-    system = messages[0].content if messages and messages[0].role == "system" else ""
-    rest = list(messages[1:] if system else messages)
+    begins = bool(messages) and messages[0].role == "system"
+    system = messages[0].content if begins else ""
+    rest = list(messages[1:] if begins else messages)
     expected = ["user", "assistant"] * (len(rest) // 2)
     if not rest or [message.role for message in rest] != expected:
         found = " ".join(message.role for message in messages)
         raise ValueError(f"roles must be [system] user assistant user assistant …, got: {found}")
-    if any(not isinstance(message.content, str) or not message.content for message in messages):
+    if any(not isinstance(message.content, str) or not message.content for message in rest):
         raise ValueError("a turn is empty")
     return system, ((rest[i].content, rest[i + 1].content) for i in range(0, len(rest), 2))
 
