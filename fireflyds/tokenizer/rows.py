@@ -1,6 +1,7 @@
 """New embedding and head rows for new pieces, written shard by shard beside the rest of the model."""
 
 import json
+import math
 import pickle
 import shutil
 import zipfile
@@ -13,12 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from fireflyds.config import RowInit
 from fireflyds.directories import read_json
 from fireflyds.errors import UserError
 from fireflyds.tokenizer.directory import FILES
+from fireflyds.tokenizer.shards import Entry, save_streamed
 
 # The names transformers gives the two matrices: LLaMA's kind, InternLM2, Falcon and Bloom, GPT-2, GPT-NeoX.
 EMBEDDINGS = ("embed_tokens.weight", "tok_embeddings.weight", "word_embeddings.weight", "wte.weight", "embed_in.weight")
@@ -54,6 +55,10 @@ class NewRows:
             return _normal_like(old, len(self.old_ids), self.seed).to(weight.dtype)
         return torch.stack([self._mean(old, list(ids)) for ids in self.old_ids]).to(weight.dtype)
 
+    def grow(self, weight: torch.Tensor) -> torch.Tensor:
+        """The rows of the base's tokens and the new ones: `[num_tokens + len(old_ids), ...]`."""
+        return torch.cat([weight[: self.num_tokens], self.make(weight)])
+
     def _mean(self, old: torch.Tensor, ids: list[int]) -> torch.Tensor:
         rows = old[ids].float()
         if self.init is RowInit.mean or self.frequency is None:
@@ -83,8 +88,8 @@ def _normal_like(old: torch.Tensor, count: int, seed: int) -> torch.Tensor:
 def expand_model(base: Path, out: Path, new: NewRows) -> dict[str, int]:
     """Copy a Hugging Face directory with new rows.
 
-    Rows of the base beyond its tokens are padding, which the new rows take the place of. Only one shard is in memory
-    at a time; `.bin` shards become safetensors. Returns the parameter counts before and after, and the row width.
+    Rows of the base beyond its tokens are padding, which the new rows take the place of. Weights are mapped and written
+    tensor by tensor, so that the embeddings alone are in memory; `.bin` shards become safetensors. Returns the parameter counts before and after, and the row width.
 
     Raises:
         UserError: no weights, fewer rows than tokens, no embeddings under a known name, or a head that contradicts
@@ -99,20 +104,18 @@ def expand_model(base: Path, out: Path, new: NewRows) -> dict[str, int]:
     total = 0
     files = _shards(base)
     for number, (name, read) in enumerate(files, 1):
-        tensors = {}
+        entries: dict[str, Entry] = {}
         for key, tensor in read():
             grown, is_copy = seen.check(key, tensor)
             if is_copy:  # tied models keep one matrix
                 continue
-            tensor = torch.cat([tensor[: new.num_tokens], new.make(tensor)]) if grown else tensor
-            # Two names on one storage cannot both be saved; a tensor of its own can.
-            tensor = tensor.contiguous() if name.endswith(".safetensors") else tensor.clone()
-            seen.after += tensor.numel()
-            total += tensor.numel() * tensor.element_size()
-            tensors[key] = tensor
+            shape = [new.num_tokens + len(new.old_ids), *tensor.shape[1:]] if grown else [*tensor.shape]
+            entries[key] = Entry(shape, tensor.dtype, partial(new.grow, tensor) if grown else partial(_itself, tensor))
+            seen.after += math.prod(shape)
+            total += math.prod(shape) * tensor.element_size()
         written = name if name.endswith(".safetensors") else _name(number, len(files))
-        save_file(tensors, out / written, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, written)
+        save_streamed(out / written, entries)
+        weight_map |= dict.fromkeys(entries, written)
     seen.finish()
     _copy_rest(base, out)
     if len(files) > 1:
@@ -126,6 +129,10 @@ def expand_model(base: Path, out: Path, new: NewRows) -> dict[str, int]:
         "hidden_size": seen.width,
         "matrices": 1 if tied else 2,
     }
+
+
+def _itself(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 class _Seen:

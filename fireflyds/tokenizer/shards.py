@@ -1,0 +1,51 @@
+"""Safetensors files written tensor by tensor. The library's own writer needs the whole file in memory."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fireflyds.errors import UserError
+
+_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2", torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A tensor to be written: what it will be, and how to get it when its turn comes."""
+
+    shape: list[int]
+    dtype: torch.dtype
+    make: Callable[[], torch.Tensor]
+
+
+def save_streamed(file: Path, entries: dict[str, Entry]) -> None:
+    """Write a safetensors file (https://github.com/huggingface/safetensors, section Format): the length of the header
+    as a little-endian 64-bit number, the header in JSON, padded to eight bytes, and the tensors one after the other.
+
+    Raises:
+        UserError: a number format that safetensors does not have.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, entry in entries.items():
+        if entry.dtype not in _NAMES:
+            raise UserError(
+                f"{file.name}: {name} is {entry.dtype}, which safetensors cannot hold. Save the model in another format"
+            )
+        size = torch.Size(entry.shape).numel() * entry.dtype.itemsize
+        header[name] = {"dtype": _NAMES[entry.dtype], "shape": entry.shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for entry in entries.values():
+            tensor = entry.make().contiguous()
+            stream.write(tensor.flatten().view(torch.uint8).numpy().data)
