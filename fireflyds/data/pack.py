@@ -15,7 +15,7 @@ _SLACK = 0.25
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
-    """Stretches of documents, each at most `seq_len` tokens: int64 `[p]` arrays.
+    """Stretches of documents, each at most `seq_len` tokens: int32 `[p]` arrays.
 
     `truncated` dialogues lost their last turns; `dropped` had no whole learned turn within `seq_len`.
     """
@@ -34,10 +34,10 @@ def cut(store: TokenStore, documents: np.ndarray, seq_len: int) -> Pieces:
     the last token of the one before, so that every token is still somebody's target. Dialogues end after the last
     learned turn that fits.
     """
-    lengths = store.lengths[documents].astype(np.int64)
+    lengths = store.lengths[documents]
     short = lengths <= seq_len
     plain = store.is_document(documents)
-    parts = [(documents[short], np.zeros(int(short.sum()), np.int64), lengths[short])]
+    parts = [(documents[short], np.zeros(int(short.sum()), np.int32), lengths[short])]
     truncated = dropped = 0
     ends_sentence = np.zeros(1 + int(store.sentence_ends.max(initial=0)), bool)
     ends_sentence[store.sentence_ends] = True
@@ -54,7 +54,7 @@ def cut(store: TokenStore, documents: np.ndarray, seq_len: int) -> Pieces:
             continue
         truncated += 1
         parts.append((np.array([document]), np.array([0]), fitting[-1:]))
-    joined = [np.concatenate([part[column] for part in parts]).astype(np.int64) for column in range(3)]
+    joined = [np.concatenate([part[column] for part in parts]).astype(np.int32) for column in range(3)]
     return Pieces(joined[0], joined[1], joined[2], truncated, dropped)
 
 
@@ -91,7 +91,7 @@ def plan(lengths: np.ndarray, seq_len: int, seed: int, epoch: int) -> Plan:
     """
     rng = np.random.default_rng((seed, epoch))
     # Which documents share a window is drawn once for all epochs.
-    windows = np.random.default_rng(seed).permutation(len(lengths))
+    windows = np.random.default_rng(seed).permutation(np.arange(len(lengths), dtype=np.int32))
     rows, sizes, count = [], [], 0
     for start in range(0, len(windows), WINDOW):
         window = windows[start : start + WINDOW]
@@ -103,7 +103,7 @@ def plan(lengths: np.ndarray, seq_len: int, seed: int, epoch: int) -> Plan:
         sizes.append(np.bincount(row_of, minlength=num_rows))
         count += num_rows
     if not count:
-        return Plan(np.zeros(0, np.int64), np.zeros(1, np.int64))
+        return Plan(np.zeros(0, np.int32), np.zeros(1, np.int64))
     order, size = np.concatenate(rows), np.concatenate(sizes)
     starts = np.cumsum(size) - size
     shuffled = rng.permutation(count)
@@ -122,14 +122,14 @@ def _order(values: np.ndarray) -> np.ndarray:
 
 
 def best_fit(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, int]:
-    """The row of every piece under best fit decreasing, int64 `[p]`, and the number of rows.
+    """The row of every piece under best fit decreasing, int32 `[p]`, and the number of rows.
 
     Pieces of one length and rows with one room are moved together, so the work grows with the number of different
     lengths, not of pieces. A row that takes a piece has the least room that takes the next of the same length, so it
     takes as many as it can before the next row is looked at.
     """
     order = _order(seq_len - lengths)
-    row_of = np.empty(len(lengths), np.int64)
+    row_of = np.empty(len(lengths), np.int32)
     room: dict[int, list[np.ndarray]] = {}  # rows by the room they have left
     rooms = np.zeros(seq_len + 1, bool)
     num_rows = 0
@@ -149,7 +149,7 @@ def best_fit(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, int]:
                 rooms[fitting] = bool(room[fitting])
             else:
                 fitting = seq_len
-                rows = np.arange(num_rows, num_rows + -(-(end - at) // (seq_len // size)))
+                rows = np.arange(num_rows, num_rows + -(-(end - at) // (seq_len // size)), dtype=np.int32)
                 num_rows += len(rows)
             each = fitting // size
             full, rest = divmod(min(end - at, len(rows) * each), each)
