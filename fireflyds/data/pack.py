@@ -37,7 +37,7 @@ def cut(store: TokenStore, documents: np.ndarray, seq_len: int) -> Pieces:
     lengths = store.lengths[documents]
     short = lengths <= seq_len
     plain = store.is_document(documents)
-    parts = [(documents[short], np.zeros(int(short.sum()), np.int32), lengths[short])]
+    parts: list[tuple[np.ndarray, ...]] = [(documents[short], np.zeros(int(short.sum()), np.int32), lengths[short])]
     truncated = dropped = 0
     ends_sentence = np.zeros(1 + int(store.sentence_ends.max(initial=0)), bool)
     ends_sentence[store.sentence_ends] = True
