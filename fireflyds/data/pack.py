@@ -36,17 +36,17 @@ def cut(store: TokenStore, documents: np.ndarray, seq_len: int) -> Pieces:
     """
     lengths = store.lengths[documents]
     short = lengths <= seq_len
-    plain = store.is_document(documents)
+    long, plain = documents[~short], store.is_document(documents[~short])
     parts: list[tuple[np.ndarray, ...]] = [(documents[short], np.zeros(int(short.sum()), np.int32), lengths[short])]
     truncated = dropped = 0
     ends_sentence = np.zeros(1 + int(store.sentence_ends.max(initial=0)), bool)
     ends_sentence[store.sentence_ends] = True
-    for document, length in zip(documents[~short & plain].tolist(), lengths[~short & plain].tolist(), strict=True):
+    for document, length in zip(long[plain].tolist(), lengths[~short][plain].tolist(), strict=True):
         starts = np.asarray(_cuts(store.ids(document, 0, length), ends_sentence, seq_len), np.int64)
         # The next piece begins one token before this one ends.
         ends = np.append(starts[1:] + 1, length)
         parts.append((np.full(len(starts), document), starts, ends - starts))
-    for document in documents[~short & ~plain].tolist():
+    for document in long[~plain].tolist():
         spans = store.spans_of(document)
         fitting = spans[spans[:, 1] <= seq_len, 1]
         if len(fitting) == 0:
