@@ -5,6 +5,7 @@ import difflib
 import os
 import re
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -55,6 +56,9 @@ def main(verb: Callable[[C], Any], about: str) -> None:
         # One message a node: an error may be of this machine alone.
         if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            # Launchers end all ranks as soon as one has left; the one that speaks must not be cut short.
+            time.sleep(2)
         sys.exit(2)
     except BrokenPipeError:  # `... -h | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
