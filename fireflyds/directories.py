@@ -71,12 +71,8 @@ def build_aside(out: Path, *, marker: str, pieces: str) -> Iterator[Path]:
 
 
 def _built(out: Path, marker: str, pieces: str) -> Iterator[Path]:
-    aside = out.with_name(f".{out.name}.partial")
-    _refuse_foreign(out, marker)
-    try:
-        (aside / pieces).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"out={out}: cannot be written ({error.strerror}). Give another folder") from error
+    aside = _place_aside(out, marker, fresh=False)
+    (aside / pieces).mkdir(exist_ok=True)
     try:
         yield aside
         _replace(out, aside)
@@ -85,13 +81,22 @@ def _built(out: Path, marker: str, pieces: str) -> Iterator[Path]:
             shutil.rmtree(aside, ignore_errors=True)
 
 
-def _refuse_foreign(out: Path, marker: str) -> None:
+def _place_aside(out: Path, marker: str, *, fresh: bool) -> Path:
+    """The sibling folder to write into, when `out` may be replaced."""
     if out.is_file():
         raise UserError(f"out={out}: cannot be written (a file of that name is there). Give another folder")
     if out.exists() and any(out.iterdir()) and not (out / marker).exists():
         raise UserError(
             f"out={out}: the folder holds other things (no {marker}) and is not overwritten. Give another folder"
         )
+    aside = out.with_name(f".{out.name}.partial")
+    try:
+        if fresh:
+            shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True, exist_ok=not fresh)
+    except OSError as error:
+        raise UserError(f"out={out}: cannot be written ({error.strerror}). Give another folder") from error
+    return aside
 
 
 def _replace(out: Path, aside: Path) -> None:
@@ -120,13 +125,7 @@ def write_aside(out: Path, *, marker: str) -> Iterator[Path]:
 
 
 def _written(out: Path, marker: str) -> Iterator[Path]:
-    aside = out.with_name(f".{out.name}.partial")
-    _refuse_foreign(out, marker)
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"out={out}: cannot be written ({error.strerror}). Give another folder") from error
+    aside = _place_aside(out, marker, fresh=True)
     try:
         yield aside
         _replace(out, aside)

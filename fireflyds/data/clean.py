@@ -5,12 +5,12 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fireflyds.config import CleanConfig, UnicodeForm
+from fireflyds.data.files import Record, find_files, read_records
 from fireflyds.errors import UserError
 from fireflyds.types import Message, Sample
 
@@ -137,10 +137,8 @@ def contamination(config: CleanConfig) -> np.ndarray:
 
 def _evaluation_texts(path: str) -> Iterable[str]:
     """Every text field of an evaluation set, as documents or as rows of whatever layout."""
-    from fireflyds.data.files import Record, find_files, read_records
-
     for file in find_files(path):
-        for record in read_records(Path(file)):
+        for record in read_records(file):
             if isinstance(record, Record):
                 yield from _strings(record.fields)
 

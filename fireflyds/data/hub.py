@@ -30,15 +30,12 @@ def read_dataset(path: str) -> Iterator[dict[str, Any]]:
             found = datasets.load_dataset(name, config or None, streaming=True)
         else:
             found = datasets.load_from_disk(path)
-        splits = dict(found) if isinstance(found, dict) else {"train": found}
-        split = splits["train"] if "train" in splits or len(splits) > 1 else next(iter(splits.values()))
-    except KeyError as error:
-        raise UserError(
-            f"{path}: no split 'train' among {', '.join(splits)}. Save the wanted split by itself"
-        ) from error
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"{path}: cannot be read as a data set ({reason}). Give hf:<name>, hf:<name>:<config> or a saved folder"
         ) from error
-    yield from split
+    splits = dict(found) if isinstance(found, dict) else {"train": found}
+    if len(splits) > 1 and "train" not in splits:
+        raise UserError(f"{path}: no split 'train' among {', '.join(splits)}. Save the wanted split by itself")
+    yield from splits.get("train", next(iter(splits.values())))

@@ -18,7 +18,7 @@ from fireflyds.config import CleanConfig, Duplicates, LossOn, PrepareConfig, Sou
 from fireflyds.data.clean import Cleaner
 from fireflyds.data.duplicates import NUM_PERM, signature, text_hash
 from fireflyds.data.encode import encode_samples
-from fireflyds.data.files import Part, Rejected, kind
+from fireflyds.data.files import Part, Rejected, find_files, kind
 from fireflyds.data.hub import is_dataset
 from fireflyds.data.sources import parts_of, read_part
 from fireflyds.data.store import VERSION, PartWriter, token_dtype
@@ -55,15 +55,10 @@ def plan_tasks(config: PrepareConfig, tokenizer: str) -> list[Task]:
 
 def _settings(clean: CleanConfig, tokenizer: str) -> str:
     said = {name: str(value) for name, value in asdict(clean).items() if name != "similarity"}
-    evaluation = [hashlib.sha256(file.read_bytes()).hexdigest() for file in _evaluation_files(clean)]
+    evaluation = [
+        hashlib.sha256(file.read_bytes()).hexdigest() for path in clean.decontaminate for file in find_files(path)
+    ]
     return json.dumps([VERSION, tokenizer, said, evaluation], sort_keys=True)
-
-
-def _evaluation_files(clean: CleanConfig) -> Iterator[Path]:
-    from fireflyds.data.files import find_files
-
-    for path in clean.decontaminate:
-        yield from find_files(path)
 
 
 def _stretches(source: SourceConfig) -> Iterator[tuple[Part, int, str]]:

@@ -31,8 +31,8 @@ class Base(Protocol):
     def text(self, piece: str) -> str | None:
         """The text of a piece; None for a part of a character."""
 
-    def lead(self, piece: str) -> bytes:
-        """The bytes of a part of a character."""
+    def as_bytes(self, piece: str) -> bytes:
+        """The UTF-8 of a piece, which may be a part of a character."""
 
     def knows(self, piece: str) -> bool: ...
 

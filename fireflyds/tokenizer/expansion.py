@@ -49,7 +49,7 @@ def describe(base: Base, found: Expansion, checks: list[Check]) -> dict[str, Any
     """What was done, for the report."""
 
     def readable(pieces: Iterable[str]) -> list[str]:
-        return [text if (text := base.text(piece)) is not None else base.lead(piece).hex(" ") for piece in pieces]
+        return [text if (text := base.text(piece)) is not None else base.as_bytes(piece).hex(" ") for piece in pieces]
 
     plan, order = found.plan, sorted(found.saved, key=lambda piece: -found.saved[piece])
     ranked = [piece for piece in order if base.text(piece) is not None]

@@ -57,11 +57,13 @@ class JsonBase:
         if not self.has_fragments:
             return piece.replace("▁", " ")
         try:
-            return self.lead(piece).decode()
+            return self.as_bytes(piece).decode()
         except UnicodeDecodeError:
             return None
 
-    def lead(self, piece: str) -> bytes:
+    def as_bytes(self, piece: str) -> bytes:
+        if not self.has_fragments:
+            return piece.replace("▁", " ").encode()
         return bytes(self._bytes[character] for character in piece)
 
     def knows(self, piece: str) -> bool:

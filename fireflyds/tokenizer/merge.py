@@ -44,13 +44,13 @@ def plan_merge(base: Base, texts: Sequence[str], scripts: Scripts) -> Plan:
     that stood before them, so none blocks another's path. A piece is dropped when it has no new character, or when
     it could be reached only by a merge that also touches text without new characters.
     """
-    inserter = _Inserter(base, scripts)
-    eligible = [text for text in dict.fromkeys(texts) if inserter.is_eligible(text)]
+    inserter, wanted = _Inserter(base, scripts), dict.fromkeys(texts)
+    eligible = [text for text in wanted if inserter.is_eligible(text)]
     for character in dict.fromkeys(c for text in eligible for c in text if scripts.covers(c)):
-        inserter.insert(character, asked=character in texts)
+        inserter.insert(character, asked=character in wanted)
     for text in eligible:
         inserter.insert(text, asked=True)
-    asked = {base.spelled(text) for text in texts}
+    asked = {base.spelled(text) for text in wanted}
     plan = inserter.plan
     plan.intermediates = [step.piece for step in plan.steps if step.piece not in asked]
     _prune(plan)
@@ -162,7 +162,7 @@ class _Inserter:
             return False
         text = self.base.text(joint)
         if text is None:
-            return self.scripts.covers_lead(self.base.lead(joint))
+            return self.scripts.covers_lead(self.base.as_bytes(joint))
         return self.scripts.covers(text.removeprefix(" "))
 
 
@@ -174,7 +174,7 @@ def unreachable(base: Base, plan: Plan, encoder: Encoder) -> list[str]:
     dead = []
     for index, step in enumerate(plan.steps, base.num_tokens):
         text = base.text(step.piece)
-        texts = [text] if text is not None else _beginning_with(base.lead(step.piece))
+        texts = [text] if text is not None else _beginning_with(base.as_bytes(step.piece))
         if not any(index in encoder.encode(f"\n{text}\n") for text in texts):
             dead.append(step.piece)
     return dead

@@ -43,8 +43,8 @@ class SentencePieceBase:
     def text(self, piece: str) -> str | None:
         return piece.replace(_SPACE, " ")
 
-    def lead(self, piece: str) -> bytes:
-        raise NotImplementedError("SentencePiece pieces are whole characters")
+    def as_bytes(self, piece: str) -> bytes:
+        return piece.replace(_SPACE, " ").encode()
 
     def knows(self, piece: str) -> bool:
         return piece in self._pieces
