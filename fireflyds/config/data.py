@@ -106,7 +106,7 @@ class CleanConfig:
         require_at_least(self, min_characters=0, overlap=4)
         for name in ("max_repetition", "similarity"):
             if not 0 < getattr(self, name) <= 1:
-                raise UserError(f"clean.{name}={getattr(self, name)}: must be in (0, 1]")
+                raise UserError(f"clean.{name}={getattr(self, name)}: must be in (0, 1]. Give a share such as 0.8")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -133,4 +133,4 @@ class PrepareConfig:
     def __post_init__(self) -> None:
         require_at_least(self, workers=0, inspect=0)
         if not 0 <= self.max_rejected <= 1:
-            raise UserError(f"max_rejected={self.max_rejected}: must be in [0, 1]")
+            raise UserError(f"max_rejected={self.max_rejected}: must be in [0, 1]. Give a share such as 0.01")

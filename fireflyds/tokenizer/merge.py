@@ -85,7 +85,7 @@ def fill(base: Base, plan: Plan, scripts: Scripts, vocab_size: int) -> None:
     if missing > 0:
         raise UserError(
             f"vocab_multiple: {missing:,} more pieces would be needed to reach {vocab_size:,}, and the scripts "
-            f"{', '.join(scripts.names)} have no more characters. Give a smaller multiple"
+            f"{', '.join(scripts.names)} have no more characters. Give a smaller multiple, or further scripts"
         )
 
 
