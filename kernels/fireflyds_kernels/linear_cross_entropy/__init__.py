@@ -6,7 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fireflyds_kernels.linear_cross_entropy import chunked
+from fireflyds_kernels import dispatch
+from fireflyds_kernels.dispatch import Implementation, able, needs_triton
 
 
 def linear_cross_entropy(
@@ -18,17 +19,20 @@ def linear_cross_entropy(
     token_weights: Tensor | None = None,
     ignore_index: int = -100,
     reduction: Literal["sum", "none"] = "sum",
+    num_labels: int | None = None,
 ) -> Tensor:
     """-token_weight · log softmax(hidden weightᵀ + bias)[label], over the rows that have a label.
 
     Args:
         hidden: `[T, d]`.
         weight: `[V, d]`, or blocks of its rows one after the other, `([V0, d], [V1, d])`: a block that needs no
-            gradient costs none, so that a head may train its new rows alone.
-        bias: `[V]` or None.
+            gradient costs none, so that a head may train its new rows alone. Blocks of another number format than
+            `hidden` are used in hidden's.
         labels: int64 `[T]`; rows with `ignore_index` cost nothing, in compute or memory.
+        bias: `[V]` or None.
         token_weights: `[T]`, without gradient, or None for 1 everywhere.
-        reduction: `sum` gives a scalar, `none` gives `[T]` with 0 at ignored rows. Both float32.
+        reduction: `sum` gives a scalar, `none` gives `[T]` with 0 at ignored rows. Both float32 or wider.
+        num_labels: how many rows have a label, where the host knows it: spares the one wait for the device.
 
     With `sum` the gradients are formed in the forward pass, chunk by chunk, while the chunk's logits are there: three
     matrix products as in the plain computation, not four. They are held un-normalised, scaled by a power of two and
@@ -36,8 +40,18 @@ def linear_cross_entropy(
 
     Raises:
         ValueError: shapes that do not fit together, or an unknown reduction.
+        CannotRun: an implementation was forced that cannot run here.
     """
-    blocks = (weight,) if isinstance(weight, Tensor) else tuple(weight)
+    blocks = [weight] if isinstance(weight, Tensor) else list(weight)
+    _check(hidden, blocks, labels, bias, token_weights, reduction)
+    run = dispatch.select("linear_cross_entropy", hidden)
+    losses: Tensor = run(hidden, blocks, labels, bias, token_weights, ignore_index, reduction, num_labels)
+    return losses
+
+
+def _check(
+    hidden: Tensor, blocks: list[Tensor], labels: Tensor, bias: Tensor | None, weights: Tensor | None, reduction: str
+) -> None:
     shapes = [[*block.shape] for block in blocks]
     if (
         hidden.dim() != 2
@@ -50,17 +64,19 @@ def linear_cross_entropy(
     rows = sum(block.shape[0] for block in blocks)
     if bias is not None and bias.shape != (rows,):
         raise ValueError(f"linear_cross_entropy: bias [V] expected with V={rows}, got {[*bias.shape]}")
-    if token_weights is not None and token_weights.shape != labels.shape:
+    if weights is not None and weights.shape != labels.shape:
         raise ValueError(
-            f"linear_cross_entropy: token_weights [T] expected with T={len(labels)}, got {[*token_weights.shape]}"
+            f"linear_cross_entropy: token_weights [T] expected with T={labels.shape[0]}, got {[*weights.shape]}"
         )
     if reduction not in ("sum", "none"):
         raise ValueError(f"linear_cross_entropy: reduction={reduction!r} is neither 'sum' nor 'none'")
-    labelled = (labels != ignore_index).nonzero().squeeze(1)
-    scale = None if token_weights is None else token_weights[labelled].float()
-    compact, targets = hidden[labelled], labels[labelled]
-    if reduction == "sum":
-        return chunked.summed(compact, blocks, targets, bias, scale)
-    losses = chunked.each(compact, blocks, targets, bias)
-    losses = losses if scale is None else losses * scale
-    return torch.zeros(len(labels), dtype=losses.dtype, device=losses.device).index_put((labelled,), losses)
+
+
+
+_PLACE = "fireflyds_kernels.linear_cross_entropy"
+dispatch.Kernel(
+    "linear_cross_entropy",
+    Implementation("triton", f"{_PLACE}.chunked", "with_triton", needs_triton(60)),
+    Implementation("chunked", f"{_PLACE}.chunked", "plain", able),
+    Implementation("reference", f"{_PLACE}.reference", "linear_cross_entropy", able),
+)

@@ -1,150 +1,174 @@
-"""The loss in chunks of rows: plain PyTorch on any device, exact gradients, the logits of one chunk at a time."""
+"""The loss in chunks of labelled rows: exact gradients, the logits of one chunk at a time."""
 
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-# Elements of logits that exist at once: 606 rows at V = 55,296, 134 MB in float32.
-CHUNK_ELEMENTS = 1 << 25
-# Probabilities of 1/V and below are subnormal in float16; this brings them back into its range.
-_LIFT = 1024.0
+from fireflyds_kernels.linear_cross_entropy import softmax
+from fireflyds_kernels.linear_cross_entropy.gradients import Gradients, wide
 
-
-def summed(
-    hidden: Tensor, blocks: tuple[Tensor, ...], labels: Tensor, bias: Tensor | None, scale: Tensor | None
-) -> Tensor:
-    """The sum of the losses of labelled rows, each times its `scale`."""
-    result: Tensor = _Summed.apply(hidden, labels, bias, scale, *blocks)
-    return result
+# Logits that exist at once: 1,213 rows of bfloat16 at V = 55,296, 606 of float32.
+CHUNK_BYTES = 1 << 27
 
 
-def each(hidden: Tensor, blocks: tuple[Tensor, ...], labels: Tensor, bias: Tensor | None) -> Tensor:
-    """The losses of labelled rows, `[n]`."""
-    result: Tensor = _Each.apply(hidden, labels, bias, *blocks)
-    return result
+def plain(*arguments: Any) -> Tensor:
+    """Softmax by PyTorch, on any device."""
+    return _run(*arguments, fused=False)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+def with_triton(*arguments: Any) -> Tensor:
+    """Softmax by our kernel."""
+    return _run(*arguments, fused=True)
 
 
-def _chunks(rows: int, vocab_size: int) -> Iterator[slice]:
-    step = max(16, CHUNK_ELEMENTS // max(vocab_size, 1))
-    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+def _run(
+    hidden: Tensor, blocks: list[Tensor], labels: Tensor, bias: Tensor | None, token_weights: Tensor | None,
+    ignore_index: int, reduction: str, num_labels: int | None, fused: bool,
+) -> Tensor:  # fmt: skip
+    if reduction == "none":
+        losses: Tensor = _each(hidden, blocks, labels, bias, ignore_index, num_labels, fused)[0]
+        return losses if token_weights is None else losses * token_weights.to(losses.dtype)
+    grad = torch.is_grad_enabled()
+    wanted = [grad and x is not None and x.requires_grad for x in (hidden, bias, *blocks)]
+    found = _summed(hidden, blocks, labels, bias, token_weights, ignore_index, num_labels, wanted, fused)
+    total: Tensor = found[0]
+    return total
 
 
-def _logits(hidden: Tensor, blocks: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
-    """`[c, V]` in float32 or wider."""
-    parts = [hidden @ block.T for block in blocks]
-    logits = (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).to(_wide(hidden.dtype))
-    return logits if bias is None else logits.add_(bias)
+def _labelled(labels: Tensor, ignore_index: int, num_labels: int | None) -> Tensor:
+    mask = labels != ignore_index
+    if num_labels is None:
+        return mask.nonzero()[:, 0]
+    return torch.nonzero_static(mask, size=num_labels)[:, 0]
 
 
-class _Gradients:
-    """Gradients of `Σ row_scale · loss`, added up chunk by chunk in float32."""
-
-    def __init__(self, hidden: Tensor, blocks: tuple[Tensor, ...], bias: Tensor | None, wanted: list[bool]) -> None:
-        wide = _wide(hidden.dtype)
-        self._blocks, self._dtype = blocks, hidden.dtype
-        self.hidden = hidden.new_zeros(hidden.shape, dtype=wide) if wanted[0] else None
-        self.bias = bias.new_zeros(bias.shape, dtype=wide) if bias is not None and wanted[1] else None
-        self.blocks = [
-            block.new_zeros(block.shape, dtype=wide) if want else None
-            for block, want in zip(blocks, wanted[2:], strict=True)
-        ]
-        self._lift = _LIFT if hidden.dtype is torch.float16 else 1.0
-
-    def add(self, rows: slice, hidden: Tensor, labels: Tensor, probabilities: Tensor, row_scale: Tensor | None) -> None:
-        """`probabilities` `[c, V]` are used up."""
-        probabilities[torch.arange(len(labels), device=labels.device), labels] -= 1
-        if row_scale is not None:
-            probabilities.mul_(row_scale[:, None])
-        if self.bias is not None:
-            self.bias += probabilities.sum(0)
-        if self._lift != 1:
-            probabilities.mul_(self._lift)
-        narrow, start = probabilities.to(self._dtype), 0
-        for block, gradient in zip(self._blocks, self.blocks, strict=True):
-            mine = narrow[:, start : start + len(block)]
-            start += len(block)
-            if self.hidden is not None:
-                self.hidden[rows] += (mine @ block).to(self.hidden.dtype).div_(self._lift)
-            if gradient is not None:
-                _add_product(gradient, mine, hidden, 1 / self._lift)
-
-    def times(self, upstream: Tensor, dtypes: list[torch.dtype]) -> list[Tensor | None]:
-        """In the order hidden, bias, blocks, each in its tensor's own type."""
-        found = [self.hidden, self.bias, *self.blocks]
-        return [None if g is None else (g * upstream).to(dtype) for g, dtype in zip(found, dtypes, strict=True)]
+def _chunks(rows: int, vocab_size: int, itemsize: int) -> Iterator[slice]:
+    """As few and as even stretches of rows as the memory for logits allows."""
+    most = max(16, CHUNK_BYTES // max(vocab_size * itemsize, 1))
+    step = -(-rows // max(1, -(-rows // most)))
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step or 1))
 
 
-def _add_product(gradient: Tensor, left: Tensor, right: Tensor, factor: float) -> None:
-    if gradient.dtype == left.dtype:
-        gradient.addmm_(left.T, right, alpha=factor)
-    else:
-        gradient.add_(left.T @ right, alpha=factor)
+def _logits(hidden: Tensor, blocks: list[Tensor]) -> Tensor:
+    """`[c, V]` in hidden's type."""
+    if len(blocks) == 1:
+        return hidden @ blocks[0].T
+    logits, start = hidden.new_empty(len(hidden), sum(map(len, blocks))), 0
+    for block in blocks:
+        logits[:, start : start + len(block)] = hidden @ block.T
+        start += len(block)
+    return logits
 
 
-def _types(hidden: Tensor, bias: Tensor | None, blocks: tuple[Tensor, ...]) -> list[torch.dtype]:
-    return [hidden.dtype, hidden.dtype if bias is None else bias.dtype, *(block.dtype for block in blocks)]
+def _softmax(fused: bool) -> Any:
+    if fused:
+        from fireflyds_kernels.linear_cross_entropy import triton
+
+        return triton.losses_and_slopes
+    return softmax.losses_and_slopes
 
 
-class _Summed(torch.autograd.Function):
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, hidden: Tensor, labels: Tensor, bias: Tensor | None, scale: Tensor | None, *blocks: Tensor
-    ) -> Tensor:
-        wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[2], *ctx.needs_input_grad[4:]]
-        gradients = _Gradients(hidden, blocks, bias, wanted) if any(wanted) else None
-        total = hidden.new_zeros((), dtype=_wide(hidden.dtype))
-        for rows in _chunks(len(labels), sum(map(len, blocks))):
-            logits, targets = _logits(hidden[rows], blocks, bias), labels[rows]
-            highest = logits.amax(1, keepdim=True)
-            target = logits.gather(1, targets[:, None])
-            norm = logits.sub_(highest).exp_().sum(1, keepdim=True)
-            losses = (norm.log() + highest - target)[:, 0]
-            row_scale = None if scale is None else scale[rows]
-            total += losses.sum() if row_scale is None else losses @ row_scale.to(losses.dtype)
-            if gradients is not None:
-                gradients.add(rows, hidden[rows], targets, logits.div_(norm), row_scale)
-        ctx.gradients = gradients
-        ctx.types = _types(hidden, bias, blocks)
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        hidden, bias, *blocks = ctx.gradients.times(upstream, ctx.types)
-        return (hidden, None, bias, None, *blocks)
+@torch.library.custom_op("fireflyds::linear_cross_entropy_sum", mutates_args=())
+def _summed(
+    hidden: Tensor, blocks: list[Tensor], labels: Tensor, bias: Tensor | None, token_weights: Tensor | None,
+    ignore_index: int, num_labels: int | None, wanted: list[bool], fused: bool,
+) -> list[Tensor]:  # fmt: skip
+    """The loss, then the gradients of hidden, bias and every block, each empty when not wanted."""
+    rows = _labelled(labels, ignore_index, num_labels)
+    scale = None if token_weights is None else token_weights[rows]
+    near = [block.to(hidden.dtype) for block in blocks]
+    pieces = list(_chunks(len(rows), sum(map(len, blocks)), hidden.itemsize))
+    gradients = Gradients(hidden, bias, blocks, wanted, len(pieces))
+    run, total = _softmax(fused), hidden.new_zeros((), dtype=wide(hidden.dtype))
+    for piece in pieces:
+        compact, mine = hidden[rows[piece]], None if scale is None else scale[piece]
+        logits = _logits(compact, near)
+        losses = run(logits, labels[rows[piece]], bias, mine, gradients.lift, any(wanted))
+        total += losses.sum() if mine is None else losses @ mine.to(losses.dtype)
+        if any(wanted):
+            gradients.add(rows[piece], compact, near, logits)
+    return [total, *gradients.finish()]
 
 
-class _Each(torch.autograd.Function):
-    """One loss a row: what comes from above differs from row to row, so the logits are made again in backward."""
+@_summed.register_fake
+def _(
+    hidden: Tensor, blocks: list[Tensor], labels: Tensor, bias: Tensor | None, token_weights: Any,
+    ignore_index: int, num_labels: Any, wanted: list[bool], fused: bool,
+) -> list[Tensor]:  # fmt: skip
+    tensors = [hidden, bias, *blocks]
+    found = [x.new_empty(x.shape if want and x is not None else (0,)) if x is not None else hidden.new_empty(0)
+             for x, want in zip(tensors, wanted, strict=True)]  # fmt: skip
+    return [hidden.new_empty((), dtype=wide(hidden.dtype)), *found]
 
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, labels: Tensor, bias: Tensor | None, *blocks: Tensor) -> Tensor:  # type: ignore[override]
-        losses = hidden.new_zeros(len(labels), dtype=_wide(hidden.dtype))
-        norms = torch.empty_like(losses)
-        for rows in _chunks(len(labels), sum(map(len, blocks))):
-            logits = _logits(hidden[rows], blocks, bias)
-            norms[rows] = logits.logsumexp(1)
-            losses[rows] = norms[rows] - logits.gather(1, labels[rows, None])[:, 0]
-        ctx.save_for_backward(hidden, labels, norms, *([] if bias is None else [bias]), *blocks)
-        ctx.has_bias = bias is not None
-        return losses
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        hidden, labels, norms, *rest = ctx.saved_tensors
-        bias, blocks = (rest[0], tuple(rest[1:])) if ctx.has_bias else (None, tuple(rest))
-        wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[2], *ctx.needs_input_grad[3:]]
-        gradients = _Gradients(hidden, blocks, bias, wanted)
-        for rows in _chunks(len(labels), sum(map(len, blocks))):
-            probabilities = _logits(hidden[rows], blocks, bias).sub_(norms[rows, None]).exp_()
-            gradients.add(rows, hidden[rows], labels[rows], probabilities, upstream[rows])
-        found = gradients.times(upstream.new_ones(()), _types(hidden, bias, blocks))
-        return (found[0], None, found[1], *found[2:])
+def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    ctx.save_for_backward(*output[1:])
+    ctx.wanted = inputs[7]
+
+
+def _gradients(ctx: Any, upstream: list[Tensor]) -> tuple[Any, ...]:
+    found = [(g * upstream[0]).to(g.dtype) if want else None for g, want in zip(ctx.saved_tensors, ctx.wanted, strict=True)]
+    hidden, bias, *blocks = found
+    return hidden, blocks, None, bias, *[None] * 5
+
+
+_summed.register_autograd(_gradients, setup_context=_save)
+
+
+@torch.library.custom_op("fireflyds::linear_cross_entropy_each", mutates_args=())
+def _each(
+    hidden: Tensor, blocks: list[Tensor], labels: Tensor, bias: Tensor | None, ignore_index: int,
+    num_labels: int | None, fused: bool,
+) -> list[Tensor]:  # fmt: skip
+    """The losses `[T]`. Nothing of the logits is kept: what comes from above differs from row to row."""
+    rows = _labelled(labels, ignore_index, num_labels)
+    near = [block.to(hidden.dtype) for block in blocks]
+    losses = hidden.new_zeros(len(labels), dtype=wide(hidden.dtype))
+    for piece in _chunks(len(rows), sum(map(len, blocks)), hidden.itemsize):
+        logits = _logits(hidden[rows[piece]], near)
+        losses[rows[piece]] = _softmax(fused)(logits, labels[rows[piece]], bias, None, 1.0, False)
+    return [losses]
+
+
+@_each.register_fake
+def _(hidden: Tensor, blocks: Any, labels: Tensor, *_: Any) -> list[Tensor]:
+    return [hidden.new_empty(labels.shape[0], dtype=wide(hidden.dtype))]
+
+
+@torch.library.custom_op("fireflyds::linear_cross_entropy_each_backward", mutates_args=())
+def _each_backward(
+    upstream: Tensor, hidden: Tensor, blocks: list[Tensor], labels: Tensor, bias: Tensor | None, ignore_index: int,
+    num_labels: int | None, wanted: list[bool], fused: bool,
+) -> list[Tensor]:  # fmt: skip
+    """Each row's upstream is its token weight in the sum."""
+    found: list[Tensor] = _summed(hidden, blocks, labels, bias, upstream, ignore_index, num_labels, wanted, fused)[1:]
+    return found
+
+
+@_each_backward.register_fake
+def _(
+    upstream: Any, hidden: Tensor, blocks: list[Tensor], labels: Any, bias: Tensor | None, ignore_index: int,
+    num_labels: Any, wanted: list[bool], fused: bool,
+) -> list[Tensor]:  # fmt: skip
+    return [x.new_empty(x.shape if want else (0,)) if x is not None else hidden.new_empty(0)
+            for x, want in zip([hidden, bias, *blocks], wanted, strict=True)]  # fmt: skip
+
+
+def _save_each(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    hidden, blocks, labels, bias, *rest = inputs
+    ctx.save_for_backward(hidden, labels, bias, *blocks)
+    ctx.rest = rest
+
+
+def _gradients_each(ctx: Any, upstream: list[Tensor]) -> tuple[Any, ...]:
+    hidden, labels, bias, *blocks = ctx.saved_tensors
+    ignore_index, num_labels, fused = ctx.rest
+    wanted = [x is not None and x.requires_grad for x in (hidden, bias, *blocks)]
+    found = _each_backward(upstream[0], hidden, blocks, labels, bias, ignore_index, num_labels, wanted, fused)
+    kept = [x if want else None for x, want in zip(found, wanted, strict=True)]
+    return kept[0], kept[2:], None, kept[1], None, None, None
+
+
+_each.register_autograd(_gradients_each, setup_context=_save_each)

@@ -7,5 +7,18 @@ from torch.nn.functional import cross_entropy, linear
 
 def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None) -> Tensor:
     """`[n]` losses of n labelled rows, in float32 or float64."""
-    logits = linear(hidden, weight, bias)
-    return cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, reduction="none")
+    logits = linear(hidden, weight)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return cross_entropy(logits if bias is None else logits + bias, labels, reduction="none")
+
+
+def linear_cross_entropy(
+    hidden: Tensor, blocks: list[Tensor], labels: Tensor, bias: Tensor | None, token_weights: Tensor | None,
+    ignore_index: int, reduction: str, num_labels: int | None,
+) -> Tensor:  # fmt: skip
+    weight = torch.cat([block.to(hidden.dtype) for block in blocks]) if len(blocks) > 1 else blocks[0].to(hidden.dtype)
+    labelled = labels != ignore_index
+    losses = token_losses(hidden, weight, labels.where(labelled, 0), bias).where(labelled, 0)
+    if token_weights is not None:
+        losses = losses * token_weights
+    return losses.sum() if reduction == "sum" else losses

@@ -1,23 +1,129 @@
-"""The definition: scaled dot-product attention, one document at a time."""
+"""The definition, and the CPU's path: scaled dot-product attention, one document at a time.
+
+Forward and backward walk the documents themselves instead of leaving that to autograd, for which a slice per
+document would each make a full-size gradient (1.6 times slower).
+"""
+
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+
+from fireflyds_kernels.packed_attention.bias import bias, span
+
+_attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+# Rows of a document that are taken together under a bias.
+_ROWS = 256
 
 
 def packed_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, max_seqlen: int, causal: bool, scale: float | None
-) -> Tensor:
-    lengths = cu_seqlens.diff().tolist()
-    if sum(lengths) != q.shape[0] or max(lengths) > max_seqlen:
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float,
+    window: int | None, slopes: Tensor | None,
+) -> Tensor:  # fmt: skip
+    out: Tensor = _forward(q, k, v, cu_seqlens, max_seqlen, causal, scale, window, slopes)[0]
+    return out
+
+
+def _boundaries(cu_seqlens: Tensor, tokens: int, max_seqlen: int) -> list[int]:
+    bounds: list[int] = cu_seqlens.tolist()
+    lengths = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
+    if bounds[0] != 0 or bounds[-1] != tokens or min(lengths) < 0 or max(lengths) > max_seqlen:
         raise ValueError(
-            f"packed_attention: documents of {sum(lengths)} tokens (longest {max(lengths)}) for T={q.shape[0]}, max_seqlen={max_seqlen}"
+            f"packed_attention: documents of {sum(lengths)} tokens (shortest {min(lengths)}, longest {max(lengths)}), the first "
+            f"at {bounds[0]}, for T={tokens}, max_seqlen={max_seqlen}"
         )
-    # torch.split and one cat: a slice per document would each make a full-size gradient in the backward pass.
-    documents = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (q, k, v)), strict=True)
-    grouped = q.shape[1] != k.shape[1]
-    outputs = [
-        scaled_dot_product_attention(qi[None], ki[None], vi[None], is_causal=causal, scale=scale, enable_gqa=grouped)[0]
-        for qi, ki, vi in documents
-    ]
-    return torch.cat(outputs, dim=1).transpose(0, 1)
+    return bounds
+
+
+def _pieces(
+    bounds: list[int], causal: bool, window: int | None, slopes: Tensor | None, dtype: torch.dtype
+) -> Iterator[tuple[slice, slice, bool, Tensor | None]]:
+    """Rows, the columns they see, whether a causal mask does, and the bias if not: together every visible pair once."""
+    shape, mask, wide = None, None, torch.promote_types(dtype, torch.float32)
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        length = end - start
+        if length and slopes is None and (window is None or length <= window):
+            yield slice(start, end), slice(start, end), causal, None
+            continue
+        for row in range(0, length, _ROWS):
+            last = min(row + _ROWS, length)
+            low, high = span(row, last, length, causal, window)
+            if shape != (last - row, row - low, high - low):
+                shape = (last - row, row - low, high - low)
+                mask = bias(torch.arange(row, last), torch.arange(low, high), causal, window, slopes, wide)[None]
+            yield slice(start + row, start + last), slice(start + low, start + high), False, mask
+
+
+def _heads_first(x: Tensor, rows: slice) -> Tensor:
+    return x[rows].transpose(0, 1)[None]
+
+
+@torch.library.custom_op("fireflyds::packed_attention_reference", mutates_args=())
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float,
+    window: int | None, slopes: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`[T, H, D]` and the log-sum-exp of every row's scores, `[H, T]`."""
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.promote_types(q.dtype, torch.float32))
+    bounds = _boundaries(cu_seqlens, q.shape[0], max_seqlen)
+    for rows, columns, masked, mask in _pieces(bounds, causal, window, slopes, q.dtype):
+        one, norm = _attend(
+            _heads_first(q, rows), _heads_first(k, columns), _heads_first(v, columns), 0.0, masked, attn_mask=mask, scale=scale
+        )  # fmt: skip
+        out[rows], lse[:, rows] = one[0].transpose(0, 1), norm[0]
+    return out, lse
+
+
+@_forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[1], q.shape[0], dtype=wide)
+
+
+@torch.library.custom_op("fireflyds::packed_attention_reference_backward", mutates_args=())
+def _backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int,
+    causal: bool, scale: float, window: int | None, slopes: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    # Where a document is several pieces, they share columns.
+    shared = window is not None or slopes is not None
+    if shared:
+        dk.zero_()
+        dv.zero_()
+    bounds = _boundaries(cu_seqlens, q.shape[0], max_seqlen)
+    for rows, columns, masked, mask in _pieces(bounds, causal, window, slopes, q.dtype):
+        found = _attend_backward(
+            _heads_first(grad, rows), _heads_first(q, rows), _heads_first(k, columns), _heads_first(v, columns),
+            _heads_first(out, rows), lse[None, :, rows], 0.0, masked, attn_mask=mask, scale=scale,
+        )  # fmt: skip
+        one, other_k, other_v = (x[0].transpose(0, 1) for x in found)
+        dq[rows] = one
+        if shared:
+            dk[columns] += other_k
+            dv[columns] += other_v
+        else:
+            dk[columns], dv[columns] = other_k, other_v
+    return dq, dk, dv
+
+
+@_backward.register_fake
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, cu_seqlens, max_seqlen, causal, scale, window, slopes = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens, slopes)
+    ctx.rest = (max_seqlen, causal, scale, window)
+
+
+def _gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, slopes = ctx.saved_tensors
+    return (*_backward(grad, *tensors, *ctx.rest, slopes), *[None] * 6)
+
+
+_forward.register_autograd(_gradients, setup_context=_save)

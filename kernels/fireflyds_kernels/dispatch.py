@@ -1,0 +1,228 @@
+"""Which implementation of a kernel runs here, and why: by device, number format and what is asked of it.
+
+Each kernel lists its implementations in order of preference; each implementation says why it cannot run, or None.
+`FIREFLYDS_KERNELS` and `force` name one instead, and a named one that cannot run is refused, never replaced.
+
+    FIREFLYDS_KERNELS=reference                     every kernel that has an implementation of that name
+    FIREFLYDS_KERNELS=packed_attention=triton,rope=reference
+"""
+
+import functools
+import importlib
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+VARIABLE = "FIREFLYDS_KERNELS"
+_KERNELS: dict[str, "Kernel"] = {}
+_forced: list[str] = []
+_loaded: dict[str, Callable[..., Any]] = {}
+
+
+class CannotRun(RuntimeError):
+    """An implementation was asked for by name and cannot run here, or nothing of that name exists."""
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """What a choice depends on. `capability` is 90 for sm_90, 0 off CUDA; `head_dim` 0 where there is none."""
+
+    device: str
+    capability: int
+    dtype: torch.dtype
+    head_dim: int = 0
+    window: bool = False
+    alibi: bool = False
+
+    def __str__(self) -> str:
+        device = f"sm_{self.capability}" if self.capability else self.device
+        extras = [f"head_dim {self.head_dim}"] * bool(self.head_dim) + ["window"] * self.window + ["ALiBi"] * self.alibi
+        return " ".join([device, str(self.dtype).removeprefix("torch."), *extras])
+
+
+@dataclass(frozen=True, slots=True)
+class Implementation:
+    """One way to compute a kernel: `function` of `module`, imported when first chosen."""
+
+    name: str
+    module: str
+    function: str
+    refuses: Callable[[Where], str | None]
+
+    def load(self) -> Callable[..., Any]:
+        found: Callable[..., Any] = getattr(importlib.import_module(self.module), self.function)
+        return found
+
+
+class Kernel:
+    """A kernel's implementations, best first."""
+
+    def __init__(self, name: str, *implementations: Implementation) -> None:
+        self.name = name
+        self.implementations = {each.name: each for each in implementations}
+        _KERNELS[name] = self
+
+    def refusals(self, where: Where) -> dict[str, str | None]:
+        """Every implementation with why it cannot run, None for those that can."""
+        return {name: each.refuses(where) for name, each in self.implementations.items()}
+
+    def choose(self, where: Where) -> str:
+        """The name of the implementation that runs.
+
+        Raises:
+            CannotRun: one was forced that cannot run here.
+        """
+        name = _forced_for(self)
+        if name is None:
+            # Triton's interpreter is for tests: on the CPU it runs only when named.
+            skipped = "triton" if where.device == "cpu" else None
+            return next(n for n, each in self.implementations.items() if n != skipped and each.refuses(where) is None)
+        refusal = self.implementations[name].refuses(where)
+        if refusal:
+            able = [name for name, why in self.refusals(where).items() if why is None]
+            raise CannotRun(
+                f"{self.name} was told to run {name!r} on {where}, which it cannot: {refusal}. "
+                f"Able here: {', '.join(able)}; set {VARIABLE} or force() to one of them, or leave the choice to the kernel"
+            )
+        return name
+
+
+def _forced_for(kernel: Kernel) -> str | None:
+    found = None
+    for setting in (os.environ.get(VARIABLE, ""), *_forced):
+        for part in filter(None, map(str.strip, setting.split(","))):
+            owner, _, name = part.rpartition("=")
+            _check(owner, name)
+            if owner == kernel.name or (not owner and name in kernel.implementations):
+                found = name
+    return found
+
+
+def _check(owner: str, name: str) -> None:
+    if owner and owner not in _KERNELS:
+        raise CannotRun(f"{VARIABLE}: no kernel is called {owner!r}. Known: {', '.join(sorted(_KERNELS))}")
+    known = {each for kernel in ([_KERNELS[owner]] if owner else _KERNELS.values()) for each in kernel.implementations}
+    if name not in known:
+        of = f"{owner} has" if owner else "a kernel has"
+        raise CannotRun(f"{VARIABLE}: no implementation that {of} is called {name!r}. Known: {', '.join(sorted(known))}")
+
+
+@contextmanager
+def force(everywhere: str | None = None, **kernels: str) -> Iterator[None]:
+    """Inside, kernels run the implementation named: `force("reference")`, `force(packed_attention="triton")`.
+
+    What torch.compile compiled before keeps the choice it was compiled with.
+
+    Raises:
+        CannotRun: nothing of that name exists.
+    """
+    setting = ",".join([*filter(None, [everywhere]), *(f"{kernel}={name}" for kernel, name in kernels.items())])
+    for part in setting.split(","):
+        owner, _, name = part.rpartition("=")
+        _check(owner, name)
+    _forced.append(setting)
+    try:
+        yield
+    finally:
+        _forced.remove(setting)
+
+
+@functools.cache
+def capability_of(device: torch.device) -> int:
+    """90 for sm_90; 0 for what is no NVIDIA GPU."""
+    if device.type != "cuda" or torch.version.hip:
+        return 0
+    major, minor = torch.cuda.get_devicecapability_of(device)
+    return 10 * major + minor
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; 2 elsewhere."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+@torch.compiler.assume_constant_result
+def _select(kernel: str, device: torch.device, dtype: torch.dtype, head_dim: int, window: bool, alibi: bool) -> str:
+    where = Where(device.type, capability_of(device), dtype, head_dim, window, alibi)
+    name = _KERNELS[kernel].choose(where)
+    key = f"{kernel}.{name}"
+    if key not in _loaded:
+        _loaded[key] = _KERNELS[kernel].implementations[name].load()
+    return key
+
+
+def select(
+    kernel: str, tensor: Tensor, *, head_dim: int = 0, window: bool = False, alibi: bool = False
+) -> Callable[..., Any]:
+    """The function that computes `kernel` for tensors like this one. torch.compile takes the choice as a constant."""
+    return _loaded[_select(kernel, tensor.device, tensor.dtype, head_dim, window, alibi)]
+
+
+def needs(*, capability: int = 0, dtypes: tuple[torch.dtype, ...] = (), package: str = "") -> Callable[[Where], str | None]:
+    """A rule: a CUDA device of at least this capability, one of these number formats, a package that is installed."""
+
+    def refuses(where: Where) -> str | None:
+        if where.device != "cuda" or not where.capability:
+            return "needs an NVIDIA GPU"
+        if where.capability < capability:
+            return f"needs sm_{capability} or newer"
+        if dtypes and where.dtype not in dtypes:
+            return f"takes {' and '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)} only"
+        if package and not installed(package):
+            return f"the package {package} is not installed"
+        return None
+
+    return refuses
+
+
+def needs_triton(capability: int) -> Callable[[Where], str | None]:
+    """A rule: Triton, on a GPU of at least this capability or in its interpreter (`TRITON_INTERPRET=1`)."""
+    on_gpu = needs(capability=capability, dtypes=HALF_OR_SINGLE, package="triton")
+
+    def refuses(where: Where) -> str | None:
+        if where.device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1" and installed("triton"):
+            return None if where.dtype in HALF_OR_SINGLE else f"does not take {where.dtype}"
+        return on_gpu(where)
+
+    return refuses
+
+
+HALF = (torch.float16, torch.bfloat16)
+HALF_OR_SINGLE = (*HALF, torch.float32)
+
+
+def able(where: Where) -> str | None:
+    """The rule of an implementation that runs everywhere."""
+    return None
+
+
+@functools.cache
+def installed(package: str) -> bool:
+    """Whether a package is there to import, without importing it."""
+    return find_spec(package) is not None
+
+
+def describe() -> str:
+    """A table of what runs on this machine's devices, by number format, and why better ones do not."""
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())] + [torch.device("cpu")]
+    lines = []
+    for device in devices:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+        lines.append(f"{name}" + (f" (sm_{capability_of(device)})" if capability_of(device) else ""))
+        for kernel in _KERNELS.values():
+            for dtype in HALF_OR_SINGLE:
+                where = Where(device.type, capability_of(device), dtype, 128 if kernel.name == "packed_attention" else 0)
+                chosen, refusals = kernel.choose(where), kernel.refusals(where)
+                better = itertools.takewhile(lambda name, last=chosen: name != last, refusals)
+                before = "; ".join(f"{name} {refusals[name] or 'runs here only when named'}" for name in better)
+                kind = str(dtype).removeprefix("torch.")
+                lines.append(f"  {kernel.name:<21}{kind:<9} {chosen:<13} {before}".rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,95 @@
+"""Gradients of the summed loss, added up chunk by chunk."""
+
+import torch
+from torch import Tensor
+
+# Probabilities of 1/V and below are subnormal in float16; this brings them back into its range.
+_LIFT = 1024.0
+# Rows of a head's gradient are added up in stretches of so many elements, so that no second whole one exists.
+_STRETCH = 1 << 25
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class Gradients:
+    """Of hidden `[T, d]`, bias `[V]` and the head's blocks `[Vi, d]`, from slopes of the logits times `lift`.
+
+    A head that takes one chunk has its gradient from one matrix product; over more chunks it is added up in float32.
+    """
+
+    def __init__(
+        self, hidden: Tensor, bias: Tensor | None, blocks: list[Tensor], wanted: list[bool], chunks: int
+    ) -> None:
+        self.lift = _LIFT if hidden.dtype is torch.float16 else 1.0
+        self._wanted, self._bias_like = wanted, bias
+        self._hidden = torch.zeros_like(hidden) if wanted[0] else hidden.new_empty(0)
+        self._bias = bias.new_zeros(bias.shape, dtype=wide(bias.dtype)) if bias is not None and wanted[1] else None
+        self._blocks = [_Block(block, chunks) if want else None for block, want in zip(blocks, wanted[2:], strict=True)]
+        self._empty = [block.new_empty(0) for block in blocks]
+
+    def add(self, rows: Tensor, hidden: Tensor, blocks: list[Tensor], slopes: Tensor) -> None:
+        """`rows` `[c]` are the places of the chunk's `hidden` `[c, d]` in the batch; `slopes` `[c, V]`."""
+        if self._bias is not None:
+            self._bias += slopes.sum(0, dtype=self._bias.dtype).div_(self.lift)
+        total, start = None, 0
+        for block, gradient in zip(blocks, self._blocks, strict=True):
+            mine = slopes[:, start : start + len(block)]
+            start += len(block)
+            if gradient is not None:
+                gradient.add(mine, hidden, 1 / self.lift)
+            if self._wanted[0]:
+                one = _product(mine, block, 1 / self.lift)
+                total = one if total is None else total.to(wide(one.dtype)) + one
+        if total is not None:
+            self._hidden.index_copy_(0, rows, total.to(self._hidden.dtype))
+
+    def finish(self) -> list[Tensor]:
+        """In the order hidden, bias, blocks, each of its tensor's own type, empty where not wanted."""
+        bias = self._hidden.new_empty(0) if self._bias_like is None else self._bias_like.new_empty(0)
+        if self._bias is not None:
+            bias = self._bias.to(bias.dtype)
+        blocks = zip(self._blocks, self._empty, strict=True)
+        return [self._hidden, bias, *(empty if block is None else block.finish() for block, empty in blocks)]
+
+
+def _product(left: Tensor, right: Tensor, factor: float) -> Tensor:
+    """The factor goes in before the result is rounded, so that float16 neither overflows nor loses it."""
+    if factor == 1:
+        return left @ right
+    return torch.addmm(right.new_zeros(1, 1), left, right, beta=0, alpha=factor)
+
+
+class _Block:
+    """The gradient of one block of the head's rows."""
+
+    def __init__(self, block: Tensor, chunks: int) -> None:
+        self._like, self._once = block, chunks <= 1
+        step = max(1, _STRETCH // max(block.shape[1], 1))
+        self._stretches = [slice(start, min(start + step, len(block))) for start in range(0, len(block), step)]
+        self._sums: list[Tensor | None] = [None] * len(self._stretches)
+
+    def add(self, slopes: Tensor, hidden: Tensor, factor: float) -> None:
+        if self._once:
+            self._stretches, self._sums = [slice(None)], [_product(slopes.T, hidden, factor)]
+            return
+        for index, rows in enumerate(self._stretches):
+            mine, total = slopes[:, rows].T, self._sums[index]
+            if total is None:
+                self._sums[index] = _product(mine, hidden, factor).to(wide(hidden.dtype))
+            elif total.dtype == hidden.dtype:
+                total.addmm_(mine, hidden, alpha=factor)
+            else:
+                total += _product(mine, hidden, factor)
+
+    def finish(self) -> Tensor:
+        if len(self._sums) == 1 and self._sums[0] is not None:
+            return self._sums[0].to(self._like.dtype)
+        whole = torch.zeros_like(self._like, memory_format=torch.contiguous_format)
+        for index, rows in enumerate(self._stretches):
+            part, self._sums[index] = self._sums[index], None
+            if part is not None:
+                whole[rows] = part
+        return whole

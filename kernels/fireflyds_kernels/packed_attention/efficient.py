@@ -1,0 +1,26 @@
+"""Memory-efficient attention (cutlass, inside torch) over boundaries: FlashAttention's place on GPUs before sm_80.
+
+`aten::_efficient_attention_forward` takes `[1, T, H, D]` with boundaries, as many key heads as query heads, and
+knows its own gradient; torch's nested tensors run on it. It has kernels from sm_50 on, with tensor cores on sm_70.
+"""
+
+import torch
+from torch import Tensor
+
+# The operator's `custom_mask_type`.
+_NO_MASK, _CAUSAL_FROM_TOP_LEFT = 0, 1
+
+
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float,
+    window: int | None, slopes: Tensor | None,
+) -> Tensor:  # fmt: skip
+    if q.shape[1] != k.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    out: Tensor = torch.ops.aten._efficient_attention_forward(
+        q[None], k[None], v[None], None, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, 0.0,
+        _CAUSAL_FROM_TOP_LEFT if causal else _NO_MASK,
+        torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)),
+        scale=scale,
+    )[0]  # fmt: skip
+    return out[0]

@@ -1,0 +1,85 @@
+"""FlashAttention over boundaries: the flash-attn packages, and the FlashAttention-2 inside torch.
+
+Windows: their `(left, right)` counts the tokens besides the row's own, ours counts it too.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+
+def _window_size(causal: bool, window: int | None) -> tuple[int, int]:
+    left = -1 if window is None else window - 1
+    return (left, 0 if causal else left)
+
+
+def flash_attn_3(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float,
+    window: int | None, slopes: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """FlashAttention-3 (Hopper), of the package `flash_attn_interface`."""
+    from flash_attn_interface import flash_attn_varlen_func
+
+    out = flash_attn_varlen_func(
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
+        softmax_scale=scale, causal=causal, window_size=_package_window(causal, window),
+    )  # fmt: skip
+    return out[0] if isinstance(out, tuple) else out
+
+
+def flash_attn_2(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float,
+    window: int | None, slopes: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """FlashAttention-2, of the package `flash_attn`."""
+    from flash_attn import flash_attn_varlen_func
+
+    out: Tensor = flash_attn_varlen_func(
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
+        dropout_p=0.0, softmax_scale=scale, causal=causal, window_size=_package_window(causal, window), alibi_slopes=slopes,
+    )  # fmt: skip
+    return out
+
+
+def _package_window(causal: bool, window: int | None) -> tuple[int, int]:
+    # These packages take `causal` beside the window, and (-1, -1) for none.
+    return (-1, -1) if window is None else _window_size(causal, window)
+
+
+@functools.cache
+def _varlen() -> tuple[Callable[..., Tensor], frozenset[str]]:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def varlen_has_window() -> bool:
+    """torch 2.10 has `is_causal` in place of a window."""
+    return "window_size" in _varlen()[1]
+
+
+def torch_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float,
+    window: int | None, slopes: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """`torch.nn.attention.varlen.varlen_attn`, whose arguments differ in torch 2.10, 2.11 and from 2.12 on."""
+    function, known = _varlen()
+    options: dict[str, Any] = {}
+    if "window_size" in known:
+        options["window_size"] = _window_size(causal, window)
+    else:
+        options["is_causal"] = causal
+    if "scale" in known:
+        options["scale"] = scale
+    else:
+        # Scores are scaled by 1/√D there.
+        q = q * (scale * q.shape[2] ** 0.5)
+    if q.shape[1] != k.shape[1]:
+        if "enable_gqa" in known:
+            options["enable_gqa"] = True
+        else:
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    return function(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)

@@ -1,0 +1,172 @@
+"""The backward kernels: what each row subtracts, then keys and values, then queries, without atomics."""
+
+import triton
+import triton.language as tl
+
+from fireflyds_kernels.packed_attention.triton_blocks import (
+    column_phases,
+    document,
+    load_rows,
+    product,
+    scores,
+    store_rows,
+    visible,
+)
+
+
+@triton.jit
+def delta_kernel(
+    out_ptr, grad_ptr, delta_ptr, tokens, grad_stride, grad_head, heads,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Σ_d grad · out for every row: what the softmax's gradient subtracts."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    head = tl.program_id(1)
+    out = load_rows(out_ptr + head * D, rows, heads * D, tokens, D, BLOCK_D, False).to(tl.float32)
+    grad = load_rows(grad_ptr + head * grad_head, rows, grad_stride, tokens, D, BLOCK_D, False).to(tl.float32)
+    tl.store(delta_ptr + head.to(tl.int64) * tokens + rows, tl.sum(out * grad, 1), mask=rows < tokens)
+
+
+@triton.jit
+def _queries(
+    dk, dv, k, v, q_base, grad_base, lse_base, delta_base, q_stride, grad_stride, columns, first, last, low, high,
+    tokens, scale, slope, window,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, ALIBI: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """One stretch of rows adds to the gradients of a block of columns. Everything is `[columns, rows]`."""
+    for block in range(0, tl.cdiv(high - low, BLOCK_M)):
+        rows = low + block * BLOCK_M + tl.arange(0, BLOCK_M)
+        q = load_rows(q_base, rows, q_stride, tokens, D, BLOCK_D, not MASKED)
+        values = scores(k, tl.trans(q), rows[None], columns[:, None], scale, slope, ALIBI, PRECISION, WIDEN)
+        weights = tl.exp2(values - tl.load(lse_base + rows, mask=rows < tokens, other=0.0)[None])
+        if MASKED:
+            seen = visible(rows[None], columns[:, None], first[:, None], last[:, None], window, CAUSAL, WINDOW)
+            seen &= (rows[None] >= first[:, None]) & (rows[None] < last[:, None])
+            weights = tl.where(seen, weights, 0.0)
+        grad = load_rows(grad_base, rows, grad_stride, tokens, D, BLOCK_D, not MASKED)
+        dv += product(weights.to(grad.dtype), grad, PRECISION, WIDEN)
+        slopes_of = product(v, tl.trans(grad), PRECISION, WIDEN)
+        slopes_of -= tl.load(delta_base + rows, mask=rows < tokens, other=0.0)[None]
+        dk += product((weights * slopes_of).to(q.dtype), q, PRECISION, WIDEN)
+    return dk, dv
+
+
+@triton.jit
+def keys_kernel(
+    q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, boundaries, slopes, n, steps, tokens, scale,
+    window, q_stride, q_head, k_stride, k_head, v_stride, v_head, grad_stride, grad_head, kv_heads,
+    GROUP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, ALIBI: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a block of keys and values, from all the query heads that share them."""
+    start = tl.program_id(0) * BLOCK_N
+    kv_head = tl.program_id(1)
+    columns = start + tl.arange(0, BLOCK_N)
+    end = tl.minimum(start + BLOCK_N, tokens)
+    first, last = document(boundaries, steps, n, tl.minimum(columns, tokens - 1))
+    high = tl.max(last, 0)
+    all_high = tl.min(last, 0)
+    if CAUSAL:
+        low = start
+        all_low = end
+    else:
+        low = tl.min(first, 0)
+        all_low = tl.max(first, 0)
+    if WINDOW:
+        high = tl.minimum(high, end + window - 1)
+        all_high = tl.minimum(all_high, start + window)
+        if CAUSAL == 0:
+            low = tl.maximum(low, start - window + 1)
+            all_low = tl.maximum(all_low, end - window)
+    clear = low + (all_low - low + BLOCK_M - 1) // BLOCK_M * BLOCK_M
+    edge = clear + (all_high - clear) // BLOCK_M * BLOCK_M
+    some = all_high - clear >= BLOCK_M
+    clear = tl.where(some, clear, low)
+    edge = tl.where(some, edge, low)
+
+    k = load_rows(k_ptr + kv_head * k_head, columns, k_stride, tokens, D, BLOCK_D, False)
+    v = load_rows(v_ptr + kv_head * v_head, columns, v_stride, tokens, D, BLOCK_D, False)
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for member in range(GROUP):
+        head = kv_head * GROUP + member
+        slope = tl.load(slopes + head) if ALIBI else 0.0
+        q_base, grad_base = q_ptr + head * q_head, grad_ptr + head * grad_head
+        lse_base, delta_base = lse_ptr + head.to(tl.int64) * tokens, delta_ptr + head.to(tl.int64) * tokens
+        dk, dv = _queries(
+            dk, dv, k, v, q_base, grad_base, lse_base, delta_base, q_stride, grad_stride, columns, first, last,
+            low, clear, tokens, scale, slope, window,
+            True, CAUSAL, WINDOW, ALIBI, D, BLOCK_D, BLOCK_M, PRECISION, WIDEN,
+        )  # fmt: skip
+        dk, dv = _queries(
+            dk, dv, k, v, q_base, grad_base, lse_base, delta_base, q_stride, grad_stride, columns, first, last,
+            clear, edge, tokens, scale, slope, window,
+            False, CAUSAL, WINDOW, ALIBI, D, BLOCK_D, BLOCK_M, PRECISION, WIDEN,
+        )  # fmt: skip
+        dk, dv = _queries(
+            dk, dv, k, v, q_base, grad_base, lse_base, delta_base, q_stride, grad_stride, columns, first, last,
+            edge, high, tokens, scale, slope, window,
+            True, CAUSAL, WINDOW, ALIBI, D, BLOCK_D, BLOCK_M, PRECISION, WIDEN,
+        )  # fmt: skip
+    store_rows(dk_ptr + kv_head * D, columns, kv_heads * D, tokens, dk * scale, D, BLOCK_D)
+    store_rows(dv_ptr + kv_head * D, columns, kv_heads * D, tokens, dv, D, BLOCK_D)
+
+
+@triton.jit
+def _keys(
+    dq, q, grad, lse, delta, k_base, v_base, k_stride, v_stride, rows, first, last, low, high, tokens, scale, slope,
+    window,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, ALIBI: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """One stretch of columns adds to the gradients of a block of queries."""
+    for block in range(0, tl.cdiv(high - low, BLOCK_N)):
+        columns = low + block * BLOCK_N + tl.arange(0, BLOCK_N)
+        k = load_rows(k_base, columns, k_stride, tokens, D, BLOCK_D, not MASKED)
+        values = scores(q, tl.trans(k), rows[:, None], columns[None], scale, slope, ALIBI, PRECISION, WIDEN)
+        weights = tl.exp2(values - lse[:, None])
+        if MASKED:
+            seen = visible(rows[:, None], columns[None], first[:, None], last[:, None], window, CAUSAL, WINDOW)
+            weights = tl.where(seen, weights, 0.0)
+        v = load_rows(v_base, columns, v_stride, tokens, D, BLOCK_D, not MASKED)
+        slopes_of = product(grad, tl.trans(v), PRECISION, WIDEN) - delta[:, None]
+        dq += product((weights * slopes_of).to(k.dtype), k, PRECISION, WIDEN)
+    return dq
+
+
+@triton.jit
+def queries_kernel(
+    q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, dq_ptr, boundaries, slopes, n, steps, tokens, scale, window,
+    q_stride, q_head, k_stride, k_head, v_stride, v_head, grad_stride, grad_head, heads,
+    GROUP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, ALIBI: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a block of queries of one head."""
+    start = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
+    head = tl.program_id(1)
+    rows = start + tl.arange(0, BLOCK_M)
+    first, last, low, clear, edge, high = column_phases(
+        boundaries, steps, n, rows, start, tokens, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N
+    )
+    slope = tl.load(slopes + head) if ALIBI else 0.0
+    q = load_rows(q_ptr + head * q_head, rows, q_stride, tokens, D, BLOCK_D, False)
+    grad = load_rows(grad_ptr + head * grad_head, rows, grad_stride, tokens, D, BLOCK_D, False)
+    lse = tl.load(lse_ptr + head.to(tl.int64) * tokens + rows, mask=rows < tokens, other=0.0)
+    delta = tl.load(delta_ptr + head.to(tl.int64) * tokens + rows, mask=rows < tokens, other=0.0)
+    k_base, v_base = k_ptr + head // GROUP * k_head, v_ptr + head // GROUP * v_head
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if WINDOW or CAUSAL == 0:
+        dq = _keys(
+            dq, q, grad, lse, delta, k_base, v_base, k_stride, v_stride, rows, first, last, low, clear, tokens, scale,
+            slope, window, True, CAUSAL, WINDOW, ALIBI, D, BLOCK_D, BLOCK_N, PRECISION, WIDEN,
+        )  # fmt: skip
+    dq = _keys(
+        dq, q, grad, lse, delta, k_base, v_base, k_stride, v_stride, rows, first, last, clear, edge, tokens, scale,
+        slope, window, False, CAUSAL, WINDOW, ALIBI, D, BLOCK_D, BLOCK_N, PRECISION, WIDEN,
+    )  # fmt: skip
+    dq = _keys(
+        dq, q, grad, lse, delta, k_base, v_base, k_stride, v_stride, rows, first, last, edge, high, tokens, scale,
+        slope, window, True, CAUSAL, WINDOW, ALIBI, D, BLOCK_D, BLOCK_N, PRECISION, WIDEN,
+    )  # fmt: skip
+    store_rows(dq_ptr + head * D, rows, heads * D, tokens, dq * scale, D, BLOCK_D)

@@ -1,0 +1,165 @@
+"""One pass over the row forward, one backward; a weight's gradient is added up by a program over its share of rows."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fireflyds_kernels.dispatch import processors
+
+
+@triton.jit
+def forward_kernel(
+    x_ptr, residual_ptr, weight_ptr, out_ptr, total_ptr, scale_ptr, d, eps, RESIDUAL: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < d
+    x = tl.load(x_ptr + row * d + columns, mask=inside, other=0.0)
+    if RESIDUAL:
+        x += tl.load(residual_ptr + row * d + columns, mask=inside, other=0.0)
+        tl.store(total_ptr + row * d + columns, x, mask=inside)
+    wide = x.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(wide * wide, 0) / d + eps)
+    tl.store(scale_ptr + row, scale)
+    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0)
+    out_type = out_ptr.dtype.element_ty
+    normed = (wide * scale).to(x.dtype)
+    tl.store(out_ptr + row * d + columns, normed.to(out_type) * weight.to(out_type), mask=inside)
+
+
+@triton.jit
+def backward_kernel(
+    grad_ptr, beside_ptr, total_ptr, weight_ptr, scale_ptr, dx_ptr, dweight_ptr, rows, d, share,
+    BESIDE: tl.constexpr, WEIGHT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """With n = s · scale and g = grad · weight: dx = scale · (g − n · mean(g · n)), plus what came by the residual."""
+    program = tl.program_id(0)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < d
+    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    dweight = tl.zeros([BLOCK], tl.float32)
+    for row in range(program * share, tl.minimum(program * share + share, rows)):
+        place = row.to(tl.int64) * d + columns
+        x = tl.load(total_ptr + place, mask=inside, other=0.0)
+        grad = tl.load(grad_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        scale = tl.load(scale_ptr + row)
+        normed = x.to(tl.float32) * scale
+        if WEIGHT:
+            dweight += grad * normed.to(x.dtype).to(tl.float32)
+        weighted = grad * weight
+        dx = scale * (weighted - normed * (tl.sum(weighted * normed, 0) / d))
+        if BESIDE:
+            dx += tl.load(beside_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + place, dx.to(x.dtype), mask=inside)
+    if WEIGHT:
+        tl.store(dweight_ptr + program.to(tl.int64) * d + columns, dweight, mask=inside)
+
+
+def launch(d: int) -> dict[str, Any]:
+    """The block that holds a row of d, and its warps."""
+    block = triton.next_power_of_2(d)
+    return {"BLOCK": block, "num_warps": min(16, max(1, block // 512)), "enable_fp_fusion": True}
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
+    if residual is None:
+        out: Tensor = _plain(x, weight, eps)[0]
+        return out
+    out, total, _ = _residual(x, residual, weight, eps)
+    return out, total
+
+
+def _run(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    x, added = x.contiguous(), residual is not None
+    residual = residual.contiguous() if residual is not None else x
+    out = torch.empty_like(x, dtype=torch.promote_types(x.dtype, weight.dtype))
+    total = torch.empty_like(x) if added else x
+    scale = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    d = x.shape[-1]
+    if scale.numel():
+        forward_kernel[(scale.numel(),)](
+            x, residual, weight, out, total, scale, d, eps, RESIDUAL=added, **launch(d)
+        )
+    return out, total, scale
+
+
+@torch.library.custom_op("fireflyds::rms_norm", mutates_args=())
+def _plain(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    out, _, scale = _run(x, None, weight, eps)
+    return out, scale
+
+
+@torch.library.custom_op("fireflyds::rms_norm_residual", mutates_args=())
+def _residual(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    return _run(x, residual, weight, eps)
+
+
+def _like(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    out = torch.empty_like(x, dtype=torch.promote_types(x.dtype, weight.dtype), memory_format=torch.contiguous_format)
+    return out, x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+@_plain.register_fake
+def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return _like(x, weight)
+
+
+@_residual.register_fake
+def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    out, scale = _like(x, weight)
+    return out, torch.empty_like(x, memory_format=torch.contiguous_format), scale
+
+
+@torch.library.custom_op("fireflyds::rms_norm_backward", mutates_args=())
+def _backward(
+    grad: Tensor, beside: Tensor | None, total: Tensor, weight: Tensor, scale: Tensor, weight_too: bool
+) -> tuple[Tensor, Tensor]:
+    grad, total = grad.contiguous(), total.contiguous()
+    beside = None if beside is None else beside.contiguous()
+    d, rows = total.shape[-1], scale.numel()
+    programs = max(1, min(rows, 4 * processors(total.device)))
+    share = triton.cdiv(rows, programs)
+    dx = torch.empty_like(total)
+    # A program whose share is empty still writes its zeros.
+    dweight = torch.empty(programs if weight_too else 0, d, dtype=torch.float32, device=total.device)
+    backward_kernel[(programs,)](
+        grad, total if beside is None else beside, total, weight, scale, dx, dweight, rows, d, share,
+        BESIDE=beside is not None, WEIGHT=weight_too, **launch(d),
+    )  # fmt: skip
+    return dx, dweight.sum(0).to(weight.dtype)
+
+
+@_backward.register_fake
+def _(grad: Tensor, beside: Any, total: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(total, memory_format=torch.contiguous_format), torch.empty_like(weight)
+
+
+def _save_plain(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(inputs[0], inputs[1], output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _save_residual(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(output[1], inputs[2], output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _gradients_plain(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    total, weight, scale = ctx.saved_tensors
+    dx, dweight = _backward(grad, None, total, weight, scale, ctx.needs_input_grad[1])
+    return dx, dweight if ctx.needs_input_grad[1] else None, None
+
+
+def _gradients_residual(ctx: Any, grad: Tensor | None, beside: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    total, weight, scale = ctx.saved_tensors
+    if grad is None:
+        return beside, beside, None, None
+    dx, dweight = _backward(grad, beside, total, weight, scale, ctx.needs_input_grad[2])
+    return dx, dx, dweight if ctx.needs_input_grad[2] else None, None
+
+
+_plain.register_autograd(_gradients_plain, setup_context=_save_plain)
+_residual.register_autograd(_gradients_residual, setup_context=_save_residual)

@@ -1,0 +1,8 @@
+"""The definition, in plain PyTorch."""
+
+from torch import Tensor
+from torch.nn.functional import silu
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return silu(gate) * up
