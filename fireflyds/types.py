@@ -1,6 +1,6 @@
 """The values handed from step to step. Nothing here knows how they are made."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -103,10 +103,14 @@ class PackedBatch:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """What differs between model families: the names of things."""
+    """What differs between model families: the names of things.
+
+    `fused` maps the classes of its modules to the functions of `models/fused.py` that compute the same with our kernels.
+    """
 
     model_type: str
     linear_layers: tuple[str, ...]
+    fused: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,6 +38,7 @@ from fireflyds.config.values import (
 from fireflyds.config.verbs import (
     ChatConfig,
     DemoConfig,
+    DoctorConfig,
     EvaluateConfig,
     ExportConfig,
     RoadConfig,
@@ -53,6 +54,7 @@ __all__ = [
     "CleanConfig",
     "DataConfig",
     "DemoConfig",
+    "DoctorConfig",
     "Duplicates",
     "EvaluateConfig",
     "ExpandConfig",
@@ -100,5 +102,6 @@ VERBS: dict[str, type] = {
     "export": ExportConfig,
     "evaluate": EvaluateConfig,
     "chat": ChatConfig,
+    "doctor": DoctorConfig,
     "demo": DemoConfig,
 }

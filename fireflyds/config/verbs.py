@@ -97,6 +97,31 @@ class ChatConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class DoctorConfig:
+    packing: bool = False
+    """Prove on `model` that packed documents give what each gives alone, for every attention that runs here."""
+    model: str = ""
+    """Hugging Face directory to examine."""
+    precision: Precision = Precision.auto
+    """Number format to examine it in; `fp32` is the sharpest."""
+    device: str = ""
+    """`cuda`, `cuda:1`, `cpu`; empty: the first GPU, or the CPU."""
+    layers: int | None = None
+    """Only the first so many layers, for a model whose gradients do not fit; unset: all."""
+    documents: list[int] = field(default_factory=lambda: [7, 1, 130, 64, 300])
+    """Lengths of the documents laid end to end, in tokens."""
+    seed: int = 0
+    """Seed of the documents' tokens."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, layers=1)
+        if self.packing and not self.model:
+            raise UserError("packing=true needs a model: give model=<Hugging Face directory>")
+        if not self.documents or min(self.documents) < 1:
+            raise UserError(f"documents={self.documents}: give lengths of at least 1, such as [7,1,130]")
+
+
+@dataclass(kw_only=True, slots=True)
 class StageConfig:
     name: str = MISSING
     """Name of the stage: its key in `summary.json`."""

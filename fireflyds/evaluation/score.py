@@ -37,7 +37,7 @@ class Subject:
 
     @property
     def max_length(self) -> int:
-        return min(self.max_tokens, self.model.config.max_position_embeddings)
+        return min(self.max_tokens, getattr(self.model.config, "max_position_embeddings", self.max_tokens))
 
     def prompt_ids(self, question: str) -> list[int]:
         """A question, in the model's chat template when it is a chat model."""

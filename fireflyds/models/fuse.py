@@ -1,14 +1,21 @@
-"""The packed forward pass of one loaded instance: our attention over boundaries, our loss through the head."""
+"""The packed forward pass of one loaded instance: our attention over boundaries, our kernels, our loss through the head."""
 
 import types
 from typing import Any
 
 import torch
-from fireflyds_kernels import linear_cross_entropy, packed_attention
+from fireflyds_kernels import linear_cross_entropy
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from fireflyds import registry
+from fireflyds.errors import UserError
+from fireflyds.models import fused
+from fireflyds.models.boundaries import Boundaries
+
 ATTENTION = "fireflyds"
+# What some families do to their logits behind the head, which the fused loss would leave out.
+_LOGIT_CHANGES = {"final_logit_softcapping": None, "logit_scale": None, "logits_scaling": 1, "lm_head_multiplier": 1}
 
 
 def _attention(
@@ -19,13 +26,21 @@ def _attention(
     attention_mask: Tensor | None,
     *,
     scaling: float | None = None,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    **_: Any,
+    sliding_window: int | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **rest: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: `[1, H, T, D]` in, `[1, T, H, D]` out."""
+    asked = [name for name in ("softcap", "s_aux") if rest.get(name) is not None] + ["dropout"] * bool(dropout)
+    if asked:
+        raise UserError(
+            f"{type(module).__name__} asks for attention with {', '.join(asked)}, which packed attention has not"
+        )
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    return packed_attention(q, k, v, cu_seqlens, max_seqlen=max_seqlen, scale=scaling)[None], None
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    boundaries: Boundaries = module.boundaries  # type: ignore[assignment]
+    return boundaries.attend(q, k, v, scale=scaling, window=sliding_window, causal=causal)[None], None
 
 
 # Boundaries say all there is to mask; a 2-D or 4-D mask never exists.
@@ -36,25 +51,70 @@ AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
 class _LossHead(nn.Linear):
     """The model's own head, which also gives the loss. Called as a module, so that ZeRO-3 gathers its weight."""
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None, reduction: str = "sum") -> Tensor:
+    def forward(
+        self, hidden: Tensor, labels: Tensor | None = None, reduction: str = "sum", num_labels: int | None = None
+    ) -> Tensor:
         if labels is None:
             return super().forward(hidden)
-        return linear_cross_entropy(hidden, self.weight, labels, bias=self.bias, reduction=reduction)  # type: ignore[arg-type]
+        return linear_cross_entropy(
+            hidden, self.weight, labels, bias=self.bias, reduction=reduction, num_labels=num_labels  # type: ignore[arg-type]
+        )  # fmt: skip
 
 
 def fuse(model: Any) -> Any:
     """Give this instance the packed forward pass; the class and other instances stay as they are.
 
     Afterwards `model(input_ids, labels, position_ids, cu_seqlens, max_seqlen)` returns the sum of the token
-    losses (or, with `reduction="none"`, `[T]` of them).
+    losses (or, with `reduction="none"`, `[T]` of them). Families with a table have their norms, rotary embeddings,
+    gates and attention on our kernels too; any other model that takes its attention from transformers' interface has
+    its attention and its loss there.
+
+    Raises:
+        UserError: a model whose attention or head cannot be replaced.
     """
-    model.set_attn_implementation(ATTENTION)
+    name, config = type(model).__name__, model.config
+    known = registry.names("fireflyds.models.families")
+    table = (
+        registry.find("fireflyds.models.families", config.model_type).FAMILY.fused if config.model_type in known else {}
+    )
+    _check(model, table)
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear:
-        raise TypeError(f"the head of {type(model).__name__} is a {type(head).__name__}, not a Linear")
+        raise UserError(
+            f"the head of {name} is a {type(head).__name__}, not a Linear: the fused loss cannot go through it"
+        )
     head.__class__ = _LossHead
+    config._attn_implementation = ATTENTION
+    boundaries = Boundaries()
+    for module in model.modules():
+        module.boundaries = boundaries
+        function = table.get(type(module).__name__)
+        if hasattr(module, "lora_A") and getattr(getattr(module.base_layer, "weight", None), "quant_state", None):
+            function = "four_bit_lora"
+        if function and not (function == "gated_mlp" and config.hidden_act not in ("silu", "swish")):
+            module.forward = types.MethodType(getattr(fused, function), module)
     model.forward = types.MethodType(_forward, model)
     return model
+
+
+def _check(model: Any, table: Any) -> None:
+    name, config = type(model).__name__, model.config
+    replaced = any("attention" in function for function in table.values())
+    if not replaced and not getattr(model, "_supports_attention_backend", False):
+        raise UserError(
+            f"{name} does not take its attention from transformers' AttentionInterface, and no family of fireflyds replaces it. "
+            f"Families: {', '.join(registry.names('fireflyds.models.families'))}"
+        )
+    dropout = getattr(config, "attention_dropout", 0.0)
+    if dropout:
+        raise UserError(
+            f"attention_dropout={dropout} in the model's config.json: packed attention has none. Set it to 0"
+        )
+    for key, neutral in _LOGIT_CHANGES.items():
+        if getattr(config, key, None) not in (None, neutral):
+            raise UserError(
+                f"{name} changes its logits ({key}={getattr(config, key)}), which the fused loss would leave out"
+            )
 
 
 def _forward(
@@ -65,16 +125,25 @@ def _forward(
     cu_seqlens: Tensor,
     max_seqlen: int,
     reduction: str = "sum",
+    num_labels: int | None = None,
 ) -> Tensor:
-    hidden = self.get_decoder()(
-        input_ids=input_ids, position_ids=position_ids, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, use_cache=False
-    ).last_hidden_state
-    loss: Tensor = self.get_output_embeddings()(hidden[0], labels[0], reduction)
+    hidden = hidden_states(self, input_ids, position_ids, cu_seqlens, max_seqlen)
+    loss: Tensor = self.get_output_embeddings()(hidden[0], labels[0], reduction, num_labels)
     return loss
+
+
+def hidden_states(model: Any, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    """The last hidden states `[1, T, d]` of a fused model."""
+    boundaries = model.boundaries
+    boundaries.cu_seqlens, boundaries.max_seqlen = cu_seqlens, max_seqlen
+    boundaries.recomputing = getattr(model, "is_gradient_checkpointing", False)
+    # BLOOM has no positions; it would not take them.
+    places = {} if getattr(model.config, "model_type", "") == "bloom" else {"position_ids": position_ids}
+    return model.get_decoder()(input_ids=input_ids, use_cache=False, **places).last_hidden_state
 
 
 def device_batch(batch: Any, device: torch.device) -> dict[str, Any]:
     """The arguments of the packed forward pass, on the model's device."""
     tensors = ("input_ids", "labels", "position_ids", "cu_seqlens")
     moved = {name: getattr(batch, name).to(device, non_blocking=True) for name in tensors}
-    return moved | {"max_seqlen": batch.max_seqlen}
+    return moved | {"max_seqlen": batch.max_seqlen, "num_labels": batch.num_learned}

@@ -32,10 +32,6 @@ def read_config(config: ModelConfig, encoder: Encoder) -> Any:
     if not (folder / "config.json").is_file():
         raise UserError(f"model.path={folder}: no config.json there. Give the directory of a Hugging Face model")
     loaded = AutoConfig.from_pretrained(folder)
-    if getattr(loaded, "use_sliding_window", False):
-        raise UserError(
-            f"model.path={folder}: use_sliding_window is on, which packed attention does not do. Turn it off in config.json"
-        )
     if not 0 <= loaded.vocab_size - encoder.vocab_size < MAX_PADDING:
         raise UserError(
             f"model.path={folder}: the embeddings have {loaded.vocab_size} rows but the tokenizer "
@@ -47,8 +43,8 @@ def read_config(config: ModelConfig, encoder: Encoder) -> Any:
 
 def check_positions(hf_config: Any, seq_len: int) -> None:
     """Raises `UserError` when rows are longer than the model has positions."""
-    most = hf_config.max_position_embeddings
-    if seq_len > most:
+    most = getattr(hf_config, "max_position_embeddings", None)
+    if most is not None and seq_len > most:
         raise UserError(f"seq_len={seq_len}: the model has {most} positions. Use seq_len={most} or less")
 
 

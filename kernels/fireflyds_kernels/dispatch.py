@@ -81,15 +81,12 @@ class Kernel:
         """
         name = _forced_for(self)
         if name is None:
-            # Triton's interpreter is for tests: on the CPU it runs only when named.
-            skipped = "triton" if where.device == "cpu" else None
-            return next(n for n, each in self.implementations.items() if n != skipped and each.refuses(where) is None)
+            return runnable(self.name, where)[0]
         refusal = self.implementations[name].refuses(where)
         if refusal:
-            able = [name for name, why in self.refusals(where).items() if why is None]
             raise CannotRun(
                 f"{self.name} was told to run {name!r} on {where}, which it cannot: {refusal}. "
-                f"Able here: {', '.join(able)}; set {VARIABLE} or force() to one of them, or leave the choice to the kernel"
+                f"Able here: {', '.join(runnable(self.name, where))}; set {VARIABLE} or force() to one of them, or leave the choice to the kernel"
             )
         return name
 
@@ -111,7 +108,9 @@ def _check(owner: str, name: str) -> None:
     known = {each for kernel in ([_KERNELS[owner]] if owner else _KERNELS.values()) for each in kernel.implementations}
     if name not in known:
         of = f"{owner} has" if owner else "a kernel has"
-        raise CannotRun(f"{VARIABLE}: no implementation that {of} is called {name!r}. Known: {', '.join(sorted(known))}")
+        raise CannotRun(
+            f"{VARIABLE}: no implementation that {of} is called {name!r}. Known: {', '.join(sorted(known))}"
+        )
 
 
 @contextmanager
@@ -166,7 +165,9 @@ def select(
     return _loaded[_select(kernel, tensor.device, tensor.dtype, head_dim, window, alibi)]
 
 
-def needs(*, capability: int = 0, dtypes: tuple[torch.dtype, ...] = (), package: str = "") -> Callable[[Where], str | None]:
+def needs(
+    *, capability: int = 0, dtypes: tuple[torch.dtype, ...] = (), package: str = ""
+) -> Callable[[Where], str | None]:
     """A rule: a CUDA device of at least this capability, one of these number formats, a package that is installed."""
 
     def refuses(where: Where) -> str | None:
@@ -210,6 +211,12 @@ def installed(package: str) -> bool:
     return find_spec(package) is not None
 
 
+def runnable(kernel: str, where: Where) -> list[str]:
+    """The implementations that run there, best first. Triton's interpreter, on the CPU, runs only when named."""
+    skipped = "triton" if where.device == "cpu" else None
+    return [name for name, why in _KERNELS[kernel].refusals(where).items() if why is None and name != skipped]
+
+
 def describe() -> str:
     """A table of what runs on this machine's devices, by number format, and why better ones do not."""
     devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())] + [torch.device("cpu")]
@@ -219,7 +226,9 @@ def describe() -> str:
         lines.append(f"{name}" + (f" (sm_{capability_of(device)})" if capability_of(device) else ""))
         for kernel in _KERNELS.values():
             for dtype in HALF_OR_SINGLE:
-                where = Where(device.type, capability_of(device), dtype, 128 if kernel.name == "packed_attention" else 0)
+                where = Where(
+                    device.type, capability_of(device), dtype, 128 if kernel.name == "packed_attention" else 0
+                )
                 chosen, refusals = kernel.choose(where), kernel.refusals(where)
                 better = itertools.takewhile(lambda name, last=chosen: name != last, refusals)
                 before = "; ".join(f"{name} {refusals[name] or 'runs here only when named'}" for name in better)

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from fireflyds_kernels import linear_cross_entropy
-from fireflyds_kernels.linear_cross_entropy import chunked, reference
+from fireflyds_kernels import force, linear_cross_entropy
+from fireflyds_kernels.linear_cross_entropy import chunked, gradients, reference
+from packed import TOLERANCES, assert_near
 from torch.nn.functional import cross_entropy
 
 
@@ -29,15 +30,17 @@ def test_equals_cross_entropy_forward_and_backward(rows: int, share: float, with
     torch.testing.assert_close(each.sum(), ours, atol=1e-3, rtol=1e-6)
 
 
-def test_logits_of_rows_without_a_label_never_exist() -> None:
-    hidden = torch.randn(4000, 8, requires_grad=True)
-    weight = torch.randn(1000, 8, requires_grad=True)
+def test_logits_of_rows_without_a_label_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[torch.Size] = []
+    whole = chunked._logits
+    monkeypatch.setattr(
+        chunked, "_logits", lambda *arguments: made.append(whole(*arguments).shape) or whole(*arguments)
+    )
+    hidden, weight = torch.randn(4000, 8, requires_grad=True), torch.randn(1000, 8, requires_grad=True)
     labels = torch.full((4000,), -100)
     labels[:3] = 5
-    saved: list[int] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
-        linear_cross_entropy(hidden, weight, labels)
-    assert max(saved) <= 8000  # the weight; whole logits would be 4,000,000
+    linear_cross_entropy(hidden, weight, labels).backward()
+    assert made == [(3, 1000)]
 
 
 def _inputs(rows: int, dtype: torch.dtype = torch.float64, vocab: int = 97, seed: int = 0):
@@ -54,8 +57,9 @@ def test_many_chunks_are_one(reduction: str, monkeypatch: pytest.MonkeyPatch) ->
     hidden, weight, labels = _inputs(200)
     upstream = torch.randn(200, dtype=torch.float64) if reduction == "none" else torch.tensor(3.0, dtype=torch.float64)
     found = []
-    for elements in (chunked.CHUNK_ELEMENTS, 97 * 16):
-        monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", elements)
+    for size in (chunked.CHUNK_BYTES, 97 * 16 * 8):
+        monkeypatch.setattr(chunked, "CHUNK_BYTES", size)
+        monkeypatch.setattr(gradients, "_STRETCH", 16 * 40)
         loss = linear_cross_entropy(hidden, weight, labels, reduction=reduction)
         found.append((loss, *torch.autograd.grad(loss, (hidden, weight), upstream)))
     for one, many in zip(*found, strict=True):
@@ -142,3 +146,89 @@ def test_wrong_arguments_are_named() -> None:
         linear_cross_entropy(
             torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(3, dtype=torch.long), token_weights=torch.ones(2)
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [7, 97, 5000])
+@pytest.mark.parametrize("extras", [False, True])
+def test_triton_equals_the_definition(dtype, vocab, extras, device, poisoned) -> None:
+    leaves = [x.detach().to(device).requires_grad_() for x in _inputs(60, dtype, vocab)[:2]]
+    labels = _inputs(60, dtype, vocab)[2].to(device)
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    bias = torch.linspace(-1, 1, vocab, device=device) if extras else None
+    weights = torch.linspace(0, 2, 60, device=device) if extras else None
+    with force(linear_cross_entropy="reference"):
+        wanted = linear_cross_entropy(
+            *exact, labels, bias=None if bias is None else bias.double(), token_weights=weights
+        )
+    with force(linear_cross_entropy="triton"):
+        found = linear_cross_entropy(*leaves, labels, bias=bias, token_weights=weights)
+        each = linear_cross_entropy(*leaves, labels, bias=bias, token_weights=weights, reduction="none")
+    assert_near(found, wanted, TOLERANCES[dtype])
+    assert_near(each.sum(), wanted, TOLERANCES[dtype])
+    theirs = torch.autograd.grad(wanted, exact)
+    for output in (found, each.sum()):
+        for a, b in zip(torch.autograd.grad(output, leaves), theirs, strict=True):
+            assert_near(a, b, 2 * TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_a_known_count_changes_nothing(reduction: str) -> None:
+    hidden, weight, labels = _inputs(60)
+    count = int((labels != -100).sum())
+    plain = linear_cross_entropy(hidden, weight, labels, reduction=reduction).sum()
+    known = linear_cross_entropy(hidden, weight, labels, reduction=reduction, num_labels=count).sum()
+    assert torch.equal(plain, known)
+    for a, b in zip(
+        torch.autograd.grad(plain, (hidden, weight)), torch.autograd.grad(known, (hidden, weight)), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+def test_a_frequent_label_does_not_overflow_float16() -> None:
+    """500 rows of one label: their head row's gradient times 1,024 is beyond float16."""
+    hidden = torch.full((500, 16), 2.0, dtype=torch.float16, requires_grad=True)
+    weight = (torch.randn(300, 16, generator=torch.Generator().manual_seed(0)) * 0.01).half().requires_grad_()
+    labels = torch.full((500,), 7)
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    wanted = torch.autograd.grad(reference.token_losses(*exact, labels).sum(), exact)
+    for a, b in zip(
+        torch.autograd.grad(linear_cross_entropy(hidden, weight, labels), (hidden, weight)), wanted, strict=True
+    ):
+        assert_near(a, b, 3e-3)
+
+
+def test_a_float32_head_keeps_its_type_beside_narrow_rows() -> None:
+    hidden, weight, labels = _inputs(60, torch.bfloat16)
+    master = weight.detach().float().requires_grad_()
+    loss = linear_cross_entropy(hidden, master, labels)
+    assert torch.equal(loss, linear_cross_entropy(hidden, weight, labels))
+    assert torch.autograd.grad(loss, master)[0].dtype is torch.float32
+
+
+def test_gradients_may_be_asked_for_twice() -> None:
+    hidden, weight, labels = _inputs(30)
+    loss = linear_cross_entropy(hidden, weight, labels) * 3
+    first = torch.autograd.grad(loss, weight, retain_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(loss, weight)[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("share", [0.35, 1.0])
+def test_a_large_head_on_this_gpu(dtype, share) -> None:
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    hidden = torch.randn(3001, 512, generator=generator, device="cuda").to(dtype).requires_grad_()
+    weight = (torch.randn(55_296, 512, generator=generator, device="cuda") * 0.05).to(dtype).requires_grad_()
+    labels = torch.randint(0, 55_296, (3001,), generator=generator, device="cuda")
+    labels[torch.rand(3001, generator=generator, device="cuda") > share] = -100
+    kept = labels != -100
+    exact = [x.detach().float().requires_grad_() for x in (hidden, weight)]
+    wanted = reference.token_losses(exact[0][kept], exact[1], labels[kept]).sum()
+    theirs = torch.autograd.grad(wanted, exact)
+    for name in ("triton", "chunked"):
+        with force(linear_cross_entropy=name):
+            found = linear_cross_entropy(hidden, weight, labels)
+        assert_near(found, wanted, 1e-3)
+        for a, b in zip(torch.autograd.grad(found, (hidden, weight)), theirs, strict=True):
+            assert_near(a, b, 1.5e-2)

@@ -1,69 +1,273 @@
-"""Packed attention equals attention over each document alone, in values and gradients."""
+"""Packed attention equals attention over each document alone, in values and gradients, whichever way it is computed."""
+
+import sys
+import types
+from functools import partial
 
 import pytest
 import torch
-from fireflyds_kernels import packed_attention
+from fireflyds_kernels import CannotRun, force, packed_attention
+from fireflyds_kernels.packed_attention import bucketed, flash
+from packed import TOLERANCES, assert_near, attention_inputs, gradients_of, naive_attention
+
+REFERENCE = "reference" if not torch.cuda.is_available() else "bucketed"
 
 
-def _inputs(lengths: list[int], heads: int, kv_heads: int, dim: int, seed: int = 0):
-    generator = torch.Generator().manual_seed(seed)
-    total = sum(lengths)
-    shapes = ((total, heads, dim), (total, kv_heads, dim), (total, kv_heads, dim))
-    q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes)
-    cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
-    return q, k, v, cu
+def _bucketed(q, k, v, cu, *, max_seqlen, causal=True, scale=None, window=None, alibi_slopes=None):
+    scale = q.shape[2] ** -0.5 if scale is None else scale
+    return bucketed.packed_attention(q, k, v, cu, max_seqlen, causal, scale, window, alibi_slopes)
 
 
-def _naive(q, k, v, cu, causal: bool, scale: float):
-    """One dense masked softmax over everything."""
-    total, heads, _ = q.shape
-    k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
-    document = torch.bucketize(torch.arange(total), cu[1:-1].long(), right=True)
-    allowed = document[:, None] == document[None]
-    if causal:
-        allowed &= torch.arange(total)[:, None] >= torch.arange(total)[None]
-    scores = torch.einsum("ihd,jhd->hij", q, k) * scale
-    return torch.einsum("hij,jhd->ihd", scores.masked_fill(~allowed, float("-inf")).softmax(-1), v)
+WAYS = {"chosen": packed_attention, "bucketed": _bucketed}
 
 
-@pytest.mark.parametrize("lengths", [[1], [5], [1, 1, 1], [7, 1, 13, 2], [3] * 100])
+def _compare(run, lengths, heads, kv_heads, dim, dtype=torch.float64, device="cpu", tolerance=None, **options) -> None:
+    q, k, v, cu = attention_inputs(lengths, heads, kv_heads, dim, dtype, device)
+    exact = tuple(x.detach().double().requires_grad_() for x in (q, k, v))
+    wanted = naive_attention(*exact, cu, **options)
+    found = run(q, k, v, cu, max_seqlen=max(lengths), **options)
+    tolerance = TOLERANCES[dtype] if tolerance is None else tolerance
+    assert_near(found, wanted, tolerance, "output")
+    upstream = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(device)
+    for name, a, b in zip(
+        "qkv", gradients_of(found, (q, k, v), upstream), gradients_of(wanted, exact, upstream), strict=True
+    ):
+        assert_near(a, b, 2 * tolerance, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("lengths", [[1], [5], [1, 1, 1], [7, 1, 13, 2], [3] * 100, [300, 40]])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(2, 2, 8), (4, 1, 8), (4, 2, 5)])
 @pytest.mark.parametrize("causal", [True, False])
-def test_equals_dense_masked_attention_forward_and_backward(lengths, heads, kv_heads, dim, causal) -> None:
-    q, k, v, cu = _inputs(lengths, heads, kv_heads, dim)
-    ours = packed_attention(q, k, v, cu, max_seqlen=max(lengths), causal=causal, scale=0.3)
-    theirs = _naive(q, k, v, cu, causal, 0.3)
-    torch.testing.assert_close(ours, theirs)
-    upstream = torch.randn_like(ours)
-    for a, b in zip(
-        torch.autograd.grad(ours, (q, k, v), upstream), torch.autograd.grad(theirs, (q, k, v), upstream), strict=True
-    ):
-        torch.testing.assert_close(a, b)
+def test_equals_dense_masked_attention(way, lengths, heads, kv_heads, dim, causal, poisoned) -> None:
+    _compare(WAYS[way], lengths, heads, kv_heads, dim, causal=causal, scale=0.3)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("window", [None, 1, 3, 17, 290])
+@pytest.mark.parametrize("slopes", [None, (0.5, 0.1, 0.02, 0.7)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_windows_and_alibi(way, window, slopes, causal, poisoned) -> None:
+    slopes = None if slopes is None else torch.tensor(slopes)
+    _compare(WAYS[way], [300, 1, 17, 40], 4, 2, 8, causal=causal, window=window, alibi_slopes=slopes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+def test_number_formats_and_head_sizes(dtype, dim, device, poisoned) -> None:
+    for heads, kv_heads in ((8, 8), (4, 1), (8, 1)):
+        _compare(packed_attention, [33, 1, 95], heads, kv_heads, dim, dtype, device)
+
+
+def test_a_thousand_documents(device) -> None:
+    lengths = [1 + i % 7 for i in range(1000)]
+    _compare(packed_attention, lengths, 2, 1, 16, torch.float32, device)
 
 
 def test_changing_one_document_changes_no_other() -> None:
-    q, k, v, cu = _inputs([6, 9, 4], 2, 2, 8)
-    before = packed_attention(q, k, v, cu, max_seqlen=9)
-    changed = [x.detach().clone() for x in (q, k, v)]
-    for x in changed:
-        x[6:15] += 1
-    after = packed_attention(*changed, cu, max_seqlen=9)
-    assert torch.equal(before[:6], after[:6])
-    assert torch.equal(before[15:], after[15:])
-    assert not torch.equal(before[6:15], after[6:15])
+    for run in WAYS.values():
+        q, k, v, cu = attention_inputs([6, 9, 4], 2, 2, 8)
+        before = run(q, k, v, cu, max_seqlen=9)
+        changed = [x.detach().clone() for x in (q, k, v)]
+        for x in changed:
+            x[6:15] += 1
+        after = run(*changed, cu, max_seqlen=9)
+        assert torch.equal(before[:6], after[:6])
+        assert torch.equal(before[15:], after[15:])
+        assert not torch.equal(before[6:15], after[6:15])
+
+
+def test_documents_of_no_tokens_are_passed_over() -> None:
+    for run in WAYS.values():
+        q, k, v, _ = attention_inputs([4, 3], 2, 2, 8)
+        gaps, plain = torch.tensor([0, 0, 4, 4, 7, 7]), torch.tensor([0, 4, 7])
+        torch.testing.assert_close(
+            run(q, k, v, gaps.int(), max_seqlen=4), run(q, k, v, plain.int(), max_seqlen=4), rtol=0, atol=1e-12
+        )
+
+
+def test_boundaries_that_change_in_place_are_read_again() -> None:
+    q, k, v, cu = attention_inputs([4, 4], 2, 2, 8)
+    _bucketed(q, k, v, cu, max_seqlen=4)
+    cu.copy_(torch.tensor([0, 1, 8]))
+    torch.testing.assert_close(_bucketed(q, k, v, cu, max_seqlen=7), naive_attention(q, k, v, cu))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [({"k": torch.zeros(5, 3, 8)}, "no multiple"), ({"cu": torch.tensor([0, 5])}, "int32"), ({"q": torch.zeros(5, 8)}, "expected"),
-     ({"max_seqlen": 4}, "max_seqlen=4")],
+     ({"window": 0}, "window=0"), ({"alibi_slopes": torch.zeros(3)}, r"\[H\] with H=4"), ({"q": torch.zeros(5, 4, 8).half()}, "one number format")],
 )  # fmt: skip
 def test_wrong_shapes_are_named(change, message) -> None:
-    good = {
-        "q": torch.zeros(5, 4, 8),
-        "k": torch.zeros(5, 2, 8),
-        "cu": torch.tensor([0, 5], dtype=torch.int32),
-        "max_seqlen": 5,
-    } | change
+    good = {"q": torch.zeros(5, 4, 8), "k": torch.zeros(5, 2, 8), "cu": torch.tensor([0, 5], dtype=torch.int32)}
+    given = good | {key: value for key, value in change.items() if key in good}
+    options = {key: value for key, value in change.items() if key not in good}
     with pytest.raises(ValueError, match=message):
-        packed_attention(good["q"], good["k"], good["k"], good["cu"], max_seqlen=good["max_seqlen"])
+        packed_attention(given["q"], given["k"], given["k"], given["cu"], max_seqlen=5, **options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="boundaries are read on the CPU only")
+def test_boundaries_that_do_not_fit_are_named() -> None:
+    q, cu = torch.zeros(5, 2, 8), torch.tensor([0, 5], dtype=torch.int32)
+    with pytest.raises(ValueError, match="max_seqlen=4"):
+        packed_attention(q, q, q, cu, max_seqlen=4)
+    with pytest.raises(ValueError, match="for T=5"):
+        packed_attention(q, q, q, cu - 1, max_seqlen=5)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(2, 2, 16), (4, 1, 24)])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [None, 17])
+@pytest.mark.parametrize("alibi", [False, True])
+def test_triton_equals_dense_masked_attention(heads, kv_heads, dim, causal, window, alibi, device, poisoned) -> None:
+    slopes = torch.linspace(0.1, 0.6, heads, device=device) if alibi else None
+    for lengths in ([1], [70, 1, 40, 3], [90]):
+        with force(packed_attention="triton"):
+            _compare(
+                packed_attention, lengths, heads, kv_heads, dim, torch.float32, device, causal=causal, window=window, alibi_slopes=slopes
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+def test_triton_in_half_precision(dtype, dim, device, poisoned) -> None:
+    with force(packed_attention="triton"):
+        _compare(packed_attention, [37, 1, 26], 2, 1, dim, dtype, device)
+
+
+def test_triton_takes_any_strides_but_the_last(device) -> None:
+    whole = torch.randn(40, 3, 2, 16, device=device, requires_grad=True)
+    cu = torch.tensor([0, 25, 40], dtype=torch.int32, device=device)
+    q, k, v = whole.unbind(1)
+    with force(packed_attention="triton"):
+        found = packed_attention(q, k, v, cu, max_seqlen=25)
+    wanted = naive_attention(q, k, v, cu)
+    assert_near(found, wanted, 1e-5)
+    upstream = torch.randn_like(wanted)
+    assert_near(gradients_of(found, (whole,), upstream)[0], gradients_of(wanted, (whole,), upstream)[0], 1e-5)
+
+
+@pytest.fixture
+def flash_attn(monkeypatch):
+    """A stand-in with the exact signature of flash-attn 2.8, computing the naive way; what it was called with."""
+    calls = []
+
+    def flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
+        window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False, block_table=None,
+    ):  # fmt: skip
+        calls.append((max_seqlen_q, max_seqlen_k, causal, window_size))
+        assert torch.equal(cu_seqlens_q, cu_seqlens_k)
+        assert dropout_p == 0.0
+        left, right = window_size
+        assert not (causal and right > 0)
+        window = None if left < 0 else left + 1
+        return naive_attention(
+            q, k, v, cu_seqlens_q, causal=causal, scale=softmax_scale, window=window, alibi_slopes=alibi_slopes
+        )
+
+    module = types.ModuleType("flash_attn")
+    module.flash_attn_varlen_func = flash_attn_varlen_func
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    return calls
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("alibi", [False, True])
+def test_the_flash_attn_package_is_called_as_it_wants(flash_attn, causal, window, alibi) -> None:
+    slopes = torch.tensor([0.5, 0.1]) if alibi else None
+
+    def run(q, k, v, cu, *, max_seqlen, **options):
+        return flash.flash_attn_2(q, k, v, cu, max_seqlen, causal, 0.3, window, slopes)
+
+    _compare(run, [7, 1, 12], 2, 1, 8, causal=causal, scale=0.3, window=window, alibi_slopes=slopes)
+    expected = (-1, -1) if window is None else (3, 0 if causal else 3)
+    assert flash_attn == [(12, 12, causal, expected)]
+
+
+def _varlen_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+    assert query.shape[1] == key.shape[1]
+    return naive_attention(query, key, value, cu_seq_q, causal=is_causal)
+
+
+def _varlen_2_11(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
+):
+    assert query.shape[1] == key.shape[1]
+    return _windowed(query, key, value, cu_seq_q, scale, window_size)
+
+
+def _varlen_2_12(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1),
+    enable_gqa=False, seqused_k=None, block_table=None, num_splits=None,
+):  # fmt: skip
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    return _windowed(query, key, value, cu_seq_q, scale, window_size)
+
+
+def _windowed(q, k, v, cu, scale, window_size):
+    left, right = window_size
+    return naive_attention(q, k, v, cu, causal=right == 0, scale=scale, window=None if left < 0 else left + 1)
+
+
+@pytest.mark.parametrize("version", [_varlen_2_10, _varlen_2_11, _varlen_2_12])
+@pytest.mark.parametrize("causal", [True, False])
+def test_torch_varlen_is_called_as_each_version_wants(version, causal, monkeypatch) -> None:
+    import inspect
+
+    monkeypatch.setattr(flash, "_varlen", lambda: (version, frozenset(inspect.signature(version).parameters)))
+    assert flash.varlen_has_window() == (version is not _varlen_2_10)
+
+    def run(q, k, v, cu, *, max_seqlen, **_):
+        return flash.torch_varlen(q, k, v, cu, max_seqlen, causal, 0.3, window, None)
+
+    for window in (None, 4) if flash.varlen_has_window() else (None,):
+        _compare(run, [7, 1, 12], 4, 2, 8, causal=causal, scale=0.3, window=window)
+
+
+def test_this_torch_has_a_varlen_attention_that_is_understood() -> None:
+    _, known = flash._varlen()
+    assert {"cu_seq_q", "cu_seq_k", "max_q", "max_k"} <= known
+    assert known & {"is_causal", "window_size"}
+
+
+def test_efficient_attention_has_the_signature_the_shapes_and_a_gradient() -> None:
+    """No kernel of it runs on a CPU; `meta` knows what it takes and gives."""
+    from fireflyds_kernels.packed_attention import efficient
+
+    q, k, v = (torch.empty(9, heads, 16, device="meta", dtype=torch.float16, requires_grad=True) for heads in (4, 2, 2))
+    cu = torch.empty(3, device="meta", dtype=torch.int32)
+    out = efficient.packed_attention(q, k, v, cu, 5, True, 0.25, None, None)
+    assert out.shape == (9, 4, 16)
+    names, nodes = set(), [out.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        names.add(node.name())
+        nodes += [following for following, _ in node.next_functions if following is not None]
+    assert any("EfficientAttention" in name for name in names)
+
+
+def test_a_forced_choice_that_cannot_run_is_refused() -> None:
+    q, cu = torch.zeros(5, 2, 8), torch.tensor([0, 5], dtype=torch.int32)
+    with force(packed_attention="efficient"), pytest.raises(CannotRun, match="needs an NVIDIA GPU.*reference"):
+        packed_attention(q, q, q, cu, max_seqlen=5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "implementation", ["flash_attn_3", "flash_attn", "torch_varlen", "triton", "efficient", "bucketed"]
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": 100}, {"alibi": True}])
+def test_every_implementation_on_this_gpu(implementation, dtype, dim, options) -> None:
+    options = dict(options)
+    if options.pop("alibi", False):
+        options["alibi_slopes"] = torch.linspace(0.01, 0.5, 8, device="cuda")
+    run = partial(_compare, packed_attention, [700, 1, 333, 64], 8, 2, dim, dtype, "cuda", **options)
+    with force(packed_attention=implementation):
+        try:
+            run()
+        except CannotRun as refusal:
+            pytest.skip(str(refusal))

@@ -72,7 +72,6 @@ def _check(
         raise ValueError(f"linear_cross_entropy: reduction={reduction!r} is neither 'sum' nor 'none'")
 
 
-
 _PLACE = "fireflyds_kernels.linear_cross_entropy"
 dispatch.Kernel(
     "linear_cross_entropy",

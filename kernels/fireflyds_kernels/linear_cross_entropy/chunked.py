@@ -109,7 +109,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 
 
 def _gradients(ctx: Any, upstream: list[Tensor]) -> tuple[Any, ...]:
-    found = [(g * upstream[0]).to(g.dtype) if want else None for g, want in zip(ctx.saved_tensors, ctx.wanted, strict=True)]
+    found = [
+        (g * upstream[0]).to(g.dtype) if want else None for g, want in zip(ctx.saved_tensors, ctx.wanted, strict=True)
+    ]
     hidden, bias, *blocks = found
     return hidden, blocks, None, bias, *[None] * 5
 

@@ -58,7 +58,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int | No
             f"packed_attention: q [T, H, D], k and v [T, Hk, D] expected, got {[*q.shape]}, {[*k.shape]}, {[*v.shape]}"
         )
     if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"packed_attention: q, k and v are {q.dtype}, {k.dtype} and {v.dtype}; one number format expected")
+        raise ValueError(
+            f"packed_attention: q, k and v are {q.dtype}, {k.dtype} and {v.dtype}; one number format expected"
+        )
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"packed_attention: {q.shape[1]} query heads are no multiple of {k.shape[1]} key heads")
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
@@ -66,7 +68,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int | No
             f"packed_attention: cu_seqlens must be int32 [n + 1], got {cu_seqlens.dtype} {[*cu_seqlens.shape]}"
         )
     if cu_seqlens.device != q.device:
-        raise ValueError(f"packed_attention: cu_seqlens is on {cu_seqlens.device}, q on {q.device}; one device expected")
+        raise ValueError(
+            f"packed_attention: cu_seqlens is on {cu_seqlens.device}, q on {q.device}; one device expected"
+        )
     if window is not None and window < 1:
         raise ValueError(f"packed_attention: window={window} must be at least 1")
     if slopes is not None and (slopes.shape != q.shape[1:2] or slopes.dtype != torch.float32):
@@ -132,9 +136,15 @@ dispatch.Kernel(
     Implementation("triton", f"{_PLACE}.triton", "packed_attention", _triton),
     Implementation("efficient", f"{_PLACE}.efficient", "packed_attention", _efficient),
     Implementation(
-        "bucketed", f"{_PLACE}.bucketed", "packed_attention", lambda where: "is for GPUs" if where.device == "cpu" else None
+        "bucketed",
+        f"{_PLACE}.bucketed",
+        "packed_attention",
+        lambda where: "is for GPUs" if where.device == "cpu" else None,
     ),
     Implementation(
-        "reference", f"{_PLACE}.reference", "packed_attention", lambda where: "runs on the CPU" if where.device != "cpu" else None
+        "reference",
+        f"{_PLACE}.reference",
+        "packed_attention",
+        lambda where: "runs on the CPU" if where.device != "cpu" else None,
     ),
 )

@@ -28,31 +28,6 @@ def delta_kernel(
 
 
 @triton.jit
-def _queries(
-    dk, dv, k, v, q_base, grad_base, lse_base, delta_base, q_stride, grad_stride, columns, first, last, low, high,
-    tokens, scale, slope, window,
-    MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, ALIBI: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
-):  # fmt: skip
-    """One stretch of rows adds to the gradients of a block of columns. Everything is `[columns, rows]`."""
-    for block in range(0, tl.cdiv(high - low, BLOCK_M)):
-        rows = low + block * BLOCK_M + tl.arange(0, BLOCK_M)
-        q = load_rows(q_base, rows, q_stride, tokens, D, BLOCK_D, not MASKED)
-        values = scores(k, tl.trans(q), rows[None], columns[:, None], scale, slope, ALIBI, PRECISION, WIDEN)
-        weights = tl.exp2(values - tl.load(lse_base + rows, mask=rows < tokens, other=0.0)[None])
-        if MASKED:
-            seen = visible(rows[None], columns[:, None], first[:, None], last[:, None], window, CAUSAL, WINDOW)
-            seen &= (rows[None] >= first[:, None]) & (rows[None] < last[:, None])
-            weights = tl.where(seen, weights, 0.0)
-        grad = load_rows(grad_base, rows, grad_stride, tokens, D, BLOCK_D, not MASKED)
-        dv += product(weights.to(grad.dtype), grad, PRECISION, WIDEN)
-        slopes_of = product(v, tl.trans(grad), PRECISION, WIDEN)
-        slopes_of -= tl.load(delta_base + rows, mask=rows < tokens, other=0.0)[None]
-        dk += product((weights * slopes_of).to(q.dtype), q, PRECISION, WIDEN)
-    return dk, dv
-
-
-@triton.jit
 def keys_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, boundaries, slopes, n, steps, tokens, scale,
     window, q_stride, q_head, k_stride, k_head, v_stride, v_head, grad_stride, grad_head, kv_heads,
@@ -63,52 +38,38 @@ def keys_kernel(
     start = tl.program_id(0) * BLOCK_N
     kv_head = tl.program_id(1)
     columns = start + tl.arange(0, BLOCK_N)
-    end = tl.minimum(start + BLOCK_N, tokens)
     first, last = document(boundaries, steps, n, tl.minimum(columns, tokens - 1))
+    low = start if CAUSAL else tl.min(first, 0)
     high = tl.max(last, 0)
-    all_high = tl.min(last, 0)
-    if CAUSAL:
-        low = start
-        all_low = end
-    else:
-        low = tl.min(first, 0)
-        all_low = tl.max(first, 0)
     if WINDOW:
-        high = tl.minimum(high, end + window - 1)
-        all_high = tl.minimum(all_high, start + window)
+        high = tl.minimum(high, tl.minimum(start + BLOCK_N, tokens) + window - 1)
         if CAUSAL == 0:
             low = tl.maximum(low, start - window + 1)
-            all_low = tl.maximum(all_low, end - window)
-    clear = low + (all_low - low + BLOCK_M - 1) // BLOCK_M * BLOCK_M
-    edge = clear + (all_high - clear) // BLOCK_M * BLOCK_M
-    some = all_high - clear >= BLOCK_M
-    clear = tl.where(some, clear, low)
-    edge = tl.where(some, edge, low)
-
     k = load_rows(k_ptr + kv_head * k_head, columns, k_stride, tokens, D, BLOCK_D, False)
     v = load_rows(v_ptr + kv_head * v_head, columns, v_stride, tokens, D, BLOCK_D, False)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for member in range(GROUP):
-        head = kv_head * GROUP + member
+    # One loop over heads and blocks, every block masked: nested or split into stretches it spills registers.
+    blocks = tl.cdiv(high - low, BLOCK_M)
+    for step in range(0, blocks * GROUP):
+        head = kv_head * GROUP + step // blocks
+        rows = low + step % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
         slope = tl.load(slopes + head) if ALIBI else 0.0
-        q_base, grad_base = q_ptr + head * q_head, grad_ptr + head * grad_head
-        lse_base, delta_base = lse_ptr + head.to(tl.int64) * tokens, delta_ptr + head.to(tl.int64) * tokens
-        dk, dv = _queries(
-            dk, dv, k, v, q_base, grad_base, lse_base, delta_base, q_stride, grad_stride, columns, first, last,
-            low, clear, tokens, scale, slope, window,
-            True, CAUSAL, WINDOW, ALIBI, D, BLOCK_D, BLOCK_M, PRECISION, WIDEN,
-        )  # fmt: skip
-        dk, dv = _queries(
-            dk, dv, k, v, q_base, grad_base, lse_base, delta_base, q_stride, grad_stride, columns, first, last,
-            clear, edge, tokens, scale, slope, window,
-            False, CAUSAL, WINDOW, ALIBI, D, BLOCK_D, BLOCK_M, PRECISION, WIDEN,
-        )  # fmt: skip
-        dk, dv = _queries(
-            dk, dv, k, v, q_base, grad_base, lse_base, delta_base, q_stride, grad_stride, columns, first, last,
-            edge, high, tokens, scale, slope, window,
-            True, CAUSAL, WINDOW, ALIBI, D, BLOCK_D, BLOCK_M, PRECISION, WIDEN,
-        )  # fmt: skip
+        row_values = head.to(tl.int64) * tokens + rows
+        # Everything below is [columns, rows].
+        q = load_rows(q_ptr + head * q_head, rows, q_stride, tokens, D, BLOCK_D, False)
+        values = scores(k, tl.trans(q), rows[None], columns[:, None], scale, slope, ALIBI, PRECISION, WIDEN)
+        weights = tl.exp2(values - tl.load(lse_ptr + row_values, mask=rows < tokens, other=0.0)[None])
+        seen = visible(rows[None], columns[:, None], first[:, None], last[:, None], window, CAUSAL, WINDOW)
+        seen &= rows[None] < last[:, None]
+        if CAUSAL == 0:
+            seen &= rows[None] >= first[:, None]
+        weights = tl.where(seen, weights, 0.0)
+        grad = load_rows(grad_ptr + head * grad_head, rows, grad_stride, tokens, D, BLOCK_D, False)
+        dv += product(weights.to(grad.dtype), grad, PRECISION, WIDEN)
+        slopes_of = product(v, tl.trans(grad), PRECISION, WIDEN)
+        slopes_of -= tl.load(delta_ptr + row_values, mask=rows < tokens, other=0.0)[None]
+        dk += product((weights * slopes_of).to(q.dtype), q, PRECISION, WIDEN)
     store_rows(dk_ptr + kv_head * D, columns, kv_heads * D, tokens, dk * scale, D, BLOCK_D)
     store_rows(dv_ptr + kv_head * D, columns, kv_heads * D, tokens, dv, D, BLOCK_D)
 

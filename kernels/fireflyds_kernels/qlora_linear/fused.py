@@ -24,12 +24,20 @@ def qlora_linear(
 
 
 def _unpack(
-    packed: Tensor, absmax: Tensor, nested: list[Tensor], block_sizes: list[int], kind: str, shape: list[int], dtype: torch.dtype
+    packed: Tensor,
+    absmax: Tensor,
+    nested: list[Tensor],
+    block_sizes: list[int],
+    kind: str,
+    shape: list[int],
+    dtype: torch.dtype,
 ) -> Tensor:
     """W in `dtype`. With double quantisation its scales are unpacked first."""
     if nested:
         scales, code, offset = nested
-        absmax = torch.ops.bitsandbytes.dequantize_blockwise(absmax, scales, code, block_sizes[1], torch.float32) + offset
+        absmax = (
+            torch.ops.bitsandbytes.dequantize_blockwise(absmax, scales, code, block_sizes[1], torch.float32) + offset
+        )
     found: Tensor = torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, block_sizes[0], kind, shape, dtype)
     return found
 

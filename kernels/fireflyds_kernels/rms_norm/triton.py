@@ -18,16 +18,18 @@ def forward_kernel(
     columns = tl.arange(0, BLOCK)
     inside = columns < d
     x = tl.load(x_ptr + row * d + columns, mask=inside, other=0.0)
-    if RESIDUAL:
-        x += tl.load(residual_ptr + row * d + columns, mask=inside, other=0.0)
-        tl.store(total_ptr + row * d + columns, x, mask=inside)
+    # Sums and products are float32 and rounded after: the same bits as in the narrow type, in the interpreter too.
     wide = x.to(tl.float32)
+    if RESIDUAL:
+        wide += tl.load(residual_ptr + row * d + columns, mask=inside, other=0.0).to(tl.float32)
+        total = wide.to(x.dtype)
+        tl.store(total_ptr + row * d + columns, total, mask=inside)
+        wide = total.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / d + eps)
     tl.store(scale_ptr + row, scale)
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0)
-    out_type = out_ptr.dtype.element_ty
-    normed = (wide * scale).to(x.dtype)
-    tl.store(out_ptr + row * d + columns, normed.to(out_type) * weight.to(out_type), mask=inside)
+    normed = (wide * scale).to(x.dtype).to(tl.float32)
+    tl.store(out_ptr + row * d + columns, (normed * weight.to(tl.float32)).to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -41,8 +43,10 @@ def backward_kernel(
     inside = columns < d
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     dweight = tl.zeros([BLOCK], tl.float32)
-    for row in range(program * share, tl.minimum(program * share + share, rows)):
-        place = row.to(tl.int64) * d + columns
+    first = program.to(tl.int64) * share
+    for index in range(0, tl.minimum(share, rows - program * share)):
+        row = first + index
+        place = row * d + columns
         x = tl.load(total_ptr + place, mask=inside, other=0.0)
         grad = tl.load(grad_ptr + place, mask=inside, other=0.0).to(tl.float32)
         scale = tl.load(scale_ptr + row)
@@ -80,9 +84,7 @@ def _run(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tupl
     scale = x.new_empty(x.shape[:-1], dtype=torch.float32)
     d = x.shape[-1]
     if scale.numel():
-        forward_kernel[(scale.numel(),)](
-            x, residual, weight, out, total, scale, d, eps, RESIDUAL=added, **launch(d)
-        )
+        forward_kernel[(scale.numel(),)](x, residual, weight, out, total, scale, d, eps, RESIDUAL=added, **launch(d))
     return out, total, scale
 
 

@@ -25,7 +25,13 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
         raise ValueError(
             f"rope: q [T, H, D] and k [T, Hk, D] of one type expected, got {q.dtype} {[*q.shape]}, {k.dtype} {[*k.shape]}"
         )
-    if cos.dim() != 2 or cos.shape != sin.shape or cos.shape[0] != q.shape[0] or cos.shape[1] > q.shape[2] or cos.shape[1] % 2:
+    if (
+        cos.dim() != 2
+        or cos.shape != sin.shape
+        or cos.shape[0] != q.shape[0]
+        or cos.shape[1] > q.shape[2]
+        or cos.shape[1] % 2
+    ):
         raise ValueError(
             f"rope: cos and sin [T, R] expected with T={q.shape[0]} and an even R of at most D={q.shape[2]}, "
             f"got {[*cos.shape]}, {[*sin.shape]}"

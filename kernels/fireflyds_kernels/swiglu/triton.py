@@ -15,9 +15,11 @@ def forward_kernel(gate_ptr, up_ptr, out_ptr, count, BLOCK: tl.constexpr):
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = places < count
     gate = tl.load(gate_ptr + places, mask=inside, other=0.0)
-    up = tl.load(up_ptr + places, mask=inside, other=0.0)
+    up = tl.load(up_ptr + places, mask=inside, other=0.0).to(tl.float32)
     wide = gate.to(tl.float32)
-    tl.store(out_ptr + places, (wide * tl.sigmoid(wide)).to(gate.dtype) * up, mask=inside)
+    # silu is rounded to the narrow type before it meets up, as the definition does.
+    silu = (wide * tl.sigmoid(wide)).to(gate.dtype).to(tl.float32)
+    tl.store(out_ptr + places, (silu * up).to(gate.dtype), mask=inside)
 
 
 @triton.jit

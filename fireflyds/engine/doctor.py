@@ -1,0 +1,151 @@
+"""Proof on this machine and model that packing changes nothing: packed equals one by one, no document sees another."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from fireflyds_kernels import dispatch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from fireflyds.config import DoctorConfig, Precision
+from fireflyds.errors import UserError
+from fireflyds.models.fuse import fuse, hidden_states
+from fireflyds.models.load import DTYPES
+from fireflyds.types import IGNORE_INDEX
+
+# Largest relative differences that rounding explains, by number format: of the loss, of all gradients together.
+TOLERANCES = {torch.float32: (1e-5, 1e-3), torch.bfloat16: (1e-2, 5e-2), torch.float16: (2e-3, 2e-2)}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One implementation of packed attention, with the model around it."""
+
+    implementation: str
+    loss: float
+    """|packed - one by one| / one by one."""
+    gradients: float
+    """The same of all trained parameters' gradients, in the Euclidean norm."""
+    leakage: float
+    """Largest change of any hidden value of the other documents when one is replaced."""
+    proven: bool
+
+
+def load_model(config: DoctorConfig, precision: Precision) -> Any:
+    """The model to examine, as transformers runs it, without dropout.
+
+    Raises:
+        UserError: no model there.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = Path(config.model)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model={folder}: no config.json there. Give the directory of a Hugging Face model")
+    settings = AutoConfig.from_pretrained(folder)
+    if config.layers is not None:
+        settings.num_hidden_layers = min(config.layers, settings.num_hidden_layers)
+        if getattr(settings, "layer_types", None):
+            settings.layer_types = settings.layer_types[: settings.num_hidden_layers]
+    model = AutoModelForCausalLM.from_pretrained(folder, config=settings, dtype=DTYPES[precision])
+    return model.to(config.device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+
+
+def examine(model: Any, lengths: list[int], seed: int) -> Iterator[Finding]:
+    """One finding for every implementation of packed attention that runs here, the chosen one first. Fuses the model.
+
+    Raises:
+        UserError: a model that cannot be fused, or documents longer than it has positions.
+    """
+    most = getattr(model.config, "max_position_embeddings", None)
+    if most is not None and max(lengths) > most:
+        raise UserError(f"documents={lengths}: the model has {most} positions. Give shorter ones")
+    device = model.get_input_embeddings().weight.device
+    generator = torch.Generator().manual_seed(seed)
+    vocab_size = model.config.vocab_size
+    documents = [torch.randint(0, vocab_size, (length,), generator=generator).to(device) for length in lengths]
+    alone = sum(_loss_alone(model, ids) for ids in documents)
+    # Held on the host: two sets of gradients need not fit the device.
+    wanted = _take_gradients(model)
+    fuse(model)
+    batch = _packed(documents)
+    other = torch.randint(0, vocab_size, (lengths[len(lengths) // 2],), generator=generator).to(device)
+    changed = _packed([other if i == len(lengths) // 2 else ids for i, ids in enumerate(documents)])
+    kept = torch.ones(sum(lengths), dtype=torch.bool, device=device)
+    kept[sum(lengths[: len(lengths) // 2]) : sum(lengths[: len(lengths) // 2 + 1])] = False
+    for name in _implementations(model, device):
+        with dispatch.force(packed_attention=name):
+            loss = model(**batch)
+            loss.backward()
+            gradients = _distance(_take_gradients(model), wanted)
+            with torch.no_grad():
+                before, after = (_hidden(model, each) for each in (batch, changed))
+            leakage = float((before - after)[0, kept].abs().max()) if len(lengths) > 1 else 0.0
+        relative = abs(loss.item() - alone) / max(abs(alone), 1e-12)
+        most_loss, most_gradients = TOLERANCES[before.dtype]
+        proven = relative <= most_loss and gradients <= most_gradients and leakage == 0
+        yield Finding(name, relative, gradients, leakage, proven)
+
+
+def table(findings: list[Finding]) -> str:
+    """Findings for people to read."""
+    lines = ["attention      loss differs  gradients differ  leakage   verdict"]
+    for each in findings:
+        verdict = "proven" if each.proven else "NOT EQUAL"
+        lines.append(
+            f"{each.implementation:<14} {each.loss:>12.1e}  {each.gradients:>16.1e}  {each.leakage:>7.1e}   {verdict}"
+        )
+    return "\n".join(lines)
+
+
+def _loss_alone(model: Any, ids: Tensor) -> float:
+    if len(ids) < 2:
+        return 0.0
+    loss = cross_entropy(model(ids[None]).logits[0, :-1].float(), ids[1:], reduction="sum")
+    loss.backward()
+    return float(loss.detach())
+
+
+def _take_gradients(model: Any) -> dict[str, Tensor]:
+    found = {name: p.grad.float().cpu() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def _distance(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+    """Over all parameters; one that has a gradient on one side only is all difference."""
+    zero = torch.zeros(())
+    names = found.keys() | wanted.keys()
+    apart = sum(float((found.get(name, zero) - wanted.get(name, zero)).double().square().sum()) for name in names)
+    return (apart / max(sum(float(g.double().square().sum()) for g in wanted.values()), 1e-30)) ** 0.5
+
+
+def _packed(documents: list[Tensor]) -> dict[str, Any]:
+    device, lengths = documents[0].device, [len(ids) for ids in documents]
+    ends = torch.tensor([IGNORE_INDEX], device=device)
+    return {
+        "input_ids": torch.cat(documents)[None],
+        "labels": torch.cat([part for ids in documents for part in (ids[1:], ends)])[None],
+        "position_ids": torch.cat([torch.arange(length, device=device) for length in lengths])[None],
+        "cu_seqlens": torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device),
+        "max_seqlen": max(lengths),
+    }
+
+
+def _hidden(model: Any, batch: dict[str, Any]) -> Tensor:
+    return hidden_states(model, **{key: value for key, value in batch.items() if key != "labels"})
+
+
+def _implementations(model: Any, device: torch.device) -> list[str]:
+    """Those that can run what this model asks for, as far as its configuration tells."""
+    config, dtype = model.config, model.get_input_embeddings().weight.dtype
+    heads = config.num_attention_heads
+    where = dispatch.Where(
+        device.type, dispatch.capability_of(device), dtype, getattr(config, "head_dim", None) or config.hidden_size // heads,
+        window=bool(getattr(config, "sliding_window", None)), alibi=config.model_type == "bloom" or bool(getattr(config, "alibi", False)),
+    )  # fmt: skip
+    return dispatch.runnable("packed_attention", where)

@@ -1,0 +1,113 @@
+"""Forward passes of single modules on our kernels, by the names that the families' tables use.
+
+Each takes what the module of transformers takes and reads that module's own parts, so it becomes the `forward` of one
+instance and nothing else. A module's parameters are used by the module itself, never by its neighbour: ZeRO-3 gathers
+them when the module is called.
+"""
+
+import math
+from typing import Any
+
+import torch
+from fireflyds_kernels import qlora_linear, rms_norm, rope, swiglu
+from torch import Tensor, nn
+
+
+def norm(self: Any, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    """RMS norm; with a residual, the norm of the sum and the sum."""
+    if residual is None:
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+    return rms_norm(hidden_states, self.weight, self.variance_epsilon, residual)
+
+
+def gated_mlp(self: Any, x: Tensor) -> Tensor:
+    """down(silu(gate(x)) · up(x))."""
+    return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+def rotary_attention(
+    self: Any, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **_: Any
+) -> tuple[Tensor, None]:
+    """LLaMA's attention over `[1, T, d]`, with Qwen's window of a layer and Qwen3's norms of heads where it has them."""
+    return _rotary(self, hidden_states, position_embeddings, getattr(self, "sliding_window", None))
+
+
+def mistral_attention(
+    self: Any, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **_: Any
+) -> tuple[Tensor, None]:
+    """LLaMA's attention with one window for all layers."""
+    return _rotary(self, hidden_states, position_embeddings, self.config.sliding_window)
+
+
+def _rotary(
+    self: Any, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], window: int | None
+) -> tuple[Tensor, None]:
+    heads = (hidden_states.shape[1], -1, self.head_dim)
+    q, k, v = (projection(hidden_states)[0].view(heads) for projection in (self.q_proj, self.k_proj, self.v_proj))
+    if hasattr(self, "q_norm"):
+        q, k = self.q_norm(q), self.k_norm(k)
+    q, k = rope(q, k, *(table[0] for table in position_embeddings))
+    out = self.boundaries.attend(q, k, v, scale=self.scaling, window=window)
+    return self.o_proj(out.flatten(1)[None]), None
+
+
+def pre_norm_layer(self: Any, hidden_states: Tensor, **rest: Any) -> Tensor:
+    """Attention and feed-forward, each behind its norm; the sum in the middle is taken by the second norm."""
+    attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **rest)
+    normed, total = self.post_attention_layernorm(attended, hidden_states)
+    return total + self.mlp(normed)
+
+
+def alibi_slopes(num_heads: int) -> Tensor:
+    """Slopes of ALiBi, `[H]`: a geometric series, for other than powers of two filled up with every second of the next
+    (arXiv 2108.12409)."""
+    power = 2 ** math.floor(math.log2(num_heads))
+    slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
+    slopes += [2 ** (-4 * (2 * i + 1) / power) for i in range(num_heads - power)]
+    return torch.tensor(slopes)
+
+
+def bloom_attention(self: Any, hidden_states: Tensor, residual: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+    tokens = hidden_states.shape[1]
+    q, k, v = self.query_key_value(hidden_states)[0].view(tokens, self.num_heads, 3, self.head_dim).unbind(2)
+    slopes = alibi_slopes(self.num_heads).to(q.device, non_blocking=True)
+    out = self.boundaries.attend(q, k, v, scale=self.inv_norm_factor, alibi_slopes=slopes)
+    dropped = nn.functional.dropout(self.dense(out.flatten(1)[None]), self.hidden_dropout, self.training)
+    return residual + dropped, None
+
+
+def falcon_attention(
+    self: Any, hidden_states: Tensor, alibi: Tensor | None, *_: Any, position_embeddings: Any = None, **__: Any
+) -> tuple[Tensor, None]:
+    tokens, fused = hidden_states.shape[1], self.query_key_value(hidden_states)[0]
+    if self.new_decoder_architecture:
+        groups = fused.view(tokens, self.num_kv_heads, -1, self.head_dim)
+        q, k, v = groups[:, :, :-2].flatten(1, 2), groups[:, :, -2], groups[:, :, -1]
+    elif self.multi_query:
+        heads = fused.view(tokens, self.num_heads + 2, self.head_dim)
+        q, k, v = heads[:, :-2], heads[:, -2:-1], heads[:, -1:]
+    else:
+        q, k, v = fused.view(tokens, self.num_heads, 3, self.head_dim).unbind(2)
+    slopes = None
+    if alibi is None:
+        q, k = rope(q, k, *(table[0] for table in position_embeddings))
+    else:
+        # Falcon scales the bias together with the scores.
+        slopes = (alibi_slopes(self.num_heads) * self.inv_norm_factor).to(q.device, non_blocking=True)
+    out = self.boundaries.attend(q, k, v, scale=self.inv_norm_factor, alibi_slopes=slopes)
+    return self.dense(out.flatten(1)[None]), None
+
+
+def four_bit_lora(self: Any, x: Tensor, *_: Any, **__: Any) -> Tensor:
+    """PEFT's adapter on a 4-bit layer, where it is the plain case; otherwise PEFT's own forward pass."""
+    base, names = self.base_layer, self.active_adapters
+    plain = len(names) == 1 and names[0] in self.lora_A and not (self.merged or self.disable_adapters)
+    # ZeRO-3 gathers the adapter's weights only for the modules that hold them.
+    if not plain or names[0] in self.lora_variant or hasattr(self.lora_A[names[0]].weight, "ds_id"):
+        return type(self).forward(self, x)
+    name, drop = names[0], self.lora_dropout[names[0]]
+    return qlora_linear(
+        x, base.weight, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name], base.bias,
+        dropout=getattr(drop, "p", 0.0) if self.training else 0.0,
+        keep_weight=self.boundaries.recomputing and self.training,
+    )  # fmt: skip

@@ -1,0 +1,102 @@
+"""What runs where: by capability, number format and options; forced choices are obeyed or refused."""
+
+import re
+
+import fireflyds_kernels
+import pytest
+import torch
+from fireflyds_kernels import CannotRun, dispatch, force, swiglu
+from fireflyds_kernels.dispatch import Where
+
+PACKAGES = {"triton", "flash_attn", "flash_attn_interface", "bitsandbytes"}
+
+
+def _chosen(monkeypatch, kernel: str, where: Where, packages=frozenset({"triton", "bitsandbytes"})) -> str:
+    monkeypatch.setattr(dispatch, "installed", lambda name: name in packages)
+    return dispatch._KERNELS[kernel].choose(where)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "extras", "packages", "expected"),
+    [
+        (90, torch.bfloat16, {}, PACKAGES, "flash_attn_3"),
+        (90, torch.bfloat16, {"alibi": True}, PACKAGES, "flash_attn"),
+        (80, torch.float16, {"window": True}, PACKAGES, "flash_attn"),
+        (120, torch.bfloat16, {}, PACKAGES, "flash_attn"),
+        (90, torch.bfloat16, {}, {"triton"}, "torch_varlen"),
+        (80, torch.bfloat16, {"window": True}, {"triton"}, "torch_varlen"),
+        (80, torch.bfloat16, {"alibi": True}, {"triton"}, "triton"),
+        (80, torch.bfloat16, {"head_dim": 20}, {"triton"}, "triton"),
+        (80, torch.float32, {}, {"triton"}, "triton"),
+        (80, torch.float32, {}, set(), "efficient"),
+        (80, torch.bfloat16, {"alibi": True}, set(), "bucketed"),
+        (70, torch.float16, {}, PACKAGES, "efficient"),
+        (75, torch.float16, {}, PACKAGES, "efficient"),
+        (70, torch.float16, {"alibi": True}, PACKAGES, "bucketed"),
+        (70, torch.float16, {"window": True}, PACKAGES, "bucketed"),
+        (70, torch.float16, {"head_dim": 20}, PACKAGES, "bucketed"),
+        (70, torch.bfloat16, {}, PACKAGES, "bucketed"),
+        (70, torch.float32, {}, PACKAGES, "efficient"),
+        (90, torch.bfloat16, {"head_dim": 512}, PACKAGES, "efficient"),
+    ],
+)
+def test_attention_on_every_generation(monkeypatch, capability, dtype, extras, packages, expected) -> None:
+    where = Where("cuda", capability, dtype, **({"head_dim": 128} | extras))
+    assert _chosen(monkeypatch, "packed_attention", where, packages) == expected
+
+
+def test_the_cpu_takes_the_reference(monkeypatch) -> None:
+    where = Where("cpu", 0, torch.float32, 128)
+    assert _chosen(monkeypatch, "packed_attention", where, PACKAGES) == "reference"
+    assert _chosen(monkeypatch, "linear_cross_entropy", where) == "chunked"
+    assert _chosen(monkeypatch, "rms_norm", where) == "reference"
+
+
+@pytest.mark.parametrize("kernel", ["rms_norm", "rope", "swiglu", "linear_cross_entropy"])
+def test_elementwise_triton_runs_on_a_v100(monkeypatch, kernel) -> None:
+    assert _chosen(monkeypatch, kernel, Where("cuda", 70, torch.float16)) == "triton"
+    assert _chosen(monkeypatch, kernel, Where("cuda", 70, torch.float16), frozenset()) != "triton"
+
+
+def test_a_matrix_product_in_triton_is_never_taken_below_sm_80(monkeypatch) -> None:
+    monkeypatch.setenv(dispatch.VARIABLE, "packed_attention=triton")
+    with pytest.raises(CannotRun, match="needs sm_80"):
+        _chosen(monkeypatch, "packed_attention", Where("cuda", 75, torch.float16, 128))
+
+
+def test_the_environment_and_the_context_force(monkeypatch) -> None:
+    where = Where("cpu", 0, torch.float32)
+    monkeypatch.setenv(dispatch.VARIABLE, "linear_cross_entropy=reference")
+    assert dispatch._KERNELS["linear_cross_entropy"].choose(where) == "reference"
+    assert dispatch._KERNELS["qlora_linear"].choose(where) == "fused"
+    with force("chunked"):
+        assert dispatch._KERNELS["linear_cross_entropy"].choose(where) == "chunked"
+        with force(linear_cross_entropy="reference", rope="reference"):
+            assert dispatch._KERNELS["linear_cross_entropy"].choose(where) == "reference"
+        assert dispatch._KERNELS["linear_cross_entropy"].choose(where) == "chunked"
+    monkeypatch.setenv(dispatch.VARIABLE, "reference")
+    assert dispatch._KERNELS["qlora_linear"].choose(where) == "reference"
+
+
+def test_unknown_names_list_the_known(monkeypatch) -> None:
+    with (
+        pytest.raises(CannotRun, match="no kernel is called 'attention'. Known: .*packed_attention"),
+        force(attention="triton"),
+    ):
+        pass
+    with pytest.raises(CannotRun, match="'cuda'. Known: .*bucketed.*triton"), force("cuda"):
+        pass
+    monkeypatch.setenv(dispatch.VARIABLE, "swiglu=efficient")
+    with pytest.raises(CannotRun, match="swiglu has is called 'efficient'. Known: reference, triton"):
+        swiglu(torch.zeros(3), torch.zeros(3))
+
+
+def test_the_description_names_every_kernel_and_reason() -> None:
+    text = fireflyds_kernels.describe()
+    for kernel in dispatch._KERNELS:
+        assert len(re.findall(rf"^  {kernel} ", text, re.MULTILINE)) % 3 == 0
+    if not torch.cuda.is_available():
+        assert re.search(
+            r"packed_attention +float32 +reference +flash_attn_3 needs an NVIDIA GPU; .*triton runs here only when named",
+            text,
+        )

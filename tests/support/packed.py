@@ -1,0 +1,61 @@
+"""Documents laid end to end, attention over them the naive way, and how near a number format can come."""
+
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+# Of a result's norm, by number format; the interpreter truncates bfloat16 where hardware rounds.
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+
+
+def attention_inputs(
+    lengths: list[int],
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v and cu_seqlens."""
+    generator = torch.Generator().manual_seed(seed)
+    total = sum(lengths)
+    q, k, v = (
+        torch.randn(total, number, dim, generator=generator, dtype=torch.float64).to(device, dtype).requires_grad_()
+        for number in (heads, kv_heads, kv_heads)
+    )
+    return q, k, v, torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+
+
+def naive_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu: Tensor, *, causal: bool = True, scale: float | None = None,
+    window: int | None = None, alibi_slopes: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """One dense masked softmax over everything, in the inputs' number format."""
+    total, heads, dim = q.shape
+    k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
+    places = torch.arange(total, device=q.device)
+    document = torch.bucketize(places, cu[1:-1].long(), right=True)
+    distance = places[:, None] - places[None]
+    seen = document[:, None] == document[None]
+    if causal:
+        seen &= distance >= 0
+    if window is not None:
+        seen &= distance.abs() < window
+    scores = torch.einsum("ihd,jhd->hij", q, k) * (dim**-0.5 if scale is None else scale)
+    if alibi_slopes is not None:
+        scores = scores - alibi_slopes.to(q.dtype)[:, None, None] * distance.abs()
+    return torch.einsum("hij,jhd->ihd", scores.masked_fill(~seen, float("-inf")).softmax(-1), v)
+
+
+def assert_near(found: Tensor, wanted: Tensor, tolerance: float, what: str = "") -> None:
+    """‖found − wanted‖ ≤ tolerance · (‖wanted‖ + √n), and no value that was never written."""
+    assert found.shape == wanted.shape, what
+    assert torch.isfinite(found).all(), f"{what}: values that are no numbers"
+    apart = (found.double() - wanted.double()).norm().item()
+    assert apart <= tolerance * (wanted.double().norm().item() + wanted.numel() ** 0.5), f"{what}: {apart} apart"
+
+
+def gradients_of(output: Tensor, inputs: tuple[Tensor, ...], upstream: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(output, inputs, upstream.to(output.dtype))
