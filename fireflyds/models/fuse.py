@@ -91,6 +91,8 @@ def fuse(model: Any) -> Any:
         function = table.get(type(module).__name__)
         if hasattr(module, "lora_A") and getattr(getattr(module.base_layer, "weight", None), "quant_state", None):
             function = "four_bit_lora"
+        if getattr(module, "rope_type", None) == "dynamic":
+            function = "dynamic_rotary"
         if function and not (function == "gated_mlp" and config.hidden_act not in ("silu", "swish")):
             module.forward = types.MethodType(getattr(fused, function), module)
     model.forward = types.MethodType(_forward, model)

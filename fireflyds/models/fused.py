@@ -51,6 +51,24 @@ def _rotary(
     return self.o_proj(out.flatten(1)[None]), None
 
 
+@torch.no_grad()
+def dynamic_rotary(self: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin `[1, T, R]` under dynamic NTK scaling, each document by its own length.
+
+    base · (factor · n / most − factor + 1)^(R / (R − 2)) for a document of n tokens beyond the model's `most` positions,
+    as transformers has it for a single sequence; nothing waits for the device.
+    """
+    lengths = self.boundaries.cu_seqlens.diff()
+    per_token = lengths.repeat_interleave(lengths, output_size=position_ids.shape[1]).float()
+    most, dim = self.config.max_position_embeddings, 2 * self.inv_freq.shape[0]
+    rules = self.config.rope_parameters
+    stretch = rules["factor"] * per_token.clamp(min=most) / most - (rules["factor"] - 1)
+    base = rules["rope_theta"] * stretch ** (dim / (dim - 2))
+    exponents = torch.arange(0, dim, 2, device=x.device).float() / dim
+    angles = (position_ids[0].float() / base[:, None].pow(exponents).T).T.repeat(1, 2)[None]
+    return (angles.cos() * self.attention_scaling).to(x.dtype), (angles.sin() * self.attention_scaling).to(x.dtype)
+
+
 def pre_norm_layer(self: Any, hidden_states: Tensor, **rest: Any) -> Tensor:
     """Attention and feed-forward, each behind its norm; the sum in the middle is taken by the second norm."""
     attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **rest)

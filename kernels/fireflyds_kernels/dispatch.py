@@ -9,7 +9,6 @@ Each kernel lists its implementations in order of preference; each implementatio
 
 import functools
 import importlib
-import itertools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ _forced: list[str] = []
 _loaded: dict[str, Callable[..., Any]] = {}
 
 
-class CannotRun(RuntimeError):
+class CannotRunError(RuntimeError):
     """An implementation was asked for by name and cannot run here, or nothing of that name exists."""
 
 
@@ -77,14 +76,14 @@ class Kernel:
         """The name of the implementation that runs.
 
         Raises:
-            CannotRun: one was forced that cannot run here.
+            CannotRunError: one was forced that cannot run here.
         """
         name = _forced_for(self)
         if name is None:
             return runnable(self.name, where)[0]
         refusal = self.implementations[name].refuses(where)
         if refusal:
-            raise CannotRun(
+            raise CannotRunError(
                 f"{self.name} was told to run {name!r} on {where}, which it cannot: {refusal}. "
                 f"Able here: {', '.join(runnable(self.name, where))}; set {VARIABLE} or force() to one of them, or leave the choice to the kernel"
             )
@@ -104,12 +103,11 @@ def _forced_for(kernel: Kernel) -> str | None:
 
 def _check(owner: str, name: str) -> None:
     if owner and owner not in _KERNELS:
-        raise CannotRun(f"{VARIABLE}: no kernel is called {owner!r}. Known: {', '.join(sorted(_KERNELS))}")
+        raise CannotRunError(f"{VARIABLE}: no kernel is called {owner!r}. Known: {', '.join(sorted(_KERNELS))}")
     known = {each for kernel in ([_KERNELS[owner]] if owner else _KERNELS.values()) for each in kernel.implementations}
     if name not in known:
-        of = f"{owner} has" if owner else "a kernel has"
-        raise CannotRun(
-            f"{VARIABLE}: no implementation that {of} is called {name!r}. Known: {', '.join(sorted(known))}"
+        raise CannotRunError(
+            f"{VARIABLE}: no implementation of {owner or 'any kernel'} is called {name!r}. Known: {', '.join(sorted(known))}"
         )
 
 
@@ -120,10 +118,10 @@ def force(everywhere: str | None = None, **kernels: str) -> Iterator[None]:
     What torch.compile compiled before keeps the choice it was compiled with.
 
     Raises:
-        CannotRun: nothing of that name exists.
+        CannotRunError: nothing of that name exists.
     """
     setting = ",".join([*filter(None, [everywhere]), *(f"{kernel}={name}" for kernel, name in kernels.items())])
-    for part in setting.split(","):
+    for part in filter(None, setting.split(",")):
         owner, _, name = part.rpartition("=")
         _check(owner, name)
     _forced.append(setting)
@@ -138,7 +136,7 @@ def capability_of(device: torch.device) -> int:
     """90 for sm_90; 0 for what is no NVIDIA GPU."""
     if device.type != "cuda" or torch.version.hip:
         return 0
-    major, minor = torch.cuda.get_devicecapability_of(device)
+    major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
 
@@ -148,7 +146,7 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _select(kernel: str, device: torch.device, dtype: torch.dtype, head_dim: int, window: bool, alibi: bool) -> str:
     where = Where(device.type, capability_of(device), dtype, head_dim, window, alibi)
     name = _KERNELS[kernel].choose(where)
@@ -230,7 +228,7 @@ def describe() -> str:
                     device.type, capability_of(device), dtype, 128 if kernel.name == "packed_attention" else 0
                 )
                 chosen, refusals = kernel.choose(where), kernel.refusals(where)
-                better = itertools.takewhile(lambda name, last=chosen: name != last, refusals)
+                better = list(refusals)[: list(refusals).index(chosen)]
                 before = "; ".join(f"{name} {refusals[name] or 'runs here only when named'}" for name in better)
                 kind = str(dtype).removeprefix("torch.")
                 lines.append(f"  {kernel.name:<21}{kind:<9} {chosen:<13} {before}".rstrip())

@@ -5,7 +5,7 @@ import re
 import fireflyds_kernels
 import pytest
 import torch
-from fireflyds_kernels import CannotRun, dispatch, force, swiglu
+from fireflyds_kernels import CannotRunError, dispatch, force, swiglu
 from fireflyds_kernels.dispatch import Where
 
 PACKAGES = {"triton", "flash_attn", "flash_attn_interface", "bitsandbytes"}
@@ -60,7 +60,7 @@ def test_elementwise_triton_runs_on_a_v100(monkeypatch, kernel) -> None:
 
 def test_a_matrix_product_in_triton_is_never_taken_below_sm_80(monkeypatch) -> None:
     monkeypatch.setenv(dispatch.VARIABLE, "packed_attention=triton")
-    with pytest.raises(CannotRun, match="needs sm_80"):
+    with pytest.raises(CannotRunError, match="needs sm_80"):
         _chosen(monkeypatch, "packed_attention", Where("cuda", 75, torch.float16, 128))
 
 
@@ -80,14 +80,16 @@ def test_the_environment_and_the_context_force(monkeypatch) -> None:
 
 def test_unknown_names_list_the_known(monkeypatch) -> None:
     with (
-        pytest.raises(CannotRun, match="no kernel is called 'attention'. Known: .*packed_attention"),
+        pytest.raises(CannotRunError, match="no kernel is called 'attention'. Known: .*packed_attention"),
         force(attention="triton"),
     ):
         pass
-    with pytest.raises(CannotRun, match="'cuda'. Known: .*bucketed.*triton"), force("cuda"):
+    with pytest.raises(CannotRunError, match="'cuda'. Known: .*bucketed.*triton"), force("cuda"):
         pass
     monkeypatch.setenv(dispatch.VARIABLE, "swiglu=efficient")
-    with pytest.raises(CannotRun, match="swiglu has is called 'efficient'. Known: reference, triton"):
+    with pytest.raises(
+        CannotRunError, match="implementation of swiglu is called 'efficient'. Known: reference, triton"
+    ):
         swiglu(torch.zeros(3), torch.zeros(3))
 
 

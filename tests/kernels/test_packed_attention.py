@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from fireflyds_kernels import CannotRun, force, packed_attention
+from fireflyds_kernels import CannotRunError, force, packed_attention
 from fireflyds_kernels.packed_attention import bucketed, flash
 from packed import TOLERANCES, assert_near, attention_inputs, gradients_of, naive_attention
 
@@ -250,7 +250,7 @@ def test_efficient_attention_has_the_signature_the_shapes_and_a_gradient() -> No
 
 def test_a_forced_choice_that_cannot_run_is_refused() -> None:
     q, cu = torch.zeros(5, 2, 8), torch.tensor([0, 5], dtype=torch.int32)
-    with force(packed_attention="efficient"), pytest.raises(CannotRun, match="needs an NVIDIA GPU.*reference"):
+    with force(packed_attention="efficient"), pytest.raises(CannotRunError, match="needs an NVIDIA GPU.*reference"):
         packed_attention(q, q, q, cu, max_seqlen=5)
 
 
@@ -269,5 +269,5 @@ def test_every_implementation_on_this_gpu(implementation, dtype, dim, options) -
     with force(packed_attention=implementation):
         try:
             run()
-        except CannotRun as refusal:
+        except CannotRunError as refusal:
             pytest.skip(str(refusal))

@@ -92,7 +92,7 @@ def test_restoring_weights_that_do_not_belong_is_refused(base: Path) -> None:
 
 
 def test_unknown_family_and_wrong_tokenizer_are_refused(base: Path, encoder) -> None:
-    with pytest.raises(UserError, match="families: no entry 'gptx'. Known: llama"):
+    with pytest.raises(UserError, match="families: no entry 'gptx'. Known: bloom, falcon, llama"):
         load.family_of("gptx")
     with pytest.raises(UserError, match=r"the embeddings have 60 rows but the tokenizer .* has 400 pieces"):
         load.read_config(ModelConfig(init=ModelInit.pretrained, path=str(base)), encoder)

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from fireflyds_kernels import dispatch
@@ -40,7 +39,7 @@ def linear_cross_entropy(
 
     Raises:
         ValueError: shapes that do not fit together, or an unknown reduction.
-        CannotRun: an implementation was forced that cannot run here.
+        CannotRunError: an implementation was forced that cannot run here.
     """
     blocks = [weight] if isinstance(weight, Tensor) else list(weight)
     _check(hidden, blocks, labels, bias, token_weights, reduction)

@@ -15,17 +15,17 @@ CHUNK_BYTES = 1 << 27
 
 def plain(*arguments: Any) -> Tensor:
     """Softmax by PyTorch, on any device."""
-    return _run(*arguments, fused=False)
+    return _run(False, *arguments)
 
 
 def with_triton(*arguments: Any) -> Tensor:
     """Softmax by our kernel."""
-    return _run(*arguments, fused=True)
+    return _run(True, *arguments)
 
 
 def _run(
-    hidden: Tensor, blocks: list[Tensor], labels: Tensor, bias: Tensor | None, token_weights: Tensor | None,
-    ignore_index: int, reduction: str, num_labels: int | None, fused: bool,
+    fused: bool, hidden: Tensor, blocks: list[Tensor], labels: Tensor, bias: Tensor | None, token_weights: Tensor | None,
+    ignore_index: int, reduction: str, num_labels: int | None,
 ) -> Tensor:  # fmt: skip
     if reduction == "none":
         losses: Tensor = _each(hidden, blocks, labels, bias, ignore_index, num_labels, fused)[0]

@@ -41,7 +41,7 @@ def packed_attention(
 
     Raises:
         ValueError: shapes that do not fit together; on the CPU also boundaries that do not.
-        CannotRun: an implementation was forced that cannot run here.
+        CannotRunError: an implementation was forced that cannot run here.
     """
     _check(q, k, v, cu_seqlens, window, alibi_slopes)
     run = dispatch.select(

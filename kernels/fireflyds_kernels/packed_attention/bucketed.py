@@ -6,6 +6,7 @@ for. Documents are padded to the next of a few lengths, rows are taken a block a
 """
 
 from collections import defaultdict
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -18,15 +19,15 @@ _ROWS = 512
 _read: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float,
     window: int | None, slopes: Tensor | None,
 ) -> Tensor:  # fmt: skip
     found, places = [], []
     for padded, index, inside in _buckets(cu_seqlens):
-        batch = [x[index].transpose(1, 2) for x in (q, k, v)]
-        out = _attend(*batch, padded, None if causal else inside, causal, scale, window, slopes)
+        queries, keys, values = (x[index].transpose(1, 2) for x in (q, k, v))
+        out = _attend(queries, keys, values, padded, None if causal else inside, causal, scale, window, slopes)
         found.append(out.transpose(1, 2)[inside])
         places.append(index[inside])
     order = torch.cat(places)
@@ -74,7 +75,7 @@ def _buckets(cu_seqlens: Tensor) -> list[tuple[int, Tensor, Tensor]]:
         return list(kept[1])
     documents: dict[int, list[tuple[int, int]]] = defaultdict(list)
     bounds = cu_seqlens.tolist()
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in pairwise(bounds):
         if end > start:
             documents[_padded(end - start)].append((start, end))
     buckets = []

@@ -50,7 +50,7 @@ def _package_window(causal: bool, window: int | None) -> tuple[int, int]:
 
 
 @functools.cache
-def _varlen() -> tuple[Callable[..., Tensor], frozenset[str]]:
+def _varlen() -> tuple[Callable[..., Any], frozenset[str]]:
     from torch.nn.attention.varlen import varlen_attn
 
     return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
@@ -82,4 +82,5 @@ def torch_varlen(
             options["enable_gqa"] = True
         else:
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    return function(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
+    out: Tensor = function(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
+    return out

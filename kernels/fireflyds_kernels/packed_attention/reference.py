@@ -5,6 +5,7 @@ document would each make a full-size gradient (1.6 times slower).
 """
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ def packed_attention(
 
 def _boundaries(cu_seqlens: Tensor, tokens: int, max_seqlen: int) -> list[int]:
     bounds: list[int] = cu_seqlens.tolist()
-    lengths = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
+    lengths = [end - start for start, end in pairwise(bounds)]
     if bounds[0] != 0 or bounds[-1] != tokens or min(lengths) < 0 or max(lengths) > max_seqlen:
         raise ValueError(
             f"packed_attention: documents of {sum(lengths)} tokens (shortest {min(lengths)}, longest {max(lengths)}), the first "
@@ -42,7 +43,7 @@ def _pieces(
 ) -> Iterator[tuple[slice, slice, bool, Tensor | None]]:
     """Rows, the columns they see, whether a causal mask does, and the bias if not: together every visible pair once."""
     shape, mask, wide = None, None, torch.promote_types(dtype, torch.float32)
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in pairwise(bounds):
         length = end - start
         if length and slopes is None and (window is None or length <= window):
             yield slice(start, end), slice(start, end), causal, None

@@ -41,7 +41,7 @@ class Tiles:
 _LARGE, _MIDDLE, _SMALL = 0, 1, 2
 _FORWARD = {
     64: (Tiles(128, 128, 8, 3), Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3)),
-    128: (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3), Tiles(128, 32, 8, 3)),
+    128: (Tiles(128, 64, 8, 3), Tiles(128, 32, 8, 3), Tiles(128, 32, 8, 3)),
     256: (Tiles(128, 32, 8, 3), Tiles(64, 32, 8, 3), Tiles(64, 32, 8, 2)),
 }
 _KEYS = {

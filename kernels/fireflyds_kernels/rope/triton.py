@@ -62,7 +62,10 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
 @torch.library.custom_op("fireflyds::rope", mutates_args=())
 def _turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: float) -> tuple[Tensor, Tensor]:
     q, k, cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, cos, sin))
-    outputs = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
+    outputs = (
+        torch.empty_like(q, memory_format=torch.contiguous_format),
+        torch.empty_like(k, memory_format=torch.contiguous_format),
+    )
     if len(q):
         rope_kernel[(len(q),)](
             q, k, cos, sin, *outputs, q.stride(0), q.stride(1), k.stride(0), k.stride(1), cos.stride(0), sin.stride(0),

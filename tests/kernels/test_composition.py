@@ -1,0 +1,111 @@
+"""The kernels under torch.compile and under both kinds of gradient checkpointing."""
+
+import pytest
+import torch
+from fireflyds_kernels import force, linear_cross_entropy, packed_attention, rms_norm, rope, swiglu
+from packed import assert_near
+from torch.utils.checkpoint import checkpoint
+
+
+def _layer(x, norm, w, cu, table):
+    """A layer and a loss that use every kernel."""
+    tokens = x.shape[0]
+    q, k, v = (x @ w[0]).view(tokens, 3, 2, 8).unbind(1)
+    q, k = rope(q, k, table.cos(), table.sin())
+    attended = packed_attention(q, k, v, cu, max_seqlen=29).flatten(1)
+    normed, total = rms_norm(attended, norm, 1e-6, residual=x)
+    return total + swiglu(normed @ w[1], normed)
+
+
+def _loss(x, norm, w, head, labels, cu, table, through):
+    hidden = through(_layer, x, norm, w, cu, table)
+    return linear_cross_entropy(hidden, head, labels) + linear_cross_entropy(
+        hidden, (head[:20], head[20:]), labels, reduction="none"
+    ).sum()  # fmt: skip
+
+
+@pytest.fixture
+def inputs(device):
+    torch.manual_seed(0)
+    leaves = (torch.randn(40, 16), torch.ones(16), torch.randn(2, 16, 48) * 0.2, torch.randn(50, 16))
+    x, norm, w, head = (leaf.to(device).requires_grad_() for leaf in leaves)
+    labels = torch.randint(0, 50, (40,), device=device)
+    labels[::3] = -100
+    cu = torch.tensor([0, 10, 11, 40], dtype=torch.int32, device=device)
+    table = torch.randn(40, 4, device=device).repeat(1, 2)
+    return (x, norm, w, head), (labels, cu, table)
+
+
+def _plain(function, *arguments):
+    return function(*arguments)
+
+
+def _layer_weights(w):
+    return w[0], w[1][:, :16]
+
+
+def _run(leaves, rest, through=_plain, wrap=lambda f: f):
+    x, norm, w, head = leaves
+    function = wrap(lambda x, norm, a, b, head, *rest: _loss(x, norm, (a, b), head, *rest, through))
+    loss = function(x, norm, *_layer_weights(w), head, *rest)
+    return loss, torch.autograd.grad(loss, leaves)
+
+
+@pytest.mark.parametrize("kind", ["chosen", "triton"])
+def test_torch_compile_takes_them_whole(inputs, kind) -> None:
+    """In one graph, with fake tensors, forward and backward."""
+    with force(*(["triton"] if kind == "triton" else [])):
+        wanted, gradients = _run(*inputs)
+        torch._dynamo.reset()
+        found, ours = _run(*inputs, wrap=lambda f: torch.compile(f, backend="aot_eager", fullgraph=True))
+    assert_near(found, wanted, 1e-6)
+    for a, b in zip(ours, gradients, strict=True):
+        assert_near(a, b, 1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_changes_nothing(inputs, reentrant) -> None:
+    wanted, gradients = _run(*inputs)
+
+    def through(function, *arguments):
+        return checkpoint(function, *arguments, use_reentrant=reentrant)
+
+    x, norm, w, head = inputs[0]
+    a, b = _layer_weights(w)
+
+    def layer(x, norm, a, b, cu, table):
+        return _layer(x, norm, (a, b), cu, table)
+
+    labels, cu, table = inputs[1]
+    hidden = through(layer, x, norm, a, b, cu, table)
+    loss = linear_cross_entropy(hidden, head, labels) + linear_cross_entropy(
+        hidden, (head[:20], head[20:]), labels, reduction="none"
+    ).sum()  # fmt: skip
+    assert torch.equal(loss, wanted)
+    loss.backward()
+    for leaf, expected in zip(inputs[0], gradients, strict=True):
+        assert torch.equal(leaf.grad, expected)
+
+
+@pytest.mark.parametrize("operator", ["packed_attention_reference", "packed_attention_triton", "rms_norm", "rms_norm_residual", "rope", "swiglu", "linear_cross_entropy_sum", "linear_cross_entropy_each"])  # fmt: skip
+def test_operators_are_registered_with_fakes_that_tell_the_truth(inputs, operator) -> None:
+    import importlib
+
+    for module in ("packed_attention.triton", "rms_norm.triton", "rope.triton", "swiglu.triton"):
+        importlib.import_module(f"fireflyds_kernels.{module}")
+    (x, norm, _, head), (labels, cu, table) = inputs
+    q = torch.randn(40, 2, 8, device=x.device, requires_grad=True)
+    arguments = {
+        "packed_attention_reference": (q, q, q, cu, 29, True, 0.3, None, None),
+        "packed_attention_triton": (q, q, q, cu, True, 0.3, None, None),
+        "rms_norm": (x, norm, 1e-6),
+        "rms_norm_residual": (x, x.detach().clone().requires_grad_(), norm, 1e-6),
+        "rope": (q, q.detach().clone().requires_grad_(), table, table, 1.0),
+        "swiglu": (x, x.detach().clone().requires_grad_()),
+        "linear_cross_entropy_sum": (x, [head], labels, None, None, -100, None, [True, False, True], False),
+        "linear_cross_entropy_each": (x, [head], labels, None, -100, None, False),
+    }[operator]
+    if operator == "packed_attention_reference" and x.is_cuda:
+        pytest.skip("runs on the CPU")
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(getattr(torch.ops.fireflyds, operator), arguments, test_utils=checks)

@@ -1,0 +1,95 @@
+"""Compiles Triton kernels for GPUs that are not there and prints what came out, a JSON line each.
+
+    python compile_kernels.py <capability> <head_dim,...|elementwise>
+
+In a process of its own: where the interpreter is on, Triton compiles nothing.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from fireflyds_kernels.linear_cross_entropy import triton as loss
+from fireflyds_kernels.packed_attention import triton as attention
+from fireflyds_kernels.rms_norm import triton as norm
+from fireflyds_kernels.rope import triton as rotation
+from fireflyds_kernels.swiglu import triton as gate
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+# Pointers and numbers that are not of the tensors' own type; other numbers are int32.
+TYPES = {
+    "boundaries": "*i32", "labels_ptr": "*i64", "scale": "fp32", "eps": "fp32", "lift": "fp32", "sign": "fp32",
+    **dict.fromkeys(("slopes", "lse_ptr", "delta_ptr", "scale_ptr", "bias_ptr", "losses_ptr", "dweight_ptr"), "*fp32"),
+}  # fmt: skip
+
+
+def compiled(kernel: Any, dtype: torch.dtype, capability: int, constants: dict[str, Any]) -> dict[str, int]:
+    """Registers, bytes of stack (spills), shared memory and tensor-core instructions of one kernel."""
+    options = {
+        name: constants.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion") if name in constants
+    }
+    types = {}
+    for name in kernel.arg_names:
+        narrow = "*" + NAMES[dtype] if name.endswith("_ptr") else "i32"
+        types[name] = "constexpr" if name in constants else TYPES.get(name, narrow)
+    # As at run time for contiguous tensors: addresses and strides are multiples of 16.
+    aligned = [
+        i for i, name in enumerate(kernel.arg_names) if types[name][0] == "*" or name.endswith(("stride", "_head"))
+    ]
+    source = ASTSource(kernel, types, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
+    registers, stack, _, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage.stdout + usage.stderr).groups())  # fmt: skip
+    products = len(re.findall(r"mma\.sync|wgmma\.mma_async", made.asm["ptx"]))
+    return {"registers": registers, "spilled": stack + local, "shared": made.metadata.shared, "products": products}
+
+
+def attention_kernels(capability: int, head_dim: int, dtype: torch.dtype) -> dict[str, dict[str, int]]:
+    found = {}
+    kernels = {"forward": attention.forward_kernel, "keys": attention.keys_kernel, "queries": attention.queries_kernel}
+    for name, kernel in kernels.items():
+        for window, alibi in ((None, False), (64, True)):
+            constants = attention.constants(4, 1, head_dim, dtype, True, window, alibi)
+            constants |= attention.tiles(name, head_dim, dtype, capability).launch()
+            found[f"{name}{' with window and ALiBi' * alibi}"] = compiled(kernel, dtype, capability, constants)
+    return found
+
+
+def elementwise_kernels(capability: int, dtype: torch.dtype) -> dict[str, dict[str, int]]:
+    row = norm.launch(4096)
+    return {
+        "norm": compiled(norm.forward_kernel, dtype, capability, {"RESIDUAL": True} | row),
+        "norm backward": compiled(norm.backward_kernel, dtype, capability, {"BESIDE": True, "WEIGHT": True} | row),
+        "rope": compiled(rotation.rope_kernel, dtype, capability, rotation.constants(32, 8, 128, 128)),
+        "swiglu": compiled(gate.forward_kernel, dtype, capability, dict(gate.LAUNCH)),
+        "swiglu backward": compiled(gate.backward_kernel, dtype, capability, dict(gate.LAUNCH)),
+        "loss": compiled(loss.slopes_kernel, dtype, capability, {"BIAS": False, "SCALE": True, "SLOPES": True} | loss.LAUNCH),
+    }  # fmt: skip
+
+
+def main(capability: int, what: str) -> None:
+    dtype = torch.bfloat16 if capability >= 80 else torch.float16
+    if what == "elementwise":
+        rows = {name: row | {"of": what} for name, row in elementwise_kernels(capability, dtype).items()}
+        print(json.dumps(rows))
+        return
+    for head_dim in map(int, what.split(",")):
+        print(json.dumps({f"{name} D={head_dim}": row for name, row in attention_kernels(capability, head_dim, dtype).items()}))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])
