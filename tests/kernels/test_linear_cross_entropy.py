@@ -57,8 +57,9 @@ def test_many_chunks_are_one(reduction: str, monkeypatch: pytest.MonkeyPatch) ->
     hidden, weight, labels = _inputs(200)
     upstream = torch.randn(200, dtype=torch.float64) if reduction == "none" else torch.tensor(3.0, dtype=torch.float64)
     found = []
-    for size in (chunked.CHUNK_BYTES, 97 * 16 * 8):
-        monkeypatch.setattr(chunked, "CHUNK_BYTES", size)
+    for size in (1 << 27, 97 * 16 * 8):
+        monkeypatch.setitem(chunked.WHOLE_BYTES, "cpu", size)
+        monkeypatch.setitem(chunked.CHUNK_BYTES, "cpu", size)
         monkeypatch.setattr(gradients, "_STRETCH", 16 * 40)
         loss = linear_cross_entropy(hidden, weight, labels, reduction=reduction)
         found.append((loss, *torch.autograd.grad(loss, (hidden, weight), upstream)))
@@ -206,9 +207,15 @@ def test_a_float32_head_keeps_its_type_beside_narrow_rows() -> None:
     assert torch.autograd.grad(loss, master)[0].dtype is torch.float32
 
 
-def test_gradients_may_be_asked_for_twice() -> None:
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+def test_gradients_may_be_asked_for_twice(factor: float) -> None:
     hidden, weight, labels = _inputs(30)
-    loss = linear_cross_entropy(hidden, weight, labels) * 3
+    loss = linear_cross_entropy(hidden, weight, labels) * factor
+    weight.grad = None
+    loss.backward(retain_graph=True)
+    once = weight.grad.clone()
+    loss.backward(retain_graph=True)
+    assert torch.equal(weight.grad, 2 * once)
     first = torch.autograd.grad(loss, weight, retain_graph=True)[0]
     assert torch.equal(first, torch.autograd.grad(loss, weight)[0])
 

@@ -9,8 +9,10 @@ from torch import Tensor
 from fireflyds_kernels.linear_cross_entropy import softmax
 from fireflyds_kernels.linear_cross_entropy.gradients import Gradients, wide
 
-# Logits that exist at once: 1,213 rows of bfloat16 at V = 55,296, 606 of float32.
-CHUNK_BYTES = 1 << 27
+# Bytes of logits that exist at once: of a batch that is one chunk, and of a chunk of a larger batch. A head's gradient
+# over several chunks costs a sum of its own, in time and memory.
+WHOLE_BYTES = {"cpu": 1 << 28, "cuda": 1 << 29}
+CHUNK_BYTES = {"cpu": 3 << 25, "cuda": 1 << 28}
 
 
 def plain(*arguments: Any) -> Tensor:
@@ -44,11 +46,13 @@ def _labelled(labels: Tensor, ignore_index: int, num_labels: int | None) -> Tens
     return torch.nonzero_static(mask, size=num_labels)[:, 0]
 
 
-def _chunks(rows: int, vocab_size: int, itemsize: int) -> Iterator[slice]:
+def _chunks(rows: int, vocab_size: int, like: Tensor) -> Iterator[slice]:
     """As few and as even stretches of rows as the memory for logits allows."""
-    most = max(16, CHUNK_BYTES // max(vocab_size * itemsize, 1))
-    step = -(-rows // max(1, -(-rows // most)))
-    return (slice(start, min(start + step, rows)) for start in range(0, rows, step or 1))
+    device = like.device.type if like.device.type in CHUNK_BYTES else "cpu"
+    total = rows * vocab_size * like.itemsize
+    chunks = 1 if total <= WHOLE_BYTES[device] else -(-total // CHUNK_BYTES[device])
+    step = max(16, -(-rows // chunks))
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 def _logits(hidden: Tensor, blocks: list[Tensor]) -> Tensor:
@@ -79,7 +83,7 @@ def _summed(
     rows = _labelled(labels, ignore_index, num_labels)
     scale = None if token_weights is None else token_weights[rows]
     near = [block.to(hidden.dtype) for block in blocks]
-    pieces = list(_chunks(len(rows), sum(map(len, blocks)), hidden.itemsize))
+    pieces = list(_chunks(len(rows), sum(map(len, blocks)), hidden))
     gradients = Gradients(hidden, bias, blocks, wanted, len(pieces))
     run, total = _softmax(fused), hidden.new_zeros((), dtype=wide(hidden.dtype))
     for piece in pieces:
@@ -89,6 +93,7 @@ def _summed(
         total += losses.sum() if mine is None else losses @ mine.to(losses.dtype)
         if any(wanted):
             gradients.add(rows[piece], compact, near, logits)
+        del logits
     return [total, *gradients.finish()]
 
 
@@ -128,7 +133,7 @@ def _each(
     rows = _labelled(labels, ignore_index, num_labels)
     near = [block.to(hidden.dtype) for block in blocks]
     losses = hidden.new_zeros(len(labels), dtype=wide(hidden.dtype))
-    for piece in _chunks(len(rows), sum(map(len, blocks)), hidden.itemsize):
+    for piece in _chunks(len(rows), sum(map(len, blocks)), hidden):
         logits = _logits(hidden[rows[piece]], near)
         losses[rows[piece]] = _softmax(fused)(logits, labels[rows[piece]], bias, None, 1.0, False)
     return [losses]

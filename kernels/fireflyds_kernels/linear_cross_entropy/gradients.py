@@ -85,11 +85,11 @@ class _Block:
                 total += _product(mine, hidden, factor)
 
     def finish(self) -> Tensor:
-        if len(self._sums) == 1 and self._sums[0] is not None:
-            return self._sums[0].to(self._like.dtype)
-        whole = torch.zeros_like(self._like, memory_format=torch.contiguous_format)
-        for index, rows in enumerate(self._stretches):
-            part, self._sums[index] = self._sums[index], None
-            if part is not None:
-                whole[rows] = part
-        return whole
+        if not any(total is not None for total in self._sums):
+            return torch.zeros_like(self._like, memory_format=torch.contiguous_format)
+        narrow = []
+        # Each stretch's sum goes as soon as it is rounded.
+        for index, total in enumerate(self._sums):
+            narrow.append(total.to(self._like.dtype))  # type: ignore[union-attr]
+            self._sums[index] = total = None
+        return narrow[0] if len(narrow) == 1 else torch.cat(narrow)

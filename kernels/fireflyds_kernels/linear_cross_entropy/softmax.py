@@ -17,26 +17,23 @@ def losses_and_slopes(
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
     losses = logits.new_empty(len(labels), dtype=wide)
-    step = _ROWS if logits.device.type == "cpu" else len(labels)
+    step = min(_ROWS, len(labels)) if logits.device.type == "cpu" else len(labels)
+    # One piece of memory for all parts: fresh ones cost more in page faults than the softmax itself.
+    spare = logits if logits.dtype is wide else logits.new_empty(step, logits.shape[1], dtype=wide)
     for start in range(0, len(labels), max(step, 1)):
-        rows = slice(start, start + step)
-        part = logits[rows].to(wide)
+        rows, targets = slice(start, start + step), labels[start : start + step, None]
+        part = spare[rows] if spare is logits else spare[: len(targets)].copy_(logits[rows])
         if bias is not None:
-            part = part.add_(bias)
-        targets = labels[rows, None]
-        highest = part.amax(1, keepdim=True)
+            part.add_(bias)
+        highest, place = part.max(1, keepdim=True)
         target = part.gather(1, targets)
-        norm = part.sub_(highest).exp_().sum(1, keepdim=True)
-        losses[rows] = (norm.log() + highest - target)[:, 0]
+        torch.softmax(part, 1, out=part)
+        # log Σ exp, from the largest probability: the label's own may be 0 in float32.
+        losses[rows] = (highest - part.gather(1, place).log_() - target)[:, 0]
         if slopes:
-            weight = torch.full_like(norm, lift) if scale is None else lift * scale[rows, None].to(wide)
-            part.mul_(weight / norm).scatter_add_(1, targets, -weight)
-            if part.dtype is not logits.dtype:
+            part.scatter_add_(1, targets, torch.full_like(target, -1))
+            if scale is not None or lift != 1:
+                part.mul_(lift if scale is None else lift * scale[rows, None].to(wide))
+            if spare is not logits:
                 logits[rows] = part
     return losses
-
-
-def row_norms(logits: Tensor, bias: Tensor | None) -> Tensor:
-    """log Σ exp of every row, `[c]`."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return (wide if bias is None else wide + bias).logsumexp(1)
