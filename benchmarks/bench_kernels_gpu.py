@@ -239,6 +239,7 @@ def qlora() -> Iterator[str]:
         holder = torch.nn.ModuleDict(
             {"layer": bitsandbytes.nn.Linear4bit(4096, 11_008, bias=False, compute_dtype=BF16, quant_type="nf4")}
         ).cuda()
+        holder.is_loaded_in_4bit = True
         layer: Any = inject_adapter_in_model(LoraConfig(r=64, lora_alpha=16, target_modules=["layer"]), holder)["layer"]
         leaves = (x, layer.lora_A["default"].weight, layer.lora_B["default"].weight)
         ways["PEFT and bitsandbytes"] = lambda: torch.autograd.grad(layer(x).sum(), leaves)

@@ -14,9 +14,7 @@ if compgen -G 'wheels/*.whl' >/dev/null; then
   export PYTHONPATH=$PYTHONPATH:$PWD/.peers
 fi
 "$python" -c 'import fireflyds_kernels; print(fireflyds_kernels.describe())'
+timeout 240 "$python" benchmarks/bench_kernels_gpu.py "$folder"
 # The root's fixtures need all of fireflyds; what compiles for other GPUs is tested without one.
-tests=0
-timeout 270 "$python" -m pytest tests/kernels -m 'not slow' --confcutdir=tests/kernels -p no:cacheprovider \
-  --ignore=tests/kernels/test_compiled.py || tests=$?
-timeout 250 "$python" benchmarks/bench_kernels_gpu.py "$folder"
-exit "$tests"
+timeout 290 "$python" -m pytest tests/kernels -v -m 'not slow' --confcutdir=tests/kernels -p no:cacheprovider \
+  --ignore=tests/kernels/test_compiled.py

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from fireflyds.config import DoctorConfig, Precision
 from fireflyds.errors import UserError
 from fireflyds.models.fuse import fuse, hidden_states
-from fireflyds.models.load import DTYPES
+from fireflyds.models.load import DTYPES, check_positions
 from fireflyds.types import IGNORE_INDEX
 
 # Largest relative differences that rounding explains, by number format: of the loss, of all gradients together.
@@ -61,9 +61,10 @@ def examine(model: Any, lengths: list[int], seed: int) -> Iterator[Finding]:
     Raises:
         UserError: a model that cannot be fused, or documents longer than it has positions.
     """
-    most = getattr(model.config, "max_position_embeddings", None)
-    if most is not None and max(lengths) > most:
-        raise UserError(f"documents={lengths}: the model has {most} positions. Give shorter ones")
+    try:
+        check_positions(model.config, max(lengths))
+    except UserError as error:
+        raise UserError(f"documents={lengths}: {error}") from error
     device = model.get_input_embeddings().weight.device
     generator = torch.Generator().manual_seed(seed)
     vocab_size = model.config.vocab_size

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from fireflyds_kernels import linear_cross_entropy
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from fireflyds import registry
 from fireflyds.errors import UserError
 from fireflyds.models import fused
-from fireflyds.models.boundaries import Boundaries
+from fireflyds.models.boundaries import Boundaries, Packing
 
 ATTENTION = "fireflyds"
 # What some families do to their logits behind the head, which the fused loss would leave out.
@@ -25,6 +25,7 @@ def _attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
+    boundaries: Boundaries,
     scaling: float | None = None,
     sliding_window: int | None = None,
     dropout: float = 0.0,
@@ -39,13 +40,12 @@ def _attention(
         )
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    boundaries: Boundaries = module.boundaries  # type: ignore[assignment]
     return boundaries.attend(q, k, v, scale=scaling, window=sliding_window, causal=causal)[None], None
 
 
-# Boundaries say all there is to mask; a 2-D or 4-D mask never exists.
+# Boundaries say all there is to mask. With no function in AttentionMaskInterface transformers makes no mask at all; with
+# one that returns None it would first look through the positions for documents, and wait for the device.
 AttentionInterface.register(ATTENTION, _attention)
-AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
 
 
 class _LossHead(nn.Linear):
@@ -85,9 +85,9 @@ def fuse(model: Any) -> Any:
         )
     head.__class__ = _LossHead
     config._attn_implementation = ATTENTION
-    boundaries = Boundaries()
+    packing = Packing()
     for module in model.modules():
-        module.boundaries = boundaries
+        module.packing = packing
         function = table.get(type(module).__name__)
         if hasattr(module, "lora_A") and getattr(getattr(module.base_layer, "weight", None), "quant_state", None):
             function = "four_bit_lora"
@@ -111,6 +111,16 @@ def _check(model: Any, table: Any) -> None:
     if dropout:
         raise UserError(
             f"attention_dropout={dropout} in the model's config.json: packed attention has none. Set it to 0"
+        )
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds or any(isinstance(module, nn.Conv1d) for module in model.modules()):
+        raise UserError(
+            f"{name} has layers other than attention over whole documents or windows ({', '.join(kinds) or 'convolutions'}), "
+            "through which packed documents would see each other"
+        )
+    if any(getattr(module, "rope_type", None) == "longrope" for module in model.modules()):
+        raise UserError(
+            f"{name} has rope_type=longrope, whose frequencies change with the longest document of a row. Train it unpacked"
         )
     for key, neutral in _LOGIT_CHANGES.items():
         if getattr(config, key, None) not in (None, neutral):
@@ -136,12 +146,14 @@ def _forward(
 
 def hidden_states(model: Any, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
     """The last hidden states `[1, T, d]` of a fused model."""
-    boundaries = model.boundaries
-    boundaries.cu_seqlens, boundaries.max_seqlen = cu_seqlens, max_seqlen
-    boundaries.recomputing = getattr(model, "is_gradient_checkpointing", False)
-    # BLOOM has no positions; it would not take them.
-    places = {} if getattr(model.config, "model_type", "") == "bloom" else {"position_ids": position_ids}
-    return model.get_decoder()(input_ids=input_ids, use_cache=False, **places).last_hidden_state
+    packing: Packing = model.packing
+    packing.batch = Boundaries(cu_seqlens, max_seqlen)
+    packing.recomputing = getattr(model, "is_gradient_checkpointing", False)
+    # What BLOOM does not know of, positions and boundaries, it passes over.
+    found = model.get_decoder()(
+        input_ids=input_ids, position_ids=position_ids, boundaries=packing.batch, use_cache=False
+    )
+    return found.last_hidden_state
 
 
 def device_batch(batch: Any, device: torch.device) -> dict[str, Any]:

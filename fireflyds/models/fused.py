@@ -5,12 +5,15 @@ instance and nothing else. A module's parameters are used by the module itself, 
 them when the module is called.
 """
 
+import functools
 import math
 from typing import Any
 
 import torch
 from fireflyds_kernels import qlora_linear, rms_norm, rope, swiglu
 from torch import Tensor, nn
+
+from fireflyds.models.boundaries import Boundaries
 
 
 def norm(self: Any, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
@@ -26,28 +29,32 @@ def gated_mlp(self: Any, x: Tensor) -> Tensor:
 
 
 def rotary_attention(
-    self: Any, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **_: Any
+    self: Any, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], boundaries: Boundaries, **_: Any
 ) -> tuple[Tensor, None]:
     """LLaMA's attention over `[1, T, d]`, with Qwen's window of a layer and Qwen3's norms of heads where it has them."""
-    return _rotary(self, hidden_states, position_embeddings, getattr(self, "sliding_window", None))
+    return _rotary(self, hidden_states, position_embeddings, boundaries, getattr(self, "sliding_window", None))
 
 
 def mistral_attention(
-    self: Any, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **_: Any
+    self: Any, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], boundaries: Boundaries, **_: Any
 ) -> tuple[Tensor, None]:
     """LLaMA's attention with one window for all layers."""
-    return _rotary(self, hidden_states, position_embeddings, self.config.sliding_window)
+    return _rotary(self, hidden_states, position_embeddings, boundaries, self.config.sliding_window)
 
 
 def _rotary(
-    self: Any, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], window: int | None
+    self: Any,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    boundaries: Boundaries,
+    window: int | None,
 ) -> tuple[Tensor, None]:
     heads = (hidden_states.shape[1], -1, self.head_dim)
     q, k, v = (projection(hidden_states)[0].view(heads) for projection in (self.q_proj, self.k_proj, self.v_proj))
     if hasattr(self, "q_norm"):
         q, k = self.q_norm(q), self.k_norm(k)
     q, k = rope(q, k, *(table[0] for table in position_embeddings))
-    out = self.boundaries.attend(q, k, v, scale=self.scaling, window=window)
+    out = boundaries.attend(q, k, v, scale=self.scaling, window=window)
     return self.o_proj(out.flatten(1)[None]), None
 
 
@@ -58,7 +65,7 @@ def dynamic_rotary(self: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, 
     base · (factor · n / most − factor + 1)^(R / (R − 2)) for a document of n tokens beyond the model's `most` positions,
     as transformers has it for a single sequence; nothing waits for the device.
     """
-    lengths = self.boundaries.cu_seqlens.diff()
+    lengths = self.packing.boundaries.cu_seqlens.diff()
     per_token = lengths.repeat_interleave(lengths, output_size=position_ids.shape[1]).float()
     most, dim = self.config.max_position_embeddings, 2 * self.inv_freq.shape[0]
     rules = self.config.rope_parameters
@@ -76,20 +83,21 @@ def pre_norm_layer(self: Any, hidden_states: Tensor, **rest: Any) -> Tensor:
     return total + self.mlp(normed)
 
 
-def alibi_slopes(num_heads: int) -> Tensor:
+@functools.cache
+def alibi_slopes(num_heads: int, device: torch.device) -> Tensor:
     """Slopes of ALiBi, `[H]`: a geometric series, for other than powers of two filled up with every second of the next
     (arXiv 2108.12409)."""
     power = 2 ** math.floor(math.log2(num_heads))
     slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
     slopes += [2 ** (-4 * (2 * i + 1) / power) for i in range(num_heads - power)]
-    return torch.tensor(slopes)
+    return torch.tensor(slopes, device=device)
 
 
 def bloom_attention(self: Any, hidden_states: Tensor, residual: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
     tokens = hidden_states.shape[1]
     q, k, v = self.query_key_value(hidden_states)[0].view(tokens, self.num_heads, 3, self.head_dim).unbind(2)
-    slopes = alibi_slopes(self.num_heads).to(q.device, non_blocking=True)
-    out = self.boundaries.attend(q, k, v, scale=self.inv_norm_factor, alibi_slopes=slopes)
+    slopes = alibi_slopes(self.num_heads, q.device)
+    out = self.packing.boundaries.attend(q, k, v, scale=self.inv_norm_factor, alibi_slopes=slopes)
     dropped = nn.functional.dropout(self.dense(out.flatten(1)[None]), self.hidden_dropout, self.training)
     return residual + dropped, None
 
@@ -111,21 +119,24 @@ def falcon_attention(
         q, k = rope(q, k, *(table[0] for table in position_embeddings))
     else:
         # Falcon scales the bias together with the scores.
-        slopes = (alibi_slopes(self.num_heads) * self.inv_norm_factor).to(q.device, non_blocking=True)
-    out = self.boundaries.attend(q, k, v, scale=self.inv_norm_factor, alibi_slopes=slopes)
+        slopes = alibi_slopes(self.num_heads, q.device) * self.inv_norm_factor
+    out = self.packing.boundaries.attend(q, k, v, scale=self.inv_norm_factor, alibi_slopes=slopes)
     return self.dense(out.flatten(1)[None]), None
 
 
-def four_bit_lora(self: Any, x: Tensor, *_: Any, **__: Any) -> Tensor:
-    """PEFT's adapter on a 4-bit layer, where it is the plain case; otherwise PEFT's own forward pass."""
+def four_bit_lora(self: Any, x: Tensor, *rest: Any, **options: Any) -> Tensor:
+    """PEFT's adapter on a 4-bit layer, where it is the plain case; PEFT's own forward pass for any other, and under ZeRO-3."""
     base, names = self.base_layer, self.active_adapters
-    plain = len(names) == 1 and names[0] in self.lora_A and not (self.merged or self.disable_adapters)
+    plain = (
+        len(names) == 1 and names[0] in self.lora_A and not (self.merged or self.disable_adapters or rest or options)
+    )
+    plain = plain and names[0] not in self.lora_variant and self.lora_B[names[0]].bias is None
     # ZeRO-3 gathers the adapter's weights only for the modules that hold them.
-    if not plain or names[0] in self.lora_variant or hasattr(self.lora_A[names[0]].weight, "ds_id"):
-        return type(self).forward(self, x)
+    if not plain or hasattr(self.lora_A[names[0]].weight, "ds_id"):
+        return type(self).forward(self, x, *rest, **options)
     name, drop = names[0], self.lora_dropout[names[0]]
     return qlora_linear(
         x, base.weight, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name], base.bias,
-        dropout=getattr(drop, "p", 0.0) if self.training else 0.0,
-        keep_weight=self.boundaries.recomputing and self.training,
+        dropout=getattr(drop, "p", 0.0) if drop.training else 0.0,
+        keep_weight=self.packing.recomputing and self.training,
     )  # fmt: skip

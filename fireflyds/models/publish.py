@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from fireflyds import registry
 from fireflyds.config import Precision, TrainConfig
 from fireflyds.errors import UserError
-from fireflyds.models.fuse import fuse
+from fireflyds.models.fuse import fuse, hidden_states
 from fireflyds.types import EOS, Encoder
 
 # A reloaded model computes the same logits, up to the rounding of its number format.
@@ -70,13 +70,9 @@ def reload_difference(folder: Path, trained: Any, encoder: Encoder, dtype: Preci
         if parameter.requires_grad:  # float32 beside a half-precision base
             parameter.data = parameter.data.to(trained.dtype)
     with torch.no_grad():
-        hidden = trained.get_decoder()(
-            input_ids=ids,
-            position_ids=torch.arange(64, device=device)[None],
-            cu_seqlens=torch.tensor([0, 64], dtype=torch.int32, device=device),
-            max_seqlen=64,
-            use_cache=False,
-        ).last_hidden_state
+        positions = torch.arange(64, device=device)[None]
+        boundaries = torch.tensor([0, 64], dtype=torch.int32, device=device)
+        hidden = hidden_states(trained, ids, positions, boundaries, 64)
         ours = trained.get_output_embeddings()(hidden).float().cpu()
         theirs = AutoModelForCausalLM.from_pretrained(folder).eval()(ids.cpu()).logits.float()
     difference = float((ours - theirs).abs().max() / ours.abs().max())

@@ -3,7 +3,7 @@
 Each kernel lists its implementations in order of preference; each implementation says why it cannot run, or None.
 `FIREFLYDS_KERNELS` and `force` name one instead, and a named one that cannot run is refused, never replaced.
 
-    FIREFLYDS_KERNELS=reference                     every kernel that has an implementation of that name
+    FIREFLYDS_KERNELS=triton                        every kernel that has an implementation of that name
     FIREFLYDS_KERNELS=packed_attention=triton,rope=reference
 """
 
@@ -90,9 +90,14 @@ class Kernel:
         return name
 
 
+def _settings() -> tuple[str, ...]:
+    """What is forced, from the outermost on."""
+    return (os.environ.get(VARIABLE, ""), *_forced)
+
+
 def _forced_for(kernel: Kernel) -> str | None:
     found = None
-    for setting in (os.environ.get(VARIABLE, ""), *_forced):
+    for setting in _settings():
         for part in filter(None, map(str.strip, setting.split(","))):
             owner, _, name = part.rpartition("=")
             _check(owner, name)
@@ -128,7 +133,7 @@ def force(everywhere: str | None = None, **kernels: str) -> Iterator[None]:
     try:
         yield
     finally:
-        _forced.remove(setting)
+        _forced.pop()
 
 
 @functools.cache
@@ -140,6 +145,17 @@ def capability_of(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Launch Triton's kernels on the GPU of the first tensor, whichever one is current."""
+
+    @functools.wraps(function)
+    def guarded(first: Tensor, *rest: Any, **options: Any) -> Any:
+        with torch.cuda.device_of(first):
+            return function(first, *rest, **options)
+
+    return guarded
+
+
 @functools.cache
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors of a GPU; 2 elsewhere."""
@@ -148,12 +164,22 @@ def processors(device: torch.device) -> int:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _select(kernel: str, device: torch.device, dtype: torch.dtype, head_dim: int, window: bool, alibi: bool) -> str:
-    where = Where(device.type, capability_of(device), dtype, head_dim, window, alibi)
-    name = _KERNELS[kernel].choose(where)
-    key = f"{kernel}.{name}"
-    if key not in _loaded:
-        _loaded[key] = _KERNELS[kernel].implementations[name].load()
-    return key
+    return _decide(kernel, device, dtype, head_dim, window, alibi, _settings())
+
+
+@functools.cache
+def _decide(
+    kernel: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    window: bool,
+    alibi: bool,
+    settings: tuple[str, ...],
+) -> str:
+    name = _KERNELS[kernel].choose(Where(device.type, capability_of(device), dtype, head_dim, window, alibi))
+    _loaded[f"{kernel}.{name}"] = _KERNELS[kernel].implementations[name].load()
+    return f"{kernel}.{name}"
 
 
 def select(
@@ -220,16 +246,26 @@ def describe() -> str:
     devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())] + [torch.device("cpu")]
     lines = []
     for device in devices:
+        capability = capability_of(device)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-        lines.append(f"{name}" + (f" (sm_{capability_of(device)})" if capability_of(device) else ""))
+        lines.append(name + (f" (sm_{capability})" if capability else ""))
         for kernel in _KERNELS.values():
             for dtype in HALF_OR_SINGLE:
-                where = Where(
-                    device.type, capability_of(device), dtype, 128 if kernel.name == "packed_attention" else 0
-                )
-                chosen, refusals = kernel.choose(where), kernel.refusals(where)
-                better = list(refusals)[: list(refusals).index(chosen)]
-                before = "; ".join(f"{name} {refusals[name] or 'runs here only when named'}" for name in better)
+                where = Where(device.type, capability, dtype, 128 if kernel.name == "packed_attention" else 0)
+                chosen, why = _explain(kernel, where)
                 kind = str(dtype).removeprefix("torch.")
-                lines.append(f"  {kernel.name:<21}{kind:<9} {chosen:<13} {before}".rstrip())
+                lines.append(f"  {kernel.name:<21}{kind:<9} {chosen:<13} {why}".rstrip())
     return "\n".join(lines)
+
+
+def _explain(kernel: Kernel, where: Where) -> tuple[str, str]:
+    """What runs, and what is said of those that would be better."""
+    try:
+        chosen = kernel.choose(where)
+    except CannotRunError as refusal:
+        return "none", str(refusal)
+    if _forced_for(kernel):
+        return chosen, "as told"
+    refusals = kernel.refusals(where)
+    better = list(refusals)[: list(refusals).index(chosen)]
+    return chosen, "; ".join(f"{name} {refusals[name] or 'runs here only when named'}" for name in better)

@@ -5,8 +5,11 @@ import os
 import pytest
 import torch
 
+# Deterministic mode, which poisons fresh memory, asks this of cuBLAS.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 if not torch.cuda.is_available():
-    # Triton reads it when a kernel is defined, so it stands before any is imported.
+    # As in the fixtures above, which are left out where only torch, triton and pytest are installed.
     os.environ["TRITON_INTERPRET"] = "1"
 
 

@@ -38,6 +38,8 @@ def _chosen(monkeypatch, kernel: str, where: Where, packages=frozenset({"triton"
         (70, torch.bfloat16, {}, PACKAGES, "bucketed"),
         (70, torch.float32, {}, PACKAGES, "efficient"),
         (90, torch.bfloat16, {"head_dim": 512}, PACKAGES, "efficient"),
+        (90, torch.bfloat16, {"head_dim": 20}, PACKAGES, "flash_attn"),
+        (89, torch.float32, {"head_dim": 256}, PACKAGES, "efficient"),
     ],
 )
 def test_attention_on_every_generation(monkeypatch, capability, dtype, extras, packages, expected) -> None:
@@ -66,6 +68,7 @@ def test_a_matrix_product_in_triton_is_never_taken_below_sm_80(monkeypatch) -> N
 
 def test_the_environment_and_the_context_force(monkeypatch) -> None:
     where = Where("cpu", 0, torch.float32)
+    monkeypatch.setattr(dispatch, "installed", lambda name: True)
     monkeypatch.setenv(dispatch.VARIABLE, "linear_cross_entropy=reference")
     assert dispatch._KERNELS["linear_cross_entropy"].choose(where) == "reference"
     assert dispatch._KERNELS["qlora_linear"].choose(where) == "fused"
@@ -96,9 +99,24 @@ def test_unknown_names_list_the_known(monkeypatch) -> None:
 def test_the_description_names_every_kernel_and_reason() -> None:
     text = fireflyds_kernels.describe()
     for kernel in dispatch._KERNELS:
-        assert len(re.findall(rf"^  {kernel} ", text, re.MULTILINE)) % 3 == 0
+        assert len(re.findall(rf"^  {kernel} ", text, re.MULTILINE)) == 3 * (torch.cuda.device_count() + 1)
     if not torch.cuda.is_available():
         assert re.search(
             r"packed_attention +float32 +reference +flash_attn_3 needs an NVIDIA GPU; .*triton runs here only when named",
             text,
         )
+
+
+def test_the_description_says_what_was_forced_and_what_cannot_be(monkeypatch) -> None:
+    monkeypatch.setenv(dispatch.VARIABLE, "packed_attention=efficient,swiglu=reference")
+    text = fireflyds_kernels.describe()
+    assert re.search(r"swiglu +float16 +reference +as told", text)
+    assert re.search(r"packed_attention +float16 +none +packed_attention was told to run 'efficient' on cpu", text)
+
+
+def test_forces_nest() -> None:
+    kernel, where = dispatch._KERNELS["linear_cross_entropy"], Where("cpu", 0, torch.float32)
+    with force("reference"), force("chunked"):
+        with force("reference"):
+            assert kernel.choose(where) == "reference"
+        assert kernel.choose(where) == "chunked"

@@ -186,6 +186,47 @@ def test_a_known_count_changes_nothing(reduction: str) -> None:
         assert torch.equal(a, b)
 
 
+def test_a_wrong_count_and_a_label_outside_are_named() -> None:
+    hidden, weight, labels = _inputs(20)
+    count = int((labels != -100).sum())
+    for wrong in (count - 1, count + 1):
+        with pytest.raises(ValueError, match=f"num_labels={wrong}, but {count} rows have a label"):
+            linear_cross_entropy(hidden, weight, labels, num_labels=wrong)
+    labels[0] = 97
+    with pytest.raises(ValueError, match="97 for V=97"):
+        linear_cross_entropy(hidden, weight, labels)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("tokens", [0, 5])
+def test_no_labels_give_no_loss_and_zero_gradients(reduction: str, tokens: int) -> None:
+    hidden, weight = torch.randn(tokens, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
+    loss = linear_cross_entropy(hidden, weight, torch.full((tokens,), -100), reduction=reduction).sum()
+    assert loss == 0
+    for leaf, gradient in zip((hidden, weight), torch.autograd.grad(loss, (hidden, weight)), strict=True):
+        assert gradient.shape == leaf.shape
+        assert not gradient.any()
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("name", ["chunked", "triton"])
+def test_float16_takes_a_loss_scale_and_large_weights(reduction: str, name: str, device) -> None:
+    """2^16 over 64 tokens, as DeepSpeed scales, and token weights of 100: nothing overflows, nothing is lost."""
+    hidden, weight, labels = (x.to(device) for x in _inputs(64, torch.float16, vocab=3000, seed=3))
+    hidden, weight = ((x.detach() * 0.1).requires_grad_() for x in (hidden, weight))
+    weights = torch.linspace(1, 100, 64, device=device)
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    kept = labels != -100
+    wanted = (reference.token_losses(exact[0][kept], exact[1], labels[kept]) * weights[kept]).sum() * 2.0**10
+    with force(linear_cross_entropy=name):
+        found = linear_cross_entropy(hidden, weight, labels, token_weights=weights, reduction=reduction).sum() * 2.0**10
+    scale = 2.0**-10  # what is compared fits float16
+    for a, b in zip(torch.autograd.grad(found * scale, (hidden, weight)), torch.autograd.grad(wanted * scale, exact), strict=True):  # fmt: skip
+        assert_near(a, b, 2e-3)
+        rare = b.abs() < b.abs().quantile(0.5)
+        assert_near(a[rare], b[rare], 5e-3)
+
+
 def test_a_frequent_label_does_not_overflow_float16() -> None:
     """500 rows of one label: their head row's gradient times 1,024 is beyond float16."""
     hidden = torch.full((500, 16), 2.0, dtype=torch.float16, requires_grad=True)

@@ -10,8 +10,6 @@ from fireflyds_kernels import CannotRunError, force, packed_attention
 from fireflyds_kernels.packed_attention import bucketed, flash
 from packed import TOLERANCES, assert_near, attention_inputs, gradients_of, naive_attention
 
-REFERENCE = "reference" if not torch.cuda.is_available() else "bucketed"
-
 
 def _bucketed(q, k, v, cu, *, max_seqlen, causal=True, scale=None, window=None, alibi_slopes=None):
     scale = q.shape[2] ** -0.5 if scale is None else scale
@@ -75,6 +73,16 @@ def test_changing_one_document_changes_no_other() -> None:
         assert torch.equal(before[:6], after[:6])
         assert torch.equal(before[15:], after[15:])
         assert not torch.equal(before[6:15], after[6:15])
+
+
+def test_no_tokens_are_no_error(device) -> None:
+    empty = torch.empty(0, 2, 8, device=device, requires_grad=True)
+    cu = torch.zeros(2, dtype=torch.int32, device=device)
+    for name in ("triton", "reference") if device.type == "cpu" else ("triton",):
+        with force(packed_attention=name):
+            out = packed_attention(empty, empty, empty, cu, max_seqlen=0)
+        assert out.shape == (0, 2, 8)
+        assert torch.autograd.grad(out.sum(), empty)[0].shape == (0, 2, 8)
 
 
 def test_documents_of_no_tokens_are_passed_over() -> None:

@@ -149,6 +149,28 @@ def test_gradient_checkpointing_changes_nothing(family: str, reentrant: bool) ->
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-7, msg=name)
 
 
+def test_two_batches_may_go_forward_before_one_goes_backward() -> None:
+    """Recomputation uses the boundaries of the batch it recomputes."""
+    plain, ours = (fuse(tiny("llama", **LLAMA)).train() for _ in range(2))
+    ours.gradient_checkpointing_enable({"use_reentrant": False})
+    batches = packed(documents((7, 5))), packed(documents((5, 7)))
+    for model in (plain, ours):
+        losses = [model(**batch) for batch in batches]
+        losses[0].backward()
+        losses[1].backward()
+    for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_nothing_looks_through_the_positions_for_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers would find them again, waiting for the device."""
+    from transformers import masking_utils
+
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda *_: pytest.fail("called"))
+    for name in ("llama", "qwen2 with windows", "mistral", "bloom", "falcon"):
+        fuse(tiny(MODELS[name][0], **MODELS[name][1]))(**packed(documents()))
+
+
 def test_torch_compile_takes_a_fused_model() -> None:
     model, batch = fuse(tiny("llama", **LLAMA)), packed(documents())
     wanted = model(**batch)
@@ -164,6 +186,8 @@ def _qlora(checkpointing: bool, dropout: float = 0.0):
             layer = Linear4bit(module.in_features, module.out_features, bias=False, compute_dtype=torch.float32)
             layer.load_state_dict({"weight": module.weight})
             model.model.set_submodule(name, layer.to("cpu"))
+    # What loading a quantised model leaves behind; PEFT picks its 4-bit layer by it.
+    model.is_loaded_in_4bit = True
     tuning.apply(model, registry.find(FAMILIES, "llama").FAMILY, config, seed=0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -194,6 +218,14 @@ def test_adapters_on_a_four_bit_base_equal_peft_s_own(checkpointing: bool, monke
         torch.testing.assert_close(ours.get_parameter(name).grad, parameter.grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
+def test_dropout_in_front_of_an_adapter_is_that_module_s_own() -> None:
+    model = fuse(_qlora(False, dropout=0.5))
+    layer, x = model.model.layers[0].self_attn.q_proj, torch.randn(1, 5, 64)
+    assert not torch.equal(layer(x), layer(x))
+    layer.lora_dropout.eval()
+    assert torch.equal(layer(x), layer(x))
+
+
 def test_a_disabled_adapter_is_left_to_peft() -> None:
     model = fuse(_qlora(False))
     layer = model.model.layers[0].self_attn.q_proj
@@ -209,7 +241,7 @@ def test_other_instances_of_the_class_stay_as_they_are() -> None:
     fuse(tiny("llama", **LLAMA))
     untouched = tiny("llama", **LLAMA)
     assert untouched(torch.randint(0, 50, (1, 5))).logits.shape == (1, 5, 50)
-    assert not [module for module in untouched.modules() if "forward" in vars(module) or hasattr(module, "boundaries")]
+    assert not [module for module in untouched.modules() if "forward" in vars(module) or hasattr(module, "packing")]
 
 
 @pytest.mark.parametrize(
@@ -219,6 +251,22 @@ def test_other_instances_of_the_class_stay_as_they_are() -> None:
         ("llama", LLAMA | {"attention_dropout": 0.1}, "attention_dropout=0.1.*Set it to 0"),
         ("cohere", LLAMA, "logit_scale=0.0625"),
         ("gemma2", LLAMA | {"head_dim": 8}, "final_logit_softcapping"),
+        ("lfm2", LLAMA | {"layer_types": ["conv", "full_attention"]}, "see each other"),
+        (
+            "phi3",
+            LLAMA
+            | {
+                "original_max_position_embeddings": 16,
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "rope_theta": 1e4,
+                    "short_factor": [1.0] * 4,
+                    "long_factor": [2.0] * 4,
+                    "original_max_position_embeddings": 16,
+                },
+            },
+            "longrope",
+        ),
     ],
 )
 def test_what_would_be_computed_wrongly_is_refused(model_type: str, changes: dict, message: str) -> None:
@@ -228,5 +276,5 @@ def test_what_would_be_computed_wrongly_is_refused(model_type: str, changes: dic
 
 def test_a_fused_model_is_called_by_its_packed_forward_pass() -> None:
     model = fuse(tiny("llama", **LLAMA))
-    with pytest.raises(RuntimeError, match="cu_seqlens"):
+    with pytest.raises(TypeError, match="boundaries"):
         model.model(input_ids=torch.zeros(1, 3, dtype=torch.long))

@@ -31,14 +31,17 @@ def linear_cross_entropy(
         bias: `[V]` or None.
         token_weights: `[T]`, without gradient, or None for 1 everywhere.
         reduction: `sum` gives a scalar, `none` gives `[T]` with 0 at ignored rows. Both float32 or wider.
-        num_labels: how many rows have a label, where the host knows it: spares the one wait for the device.
+        num_labels: how many rows have a label, where the host knows it: spares the one wait for the device. On a GPU a
+            wrong number, or a label outside the vocabulary, makes the loss NaN; on the CPU both are errors.
 
     With `sum` the gradients are formed in the forward pass, chunk by chunk, while the chunk's logits are there: three
-    matrix products as in the plain computation, not four. They are held un-normalised, scaled by a power of two and
-    accumulated in float32, so that a float16 loss scale, which comes only in the backward pass, finds nothing lost.
+    matrix products as in the plain computation, not four. They are un-normalised, and added up over chunks in float32.
+    For float16 the logits' gradients are raised by a power of two and everything behind them is float32, so that a loss
+    scale, which comes only in the backward pass, finds nothing lost and overflows nothing.
 
     Raises:
-        ValueError: shapes that do not fit together, or an unknown reduction.
+        ValueError: shapes that do not fit together, or an unknown reduction; on the CPU also a label outside the
+            vocabulary or a wrong `num_labels`.
         CannotRunError: an implementation was forced that cannot run here.
     """
     blocks = [weight] if isinstance(weight, Tensor) else list(weight)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fireflyds_kernels.linear_cross_entropy import softmax
-from fireflyds_kernels.linear_cross_entropy.gradients import Gradients, wide
+from fireflyds_kernels.linear_cross_entropy.gradients import Gradients, result_type, wide
 
 # Bytes of logits that exist at once: of a batch that is one chunk, and of a chunk of a larger batch. A head's gradient
 # over several chunks costs a sum of its own, in time and memory.
@@ -39,11 +39,31 @@ def _run(
     return total
 
 
-def _labelled(labels: Tensor, ignore_index: int, num_labels: int | None) -> Tensor:
+def _labelled(
+    labels: Tensor, ignore_index: int, num_labels: int | None, vocab_size: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Places and labels of the rows that have one, and on a GPU whether the caller's word on either is wrong.
+
+    A GPU is not waited for: there a wrong count or a label outside the vocabulary makes the loss NaN.
+    """
     mask = labels != ignore_index
     if num_labels is None:
-        return mask.nonzero()[:, 0]
-    return torch.nonzero_static(mask, size=num_labels)[:, 0]
+        rows, wrong = mask.nonzero()[:, 0], None
+    else:
+        rows = torch.nonzero_static(mask, size=num_labels, fill_value=0)[:, 0]
+        wrong = mask.sum() != num_labels
+    targets = labels[rows]
+    outside = ((targets < 0) | (targets >= vocab_size)).any()
+    if labels.device.type == "cpu":
+        if wrong is not None and wrong:
+            raise ValueError(f"linear_cross_entropy: num_labels={num_labels}, but {int(mask.sum())} rows have a label")
+        if outside:
+            raise ValueError(
+                f"linear_cross_entropy: labels from {int(targets.min())} to {int(targets.max())} for V={vocab_size}; "
+                f"rows without a label have {ignore_index}"
+            )
+        return rows, targets, None
+    return rows, targets.clamp(0, vocab_size - 1), outside if wrong is None else outside | wrong
 
 
 def _chunks(rows: int, vocab_size: int, like: Tensor) -> Iterator[slice]:
@@ -80,21 +100,39 @@ def _summed(
     ignore_index: int, num_labels: int | None, wanted: list[bool], fused: bool,
 ) -> list[Tensor]:  # fmt: skip
     """The loss, then the gradients of hidden, bias and every block, each empty when not wanted."""
-    rows = _labelled(labels, ignore_index, num_labels)
-    scale = None if token_weights is None else token_weights[rows]
+    vocab_size = sum(map(len, blocks))
+    rows, targets, wrong = _labelled(labels, ignore_index, num_labels, vocab_size)
+    scale = None if token_weights is None else token_weights[rows].to(wide(hidden.dtype))
+    largest = None
+    if scale is not None and hidden.dtype is torch.float16 and len(rows):
+        # Weights as large as a loss scale would overflow the slopes; they come back in float32.
+        largest = scale.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+        scale = scale / largest
     near = [block.to(hidden.dtype) for block in blocks]
-    pieces = list(_chunks(len(rows), sum(map(len, blocks)), hidden))
+    pieces = list(_chunks(len(rows), vocab_size, hidden))
     gradients = Gradients(hidden, bias, blocks, wanted, len(pieces))
     run, total = _softmax(fused), hidden.new_zeros((), dtype=wide(hidden.dtype))
     for piece in pieces:
         compact, mine = hidden[rows[piece]], None if scale is None else scale[piece]
         logits = _logits(compact, near)
-        losses = run(logits, labels[rows[piece]], bias, mine, gradients.lift, any(wanted))
-        total += losses.sum() if mine is None else losses @ mine.to(losses.dtype)
+        losses = run(logits, targets[piece], bias, mine, gradients.lift, any(wanted))
+        total += losses.sum() if mine is None else losses @ mine
         if any(wanted):
             gradients.add(rows[piece], compact, near, logits)
         del logits
-    return [total, *gradients.finish()]
+    found = gradients.finish()
+    if largest is not None:
+        total, found = total * largest, [gradient.mul_(largest) for gradient in found]
+    return [total if wrong is None else total.masked_fill(wrong, float("nan")), *found]
+
+
+def _like(hidden: Tensor, bias: Tensor | None, blocks: list[Tensor], wanted: list[bool]) -> list[Tensor]:
+    """Fake gradients."""
+    kinds = [result_type(hidden.dtype, hidden.dtype if x is None else x.dtype) for x in (hidden, bias, *blocks)]
+    return [
+        hidden.new_empty(x.shape if want and x is not None else (0,), dtype=kind)
+        for x, want, kind in zip((hidden, bias, *blocks), wanted, kinds, strict=True)
+    ]
 
 
 @_summed.register_fake
@@ -102,20 +140,27 @@ def _(
     hidden: Tensor, blocks: list[Tensor], labels: Tensor, bias: Tensor | None, token_weights: Any,
     ignore_index: int, num_labels: Any, wanted: list[bool], fused: bool,
 ) -> list[Tensor]:  # fmt: skip
-    tensors = [hidden, bias, *blocks]
-    found = [x.new_empty(x.shape if want and x is not None else (0,)) if x is not None else hidden.new_empty(0)
-             for x, want in zip(tensors, wanted, strict=True)]  # fmt: skip
-    return [hidden.new_empty((), dtype=wide(hidden.dtype)), *found]
+    return [hidden.new_empty((), dtype=wide(hidden.dtype)), *_like(hidden, bias, blocks, wanted)]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    hidden, blocks, _, bias, *_, wanted, _ = inputs
     ctx.save_for_backward(*output[1:])
-    ctx.wanted = inputs[7]
+    ctx.wanted = wanted
+    ctx.types = [hidden.dtype, hidden.dtype if bias is None else bias.dtype, *(block.dtype for block in blocks)]
+
+
+def _times(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    if scale.is_cuda and gradient.dtype != scale.dtype:
+        # A number on the GPU would be rounded to the gradient's type first; a tensor of one element is not.
+        return torch.mul(gradient, scale.reshape(1), out=torch.empty_like(gradient, dtype=dtype))
+    return (gradient * scale).to(dtype)
 
 
 def _gradients(ctx: Any, upstream: list[Tensor]) -> tuple[Any, ...]:
     found = [
-        (g * upstream[0]).to(g.dtype) if want else None for g, want in zip(ctx.saved_tensors, ctx.wanted, strict=True)
+        _times(g, upstream[0], dtype) if want else None
+        for g, want, dtype in zip(ctx.saved_tensors, ctx.wanted, ctx.types, strict=True)
     ]
     hidden, bias, *blocks = found
     return hidden, blocks, None, bias, *[None] * 5
@@ -130,13 +175,14 @@ def _each(
     num_labels: int | None, fused: bool,
 ) -> list[Tensor]:  # fmt: skip
     """The losses `[T]`. Nothing of the logits is kept: what comes from above differs from row to row."""
-    rows = _labelled(labels, ignore_index, num_labels)
+    vocab_size = sum(map(len, blocks))
+    rows, targets, wrong = _labelled(labels, ignore_index, num_labels, vocab_size)
     near = [block.to(hidden.dtype) for block in blocks]
     losses = hidden.new_zeros(len(labels), dtype=wide(hidden.dtype))
-    for piece in _chunks(len(rows), sum(map(len, blocks)), hidden):
+    for piece in _chunks(len(rows), vocab_size, hidden):
         logits = _logits(hidden[rows[piece]], near)
-        losses[rows[piece]] = _softmax(fused)(logits, labels[rows[piece]], bias, None, 1.0, False)
-    return [losses]
+        losses[rows[piece]] = _softmax(fused)(logits, targets[piece], bias, None, 1.0, False)
+    return [losses if wrong is None else losses.masked_fill(wrong, float("nan"))]
 
 
 @_each.register_fake
@@ -159,8 +205,7 @@ def _(
     upstream: Any, hidden: Tensor, blocks: list[Tensor], labels: Any, bias: Tensor | None, ignore_index: int,
     num_labels: Any, wanted: list[bool], fused: bool,
 ) -> list[Tensor]:  # fmt: skip
-    return [x.new_empty(x.shape if want else (0,)) if x is not None else hidden.new_empty(0)
-            for x, want in zip([hidden, bias, *blocks], wanted, strict=True)]  # fmt: skip
+    return _like(hidden, bias, blocks, wanted)
 
 
 def _save_each(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -174,7 +219,8 @@ def _gradients_each(ctx: Any, upstream: list[Tensor]) -> tuple[Any, ...]:
     ignore_index, num_labels, fused = ctx.rest
     wanted = [x is not None and x.requires_grad for x in (hidden, bias, *blocks)]
     found = _each_backward(upstream[0], hidden, blocks, labels, bias, ignore_index, num_labels, wanted, fused)
-    kept = [x if want else None for x, want in zip(found, wanted, strict=True)]
+    own = [hidden, hidden if bias is None else bias, *blocks]
+    kept = [g.to(x.dtype) if want else None for g, x, want in zip(found, own, wanted, strict=True)]
     return kept[0], kept[2:], None, kept[1], None, None, None
 
 

@@ -24,11 +24,17 @@ class Gradients:
         self, hidden: Tensor, bias: Tensor | None, blocks: list[Tensor], wanted: list[bool], chunks: int
     ) -> None:
         self.lift = _LIFT if hidden.dtype is torch.float16 else 1.0
-        self._wanted, self._bias_like = wanted, bias
-        self._hidden = torch.zeros_like(hidden) if wanted[0] else hidden.new_empty(0)
+        self._wanted = wanted
+        self._bias_kind = hidden.dtype if bias is None else result_type(hidden.dtype, bias.dtype)
+        kind = result_type(hidden.dtype, hidden.dtype)
+        self._hidden = hidden.new_zeros(hidden.shape, dtype=kind) if wanted[0] else hidden.new_empty(0, dtype=kind)
         self._bias = bias.new_zeros(bias.shape, dtype=wide(bias.dtype)) if bias is not None and wanted[1] else None
-        self._blocks = [_Block(block, chunks) if want else None for block, want in zip(blocks, wanted[2:], strict=True)]
-        self._empty = [block.new_empty(0) for block in blocks]
+        kinds = [result_type(hidden.dtype, block.dtype) for block in blocks]
+        self._blocks = [
+            _Block(block, kind, chunks) if want else None
+            for block, kind, want in zip(blocks, kinds, wanted[2:], strict=True)
+        ]
+        self._empty = [block.new_empty(0, dtype=kind) for block, kind in zip(blocks, kinds, strict=True)]
 
     def add(self, rows: Tensor, hidden: Tensor, blocks: list[Tensor], slopes: Tensor) -> None:
         """`rows` `[c]` are the places of the chunk's `hidden` `[c, d]` in the batch; `slopes` `[c, V]`."""
@@ -47,26 +53,33 @@ class Gradients:
             self._hidden.index_copy_(0, rows, total.to(self._hidden.dtype))
 
     def finish(self) -> list[Tensor]:
-        """In the order hidden, bias, blocks, each of its tensor's own type, empty where not wanted."""
-        bias = self._hidden.new_empty(0) if self._bias_like is None else self._bias_like.new_empty(0)
-        if self._bias is not None:
-            bias = self._bias.to(bias.dtype)
+        """In the order hidden, bias, blocks, empty where not wanted, each of its `result_type`."""
+        bias = self._hidden.new_empty(0) if self._bias is None else self._bias
+        bias = bias.to(self._bias_kind)
         blocks = zip(self._blocks, self._empty, strict=True)
         return [self._hidden, bias, *(empty if block is None else block.finish() for block, empty in blocks)]
 
 
+def result_type(hidden: torch.dtype, own: torch.dtype) -> torch.dtype:
+    """What a gradient is kept in until the loss scale comes: float16 would lose the small ones before it does."""
+    return torch.float32 if hidden is torch.float16 else own
+
+
 def _product(left: Tensor, right: Tensor, factor: float) -> Tensor:
-    """The factor goes in before the result is rounded, so that float16 neither overflows nor loses it."""
-    if factor == 1:
+    """`left @ right` in its own type; for float16 in float32, `factor` taken in there."""
+    if left.dtype is not torch.float16:
         return left @ right
-    return torch.addmm(right.new_zeros(1, 1), left, right, beta=0, alpha=factor)
+    if left.is_cuda:
+        # Half-precision inputs, float32 sums and results, on the tensor cores.
+        return torch.mm(left, right, out_dtype=torch.float32).mul_(factor)
+    return (left.float() @ right.float()).mul_(factor)
 
 
 class _Block:
     """The gradient of one block of the head's rows."""
 
-    def __init__(self, block: Tensor, chunks: int) -> None:
-        self._like, self._once = block, chunks <= 1
+    def __init__(self, block: Tensor, kind: torch.dtype, chunks: int) -> None:
+        self._like, self._kind, self._once = block, kind, chunks <= 1
         step = max(1, _STRETCH // max(block.shape[1], 1))
         self._stretches = [slice(start, min(start + step, len(block))) for start in range(0, len(block), step)]
         self._sums: list[Tensor | None] = [None] * len(self._stretches)
@@ -80,16 +93,16 @@ class _Block:
             if total is None:
                 self._sums[index] = _product(mine, hidden, factor).to(wide(hidden.dtype))
             elif total.dtype == hidden.dtype:
-                total.addmm_(mine, hidden, alpha=factor)
+                total.addmm_(mine, hidden)
             else:
                 total += _product(mine, hidden, factor)
 
     def finish(self) -> Tensor:
         if not any(total is not None for total in self._sums):
-            return torch.zeros_like(self._like, memory_format=torch.contiguous_format)
+            return self._like.new_zeros(self._like.shape, dtype=self._kind)
         narrow = []
         # Each stretch's sum goes as soon as it is rounded.
         for index, total in enumerate(self._sums):
-            narrow.append(total.to(self._like.dtype))  # type: ignore[union-attr]
+            narrow.append(total.to(self._kind))  # type: ignore[union-attr]
             self._sums[index] = total = None
         return narrow[0] if len(narrow) == 1 else torch.cat(narrow)

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fireflyds_kernels.dispatch import on_its_device
+
 BLOCK = 4096
 
 
@@ -55,6 +57,7 @@ def slopes_kernel(
 LAUNCH: dict[str, Any] = {"BLOCK": BLOCK, "num_warps": 8, "enable_fp_fusion": True}
 
 
+@on_its_device
 def losses_and_slopes(
     logits: Tensor, labels: Tensor, bias: Tensor | None, scale: Tensor | None, lift: float, slopes: bool
 ) -> Tensor:

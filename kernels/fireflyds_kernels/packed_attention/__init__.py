@@ -84,6 +84,8 @@ def _flash_attn_3(where: Where) -> str | None:
         return "FlashAttention-3 has no ALiBi"
     if where.capability and where.capability // 10 != 9:
         return "FlashAttention-3 is for Hopper (sm_90)"
+    if where.head_dim % 8:
+        return f"head_dim {where.head_dim} is no multiple of 8"
     return _flash(where) or dispatch.needs(dtypes=HALF, package="flash_attn_interface")(where)
 
 
@@ -111,6 +113,8 @@ def _torch_varlen(where: Where) -> str | None:
 
 
 def _triton(where: Where) -> str | None:
+    if where.dtype is torch.float32 and where.head_dim > 128 and where.device == "cuda":
+        return "float32 blocks of head_dim over 128 do not fit shared memory"
     # Below sm_80 Triton multiplies matrices on the plain cores, an order of magnitude slower.
     return _flash(where) or dispatch.needs_triton(80)(where)
 

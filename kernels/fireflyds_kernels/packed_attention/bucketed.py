@@ -7,6 +7,7 @@ for. Documents are padded to the next of a few lengths, rows are taken a block a
 
 from collections import defaultdict
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,45 +20,55 @@ _ROWS = 512
 _read: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
+class _Bucket(NamedTuple):
+    """Documents padded to `length`: their tokens' places `[n · length]`, and which of them are the documents' own."""
+
+    length: int
+    places: Tensor
+    inside: Tensor
+
+
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float,
     window: int | None, slopes: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    found, places = [], []
-    for padded, index, inside in _buckets(cu_seqlens):
-        queries, keys, values = (x[index].transpose(1, 2) for x in (q, k, v))
-        out = _attend(queries, keys, values, padded, None if causal else inside, causal, scale, window, slopes)
-        found.append(out.transpose(1, 2)[inside])
-        places.append(index[inside])
-    order = torch.cat(places)
-    back = torch.empty_like(order)
-    back[order] = torch.arange(len(order), device=order.device)
-    return torch.cat(found)[back]
+    if q.shape[1] != k.shape[1]:
+        # With fewer key heads torch's memory-efficient kernels do not run beside a bias.
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    buckets, back = _buckets(cu_seqlens)
+    found = []
+    for bucket in buckets:
+        queries, keys, values = (
+            x.index_select(0, bucket.places).unflatten(0, (-1, bucket.length)).transpose(1, 2) for x in (q, k, v)
+        )
+        out = _attend(queries, keys, values, None if causal else bucket.inside, causal, scale, window, slopes)
+        found.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(found).index_select(0, back)
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, length: int, inside: Tensor | None, causal: bool, scale: float,
-    window: int | None, slopes: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, inside: Tensor | None, causal: bool, scale: float, window: int | None,
+    slopes: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """`[n, H, length, D]` of n documents. Padding lies behind a document, where a causal row never looks."""
-    outputs = []
+    outputs, length = [], q.shape[2]
     positions = torch.arange(length, device=q.device)
     for start in range(0, length, _ROWS):
         end = min(start + _ROWS, length)
         low, high = span(start, end, length, causal, window)
+        # Widths in multiples of 16, so that torch need not copy the bias to align it.
+        low, high = low // 16 * 16, min(length, -(-high // 16) * 16)
         mask = bias(positions[start:end], positions[low:high], causal, window, slopes, q.dtype)[None]
         if inside is not None:
             mask = mask.masked_fill(~inside[:, None, None, low:high], float("-inf"))
             # Rows of padding may see nothing at all, which is no number; they are left out afterwards.
             mask = torch.where(inside[:, None, start:end, None], mask, 0)
-        shape = (len(q), q.shape[1], end - start, high - low)
         outputs.append(
             scaled_dot_product_attention(
-                q[:, :, start:end], k[:, :, low:high], v[:, :, low:high], attn_mask=mask.expand(shape), scale=scale,
-                enable_gqa=q.shape[1] != k.shape[1],
+                q[:, :, start:end], k[:, :, low:high], v[:, :, low:high], attn_mask=mask, scale=scale
             )
-        )  # fmt: skip
+        )
     return torch.cat(outputs, dim=2)
 
 
@@ -67,23 +78,25 @@ def _padded(length: int) -> int:
     return -(-length // step) * step
 
 
-def _buckets(cu_seqlens: Tensor) -> list[tuple[int, Tensor, Tensor]]:
-    """Padded length, token indices `[n, length]` and which of them are the document's, for every bucket."""
+def _buckets(cu_seqlens: Tensor) -> tuple[list[_Bucket], Tensor]:
+    """The buckets, and where among all their tokens, laid end to end, each token of the row is."""
     version = 0 if cu_seqlens.is_inference() else cu_seqlens._version
     kept = _read.get(cu_seqlens)
     if kept is not None and kept[0] == version:
-        return list(kept[1])
+        return kept[1], kept[2]
     documents: dict[int, list[tuple[int, int]]] = defaultdict(list)
     bounds = cu_seqlens.tolist()
     for start, end in pairwise(bounds):
         if end > start:
             documents[_padded(end - start)].append((start, end))
-    buckets = []
-    for padded, spans in documents.items():
+    device, at = cu_seqlens.device, 0
+    buckets, back = [], torch.zeros(bounds[-1], dtype=torch.long)
+    for length, spans in documents.items():
         first, last = torch.tensor(spans).unbind(1)
-        index = first[:, None] + torch.arange(padded)
-        inside = index < last[:, None]
-        device = cu_seqlens.device
-        buckets.append((padded, index.clamp_(max=bounds[-1] - 1).to(device), inside.to(device)))
-    _read[cu_seqlens] = (version, buckets)
-    return buckets
+        places = first[:, None] + torch.arange(length)
+        inside = places < last[:, None]
+        back[places[inside]] = at + inside.flatten().nonzero()[:, 0]
+        at += places.numel()
+        buckets.append(_Bucket(length, places.clamp_(max=bounds[-1] - 1).flatten().to(device), inside.to(device)))
+    _read[cu_seqlens] = (version, buckets, back.to(device))
+    return buckets, _read[cu_seqlens][2]

@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fireflyds_kernels.dispatch import capability_of
+from fireflyds_kernels.dispatch import capability_of, on_its_device
 from fireflyds_kernels.packed_attention.triton_backward import delta_kernel, keys_kernel, queries_kernel
 from fireflyds_kernels.packed_attention.triton_forward import forward_kernel
 
@@ -109,6 +109,7 @@ def _common(q: Tensor, k: Tensor, cu_seqlens: Tensor, causal: bool, window: int 
 
 
 @torch.library.custom_op("fireflyds::packed_attention_triton", mutates_args=())
+@on_its_device
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, scale: float, window: int | None,
     slopes: Tensor | None,
@@ -118,6 +119,8 @@ def _forward(
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
     fixed, chosen, shared = _common(q, k, cu_seqlens, causal, window, slopes)
+    if not len(q):
+        return out, lse
     block = chosen("forward")
     forward_kernel[(triton.cdiv(q.shape[0], block.rows), q.shape[1])](
         q, k, v, out, lse, *shared, scale, window or 0,
@@ -134,6 +137,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("fireflyds::packed_attention_triton_backward", mutates_args=())
+@on_its_device
 def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, causal: bool,
     scale: float, window: int | None, slopes: Tensor | None,
@@ -142,6 +146,8 @@ def _backward(
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     delta = torch.empty_like(lse)
     tokens, heads, kv_heads = q.shape[0], q.shape[1], k.shape[1]
+    if not tokens:
+        return dq, dk, dv
     fixed, chosen, shared = _common(q, k, cu_seqlens, causal, window, slopes)
     sizes = {"D": fixed["D"], "BLOCK_D": fixed["BLOCK_D"]}
     delta_kernel[(triton.cdiv(tokens, 64), heads)](

@@ -21,13 +21,14 @@ def delta_kernel(
 ):  # fmt: skip
     """Σ_d grad · out for every row: what the softmax's gradient subtracts."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     out = load_rows(out_ptr + head * D, rows, heads * D, tokens, D, BLOCK_D, False).to(tl.float32)
     grad = load_rows(grad_ptr + head * grad_head, rows, grad_stride, tokens, D, BLOCK_D, False).to(tl.float32)
-    tl.store(delta_ptr + head.to(tl.int64) * tokens + rows, tl.sum(out * grad, 1), mask=rows < tokens)
+    tl.store(delta_ptr + head * tokens + rows, tl.sum(out * grad, 1), mask=rows < tokens)
 
 
-@triton.jit
+# The number of documents differs from batch to batch; no kernel is compiled for it.
+@triton.jit(do_not_specialize=["n", "steps"])
 def keys_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, boundaries, slopes, n, steps, tokens, scale,
     window, q_stride, q_head, k_stride, k_head, v_stride, v_head, grad_stride, grad_head, kv_heads,
@@ -36,7 +37,7 @@ def keys_kernel(
 ):  # fmt: skip
     """Gradients of a block of keys and values, from all the query heads that share them."""
     start = tl.program_id(0) * BLOCK_N
-    kv_head = tl.program_id(1)
+    kv_head = tl.program_id(1).to(tl.int64)
     columns = start + tl.arange(0, BLOCK_N)
     first, last = document(boundaries, steps, n, tl.minimum(columns, tokens - 1))
     low = start if CAUSAL else tl.min(first, 0)
@@ -55,7 +56,7 @@ def keys_kernel(
         head = kv_head * GROUP + step // blocks
         rows = low + step % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
         slope = tl.load(slopes + head) if ALIBI else 0.0
-        row_values = head.to(tl.int64) * tokens + rows
+        row_values = head * tokens + rows
         # Everything below is [columns, rows].
         q = load_rows(q_ptr + head * q_head, rows, q_stride, tokens, D, BLOCK_D, False)
         values = scores(k, tl.trans(q), rows[None], columns[:, None], scale, slope, ALIBI, PRECISION, WIDEN)
@@ -96,7 +97,8 @@ def _keys(
     return dq
 
 
-@triton.jit
+# The number of documents differs from batch to batch; no kernel is compiled for it.
+@triton.jit(do_not_specialize=["n", "steps"])
 def queries_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, dq_ptr, boundaries, slopes, n, steps, tokens, scale, window,
     q_stride, q_head, k_stride, k_head, v_stride, v_head, grad_stride, grad_head, heads,
@@ -105,7 +107,7 @@ def queries_kernel(
 ):  # fmt: skip
     """Gradients of a block of queries of one head."""
     start = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     rows = start + tl.arange(0, BLOCK_M)
     first, last, low, clear, edge, high = column_phases(
         boundaries, steps, n, rows, start, tokens, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N
@@ -113,8 +115,8 @@ def queries_kernel(
     slope = tl.load(slopes + head) if ALIBI else 0.0
     q = load_rows(q_ptr + head * q_head, rows, q_stride, tokens, D, BLOCK_D, False)
     grad = load_rows(grad_ptr + head * grad_head, rows, grad_stride, tokens, D, BLOCK_D, False)
-    lse = tl.load(lse_ptr + head.to(tl.int64) * tokens + rows, mask=rows < tokens, other=0.0)
-    delta = tl.load(delta_ptr + head.to(tl.int64) * tokens + rows, mask=rows < tokens, other=0.0)
+    lse = tl.load(lse_ptr + head * tokens + rows, mask=rows < tokens, other=0.0)
+    delta = tl.load(delta_ptr + head * tokens + rows, mask=rows < tokens, other=0.0)
     k_base, v_base = k_ptr + head // GROUP * k_head, v_ptr + head // GROUP * v_head
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if WINDOW or CAUSAL == 0:

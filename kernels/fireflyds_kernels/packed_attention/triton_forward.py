@@ -46,7 +46,8 @@ def _attend(
     return acc, top, norm
 
 
-@triton.jit
+# The number of documents differs from batch to batch; no kernel is compiled for it.
+@triton.jit(do_not_specialize=["n", "steps"])
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, boundaries, slopes, n, steps, tokens, scale, window,
     q_stride, q_head, k_stride, k_head, v_stride, v_head, heads,
@@ -55,7 +56,7 @@ def forward_kernel(
 ):  # fmt: skip
     # The last rows of a long document see the most: they start first.
     start = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     rows = start + tl.arange(0, BLOCK_M)
     first, last, low, clear, edge, high = column_phases(
         boundaries, steps, n, rows, start, tokens, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N
@@ -80,4 +81,4 @@ def forward_kernel(
         window, True, CAUSAL, WINDOW, ALIBI, D, BLOCK_D, BLOCK_N, PRECISION, WIDEN,
     )  # fmt: skip
     store_rows(out_ptr + head * D, rows, heads * D, tokens, acc / norm[:, None], D, BLOCK_D)
-    tl.store(lse_ptr + head.to(tl.int64) * tokens + rows, top + tl.log2(norm), mask=rows < tokens)
+    tl.store(lse_ptr + head * tokens + rows, top + tl.log2(norm), mask=rows < tokens)

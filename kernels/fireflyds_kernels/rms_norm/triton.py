@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fireflyds_kernels.dispatch import processors
+from fireflyds_kernels.dispatch import on_its_device, processors
 
 
 @triton.jit
@@ -89,12 +89,14 @@ def _run(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tupl
 
 
 @torch.library.custom_op("fireflyds::rms_norm", mutates_args=())
+@on_its_device
 def _plain(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     out, _, scale = _run(x, None, weight, eps)
     return out, scale
 
 
 @torch.library.custom_op("fireflyds::rms_norm_residual", mutates_args=())
+@on_its_device
 def _residual(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     return _run(x, residual, weight, eps)
 
@@ -116,6 +118,7 @@ def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, 
 
 
 @torch.library.custom_op("fireflyds::rms_norm_backward", mutates_args=())
+@on_its_device
 def _backward(
     grad: Tensor, beside: Tensor | None, total: Tensor, weight: Tensor, scale: Tensor, weight_too: bool
 ) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fireflyds_kernels.dispatch import on_its_device
+
 
 @triton.jit
 def _turn(
@@ -14,7 +16,7 @@ def _turn(
     HEADS: tl.constexpr, ALL_HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
-    heads = tl.arange(0, ALL_HEADS)[:, None]
+    heads = tl.arange(0, ALL_HEADS)[:, None].to(tl.int64)
     pairs = tl.arange(0, HALF)[None]
     inside = (heads < HEADS) & (pairs < R // 2)
     source = x_ptr + token * stride + heads * head_stride + pairs
@@ -60,6 +62,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
 
 
 @torch.library.custom_op("fireflyds::rope", mutates_args=())
+@on_its_device
 def _turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: float) -> tuple[Tensor, Tensor]:
     q, k, cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, cos, sin))
     outputs = (

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fireflyds_kernels.dispatch import on_its_device
+
 BLOCK = 1024
 
 
@@ -44,6 +46,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("fireflyds::swiglu", mutates_args=())
+@on_its_device
 def _forward(gate: Tensor, up: Tensor) -> Tensor:
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
@@ -53,6 +56,7 @@ def _forward(gate: Tensor, up: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("fireflyds::swiglu_backward", mutates_args=())
+@on_its_device
 def _backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
     dgate, dup = torch.empty_like(gate), torch.empty_like(up)
