@@ -39,7 +39,7 @@ def load_model(config: DoctorConfig, precision: Precision) -> Any:
     """The model to examine, as transformers runs it, without dropout.
 
     Raises:
-        UserError: no model there.
+        UserError: no model there, or no such device.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -51,8 +51,17 @@ def load_model(config: DoctorConfig, precision: Precision) -> Any:
         settings.num_hidden_layers = min(config.layers, settings.num_hidden_layers)
         if getattr(settings, "layer_types", None):
             settings.layer_types = settings.layer_types[: settings.num_hidden_layers]
+    device = _device(config.device)
     model = AutoModelForCausalLM.from_pretrained(folder, config=settings, dtype=DTYPES[precision])
-    return model.to(config.device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    return model.to(device).eval()
+
+
+def _device(name: str) -> torch.device:
+    gpus = torch.cuda.device_count()
+    known = ["cpu", *(["cuda"] if gpus else []), *(f"cuda:{index}" for index in range(gpus))]
+    if name and name not in known:
+        raise UserError(f"device={name}: not on this machine. Known: {', '.join(known)}")
+    return torch.device(name or ("cuda" if gpus else "cpu"))
 
 
 def examine(model: Any, lengths: list[int], seed: int) -> Iterator[Finding]:

@@ -1,0 +1,88 @@
+"""The doctor proves what is so, and says so when it is not."""
+
+import pytest
+import torch
+from fireflyds_kernels import packed_attention
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from fireflyds.config import DoctorConfig, Precision
+from fireflyds.engine import doctor
+from fireflyds.errors import UserError
+from fireflyds.models import boundaries
+
+
+@pytest.fixture
+def model_folder(tmp_path):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=60, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def _examine(folder, **options):
+    config = DoctorConfig(packing=True, model=str(folder), documents=[7, 1, 30, 12], **options)
+    model = doctor.load_model(config, Precision.fp32)
+    return list(doctor.examine(model, config.documents, config.seed)), model
+
+
+def test_a_sound_model_is_proven(model_folder) -> None:
+    findings, model = _examine(model_folder, layers=2)
+    assert model.config.num_hidden_layers == len(model.model.layers) == 2
+    assert findings
+    for finding in findings:
+        assert finding.proven
+        assert finding.loss < 1e-6
+        assert 0 < finding.gradients < 1e-5
+        assert finding.leakage == 0
+    assert doctor.table(findings).count("proven") == len(findings)
+
+
+def test_an_attention_that_crosses_documents_is_caught(model_folder, monkeypatch) -> None:
+    def leaky(q, k, v, cu_seqlens, *, max_seqlen, **options):
+        whole = torch.tensor([0, len(q)], dtype=torch.int32)
+        return packed_attention(q, k, v, whole, max_seqlen=len(q), **options)
+
+    monkeypatch.setattr(boundaries, "packed_attention", leaky)
+    findings, _ = _examine(model_folder)
+    assert not any(finding.proven for finding in findings)
+    assert min(finding.leakage for finding in findings) > 1e-4
+    assert min(finding.gradients for finding in findings) > 1e-3
+    assert "NOT EQUAL" in doctor.table(findings)
+
+
+def test_an_attention_that_is_a_little_wrong_is_caught(model_folder, monkeypatch) -> None:
+    def weak(*arguments, **options):
+        return packed_attention(*arguments, **options) * 1.01
+
+    monkeypatch.setattr(boundaries, "packed_attention", weak)
+    findings, _ = _examine(model_folder)
+    assert not any(finding.proven for finding in findings)
+    assert all(finding.leakage == 0 for finding in findings)
+
+
+def test_what_cannot_be_examined_is_named(model_folder, tmp_path) -> None:
+    with pytest.raises(UserError, match="packing=true needs a model"):
+        DoctorConfig(packing=True)
+    with pytest.raises(UserError, match=r"documents=\[3, 0\]"):
+        DoctorConfig(documents=[3, 0])
+    with pytest.raises(UserError, match="no config.json there"):
+        doctor.load_model(DoctorConfig(packing=True, model=str(tmp_path / "nothing")), Precision.fp32)
+    with pytest.raises(UserError, match="device=tpu: not on this machine. Known: cpu"):
+        doctor.load_model(DoctorConfig(packing=True, model=str(model_folder), device="tpu"), Precision.fp32)
+    model = doctor.load_model(DoctorConfig(packing=True, model=str(model_folder)), Precision.fp32)
+    with pytest.raises(UserError, match=r"documents=\[65\].*64 positions"):
+        list(doctor.examine(model, [65], 0))
+    small = doctor.load_model(DoctorConfig(packing=True, model=str(model_folder), layers=9), Precision.fp32)
+    assert small.config.num_hidden_layers == 3
+
+
+def test_the_verb_prints_the_choice_and_the_proof(model_folder, verb) -> None:
+    done = verb("doctor", "packing=true", f"model={model_folder}", "documents=[5,9]", "precision=fp32")
+    assert "packed_attention     float32" in done.stdout
+    assert "proven" in done.stdout
+    refused = verb("doctor", "packing=true", check=False)
+    assert refused.returncode == 2
+    assert "give model=" in refused.stderr + refused.stdout
