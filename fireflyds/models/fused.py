@@ -79,7 +79,8 @@ def dynamic_rotary(self: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, 
 def pre_norm_layer(self: Any, hidden_states: Tensor, **rest: Any) -> Tensor:
     """Attention and feed-forward, each behind its norm; the sum in the middle is taken by the second norm."""
     attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **rest)
-    normed, total = self.post_attention_layernorm(attended, hidden_states)
+    # Under autocast the residual stream may be wider than what attention gives.
+    normed, total = self.post_attention_layernorm(attended.to(hidden_states.dtype), hidden_states)
     return total + self.mlp(normed)
 
 
