@@ -253,6 +253,8 @@ def qlora() -> Iterator[str]:
 
 
 def main(folder: Path) -> None:
+    if not torch.cuda.is_available():
+        sys.exit("error: torch sees no GPU here")
     torch.manual_seed(0)
     name = torch.cuda.get_device_name()
     missing = [peer for peer in ("liger_kernel", "cut_cross_entropy", "bitsandbytes", "peft") if not find_spec(peer)]

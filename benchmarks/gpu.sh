@@ -5,10 +5,11 @@
 #     benchmarks/gpu.sh [folder]
 set -euo pipefail
 cd "$(dirname "$0")/.."
+mkdir -p "${1:-benchmarks/results}"
 folder=$(realpath "${1:-benchmarks/results}")
 python=${PYTHON:-python3}
 export PYTHONPATH=$PWD/kernels:$PWD/tests/support PYTHONUNBUFFERED=1
-"$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "error: torch sees no GPU here"; exit 2; }
+"$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null || { echo "error: torch sees no GPU here"; exit 2; }
 if compgen -G 'wheels/*.whl' >/dev/null; then
   "$python" -m pip install --quiet --no-index --no-deps --target "$PWD/.peers" wheels/*.whl
   export PYTHONPATH=$PYTHONPATH:$PWD/.peers

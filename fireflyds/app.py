@@ -52,7 +52,7 @@ def main(verb: Callable[[C], Any], about: str) -> None:
             print(to_yaml(config), end="")
         else:
             verb(config)
-    except UserError as error:
+    except _refusals() as error:
         # One message a node: an error may be of this machine alone.
         if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -65,6 +65,12 @@ def main(verb: Callable[[C], Any], about: str) -> None:
     except KeyboardInterrupt:
         print("interrupted: what is whole stays; give the same command again", file=sys.stderr)
         sys.exit(130)
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """What becomes one message: a user's error, and a kernel named that cannot run, where kernels were loaded at all."""
+    kernels = sys.modules.get("fireflyds_kernels.dispatch")
+    return (UserError,) if kernels is None else (UserError, kernels.CannotRunError)
 
 
 def drop_local_rank(arguments: list[str]) -> list[str]:

@@ -39,7 +39,7 @@ def train(config: TrainConfig) -> None:
     accumulation = deepspeed.accumulation_steps(config, me.world_size)
     encoder = load_encoder(config.model.tokenizer_path)
     hf_config = load.read_config(config.model, encoder)
-    load.check_positions(hf_config, config.seq_len)
+    load.check_positions(hf_config, "seq_len", config.seq_len)
     store = run.open_store(config, encoder.fingerprint())
     rows = RowSequence(store, config.seq_len, config.seed, config.data)
     total_steps = config.optim.steps or math.ceil(config.optim.epochs * rows.rows_per_epoch / config.global_batch_size)

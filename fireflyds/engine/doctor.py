@@ -70,10 +70,7 @@ def examine(model: Any, lengths: list[int], seed: int) -> Iterator[Finding]:
     Raises:
         UserError: a model that cannot be fused, or documents longer than it has positions.
     """
-    try:
-        check_positions(model.config, max(lengths))
-    except UserError as error:
-        raise UserError(f"documents={lengths}: {error}") from error
+    check_positions(model.config, "documents: the longest", max(lengths))
     device = model.get_input_embeddings().weight.device
     generator = torch.Generator().manual_seed(seed)
     vocab_size = model.config.vocab_size

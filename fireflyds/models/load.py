@@ -41,13 +41,13 @@ def read_config(config: ModelConfig, encoder: Encoder) -> Any:
     return loaded
 
 
-def check_positions(hf_config: Any, seq_len: int) -> None:
-    """Raises `UserError` when rows are longer than the model has positions."""
+def check_positions(hf_config: Any, key: str, length: int) -> None:
+    """Raises `UserError` when the documents that `key` asks for are longer than the model has positions."""
     most = getattr(hf_config, "max_position_embeddings", None)
     # Dynamic NTK scaling stretches the positions to each document's length.
     dynamic = (getattr(hf_config, "rope_parameters", None) or {}).get("rope_type") == "dynamic"
-    if most is not None and seq_len > most and not dynamic:
-        raise UserError(f"seq_len={seq_len}: the model has {most} positions. Use seq_len={most} or less")
+    if most is not None and length > most and not dynamic:
+        raise UserError(f"{key}={length}: the model has {most} positions. Use {most} or less")
 
 
 def family_of(model_type: str) -> Family:

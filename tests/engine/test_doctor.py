@@ -73,7 +73,7 @@ def test_what_cannot_be_examined_is_named(model_folder, tmp_path) -> None:
     with pytest.raises(UserError, match="device=tpu: not on this machine. Known: cpu"):
         doctor.load_model(DoctorConfig(packing=True, model=str(model_folder), device="tpu"), Precision.fp32)
     model = doctor.load_model(DoctorConfig(packing=True, model=str(model_folder)), Precision.fp32)
-    with pytest.raises(UserError, match=r"documents=\[65\].*64 positions"):
+    with pytest.raises(UserError, match="documents: the longest=65: the model has 64 positions"):
         list(doctor.examine(model, [65], 0))
     small = doctor.load_model(DoctorConfig(packing=True, model=str(model_folder), layers=9), Precision.fp32)
     assert small.config.num_hidden_layers == 3
@@ -86,3 +86,17 @@ def test_the_verb_prints_the_choice_and_the_proof(model_folder, verb) -> None:
     refused = verb("doctor", "packing=true", check=False)
     assert refused.returncode == 2
     assert "give model=" in refused.stderr + refused.stdout
+
+
+def test_a_kernel_that_does_not_exist_is_one_line(model_folder, verb) -> None:
+    done = verb(
+        "doctor",
+        "packing=true",
+        f"model={model_folder}",
+        "documents=[5,9]",
+        check=False,
+        env={"FIREFLYDS_KERNELS": "foo"},
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("error: FIREFLYDS_KERNELS: no implementation of any kernel")
+    assert "Traceback" not in done.stderr

@@ -36,7 +36,7 @@ def packed_attention(
     Returns:
         `[T, H, D]`.
 
-    The host never waits for the device, except where documents are taken one by one on a GPU (see
+    The host never waits for the device, except on a GPU that has nothing but `bucketed` for what is asked (see
     `packed_attention/bucketed.py`): there the boundaries are read once per batch.
 
     Raises:

@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fireflyds_kernels.packed_attention.bias import bias, span
+from fireflyds_kernels.packed_attention.heads import for_every_head
 
 _ROWS = 512
 _read: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -33,9 +34,8 @@ def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float,
     window: int | None, slopes: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    if q.shape[1] != k.shape[1]:
-        # With fewer key heads torch's memory-efficient kernels do not run beside a bias.
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    # With fewer key heads torch's memory-efficient kernels do not run beside a bias.
+    k, v = for_every_head(q, k, v)
     buckets, back = _buckets(cu_seqlens)
     found = []
     for bucket in buckets:

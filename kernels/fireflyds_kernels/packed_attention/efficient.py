@@ -7,6 +7,8 @@ knows its own gradient; torch's nested tensors run on it. It has kernels from sm
 import torch
 from torch import Tensor
 
+from fireflyds_kernels.packed_attention.heads import for_every_head
+
 # The operator's `custom_mask_type`.
 _NO_MASK, _CAUSAL_FROM_TOP_LEFT = 0, 1
 
@@ -15,8 +17,7 @@ def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float,
     window: int | None, slopes: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    if q.shape[1] != k.shape[1]:
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    k, v = for_every_head(q, k, v)
     out: Tensor = torch.ops.aten._efficient_attention_forward(
         q[None], k[None], v[None], None, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, 0.0,
         _CAUSAL_FROM_TOP_LEFT if causal else _NO_MASK,

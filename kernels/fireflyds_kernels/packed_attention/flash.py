@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from fireflyds_kernels.packed_attention.heads import for_every_head
+
 
 def _window_size(causal: bool, window: int | None) -> tuple[int, int]:
     left = -1 if window is None else window - 1
@@ -77,10 +79,9 @@ def torch_varlen(
     else:
         # Scores are scaled by 1/√D there.
         q = q * (scale * q.shape[2] ** 0.5)
-    if q.shape[1] != k.shape[1]:
-        if "enable_gqa" in known:
-            options["enable_gqa"] = True
-        else:
-            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    if "enable_gqa" not in known:
+        k, v = for_every_head(q, k, v)
+    elif q.shape[1] != k.shape[1]:
+        options["enable_gqa"] = True
     out: Tensor = function(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
     return out

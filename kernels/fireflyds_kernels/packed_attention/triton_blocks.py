@@ -91,8 +91,7 @@ def column_phases(
             all_high = tl.minimum(all_high, start + window)
     # Whole blocks only between `clear` and `edge`.
     clear = low + (all_low - low + BLOCK_N - 1) // BLOCK_N * BLOCK_N
-    blocks = (all_high - clear) // BLOCK_N
-    clear = tl.where(all_high - clear >= BLOCK_N, clear, low)
-    edge = tl.where(clear + blocks * BLOCK_N > clear, clear + blocks * BLOCK_N, clear)
-    edge = tl.where(all_high - clear >= BLOCK_N, edge, low)
+    some = all_high - clear >= BLOCK_N
+    edge = tl.where(some, clear + (all_high - clear) // BLOCK_N * BLOCK_N, low)
+    clear = tl.where(some, clear, low)
     return first, last, low, clear, edge, high

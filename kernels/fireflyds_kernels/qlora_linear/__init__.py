@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fireflyds_kernels import dispatch
-from fireflyds_kernels.dispatch import Implementation, Where
+from fireflyds_kernels.dispatch import Implementation, Where, able
 
 
 def qlora_linear(
@@ -61,5 +61,5 @@ def _needs_bitsandbytes(where: Where) -> str | None:
 dispatch.Kernel(
     "qlora_linear",
     Implementation("fused", "fireflyds_kernels.qlora_linear.fused", "qlora_linear", _needs_bitsandbytes),
-    Implementation("reference", "fireflyds_kernels.qlora_linear.reference", "qlora_linear", lambda where: None),
+    Implementation("reference", "fireflyds_kernels.qlora_linear.reference", "qlora_linear", able),
 )
