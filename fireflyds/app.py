@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import logging
 import os
 import re
 import sys
@@ -19,8 +20,10 @@ CONF = Path(__file__).parents[1] / "conf"
 C = TypeVar("C")
 
 # `group=<path>` is short for the option that takes a path, and the path.
+_TRAIN = {"model": ("at_path", "model.path={}"), "data": ("at_path", "data.store={}")}
 PATH_OPTIONS = {
-    "train": {"model": ("at_path", "model.path={}"), "data": ("at_path", "data.store={}")},
+    "train": _TRAIN,
+    "plan": _TRAIN,
     "prepare": {"data": ("at_path", "data.sources=[{{path:{}}}]")},
 }
 
@@ -38,6 +41,8 @@ def main(verb: Callable[[C], Any], about: str) -> None:
     # Progress bars of weight loading are noise in logs; transformers' reads this when it is imported.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
+    # It regrets a kernel for 4-bit inference on CPUs, which training does not use.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     arguments = drop_local_rank(sys.argv[1:])
     try:
         if {"-h", "--help"} & set(arguments):

@@ -14,10 +14,10 @@ from fireflyds import config
 
 
 def field_docs(schema: type) -> dict[str, str]:
-    """The docstring under each field of a dataclass."""
+    """The docstring under each field of a dataclass, inherited ones too."""
     body = ast.parse(inspect.getsource(schema)).body[0]
     assert isinstance(body, ast.ClassDef)
-    docs = {}
+    docs = {name: text for base in schema.__bases__ if base is not object for name, text in field_docs(base).items()}
     for field, below in zip(body.body, body.body[1:], strict=False):
         if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
             assert isinstance(field.target, ast.Name)
@@ -47,7 +47,7 @@ def _default(field: dataclasses.Field[Any]) -> str:
 def choices(conf: Path, schema: type) -> dict[str, list[str]]:
     """Option files by configuration group, for the groups that a schema has."""
     groups = [name for name, kind in get_type_hints(schema).items() if dataclasses.is_dataclass(kind)]
-    if schema is config.TrainConfig:
+    if issubclass(schema, config.TrainConfig):
         groups.append("experiment")
     return {group: files for group in groups if (files := sorted(p.stem for p in (conf / group).glob("*.yaml")))}
 

@@ -12,19 +12,18 @@ from pathlib import Path
 from fireflyds import app
 from fireflyds.config import ExportConfig, Precision, TrainConfig, TuningMethod
 from fireflyds.directories import write_aside
+from fireflyds.engine.run_names import find_run
 from fireflyds.errors import UserError
 
 
 def export(config: ExportConfig) -> None:
-    run_dir = Path(config.runs) / config.run
-    if not (run_dir / "config.yaml").is_file():
-        known = sorted(str(path.parent.relative_to(config.runs)) for path in Path(config.runs).glob("**/config.yaml"))
-        raise UserError(f"run={config.run}: no such run in {config.runs}. Known: {', '.join(known) or 'none'}")
+    run_dir = find_run(config.runs, "run", config.run)
     trained = app.from_yaml(run_dir / "config.yaml", TrainConfig)
 
     # Heavy imports come after the checks above.
-    from fireflyds.engine import checkpoint, deepspeed, run
+    from fireflyds.engine import checkpoint, deepspeed, learnt, run
     from fireflyds.models import load, publish, tuning
+    from fireflyds.models.merge import merged_state_dict
     from fireflyds.tokenizer.directory import copy_tokenizer
     from fireflyds.tokenizer.encoder import load_encoder
 
@@ -40,15 +39,11 @@ def export(config: ExportConfig) -> None:
     encoder = load_encoder(trained.model.tokenizer_path)
     hf_config = load.read_config(trained.model, encoder)
     trained_in = deepspeed.resolve_precision(trained.hardware)
-    adapters_only = trained.tuning.method is not TuningMethod.full
     # Trained tensors are float32 in the checkpoint and stay so here; a quantised base is what it was in training.
-    quantization = tuning.quantization(trained.tuning, trained_in)
-    loaded = load.load_model(
-        trained.model, hf_config, Precision.fp32 if quantization is None else trained_in, trained.seed, quantization
-    )
-    model = tuning.apply(loaded.model, loaded.family, trained.tuning, trained.seed)
-    tuning.restore(model, checkpoint.trained_weights(step, adapters_only=adapters_only), step)
-    weights = tuning.merged_state_dict(model) if adapters_only else model.state_dict()
+    quantised = trained.tuning.method is TuningMethod.qlora
+    model = tuning.load_tuned(trained, hf_config, trained_in if quantised else Precision.fp32)
+    learnt.restore(model, run_dir, step)
+    weights = merged_state_dict(model)
 
     dtype = trained_in if config.dtype is Precision.auto else config.dtype
     with write_aside(out, marker="export.json") as folder:
@@ -57,7 +52,7 @@ def export(config: ExportConfig) -> None:
         publish.write_chat_settings(folder, encoder, recorded["template"])
         about = {"run": config.run, "checkpoint": step.name, "dtype": dtype.name, "template": recorded["template"]}
         if config.verify:
-            coarser = dtype if quantization is None or dtype is not Precision.fp32 else trained_in
+            coarser = dtype if not quantised or dtype is not Precision.fp32 else trained_in
             about["reload_max_rel_diff"] = publish.reload_difference(folder, model, encoder, coarser)
         publish.write_model_card(folder, trained, about)
         (folder / "export.json").write_text(json.dumps(about, indent=2), encoding="utf-8")

@@ -7,34 +7,49 @@
 The run lives in `runs/<run>`. The same command again resumes it from its newest checkpoint.
 """
 
-import math
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from fireflyds import app
-from fireflyds.config import TrainConfig, TuningMethod
+from fireflyds.config import Precision, TrainConfig
 
 # A scheduler that sees this code may start the same command again.
 EXIT_INTERRUPTED = 75
 
 
+def packed_model(config: TrainConfig, hf_config: Any, precision: Precision) -> Any:
+    """The model in its packed forward pass, what trains marked, and what an earlier run learnt in place."""
+    from fireflyds.engine import learnt
+    from fireflyds.models.fuse import fuse
+    from fireflyds.models.noise import add_noise
+    from fireflyds.models.tuning import load_tuned
+
+    model = fuse(load_tuned(config, hf_config, precision))
+    learnt.restore(model, Path(config.run_dir))
+    add_noise(model, config.optim.neftune_noise_alpha)
+    if config.hardware.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
 def train(config: TrainConfig) -> None:
     # Heavy imports wait until the configuration is good.
-    import torch.distributed as dist
     import yaml
 
     from fireflyds.data.loader import PackedLoader
     from fireflyds.data.mix import RowSequence
-    from fireflyds.engine import checkpoint, deepspeed, metrics, ranks, run, trackers
+    from fireflyds.engine import checkpoint, deepspeed, learnt, metrics, optimizers, ranks, run, trackers
     from fireflyds.engine.journal import Journal
     from fireflyds.engine.loop import train_steps
     from fireflyds.engine.signals import StopRequest
     from fireflyds.models import load, tuning
-    from fireflyds.models.fuse import device_batch, fuse
+    from fireflyds.models.fuse import chosen_attention, device_batch
     from fireflyds.tokenizer.encoder import load_encoder
 
     me = ranks.discover(os.environ)
+    notes = optimizers.check(config)
     precision = deepspeed.resolve_precision(config.hardware)
     accumulation = deepspeed.accumulation_steps(config, me.world_size)
     encoder = load_encoder(config.model.tokenizer_path)
@@ -42,42 +57,41 @@ def train(config: TrainConfig) -> None:
     load.check_positions(hf_config, "seq_len", config.seq_len)
     store = run.open_store(config, encoder.fingerprint())
     rows = RowSequence(store, config.seq_len, config.seed, config.data)
-    total_steps = config.optim.steps or math.ceil(config.optim.epochs * rows.rows_per_epoch / config.global_batch_size)
-    rows.require(total_steps * config.global_batch_size)
+    total_steps = run.total_steps(config, rows)
 
     deepspeed.start(me, config.hardware.timeout_minutes)
     text = app.to_yaml(config)
     run_dir = Path(config.run_dir)
-    lock = deepspeed.on_rank_zero(lambda: run.open_run(config, text, yaml.safe_load(text), run.inputs(config, store)))
+    about = run.identity(config, encoder.fingerprint(), hf_config.vocab_size)
+    lock = deepspeed.on_rank_zero(lambda: run.open_run(config, text, about | run.inputs(store)))
+    deepspeed.on_rank_zero(lambda: learnt.take_over(config, about))
     log = metrics.logger(run_dir, me.rank)
 
-    quantization = tuning.quantization(config.tuning, precision)
-    loaded = load.load_model(config.model, hf_config, precision, config.seed, quantization)
-    model = fuse(tuning.apply(loaded.model, loaded.family, config.tuning, config.seed))
-    if config.hardware.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    log.info(run.describe(config, model, store, rows, total_steps, me.world_size, accumulation, precision.name))
+    model = packed_model(config, hf_config, precision)
+    about_run = run.describe(config, model, store, rows, total_steps, me.world_size, accumulation, precision)
+    log.info("\n".join([about_run, *notes]))
     engine = deepspeed.build_engine(model, config, precision, accumulation)
     state = checkpoint.load(engine, run_dir)
     if state.step:
-        rest = "" if state.step < total_steps else "; nothing left to do"
-        log.info(f"resumed at step {state.step} of {total_steps} ({state.tokens:,} tokens){rest}")
+        log.info(run.resumed(state, total_steps))
     loader = PackedLoader(store, rows, config.micro_batch_size, config.global_batch_size, me.rank, me.world_size)
     tracker = trackers.open_tracker(config.tracking, config.run, run_dir, yaml.safe_load(text), me.rank)
     stop = StopRequest()
-    adapters_only = config.tuning.method is not TuningMethod.full
+    keeper = learnt.Keeper(model, config, tuning.described(model), about)
 
-    with Journal(run_dir, tracker, log, me.rank, state.step, total_steps, config.log_every) as journal:
+    with (
+        chosen_attention(config.hardware),
+        Journal(run_dir, tracker, log, me.rank, state.step, total_steps, config.log_every) as journal,
+    ):
         for step in train_steps(engine, loader, state, config.optim, total_steps, config.seed, device_batch):
             journal.record(step)
             stopping = stop.agreed(engine.device)
             if step.step % config.checkpoint.every == 0 or step.step == total_steps or stopping:
-                checkpoint.save(engine, run_dir, state, adapters_only=adapters_only, keep=config.checkpoint.keep)
+                checkpoint.save(engine, run_dir, state, config.checkpoint.keep, keeper)
             if stopping and step.step < total_steps:
                 log.info(f"stopped at step {step.step}, checkpoint saved; the same command goes on from here")
                 break
-    dist.barrier()
-    dist.destroy_process_group()
+    deepspeed.leave()
     if lock:
         lock.close()
     if state.step < total_steps:

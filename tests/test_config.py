@@ -77,7 +77,13 @@ def test_every_experiment_and_road_composes() -> None:
     experiments = [path.stem for path in (app.CONF / "experiment").glob("*.yaml")]
     assert "demo_cpt" in experiments
     for name in experiments:
-        assert app.compose("train", [f"experiment={name}"]).run
+        given = [] if name.startswith("demo") else ["run=x", "data=some/store", "model.path=some/model"]
+        assert app.compose("train", [f"experiment={name}", *given]).run
+        assert app.compose("plan", [f"experiment={name}"]).optim.lr > 0
+    for group in ("tuning", "optim", "hardware", "zero"):
+        for path in (app.CONF / group).glob("*.yaml"):
+            extra = ["tuning.embeddings=all"] if path.stem == "freeze" else []
+            assert app.compose("train", [*GOOD, f"{group}={path.stem}", *extra])
     for path in (app.CONF / "road").glob("*.yaml"):
         for stage in app.compose("demo", [f"road={path.stem}"]).road.stages:
             assert stage.verb in config.VERBS
@@ -88,7 +94,7 @@ def test_every_attribute_of_the_schema_is_a_documented_field() -> None:
     for schema in vars(config).values():
         if dataclasses.is_dataclass(schema) and isinstance(schema, type):
             names = {field.name for field in dataclasses.fields(schema)}
-            assert names == set(schema.__annotations__)
+            assert names == {name for base in schema.__mro__[:-1] for name in base.__annotations__}
     for schema in config.VERBS.values():
         for key, _, meaning in reference.options(schema):
             assert meaning, key

@@ -8,11 +8,11 @@ LAYERS = {"engine": 4, "evaluation": 4, "cluster": 4, "tokenizer": 3, "data": 3,
 BASE = {"config", "types", "registry", "errors", "directories", "reference", "app"}
 DOORS = {
     "hydra": {"fireflyds/app.py"},
-    "deepspeed": {"fireflyds/engine/deepspeed.py", "fireflyds/engine/checkpoint.py"},
+    "deepspeed": {"fireflyds/engine/deepspeed.py", "fireflyds/engine/checkpoint.py", "fireflyds/engine/optimizers.py"},
     "wandb": {"fireflyds/engine/trackers.py"},
     "datasets": {"fireflyds/data/hub.py"},
     "peft": {"fireflyds/models/tuning.py"},
-    "bitsandbytes": {"fireflyds/models/tuning.py"},
+    "bitsandbytes": {"fireflyds/engine/optimizers.py"},
 }
 # evaluation scores models and reads data; it may look down, never sideways.
 

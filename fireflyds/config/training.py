@@ -6,13 +6,14 @@ from typing import Any
 from omegaconf import MISSING
 
 from fireflyds.config.data import DataConfig
+from fireflyds.config.optim import OptimConfig
+from fireflyds.config.tuning import TuningConfig
 from fireflyds.config.values import (
     ModelInit,
     Offload,
+    PlanFormat,
     Precision,
-    Schedule,
     Tracker,
-    TuningMethod,
     WandbMode,
     require_at_least,
 )
@@ -28,41 +29,20 @@ class ModelConfig:
     tokenizer: str = ""
     """Tokenizer directory or `.model`; empty: `model.path`."""
     architecture: dict[str, Any] = field(default_factory=dict)
-    """Hugging Face configuration values, `model_type` among them (`init: scratch`)."""
+    """Hugging Face configuration values, `model_type` among them: what `scratch` makes, and what `launch/plan.py` counts
+    where `model.path` is empty. A model read from `model.path` must agree with them."""
+    base_vocab_size: int | None = None
+    """Rows of the vocabulary before its expansion; `new_rows` trains those behind. Unset: what `launch/expand.py` left
+    in the model's `config.json`."""
 
     def __post_init__(self) -> None:
-        if self.init is ModelInit.pretrained and not self.path:
-            raise UserError(
-                "model.path is empty: a pretrained model needs its Hugging Face directory. Give model.path=<dir>"
-            )
+        require_at_least(self, base_vocab_size=1)
         if self.init is ModelInit.scratch and not (self.tokenizer and self.architecture.get("model_type")):
             raise UserError("model.init=scratch needs model.tokenizer and model.architecture.model_type; give both")
 
     @property
     def tokenizer_path(self) -> str:
         return self.tokenizer or self.path
-
-
-@dataclass(kw_only=True, slots=True)
-class TuningConfig:
-    method: TuningMethod = MISSING
-    """`full`, `lora` (adapters on a 16/32-bit base) or `qlora` (adapters on an NF4 base)."""
-    r: int = 64
-    """Rank of the adapters."""
-    alpha: float = 16.0
-    """Adapters are scaled by alpha / r."""
-    dropout: float = 0.05
-    """Dropout in front of the adapters."""
-    target_modules: list[str] = field(default_factory=list)
-    """Linear layers that get adapters; empty: every linear layer of the family's blocks."""
-    train_embeddings: bool = False
-    """Train the input embeddings and the head too (needed when the vocabulary was expanded)."""
-
-    def __post_init__(self) -> None:
-        if self.r < 1:
-            raise UserError(f"tuning.r={self.r}: the rank must be at least 1")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"tuning.dropout={self.dropout}: must be in [0, 1)")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -107,45 +87,19 @@ class ZeroConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class OptimConfig:
-    steps: int | None = None
-    """Optimizer steps. Goes before `epochs`."""
-    epochs: float | None = None
-    """Passes over the data, used when `steps` is not given."""
-    lr: float = MISSING
-    """Peak learning rate."""
-    schedule: Schedule = Schedule.cosine
-    """`cosine` (to `min_lr_ratio`), `linear` (likewise), `constant`, `constant_with_warmup`."""
-    warmup_steps: int | None = None
-    """Steps of linear warm-up. Goes before `warmup_ratio`."""
-    warmup_ratio: float = 0.0
-    """Share of the steps that warm up."""
-    min_lr_ratio: float = 0.1
-    """Floor of cosine and linear decay, as a share of `lr`."""
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    """AdamW's decay rates."""
-    eps: float = 1e-8
-    """AdamW's epsilon."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay, on matrices only."""
-    max_grad_norm: float = 1.0
-    """Gradients are clipped to this global norm; 0 turns clipping off."""
-
-    def __post_init__(self) -> None:
-        if self.steps is None and self.epochs is None:
-            raise UserError("optim.steps and optim.epochs are both unset: say how long to train, e.g. optim.steps=1000")
-        for name in ("steps", "epochs", "lr"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise UserError(f"optim.{name}={value}: must be greater than 0")
-        if not 0 <= self.warmup_ratio <= 1:
-            raise UserError(f"optim.warmup_ratio={self.warmup_ratio}: must be in [0, 1]")
-
-
-@dataclass(kw_only=True, slots=True)
 class HardwareConfig:
     precision: Precision = MISSING
     """Number format; `auto`: bf16 on a GPU that has it, fp16 on an older GPU, fp32 on the CPU."""
+    attention: str = "auto"
+    """Implementation of packed attention (`launch/doctor.py` lists them); `auto`: the best that runs here."""
+    initial_scale_power: int = 16
+    """fp16: the loss scale starts at 2 to this power."""
+    loss_scale_window: int = 1000
+    """fp16: steps without overflow before the loss scale doubles."""
+    hysteresis: int = 2
+    """fp16: overflows before the loss scale halves."""
+    min_loss_scale: float = 1.0
+    """fp16: an overflow at this scale ends the run, naming the tensor."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     timeout_minutes: float = 30.0
@@ -190,6 +144,8 @@ class TrainConfig:
     hardware: HardwareConfig = MISSING
     tracking: TrackingConfig = MISSING
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    init_from: str = ""
+    """An earlier run to start from: its trained weights, with a new schedule (not resuming, which is the same `run`)."""
     seq_len: int = 1024
     """Tokens in a packed row; longer documents are cut, dialogues end at the last whole turn that fits."""
     micro_batch_size: int = 1
@@ -207,7 +163,17 @@ class TrainConfig:
             raise UserError(
                 f"run={self.run!r}: must be a name below the folder of runs, such as run=cpt or run=demo/cpt"
             )
+        if self.init_from == self.run:
+            raise UserError(f"init_from={self.init_from}: is the run itself; give another run= to start from it")
 
     @property
     def run_dir(self) -> str:
         return f"{self.runs}/{self.run}"
+
+
+@dataclass(kw_only=True, slots=True)
+class PlanConfig(TrainConfig):
+    run: str = "plan"
+    """As in `train`; not needed here."""
+    format: PlanFormat = PlanFormat.table
+    """`table` for people, `json` for programs."""

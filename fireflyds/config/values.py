@@ -18,6 +18,15 @@ class Schedule(Enum):
     linear = 1
     constant = 2
     constant_with_warmup = 3
+    polynomial = 4
+    wsd = 5
+
+
+class Optimizer(Enum):
+    adamw = 0
+    paged_adamw_32bit = 1
+    adamw_8bit = 2
+    muon = 3
 
 
 class ModelInit(Enum):
@@ -27,8 +36,15 @@ class ModelInit(Enum):
 
 class TuningMethod(Enum):
     full = 0
-    lora = 1
-    qlora = 2
+    freeze = 1
+    lora = 2
+    qlora = 3
+
+
+class Rows(Enum):
+    frozen = 0
+    new_rows = 1
+    all = 2
 
 
 class Offload(Enum):
@@ -61,6 +77,11 @@ class SizeBy(Enum):
 class ReportMode(Enum):
     full = 0
     only = 1
+
+
+class PlanFormat(Enum):
+    table = 0
+    json = 1
 
 
 class WandbMode(Enum):

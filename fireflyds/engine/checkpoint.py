@@ -1,12 +1,15 @@
 """Checkpoints: whole or absent, the newest whole one found again, weights consolidated for the export."""
 
+import contextlib
+import io
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch.distributed as dist
 from torch import Tensor
 
+from fireflyds.engine.deepspeed import on_rank_zero
 from fireflyds.errors import UserError
 from fireflyds.types import TrainState
 
@@ -17,8 +20,20 @@ def step_name(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def save(engine: Any, run_dir: Path, state: TrainState, *, adapters_only: bool, keep: int) -> Path:
-    """Write the checkpoint of this step aside on all ranks, then rename it, then drop the oldest beyond `keep`."""
+class Keeper(Protocol):
+    """Knows whether the frozen is saved too, and adds what was learnt on rank 0, refusing what was not saved whole."""
+
+    with_frozen: bool
+
+    def keep(self, folder: Path, step: int, skipped: int) -> None: ...
+
+
+def save(engine: Any, run_dir: Path, state: TrainState, keep: int, keeper: Keeper) -> Path:
+    """Write the checkpoint of this step aside on all ranks, then rename it, then drop the oldest beyond `keep`.
+
+    Raises:
+        UserError: what was read back is not whole; nothing is renamed then.
+    """
     folder = run_dir / FOLDER
     whole = folder / step_name(state.step)
     aside = f".{whole.name}.partial"
@@ -28,9 +43,14 @@ def save(engine: Any, run_dir: Path, state: TrainState, *, adapters_only: bool, 
     # Stages 1 and 2 need the universal info in the client state to be readable by another number of ranks.
     client_state = {"train_state": state.as_dict(), "universal_checkpoint_info": {}}
     engine.save_checkpoint(
-        str(folder), tag=aside, client_state=client_state, save_latest=False, exclude_frozen_parameters=adapters_only
+        str(folder),
+        tag=aside,
+        client_state=client_state,
+        save_latest=False,
+        exclude_frozen_parameters=not keeper.with_frozen,
     )
     dist.barrier()
+    on_rank_zero(lambda: keeper.keep(folder / aside, state.step, engine.skipped_steps))
     if dist.get_rank() == 0:
         shutil.rmtree(whole, ignore_errors=True)
         (folder / aside).rename(whole)
@@ -86,17 +106,44 @@ def find(run_dir: Path, step: int | None) -> Path:
     return wanted
 
 
-def trained_weights(checkpoint: Path, *, adapters_only: bool) -> dict[str, Tensor]:
-    """The float32 weights in a checkpoint, gathered from all ranks' shards (or only those that trained)."""
-    import torch
-
+def trained_weights(checkpoint: Path, *, with_frozen: bool) -> dict[str, Tensor]:
+    """The float32 weights in a checkpoint, gathered from all ranks' shards, with what was frozen or without."""
     if not list(checkpoint.glob("*_optim_states.pt")):  # stage 0: whole on every rank
-        states = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
-        module: dict[str, Tensor] = states["module"]
+        module: dict[str, Tensor] = _load(checkpoint / "mp_rank_00_model_states.pt")["module"]
         return module
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    weights: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(
-        str(checkpoint.parent), tag=checkpoint.name, exclude_frozen_parameters=adapters_only
-    )
+    with contextlib.redirect_stdout(io.StringIO()):  # it tells every shape
+        weights: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(
+            str(checkpoint.parent), tag=checkpoint.name, exclude_frozen_parameters=not with_frozen
+        )
     return weights
+
+
+def verify(checkpoint: Path, expected: dict[str, tuple[int, ...]]) -> None:
+    """Read back which tensors a checkpoint says it holds, and that the optimizer's weights of rank 0 are not all zero.
+
+    Raises:
+        UserError: a trained tensor is missing or of another shape, or there are only zeros.
+    """
+    states = _load(next(iter(sorted(checkpoint.glob("*mp_rank_00_model_states.pt")))))
+    if groups := states.get("param_shapes"):
+        shapes = {name: tuple(shape) for group in groups for name, shape in group.items()}
+    else:
+        shapes = {name: tuple(tensor.shape) for name, tensor in states["module"].items()}
+    wrong = [name for name, shape in expected.items() if shapes.get(name) != shape]
+    shard = next(iter(sorted(checkpoint.glob("*pp_rank_0_mp_rank_00_optim_states.pt"))), None)
+    flat: list[Tensor] = []
+    if shard is not None:
+        state = _load(shard)["optimizer_state_dict"]
+        flat = state.get("fp32_flat_groups") or state.get("single_partition_of_fp32_groups") or []
+    if wrong or any(part.numel() and not part.any() for part in flat):
+        what = f"{wrong[0]} is {shapes.get(wrong[0], 'missing')}" if wrong else "its weights are zeros only"
+        raise UserError(f"{checkpoint}: was not saved whole ({what}). The checkpoint before is whole; look at the disk")
+
+
+def _load(file: Path) -> dict[str, Any]:
+    import torch
+
+    states: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=False, mmap=True)
+    return states

@@ -2,14 +2,16 @@
 
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from fireflyds.config import HardwareConfig, Offload, OptimConfig, Precision, TrainConfig
+from fireflyds.config import HardwareConfig, Offload, Optimizer, Precision, TrainConfig
+from fireflyds.engine import optimizers
+from fireflyds.engine.groups import parameter_groups
 from fireflyds.engine.ranks import Ranks
 from fireflyds.errors import UserError
 
@@ -39,6 +41,12 @@ def start(ranks: Ranks, timeout_minutes: float) -> None:
     else:
         torch.cuda.set_device(ranks.local_rank)
     deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(minutes=timeout_minutes), verbose=False)
+
+
+def leave() -> None:
+    """Wait for the other ranks and part."""
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 def on_rank_zero(work: Callable[[], T]) -> T | None:
@@ -104,6 +112,9 @@ def deepspeed_config(config: TrainConfig, precision: Precision, accumulation: in
         "reduce_bucket_size": config.zero.reduce_bucket_size,
         "overlap_comm": config.zero.overlap_comm,
     }
+    if config.optim.name is Optimizer.muon:
+        # Muon needs whole gradients of matrices.
+        zero["reduce_scatter"] = False
     if config.zero.offload_optimizer is not Offload.none:
         zero["offload_optimizer"] = {"device": config.zero.offload_optimizer.name}
     if config.zero.offload_param is not Offload.none:
@@ -115,9 +126,15 @@ def deepspeed_config(config: TrainConfig, precision: Precision, accumulation: in
     return {
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": config.optim.max_grad_norm,
+        "gradient_clipping": optimizers.clipping(config.optim),
         "bf16": {"enabled": precision is Precision.bf16},
-        "fp16": {"enabled": precision is Precision.fp16, "initial_scale_power": 16, "hysteresis": 2},
+        "fp16": {
+            "enabled": precision is Precision.fp16,
+            "initial_scale_power": config.hardware.initial_scale_power,
+            "loss_scale_window": config.hardware.loss_scale_window,
+            "hysteresis": config.hardware.hysteresis,
+            "min_loss_scale": config.hardware.min_loss_scale,
+        },
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -126,28 +143,32 @@ def deepspeed_config(config: TrainConfig, precision: Precision, accumulation: in
     }
 
 
-def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW over what trains; vectors (norms, biases) do not decay."""
-    trainable = [parameter for _, parameter in named if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(
-        groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=torch.cuda.is_available()
-    )
-
-
 def build_engine(model: nn.Module, config: TrainConfig, precision: Precision, accumulation: int) -> Any:
     """The DeepSpeed engine of a model whose trainable parameters are marked."""
     import deepspeed
 
-    optimizer = build_optimizer(model.named_parameters(), config.optim)
+    optimizer = optimizers.build(parameter_groups(model, config), config)
+    # At stage 0 DeepSpeed's 16-bit wrapper takes a real step with zero gradients when it is made: it must move nothing
+    # and leave no trace in the states.
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
         config=deepspeed_config(config, precision, accumulation),
         dist_init_required=False,
     )
+    if config.zero.stage == 0:
+        optimizer.state.clear()
     return engine
+
+
+def loss_scale(engine: Any) -> float | None:
+    """The loss scale of fp16; None in other number formats."""
+    return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else None
+
+
+def at_least_scale(engine: Any) -> bool:
+    """The loss scale can fall no further."""
+    scale = loss_scale(engine)
+    return scale is not None and scale <= engine.config["fp16"]["min_loss_scale"]

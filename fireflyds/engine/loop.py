@@ -1,14 +1,18 @@
 """The training loop: a generator, one optimizer step per `yield`."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
 from fireflyds.config import OptimConfig
-from fireflyds.engine.schedule import learning_rate
+from fireflyds.engine.deepspeed import at_least_scale, loss_scale
+from fireflyds.engine.overflow import Watch
+from fireflyds.engine.schedule import lr_factor
 from fireflyds.errors import UserError
 from fireflyds.types import PackedBatch, StepMetrics, TrainState
 
@@ -32,10 +36,12 @@ def train_steps(
     number: the whole step's batches are read first, and their count summed over the ranks.
 
     Raises:
-        UserError: the loss is not finite.
+        UserError: the loss is not finite, or under fp16 a gradient is not at the least loss scale; the message names
+            the first tensor that is not.
     """
     world_size = dist.get_world_size()
     engine.train()
+    watch = Watch(engine.module)
     ready = loader.steps(state.step, total_steps)
     for number in range(state.step, total_steps):
         started = time.perf_counter()
@@ -49,15 +55,15 @@ def train_steps(
         )
         dist.all_reduce(counts)
         learned, tokens = int(counts[0]), int(counts[1])
-        lr = learning_rate(number, total_steps, optim)
+        factor = lr_factor(number, total_steps, optim)
         for group in engine.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = group["initial_lr"] * factor
 
-        loss, norm = _optimizer_step(engine, batches, world_size, learned, to_device)
-        if not loss < float("inf"):
-            raise UserError(
-                f"step {number + 1}: the loss is {loss}; the newest checkpoint is whole. Lower optim.lr, or look at the data"
-            )
+        scale = loss_scale(engine)
+        try:
+            loss, norm = _optimizer_step(engine, batches, world_size, learned, to_device, watch)
+        except UserError as error:
+            raise UserError(f"step {number + 1}: {error}") from error
         state.step, state.tokens, state.learned_tokens = (
             number + 1,
             state.tokens + tokens,
@@ -67,13 +73,14 @@ def train_steps(
         yield StepMetrics(
             step=state.step,
             loss=loss,
-            lr=lr,
+            lr=optim.lr * factor,
             grad_norm=norm,
             tokens=state.tokens,
             learned_tokens=state.learned_tokens,
             tokens_per_second=tokens / seconds,
             seconds=seconds,
-            extra={"skipped_steps": float(engine.skipped_steps), "data_wait_seconds": waited},
+            extra={"skipped_steps": float(engine.skipped_steps), "data_wait_seconds": waited}
+            | ({} if scale is None else {"loss_scale": scale}),
         )
 
 
@@ -83,20 +90,59 @@ def _optimizer_step(
     world_size: int,
     learned: int,
     to_device: Callable[[PackedBatch, torch.device], dict[str, Any]],
+    watch: Watch,
 ) -> tuple[float, float]:
     """Forward, backward and update over the step's micro-batches. Returns the loss per learned token and the gradient norm."""
     # DeepSpeed averages gradients over ranks and divides the loss by the accumulation; both are undone.
     scale = world_size * len(batches) / max(learned, 1)
     total = torch.zeros((), dtype=torch.float64, device=engine.device)
     norm = None
-    for batch in batches:
-        loss = engine(**to_device(batch, engine.device))
-        engine.backward(loss * scale)
-        norm = _replicated_grad_norm(engine)
-        engine.step()
+    # An overflow at the least loss scale ends the run, so there it is watched.
+    watched = at_least_scale(engine)
+    watch.forget()
+    for number, batch in enumerate(batches):
+        with watch.over(number) if watched else nullcontext():
+            loss = engine(**to_device(batch, engine.device))
+            engine.backward(loss * scale)
         total += loss.detach()
-    dist.all_reduce(total)
+        if number + 1 == len(batches):
+            dist.all_reduce(total)
+            if not math.isfinite(total):
+                raise UserError(_not_finite(engine, batches, to_device, watch, float(total)))
+        norm = _replicated_grad_norm(engine)
+        _update(engine, watch, watched and number + 1 == len(batches))
     return float(total) / max(learned, 1), float(norm if norm is not None else engine.get_global_grad_norm() or 0.0)
+
+
+def _update(engine: Any, watch: Watch, ends_the_run: bool) -> None:
+    try:
+        engine.step()
+        # Stage 0 would skip steps for ever.
+        failed = ends_the_run and engine.optimizer.overflow
+    except Exception as error:
+        if "loss scale already at minimum" not in str(error):
+            raise
+        failed = True
+    if failed:
+        raise UserError(
+            f"a gradient overflows float16 at the least loss scale ({loss_scale(engine):g}); {watch.report()}. The newest "
+            "checkpoint is whole. Lower optim.lr, look at that batch, or train where there is bf16"
+        )
+
+
+def _not_finite(
+    engine: Any, batches: list[PackedBatch], to_device: Callable[..., dict[str, Any]], watch: Watch, loss: float
+) -> str:
+    """Look for the cause in one more forward pass: the weights are still those of before the step."""
+    watch.forget()
+    with torch.no_grad():
+        for number, batch in enumerate(batches):
+            with watch.over(number):
+                engine.module(**to_device(batch, engine.device))
+    return (
+        f"the loss is {loss}; {watch.report()}. The weights were not updated and the newest checkpoint is whole. Lower "
+        "optim.lr, or look at the data"
+    )
 
 
 def _replicated_grad_norm(engine: Any) -> torch.Tensor | None:

@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import json
+import math
 import os
 import platform
 import subprocess
@@ -11,12 +12,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
-from fireflyds.config import TrainConfig
+from fireflyds.config import Precision, TrainConfig
 from fireflyds.data.mix import RowSequence
 from fireflyds.data.store import TokenStore
 from fireflyds.directories import write_whole
+from fireflyds.engine import groups
 from fireflyds.errors import UserError
-from fireflyds.models import tuning
+from fireflyds.types import TrainState
 
 INPUTS = "inputs.json"
 # Keys that may change between the start of a run and its resumption without making it another run.
@@ -37,7 +39,7 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
     return found
 
 
-def open_run(config: TrainConfig, yaml_text: str, resolved: dict[str, Any], inputs: dict[str, Any]) -> IO[str]:
+def open_run(config: TrainConfig, yaml_text: str, inputs: dict[str, Any]) -> IO[str]:
     """Make the run directory, or check that the one there is the same run. On rank 0 only.
 
     `inputs` says what the run reads (the store's and the base's contents), which must be the same on resuming.
@@ -64,7 +66,7 @@ def open_run(config: TrainConfig, yaml_text: str, resolved: dict[str, Any], inpu
             f"run={config.run}: {run_dir} cannot be written ({error.strerror}). Give another run= or runs="
         ) from error
     if file.exists():
-        changed = differences(yaml.safe_load(file.read_text(encoding="utf-8")), resolved)
+        changed = differences(yaml.safe_load(file.read_text(encoding="utf-8")), yaml.safe_load(yaml_text))
         changed += differences(json.loads((run_dir / INPUTS).read_text(encoding="utf-8")), inputs)
         if changed:
             raise UserError(
@@ -89,15 +91,16 @@ def contents_of(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def inputs(config: TrainConfig, store: TokenStore) -> dict[str, Any]:
-    """What the run reads, by contents."""
-    made_from = json.dumps(store.manifest["made_from"], sort_keys=True)
+def identity(config: TrainConfig, tokenizer: str, vocab_size: int) -> dict[str, Any]:
+    """What everything learnt belongs to: the base's weights, the tokenizer (both as hashes) and the vocabulary's size."""
     base = contents_of(Path(config.model.path)) if config.model.path else None
-    return {
-        "store": hashlib.sha256(made_from.encode()).hexdigest(),
-        "base": base,
-        "template": store.manifest["template"],
-    }
+    return {"base": base, "tokenizer": tokenizer, "vocab_size": vocab_size}
+
+
+def inputs(store: TokenStore) -> dict[str, Any]:
+    """What else the run reads, by contents."""
+    made_from = json.dumps(store.manifest["made_from"], sort_keys=True)
+    return {"store": hashlib.sha256(made_from.encode()).hexdigest(), "template": store.manifest["template"]}
 
 
 def open_store(config: TrainConfig, fingerprint: str) -> TokenStore:
@@ -114,6 +117,18 @@ def open_store(config: TrainConfig, fingerprint: str) -> TokenStore:
     return store
 
 
+def total_steps(config: TrainConfig, rows: RowSequence) -> int:
+    """Optimizer steps of the run.
+
+    Raises:
+        UserError: the data does not last that long.
+    """
+    asked = config.optim
+    steps = asked.steps or math.ceil((asked.epochs or 0) * rows.rows_per_epoch / config.global_batch_size)
+    rows.require(steps * config.global_batch_size)
+    return steps
+
+
 def describe(
     config: TrainConfig,
     model: Any,
@@ -122,10 +137,12 @@ def describe(
     steps: int,
     world: int,
     accumulation: int,
-    precision: str,
+    precision: Precision,
 ) -> str:
-    """What is about to happen, in two lines."""
-    total, trainable = tuning.count_parameters(model)
+    """What is about to happen, in two lines and a table."""
+    table = groups.rows_of_table(model, config, precision)
+    total = sum(row["parameters"] for row in table)
+    trainable = total - table[-1]["parameters"]
     truncated, dropped = rows.lost_to_length
     lost = (
         f", {truncated} dialogues shortened and {dropped} left out for seq_len={config.seq_len}"
@@ -136,10 +153,16 @@ def describe(
     if mixed and (unmixed := sorted(set(store.domains) - set(mixed))):
         lost += f"; without weight, so not trained on: {', '.join(unmixed)}"
     return (
-        f"{config.run}: {config.tuning.method.name}, {trainable:,} of {total:,} parameters train, ZeRO-{config.zero.stage}, {precision}\n"
+        f"{config.run}: {config.tuning.method.name}, {trainable:,} of {total:,} parameters train, ZeRO-{config.zero.stage}, {precision.name}\n"
         f"{len(store):,} documents, {store.num_tokens:,} tokens, {rows.rows_per_epoch:,} rows an epoch{lost}; {steps:,} steps of "
-        f"{config.global_batch_size} rows = {world} ranks x {config.micro_batch_size} x {accumulation} accumulated"
+        f"{config.global_batch_size} rows = {world} ranks x {config.micro_batch_size} x {accumulation} accumulated\n"
+        f"{groups.table(table)}"
     )
+
+
+def resumed(state: TrainState, steps: int) -> str:
+    rest = "" if state.step < steps else "; nothing left to do"
+    return f"resumed at step {state.step} of {steps} ({state.tokens:,} tokens){rest}"
 
 
 def provenance() -> dict[str, Any]:

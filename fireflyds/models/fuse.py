@@ -1,17 +1,20 @@
 """The packed forward pass of one loaded instance: our attention over boundaries, our kernels, our loss through the head."""
 
 import types
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from fireflyds_kernels import linear_cross_entropy
+from fireflyds_kernels import force
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from fireflyds import registry
+from fireflyds.config import HardwareConfig
 from fireflyds.errors import UserError
 from fireflyds.models import fused
 from fireflyds.models.boundaries import Boundaries, Packing
+from fireflyds.models.vocabulary import LossHead, RowHead
 
 ATTENTION = "fireflyds"
 # What some families do to their logits behind the head, which the fused loss would leave out.
@@ -48,19 +51,6 @@ def _attention(
 AttentionInterface.register(ATTENTION, _attention)
 
 
-class _LossHead(nn.Linear):
-    """The model's own head, which also gives the loss. Called as a module, so that ZeRO-3 gathers its weight."""
-
-    def forward(
-        self, hidden: Tensor, labels: Tensor | None = None, reduction: str = "sum", num_labels: int | None = None
-    ) -> Tensor:
-        if labels is None:
-            return super().forward(hidden)
-        return linear_cross_entropy(
-            hidden, self.weight, labels, bias=self.bias, reduction=reduction, num_labels=num_labels  # type: ignore[arg-type]
-        )  # fmt: skip
-
-
 def fuse(model: Any) -> Any:
     """Give this instance the packed forward pass; the class and other instances stay as they are.
 
@@ -79,11 +69,12 @@ def fuse(model: Any) -> Any:
     )
     _check(model, table)
     head = model.get_output_embeddings()
-    if type(head) is not nn.Linear:
+    if type(head) is nn.Linear:
+        head.__class__ = LossHead
+    elif not isinstance(head, LossHead | RowHead):
         raise UserError(
             f"the head of {name} is a {type(head).__name__}, not a Linear: the fused loss cannot go through it"
         )
-    head.__class__ = _LossHead
     config._attn_implementation = ATTENTION
     packing = Packing()
     for module in model.modules():
@@ -97,6 +88,11 @@ def fuse(model: Any) -> Any:
             module.forward = types.MethodType(getattr(fused, function), module)
     model.forward = types.MethodType(_forward, model)
     return model
+
+
+def chosen_attention(config: HardwareConfig) -> AbstractContextManager[None]:
+    """Inside, packed attention runs the implementation that `hardware.attention` names."""
+    return nullcontext() if config.attention == "auto" else force(packed_attention=config.attention)
 
 
 def _check(model: Any, table: Any) -> None:

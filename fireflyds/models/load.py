@@ -28,10 +28,20 @@ def read_config(config: ModelConfig, encoder: Encoder) -> Any:
         known = {"vocab_size": encoder.vocab_size, "bos_token_id": encoder.bos_id, "eos_token_id": encoder.eos_id}
         settings = known | config.architecture
         return AutoConfig.for_model(settings.pop("model_type"), **settings)
+    if not config.path:
+        raise UserError(
+            "model.path is empty: a pretrained model needs its Hugging Face directory. Give model.path=<dir>"
+        )
     folder = Path(config.path)
     if not (folder / "config.json").is_file():
         raise UserError(f"model.path={folder}: no config.json there. Give the directory of a Hugging Face model")
     loaded = AutoConfig.from_pretrained(folder)
+    for key, value in config.architecture.items():
+        if getattr(loaded, key, None) != value:
+            raise UserError(
+                f"model.path={folder}: has {key}={getattr(loaded, key, None)}, model.architecture says {value}. Give the "
+                "directory of that model, or model=<path> for this one"
+            )
     if not 0 <= loaded.vocab_size - encoder.vocab_size < MAX_PADDING:
         raise UserError(
             f"model.path={folder}: the embeddings have {loaded.vocab_size} rows but the tokenizer "
@@ -50,6 +60,43 @@ def check_positions(hf_config: Any, key: str, length: int) -> None:
         raise UserError(f"{key}={length}: the model has {most} positions. Use {most} or less")
 
 
+def architecture_of(config: ModelConfig) -> Any:
+    """The Hugging Face configuration from the directory, or where none is given from `architecture` alone.
+
+    Raises:
+        UserError: neither is there.
+    """
+    if config.path:
+        return AutoConfig.from_pretrained(config.path)
+    settings = dict(config.architecture)
+    if "model_type" not in settings:
+        raise UserError(
+            "model: neither model.path nor model.architecture is given. Give model=<path>, or an option of conf/model"
+        )
+    return AutoConfig.for_model(settings.pop("model_type"), **settings)
+
+
+def base_vocab_size(config: ModelConfig, hf_config: Any) -> int | None:
+    """Rows of the vocabulary before its expansion, where anybody said.
+
+    Raises:
+        UserError: configuration and model say different numbers.
+    """
+    recorded: int | None = getattr(hf_config, "base_vocab_size", None)
+    asked = config.base_vocab_size
+    if recorded is not None and asked is not None and recorded != asked:
+        raise UserError(
+            f"model.base_vocab_size={asked}: the model's config.json says {recorded}. Leave it out, or name the model it is of"
+        )
+    return recorded if asked is None else asked
+
+
+def bare_model(hf_config: Any) -> Any:
+    """The model without weights, on the meta device."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(hf_config)
+
+
 def family_of(model_type: str) -> Family:
     """The family of a Hugging Face `model_type`."""
     family: Family = registry.find("fireflyds.models.families", model_type).FAMILY
@@ -66,6 +113,8 @@ def load_model(
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
     else:
-        options = {} if quantization is None else {"quantization_config": quantization}
+        # Quantised shard by shard on the device itself: the whole model is nowhere in 16 bit.
+        device = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
+        options = {} if quantization is None else {"quantization_config": quantization, "device_map": device}
         model = AutoModelForCausalLM.from_pretrained(config.path, dtype=dtype, **options)
     return Loaded(model, family)

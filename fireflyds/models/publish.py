@@ -59,9 +59,9 @@ def reload_difference(folder: Path, trained: Any, encoder: Encoder, dtype: Preci
     Raises:
         UserError: it is larger than the number format explains.
     """
-    device = trained.get_input_embeddings().weight.device
+    device = trained.device
     ids = torch.randint(0, encoder.vocab_size, (1, 64), generator=torch.Generator().manual_seed(0)).to(device)
-    # Training mode without dropout: in evaluation mode bitsandbytes swaps 4-bit layers on the CPU for a bf16 kernel.
+    # Training mode without dropout: in evaluation mode 8-bit layers round their inputs too.
     trained = fuse(trained.train())
     for module in trained.modules():
         if isinstance(module, torch.nn.Dropout):

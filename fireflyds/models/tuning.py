@@ -1,126 +1,151 @@
-"""What trains: everything, adapters, adapters on a quantised base; embeddings and head beside them."""
+"""What trains: everything, parameters by name, adapters, adapters on a quantised base; the vocabulary's rows beside them."""
 
-from pathlib import Path
+import re
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fireflyds.config import Precision, TuningConfig, TuningMethod
+from fireflyds.config import Precision, TrainConfig, TuningConfig, TuningMethod
 from fireflyds.errors import UserError
-from fireflyds.models.load import DTYPES
+from fireflyds.models.load import DTYPES, base_vocab_size, load_model
+from fireflyds.models.vocabulary import train_rows
 from fireflyds.types import Family
 
 ADAPTER = "default"
 
 
-def quantization(config: TuningConfig, precision: Precision) -> Any:
-    """The loading option of QLoRA (NF4, double quantisation; arXiv 2305.14314), None otherwise.
+def quantization(config: TuningConfig, precision: Precision, zero_stage: int, head: str = "lm_head") -> Any:
+    """The loading option of QLoRA: NF4 with double quantisation (arXiv 2305.14314) or LLM.int8; None otherwise.
 
-    The head stays as it is: it may train. The storage dtype equals the compute dtype, which ZeRO-3 needs.
+    Embeddings and head keep their number format: they may train. ZeRO-3 shards what is stored, so there 4-bit weights
+    are stored in numbers of the model's own format; elsewhere in bytes.
     """
     if config.method is not TuningMethod.qlora:
         return None
     from transformers import BitsAndBytesConfig
 
+    if config.bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=[head])
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=DTYPES[precision],
-        bnb_4bit_quant_storage=DTYPES[precision] if torch.cuda.is_available() else torch.uint8,
-        llm_int8_skip_modules=["lm_head"],
+        bnb_4bit_quant_storage=DTYPES[precision] if zero_stage == 3 else torch.uint8,
+        llm_int8_skip_modules=[head],
     )
 
 
-def apply(model: nn.Module, family: Family, config: TuningConfig, seed: int) -> nn.Module:
-    """Mark what trains and put adapters in place. The model keeps its class and the names of its parameters.
+def load_tuned(config: TrainConfig, hf_config: Any, precision: Precision) -> Any:
+    """The model of a run: its weights in `precision`, quantised where that is asked, with what trains marked."""
+    options = quantization(config.tuning, precision, config.zero.stage)
+    loaded = load_model(config.model, hf_config, precision, config.seed, options)
+    rows = base_vocab_size(config.model, hf_config)
+    return apply(loaded.model, loaded.family, config.tuning, rows, config.seed)
 
-    Trained tensors beside adapters are float32: half-precision ones cannot be unscaled under fp16.
+
+def apply(model: Any, family: Family, config: TuningConfig, base_vocab_size: int | None, seed: int) -> Any:
+    """Mark what trains, and put adapters and split matrices in place. The model keeps its class.
+
+    Raises:
+        UserError: names that fit nothing, nothing that trains, or rows that cannot be told apart.
     """
-    if config.method is TuningMethod.full:
-        return model
-    from peft import LoraConfig, inject_adapter_in_model
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # In evaluation mode on such a CPU bitsandbytes would repack the weights for good, and nothing else reads that.
+            module.support_avx512bf16_for_cpu = False
+    if config.method is not TuningMethod.full:
+        model.requires_grad_(False)
+    if config.method is TuningMethod.freeze:
+        _unfreeze(model, list(config.trainable))
+    if config.has_adapters:
+        from peft import inject_adapter_in_model
 
-    torch.manual_seed(seed)
-    model.requires_grad_(False)
-    lora = LoraConfig(
-        r=config.r,
-        lora_alpha=config.alpha,  # type: ignore[arg-type]
-        lora_dropout=config.dropout,
-        target_modules=list(config.target_modules or family.linear_layers),
-    )
-    inject_adapter_in_model(lora, model, ADAPTER)
-    if config.train_embeddings:
-        for module in (model.get_input_embeddings(), model.get_output_embeddings()):  # type: ignore[operator]
-            module.float().requires_grad_(True)
+        torch.manual_seed(seed)
+        inject_adapter_in_model(adapter_config(model, family, config), model, ADAPTER)
+    train_rows(model, config, base_vocab_size)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(
+            f"tuning={config.method.name}: nothing would train. Give tuning.trainable=[<expression>], or rows of "
+            "tuning.embeddings and tuning.head"
+        )
     return model
 
 
-def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """All parameters and those that train; a 4-bit weight counts what it stands for."""
-    total = trainable = 0
-    for parameter in model.parameters():
-        state = getattr(parameter, "quant_state", None)
-        number = state.shape.numel() if state is not None else parameter.numel()
-        total += number
-        trainable += number if parameter.requires_grad else 0
-    return total, trainable
+def adapter_config(model: nn.Module, family: Family, config: TuningConfig) -> Any:
+    """PEFT's description of the adapters."""
+    from peft import LoraConfig
 
-
-def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The weights of the plain model that computes what this one does: adapters merged, 4-bit weights unpacked.
-
-    Merging happens in float32: a merge into 4 bit would lose what was learnt.
-    """
-    from peft.tuners.lora import LoraLayer
-
-    merged = {name: tensor for name, tensor in model.state_dict().items() if _is_plain(name)}
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLayer):
-            base = module.get_base_layer()
-            a, b = module.lora_A[ADAPTER].weight.float(), module.lora_B[ADAPTER].weight.float()
-            merged[f"{name}.weight"] = _float_weight(base) + module.scaling[ADAPTER] * (b @ a)
-            if getattr(base, "bias", None) is not None:
-                merged[f"{name}.bias"] = base.bias
-        elif getattr(getattr(module, "weight", None), "quant_state", None) is not None and _is_plain(f"{name}.weight"):
-            merged[f"{name}.weight"] = _float_weight(module)
-    return {name: tensor.detach().cpu() for name, tensor in merged.items()}
-
-
-def _is_plain(name: str) -> bool:
-    """Not a part of an adapted layer, nor of a 4-bit weight's description."""
-    return not any(
-        part in name for part in (".base_layer.", ".lora_", ".weight.absmax", ".weight.quant", ".weight.nested")
+    return LoraConfig(
+        r=config.r,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]
+        lora_dropout=config.dropout,
+        target_modules=_targets(model, list(config.target_modules)) or list(family.linear_layers),
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        task_type="CAUSAL_LM",
     )
 
 
-def _float_weight(layer: Any) -> Tensor:
-    if getattr(layer.weight, "quant_state", None) is None:
-        return layer.weight.float()
-    import bitsandbytes.functional
-
-    return bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+def described(model: Any) -> Any:
+    """PEFT's description of the adapters in a model, or None."""
+    return getattr(model, "peft_config", {}).get(ADAPTER)
 
 
-def restore(model: nn.Module, weights: dict[str, Tensor], source: Path) -> None:
-    """Put trained weights into a model whose trainable parameters are marked.
+def _targets(model: Any, asked: list[str]) -> list[str]:
+    """Names as they are; with an expression among them, every linear layer that fits by its whole name.
 
     Raises:
-        UserError: a trained parameter is missing from the weights, or its shape is another.
+        UserError: one that fits no linear layer of the body.
     """
-    parameters = dict(model.named_parameters())
-    missing = [name for name, parameter in parameters.items() if parameter.requires_grad and name not in weights]
-    if missing:
-        raise UserError(
-            f"{source}: lacks {len(missing)} trained tensors, {missing[0]} among them. The checkpoint is not of this run"
-        )
-    with torch.no_grad():
-        for name, tensor in weights.items():
-            if name not in parameters:
-                continue
-            if parameters[name].shape != tensor.shape:
-                raise UserError(
-                    f"{source}: {name} is {[*tensor.shape]}, the model has {[*parameters[name].shape]}. Its base changed since"
-                )
-            parameters[name].copy_(tensor)
+    head = model.get_output_embeddings()
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+    fitting: set[str] = set()
+    for each in asked:
+        found = [name for name in linear if name.endswith(f".{each}") or _full_match(each, name)]
+        if not found:
+            last = sorted({name.rsplit(".", 1)[-1] for name in linear})
+            raise UserError(f"tuning.target_modules={asked}: {each!r} fits no linear layer. Known: {', '.join(last)}")
+        fitting.update(found)
+    return asked if all(re.fullmatch(r"\w+", each) for each in asked) else sorted(fitting)
+
+
+def _full_match(expression: str, name: str) -> bool:
+    try:
+        return re.fullmatch(expression, name) is not None
+    except re.error as error:
+        raise UserError(f"tuning.target_modules: {expression!r} is no regular expression ({error})") from error
+
+
+def _unfreeze(model: nn.Module, expressions: list[str]) -> None:
+    names = dict(model.named_parameters())
+    for expression in expressions:
+        try:
+            found = [name for name in names if re.search(expression, name)]
+        except re.error as error:
+            raise UserError(f"tuning.trainable: {expression!r} is no regular expression ({error})") from error
+        if not found:
+            raise UserError(
+                f"tuning.trainable={expressions}: {expression!r} fits no parameter. Some there are: {', '.join(list(names)[1:6])}"
+            )
+        for name in found:
+            names[name].data = names[name].data.float()
+            names[name].requires_grad_(True)
+
+
+def is_quantised(weight: Any) -> bool:
+    """Packed into 4 bit, or rounded to 8."""
+    return isinstance(weight, Tensor) and (
+        getattr(weight, "quant_state", None) is not None or weight.dtype is torch.int8
+    )
+
+
+def float_weight(layer: Any) -> Tensor:
+    """The weight of a linear layer in float32, unpacked where it is quantised."""
+    weight = layer.weight
+    if not is_quantised(weight):
+        return weight.float()  # type: ignore[no-any-return]
+    from peft.utils.integrations import dequantize_bnb_weight
+
+    return dequantize_bnb_weight(weight, state=getattr(layer, "state", None)).float()  # type: ignore[no-any-return]

@@ -122,6 +122,8 @@ def expand_model(base: Path, out: Path, new: NewRows) -> dict[str, int]:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
     config |= {"vocab_size": new.num_tokens + len(new.old_ids), "tie_word_embeddings": tied}
+    # Transformers carries what it does not know along, so whoever trains the model finds where its new rows begin.
+    config["base_vocab_size"] = new.num_tokens
     (out / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
     return {
         "parameters_before": seen.before,

@@ -1,6 +1,5 @@
 import pytest
 import torch
-from torch import nn
 
 from fireflyds import app
 from fireflyds.config import HardwareConfig, Precision
@@ -56,12 +55,3 @@ def test_formats_the_device_lacks_are_refused(monkeypatch) -> None:
     assert deepspeed.resolve_precision(HardwareConfig(precision=Precision.auto)) is Precision.fp16
     with pytest.raises(UserError, match="Tesla V100 has no bf16. Use hardware.precision=fp16"):
         deepspeed.resolve_precision(HardwareConfig(precision=Precision.bf16))
-
-
-def test_only_matrices_decay() -> None:
-    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
-    groups = deepspeed.build_optimizer(model.named_parameters(), _config("optim.weight_decay=0.1").optim).param_groups
-    assert {(group["weight_decay"], parameter.ndim) for group in groups for parameter in group["params"]} == {
-        (0.1, 2),
-        (0.0, 1),
-    }

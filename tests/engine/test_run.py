@@ -2,7 +2,6 @@ import json
 from pathlib import Path
 
 import pytest
-import yaml
 
 from fireflyds import app
 from fireflyds.engine.metrics import MetricsFile, plot_loss, read_metrics
@@ -14,7 +13,7 @@ from fireflyds.types import StepMetrics
 def _open(tmp_path: Path, *overrides: str, base: str = "b") -> Path:
     config = app.compose("train", [f"runs={tmp_path}", "run=r", "model=a/b", "data=c/d", "optim.steps=3", *overrides])
     text = app.to_yaml(config)
-    open_run(config, text, yaml.safe_load(text), {"store": "s", "base": base}).close()
+    open_run(config, text, {"store": "s", "base": base}).close()
     return tmp_path / "r"
 
 

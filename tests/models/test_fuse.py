@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fireflyds import registry
-from fireflyds.config import Precision, TuningConfig, TuningMethod
+from fireflyds.config import Rows, TuningConfig, TuningMethod
 from fireflyds.errors import UserError
 from fireflyds.models import fused, tuning
 from fireflyds.models.fuse import fuse
@@ -179,7 +179,7 @@ def test_torch_compile_takes_a_fused_model() -> None:
 
 
 def _qlora(checkpointing: bool, dropout: float = 0.0):
-    config = TuningConfig(method=TuningMethod.qlora, r=4, dropout=dropout)
+    config = TuningConfig(method=TuningMethod.qlora, embeddings=Rows.frozen, head=Rows.frozen, r=4, dropout=dropout)
     model = tiny("llama", hidden_size=64, intermediate_size=128, **LLAMA)
     for name, module in list(model.model.named_modules()):
         if isinstance(module, nn.Linear):
@@ -188,7 +188,7 @@ def _qlora(checkpointing: bool, dropout: float = 0.0):
             model.model.set_submodule(name, layer.to("cpu"))
     # What loading a quantised model leaves behind; PEFT picks its 4-bit layer by it.
     model.is_loaded_in_4bit = True
-    tuning.apply(model, registry.find(FAMILIES, "llama").FAMILY, config, seed=0)
+    tuning.apply(model, registry.find(FAMILIES, "llama").FAMILY, config, None, seed=0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(name)), std=0.1)
@@ -199,7 +199,6 @@ def _qlora(checkpointing: bool, dropout: float = 0.0):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_adapters_on_a_four_bit_base_equal_peft_s_own(checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert tuning.quantization(TuningConfig(method=TuningMethod.qlora), Precision.fp32) is not None
     calls: list[bool] = []
     original = fused.qlora_linear
     monkeypatch.setattr(

@@ -1,77 +1,137 @@
-"""What trains, and that merged weights compute what the adapted model does."""
+"""What trains, and that merged weights compute what the tuned model does."""
 
 from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from fireflyds import registry
-from fireflyds.config import ModelConfig, ModelInit, Precision, TuningConfig, TuningMethod
+from fireflyds import app, registry
+from fireflyds.config import ModelConfig, ModelInit, Precision, Rows, TuningConfig, TuningMethod
 from fireflyds.errors import UserError
-from fireflyds.models import load, tuning
+from fireflyds.models import load, trained, tuning
+from fireflyds.models.merge import merged_state_dict
 
 LLAMA = registry.find("fireflyds.models.families", "llama").FAMILY
+FROZEN = {"embeddings": Rows.frozen, "head": Rows.frozen}
+ALL = {"embeddings": Rows.all, "head": Rows.all}
+NEW = {"embeddings": Rows.new_rows, "head": Rows.new_rows}
+LORA = {"method": TuningMethod.lora, "r": 4, "dropout": 0.0}
 
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
+    return make_base(tmp_path / "base")
+
+
+def make_base(folder: Path, **changes) -> Path:
     torch.manual_seed(0)
+    settings = {"tie_word_embeddings": False} | changes
     config = LlamaConfig(
-        vocab_size=60,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        tie_word_embeddings=False,
+        vocab_size=60, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, **settings
     )
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
 
 
-def _load(base: Path, config: TuningConfig):
-    model_config = ModelConfig(init=ModelInit.pretrained, path=str(base))
+def tuned(base: Path, config: TuningConfig, *, zero_stage: int = 2, precision: Precision = Precision.fp32):
+    quantization = tuning.quantization(config, precision, zero_stage)
     hf_config = AutoConfig.from_pretrained(base)
-    quantization = tuning.quantization(config, Precision.fp32)
-    loaded = load.load_model(model_config, hf_config, Precision.fp32, 0, quantization)
-    return tuning.apply(loaded.model, loaded.family, config, seed=0)
+    model_config = ModelConfig(init=ModelInit.pretrained, path=str(base))
+    loaded = load.load_model(model_config, hf_config, precision, 0, quantization)
+    return tuning.apply(loaded.model, loaded.family, config, load.base_vocab_size(model_config, hf_config), seed=0)
 
 
-def _train_a_little(model) -> None:
+def train_a_little(model, steps: int = 3) -> None:
     model.train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
     ids = torch.randint(0, 60, (2, 9), generator=torch.Generator().manual_seed(1))
-    for _ in range(3):
-        model(ids, labels=ids).loss.backward()
+    for _ in range(steps):
+        logits = model(ids).logits
+        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
         optimizer.step()
         optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("targets", [[], ["q_proj", "v_proj"]])
-@pytest.mark.parametrize("train_embeddings", [False, True])
-@pytest.mark.parametrize("method", [TuningMethod.lora, TuningMethod.qlora])
-def test_merged_equals_attached(base: Path, method: TuningMethod, train_embeddings: bool, targets: list[str]) -> None:
-    model = _load(
-        base, TuningConfig(method=method, r=4, dropout=0.0, train_embeddings=train_embeddings, target_modules=targets)
-    )
+def plain_from(base: Path, model):
+    plain = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
+    plain.load_state_dict(merged_state_dict(model), strict=True)
+    return plain
+
+
+METHODS = {
+    "lora": LORA,
+    "rslora": LORA | {"use_rslora": True},
+    "dora": LORA | {"use_dora": True},
+    "qlora": LORA | {"method": TuningMethod.qlora},
+    "qdora": LORA | {"method": TuningMethod.qlora, "use_dora": True},
+    "qlora 8 bit": LORA | {"method": TuningMethod.qlora, "bits": 8},
+    "freeze": {"method": TuningMethod.freeze, "trainable": ["layers.1.*norm"]},
+    "full": {"method": TuningMethod.full},
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("rows", [FROZEN, ALL, NEW], ids=["frozen", "all", "new_rows"])
+@pytest.mark.parametrize("method", METHODS)
+def test_merged_equals_attached_and_the_frozen_stays(tmp_path: Path, method: str, rows: dict, tied: bool) -> None:
+    base = make_base(tmp_path / "base", tie_word_embeddings=tied, base_vocab_size=40)
+    model = tuned(base, TuningConfig(**METHODS[method], **rows))
     before = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
-    _train_a_little(model)
+    train_a_little(model)
     for name, parameter in model.named_parameters():
         assert name not in before or torch.equal(parameter, before[name]), f"{name} is frozen and changed"
     ids = torch.randint(0, 60, (1, 11))
     attached = model(ids).logits
-    plain = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
-    plain.load_state_dict(tuning.merged_state_dict(model), strict=True)
-    difference = (plain(ids).logits - attached).abs().max() / attached.abs().max()
-    assert difference <= 1e-5
+    merged = plain_from(base, model)(ids).logits
+    assert (merged - attached).abs().max() / attached.abs().max() <= 1e-5
     untouched = AutoModelForCausalLM.from_pretrained(base)
     assert (untouched(ids).logits - attached).abs().max() > 1e-3
+    if rows is NEW:
+        now = merged_state_dict(model)
+        for key in ("model.embed_tokens.weight", "lm_head.weight"):
+            assert torch.equal(now[key][:40], untouched.state_dict()[key][:40])
+            assert (now[key][40:] != untouched.state_dict()[key][40:]).any()
 
 
-def test_counts_and_trainable_parameters(base: Path) -> None:
-    config = TuningConfig(method=TuningMethod.qlora, r=4, train_embeddings=True)
-    model = _load(base, config)
-    total, trainable = tuning.count_parameters(model)
+@pytest.mark.parametrize("tied", [False, True])
+def test_new_rows_alone_train_as_they_do_among_all_rows(tmp_path: Path, tied: bool) -> None:
+    """50 steps against training whole matrices with the old rows' gradient put to zero."""
+    base = make_base(tmp_path / "base", tie_word_embeddings=tied, base_vocab_size=40)
+    results = []
+    for rows in (NEW, ALL):
+        model = tuned(base, TuningConfig(**METHODS["lora"], **rows)).train()
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.0)
+        losses = []
+        for step in range(50):
+            ids = torch.randint(0, 60, (2, 24), generator=torch.Generator().manual_seed(step % 5))
+            loss = torch.nn.functional.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+            loss.backward()
+            if rows is ALL:
+                for matrix in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
+                    matrix.grad[:40] = 0
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        states = sum(t.numel() * t.element_size() for s in optimizer.state.values() for t in s.values() if t.dim())
+        results.append((losses, merged_state_dict(model), states))
+    (losses, weights, states), (wanted, others, more) = results
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(wanted), rtol=2e-5, atol=1e-5)
+    assert losses[-1] < losses[0] - 0.1
+    old = AutoModelForCausalLM.from_pretrained(base).state_dict()["model.embed_tokens.weight"][:40]
+    assert torch.equal(weights["model.embed_tokens.weight"][:40], old)
+    torch.testing.assert_close(weights["lm_head.weight"], others["lm_head.weight"], rtol=1e-3, atol=1e-4)
+    # Two moments of float32 for each row that does not train.
+    assert more - states == (1 if tied else 2) * 40 * 64 * 2 * 4
+
+
+def test_counts_and_trained_tensors_in_float32(base: Path) -> None:
+    from fireflyds.engine.groups import count_parameters
+
+    model = tuned(base, TuningConfig(**METHODS["qlora"], **ALL))
+    total, trainable = count_parameters(model)
     adapters = 2 * 4 * (4 * (64 + 64) + 3 * (64 + 128))
     assert trainable == adapters + 2 * 60 * 64
     plain = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(base).parameters())
@@ -79,16 +139,133 @@ def test_counts_and_trainable_parameters(base: Path) -> None:
     assert all(p.dtype is torch.float32 for p in model.parameters() if p.requires_grad)
 
 
-def test_restoring_weights_that_do_not_belong_is_refused(base: Path) -> None:
-    model = _load(base, TuningConfig(method=TuningMethod.lora, r=4))
-    weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    name = next(iter(weights))
+@pytest.mark.parametrize(
+    ("targets", "adapted"),
+    [(["q_proj", "v_proj"], 4), ([r"model\.layers\.1\..*proj"], 7), (["o_proj", r".*layers\.0\.mlp\..*"], 5)],
+)
+def test_adapters_go_where_names_or_expressions_say(base: Path, targets: list[str], adapted: int) -> None:
+    model = tuned(base, TuningConfig(**LORA, **FROZEN, target_modules=targets))
+    assert sum("lora_A" in name for name, _ in model.named_parameters()) == adapted
+
+
+def test_what_fits_nothing_is_named(base: Path) -> None:
+    for config, message in (
+        (TuningConfig(**LORA, **FROZEN, target_modules=["qproj"]), r"'qproj' fits no linear layer. Known: down_proj, "),
+        (TuningConfig(**LORA, **FROZEN, target_modules=["lm_head"]), "'lm_head' fits no linear layer"),
+        (TuningConfig(**LORA, **FROZEN, target_modules=["(q"]), "no regular expression"),
+        (TuningConfig(method=TuningMethod.freeze, trainable=["nrom"], **FROZEN), "'nrom' fits no parameter"),
+        (TuningConfig(method=TuningMethod.freeze, **FROZEN), "nothing would train"),
+        (TuningConfig(**LORA, **NEW), "does not say where its new rows begin"),
+    ):
+        with pytest.raises(UserError, match=message):
+            tuned(base, config)
+    with pytest.raises(UserError, match=r"tuning.trainable=\['norm'\]: only tuning=freeze reads it, this is lora"):
+        TuningConfig(**LORA, **FROZEN, trainable=["norm"])
+
+
+def test_a_tied_head_says_what_the_embeddings_say(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", tie_word_embeddings=True, base_vocab_size=40)
+    with pytest.raises(UserError, match="so both must say the same"):
+        tuned(base, TuningConfig(**LORA, embeddings=Rows.all, head=Rows.frozen))
+    wrong = ModelConfig(init=ModelInit.pretrained, path=str(base), base_vocab_size=50)
+    with pytest.raises(UserError, match=r"model.base_vocab_size=50: the model's config.json says 40"):
+        load.base_vocab_size(wrong, AutoConfig.from_pretrained(base))
+
+
+def _saved(model, folder: Path, about: dict | None = None) -> trained.Trained:
+    live = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    found = trained.collect(model, live, tuning.described(model), about or {"base": "b"})
+    trained.save(found, folder)
+    trained.verify(folder, trained.trainable_shapes(model), updated=True)
+    return found
+
+
+@pytest.mark.parametrize("method", ["lora", "rslora", "dora", "qlora", "freeze"])
+def test_what_was_learnt_comes_back_through_the_one_door(tmp_path: Path, method: str) -> None:
+    base = make_base(tmp_path / "base", base_vocab_size=40)
+    config = TuningConfig(**METHODS[method], **NEW)
+    model = tuned(base, config)
+    train_a_little(model)
+    _saved(model, tmp_path / "learnt")
+    again = tuned(base, config)
+    trained.restore(again, trained.load(tmp_path / "learnt"), "here", must_cover=True)
+    ids = torch.randint(0, 60, (1, 11))
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    # Rows learnt alone find their place in a model that trains all rows, or none.
+    if method != "qlora":
+        for rows in (ALL, FROZEN):
+            other = tuned(base, TuningConfig(**METHODS[method], **rows))
+            trained.restore(other, trained.load(tmp_path / "learnt"), "here", must_cover=False)
+            assert torch.equal(other(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("method", ["lora", "rslora", "dora"])
+def test_peft_reads_the_adapters(base: Path, tmp_path: Path, method: str) -> None:
+    model = tuned(base, TuningConfig(**METHODS[method], **FROZEN))
+    train_a_little(model)
+    _saved(model, tmp_path / "learnt")
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "learnt").eval()
+    ids = torch.randint(0, 60, (1, 11))
+    torch.testing.assert_close(theirs(ids).logits, model.eval()(ids).logits, rtol=1e-6, atol=1e-6)
+
+
+def test_a_save_that_lost_something_is_not_taken_for_whole(base: Path, tmp_path: Path) -> None:
+    model = tuned(base, TuningConfig(**METHODS["lora"], **ALL))
+    shapes = trained.trainable_shapes(model)
+    live = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    untrained = trained.collect(model, live, tuning.described(model), {})
+    trained.save(untrained, tmp_path / "a")
+    trained.verify(tmp_path / "a", shapes, updated=False)
+    with pytest.raises(UserError, match="saved as zeros only, so training did not reach it"):
+        trained.verify(tmp_path / "a", shapes, updated=True)
+    trained.save(trained.Trained(untrained.adapters), tmp_path / "b")
+    with pytest.raises(UserError, match=r"2 of 30 trained tensors were not saved whole.*missing"):
+        trained.verify(tmp_path / "b", shapes, updated=False)
+    untrained.weights["lm_head.weight"] = torch.zeros(60, 64)
+    trained.save(untrained, tmp_path / "c")
+    with pytest.raises(UserError, match=r"lm_head.weight was saved as zeros only"):
+        trained.verify(tmp_path / "c", shapes, updated=False)
+    untrained.weights["lm_head.weight"] = torch.ones(0, 64)  # what an unsharded save under ZeRO-3 would hold
+    trained.save(untrained, tmp_path / "d")
+    with pytest.raises(UserError, match=r"1 of 30 trained tensors .*\(0, 64\), trained \(60, 64\)"):
+        trained.verify(tmp_path / "d", shapes, updated=False)
+
+
+def test_restoring_what_does_not_belong_is_refused(base: Path, tmp_path: Path) -> None:
+    model = tuned(base, TuningConfig(**METHODS["lora"], **ALL))
+    whole = _saved_untrained(model)
+    name = next(iter(whole.adapters))
+    less = trained.Trained({key: value for key, value in whole.adapters.items() if key != name}, whole.weights)
     with pytest.raises(UserError, match=r"lacks 1 trained tensors"):
-        tuning.restore(model, {key: value for key, value in weights.items() if key != name}, Path("step-1"))
+        trained.restore(model, less, "step-1", must_cover=True)
     with pytest.raises(UserError, match="Its base changed since"):
-        tuning.restore(model, weights | {name: torch.zeros(1, 1)}, Path("step-1"))
-    tuning.restore(model, {key: value + 1 for key, value in weights.items()}, Path("step-1"))
-    assert torch.equal(dict(model.named_parameters())[name], weights[name] + 1)
+        trained.restore(
+            model, trained.Trained(whole.adapters | {name: torch.zeros(1, 1)}, whole.weights), "s", must_cover=True
+        )
+    plain = tuned(base, TuningConfig(method=TuningMethod.full, **ALL))
+    with pytest.raises(UserError, match=r"has no place in this model.*launch/export.py"):
+        trained.restore(plain, whole, "s", must_cover=False)
+    quantised = tuned(base, TuningConfig(**METHODS["qlora"], **FROZEN))
+    body = trained.Trained(weights={"model.layers.0.mlp.up_proj.weight": torch.zeros(128, 64)})
+    with pytest.raises(UserError, match="is quantised here. Export that run"):
+        trained.restore(quantised, body, "s", must_cover=False)
+
+
+def _saved_untrained(model) -> trained.Trained:
+    live = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    return trained.collect(model, live, tuning.described(model), {})
+
+
+def test_an_expanded_base_is_quantised_with_its_rows_in_sixteen_bit(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", base_vocab_size=40)
+    model = tuned(base, TuningConfig(**METHODS["qlora"], **FROZEN), precision=Precision.bf16)
+    assert model.get_input_embeddings().weight.dtype is torch.bfloat16
+    assert model.get_output_embeddings().weight.dtype is torch.bfloat16
+    packed = [parameter for parameter in model.parameters() if tuning.is_quantised(parameter)]
+    assert len(packed) == 14
+    assert {parameter.dtype for parameter in packed} == {torch.uint8}
+    sharded = tuned(base, TuningConfig(**METHODS["qlora"], **FROZEN), precision=Precision.bf16, zero_stage=3)
+    assert all(p.dtype is torch.bfloat16 for p in sharded.parameters() if p.dim() > 1 and not p.requires_grad)
 
 
 def test_unknown_family_and_wrong_tokenizer_are_refused(base: Path, encoder) -> None:
@@ -96,3 +273,9 @@ def test_unknown_family_and_wrong_tokenizer_are_refused(base: Path, encoder) -> 
         load.family_of("gptx")
     with pytest.raises(UserError, match=r"the embeddings have 60 rows but the tokenizer .* has 400 pieces"):
         load.read_config(ModelConfig(init=ModelInit.pretrained, path=str(base)), encoder)
+    with pytest.raises(UserError, match=r"has hidden_size=64, model.architecture says 4096"):
+        load.read_config(
+            ModelConfig(init=ModelInit.pretrained, path=str(base), architecture={"hidden_size": 4096}), encoder
+        )
+    with pytest.raises(UserError, match="model.path is empty"):
+        load.read_config(app.compose("plan", ["model=llama2_7b", "optim.steps=1"]).model, encoder)

@@ -82,7 +82,8 @@ def test_every_verb_in_a_row(verb, base: Path, tmp_path: Path) -> None:
         "model=runs/cpt/export",
         "data=sft",
         "tuning=qlora",
-        "tuning.train_embeddings=true",
+        "tuning.embeddings=all",
+        "tuning.head=all",
         "optim.epochs=6",
         *SMALL,
     ]

@@ -1,0 +1,81 @@
+"""Optimizer, schedule and parameter groups."""
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+from fireflyds.config.values import Optimizer, Schedule
+from fireflyds.errors import UserError
+
+
+@dataclass(kw_only=True, slots=True)
+class GroupConfig:
+    lr: float | None = None
+    """Peak learning rate of this group; unset: `optim.lr`."""
+    weight_decay: float | None = None
+    """Weight decay of this group; unset: `optim.weight_decay` for matrices, 0 for norms and biases."""
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "weight_decay"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise UserError(f"{name}={value} of a parameter group: must not be negative")
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimConfig:
+    name: Optimizer = MISSING
+    """`adamw` (fused on a GPU; DeepSpeed's CPU Adam where `zero.offload_optimizer` is on), `paged_adamw_32bit`,
+    `adamw_8bit` (both bitsandbytes, on a GPU) or `muon` (matrices of the body; AdamW for the rest)."""
+    steps: int | None = None
+    """Optimizer steps. Goes before `epochs`."""
+    epochs: float | None = None
+    """Passes over the data, used when `steps` is not given."""
+    lr: float = MISSING
+    """Peak learning rate."""
+    muon_lr: float = 0.02
+    """Peak learning rate of Muon's matrices; `lr` is AdamW's."""
+    schedule: Schedule = Schedule.cosine
+    """`cosine`, `linear` and `polynomial` fall to `min_lr_ratio`, `wsd` holds and falls at the end (`decay_ratio`),
+    `constant`, `constant_with_warmup`."""
+    warmup_steps: int | None = None
+    """Steps of linear warm-up. Goes before `warmup_ratio`."""
+    warmup_ratio: float = 0.0
+    """Share of the steps that warm up."""
+    min_lr_ratio: float = 0.1
+    """Floor of the decay, as a share of `lr`."""
+    power: float = 2.0
+    """Exponent of the polynomial decay."""
+    decay_ratio: float = 0.1
+    """Share of the steps in which `wsd` falls."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """AdamW's decay rates."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, on matrices only."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this global norm; 0 turns clipping off."""
+    embeddings: GroupConfig = field(default_factory=GroupConfig)
+    head: GroupConfig = field(default_factory=GroupConfig)
+    norms: GroupConfig = field(default_factory=GroupConfig)
+    biases: GroupConfig = field(default_factory=GroupConfig)
+    neftune_noise_alpha: float = 0.0
+    """Uniform noise of alpha / sqrt(tokens x width) on the embeddings of each document (NEFTune, arXiv 2310.05914; 5 to
+    15 there); 0: none."""
+
+    def __post_init__(self) -> None:
+        if self.steps is None and self.epochs is None:
+            raise UserError("optim.steps and optim.epochs are both unset: say how long to train, e.g. optim.steps=1000")
+        for name in ("steps", "epochs", "lr", "muon_lr", "power"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UserError(f"optim.{name}={value}: must be greater than 0")
+        for name in ("warmup_ratio", "min_lr_ratio", "decay_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"optim.{name}={getattr(self, name)}: must be in [0, 1]")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"optim.betas={list(self.betas)}: two numbers in [0, 1) are needed, such as [0.9, 0.95]")
+        for name in ("neftune_noise_alpha", "max_grad_norm", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise UserError(f"optim.{name}={getattr(self, name)}: must not be negative")

@@ -1,0 +1,138 @@
+"""Parameters by what they are, each group with its own learning rate and weight decay; and the table of what trains."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from fireflyds.config import OptimConfig, Optimizer, Precision, TrainConfig, TuningMethod
+
+# Bytes of optimizer state for one parameter; 16-bit weights have a 32-bit master beside.
+_STATE_BYTES = {Optimizer.adamw: 8, Optimizer.paged_adamw_32bit: 8, Optimizer.adamw_8bit: 2, Optimizer.muon: 8}
+_MUON_STATE_BYTES = 4
+# NF4: blocks of 64 with an 8-bit scale, and a 32-bit scale for 256 of these (QLoRA's 4.127 bits).
+_QUANTISED_BYTES = {4: 0.5 + (1 + 4 / 256) / 64, 8: 1.0}
+
+
+@dataclass(slots=True)
+class Group:
+    """`lr` is the peak; every group follows the same schedule below its own."""
+
+    name: str
+    lr: float
+    weight_decay: float
+    use_muon: bool = False
+    parameters: list[nn.Parameter] = field(default_factory=list)
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters)
+
+
+def parameter_groups(model: Any, config: TrainConfig) -> list[Group]:
+    """Every trained parameter in one group: matrices of the body, norms, biases, embeddings, head, parts of adapters.
+
+    A tied head counts as embeddings.
+    """
+    optim, muon = config.optim, config.optim.name is Optimizer.muon
+    groups = [
+        Group("matrices", optim.muon_lr if muon else optim.lr, optim.weight_decay, muon),
+        Group("lora_A", optim.lr, optim.weight_decay),
+        Group("lora_B", optim.lr * config.tuning.loraplus_lr_ratio, optim.weight_decay),
+        Group("lora_magnitude", optim.lr, 0.0),
+        *(_configured(optim, name) for name in ("embeddings", "head", "norms", "biases")),
+    ]
+    by_name = {group.name: group for group in groups}
+    embeddings = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
+    head = {id(parameter) for parameter in model.get_output_embeddings().parameters()}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            in_embeddings, in_head = id(parameter) in embeddings, id(parameter) in head
+            by_name[_kind(name, parameter, in_embeddings, in_head)].parameters.append(parameter)
+    return [group for group in groups if group.parameters]
+
+
+def _configured(optim: OptimConfig, name: str) -> Group:
+    own = getattr(optim, name)
+    decay = 0.0 if name in ("norms", "biases") else optim.weight_decay
+    return Group(name, optim.lr if own.lr is None else own.lr, decay if own.weight_decay is None else own.weight_decay)
+
+
+def _kind(name: str, parameter: nn.Parameter, in_embeddings: bool, in_head: bool) -> str:
+    for adapter in ("lora_A", "lora_B", "lora_magnitude"):
+        if f".{adapter}" in name:
+            return adapter
+    if name.endswith(".bias"):
+        return "biases"
+    if in_embeddings:
+        return "embeddings"
+    if in_head:
+        return "head"
+    return "matrices" if parameter.dim() > 1 else "norms"
+
+
+def rows_of_table(model: Any, config: TrainConfig, precision: Precision) -> list[dict[str, Any]]:
+    """A row for each group, and one for what is frozen.
+
+    `memory_bytes` is what weights, gradients, 32-bit masters and optimizer states take over all ranks, before ZeRO
+    spreads them; activations come on top.
+    """
+    wide = 4 if precision is Precision.fp32 else 2
+    rows: list[dict[str, Any]] = []
+    for group in parameter_groups(model, config):
+        state = _MUON_STATE_BYTES if group.use_muon else _STATE_BYTES[config.optim.name]
+        each = 2 * wide + (0 if wide == 4 else 4) + state
+        rows.append(
+            {
+                "group": group.name, "parameters": group.num_parameters, "lr": group.lr,
+                "weight_decay": group.weight_decay, "dtype": precision.name, "memory_bytes": each * group.num_parameters,
+            }
+        )  # fmt: skip
+    rows.append(_frozen(model, config, precision.name, wide))
+    return rows
+
+
+def _frozen(model: Any, config: TrainConfig, precision: str, wide: int) -> dict[str, Any]:
+    """The body's linear layers are quantised under QLoRA, also where the model is a bare one that only will be."""
+    quantised = plain = 0
+    head = model.get_output_embeddings()
+    packed = {
+        id(module.weight) for module in model.modules()
+        if isinstance(module, nn.Linear) and module is not head and config.tuning.method is TuningMethod.qlora
+    }  # fmt: skip
+    for parameter in model.parameters():
+        if not parameter.requires_grad and id(parameter) in packed:
+            quantised += _numel(parameter)
+        elif not parameter.requires_grad:
+            plain += parameter.numel()
+    kinds = [("nf4" if config.tuning.bits == 4 else "int8")] * bool(quantised) + [precision] * bool(plain)
+    return {
+        "group": "frozen", "parameters": quantised + plain, "lr": None, "weight_decay": None, "dtype": "+".join(kinds),
+        "memory_bytes": round(quantised * _QUANTISED_BYTES[config.tuning.bits] + plain * wide),
+    }  # fmt: skip
+
+
+def _numel(parameter: Any) -> int:
+    """A 4-bit weight counts what it stands for."""
+    state = getattr(parameter, "quant_state", None)
+    return int(parameter.numel() if state is None else state.shape.numel())
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """All parameters and those that train."""
+    each = [(_numel(parameter), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(number for number, _ in each), sum(number for number, trains in each if trains)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows for people to read."""
+    lines = [f"{'group':<15}{'parameters':>16}{'lr':>10}{'decay':>8}  {'dtype':<10}{'memory':>10}"]
+    for row in rows:
+        lr, decay = ("-" if row[key] is None else f"{row[key]:g}" for key in ("lr", "weight_decay"))
+        memory = (
+            f"{row['memory_bytes'] / 2**30:.2f} GiB"
+            if row["memory_bytes"] >= 2**27
+            else f"{row['memory_bytes'] / 2**20:.1f} MiB"
+        )
+        lines.append(f"{row['group']:<15}{row['parameters']:>16,}{lr:>10}{decay:>8}  {row['dtype']:<10}{memory:>10}")
+    return "\n".join(lines)

@@ -1,0 +1,114 @@
+"""What a run learnt: kept beside every checkpoint, read by the export, and by a later run that starts from it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fireflyds import app
+from fireflyds.config import TrainConfig
+from fireflyds.directories import read_json, write_aside
+from fireflyds.engine import checkpoint
+from fireflyds.engine.run_names import find_run
+from fireflyds.errors import UserError
+from fireflyds.models import trained
+from fireflyds.models.trained import Trained
+
+# Beside a checkpoint; and what a run took over from an earlier one, in its own folder, so that it needs that no more.
+LEARNT, START = "learnt", "start"
+
+
+@dataclass(frozen=True, slots=True)
+class Keeper:
+    """Writes what trained beside a checkpoint. Where everything trains, the checkpoint itself is that."""
+
+    model: Any
+    config: TrainConfig
+    adapter_config: Any
+    about: dict[str, Any]
+    """What it is of: hashes of base and tokenizer, vocabulary size."""
+
+    @property
+    def with_frozen(self) -> bool:
+        return self.config.tuning.trains_all
+
+    def keep(self, folder: Path, step: int, skipped: int) -> None:
+        """Write and read back, on rank 0, into the folder of a checkpoint that is not yet in place.
+
+        Raises:
+            UserError: what was read back is not what trained.
+        """
+        expected = trained.trainable_shapes(self.model)
+        if self.with_frozen:
+            checkpoint.verify(folder, expected)
+            return
+        weights = checkpoint.trained_weights(folder, with_frozen=False)
+        names = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        live = {name: tensor for name, tensor in weights.items() if name in names}
+        found = trained.collect(self.model, live, self.adapter_config, self.about | {"step": step})
+        trained.save(found, folder / LEARNT)
+        trained.verify(folder / LEARNT, expected, updated=step > skipped)
+
+
+def read(folder: Path) -> Trained:
+    """What a checkpoint holds, in float32."""
+    if (folder / LEARNT).is_dir():
+        return trained.load(folder / LEARNT)
+    return Trained(weights=checkpoint.trained_weights(folder, with_frozen=True))
+
+
+def restore(model: Any, run_dir: Path, folder: Path | None = None) -> None:
+    """Give a freshly tuned model what its run took over from an earlier one, and what a checkpoint of it learnt."""
+    if (run_dir / START).is_dir():
+        trained.restore(model, trained.load(run_dir / START), run_dir / START, must_cover=False)
+    if folder is not None:
+        trained.restore(model, read(folder), folder, must_cover=True)
+
+
+def take_over(config: TrainConfig, about: dict[str, Any]) -> None:
+    """On rank 0: put what the run of `init_from` learnt into this run's folder, once.
+
+    Raises:
+        UserError: no such run, no checkpoint of it, another base or tokenizer, or adapters that differ.
+    """
+    start = Path(config.run_dir) / START
+    if not config.init_from or start.is_dir():
+        return
+    earlier_dir = find_run(config.runs, "init_from", config.init_from)
+    newest = checkpoint.find(earlier_dir, None)
+    earlier = app.from_yaml(earlier_dir / "config.yaml", TrainConfig)
+    recorded = read_json(earlier_dir / "inputs.json")
+    for key, remedy in (
+        ("base", f"Give model={earlier.model.path or 'as there'}, or export that run and give model=<its export>"),
+        ("tokenizer", f"Give model.tokenizer={earlier.model.tokenizer_path}"),
+        ("vocab_size", f"Give model={earlier.model.path or 'as there'}"),
+    ):
+        if recorded.get(key) != about[key]:
+            raise UserError(
+                f"init_from={config.init_from}: that run's {key} is {_short(recorded.get(key))}, this one's {_short(about[key])}. {remedy}"
+            )
+    found = read(newest)
+    if (earlier_dir / START).is_dir():
+        found = found.over(trained.load(earlier_dir / START))
+    _check_adapters(config, earlier, found)
+    found.about = about | {"run": config.init_from, "checkpoint": newest.name}
+    with write_aside(start, marker="trained.json") as aside:
+        aside.rmdir()
+        trained.save(found, aside)
+
+
+def _short(value: Any) -> str:
+    return str(value)[:12]
+
+
+def _check_adapters(config: TrainConfig, earlier: TrainConfig, found: Trained) -> None:
+    """Adapters go on only as what they were: with another scale they would mean something else."""
+    if not found.adapters:
+        return
+    before, now = earlier.tuning, config.tuning
+    for key in ("r", "alpha", "use_rslora", "use_dora", "target_modules"):
+        if not now.has_adapters or getattr(before, key) != getattr(now, key):
+            value = getattr(now, key) if now.has_adapters else f"none, tuning={now.method.name}"
+            raise UserError(
+                f"init_from={config.init_from}: that run has adapters with {key}={getattr(before, key)}, this one {value}. Use "
+                f"the same, or merge them: python launch/export.py run={config.init_from}, then model={earlier.run_dir}/export"
+            )

@@ -1,0 +1,58 @@
+"""Which tensor stopped being finite first: watched while a step may fail, named when it does."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class Watch:
+    """Looks at every module's output and at the gradient that comes back to it. Costs a wait for the device each, so
+    only steps that may end the run are watched."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._micro_batch = 0
+        self._first: tuple[int, str] | None = None
+
+    @contextmanager
+    def over(self, micro_batch: int) -> Iterator[None]:
+        """Watch one micro-batch, counted from 0."""
+        self._micro_batch = micro_batch
+        named = [(name, module) for name, module in self._model.named_modules() if name]
+        hooks = [module.register_forward_hook(partial(self._see, name)) for name, module in named]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def forget(self) -> None:
+        """Begin a new step."""
+        self._first = None
+
+    def report(self) -> str:
+        """The first tensor of all ranks, in words. Every rank calls this."""
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, self._first)
+        firsts = [(batch, rank, name) for rank, first in enumerate(found) if first for batch, name in [first]]
+        if not firsts:
+            return "every output and every gradient of an output was finite, so the sum over micro-batches overflowed"
+        batch, rank, name = min(firsts)
+        return f"the first tensor that is not finite is {name}, in micro-batch {batch + 1} of rank {rank}"
+
+    def _see(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        for tensor in output if isinstance(output, tuple | list) else (output,):
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                self._check(f"the output of {name}", tensor)
+                if tensor.requires_grad:
+                    tensor.register_hook(partial(self._check, f"the gradient of the output of {name}"))
+
+    @torch.no_grad()
+    def _check(self, name: str, tensor: Tensor) -> None:
+        if self._first is None and not bool(tensor.isfinite().all()):
+            self._first = (self._micro_batch, name)
