@@ -28,7 +28,7 @@ PATH_OPTIONS = {
 }
 
 # Sections whose keys are the user's own; Hydra wants such keys announced with ++.
-OPEN_SECTIONS = ("texts", "data.weights", "data.max_epochs", "model.architecture", "zero.extra")
+OPEN_SECTIONS = ("texts", "data.weights", "data.max_epochs", "model.architecture", "model.rope_scaling", "zero.extra")
 
 
 def main(verb: Callable[[C], Any], about: str) -> None:

@@ -46,6 +46,7 @@ def train(config: TrainConfig) -> None:
     from fireflyds.engine.signals import StopRequest
     from fireflyds.models import load, tuning
     from fireflyds.models.fuse import chosen_attention, device_batch
+    from fireflyds.models.positions import check_positions
     from fireflyds.tokenizer.encoder import load_encoder
 
     me = ranks.discover(os.environ)
@@ -54,7 +55,7 @@ def train(config: TrainConfig) -> None:
     accumulation = deepspeed.accumulation_steps(config, me.world_size)
     encoder = load_encoder(config.model.tokenizer_path)
     hf_config = load.read_config(config.model, encoder)
-    load.check_positions(hf_config, "seq_len", config.seq_len)
+    check_positions(hf_config, "seq_len", config.seq_len)
     store = run.open_store(config, encoder.fingerprint())
     rows = RowSequence(store, config.seq_len, config.seed, config.data)
     total_steps = run.total_steps(config, rows)

@@ -31,6 +31,9 @@ class ModelConfig:
     architecture: dict[str, Any] = field(default_factory=dict)
     """Hugging Face configuration values, `model_type` among them: what `scratch` makes, and what `launch/plan.py` counts
     where `model.path` is empty. A model read from `model.path` must agree with them."""
+    rope_scaling: dict[str, Any] = field(default_factory=dict)
+    """Stretches the context, in Hugging Face's words: `{rope_type: linear, factor: 4}`, `dynamic`, `yarn`, `llama3`; or
+    `{rope_type: ntk, alpha: 3}` and `{rope_type: ntk_auto, seq_len: 8192}`, which raise `rope_theta`."""
     base_vocab_size: int | None = None
     """Rows of the vocabulary before its expansion; `new_rows` trains those behind. Unset: what `launch/expand.py` left
     in the model's `config.json`."""

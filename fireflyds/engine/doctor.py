@@ -14,7 +14,8 @@ from torch.nn.functional import cross_entropy
 from fireflyds.config import DoctorConfig, Precision
 from fireflyds.errors import UserError
 from fireflyds.models.fuse import fuse, hidden_states
-from fireflyds.models.load import DTYPES, check_positions
+from fireflyds.models.load import DTYPES
+from fireflyds.models.positions import check_positions
 from fireflyds.types import IGNORE_INDEX
 
 # Largest relative differences that rounding explains, by number format: of the loss, of all gradients together.

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fireflyds import registry
 from fireflyds.config import ModelConfig, ModelInit, Precision
 from fireflyds.errors import UserError
+from fireflyds.models.positions import scale_positions
 from fireflyds.types import Encoder, Family, Loaded
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
@@ -27,7 +28,7 @@ def read_config(config: ModelConfig, encoder: Encoder) -> Any:
     if config.init is ModelInit.scratch:
         known = {"vocab_size": encoder.vocab_size, "bos_token_id": encoder.bos_id, "eos_token_id": encoder.eos_id}
         settings = known | config.architecture
-        return AutoConfig.for_model(settings.pop("model_type"), **settings)
+        return scale_positions(AutoConfig.for_model(settings.pop("model_type"), **settings), config)
     if not config.path:
         raise UserError(
             "model.path is empty: a pretrained model needs its Hugging Face directory. Give model.path=<dir>"
@@ -48,16 +49,7 @@ def read_config(config: ModelConfig, encoder: Encoder) -> Any:
             f"{config.tokenizer_path} has {encoder.vocab_size} pieces; rows may exceed pieces by padding only. Name the "
             "tokenizer that belongs to the model, or give the model rows for a larger one with launch/expand.py"
         )
-    return loaded
-
-
-def check_positions(hf_config: Any, key: str, length: int) -> None:
-    """Raises `UserError` when the documents that `key` asks for are longer than the model has positions."""
-    most = getattr(hf_config, "max_position_embeddings", None)
-    # Dynamic NTK scaling stretches the positions to each document's length.
-    dynamic = (getattr(hf_config, "rope_parameters", None) or {}).get("rope_type") == "dynamic"
-    if most is not None and length > most and not dynamic:
-        raise UserError(f"{key}={length}: the model has {most} positions. Use {most} or less")
+    return scale_positions(loaded, config)
 
 
 def architecture_of(config: ModelConfig) -> Any:
@@ -67,13 +59,13 @@ def architecture_of(config: ModelConfig) -> Any:
         UserError: neither is there.
     """
     if config.path:
-        return AutoConfig.from_pretrained(config.path)
+        return scale_positions(AutoConfig.from_pretrained(config.path), config)
     settings = dict(config.architecture)
     if "model_type" not in settings:
         raise UserError(
             "model: neither model.path nor model.architecture is given. Give model=<path>, or an option of conf/model"
         )
-    return AutoConfig.for_model(settings.pop("model_type"), **settings)
+    return scale_positions(AutoConfig.for_model(settings.pop("model_type"), **settings), config)
 
 
 def base_vocab_size(config: ModelConfig, hf_config: Any) -> int | None:
@@ -116,5 +108,5 @@ def load_model(
         # Quantised shard by shard on the device itself: the whole model is nowhere in 16 bit.
         device = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
         options = {} if quantization is None else {"quantization_config": quantization, "device_map": device}
-        model = AutoModelForCausalLM.from_pretrained(config.path, dtype=dtype, **options)
+        model = AutoModelForCausalLM.from_pretrained(config.path, config=hf_config, dtype=dtype, **options)
     return Loaded(model, family)

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from llama_bases import make_base
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from fireflyds import app, registry
 from fireflyds.config import ModelConfig, ModelInit, Precision, Rows, TuningConfig, TuningMethod
@@ -23,16 +24,6 @@ LORA = {"method": TuningMethod.lora, "r": 4, "dropout": 0.0}
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
     return make_base(tmp_path / "base")
-
-
-def make_base(folder: Path, **changes) -> Path:
-    torch.manual_seed(0)
-    settings = {"tie_word_embeddings": False} | changes
-    config = LlamaConfig(
-        vocab_size=60, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, **settings
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 def tuned(base: Path, config: TuningConfig, *, zero_stage: int = 2, precision: Precision = Precision.fp32):

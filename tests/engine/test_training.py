@@ -1,0 +1,188 @@
+"""Two ranks train tiny models: the same losses at every ZeRO stage, what is kept, what the optimizers do, float16."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from llama_bases import make_base
+from transformers import AutoModelForCausalLM
+
+from fireflyds.models import trained
+
+ROOT = Path(__file__).parents[2]
+STAGES = (0, 1, 2, 3)
+# DeepSpeed would leave matrices as small as these whole on every rank.
+SHARDED = "zero.extra.zero_optimization.stage3_param_persistence_threshold=0"
+NEW_ROWS = ["tuning.embeddings=new_rows", "tuning.head=new_rows"]
+ADAPTERS = ["tuning.r=4", "tuning.dropout=0"]
+FP16 = [
+    "hardware.precision=fp16", "hardware.initial_scale_power=8", "hardware.hysteresis=1", "hardware.loss_scale_window=2",
+    "hardware.min_loss_scale=64",
+]  # fmt: skip
+NUM_ADAPTED = 2 * 4 * (4 * (64 + 64) + 3 * (64 + 128))
+
+
+def run_cases(folder: Path, cases: dict, ranks: int = 2) -> dict:
+    (folder / "cases.json").write_text(json.dumps(cases))
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    script = [str(ROOT / "tests" / "support" / "train_cases.py"), str(folder / "cases.json"), str(folder / "out.json")]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone"]
+    # One optimizer's kernels would be compiled for many seconds.
+    environment |= {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+    done = subprocess.run([*launcher, *script], env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return json.loads((folder / "out.json").read_text())
+
+
+def case(base: Path, tuning: str, stage: int, *more: str, steps: int = 4, **rest) -> dict:
+    extra = ADAPTERS if tuning in ("lora", "qlora", "dora", "rslora") else []
+    overrides = [f"model={base}", f"tuning={tuning}", *extra, f"zero={stage}", "optim.lr=1e-2", SHARDED, *more]
+    return {"overrides": overrides, "steps": steps} | rest
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("cases")
+    make_base(made / "base", base_vocab_size=40)
+    make_base(made / "tied", base_vocab_size=40, tie_word_embeddings=True)
+    make_base(made / "large", vocab_size=55_296, hidden_size=32, intermediate_size=32, base_vocab_size=32_000)
+    return made
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> dict:
+    base, tied = folder / "base", folder / "tied"
+    cases = {}
+    for stage in STAGES:
+        for tuning, rows in (("lora", NEW_ROWS), ("qlora", []), ("full", NEW_ROWS)):
+            cases[f"{tuning} {stage}"] = case(base, tuning, stage, *rows, run_dir=str(folder / f"{tuning}-{stage}"))
+        cases[f"tied {stage}"] = case(tied, "lora", stage, *NEW_ROWS, run_dir=str(folder / f"tied-{stage}"))
+        cases[f"muon {stage}"] = case(base, "full", stage, "optim=muon", "optim.lr=1e-2", "optim.weight_decay=0.1")
+        cases[f"scale {stage}"] = case(base, "lora", stage, *FP16, steps=8, overflow=[2, 3])
+        cases[f"least {stage}"] = case(base, "lora", stage, *FP16, steps=9, overflow=[2, 3, 4, 5, 6])
+    for stage in (0, 2, 3):
+        cases[f"bf16 {stage}"] = case(base, "qlora", stage, "hardware.precision=bf16")
+    for optim in ("adamw", "paged_adamw_32bit", "adamw_8bit"):
+        cases[optim] = case(base, "full", 2, f"optim={optim}", "optim.lr=1e-2", "optim.betas=[0.9,0.95]")
+    cases["8 bit"] = case(base, "qlora", 2, "tuning.bits=8")
+    cases["groups"] = case(
+        base, "lora", 2, "tuning.embeddings=all", "tuning.head=all", "tuning.loraplus_lr_ratio=16", "optim.embeddings.lr=2e-3",
+        "optim.head.lr=0", run_dir=str(folder / "groups"),
+    )  # fmt: skip
+    cases["noise"] = case(base, "full", 2, "optim.neftune_noise_alpha=30")
+    cases["nan"] = case(base, "full", 2, nan_at=3)
+    for name, precision in (("large fp16", "fp16"), ("large fp32", "fp32")):
+        chosen = ["tuning.embeddings=frozen", "tuning.head=all", f"hardware.precision={precision}"]
+        cases[name] = case(folder / "large", "embeddings", 2, *chosen, steps=3, run_dir=str(folder / name))
+    return run_cases(folder, cases)
+
+
+def _near(values: list[float], wanted: list[float], tolerance: float) -> None:
+    assert len(values) == len(wanted)
+    assert all(abs(a - b) <= tolerance * abs(b) for a, b in zip(values, wanted, strict=True)), (values, wanted)
+
+
+@pytest.mark.parametrize("name", ["lora", "qlora", "full", "tied", "muon"])
+def test_losses_are_equal_at_every_zero_stage(found: dict, name: str) -> None:
+    wanted = found[f"{name} 0"]["losses"]
+    assert wanted[-1] < wanted[0]
+    for stage in STAGES:
+        assert found[f"{name} {stage}"]["error"] is None
+        # Muon's orthogonalisation magnifies rounding.
+        _near(found[f"{name} {stage}"]["losses"], wanted, 1e-4 if name == "muon" else 2e-6)
+
+
+def test_quantised_training_in_bf16_is_equal_at_every_stage(found: dict) -> None:
+    for stage in (2, 3):
+        _near(found[f"bf16 {stage}"]["losses"], found["bf16 0"]["losses"], 2e-3)
+    _near(found["bf16 0"]["losses"], found["qlora 0"]["losses"], 1e-2)
+    _near(found["8 bit"]["losses"], found["lora 2"]["losses"][:1] + found["8 bit"]["losses"][1:], 2e-2)
+    assert found["8 bit"]["losses"][-1] < found["8 bit"]["losses"][0]
+
+
+def test_optimizer_states_hold_the_new_rows_alone(found: dict) -> None:
+    """Two moments of four bytes for every number that trains, spread over two ranks from stage 1 on."""
+    rows = 20 * 64
+    for name, numbers in (("lora", NUM_ADAPTED + 2 * rows), ("tied", NUM_ADAPTED + rows), ("qlora", NUM_ADAPTED)):
+        assert [found[f"{name} {stage}"]["state_bytes"] for stage in STAGES] == [8 * numbers] + [4 * numbers] * 3
+
+
+@pytest.mark.parametrize("name", ["lora", "tied", "full", "qlora"])
+def test_every_stage_keeps_the_same_learnt_tensors(found: dict, folder: Path, name: str) -> None:
+    assert found
+    kept = [trained.load(next((folder / f"{name}-{stage}" / "checkpoints").iterdir()) / "learnt") for stage in STAGES]
+    rows = {"lora": 2, "tied": 1, "full": 2, "qlora": 0}[name]
+    assert kept[0].first_rows == dict.fromkeys(["model.embed_tokens.weight", "lm_head.weight"][:rows], 40)
+    assert all(kept[0].weights[key].shape == (20, 64) for key in kept[0].first_rows)
+    assert len(kept[0].adapters) == (0 if name == "full" else 28)
+    for other in kept[1:]:
+        assert other.adapters.keys() == kept[0].adapters.keys()
+        for key, tensor in (kept[0].adapters | kept[0].weights).items():
+            torch.testing.assert_close((other.adapters | other.weights)[key], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_the_optimizers_agree_where_they_should(found: dict) -> None:
+    _near(found["paged_adamw_32bit"]["losses"], found["adamw"]["losses"], 1e-4)
+    # States of 8 bit differ by rounding; groups smaller than 4096 numbers keep 32.
+    _near(found["adamw_8bit"]["losses"], found["adamw"]["losses"], 2e-2)
+    assert found["adamw_8bit"]["state_bytes"] < found["adamw"]["state_bytes"] / 2
+    assert found["muon 2"]["losses"] != found["full 2"]["losses"]
+
+
+def test_groups_have_their_own_learning_rates(found: dict, folder: Path) -> None:
+    assert found["groups"]["lrs"][0] == [1e-2, 16e-2, 2e-3, 0.0]
+    learnt = trained.load(next((folder / "groups" / "checkpoints").iterdir()) / "learnt").weights
+    start = AutoModelForCausalLM.from_pretrained(folder / "base").state_dict()
+    assert torch.equal(learnt["lm_head.weight"], start["lm_head.weight"])
+    assert not torch.equal(learnt["model.embed_tokens.weight"], start["model.embed_tokens.weight"])
+
+
+def test_noise_on_embeddings_changes_training_alone(found: dict) -> None:
+    clean, noisy = found["adamw"]["losses"], found["noise"]["losses"]
+    assert all(abs(a - b) > 1e-4 for a, b in zip(clean, noisy, strict=True))
+    assert all(math.isfinite(loss) for loss in noisy)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_loss_scale_falls_and_recovers(found: dict, stage: int) -> None:
+    seen = found[f"scale {stage}"]
+    assert seen["error"] is None
+    # As each step begins: halved by the overflows of steps 2 and 3, doubled again after every two good steps.
+    assert seen["scales"][:4] == [256, 256, 128, 64]
+    assert seen["scales"][-1] >= 128
+    assert seen["skipped"] == [0, 1, 2, 2, 2, 2, 2, 2]
+    assert seen["losses"][-1] < seen["losses"][0]
+    _near(seen["losses"], found["scale 2"]["losses"], 5e-3)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_overflow_at_the_least_scale_ends_the_run_and_is_named(found: dict, stage: int) -> None:
+    seen = found[f"least {stage}"]
+    assert seen["scales"] == [256, 256, 128]
+    assert "step 4: a gradient overflows float16 at the least loss scale (64)" in seen["error"]
+    assert "the gradient of the output of model" in seen["error"]
+    assert "in micro-batch 1 of rank 0" in seen["error"]
+
+
+def test_a_loss_that_is_no_number_stops_before_the_update_and_is_named(found: dict) -> None:
+    seen = found["nan"]
+    assert len(seen["losses"]) == 2
+    assert "step 3: the loss is nan" in seen["error"]
+    assert "the output of model.layers.1.mlp.down_proj, in micro-batch 1 of rank 0" in seen["error"]
+
+
+def test_no_gradient_dies_in_float16_with_a_large_vocabulary(found: dict, folder: Path) -> None:
+    """The probabilities of 55,296 tokens are below what float16 can hold; every row of the head must move all the same."""
+    _near(found["large fp16"]["losses"], found["large fp32"]["losses"], 2e-3)
+    start = AutoModelForCausalLM.from_pretrained(folder / "large").state_dict()["lm_head.weight"]
+    moved = []
+    for name in ("large fp16", "large fp32"):
+        learnt = trained.load(next((folder / name / "checkpoints").iterdir()) / "learnt").weights["lm_head.weight"]
+        moved.append((learnt - start).abs() > 1e-4)
+    assert moved[1].float().mean() > 0.98
+    assert moved[0].float().mean() > 0.98 * moved[1].float().mean()

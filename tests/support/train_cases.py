@@ -1,0 +1,128 @@
+"""Several short trainings in one process per rank, for tests that compare them: `train_cases.py cases.json out.json`.
+
+A case: `overrides` of the training's configuration, `steps`, and where wanted `run_dir` (a checkpoint is saved there at
+the end), `overflow` (steps whose gradients leave float16's range), `nan_at` (a step whose weights are spoilt).
+"""
+
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+
+class _Yes:
+    """Stands for torch's question whether this processor has float16 arithmetic; DeepSpeed asks too."""
+
+    def __init__(self, question) -> None:
+        self._question = question
+
+    def __call__(self) -> bool:
+        return True
+
+    def __getattr__(self, name: str):
+        return getattr(self._question, name)
+
+
+# float16 is computed without hardware for it, slowly and with the same rounding.
+torch.ops.mkldnn._is_mkldnn_fp16_supported = _Yes(torch.ops.mkldnn._is_mkldnn_fp16_supported)
+
+from fireflyds import app  # noqa: E402
+from fireflyds.config import TrainConfig  # noqa: E402
+from fireflyds.engine import checkpoint, deepspeed, learnt, optimizers, ranks  # noqa: E402
+from fireflyds.engine.loop import train_steps  # noqa: E402
+from fireflyds.errors import UserError  # noqa: E402
+from fireflyds.models import load, tuning  # noqa: E402
+from fireflyds.models.fuse import device_batch, fuse  # noqa: E402
+from fireflyds.models.noise import add_noise  # noqa: E402
+from fireflyds.types import IGNORE_INDEX, PackedBatch, TrainState  # noqa: E402
+
+ROWS, LENGTHS = 4, (20, 1, 11)
+
+
+class Batches:
+    """The same rows for any number of ranks: documents that repeat every few steps, so that they can be learnt."""
+
+    def __init__(self, vocab_size: int, rank: int, world_size: int) -> None:
+        self._vocab_size, self._mine = vocab_size, range(rank, ROWS, world_size)
+
+    def steps(self, first: int, end: int):
+        for step in range(first, end):
+            yield [self._row(step % 3 * ROWS + row) for row in self._mine]
+
+    def _row(self, seed: int) -> PackedBatch:
+        generator = torch.Generator().manual_seed(seed)
+        documents = [torch.randint(0, self._vocab_size, (length,), generator=generator) for length in LENGTHS]
+        end = torch.tensor([IGNORE_INDEX])
+        return PackedBatch(
+            input_ids=torch.cat(documents)[None],
+            labels=torch.cat([torch.cat([ids[1:], end]) for ids in documents])[None],
+            position_ids=torch.cat([torch.arange(len(ids)) for ids in documents])[None],
+            cu_seqlens=torch.tensor([0, 20, 21, 32], dtype=torch.int32),
+            max_seqlen=20,
+            domains=torch.zeros(3, dtype=torch.int64),
+            num_learned=29,
+        )
+
+
+def run_case(case: dict, me: ranks.Ranks) -> dict:
+    config: TrainConfig = app.compose(
+        "train",
+        ["run=x", "data=a/b", "optim.steps=9", "global_batch_size=4", "optim.schedule=constant", *case["overrides"]],
+    )
+    optimizers.check(config)
+    precision = deepspeed.resolve_precision(config.hardware)
+    hf_config = load.architecture_of(config.model)
+    model = fuse(tuning.load_tuned(config, hf_config, precision))
+    add_noise(model, config.optim.neftune_noise_alpha)
+    engine = deepspeed.build_engine(model, config, precision, ROWS // me.world_size)
+    state = TrainState()
+    if case.get("resume"):
+        state = checkpoint.load(engine, Path(case["resume"]))
+    found = {"losses": [], "scales": [], "skipped": [], "lrs": [], "error": None}
+
+    def spoil(module, inputs, output):
+        return output * 1e12 if state.step + 1 in case.get("overflow", ()) else output
+
+    model.get_output_embeddings().register_forward_hook(spoil)
+    end = state.step + case["steps"]
+    try:
+        for step in train_steps(
+            engine, Batches(hf_config.vocab_size, me.rank, me.world_size), state, config.optim, end, 0, device_batch
+        ):
+            found["losses"].append(step.loss)
+            found["scales"].append(step.extra.get("loss_scale"))
+            found["skipped"].append(step.extra["skipped_steps"])
+            found["lrs"].append([group["lr"] for group in engine.optimizer.param_groups])
+            if step.step + 1 == case.get("nan_at"):
+                with torch.no_grad():
+                    model.get_submodule("model.layers.1.mlp.down_proj").weight[0, 0] = float("nan")
+    except UserError as error:
+        found["error"] = str(error)
+    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    found["state_bytes"] = sum(
+        t.numel() * t.element_size()
+        for s in inner.state.values()
+        for t in s.values()
+        if isinstance(t, torch.Tensor) and t.dim()
+    )
+    if "run_dir" in case and found["error"] is None:
+        about = {"base": "b", "tokenizer": "t", "vocab_size": hf_config.vocab_size}
+        keeper = learnt.Keeper(model, replace(config), tuning.described(model), about)
+        checkpoint.save(engine, Path(case["run_dir"]), state, 1, keeper)
+    return found
+
+
+def main(cases: Path, out: Path) -> None:
+    me = ranks.discover(os.environ)
+    deepspeed.start(me, 5)
+    found = {name: run_case(case, me) for name, case in json.loads(cases.read_text()).items()}
+    if me.rank == 0:
+        out.write_text(json.dumps(found))
+    deepspeed.leave()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
