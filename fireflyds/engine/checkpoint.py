@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch.distributed as dist
 from torch import Tensor
 
-from fireflyds.engine.deepspeed import on_rank_zero
+from fireflyds.engine.deepspeed import on_rank_zero, pick_accelerator
 from fireflyds.errors import UserError
 from fireflyds.types import TrainState
 
@@ -111,6 +111,7 @@ def trained_weights(checkpoint: Path, *, with_frozen: bool) -> dict[str, Tensor]
     if not list(checkpoint.glob("*_optim_states.pt")):  # stage 0: whole on every rank
         module: dict[str, Tensor] = _load(checkpoint / "mp_rank_00_model_states.pt")["module"]
         return module
+    pick_accelerator()
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     with contextlib.redirect_stdout(io.StringIO()):  # it tells every shape

@@ -21,14 +21,14 @@ T = TypeVar("T")
 def start(ranks: Ranks, timeout_minutes: float) -> None:
     """Join the other ranks. On a machine without a GPU the CPU accelerator is picked, with a line saying so."""
     ranks.export()
-    if not torch.cuda.is_available():
-        os.environ["DS_ACCELERATOR"] = "cpu"
-        if ranks.rank == 0:
-            print("no GPU here: training on the CPU (DeepSpeed's cpu accelerator, gloo)", flush=True)
+    if not pick_accelerator() and ranks.rank == 0:
+        print("no GPU here: training on the CPU (DeepSpeed's cpu accelerator, gloo)", flush=True)
     import deepspeed
     from deepspeed.utils import logger
 
     logger.setLevel("WARNING")
+    # What it has not tested our tests have, at every stage.
+    logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())
     # DeepSpeed calls collectives by names that newer torch announces to rename; nothing a user could do about.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # DeepSpeed would compile a shared-memory all-reduce for a minute at the first start; gloo's is enough.
@@ -41,6 +41,14 @@ def start(ranks: Ranks, timeout_minutes: float) -> None:
     else:
         torch.cuda.set_device(ranks.local_rank)
     deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(minutes=timeout_minutes), verbose=False)
+
+
+def pick_accelerator() -> bool:
+    """Tell DeepSpeed what to run on, before its first import. False where that is the CPU."""
+    if torch.cuda.is_available():
+        return True
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    return False
 
 
 def leave() -> None:

@@ -1,0 +1,159 @@
+"""One stage after another: the vocabulary first, then adapters, each from the run before; the plan says what will train."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from samples import CHINESE, ENGLISH
+
+SMALL = [
+    "seq_len=128",
+    "micro_batch_size=1",
+    "global_batch_size=4",
+    "optim.lr=1e-2",
+    "log_every=1",
+    "optim.schedule=constant",
+]
+ARCHITECTURE = (
+    "{model_type: llama, hidden_size: 64, intermediate_size: 128, num_hidden_layers: 2, num_attention_heads: 2, "
+    "num_key_value_heads: 2, max_position_embeddings: 256, tie_word_embeddings: false}"
+)
+ADAPTERS = ["tuning.r=4", "tuning.dropout=0"]
+
+
+def losses(tmp_path: Path, run: str) -> list[float]:
+    return [json.loads(line)["loss"] for line in (tmp_path / "runs" / run / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.fixture
+def expanded(verb, tmp_path: Path, base_tokenizer: Path) -> int:
+    """A base and its expansion, and a store of Chinese. The number of old rows."""
+    shutil.copytree(base_tokenizer, tmp_path / "tok")
+    (tmp_path / "en.txt").write_text("\n".join(ENGLISH), encoding="utf-8")
+    (tmp_path / "zh.txt").write_text("\n".join(CHINESE), encoding="utf-8")
+    verb("prepare", "data=en.txt", "tokenizer=tok", "out=en", "workers=1")
+    scratch = ["model=at_path", "model.init=scratch", "model.tokenizer=tok", f"model.architecture={ARCHITECTURE}"]
+    verb("train", "run=base", *scratch, "data=en", "optim.steps=4", *SMALL)
+    verb("export", "run=base")
+    verb("expand", "base=runs/base/export", "corpus=zh.txt", "num_pieces=60", "max_piece_length=3", "out=expanded")
+    verb("prepare", "data=zh.txt", "tokenizer=expanded", "out=zh", "workers=1")
+    old = json.loads((tmp_path / "expanded" / "config.json").read_text())["base_vocab_size"]
+    assert old == json.loads((tmp_path / "runs" / "base" / "export" / "config.json").read_text())["vocab_size"]
+    return old
+
+
+@pytest.mark.slow
+def test_the_vocabulary_then_adapters_then_a_new_schedule(verb, expanded: int, tmp_path: Path) -> None:
+    base = ["model=expanded", "data=zh", *SMALL]
+    new_rows = ["tuning.embeddings=new_rows", "tuning.head=new_rows"]
+    shown = verb("train", "run=rows", "tuning=embeddings", *new_rows, *base, "optim.steps=6").stderr
+    rows = json.loads((tmp_path / "expanded" / "config.json").read_text())["vocab_size"] - expanded
+    assert f"rows: freeze, {2 * rows * 64:,} of " in shown
+    adapters = [*base, "tuning=lora", *ADAPTERS, *new_rows]
+    two = ("deepspeed", "--num_gpus", "2")
+    verb("train", "run=lora", *adapters, "init_from=rows", "optim.steps=6", "zero=3", start=two)
+    assert losses(tmp_path, "lora")[0] < losses(tmp_path, "rows")[-1] + 0.05
+    # The earlier run is needed no more: its part stands in this run's own folder.
+    shutil.rmtree(tmp_path / "runs" / "rows")
+    verb("train", "run=again", *adapters, "init_from=lora", "optim.steps=4", "optim.lr=3e-3")
+    assert losses(tmp_path, "again")[0] < losses(tmp_path, "lora")[-1] + 0.05
+    verb("export", "run=again")
+    about = json.loads((tmp_path / "runs" / "again" / "export" / "export.json").read_text())
+    assert about["reload_max_rel_diff"] <= 1e-5
+    start, end = weights(tmp_path / "expanded"), weights(tmp_path / "runs" / "again" / "export")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(start[name][:expanded], end[name][:expanded])
+        assert (start[name][expanded:] != end[name][expanded:]).any(1).float().mean() > 0.5
+    # What an earlier stage trained and this one leaves alone is part of this run all the same.
+    verb("train", "run=frozen", *base, "tuning=lora", *ADAPTERS, "init_from=lora", "optim.steps=2")
+    verb("export", "run=frozen")
+    kept = weights(tmp_path / "runs" / "frozen" / "export")["lm_head.weight"]
+    taken = load_file(tmp_path / "runs" / "frozen" / "start" / "weights.safetensors")["lm_head.weight"]
+    torch.testing.assert_close(kept[expanded:], taken)
+    assert torch.equal(kept[:expanded], start["lm_head.weight"][:expanded])
+
+
+@pytest.mark.slow
+def test_starting_from_what_does_not_fit_is_refused(verb, expanded: int, tmp_path: Path) -> None:
+    base = ["data=zh", *SMALL, "optim.steps=2"]
+    verb("train", "run=lora", "model=expanded", *base, "tuning=lora", *ADAPTERS)
+    shutil.copytree(tmp_path / "expanded", tmp_path / "other")
+    changed = weights(tmp_path / "other")
+    changed["lm_head.weight"][0] += 1
+    from safetensors.torch import save_file
+
+    save_file(changed, tmp_path / "other" / "model.safetensors", {"format": "pt"})
+    for arguments, message in (
+        (["model=other", "tuning=lora", *ADAPTERS, "init_from=lora"], "that run's base is"),
+        (["model=expanded", "tuning=lora", *ADAPTERS, "init_from=nothing"], "no such run in runs. Known: base, lora"),
+        (["model=expanded", "tuning=lora", *ADAPTERS, "tuning.alpha=32", "init_from=lora"], "adapters with alpha=16.0, this one 32.0"),
+        (["model=expanded", "tuning=full", "init_from=lora"], "python launch/export.py run=lora, then model=runs/lora/export"),
+    ):  # fmt: skip
+        done = verb("train", "run=next", *arguments, *base, check=False)
+        assert done.returncode == 2, done.stderr
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+        shutil.rmtree(tmp_path / "runs" / "next", ignore_errors=True)
+    learnt = next((tmp_path / "runs" / "lora" / "checkpoints").iterdir()) / "learnt"
+    about = json.loads((learnt / "trained.json").read_text())
+    assert about["vocab_size"] > expanded
+    assert len(about["base"]) == len(about["tokenizer"]) == 64
+
+
+@pytest.mark.slow
+def test_offloaded_training_runs_on_deepspeed_s_cpu_adam(verb, expanded: int, tmp_path: Path) -> None:
+    base = ["model=expanded", "data=zh", *SMALL, "optim.steps=4"]
+    verb("train", "run=plain", *base)
+    verb("train", "run=offloaded", *base, "zero.offload_optimizer=cpu")
+    for a, b in zip(losses(tmp_path, "plain"), losses(tmp_path, "offloaded"), strict=True):
+        assert abs(a - b) < 1e-4 * a
+
+
+@pytest.mark.parametrize(
+    ("experiment", "options", "trainable", "total"),
+    [
+        ("firefly_llama2_7b_ext_cpt_qlora", [], 612_892_672, 7_089_164_288),
+        ("firefly_llama2_7b_ext_sft_qlora", [], 612_892_672, 7_089_164_288),
+        ("firefly_llama2_13b_ext_cpt_qlora", [], 816_578_560, 13_504_762_880),
+        ("firefly_llama2_13b_ext_sft_qlora", [], 816_578_560, 13_504_762_880),
+        ("firefly_llama2_7b_ext_cpt_qlora", ["tuning.embeddings=frozen", "tuning.head=frozen"], 159_907_840, 7_089_164_288),
+        ("firefly_llama2_13b_ext_cpt_qlora", ["tuning.embeddings=frozen", "tuning.head=frozen"], 250_347_520, 13_504_762_880),
+        # Both ends of 23,296 x 4,096 new rows: 191 million instead of 453.
+        ("firefly_llama2_7b_ext_cpt_qlora", ["tuning.embeddings=new_rows", "tuning.head=new_rows"], 350_748_672, 7_089_164_288),
+        ("firefly_llama2_7b_ext_cpt_qlora", ["tuning=full", "tuning.embeddings=all", "tuning.head=all"], 6_929_256_448, 6_929_256_448),
+    ],
+)  # fmt: skip
+def test_the_plan_of_published_recipes_counts_what_was_published(
+    experiment: str, options: list[str], trainable: int, total: int
+) -> None:
+    from fireflyds import app
+    from fireflyds.engine import groups
+    from fireflyds.models import load, tuning
+
+    config = app.compose("plan", [f"experiment={experiment}", *options])
+    hf_config = load.architecture_of(config.model)
+    family, rows = load.family_of(hf_config.model_type), load.base_vocab_size(config.model, hf_config)
+    model = tuning.apply(load.bare_model(hf_config), family, config.tuning, rows, 0)
+    assert groups.count_parameters(model) == (total, trainable)
+    table = groups.rows_of_table(model, config, config.hardware.precision)
+    assert sum(row["parameters"] for row in table) == total
+    assert sum(row["parameters"] for row in table[:-1]) == trainable
+
+
+def test_the_plan_needs_no_weights_no_data_and_no_run(verb) -> None:
+    done = verb("plan", "experiment=firefly_llama2_7b_ext_cpt_qlora", "format=json")
+    found = json.loads(done.stdout)
+    assert (found["parameters"], found["trainable_parameters"]) == (7_089_164_288, 612_892_672)
+    assert [row["group"] for row in found["groups"]] == ["lora_A", "lora_B", "embeddings", "head", "frozen"]
+    # 6.476 billion numbers of the body in 4.127 bits.
+    assert found["groups"][-1]["memory_bytes"] == pytest.approx(6_476_005_376 * 4.127 / 8, rel=2e-3)
+    refused = verb("plan", "experiment=firefly_llama2_7b_ext_cpt_qlora", "tuning.bits=8", "zero=3", check=False)
+    assert refused.returncode == 2
+    assert "Nearest: zero=2, or tuning.bits=4" in refused.stderr
