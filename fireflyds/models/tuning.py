@@ -15,7 +15,7 @@ from fireflyds.types import Family
 ADAPTER = "default"
 
 
-def quantization(config: TuningConfig, precision: Precision, zero_stage: int, head: str = "lm_head") -> Any:
+def quantization(config: TuningConfig, precision: Precision, zero_stage: int) -> Any:
     """The loading option of QLoRA: NF4 with double quantisation (arXiv 2305.14314) or LLM.int8; None otherwise.
 
     Embeddings and head keep their number format: they may train. ZeRO-3 shards what is stored, so there 4-bit weights
@@ -26,14 +26,14 @@ def quantization(config: TuningConfig, precision: Precision, zero_stage: int, he
     from transformers import BitsAndBytesConfig
 
     if config.bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=[head])
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head"])
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=DTYPES[precision],
         bnb_4bit_quant_storage=DTYPES[precision] if zero_stage == 3 else torch.uint8,
-        llm_int8_skip_modules=[head],
+        llm_int8_skip_modules=["lm_head"],
     )
 
 
