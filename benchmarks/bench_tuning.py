@@ -131,7 +131,7 @@ def train(folder: Path, way: str, stage: str, model: str, steps: int) -> dict[st
             cwd=folder, check=True, capture_output=True, text=True,
         ).stdout
     )  # fmt: skip
-    checkpoint = next((folder / "runs" / run / "checkpoints").iterdir())
+    checkpoint = next((folder / "runs" / run / "checkpoints").glob("step-*"))
     return {
         "run": run, "memory": memory, "trained": table["trainable_parameters"],
         "state": sum(row["memory_bytes"] for row in table["groups"][:-1]),
