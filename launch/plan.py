@@ -30,6 +30,8 @@ def plan(config: PlanConfig) -> None:
         print(json.dumps({"parameters": total, "trainable_parameters": trainable, "groups": rows}))
         return
     print(f"{trainable:,} of {total:,} parameters train\n{groups.table(rows)}")
+    if config.hardware.precision is Precision.auto:
+        notes.append("note: hardware.precision=auto was counted as bf16, that of a GPU which has it")
     for note in notes:
         print(note)
 

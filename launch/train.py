@@ -59,6 +59,7 @@ def train(config: TrainConfig) -> None:
     store = run.open_store(config, encoder.fingerprint())
     rows = RowSequence(store, config.seq_len, config.seed, config.data)
     total_steps = run.total_steps(config, rows)
+    attention = chosen_attention(config.hardware, hf_config, precision)
 
     deepspeed.start(me, config.hardware.timeout_minutes)
     text = app.to_yaml(config)
@@ -80,10 +81,7 @@ def train(config: TrainConfig) -> None:
     stop = StopRequest()
     keeper = learnt.Keeper(model, config, tuning.described(model), about)
 
-    with (
-        chosen_attention(config.hardware),
-        Journal(run_dir, tracker, log, me.rank, state.step, total_steps, config.log_every) as journal,
-    ):
+    with attention, Journal(run_dir, tracker, log, me.rank, state.step, total_steps, config.log_every) as journal:
         for step in train_steps(engine, loader, state, config.optim, total_steps, config.seed, device_batch):
             journal.record(step)
             stopping = stop.agreed(engine.device)

@@ -35,6 +35,12 @@ def test_overrides_reach_the_typed_config() -> None:
         (GOOD[:3], "optim.steps and optim.epochs are both unset"),
         ([*GOOD, "tuning=qlora", "tuning.r=0"], "tuning.r=0"),
         ([*GOOD, "zero.extra.scheduler=x"], "zero.extra.scheduler"),
+        ([*GOOD, "optim.lr=nan"], "optim.lr=nan: must be greater than 0"),
+        ([*GOOD, "optim.eps=-1"], "optim.eps=-1.0: must be greater than 0"),
+        ([*GOOD, "optim.warmup_steps=-5"], "optim.warmup_steps=-5: must be a number of at least 0"),
+        ([*GOOD, "optim.betas=[0.9]"], "two numbers in [0, 1)"),
+        ([*GOOD, "hardware.initial_scale_power=-3"], "hardware.initial_scale_power=-3: must be from 0 to 32"),
+        ([*GOOD, "init_from=x"], "init_from=x: is the run itself"),
     ],
 )  # fmt: skip
 def test_wrong_input_is_named_with_its_remedy(overrides: list[str], expected: str) -> None:

@@ -1,5 +1,6 @@
 """Optimizer, schedule and parameter groups."""
 
+import math
 from dataclasses import dataclass, field
 
 from omegaconf import MISSING
@@ -18,8 +19,8 @@ class GroupConfig:
     def __post_init__(self) -> None:
         for name in ("lr", "weight_decay"):
             value = getattr(self, name)
-            if value is not None and value < 0:
-                raise UserError(f"{name}={value} of a parameter group: must not be negative")
+            if value is not None and not 0 <= value < math.inf:
+                raise UserError(f"{name}={value} of a parameter group: must be a number of at least 0")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -34,7 +35,7 @@ class OptimConfig:
     lr: float = MISSING
     """Peak learning rate."""
     muon_lr: float = 0.02
-    """Peak learning rate of Muon's matrices; `lr` is AdamW's."""
+    """Peak learning rate of Muon's matrices; `lr` is AdamW's. From ZeRO stage 1 on `grad_norm` is that of the update."""
     schedule: Schedule = Schedule.cosine
     """`cosine`, `linear` and `polynomial` fall to `min_lr_ratio`, `wsd` holds and falls at the end (`decay_ratio`),
     `constant`, `constant_with_warmup`."""
@@ -67,15 +68,16 @@ class OptimConfig:
     def __post_init__(self) -> None:
         if self.steps is None and self.epochs is None:
             raise UserError("optim.steps and optim.epochs are both unset: say how long to train, e.g. optim.steps=1000")
-        for name in ("steps", "epochs", "lr", "muon_lr", "power"):
+        for name in ("steps", "epochs", "lr", "muon_lr", "power", "eps"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not 0 < value < math.inf:
                 raise UserError(f"optim.{name}={value}: must be greater than 0")
         for name in ("warmup_ratio", "min_lr_ratio", "decay_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"optim.{name}={getattr(self, name)}: must be in [0, 1]")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"optim.betas={list(self.betas)}: two numbers in [0, 1) are needed, such as [0.9, 0.95]")
-        for name in ("neftune_noise_alpha", "max_grad_norm", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise UserError(f"optim.{name}={getattr(self, name)}: must not be negative")
+        for name in ("neftune_noise_alpha", "max_grad_norm", "weight_decay", "warmup_steps"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise UserError(f"optim.{name}={value}: must be a number of at least 0")

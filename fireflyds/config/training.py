@@ -108,6 +108,14 @@ class HardwareConfig:
     timeout_minutes: float = 30.0
     """A collective that takes longer ends the run."""
 
+    def __post_init__(self) -> None:
+        require_at_least(self, loss_scale_window=1, hysteresis=1, min_loss_scale=2.0**-14)
+        if not 0 <= self.initial_scale_power <= 32 or 2.0**self.initial_scale_power < self.min_loss_scale:
+            raise UserError(
+                f"hardware.initial_scale_power={self.initial_scale_power}: must be from 0 to 32, and 2 to it at least "
+                f"hardware.min_loss_scale={self.min_loss_scale:g}"
+            )
+
 
 @dataclass(kw_only=True, slots=True)
 class TrackingConfig:

@@ -1,5 +1,6 @@
 """What trains: the method, its adapters, and the rows of the vocabulary."""
 
+import math
 from dataclasses import dataclass, field
 
 from omegaconf import MISSING
@@ -45,8 +46,17 @@ class TuningConfig:
             raise UserError(f"tuning.dropout={self.dropout}: must be in [0, 1)")
         if self.bits not in (4, 8):
             raise UserError(f"tuning.bits={self.bits}: must be 4 or 8")
-        if self.loraplus_lr_ratio <= 0:
-            raise UserError(f"tuning.loraplus_lr_ratio={self.loraplus_lr_ratio}: must be greater than 0")
+        for name in ("alpha", "loraplus_lr_ratio"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"tuning.{name}={getattr(self, name)}: must be greater than 0")
+        if self.bits == 8 and self.method is not TuningMethod.qlora:
+            raise UserError(f"tuning.bits=8: only tuning=qlora has a quantised base, this is {self.method.name}")
+        of_adapters = {"use_rslora": False, "use_dora": False, "loraplus_lr_ratio": 1.0}
+        for name, neutral in of_adapters.items():
+            if getattr(self, name) != neutral and not self.has_adapters:
+                raise UserError(
+                    f"tuning.{name}={getattr(self, name)}: tuning={self.method.name} has no adapters. Use tuning=lora or qlora"
+                )
         if self.trainable and self.method is not TuningMethod.freeze:
             raise UserError(
                 f"tuning.trainable={list(self.trainable)}: only tuning=freeze reads it, this is {self.method.name}. "
@@ -56,8 +66,3 @@ class TuningConfig:
     @property
     def has_adapters(self) -> bool:
         return self.method in (TuningMethod.lora, TuningMethod.qlora)
-
-    @property
-    def trains_all(self) -> bool:
-        """Nothing of the base stays as it is."""
-        return self.method is TuningMethod.full and self.embeddings is self.head is Rows.all

@@ -130,7 +130,7 @@ class PromptStyle(Enum):
     chat = 2
 
 
-def require_at_least(config: Any, **least: int) -> None:
+def require_at_least(config: Any, **least: float) -> None:
     """Raises `UserError` for the first field of `config` below its least value."""
     for name, bound in least.items():
         value = getattr(config, name)

@@ -21,9 +21,7 @@ def step_name(step: int) -> str:
 
 
 class Keeper(Protocol):
-    """Knows whether the frozen is saved too, and adds what was learnt on rank 0, refusing what was not saved whole."""
-
-    with_frozen: bool
+    """Adds what was learnt to a checkpoint on rank 0, and refuses what was not saved whole."""
 
     def keep(self, folder: Path, step: int, skipped: int) -> None: ...
 
@@ -41,13 +39,17 @@ def save(engine: Any, run_dir: Path, state: TrainState, keep: int, keeper: Keepe
         shutil.rmtree(folder / aside, ignore_errors=True)
     dist.barrier()
     # Stages 1 and 2 need the universal info in the client state to be readable by another number of ranks.
-    client_state = {"train_state": state.as_dict(), "universal_checkpoint_info": {}}
+    client_state = {
+        "train_state": state.as_dict(),
+        "universal_checkpoint_info": {},
+        "master_names": _master_names(engine),
+    }
     engine.save_checkpoint(
         str(folder),
         tag=aside,
         client_state=client_state,
         save_latest=False,
-        exclude_frozen_parameters=not keeper.with_frozen,
+        exclude_frozen_parameters=True,
     )
     dist.barrier()
     on_rank_zero(lambda: keeper.keep(folder / aside, state.step, engine.skipped_steps))
@@ -106,23 +108,33 @@ def find(run_dir: Path, step: int | None) -> Path:
     return wanted
 
 
-def trained_weights(checkpoint: Path, *, with_frozen: bool) -> dict[str, Tensor]:
-    """The float32 weights in a checkpoint, gathered from all ranks' shards, with what was frozen or without."""
+def trained_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """What trained, by the names of the model's own parameters, in float32: gathered from all ranks' shards."""
     if not list(checkpoint.glob("*_optim_states.pt")):  # stage 0: whole on every rank
-        module: dict[str, Tensor] = _load(checkpoint / "mp_rank_00_model_states.pt")["module"]
+        states = _load(checkpoint / "mp_rank_00_model_states.pt")
+        module: dict[str, Tensor] = dict(states["module"])
+        for names, tensors in zip(states["master_names"], states["optimizer"].get("fp32_groups", ()), strict=False):
+            module |= dict(zip(names, tensors, strict=True))
         return module
     pick_accelerator()
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     with contextlib.redirect_stdout(io.StringIO()):  # it tells every shape
         weights: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(
-            str(checkpoint.parent), tag=checkpoint.name, exclude_frozen_parameters=not with_frozen
+            str(checkpoint.parent), tag=checkpoint.name, exclude_frozen_parameters=True
         )
     return weights
 
 
+def _master_names(engine: Any) -> list[list[str]]:
+    """At stage 0 in 16 bit: the names of the 32-bit masters, group by group as the optimizer holds them."""
+    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+    groups = getattr(engine.optimizer, "fp16_groups", ()) if engine.zero_optimization_stage() == 0 else ()
+    return [[names[id(parameter)] for parameter in group] for group in groups]
+
+
 def verify(checkpoint: Path, expected: dict[str, tuple[int, ...]]) -> None:
-    """Read back which tensors a checkpoint says it holds, and that the optimizer's weights of rank 0 are not all zero.
+    """Read back which tensors, by the names of the model's own parameters, a checkpoint says it holds, and that the optimizer's weights of rank 0 are not all zero.
 
     Raises:
         UserError: a trained tensor is missing or of another shape, or there are only zeros.
@@ -138,7 +150,7 @@ def verify(checkpoint: Path, expected: dict[str, tuple[int, ...]]) -> None:
     if shard is not None:
         state = _load(shard)["optimizer_state_dict"]
         flat = state.get("fp32_flat_groups") or state.get("single_partition_of_fp32_groups") or []
-    if wrong or any(part.numel() and not part.any() for part in flat):
+    if wrong or (flat and not any(part.any() for part in flat)):
         what = f"{wrong[0]} is {shapes.get(wrong[0], 'missing')}" if wrong else "its weights are zeros only"
         raise UserError(f"{checkpoint}: was not saved whole ({what}). The checkpoint before is whole; look at the disk")
 

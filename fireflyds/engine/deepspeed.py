@@ -61,13 +61,16 @@ def on_rank_zero(work: Callable[[], T]) -> T | None:
     """Do something on rank 0 while the others wait; its `UserError` becomes everybody's. Other ranks get None."""
     import torch.distributed as dist
 
-    result, failure = None, [None]
+    result, unexpected, failure = None, None, [None]
     if dist.get_rank() == 0:
         try:
             result = work()
-        except UserError as error:
-            failure = [str(error)]  # type: ignore[list-item]
+        except Exception as error:
+            unexpected = None if isinstance(error, UserError) else error
+            failure = [str(error) or repr(error)]  # type: ignore[list-item]
     dist.broadcast_object_list(failure)
+    if unexpected is not None:
+        raise unexpected
     if failure[0] is not None:
         raise UserError(failure[0])
     return result

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from fireflyds.config import DoctorConfig, Precision
 from fireflyds.errors import UserError
-from fireflyds.models.fuse import fuse, hidden_states
+from fireflyds.models.fuse import attention_place, fuse, hidden_states
 from fireflyds.models.load import DTYPES
 from fireflyds.models.positions import check_positions
 from fireflyds.types import IGNORE_INDEX
@@ -150,10 +150,5 @@ def _hidden(model: Any, batch: dict[str, Any]) -> Tensor:
 
 def _implementations(model: Any, device: torch.device) -> list[str]:
     """Those that can run what this model asks for, as far as its configuration tells."""
-    config, dtype = model.config, model.get_input_embeddings().weight.dtype
-    heads = config.num_attention_heads
-    where = dispatch.Where(
-        device.type, dispatch.capability_of(device), dtype, getattr(config, "head_dim", None) or config.hidden_size // heads,
-        window=bool(getattr(config, "sliding_window", None)), alibi=config.model_type == "bloom" or bool(getattr(config, "alibi", False)),
-    )  # fmt: skip
+    where = attention_place(model.config, device, model.get_input_embeddings().weight.dtype)
     return dispatch.runnable("packed_attention", where)

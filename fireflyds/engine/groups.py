@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from fireflyds.config import OptimConfig, Optimizer, Precision, TrainConfig, TuningMethod
+from fireflyds.errors import UserError
 
 # Bytes of optimizer state for one parameter; 16-bit weights have a 32-bit master beside.
 _STATE_BYTES = {Optimizer.adamw: 8, Optimizer.paged_adamw_32bit: 8, Optimizer.adamw_8bit: 2, Optimizer.muon: 8}
@@ -33,6 +34,9 @@ def parameter_groups(model: Any, config: TrainConfig) -> list[Group]:
     """Every trained parameter in one group: matrices of the body, norms, biases, embeddings, head, parts of adapters.
 
     A tied head counts as embeddings.
+
+    Raises:
+        UserError: a setting of a group in which nothing trains.
     """
     optim, muon = config.optim, config.optim.name is Optimizer.muon
     groups = [
@@ -49,7 +53,19 @@ def parameter_groups(model: Any, config: TrainConfig) -> list[Group]:
         if parameter.requires_grad:
             in_embeddings, in_head = id(parameter) in embeddings, id(parameter) in head
             by_name[_kind(name, parameter, in_embeddings, in_head)].parameters.append(parameter)
+    _refuse_unused(optim, by_name)
     return [group for group in groups if group.parameters]
+
+
+def _refuse_unused(optim: OptimConfig, by_name: dict[str, Group]) -> None:
+    for name in ("embeddings", "head", "norms", "biases"):
+        for key in ("lr", "weight_decay"):
+            value = getattr(getattr(optim, name), key)
+            if value is not None and not by_name[name].parameters:
+                raise UserError(
+                    f"optim.{name}.{key}={value}: no parameter of that group trains (a tied head is embeddings). Leave it "
+                    f"out (optim.{name}.{key}=null), or let tuning.* train them"
+                )
 
 
 def _configured(optim: OptimConfig, name: str) -> Group:
@@ -134,5 +150,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             if row["memory_bytes"] >= 2**27
             else f"{row['memory_bytes'] / 2**20:.1f} MiB"
         )
+        if not row["parameters"]:
+            continue
         lines.append(f"{row['group']:<15}{row['parameters']:>16,}{lr:>10}{decay:>8}  {row['dtype']:<10}{memory:>10}")
     return "\n".join(lines)

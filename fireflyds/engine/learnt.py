@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from fireflyds import app
-from fireflyds.config import TrainConfig
+from fireflyds.config import TrainConfig, TuningMethod
 from fireflyds.directories import read_json, write_aside
 from fireflyds.engine import checkpoint
 from fireflyds.engine.run_names import find_run
 from fireflyds.errors import UserError
 from fireflyds.models import trained
+from fireflyds.models.merge import set_magnitudes
 from fireflyds.models.trained import Trained
 
 # Beside a checkpoint; and what a run took over from an earlier one, in its own folder, so that it needs that no more.
@@ -19,7 +20,7 @@ LEARNT, START = "learnt", "start"
 
 @dataclass(frozen=True, slots=True)
 class Keeper:
-    """Writes what trained beside a checkpoint. Where everything trains, the checkpoint itself is that."""
+    """Writes what trained beside a checkpoint. Where the whole body trains, the shards themselves are that."""
 
     model: Any
     config: TrainConfig
@@ -27,39 +28,38 @@ class Keeper:
     about: dict[str, Any]
     """What it is of: hashes of base and tokenizer, vocabulary size."""
 
-    @property
-    def with_frozen(self) -> bool:
-        return self.config.tuning.trains_all
-
     def keep(self, folder: Path, step: int, skipped: int) -> None:
         """Write and read back, on rank 0, into the folder of a checkpoint that is not yet in place.
 
         Raises:
             UserError: what was read back is not what trained.
         """
-        expected = trained.trainable_shapes(self.model)
-        if self.with_frozen:
-            checkpoint.verify(folder, expected)
+        about = self.about | {"step": step}
+        if self.config.tuning.method is TuningMethod.full:
+            checkpoint.verify(folder, trained.trainable_shapes(self.model, by_plain_name=False))
+            trained.save(trained.rows_alone(self.model, about), folder / LEARNT)
             return
-        weights = checkpoint.trained_weights(folder, with_frozen=False)
+        weights = checkpoint.trained_weights(folder)
         names = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         live = {name: tensor for name, tensor in weights.items() if name in names}
-        found = trained.collect(self.model, live, self.adapter_config, self.about | {"step": step})
-        trained.save(found, folder / LEARNT)
-        trained.verify(folder / LEARNT, expected, updated=step > skipped)
+        trained.save(trained.collect(self.model, live, self.adapter_config, about), folder / LEARNT)
+        trained.verify(folder / LEARNT, trained.trainable_shapes(self.model), updated=step > skipped)
 
 
 def read(folder: Path) -> Trained:
     """What a checkpoint holds, in float32."""
-    if (folder / LEARNT).is_dir():
-        return trained.load(folder / LEARNT)
-    return Trained(weights=checkpoint.trained_weights(folder, with_frozen=True))
+    found = trained.load(folder / LEARNT)
+    if not (found.adapters or found.weights):
+        found.weights = trained.without_aliases(checkpoint.trained_weights(folder))
+    return found
 
 
 def restore(model: Any, run_dir: Path, folder: Path | None = None) -> None:
     """Give a freshly tuned model what its run took over from an earlier one, and what a checkpoint of it learnt."""
     if (run_dir / START).is_dir():
-        trained.restore(model, trained.load(run_dir / START), run_dir / START, must_cover=False)
+        start = trained.load(run_dir / START)
+        trained.restore(model, start, run_dir / START, must_cover=False)
+        set_magnitudes(model, but=start.adapters)
     if folder is not None:
         trained.restore(model, read(folder), folder, must_cover=True)
 

@@ -22,6 +22,11 @@ def check(config: TrainConfig) -> list[str]:
             f"optim={optim.name.name} with zero.offload_optimizer={zero.offload_optimizer.name}: bitsandbytes keeps its states "
             "on the GPU. Nearest: optim=adamw, which is DeepSpeed's CPU Adam there; or zero.offload_optimizer=none"
         )
+    if optim.name is Optimizer.muon and tuning.has_adapters:
+        raise UserError(
+            f"optim=muon with tuning={tuning.method.name}: no matrix of the body trains, so Muon would train nothing. Nearest: "
+            "optim=adamw, or tuning=full"
+        )
     quantised = tuning.method is TuningMethod.qlora
     if quantised and tuning.bits == 8 and zero.stage == 3:
         raise UserError(

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -16,7 +17,8 @@ from fireflyds.config import Precision, TrainConfig
 from fireflyds.data.mix import RowSequence
 from fireflyds.data.store import TokenStore
 from fireflyds.directories import write_whole
-from fireflyds.engine import groups
+from fireflyds.engine import checkpoint, groups
+from fireflyds.engine.learnt import START
 from fireflyds.errors import UserError
 from fireflyds.types import TrainState
 
@@ -65,7 +67,7 @@ def open_run(config: TrainConfig, yaml_text: str, inputs: dict[str, Any]) -> IO[
         raise UserError(
             f"run={config.run}: {run_dir} cannot be written ({error.strerror}). Give another run= or runs="
         ) from error
-    if file.exists():
+    if file.exists() and _has_begun(run_dir):
         changed = differences(yaml.safe_load(file.read_text(encoding="utf-8")), yaml.safe_load(yaml_text))
         changed += differences(json.loads((run_dir / INPUTS).read_text(encoding="utf-8")), inputs)
         if changed:
@@ -73,10 +75,17 @@ def open_run(config: TrainConfig, yaml_text: str, inputs: dict[str, Any]) -> IO[
                 f"run={config.run}: {run_dir} was started with another configuration ({'; '.join(changed)}). Give another run=, or the same values to go on"
             )
         return lock
+    # A start that was refused before its first step leaves the name free.
+    shutil.rmtree(run_dir / START, ignore_errors=True)
     write_whole(run_dir / "provenance.json", json.dumps(provenance(), indent=2))
     write_whole(run_dir / INPUTS, json.dumps(inputs, indent=2))
     write_whole(file, yaml_text)
     return lock
+
+
+def _has_begun(run_dir: Path) -> bool:
+    metrics = run_dir / "metrics.jsonl"
+    return bool(checkpoint.whole_checkpoints(run_dir)) or (metrics.exists() and metrics.stat().st_size > 0)
 
 
 def contents_of(folder: Path) -> str:

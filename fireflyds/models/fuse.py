@@ -5,15 +5,16 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from fireflyds_kernels import force
+from fireflyds_kernels import dispatch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from fireflyds import registry
-from fireflyds.config import HardwareConfig
+from fireflyds.config import HardwareConfig, Precision
 from fireflyds.errors import UserError
 from fireflyds.models import fused
 from fireflyds.models.boundaries import Boundaries, Packing
+from fireflyds.models.load import DTYPES
 from fireflyds.models.vocabulary import LossHead, RowHead
 
 ATTENTION = "fireflyds"
@@ -90,9 +91,30 @@ def fuse(model: Any) -> Any:
     return model
 
 
-def chosen_attention(config: HardwareConfig) -> AbstractContextManager[None]:
-    """Inside, packed attention runs the implementation that `hardware.attention` names."""
-    return nullcontext() if config.attention == "auto" else force(packed_attention=config.attention)
+def attention_place(hf_config: Any, device: torch.device, dtype: torch.dtype) -> dispatch.Where:
+    """What a model asks of packed attention, as far as its configuration tells."""
+    head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
+    alibi = hf_config.model_type == "bloom" or bool(getattr(hf_config, "alibi", False))
+    window = bool(getattr(hf_config, "sliding_window", None))
+    return dispatch.Where(device.type, dispatch.capability_of(device), dtype, head_dim, window, alibi)
+
+
+def chosen_attention(config: HardwareConfig, hf_config: Any, precision: Precision) -> AbstractContextManager[None]:
+    """Inside, packed attention runs the implementation that `hardware.attention` names.
+
+    Raises:
+        UserError: nothing is called so, or it cannot run here; told before anything is loaded.
+    """
+    if config.attention == "auto":
+        return nullcontext()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    refusals = dispatch.refusals("packed_attention", attention_place(hf_config, device, DTYPES[precision]))
+    able = ", ".join(["auto", *(name for name, why in refusals.items() if why is None)])
+    if config.attention not in refusals:
+        raise UserError(f"hardware.attention={config.attention}: no such implementation. Able here: {able}")
+    if why := refusals[config.attention]:
+        raise UserError(f"hardware.attention={config.attention}: cannot run here ({why}). Able here: {able}")
+    return dispatch.force(packed_attention=config.attention)
 
 
 def _check(model: Any, table: Any) -> None:

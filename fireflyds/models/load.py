@@ -33,6 +33,17 @@ def read_config(config: ModelConfig, encoder: Encoder) -> Any:
         raise UserError(
             "model.path is empty: a pretrained model needs its Hugging Face directory. Give model.path=<dir>"
         )
+    folder, loaded = Path(config.path), _from_directory(config)
+    if not 0 <= loaded.vocab_size - encoder.vocab_size < MAX_PADDING:
+        raise UserError(
+            f"model.path={folder}: the embeddings have {loaded.vocab_size} rows but the tokenizer "
+            f"{config.tokenizer_path} has {encoder.vocab_size} pieces; rows may exceed pieces by padding only. Name the "
+            "tokenizer that belongs to the model, or give the model rows for a larger one with launch/expand.py"
+        )
+    return scale_positions(loaded, config)
+
+
+def _from_directory(config: ModelConfig) -> Any:
     folder = Path(config.path)
     if not (folder / "config.json").is_file():
         raise UserError(f"model.path={folder}: no config.json there. Give the directory of a Hugging Face model")
@@ -43,23 +54,17 @@ def read_config(config: ModelConfig, encoder: Encoder) -> Any:
                 f"model.path={folder}: has {key}={getattr(loaded, key, None)}, model.architecture says {value}. Give the "
                 "directory of that model, or model=<path> for this one"
             )
-    if not 0 <= loaded.vocab_size - encoder.vocab_size < MAX_PADDING:
-        raise UserError(
-            f"model.path={folder}: the embeddings have {loaded.vocab_size} rows but the tokenizer "
-            f"{config.tokenizer_path} has {encoder.vocab_size} pieces; rows may exceed pieces by padding only. Name the "
-            "tokenizer that belongs to the model, or give the model rows for a larger one with launch/expand.py"
-        )
-    return scale_positions(loaded, config)
+    return loaded
 
 
 def architecture_of(config: ModelConfig) -> Any:
     """The Hugging Face configuration from the directory, or where none is given from `architecture` alone.
 
     Raises:
-        UserError: neither is there.
+        UserError: neither is there, or the two disagree.
     """
     if config.path:
-        return scale_positions(AutoConfig.from_pretrained(config.path), config)
+        return scale_positions(_from_directory(config), config)
     settings = dict(config.architecture)
     if "model_type" not in settings:
         raise UserError(

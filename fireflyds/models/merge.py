@@ -1,5 +1,6 @@
 """The plain model that computes what a tuned one does: adapters merged, rows joined, quantised weights unpacked."""
 
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -29,14 +30,30 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu() for name, tensor in merged.items()}
 
 
+def _directed_weight(layer: Any) -> Tensor:
+    a, b = layer.lora_A[ADAPTER].weight.float(), layer.lora_B[ADAPTER].weight.float()
+    return float_weight(layer.base_layer) + layer.scaling[ADAPTER] * (b @ a)
+
+
 def _adapted_weight(layer: Any) -> Tensor:
     """W + scaling · B A; under DoRA (arXiv 2402.09353) its rows are given the learnt magnitudes."""
-    a, b = layer.lora_A[ADAPTER].weight.float(), layer.lora_B[ADAPTER].weight.float()
-    weight = float_weight(layer.base_layer) + layer.scaling[ADAPTER] * (b @ a)
+    weight = _directed_weight(layer)
     if ADAPTER in getattr(layer, "lora_magnitude_vector", {}):
         magnitude = layer.lora_magnitude_vector[ADAPTER].weight.float()
         weight = weight * (magnitude / torch.linalg.norm(weight, dim=1))[:, None]
     return weight
+
+
+@torch.no_grad()
+def set_magnitudes(model: nn.Module, but: Container[str]) -> None:
+    """Give DoRA's magnitudes the norms of the weights they stand on, where these came after the adapters.
+
+    `but`: magnitudes, by plain names, that were learnt.
+    """
+    for name, module in model.named_modules():
+        if ADAPTER in getattr(module, "lora_magnitude_vector", {}) and f"{name}.lora_magnitude_vector" not in but:
+            weight = _directed_weight(module)
+            module.lora_magnitude_vector[ADAPTER].weight.copy_(torch.linalg.norm(weight, dim=1))
 
 
 def _is_plain(name: str) -> bool:

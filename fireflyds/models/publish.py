@@ -61,11 +61,11 @@ def reload_difference(folder: Path, trained: Any, encoder: Encoder, dtype: Preci
     """
     device = trained.device
     ids = torch.randint(0, encoder.vocab_size, (1, 64), generator=torch.Generator().manual_seed(0)).to(device)
-    # Training mode without dropout: in evaluation mode 8-bit layers round their inputs too.
-    trained = fuse(trained.train())
+    trained = fuse(trained.eval())
     for module in trained.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.eval()
+        # In evaluation mode 8-bit layers round their inputs too, which merged weights do not show.
+        if getattr(getattr(module, "weight", None), "dtype", None) is torch.int8 and not hasattr(module, "lora_A"):
+            module.train()
     for parameter in trained.parameters():
         if parameter.requires_grad:  # float32 beside a half-precision base
             parameter.data = parameter.data.to(trained.dtype)

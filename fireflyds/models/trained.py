@@ -36,9 +36,16 @@ class Trained:
 
     def over(self, earlier: "Trained") -> "Trained":
         """These tensors, and of an earlier stage those that this one did not train."""
-        rows = {name: first for name, first in earlier.first_rows.items() if name not in self.weights}
+        weights, rows = dict(earlier.weights), dict(earlier.first_rows)
+        for name, tensor in self.weights.items():
+            # New rows of a matrix whose old ones an earlier stage trained.
+            kept = self.first_rows.get(name, 0) - rows.get(name, 0) if name in weights else 0
+            weights[name] = torch.cat([weights[name][:kept], tensor]) if kept > 0 else tensor
+            rows[name] = (
+                min(rows.get(name, 0), self.first_rows.get(name, 0)) if kept > 0 else self.first_rows.get(name, 0)
+            )
         return Trained(
-            earlier.adapters | self.adapters, earlier.weights | self.weights, rows | self.first_rows,
+            earlier.adapters | self.adapters, weights, {name: first for name, first in rows.items() if first},
             self.adapter_config or earlier.adapter_config, self.about,
         )  # fmt: skip
 
@@ -56,10 +63,10 @@ def is_adapter(name: str) -> bool:
     return ".lora_" in name
 
 
-def trainable_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Plain name and whole shape of every parameter that trains, sharded or not."""
+def trainable_shapes(model: nn.Module, *, by_plain_name: bool = True) -> dict[str, tuple[int, ...]]:
+    """Name and whole shape of every parameter that trains, sharded or not."""
     return {
-        plain_name(name): tuple(getattr(parameter, "ds_shape", parameter.shape))
+        plain_name(name) if by_plain_name else name: tuple(getattr(parameter, "ds_shape", parameter.shape))
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
@@ -80,6 +87,20 @@ def collect(model: Any, live: Mapping[str, Tensor], adapter_config: Any, about: 
             "inference_mode": True,
         }
     return found
+
+
+def rows_alone(model: nn.Module, about: dict[str, Any]) -> Trained:
+    """Where the new rows of split matrices begin, without any tensor."""
+    split = [(name, module) for name, module in model.named_modules() if isinstance(module, RowEmbedding | RowHead)]
+    return Trained(first_rows={f"{name}.weight": module.first for name, module in split}, about=about)
+
+
+def without_aliases(live: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by plain names; of a tied matrix's two names the first."""
+    kept: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in live.items():
+        kept.setdefault(tensor.data_ptr(), (plain_name(name), tensor))
+    return dict(kept.values())
 
 
 def save(trained: Trained, folder: Path) -> None:
@@ -168,6 +189,7 @@ def restore(model: Any, trained: Trained, source: Path | str, *, must_cover: boo
         raise UserError(
             f"{source}: lacks {len(missing)} trained tensors, {missing[0]} among them. The checkpoint is not of this run"
         )
+    buffers = {name for name, _ in model.named_buffers()}
     matrices = {
         f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, RowEmbedding | RowHead)
     }
@@ -175,6 +197,8 @@ def restore(model: Any, trained: Trained, source: Path | str, *, must_cover: boo
         for name, tensor in (trained.adapters | trained.weights).items():
             if name in matrices:
                 _restore_rows(matrices[name], name, tensor, trained.first_rows.get(name, 0), source)
+            elif name in buffers:
+                continue
             elif name not in places:
                 raise UserError(
                     f"{source}: {name} has no place in this model; the run was tuned in another way. Export it with "

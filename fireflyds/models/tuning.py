@@ -118,8 +118,9 @@ def _full_match(expression: str, name: str) -> bool:
         raise UserError(f"tuning.target_modules: {expression!r} is no regular expression ({error})") from error
 
 
-def _unfreeze(model: nn.Module, expressions: list[str]) -> None:
+def _unfreeze(model: Any, expressions: list[str]) -> None:
     names = dict(model.named_parameters())
+    vocabulary = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
     for expression in expressions:
         try:
             found = [name for name in names if re.search(expression, name)]
@@ -128,6 +129,12 @@ def _unfreeze(model: nn.Module, expressions: list[str]) -> None:
         if not found:
             raise UserError(
                 f"tuning.trainable={expressions}: {expression!r} fits no parameter. Some there are: {', '.join(list(names)[1:6])}"
+            )
+        found = [name for name in found if id(names[name]) not in vocabulary]
+        if not found:
+            raise UserError(
+                f"tuning.trainable={expressions}: {expression!r} fits embeddings or head alone; tuning.embeddings and "
+                "tuning.head say which of their rows train"
             )
         for name in found:
             names[name].data = names[name].data.float()

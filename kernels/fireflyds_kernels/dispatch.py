@@ -241,6 +241,11 @@ def runnable(kernel: str, where: Where) -> list[str]:
     return [name for name, why in _KERNELS[kernel].refusals(where).items() if why is None and name != skipped]
 
 
+def refusals(kernel: str, where: Where) -> dict[str, str | None]:
+    """Every implementation with why it cannot run there, None for those that can."""
+    return _KERNELS[kernel].refusals(where)
+
+
 def describe() -> str:
     """A table of what runs on this machine's devices, by number format, and why better ones do not."""
     devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())] + [torch.device("cpu")]

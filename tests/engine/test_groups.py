@@ -86,6 +86,15 @@ def test_combinations_that_cannot_work_are_refused_with_the_nearest(overrides: l
         optimizers.check(_config(*overrides))
 
 
+def test_a_rate_for_a_group_in_which_nothing_trains_is_refused() -> None:
+    with pytest.raises(
+        UserError, match=r"optim.head.lr=0.5: no parameter of that group trains \(a tied head is embeddings\)"
+    ):
+        _groups("llama", "optim.head.lr=0.5", tie_word_embeddings=True)
+    with pytest.raises(UserError, match="optim=muon with tuning=lora: no matrix of the body trains"):
+        optimizers.check(_config("optim=muon", "tuning=lora"))
+
+
 def test_what_is_changed_or_strange_is_said_aloud() -> None:
     muon = _config("optim=muon", "optim.max_grad_norm=1")
     assert "optim.max_grad_norm=1 is taken as 0" in optimizers.check(muon)[0]

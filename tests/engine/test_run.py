@@ -19,6 +19,10 @@ def _open(tmp_path: Path, *overrides: str, base: str = "b") -> Path:
 
 def test_the_same_run_opens_again_and_another_configuration_is_refused(tmp_path: Path) -> None:
     run_dir = _open(tmp_path)
+    # Until its first step the name is free for what was meant.
+    _open(tmp_path, "optim.lr=0.25")
+    _open(tmp_path)
+    (run_dir / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     assert _open(tmp_path, "log_every=3", "checkpoint.every=7") == run_dir
     before = (run_dir / "config.yaml").read_bytes()
     with pytest.raises(UserError, match=r"optim.lr: 0.0002 -> 0.5"):

@@ -12,6 +12,7 @@ import torch
 from llama_bases import make_base
 from transformers import AutoModelForCausalLM
 
+from fireflyds.engine import learnt
 from fireflyds.models import trained
 
 ROOT = Path(__file__).parents[2]
@@ -66,7 +67,8 @@ def found(folder: Path) -> dict:
         cases[f"scale {stage}"] = case(base, "lora", stage, *FP16, steps=8, overflow=[2, 3])
         cases[f"least {stage}"] = case(base, "lora", stage, *FP16, steps=9, overflow=[2, 3, 4, 5, 6])
     for stage in (0, 2, 3):
-        cases[f"bf16 {stage}"] = case(base, "qlora", stage, "hardware.precision=bf16")
+        kept = str(folder / f"bf16-{stage}")
+        cases[f"bf16 {stage}"] = case(base, "qlora", stage, "hardware.precision=bf16", run_dir=kept)
     for optim in ("adamw", "paged_adamw_32bit", "adamw_8bit"):
         cases[optim] = case(base, "full", 2, f"optim={optim}", "optim.lr=1e-2", "optim.betas=[0.9,0.95]")
     cases["8 bit"] = case(base, "qlora", 2, "tuning.bits=8")
@@ -105,6 +107,16 @@ def test_quantised_training_in_bf16_is_equal_at_every_stage(found: dict) -> None
     assert found["8 bit"]["losses"][-1] < found["8 bit"]["losses"][0]
 
 
+def test_what_is_kept_of_bf16_training_is_in_float32(found: dict, folder: Path) -> None:
+    assert found
+    kept = [trained.load(next((folder / f"bf16-{s}" / "checkpoints").glob("step-*")) / "learnt") for s in (0, 2, 3)]
+    for each in kept:
+        for name, tensor in each.adapters.items():
+            assert tensor.dtype is torch.float32
+            assert not torch.equal(tensor, tensor.bfloat16().float()), f"{name} was rounded"
+            torch.testing.assert_close(tensor, kept[1].adapters[name], rtol=0.05, atol=2e-2)
+
+
 def test_optimizer_states_hold_the_new_rows_alone(found: dict) -> None:
     """Two moments of four bytes for every number that trains, spread over two ranks from stage 1 on."""
     rows = 20 * 64
@@ -115,11 +127,17 @@ def test_optimizer_states_hold_the_new_rows_alone(found: dict) -> None:
 @pytest.mark.parametrize("name", ["lora", "tied", "full", "qlora"])
 def test_every_stage_keeps_the_same_learnt_tensors(found: dict, folder: Path, name: str) -> None:
     assert found
-    kept = [trained.load(next((folder / f"{name}-{stage}" / "checkpoints").glob("step-*")) / "learnt") for stage in STAGES]
+    kept = [
+        trained.load(next((folder / f"{name}-{stage}" / "checkpoints").glob("step-*")) / "learnt") for stage in STAGES
+    ]
     rows = {"lora": 2, "tied": 1, "full": 2, "qlora": 0}[name]
     assert kept[0].first_rows == dict.fromkeys(["model.embed_tokens.weight", "lm_head.weight"][:rows], 40)
-    assert all(kept[0].weights[key].shape == (20, 64) for key in kept[0].first_rows)
     assert len(kept[0].adapters) == (0 if name == "full" else 28)
+    if name == "full":  # the shards themselves hold what trained
+        assert all(not each.weights for each in kept)
+        kept = [learnt.read(next((folder / f"full-{s}" / "checkpoints").glob("step-*"))) for s in STAGES]
+        assert len(kept[0].weights) == 2 + 1 + 2 * 9
+    assert all(kept[0].weights[key].shape == (20, 64) for key in kept[0].first_rows)
     for other in kept[1:]:
         assert other.adapters.keys() == kept[0].adapters.keys()
         for key, tensor in (kept[0].adapters | kept[0].weights).items():
@@ -136,10 +154,10 @@ def test_the_optimizers_agree_where_they_should(found: dict) -> None:
 
 def test_groups_have_their_own_learning_rates(found: dict, folder: Path) -> None:
     assert found["groups"]["lrs"][0] == [1e-2, 16e-2, 2e-3, 0.0]
-    learnt = trained.load(next((folder / "groups" / "checkpoints").glob("step-*")) / "learnt").weights
+    kept = trained.load(next((folder / "groups" / "checkpoints").glob("step-*")) / "learnt").weights
     start = AutoModelForCausalLM.from_pretrained(folder / "base").state_dict()
-    assert torch.equal(learnt["lm_head.weight"], start["lm_head.weight"])
-    assert not torch.equal(learnt["model.embed_tokens.weight"], start["model.embed_tokens.weight"])
+    assert torch.equal(kept["lm_head.weight"], start["lm_head.weight"])
+    assert not torch.equal(kept["model.embed_tokens.weight"], start["model.embed_tokens.weight"])
 
 
 def test_noise_on_embeddings_changes_training_alone(found: dict) -> None:
@@ -182,7 +200,7 @@ def test_no_gradient_dies_in_float16_with_a_large_vocabulary(found: dict, folder
     start = AutoModelForCausalLM.from_pretrained(folder / "large").state_dict()["lm_head.weight"]
     moved = []
     for name in ("large fp16", "large fp32"):
-        learnt = trained.load(next((folder / name / "checkpoints").glob("step-*")) / "learnt").weights["lm_head.weight"]
-        moved.append((learnt - start).abs() > 1e-4)
+        kept = trained.load(next((folder / name / "checkpoints").glob("step-*")) / "learnt").weights["lm_head.weight"]
+        moved.append((kept - start).abs() > 1e-4)
     assert moved[1].float().mean() > 0.98
     assert moved[0].float().mean() > 0.98 * moved[1].float().mean()

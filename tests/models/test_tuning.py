@@ -12,7 +12,7 @@ from fireflyds import app, registry
 from fireflyds.config import ModelConfig, ModelInit, Precision, Rows, TuningConfig, TuningMethod
 from fireflyds.errors import UserError
 from fireflyds.models import load, trained, tuning
-from fireflyds.models.merge import merged_state_dict
+from fireflyds.models.merge import merged_state_dict, set_magnitudes
 
 LLAMA = registry.find("fireflyds.models.families", "llama").FAMILY
 FROZEN = {"embeddings": Rows.frozen, "head": Rows.frozen}
@@ -270,3 +270,57 @@ def test_unknown_family_and_wrong_tokenizer_are_refused(base: Path, encoder) -> 
         )
     with pytest.raises(UserError, match="model.path is empty"):
         load.read_config(app.compose("plan", ["model=llama2_7b", "optim.steps=1"]).model, encoder)
+
+
+def test_a_later_stage_lies_over_an_earlier_one() -> None:
+    whole, rows = torch.arange(12.0).reshape(6, 2), -torch.ones(2, 2)
+    earlier = trained.Trained({"a": torch.ones(1)}, {"e.weight": whole, "n": torch.zeros(3)})
+    later = trained.Trained({"a": torch.zeros(1)}, {"e.weight": rows}, {"e.weight": 4})
+    both = later.over(earlier)
+    assert torch.equal(both.weights["e.weight"], torch.cat([whole[:4], rows]))
+    assert both.first_rows == {}
+    assert both.adapters["a"] == 0
+    assert torch.equal(both.weights["n"], torch.zeros(3))
+    again = earlier.over(later)
+    assert torch.equal(again.weights["e.weight"], whole)
+    assert again.first_rows == {}
+    assert later.over(trained.Trained(weights={"n": torch.ones(1)})).first_rows == {"e.weight": 4}
+
+
+def test_a_tied_model_that_trained_whole_is_a_start_for_adapters(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", tie_word_embeddings=True, base_vocab_size=40)
+    full = tuned(base, TuningConfig(method=TuningMethod.full, **ALL))
+    train_a_little(full)
+    found = trained.Trained(weights=trained.without_aliases(full.state_dict()))
+    trained.save(found, tmp_path / "start")
+    model = tuned(base, TuningConfig(**METHODS["lora"], **NEW))
+    trained.restore(model, trained.load(tmp_path / "start"), "start", must_cover=False)
+    ids = torch.randint(0, 60, (1, 11))
+    torch.testing.assert_close(model(ids).logits, full(ids).logits)
+
+
+def test_dora_on_a_body_that_an_earlier_stage_trained_starts_as_that_body(base: Path) -> None:
+    full = tuned(base, TuningConfig(method=TuningMethod.full, **ALL))
+    train_a_little(full)
+    model = tuned(base, TuningConfig(**METHODS["dora"], **FROZEN))
+    trained.restore(model, trained.Trained(weights=dict(full.state_dict())), "start", must_cover=False)
+    ids = torch.randint(0, 60, (1, 11))
+    assert (model(ids).logits - full(ids).logits).abs().max() > 1e-4
+    learnt = {name.removesuffix(".default.weight") for name, _ in model.named_parameters() if "magnitude" in name}
+    set_magnitudes(model, but=learnt)
+    assert (model(ids).logits - full(ids).logits).abs().max() > 1e-4
+    set_magnitudes(model, but=())
+    torch.testing.assert_close(model(ids).logits, full(ids).logits)
+
+
+def test_settings_that_would_do_nothing_are_refused(base: Path) -> None:
+    for settings, message in (
+        ({"method": TuningMethod.lora, "bits": 8}, "tuning.bits=8: only tuning=qlora"),
+        ({"method": TuningMethod.full, "use_dora": True}, "tuning.use_dora=True: tuning=full has no adapters"),
+        ({"method": TuningMethod.freeze, "loraplus_lr_ratio": 16.0}, "tuning=freeze has no adapters"),
+        ({"method": TuningMethod.lora, "alpha": 0.0}, "tuning.alpha=0.0: must be greater than 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            TuningConfig(**settings, **FROZEN)
+    with pytest.raises(UserError, match="fits embeddings or head alone; tuning.embeddings"):
+        tuned(base, TuningConfig(method=TuningMethod.freeze, trainable=["embed_tokens"], **FROZEN))

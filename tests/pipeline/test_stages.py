@@ -157,3 +157,30 @@ def test_the_plan_needs_no_weights_no_data_and_no_run(verb) -> None:
     refused = verb("plan", "experiment=firefly_llama2_7b_ext_cpt_qlora", "tuning.bits=8", "zero=3", check=False)
     assert refused.returncode == 2
     assert "Nearest: zero=2, or tuning.bits=4" in refused.stderr
+
+
+def test_a_start_that_was_refused_leaves_the_name_free(verb, tmp_path: Path, base_tokenizer: Path) -> None:
+    (tmp_path / "en.txt").write_text("\n".join(ENGLISH), encoding="utf-8")
+    verb("prepare", "data=en.txt", f"tokenizer={base_tokenizer}", "out=en", "workers=1")
+    base = [
+        "run=r",
+        "model=at_path",
+        "model.init=scratch",
+        f"model.tokenizer={base_tokenizer}",
+        "data=en",
+        "optim.steps=1",
+        *SMALL,
+    ]
+    base.append(f"model.architecture={ARCHITECTURE}")
+    for wrong, message in (
+        (["init_from=nope"], "init_from=nope: no such run in runs. Known: "),
+        (["tuning=lora", "tuning.target_modules=[q_porj]"], "'q_porj' fits no linear layer"),
+        (["hardware.attention=efficient"], "hardware.attention=efficient: cannot run here (needs an NVIDIA GPU). Able here: auto, reference"),
+        (["optim.head.lr=1", "tuning=lora"], "optim.head.lr=1.0: no parameter of that group trains"),
+    ):  # fmt: skip
+        done = verb("train", *base, *wrong, check=False)
+        assert done.returncode == 2, done.stderr
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+    verb("train", *base)
+    assert len(losses(tmp_path, "r")) == 1
