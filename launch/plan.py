@@ -17,13 +17,13 @@ def plan(config: PlanConfig) -> None:
     from fireflyds.engine import groups, optimizers
     from fireflyds.models import load, tuning
 
-    notes = optimizers.check(config)
+    # `auto` depends on the machine that trains, which this need not be.
+    precision = Precision.bf16 if config.hardware.precision is Precision.auto else config.hardware.precision
+    notes = optimizers.check(config, precision)
     hf_config = load.architecture_of(config.model)
     family = load.family_of(hf_config.model_type)
     new_rows_from = load.base_vocab_size(config.model, hf_config)
     model = tuning.apply(load.bare_model(hf_config), family, config.tuning, new_rows_from, config.seed)
-    # `auto` depends on the machine that trains, which this need not be.
-    precision = Precision.bf16 if config.hardware.precision is Precision.auto else config.hardware.precision
     rows = groups.rows_of_table(model, config, precision)
     total, trainable = groups.count_parameters(model)
     if config.format is PlanFormat.json:

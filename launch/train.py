@@ -10,28 +10,12 @@ The run lives in `runs/<run>`. The same command again resumes it from its newest
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 from fireflyds import app
-from fireflyds.config import Precision, TrainConfig
+from fireflyds.config import TrainConfig
 
 # A scheduler that sees this code may start the same command again.
 EXIT_INTERRUPTED = 75
-
-
-def packed_model(config: TrainConfig, hf_config: Any, precision: Precision) -> Any:
-    """The model in its packed forward pass, what trains marked, and what an earlier run learnt in place."""
-    from fireflyds.engine import learnt
-    from fireflyds.models.fuse import fuse
-    from fireflyds.models.noise import add_noise
-    from fireflyds.models.tuning import load_tuned
-
-    model = fuse(load_tuned(config, hf_config, precision))
-    learnt.restore(model, Path(config.run_dir))
-    add_noise(model, config.optim.neftune_noise_alpha)
-    if config.hardware.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model
 
 
 def train(config: TrainConfig) -> None:
@@ -43,6 +27,7 @@ def train(config: TrainConfig) -> None:
     from fireflyds.engine import checkpoint, deepspeed, learnt, metrics, optimizers, ranks, run, trackers
     from fireflyds.engine.journal import Journal
     from fireflyds.engine.loop import train_steps
+    from fireflyds.engine.packed import packed_model
     from fireflyds.engine.signals import StopRequest
     from fireflyds.models import load, tuning
     from fireflyds.models.fuse import chosen_attention, device_batch
@@ -50,8 +35,8 @@ def train(config: TrainConfig) -> None:
     from fireflyds.tokenizer.encoder import load_encoder
 
     me = ranks.discover(os.environ)
-    notes = optimizers.check(config)
     precision = deepspeed.resolve_precision(config.hardware)
+    notes = optimizers.check(config, precision)
     accumulation = deepspeed.accumulation_steps(config, me.world_size)
     encoder = load_encoder(config.model.tokenizer_path)
     hf_config = load.read_config(config.model, encoder)

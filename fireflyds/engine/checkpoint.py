@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fireflyds.engine.deepspeed import on_rank_zero, pick_accelerator
+from fireflyds.engine.optimizers import page_again
 from fireflyds.errors import UserError
 from fireflyds.types import TrainState
 
@@ -86,6 +87,7 @@ def load(engine: Any, run_dir: Path) -> TrainState:
     path, client_state = engine.load_checkpoint(str(newest.parent), tag=newest.name, load_module_strict=False)
     if path is None:
         raise UserError(f"{newest}: cannot be read back. Remove it to go on from the one before")
+    page_again(getattr(engine.optimizer, "optimizer", engine.optimizer))
     return TrainState(**client_state["train_state"])
 
 
@@ -134,7 +136,8 @@ def _master_names(engine: Any) -> list[list[str]]:
 
 
 def verify(checkpoint: Path, expected: dict[str, tuple[int, ...]]) -> None:
-    """Read back which tensors, by the names of the model's own parameters, a checkpoint says it holds, and that the optimizer's weights of rank 0 are not all zero.
+    """Read back which tensors, by the names of the model's own parameters, a checkpoint says it holds, that every
+    rank's shard can be opened, and that not all weights of the first are zero.
 
     Raises:
         UserError: a trained tensor is missing or of another shape, or there are only zeros.
@@ -145,11 +148,16 @@ def verify(checkpoint: Path, expected: dict[str, tuple[int, ...]]) -> None:
     else:
         shapes = {name: tuple(tensor.shape) for name, tensor in states["module"].items()}
     wrong = [name for name, shape in expected.items() if shapes.get(name) != shape]
-    shard = next(iter(sorted(checkpoint.glob("*pp_rank_0_mp_rank_00_optim_states.pt"))), None)
+    shards = sorted(checkpoint.glob("*_optim_states.pt"))
+    if shards and len(shards) != dist.get_world_size():
+        raise UserError(
+            f"{checkpoint}: holds {len(shards)} shards of {dist.get_world_size()}. Every rank must write to the same folder: "
+            "give runs= on a disk that all nodes share"
+        )
     flat: list[Tensor] = []
-    if shard is not None:
+    for shard in shards:
         state = _load(shard)["optimizer_state_dict"]
-        flat = state.get("fp32_flat_groups") or state.get("single_partition_of_fp32_groups") or []
+        flat = flat or state.get("fp32_flat_groups") or state.get("single_partition_of_fp32_groups") or []
     if wrong or (flat and not any(part.any() for part in flat)):
         what = f"{wrong[0]} is {shapes.get(wrong[0], 'missing')}" if wrong else "its weights are zeros only"
         raise UserError(f"{checkpoint}: was not saved whole ({what}). The checkpoint before is whole; look at the disk")
@@ -158,5 +166,10 @@ def verify(checkpoint: Path, expected: dict[str, tuple[int, ...]]) -> None:
 def _load(file: Path) -> dict[str, Any]:
     import torch
 
-    states: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=False, mmap=True)
+    try:
+        states: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=False, mmap=True)
+    except (RuntimeError, OSError, EOFError) as error:
+        raise UserError(
+            f"{file}: cannot be read back ({error}). Look at the disk, and go on from a checkpoint before"
+        ) from error
     return states

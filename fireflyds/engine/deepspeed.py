@@ -170,7 +170,7 @@ def build_engine(model: nn.Module, config: TrainConfig, precision: Precision, ac
         dist_init_required=False,
     )
     if config.zero.stage == 0:
-        optimizer.state.clear()
+        optimizers.forget_steps(optimizer)
     return engine
 
 

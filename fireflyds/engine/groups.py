@@ -53,6 +53,8 @@ def parameter_groups(model: Any, config: TrainConfig) -> list[Group]:
         if parameter.requires_grad:
             in_embeddings, in_head = id(parameter) in embeddings, id(parameter) in head
             by_name[_kind(name, parameter, in_embeddings, in_head)].parameters.append(parameter)
+    if muon and not by_name["matrices"].parameters:
+        raise UserError("optim=muon: no matrix of the body trains, so Muon would train nothing. Use optim=adamw")
     _refuse_unused(optim, by_name)
     return [group for group in groups if group.parameters]
 
@@ -97,7 +99,9 @@ def rows_of_table(model: Any, config: TrainConfig, precision: Precision) -> list
     rows: list[dict[str, Any]] = []
     for group in parameter_groups(model, config):
         state = _MUON_STATE_BYTES if group.use_muon else _STATE_BYTES[config.optim.name]
-        each = 2 * wide + (0 if wide == 4 else 4) + state
+        # In float32 ZeRO keeps a copy of the weights as masters too.
+        masters = 4 if wide == 2 or config.zero.stage else 0
+        each = 2 * wide + masters + state
         rows.append(
             {
                 "group": group.name, "parameters": group.num_parameters, "lr": group.lr,

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -48,7 +49,8 @@ def train_steps(
         batches = next(ready)
         waited = time.perf_counter() - started
         # Dropout is a function of the step, so a resumed run drops what an undisturbed one would have.
-        torch.manual_seed(seed * 1_000_003 + number * world_size + dist.get_rank())
+        reseed = partial(torch.manual_seed, seed * 1_000_003 + number * world_size + dist.get_rank())
+        reseed()
         tokens = sum(batch.input_ids.numel() for batch in batches)
         counts = torch.tensor(
             [sum(batch.num_learned for batch in batches), tokens], dtype=torch.float64, device=engine.device
@@ -61,7 +63,7 @@ def train_steps(
 
         scale = loss_scale(engine)
         try:
-            loss, norm = _optimizer_step(engine, batches, world_size, learned, to_device, watch)
+            loss, norm = _optimizer_step(engine, batches, world_size, learned, to_device, watch, reseed)
         except UserError as error:
             raise UserError(f"step {number + 1}: {error}") from error
         state.step, state.tokens, state.learned_tokens = (
@@ -91,6 +93,7 @@ def _optimizer_step(
     learned: int,
     to_device: Callable[[PackedBatch, torch.device], dict[str, Any]],
     watch: Watch,
+    reseed: Callable[[], Any],
 ) -> tuple[float, float]:
     """Forward, backward and update over the step's micro-batches. Returns the loss per learned token and the gradient norm."""
     # DeepSpeed averages gradients over ranks and divides the loss by the accumulation; both are undone.
@@ -108,32 +111,29 @@ def _optimizer_step(
         if number + 1 == len(batches):
             dist.all_reduce(total)
             if not math.isfinite(total):
+                reseed()
                 raise UserError(_not_finite(engine, batches, to_device, watch, float(total)))
         norm = _replicated_grad_norm(engine)
-        _update(engine, watch, watched and number + 1 == len(batches))
+        _update(engine, watch)
     return float(total) / max(learned, 1), float(norm if norm is not None else engine.get_global_grad_norm() or 0.0)
 
 
-def _update(engine: Any, watch: Watch, ends_the_run: bool) -> None:
+def _update(engine: Any, watch: Watch) -> None:
     try:
         engine.step()
-        # Stage 0 would skip steps for ever.
-        failed = ends_the_run and engine.optimizer.overflow
     except Exception as error:
         if "loss scale already at minimum" not in str(error):
             raise
-        failed = True
-    if failed:
         raise UserError(
             f"a gradient overflows float16 at the least loss scale ({loss_scale(engine):g}); {watch.report()}. The newest "
             "checkpoint is whole. Lower optim.lr, look at that batch, or train where there is bf16"
-        )
+        ) from error
 
 
 def _not_finite(
     engine: Any, batches: list[PackedBatch], to_device: Callable[..., dict[str, Any]], watch: Watch, loss: float
 ) -> str:
-    """Look for the cause in one more forward pass: the weights are still those of before the step."""
+    """Look for the cause in one more forward pass, with the weights and the random numbers of the first."""
     watch.forget()
     with torch.no_grad():
         for number, batch in enumerate(batches):

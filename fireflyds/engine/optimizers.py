@@ -4,12 +4,12 @@ from typing import Any
 
 import torch
 
-from fireflyds.config import Offload, OptimConfig, Optimizer, TrainConfig, TuningMethod
+from fireflyds.config import ModelInit, Offload, OptimConfig, Optimizer, Precision, TrainConfig, TuningMethod
 from fireflyds.engine.groups import Group
 from fireflyds.errors import UserError
 
 
-def check(config: TrainConfig) -> list[str]:
+def check(config: TrainConfig, precision: Precision) -> list[str]:
     """Refuse what a ZeRO stage or offloading does not support, before anything is loaded. Returns notes for people.
 
     Raises:
@@ -27,7 +27,16 @@ def check(config: TrainConfig) -> list[str]:
             f"optim=muon with tuning={tuning.method.name}: no matrix of the body trains, so Muon would train nothing. Nearest: "
             "optim=adamw, or tuning=full"
         )
+    if precision is Precision.fp16 and zero.stage == 0:
+        raise UserError(
+            "hardware.precision=fp16 with zero.stage=0: DeepSpeed scales no loss there, so small gradients would vanish. "
+            "Nearest: zero=1, which is the same on one GPU"
+        )
     quantised = tuning.method is TuningMethod.qlora
+    if quantised and config.model.init is ModelInit.scratch:
+        raise UserError(
+            "tuning=qlora with model.init=scratch: there are no weights to quantise. Nearest: tuning=full for a model from scratch"
+        )
     if quantised and tuning.bits == 8 and zero.stage == 3:
         raise UserError(
             "tuning.bits=8 with zero.stage=3: 8-bit weights gathered from shards give wrong losses. Nearest: zero=2, or "
@@ -79,6 +88,24 @@ def build(groups: list[Group], config: TrainConfig) -> torch.optim.Optimizer:
     kind = {Optimizer.paged_adamw_32bit: "PagedAdamW32bit", Optimizer.adamw_8bit: "AdamW8bit"}[optim.name]
     made: torch.optim.Optimizer = getattr(bitsandbytes.optim, kind)(settings, betas=betas, eps=optim.eps)
     return made
+
+
+def forget_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Count steps from 0 again. Moments stay: after a step with zero gradients they are zero."""
+    for state in optimizer.state.values():
+        if "step" in state:
+            state["step"] = torch.zeros_like(state["step"]) if isinstance(state["step"], torch.Tensor) else 0
+
+
+def page_again(optimizer: Any) -> None:
+    """Put the loaded states of a paged optimizer back where they can leave the GPU; loading them does not."""
+    if not getattr(optimizer, "is_paged", False):
+        return
+    for parameter, state in optimizer.state.items():
+        for key in ("state1", "state2"):
+            if key in state and not getattr(state[key], "is_paged", False):
+                buffer = optimizer.get_state_buffer(parameter, dtype=state[key].dtype)
+                state[key] = buffer.copy_(state[key])
 
 
 def _muon(

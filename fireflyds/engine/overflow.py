@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class Watch:
-    """Looks at every module's output and at the gradient that comes back to it. Costs a wait for the device each, so
+    """Looks at every module's output, at the gradient that comes back to it, and at those of what trains. Costs a wait for the device each, so
     only steps that may end the run are watched."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -25,6 +25,9 @@ class Watch:
         self._micro_batch = micro_batch
         named = [(name, module) for name, module in self._model.named_modules() if name]
         hooks = [module.register_forward_hook(partial(self._see, name)) for name, module in named]
+        for name, parameter in self._model.named_parameters():
+            if parameter.requires_grad:
+                hooks.append(parameter.register_hook(partial(self._check, f"the gradient of {name}")))
         try:
             yield
         finally:
@@ -41,7 +44,7 @@ class Watch:
         dist.all_gather_object(found, self._first)
         firsts = [(batch, rank, name) for rank, first in enumerate(found) if first for batch, name in [first]]
         if not firsts:
-            return "every output and every gradient of an output was finite, so the sum over micro-batches overflowed"
+            return "every output and every gradient of one micro-batch was finite, so it is their sum that is not"
         batch, rank, name = min(firsts)
         return f"the first tensor that is not finite is {name}, in micro-batch {batch + 1} of rank {rank}"
 

@@ -1,5 +1,8 @@
 """Weights from a directory, or drawn at random for an architecture."""
 
+import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precisi
 
 # Published models pad their embeddings by a few hundred rows at most (Qwen2: 271).
 MAX_PADDING = 1024
+_NO_THREADS = "HF_DEACTIVATE_ASYNC_LOAD"
 
 
 def read_config(config: ModelConfig, encoder: Encoder) -> Any:
@@ -110,8 +114,22 @@ def load_model(
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
     else:
-        # Quantised shard by shard on the device itself: the whole model is nowhere in 16 bit.
-        device = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
-        options = {} if quantization is None else {"quantization_config": quantization, "device_map": device}
-        model = AutoModelForCausalLM.from_pretrained(config.path, config=hf_config, dtype=dtype, **options)
+        load = partial(AutoModelForCausalLM.from_pretrained, config.path, config=hf_config, dtype=dtype)
+        model = load() if quantization is None else _quantised(load, quantization)
     return Loaded(model, family)
+
+
+def _quantised(load: Callable[..., Any], quantization: Any) -> Any:
+    """Quantised tensor by tensor on the device itself: the whole model is nowhere in 16 bit.
+
+    Threads of transformers would read ahead of the quantisation, at worst the whole model onto the device.
+    """
+    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+    before = os.environ.get(_NO_THREADS)
+    os.environ[_NO_THREADS] = "1"
+    try:
+        return load(quantization_config=quantization, device_map={"": device})
+    finally:
+        del os.environ[_NO_THREADS]
+        if before is not None:
+            os.environ[_NO_THREADS] = before

@@ -13,21 +13,23 @@ from fireflyds.models.vocabulary import RowEmbedding, RowHead
 _PARTS = (".base_layer.", ".lora_", ".weight.absmax", ".weight.quant", ".weight.nested", ".SCB", ".weight_format")
 
 
+@torch.no_grad()
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Every weight of the plain model, on the host. Merging happens in float32: a merge into 4 bit would lose what was learnt."""
-    merged = {name: tensor for name, tensor in model.state_dict().items() if _is_plain(name)}
+    """Every weight of the plain model, on the host, one matrix at a time. Merging happens in float32: a merge into 4 bit would lose
+    what was learnt."""
+    merged = {name: tensor.cpu() for name, tensor in model.state_dict().items() if _is_plain(name)}
     for name, module in model.named_modules():
         if isinstance(module, RowEmbedding | RowHead):
             for part in ("old", "new"):
                 merged.pop(f"{name}.{part}")
-            merged[f"{name}.weight"] = torch.cat([module.old.float(), module.new.float()])
+            merged[f"{name}.weight"] = torch.cat([module.old.cpu().float(), module.new.cpu().float()])
         elif hasattr(module, "lora_A"):
-            merged[f"{name}.weight"] = _adapted_weight(module)
+            merged[f"{name}.weight"] = _adapted_weight(module).cpu()
             if module.base_layer.bias is not None:
-                merged[f"{name}.bias"] = module.base_layer.bias
+                merged[f"{name}.bias"] = module.base_layer.bias.cpu()
         elif is_quantised(getattr(module, "weight", None)) and _is_plain(f"{name}.weight"):
-            merged[f"{name}.weight"] = float_weight(module)
-    return {name: tensor.detach().cpu() for name, tensor in merged.items()}
+            merged[f"{name}.weight"] = float_weight(module).cpu()
+    return merged
 
 
 def _directed_weight(layer: Any) -> Tensor:

@@ -16,8 +16,9 @@ def add_noise(model: Any, alpha: float) -> None:
         if not module.training:
             return output
         lengths = model.packing.boundaries.cu_seqlens.diff()
-        tokens = lengths.repeat_interleave(lengths, output_size=output.shape[-2]).to(output.dtype)
-        width = alpha / (tokens * output.shape[-1]).sqrt()
-        return output + torch.empty_like(output).uniform_(-1, 1) * width[:, None]
+        tokens = lengths.repeat_interleave(lengths, output_size=output.shape[-2])
+        # In float32: tokens times width leaves float16's range.
+        width = alpha / (tokens.float() * output.shape[-1]).sqrt()
+        return output + torch.empty_like(output).uniform_(-1, 1) * width[:, None].to(output.dtype)
 
     model.get_input_embeddings().register_forward_hook(noisy)

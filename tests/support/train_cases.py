@@ -33,10 +33,10 @@ from fireflyds import app  # noqa: E402
 from fireflyds.config import TrainConfig  # noqa: E402
 from fireflyds.engine import checkpoint, deepspeed, learnt, optimizers, ranks  # noqa: E402
 from fireflyds.engine.loop import train_steps  # noqa: E402
+from fireflyds.engine.packed import packed_model  # noqa: E402
 from fireflyds.errors import UserError  # noqa: E402
 from fireflyds.models import load, tuning  # noqa: E402
-from fireflyds.models.fuse import device_batch, fuse  # noqa: E402
-from fireflyds.models.noise import add_noise  # noqa: E402
+from fireflyds.models.fuse import device_batch  # noqa: E402
 from fireflyds.types import IGNORE_INDEX, PackedBatch, TrainState  # noqa: E402
 
 ROWS, LENGTHS = 4, (20, 1, 11)
@@ -72,16 +72,15 @@ def run_case(case: dict, me: ranks.Ranks) -> dict:
         "train",
         ["run=x", "data=a/b", "optim.steps=9", "global_batch_size=4", "optim.schedule=constant", *case["overrides"]],
     )
-    optimizers.check(config)
     precision = deepspeed.resolve_precision(config.hardware)
+    optimizers.check(config, precision)
     hf_config = load.architecture_of(config.model)
-    model = fuse(tuning.load_tuned(config, hf_config, precision))
-    add_noise(model, config.optim.neftune_noise_alpha)
+    model = packed_model(config, hf_config, precision)
     engine = deepspeed.build_engine(model, config, precision, ROWS // me.world_size)
     state = TrainState()
     if case.get("resume"):
         state = checkpoint.load(engine, Path(case["resume"]))
-    found = {"losses": [], "scales": [], "skipped": [], "lrs": [], "error": None}
+    found = {"losses": [], "scales": [], "skipped": [], "norms": [], "lrs": [], "error": None}
 
     def spoil(module, inputs, output):
         return output * 1e12 if state.step + 1 in case.get("overflow", ()) else output
@@ -95,6 +94,7 @@ def run_case(case: dict, me: ranks.Ranks) -> dict:
             found["losses"].append(step.loss)
             found["scales"].append(step.extra.get("loss_scale"))
             found["skipped"].append(step.extra["skipped_steps"])
+            found["norms"].append(step.grad_norm)
             found["lrs"].append([group["lr"] for group in engine.optimizer.param_groups])
             if step.step + 1 == case.get("nan_at"):
                 with torch.no_grad():
