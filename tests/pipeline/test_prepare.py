@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -88,7 +89,9 @@ def test_a_killed_prepare_goes_on_where_it_was(tmp_path: Path, base_tokenizer: P
         "out=s",
         "workers=1",
     ]
-    running = subprocess.Popen(command, cwd=tmp_path, start_new_session=True)
+    # Whoever runs the tests in the background ignores SIGINT, and what they start would too.
+    heeded = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    running = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, preexec_fn=heeded)
     place = tmp_path / ".s.partial" / "parts"
     for _ in range(1200):
         if place.exists() and list(place.glob("*.json")):
