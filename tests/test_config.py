@@ -75,6 +75,12 @@ def test_a_composed_config_survives_its_yaml(tmp_path: Path) -> None:
     assert app.from_yaml(file, config.TrainConfig) == made
 
 
+def test_a_model_without_its_directory_says_so_first() -> None:
+    made = app.compose("train", ["run=x", "model=llama2_7b", "data=some/store", "optim.steps=3"])
+    with pytest.raises(UserError, match="model.path is empty"):
+        assert made.model.tokenizer_path
+
+
 def test_zero_takes_the_stage_alone() -> None:
     assert [app.compose("train", [*GOOD, f"zero={stage}"]).zero.stage for stage in range(4)] == [0, 1, 2, 3]
 

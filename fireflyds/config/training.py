@@ -45,6 +45,11 @@ class ModelConfig:
 
     @property
     def tokenizer_path(self) -> str:
+        """Raises `UserError` when neither a tokenizer nor a model is given."""
+        if not (self.tokenizer or self.path):
+            raise UserError(
+                "model.path is empty: a pretrained model needs its Hugging Face directory. Give model.path=<dir>"
+            )
         return self.tokenizer or self.path
 
 
