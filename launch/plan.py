@@ -8,6 +8,7 @@ architecture's numbers.
 """
 
 import json
+from dataclasses import asdict
 
 from fireflyds import app
 from fireflyds.config import PlanConfig, PlanFormat, Precision
@@ -27,7 +28,11 @@ def plan(config: PlanConfig) -> None:
     rows = groups.rows_of_table(model, config, precision)
     total, trainable = groups.count_parameters(model)
     if config.format is PlanFormat.json:
-        print(json.dumps({"parameters": total, "trainable_parameters": trainable, "groups": rows}))
+        print(
+            json.dumps(
+                {"parameters": total, "trainable_parameters": trainable, "groups": [asdict(row) for row in rows]}
+            )
+        )
         return
     print(f"{trainable:,} of {total:,} parameters train\n{groups.table(rows)}")
     if config.hardware.precision is Precision.auto:

@@ -36,6 +36,8 @@ def test_overrides_reach_the_typed_config() -> None:
         ([*GOOD, "tuning=qlora", "tuning.r=0"], "tuning.r=0"),
         ([*GOOD, "zero.extra.scheduler=x"], "zero.extra.scheduler"),
         ([*GOOD, "optim.lr=nan"], "optim.lr=nan: must be greater than 0"),
+        ([*GOOD, "optim.head.lr=-1"], "optim.head.lr=-1.0: must be a number of at least 0"),
+        ([*GOOD, "hardware.hysteresis=0"], "hardware.hysteresis=0: must be at least 1"),
         ([*GOOD, "optim.eps=-1"], "optim.eps=-1.0: must be greater than 0"),
         ([*GOOD, "optim.warmup_steps=-5"], "optim.warmup_steps=-5: must be a number of at least 0"),
         ([*GOOD, "optim.betas=[0.9]"], "two numbers in [0, 1)"),

@@ -16,18 +16,12 @@ class GroupConfig:
     weight_decay: float | None = None
     """Weight decay of this group; unset: `optim.weight_decay` for matrices, 0 for norms and biases."""
 
-    def __post_init__(self) -> None:
-        for name in ("lr", "weight_decay"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise UserError(f"{name}={value} of a parameter group: must be a number of at least 0")
-
 
 @dataclass(kw_only=True, slots=True)
 class OptimConfig:
     name: Optimizer = MISSING
     """`adamw` (fused on a GPU; DeepSpeed's CPU Adam where `zero.offload_optimizer` is on), `paged_adamw_32bit`,
-    `adamw_8bit` (both bitsandbytes, on a GPU) or `muon` (matrices of the body; AdamW for the rest)."""
+    `adamw_8bit` (both bitsandbytes; on a CPU nothing is paged) or `muon` (matrices of the body; AdamW for the rest)."""
     steps: int | None = None
     """Optimizer steps. Goes before `epochs`."""
     epochs: float | None = None
@@ -77,7 +71,13 @@ class OptimConfig:
                 raise UserError(f"optim.{name}={getattr(self, name)}: must be in [0, 1]")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"optim.betas={list(self.betas)}: two numbers in [0, 1) are needed, such as [0.9, 0.95]")
-        for name in ("neftune_noise_alpha", "max_grad_norm", "weight_decay", "warmup_steps"):
-            value = getattr(self, name)
+        not_negative = {
+            name: getattr(self, name)
+            for name in ("neftune_noise_alpha", "max_grad_norm", "weight_decay", "warmup_steps")
+        }
+        for group in ("embeddings", "head", "norms", "biases"):
+            own = getattr(self, group)
+            not_negative |= {f"{group}.lr": own.lr, f"{group}.weight_decay": own.weight_decay}
+        for name, value in not_negative.items():
             if value is not None and not 0 <= value < math.inf:
                 raise UserError(f"optim.{name}={value}: must be a number of at least 0")

@@ -39,7 +39,7 @@ class ModelConfig:
     in the model's `config.json`."""
 
     def __post_init__(self) -> None:
-        require_at_least(self, base_vocab_size=1)
+        require_at_least(self, "model.", base_vocab_size=1)
         if self.init is ModelInit.scratch and not (self.tokenizer and self.architecture.get("model_type")):
             raise UserError("model.init=scratch needs model.tokenizer and model.architecture.model_type; give both")
 
@@ -114,7 +114,7 @@ class HardwareConfig:
     """A collective that takes longer ends the run."""
 
     def __post_init__(self) -> None:
-        require_at_least(self, loss_scale_window=1, hysteresis=1, min_loss_scale=2.0**-14)
+        require_at_least(self, "hardware.", loss_scale_window=1, hysteresis=1, min_loss_scale=2.0**-14)
         if not 0 <= self.initial_scale_power <= 32 or 2.0**self.initial_scale_power < self.min_loss_scale:
             raise UserError(
                 f"hardware.initial_scale_power={self.initial_scale_power}: must be from 0 to 32, and 2 to it at least "

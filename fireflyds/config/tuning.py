@@ -50,7 +50,9 @@ class TuningConfig:
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"tuning.{name}={getattr(self, name)}: must be greater than 0")
         if self.bits == 8 and self.method is not TuningMethod.qlora:
-            raise UserError(f"tuning.bits=8: only tuning=qlora has a quantised base, this is {self.method.name}")
+            raise UserError(
+                f"tuning.bits=8: only tuning=qlora has a quantised base, this is {self.method.name}. Leave it out"
+            )
         of_adapters = {"use_rslora": False, "use_dora": False, "loraplus_lr_ratio": 1.0}
         for name, neutral in of_adapters.items():
             if getattr(self, name) != neutral and not self.has_adapters:

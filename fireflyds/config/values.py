@@ -130,9 +130,9 @@ class PromptStyle(Enum):
     chat = 2
 
 
-def require_at_least(config: Any, **least: float) -> None:
-    """Raises `UserError` for the first field of `config` below its least value."""
+def require_at_least(config: Any, section: str = "", /, **least: float) -> None:
+    """Raises `UserError` for the first field of `config` below its least value; `section` stands before its name."""
     for name, bound in least.items():
         value = getattr(config, name)
         if value is not None and value < bound:
-            raise UserError(f"{name}={value}: must be at least {bound}")
+            raise UserError(f"{section}{name}={value}: must be at least {bound:g}")

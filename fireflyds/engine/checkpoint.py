@@ -142,7 +142,10 @@ def verify(checkpoint: Path, expected: dict[str, tuple[int, ...]]) -> None:
     Raises:
         UserError: a trained tensor is missing or of another shape, or there are only zeros.
     """
-    states = _load(next(iter(sorted(checkpoint.glob("*mp_rank_00_model_states.pt")))))
+    found = sorted(checkpoint.glob("*mp_rank_00_model_states.pt"))
+    if not found:
+        raise UserError(f"{checkpoint}: holds no model states. The checkpoint before is whole; look at the disk")
+    states = _load(found[0])
     if groups := states.get("param_shapes"):
         shapes = {name: tuple(shape) for group in groups for name, shape in group.items()}
     else:

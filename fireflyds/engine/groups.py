@@ -89,30 +89,35 @@ def _kind(name: str, parameter: nn.Parameter, in_embeddings: bool, in_head: bool
     return "matrices" if parameter.dim() > 1 else "norms"
 
 
-def rows_of_table(model: Any, config: TrainConfig, precision: Precision) -> list[dict[str, Any]]:
-    """A row for each group, and one for what is frozen.
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A line of the table. `memory_bytes`: weights, gradients, 32-bit masters and optimizer states over all ranks, before
+    ZeRO spreads them; activations come on top."""
 
-    `memory_bytes` is what weights, gradients, 32-bit masters and optimizer states take over all ranks, before ZeRO
-    spreads them; activations come on top.
-    """
+    group: str
+    parameters: int
+    lr: float | None
+    weight_decay: float | None
+    dtype: str
+    memory_bytes: int
+
+
+def rows_of_table(model: Any, config: TrainConfig, precision: Precision) -> list[Row]:
+    """A row for each group, and as the last one what is frozen."""
     wide = 4 if precision is Precision.fp32 else 2
-    rows: list[dict[str, Any]] = []
+    rows = []
     for group in parameter_groups(model, config):
         state = _MUON_STATE_BYTES if group.use_muon else _STATE_BYTES[config.optim.name]
         # In float32 ZeRO keeps a copy of the weights as masters too.
         masters = 4 if wide == 2 or config.zero.stage else 0
         each = 2 * wide + masters + state
-        rows.append(
-            {
-                "group": group.name, "parameters": group.num_parameters, "lr": group.lr,
-                "weight_decay": group.weight_decay, "dtype": precision.name, "memory_bytes": each * group.num_parameters,
-            }
-        )  # fmt: skip
+        number = group.num_parameters
+        rows.append(Row(group.name, number, group.lr, group.weight_decay, precision.name, each * number))
     rows.append(_frozen(model, config, precision.name, wide))
     return rows
 
 
-def _frozen(model: Any, config: TrainConfig, precision: str, wide: int) -> dict[str, Any]:
+def _frozen(model: Any, config: TrainConfig, precision: str, wide: int) -> Row:
     """The body's linear layers are quantised under QLoRA, also where the model is a bare one that only will be."""
     quantised = plain = 0
     head = model.get_output_embeddings()
@@ -126,10 +131,8 @@ def _frozen(model: Any, config: TrainConfig, precision: str, wide: int) -> dict[
         elif not parameter.requires_grad:
             plain += parameter.numel()
     kinds = [("nf4" if config.tuning.bits == 4 else "int8")] * bool(quantised) + [precision] * bool(plain)
-    return {
-        "group": "frozen", "parameters": quantised + plain, "lr": None, "weight_decay": None, "dtype": "+".join(kinds),
-        "memory_bytes": round(quantised * _QUANTISED_BYTES[config.tuning.bits] + plain * wide),
-    }  # fmt: skip
+    held = round(quantised * _QUANTISED_BYTES[config.tuning.bits] + plain * wide)
+    return Row("frozen", quantised + plain, None, None, "+".join(kinds), held)
 
 
 def _numel(parameter: Any) -> int:
@@ -144,17 +147,13 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return sum(number for number, _ in each), sum(number for number, trains in each if trains)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[Row]) -> str:
     """Rows for people to read."""
     lines = [f"{'group':<15}{'parameters':>16}{'lr':>10}{'decay':>8}  {'dtype':<10}{'memory':>10}"]
     for row in rows:
-        lr, decay = ("-" if row[key] is None else f"{row[key]:g}" for key in ("lr", "weight_decay"))
-        memory = (
-            f"{row['memory_bytes'] / 2**30:.2f} GiB"
-            if row["memory_bytes"] >= 2**27
-            else f"{row['memory_bytes'] / 2**20:.1f} MiB"
-        )
-        if not row["parameters"]:
-            continue
-        lines.append(f"{row['group']:<15}{row['parameters']:>16,}{lr:>10}{decay:>8}  {row['dtype']:<10}{memory:>10}")
+        if row.parameters:
+            lr, decay = ("-" if value is None else f"{value:g}" for value in (row.lr, row.weight_decay))
+            scale, unit = (2**30, "GiB") if row.memory_bytes >= 2**27 else (2**20, "MiB")
+            memory = f"{row.memory_bytes / scale:.{2 if unit == 'GiB' else 1}f} {unit}"
+            lines.append(f"{row.group:<15}{row.parameters:>16,}{lr:>10}{decay:>8}  {row.dtype:<10}{memory:>10}")
     return "\n".join(lines)

@@ -50,7 +50,9 @@ def read(folder: Path) -> Trained:
     """What a checkpoint holds, in float32."""
     found = trained.load(folder / LEARNT)
     if not (found.adapters or found.weights):
-        found.weights = trained.without_aliases(checkpoint.trained_weights(folder))
+        found.weights = {
+            trained.plain_name(name): tensor for name, tensor in checkpoint.trained_weights(folder).items()
+        }
     return found
 
 

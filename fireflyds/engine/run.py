@@ -150,8 +150,8 @@ def describe(
 ) -> str:
     """What is about to happen, in two lines and a table."""
     table = groups.rows_of_table(model, config, precision)
-    total = sum(row["parameters"] for row in table)
-    trainable = total - table[-1]["parameters"]
+    total = sum(row.parameters for row in table)
+    trainable = total - table[-1].parameters
     truncated, dropped = rows.lost_to_length
     lost = (
         f", {truncated} dialogues shortened and {dropped} left out for seq_len={config.seq_len}"

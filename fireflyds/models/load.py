@@ -33,10 +33,6 @@ def read_config(config: ModelConfig, encoder: Encoder) -> Any:
         known = {"vocab_size": encoder.vocab_size, "bos_token_id": encoder.bos_id, "eos_token_id": encoder.eos_id}
         settings = known | config.architecture
         return scale_positions(AutoConfig.for_model(settings.pop("model_type"), **settings), config)
-    if not config.path:
-        raise UserError(
-            "model.path is empty: a pretrained model needs its Hugging Face directory. Give model.path=<dir>"
-        )
     folder, loaded = Path(config.path), _from_directory(config)
     if not 0 <= loaded.vocab_size - encoder.vocab_size < MAX_PADDING:
         raise UserError(
@@ -50,7 +46,7 @@ def read_config(config: ModelConfig, encoder: Encoder) -> Any:
 def _from_directory(config: ModelConfig) -> Any:
     folder = Path(config.path)
     if not (folder / "config.json").is_file():
-        raise UserError(f"model.path={folder}: no config.json there. Give the directory of a Hugging Face model")
+        raise UserError(f"model.path={config.path}: no config.json there. Give the directory of a Hugging Face model")
     loaded = AutoConfig.from_pretrained(folder)
     for key, value in config.architecture.items():
         if getattr(loaded, key, None) != value:

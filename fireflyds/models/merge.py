@@ -15,8 +15,10 @@ _PARTS = (".base_layer.", ".lora_", ".weight.absmax", ".weight.quant", ".weight.
 
 @torch.no_grad()
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Every weight of the plain model, on the host, one matrix at a time. Merging happens in float32: a merge into 4 bit would lose
-    what was learnt."""
+    """Every weight of the plain model, on the host, one matrix at a time.
+
+    Merging happens in float32: a merge into 4 bit would lose what was learnt.
+    """
     merged = {name: tensor.cpu() for name, tensor in model.state_dict().items() if _is_plain(name)}
     for name, module in model.named_modules():
         if isinstance(module, RowEmbedding | RowHead):

@@ -95,11 +95,11 @@ def rows_alone(model: nn.Module, about: dict[str, Any]) -> Trained:
     return Trained(first_rows={f"{name}.weight": module.first for name, module in split}, about=about)
 
 
-def without_aliases(live: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by plain names; of a tied matrix's two names the first."""
+def _without_aliases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of a tied matrix's two names the first: a file holds a tensor once, and `restore` knows both."""
     kept: dict[int, tuple[str, Tensor]] = {}
-    for name, tensor in live.items():
-        kept.setdefault(tensor.data_ptr(), (plain_name(name), tensor))
+    for name, tensor in tensors.items():
+        kept.setdefault(tensor.data_ptr(), (name, tensor))
     return dict(kept.values())
 
 
@@ -112,7 +112,7 @@ def save(trained: Trained, folder: Path) -> None:
         settings = json.dumps(trained.adapter_config, indent=2, default=_plain_json)
         (folder / "adapter_config.json").write_text(settings, encoding="utf-8")
     if trained.weights:
-        whole = {name: tensor.contiguous() for name, tensor in trained.weights.items()}
+        whole = {name: tensor.contiguous() for name, tensor in _without_aliases(trained.weights).items()}
         save_file(whole, folder / _WEIGHTS, {"format": "pt"})
     about = trained.about | {"first_rows": trained.first_rows}
     (folder / _ABOUT).write_text(json.dumps(about, indent=2), encoding="utf-8")
@@ -187,7 +187,8 @@ def restore(model: Any, trained: Trained, source: Path | str, *, must_cover: boo
     missing = [name for name in trainable_shapes(model) if name not in trained.adapters.keys() | trained.weights.keys()]
     if must_cover and missing:
         raise UserError(
-            f"{source}: lacks {len(missing)} trained tensors, {missing[0]} among them. The checkpoint is not of this run"
+            f"{source}: lacks {len(missing)} trained tensors, {missing[0]} among them. The checkpoint is not of this run; give the run it "
+            "is of, or another step"
         )
     buffers = {name for name, _ in model.named_buffers()}
     matrices = {
@@ -217,7 +218,8 @@ def _copy(parameter: Tensor, name: str, tensor: Tensor, first: int, source: Path
     place = parameter[first:] if first else parameter
     if place.shape != tensor.shape:
         raise UserError(
-            f"{source}: {name} is {[*tensor.shape]}, the model has {[*place.shape]}. Its base changed since, or its adapters differ"
+            f"{source}: {name} is {[*tensor.shape]}, the model has {[*place.shape]}. Its base changed since, or its "
+            "adapters differ: give the base and the tuning of that run"
         )
     place.copy_(tensor)
 
@@ -227,7 +229,8 @@ def _restore_rows(matrix: Any, name: str, tensor: Tensor, first: int, source: Pa
     rows = len(matrix.old) + len(matrix.new)
     if first + len(tensor) != rows:
         raise UserError(
-            f"{source}: {name} ends at row {first + len(tensor)}, the model's at {rows}. Its base changed since"
+            f"{source}: {name} ends at row {first + len(tensor)}, the model's at {rows}. Its base changed since: "
+            "give the base of that run"
         )
     split = max(matrix.first - first, 0)
     matrix.old[first : first + split].copy_(tensor[:split])

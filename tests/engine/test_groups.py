@@ -64,10 +64,10 @@ def test_the_table_counts_bytes_of_weights_gradients_masters_and_states() -> Non
         config = _config(f"optim={optim}", "tuning.head=frozen")
         model = tiny("llama", tie_word_embeddings=False)
         tuning.apply(model, registry.find("fireflyds.models.families", "llama").FAMILY, config.tuning, None, 0)
-        rows = {row["group"]: row for row in groups.rows_of_table(model, config, precision)}
-        assert rows["embeddings"]["memory_bytes"] == each * 50 * 32
-        assert rows["frozen"]["parameters"] == 50 * 32
-        assert rows["frozen"]["memory_bytes"] == 50 * 32 * (4 if precision is Precision.fp32 else 2)
+        rows = {row.group: row for row in groups.rows_of_table(model, config, precision)}
+        assert rows["embeddings"].memory_bytes == each * 50 * 32
+        assert rows["frozen"].parameters == 50 * 32
+        assert rows["frozen"].memory_bytes == 50 * 32 * (4 if precision is Precision.fp32 else 2)
         assert f"{50 * 32:,}" in groups.table(list(rows.values()))
 
 

@@ -143,8 +143,8 @@ def test_the_plan_of_published_recipes_counts_what_was_published(
     model = tuning.apply(load.bare_model(hf_config), family, config.tuning, rows, 0)
     assert groups.count_parameters(model) == (total, trainable)
     table = groups.rows_of_table(model, config, config.hardware.precision)
-    assert sum(row["parameters"] for row in table) == total
-    assert sum(row["parameters"] for row in table[:-1]) == trainable
+    assert sum(row.parameters for row in table) == total
+    assert sum(row.parameters for row in table[:-1]) == trainable
 
 
 def test_the_plan_needs_no_weights_no_data_and_no_run(verb) -> None:
