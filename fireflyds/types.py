@@ -123,13 +123,18 @@ class Loaded:
 
 @dataclass(slots=True)
 class TrainState:
-    """Where a run stands. Position in the data is `step` alone: batches are arithmetic on it."""
+    """Where a run stands. Position in the data is arithmetic: step s reads the batch of step `s + passed_over`."""
 
     step: int = 0
     tokens: int = 0
     learned_tokens: int = 0
+    passed_over: int = 0
+    """Steps of data that were left out after spikes of the loss."""
+    rollbacks: int = 0
+    recent_losses: list[float] = field(default_factory=list)
+    """Of the last steps, by which a spike is known."""
 
-    def as_dict(self) -> dict[str, int]:
+    def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 

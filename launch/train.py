@@ -4,7 +4,9 @@
     torchrun --nproc_per_node 8 launch/train.py run=cpt model=models/llama-2-7b-zh data=stores/cpt optim.steps=1000
     python launch/train.py run=sft model=runs/cpt/export data=stores/sft tuning=qlora optim.epochs=2
 
-The run lives in `runs/<run>`. The same command again resumes it from its newest checkpoint.
+The run lives in `runs/<run>`. The same command again resumes it from its newest checkpoint, on any number of GPUs. To ask
+a running one: `touch runs/<run>/SAVE` saves, `touch runs/<run>/STOP`, Ctrl-C, SIGTERM or SIGUSR1 save and leave with exit
+code 75.
 """
 
 import os
@@ -14,9 +16,6 @@ from pathlib import Path
 from fireflyds import app
 from fireflyds.config import TrainConfig
 
-# A scheduler that sees this code may start the same command again.
-EXIT_INTERRUPTED = 75
-
 
 def train(config: TrainConfig) -> None:
     # Heavy imports wait until the configuration is good.
@@ -25,12 +24,13 @@ def train(config: TrainConfig) -> None:
     from fireflyds.data.loader import PackedLoader
     from fireflyds.data.mix import RowSequence
     from fireflyds.engine import checkpoint, deepspeed, learnt, metrics, optimizers, ranks, run, trackers
+    from fireflyds.engine.course import Course
+    from fireflyds.engine.heartbeat import Heartbeat
     from fireflyds.engine.journal import Journal
-    from fireflyds.engine.loop import train_steps
     from fireflyds.engine.packed import packed_model
-    from fireflyds.engine.signals import StopRequest
+    from fireflyds.engine.status import EXIT_INTERRUPTED, Status
     from fireflyds.models import load, tuning
-    from fireflyds.models.fuse import chosen_attention, device_batch
+    from fireflyds.models.fuse import chosen_attention
     from fireflyds.models.positions import check_positions
     from fireflyds.tokenizer.encoder import load_encoder
 
@@ -51,34 +51,31 @@ def train(config: TrainConfig) -> None:
     run_dir = Path(config.run_dir)
     about = run.identity(config, encoder.fingerprint(), hf_config.vocab_size)
     lock = deepspeed.on_rank_zero(lambda: run.open_run(config, text, about | run.inputs(store)))
-    deepspeed.on_rank_zero(lambda: learnt.take_over(config, about))
-    log = metrics.logger(run_dir, me.rank)
-
-    model = packed_model(config, hf_config, precision)
-    about_run = run.describe(config, model, store, rows, total_steps, me.world_size, accumulation, precision)
-    log.info("\n".join([about_run, *notes]))
-    engine = deepspeed.build_engine(model, config, precision, accumulation)
-    state = checkpoint.load(engine, run_dir)
-    if state.step:
-        log.info(run.resumed(state, total_steps))
-    loader = PackedLoader(store, rows, config.micro_batch_size, config.global_batch_size, me.rank, me.world_size)
-    tracker = trackers.open_tracker(config.tracking, config.run, run_dir, yaml.safe_load(text), me.rank)
-    stop = StopRequest()
-    keeper = learnt.Keeper(model, config, tuning.described(model), about)
-
-    with attention, Journal(run_dir, tracker, log, me.rank, state.step, total_steps, config.log_every) as journal:
-        for step in train_steps(engine, loader, state, config.optim, total_steps, config.seed, device_batch):
-            journal.record(step)
-            stopping = stop.agreed(engine.device)
-            if step.step % config.checkpoint.every == 0 or step.step == total_steps or stopping:
-                checkpoint.save(engine, run_dir, state, config.checkpoint.keep, keeper)
-            if stopping and step.step < total_steps:
-                log.info(f"stopped at step {step.step}, checkpoint saved; the same command goes on from here")
-                break
+    status = Status(run_dir, me.rank, total_steps)
+    with status, Heartbeat(me, run_dir, config.recovery.heartbeat_seconds, status):
+        deepspeed.on_rank_zero(lambda: learnt.take_over(config, about))
+        log = metrics.logger(run_dir, me.rank)
+        model = packed_model(config, hf_config, precision)
+        about_run = run.describe(config, model, store, rows, total_steps, me.world_size, accumulation, precision)
+        log.info("\n".join([about_run, *notes]))
+        engine = deepspeed.build_engine(model, config, precision, accumulation)
+        keeper = learnt.Keeper(model, config, tuning.described(model), about)
+        loader = PackedLoader(store, rows, config.micro_batch_size, config.global_batch_size, me.rank, me.world_size)
+        with checkpoint.Saver(engine, run_dir, config.checkpoint, keeper) as saver:
+            state = checkpoint.load(engine, run_dir, log.warning)
+            if state.step:
+                log.info(run.resumed(state, total_steps))
+            tracker = trackers.open_tracker(config.tracking, config.run, run_dir, yaml.safe_load(text), me.rank)
+            with (
+                attention,
+                Journal(run_dir, tracker, log, me.rank, state.step, total_steps, config.log_every) as journal,
+            ):
+                course = Course(config, engine, loader, saver, journal, status, log)
+                finished = course.follow(state, total_steps)
     deepspeed.leave()
     if lock:
         lock.close()
-    if state.step < total_steps:
+    if not finished:
         sys.exit(EXIT_INTERRUPTED)
 
 

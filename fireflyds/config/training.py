@@ -140,10 +140,38 @@ class CheckpointConfig:
     """Save every so many steps; the last step is always saved."""
     keep: int = 2
     """Newest checkpoints kept."""
+    keep_every: int | None = None
+    """Checkpoints of every so many steps are kept beyond these."""
+    best_metric: str = ""
+    """A number of `metrics.jsonl` (such as `loss`) whose lowest checkpoint is kept too."""
+    max_gib: float | None = None
+    """Beyond this size of all checkpoints the oldest go; the newest always stays."""
+    background: bool = True
+    """Training goes on while a checkpoint is written; it needs memory on the host for one copy of the rank's share."""
 
     def __post_init__(self) -> None:
-        if self.every < 1 or self.keep < 1:
-            raise UserError(f"checkpoint.every={self.every}, checkpoint.keep={self.keep}: both must be at least 1")
+        require_at_least(self, "checkpoint.", every=1, keep=1, keep_every=1, max_gib=0)
+
+
+@dataclass(kw_only=True, slots=True)
+class RecoveryConfig:
+    """What a run does about trouble."""
+
+    max_skipped: int = 5
+    """A step whose loss or gradients are not finite is skipped; after so many in a row the run ends, naming the tensor
+    and the documents."""
+    rollback_above: float | None = None
+    """A loss above so many times the mean of the last steps is a spike: back to the newest checkpoint, and the data since
+    then is passed over. Unset: never."""
+    max_rollbacks: int = 3
+    """A spike after so many rollbacks ends the run."""
+    heartbeat_seconds: float = 60.0
+    """A rank that is silent for so long ends the run."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, "recovery.", max_skipped=1, max_rollbacks=1, heartbeat_seconds=5)
+        if self.rollback_above is not None and self.rollback_above <= 1:
+            raise UserError(f"recovery.rollback_above={self.rollback_above}: must be greater than 1, such as 2")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -160,6 +188,7 @@ class TrainConfig:
     hardware: HardwareConfig = MISSING
     tracking: TrackingConfig = MISSING
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     init_from: str = ""
     """An earlier run to start from: its trained weights, with a new schedule (not resuming, which is the same `run`)."""
     seq_len: int = 1024

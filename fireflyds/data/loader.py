@@ -38,12 +38,18 @@ class PackedLoader:
 
     def step(self, number: int) -> list[PackedBatch]:
         """The micro-batches of step `number`, counted from 0."""
-        batches = []
-        for micro in range(self.accumulation):
-            at = (micro * self.world_size + self.rank) * self.micro_batch_size + number * self.global_batch_size
-            pieces = [piece for row in range(at, at + self.micro_batch_size) for piece in self.rows.row(row)]
-            batches.append(collate(self.store, pieces))
-        return batches
+        return [collate(self.store, self._pieces(number, micro)) for micro in range(self.accumulation)]
+
+    def _pieces(self, number: int, micro: int) -> list[tuple[int, int, int]]:
+        at = (micro * self.world_size + self.rank) * self.micro_batch_size + number * self.global_batch_size
+        return [piece for row in range(at, at + self.micro_batch_size) for piece in self.rows.row(row)]
+
+    def documents(self, number: int, micro: int) -> str:
+        """The documents of a micro-batch of step `number`, for people to find: numbers in the store, and tokens."""
+        pieces = self._pieces(number, micro)
+        some = ", ".join(f"{document} [{start}:{start + length}]" for document, start, length in pieces[:8])
+        more = f" and {len(pieces) - 8} more" if len(pieces) > 8 else ""
+        return f"documents {some}{more} of {self.store.path}"
 
     def steps(self, first: int, end: int) -> Iterator[list[PackedBatch]]:
         """Steps `first` to `end`, made ready by a thread while the caller works."""

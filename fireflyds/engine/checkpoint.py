@@ -1,20 +1,26 @@
-"""Checkpoints: whole or absent, the newest whole one found again, weights consolidated for the export."""
+"""Checkpoints: whole or absent, written while training goes on, found again, damaged ones passed over."""
 
-import contextlib
-import io
+import json
 import shutil
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch.distributed as dist
-from torch import Tensor
 
-from fireflyds.engine.deepspeed import on_rank_zero, pick_accelerator
-from fireflyds.engine.optimizers import page_again
+from fireflyds.config import CheckpointConfig
+from fireflyds.directories import read_json, sync, write_whole
+from fireflyds.engine import fragments, stretches
+from fireflyds.engine.deepspeed import on_rank_zero
+from fireflyds.engine.fragments import MANIFEST, Fragments
+from fireflyds.engine.retention import Kept, to_drop
 from fireflyds.errors import UserError
-from fireflyds.types import TrainState
+from fireflyds.types import StepMetrics, TrainState
 
-FOLDER = "checkpoints"
+FOLDER, LATEST = "checkpoints", "latest"
+VERSION = 1
 
 
 def step_name(step: int) -> str:
@@ -27,40 +33,176 @@ class Keeper(Protocol):
     def keep(self, folder: Path, step: int, skipped: int) -> None: ...
 
 
-def save(engine: Any, run_dir: Path, state: TrainState, keep: int, keeper: Keeper) -> Path:
-    """Write the checkpoint of this step aside on all ranks, then rename it, then drop the oldest beyond `keep`.
+class Saver:
+    """Saves checkpoints of a run. Training waits for a copy on the host only; a thread writes it.
 
-    Raises:
-        UserError: what was read back is not whole; nothing is renamed then.
+    Used as a context: leaving it waits for what is being written. All ranks call the same methods in the same order.
     """
-    folder = run_dir / FOLDER
-    whole = folder / step_name(state.step)
-    aside = f".{whole.name}.partial"
-    if dist.get_rank() == 0:
-        shutil.rmtree(folder / aside, ignore_errors=True)
-    dist.barrier()
-    # Stages 1 and 2 need the universal info in the client state to be readable by another number of ranks.
-    client_state = {
-        "train_state": state.as_dict(),
-        "universal_checkpoint_info": {},
-        "master_names": _master_names(engine),
-    }
-    engine.save_checkpoint(
-        str(folder),
-        tag=aside,
-        client_state=client_state,
-        save_latest=False,
-        exclude_frozen_parameters=True,
-    )
-    dist.barrier()
-    on_rank_zero(lambda: keeper.keep(folder / aside, state.step, engine.skipped_steps))
-    if dist.get_rank() == 0:
+
+    def __init__(self, engine: Any, run_dir: Path, config: CheckpointConfig, keeper: Keeper) -> None:
+        self._engine, self._config, self._keeper = engine, config, keeper
+        self._folder = run_dir / FOLDER
+        self._thread: threading.Thread | None = None
+        self._written, self._abandoned = threading.Event(), threading.Event()
+        self._failure: BaseException | None = None
+        on_rank_zero(self._make_room)
+        self._require_space()
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if kind is None:
+            self.finish()
+        else:
+            self._abandoned.set()
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank's share of the newest checkpoint could not be written. Told to all by `finish`."""
+        return self._failure is not None
+
+    def begin(self, state: TrainState, metrics: StepMetrics) -> float:
+        """Save this step. Returns the seconds that training waited.
+
+        Raises:
+            UserError: the one before could not be saved, or the disk has no room for this one.
+        """
+        started = time.perf_counter()
+        self.finish()
+        self._require_space()
+        aside = self._folder / f".{step_name(state.step)}.partial"
+        on_rank_zero(lambda: _fresh(aside))
+        copies = fragments.snapshot(stretches.owned(self._engine))
+        manifest = {
+            "version": VERSION,
+            "train_state": state.as_dict(),
+            "skipped_steps": self._engine.skipped_steps,
+            "layout": stretches.layout(self._engine),
+            "scaler": stretches.scaler_state(self._engine),
+            "parameters": stretches.shapes(self._engine),
+            "metrics": metrics.as_dict(),
+        }
+        work = threading.Thread(target=self._work, args=(aside, copies, manifest), name="checkpoint", daemon=True)
+        self._written.clear()
+        self._thread = work
+        work.start()
+        if not self._config.background:
+            self.finish()
+        return time.perf_counter() - started
+
+    def finish(self) -> None:
+        """Wait until the newest checkpoint is in place.
+
+        Raises:
+            UserError: some rank could not write; the checkpoint before is whole.
+        """
+        if self._thread is None:
+            return
+        if dist.get_rank():
+            self._thread.join()
+        else:
+            self._written.wait()
+        self._agree()
+        self._thread.join()
+        self._agree()
+        self._thread = None
+
+    def _agree(self) -> None:
+        failures: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(failures, None if self._failure is None else _words(self._failure))
+        if said := [f"rank {rank}: {text}" for rank, text in enumerate(failures) if text]:
+            self._abandoned.set()
+            raise UserError(
+                f"{self._folder}: the newest checkpoint was not saved ({said[0]}). The one before is whole. Mend that, and "
+                "give the same command again"
+            ) from self._failure
+
+    def _work(self, aside: Path, copies: dict[str, Any], manifest: dict[str, Any]) -> None:
+        try:
+            try:
+                fragments.write(aside, dist.get_rank(), copies)
+                copies.clear()
+            finally:
+                self._written.set()
+            if dist.get_rank() == 0:
+                self._complete(aside, manifest)
+        except BaseException as error:
+            self._failure = error
+
+    def _complete(self, aside: Path, manifest: dict[str, Any]) -> None:
+        """On rank 0, when all ranks have written: add what was learnt, seal, rename, forget old ones."""
+        world_size = manifest["layout"]["world_size"]
+        while len(list(aside.glob("rank-*.json"))) < world_size:
+            if self._abandoned.wait(0.02):
+                return
+        write_whole(aside / MANIFEST, json.dumps(manifest, indent=2))
+        step = manifest["train_state"]["step"]
+        self._keeper.keep(aside, step, manifest["skipped_steps"])
+        fragments.seal(aside)
+        whole = self._folder / step_name(step)
         shutil.rmtree(whole, ignore_errors=True)
-        (folder / aside).rename(whole)
-        for old in whole_checkpoints(run_dir)[:-keep]:
-            shutil.rmtree(old)
-    dist.barrier()
-    return whole
+        aside.rename(whole)
+        sync(self._folder)
+        write_whole(self._folder / LATEST, whole.name + "\n")
+        self._forget()
+
+    def _forget(self) -> None:
+        found = whole_checkpoints(self._folder.parent)
+        kept = [_kept(path, self._config.best_metric) for path in found]
+        for step in to_drop(kept, self._config):
+            old = self._folder / step_name(step)
+            # Removing takes a while; what is left of a removal that was cut short must not look whole.
+            gone = old.with_name(f".{old.name}.dropped")
+            old.rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)
+
+    def _make_room(self) -> None:
+        """Remove what a killed process left."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for left in [*self._folder.glob(".*.partial"), *self._folder.glob(".*.dropped")]:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        except OSError as error:
+            raise UserError(f"{self._folder}: cannot be written ({error.strerror}). Give another runs=") from error
+
+    def _require_space(self) -> None:
+        """Raises `UserError` while there is time: before the step that would be lost."""
+        mine = sum(_bytes(stretch) for _, stretch in stretches.owned(self._engine))
+        sizes: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(sizes, mine)
+        on_rank_zero(lambda: _refuse_full(self._folder, sum(sizes)))
+
+
+def _words(error: BaseException) -> str:
+    return str(error) or repr(error)
+
+
+def _fresh(aside: Path) -> None:
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+
+
+def _bytes(stretch: fragments.Stretch) -> int:
+    """Of a stretch in a file; before the first step there are no states yet, and two moments are reckoned with."""
+    length = sum(part.length for part in stretch.parts)
+    states = [value for value in stretch.state.values() if hasattr(value, "numel") and value.numel() > 1]
+    return length * 4 + (sum(value.numel() * value.element_size() for value in states) if states else length * 8)
+
+
+def _refuse_full(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed * 1.1:
+        raise UserError(
+            f"{folder}: a checkpoint takes {needed / 2**30:.2f} GiB and the disk has {free / 2**30:.2f} GiB free. What was saved "
+            "before is whole. Free space, lower checkpoint.keep or give checkpoint.max_gib, then give the same command again"
+        )
+
+
+def _kept(path: Path, metric: str) -> Kept:
+    found = read_json(path / MANIFEST)["metrics"].get(metric) if metric else None
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return Kept(int(path.name.removeprefix("step-")), size, found)
 
 
 def whole_checkpoints(run_dir: Path) -> list[Path]:
@@ -68,31 +210,50 @@ def whole_checkpoints(run_dir: Path) -> list[Path]:
     return sorted((run_dir / FOLDER).glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
 
 
-def load(engine: Any, run_dir: Path) -> TrainState:
-    """Restore the newest whole checkpoint into the engine; the start of a run when there is none.
+def load(engine: Any, run_dir: Path, say: Callable[[str], None]) -> TrainState:
+    """Restore the newest undamaged checkpoint into the engine; the start of a run when there is none.
+
+    It may have been written by any number of ranks and at any ZeRO stage.
 
     Raises:
-        UserError: it was written by another number of ranks.
+        UserError: there are checkpoints, and none of them is undamaged or of this run.
     """
     found = whole_checkpoints(run_dir)
-    if not found:
-        return TrainState()
-    newest = found[-1]
-    written_by = len(list(newest.glob("*_optim_states.pt"))) or dist.get_world_size()
-    if written_by != dist.get_world_size():
+    for folder in reversed(found):
+        verdicts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(verdicts, fragments.damage(folder, dist.get_rank(), dist.get_world_size()))
+        if wrong := next(filter(None, verdicts), None):
+            say(f"{folder} is damaged ({wrong}); the one before is used")
+            continue
+        return _restore(engine, folder, say)
+    if found:
         raise UserError(
-            f"{newest}: written by {written_by} ranks, now there are {dist.get_world_size()}. Start with {written_by} ranks, "
-            "or give another run= and model=<export of this run>"
+            f"{run_dir / FOLDER}: all {len(found)} checkpoints are damaged. Restore one from a backup, or remove the folder to "
+            "start the run anew"
         )
-    path, client_state = engine.load_checkpoint(str(newest.parent), tag=newest.name, load_module_strict=False)
-    if path is None:
-        raise UserError(f"{newest}: cannot be read back. Remove it to go on from the one before")
-    page_again(getattr(engine.optimizer, "optimizer", engine.optimizer))
-    return TrainState(**client_state["train_state"])
+    return TrainState()
+
+
+def _restore(engine: Any, folder: Path, say: Callable[[str], None]) -> TrainState:
+    manifest = read_json(folder / MANIFEST)
+    if manifest["version"] != VERSION:
+        raise UserError(
+            f"{folder}: version {manifest['version']}, this code reads {VERSION}. Use the code that wrote it"
+        )
+    stretches.fill(engine, Fragments(folder), manifest["scaler"])
+    state = TrainState(**manifest["train_state"])
+    engine.global_steps, engine.skipped_steps = state.step, manifest["skipped_steps"]
+    was, now = manifest["layout"], stretches.layout(engine)
+    if was != now:
+        say(
+            f"{folder.name} was written by {was['world_size']} ranks at ZeRO-{was['stage']}; divided anew for "
+            f"{now['world_size']} at ZeRO-{now['stage']}"
+        )
+    return state
 
 
 def find(run_dir: Path, step: int | None) -> Path:
-    """The checkpoint of a step, or the newest.
+    """The checkpoint of a step, or the newest that is undamaged.
 
     Raises:
         UserError: there is none; the message lists those there are.
@@ -100,79 +261,13 @@ def find(run_dir: Path, step: int | None) -> Path:
     found = whole_checkpoints(run_dir)
     if not found:
         raise UserError(f"run: {run_dir} has no checkpoint. Train it first, or check the name")
-    if step is None:
-        return found[-1]
-    wanted = run_dir / FOLDER / step_name(step)
-    if wanted not in found:
-        raise UserError(
-            f"step={step}: {run_dir} has no such checkpoint. It has: {', '.join(path.name for path in found)}"
-        )
-    return wanted
-
-
-def trained_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """What trained, by the names of the model's own parameters, in float32: gathered from all ranks' shards."""
-    if not list(checkpoint.glob("*_optim_states.pt")):  # stage 0: whole on every rank
-        states = _load(checkpoint / "mp_rank_00_model_states.pt")
-        module: dict[str, Tensor] = dict(states["module"])
-        for names, tensors in zip(states["master_names"], states["optimizer"].get("fp32_groups", ()), strict=False):
-            module |= dict(zip(names, tensors, strict=True))
-        return module
-    pick_accelerator()
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    with contextlib.redirect_stdout(io.StringIO()):  # it tells every shape
-        weights: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(
-            str(checkpoint.parent), tag=checkpoint.name, exclude_frozen_parameters=True
-        )
-    return weights
-
-
-def _master_names(engine: Any) -> list[list[str]]:
-    """At stage 0 in 16 bit: the names of the 32-bit masters, group by group as the optimizer holds them."""
-    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
-    groups = getattr(engine.optimizer, "fp16_groups", ()) if engine.zero_optimization_stage() == 0 else ()
-    return [[names[id(parameter)] for parameter in group] for group in groups]
-
-
-def verify(checkpoint: Path, expected: dict[str, tuple[int, ...]]) -> None:
-    """Read back which tensors, by the names of the model's own parameters, a checkpoint says it holds, that every
-    rank's shard can be opened, and that not all weights of the first are zero.
-
-    Raises:
-        UserError: a trained tensor is missing or of another shape, or there are only zeros.
-    """
-    found = sorted(checkpoint.glob("*mp_rank_00_model_states.pt"))
-    if not found:
-        raise UserError(f"{checkpoint}: holds no model states. The checkpoint before is whole; look at the disk")
-    states = _load(found[0])
-    if groups := states.get("param_shapes"):
-        shapes = {name: tuple(shape) for group in groups for name, shape in group.items()}
-    else:
-        shapes = {name: tuple(tensor.shape) for name, tensor in states["module"].items()}
-    wrong = [name for name, shape in expected.items() if shapes.get(name) != shape]
-    shards = sorted(checkpoint.glob("*_optim_states.pt"))
-    if shards and len(shards) != dist.get_world_size():
-        raise UserError(
-            f"{checkpoint}: holds {len(shards)} shards of {dist.get_world_size()}. Every rank must write to the same folder: "
-            "give runs= on a disk that all nodes share"
-        )
-    flat: list[Tensor] = []
-    for shard in shards:
-        state = _load(shard)["optimizer_state_dict"]
-        flat = flat or state.get("fp32_flat_groups") or state.get("single_partition_of_fp32_groups") or []
-    if wrong or (flat and not any(part.any() for part in flat)):
-        what = f"{wrong[0]} is {shapes.get(wrong[0], 'missing')}" if wrong else "its weights are zeros only"
-        raise UserError(f"{checkpoint}: was not saved whole ({what}). The checkpoint before is whole; look at the disk")
-
-
-def _load(file: Path) -> dict[str, Any]:
-    import torch
-
-    try:
-        states: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=False, mmap=True)
-    except (RuntimeError, OSError, EOFError) as error:
-        raise UserError(
-            f"{file}: cannot be read back ({error}). Look at the disk, and go on from a checkpoint before"
-        ) from error
-    return states
+    wanted = found[::-1] if step is None else [run_dir / FOLDER / step_name(step)]
+    names = ", ".join(path.name for path in found)
+    if step is not None and wanted[0] not in found:
+        raise UserError(f"step={step}: {run_dir} has no such checkpoint. It has: {names}")
+    for folder in wanted:
+        wrong = fragments.damage(folder)
+        if wrong is None:
+            return folder
+        print(f"{folder} is damaged ({wrong})", flush=True)
+    raise UserError(f"{wanted[0]}: is damaged, and no other fits. The run has: {names}")

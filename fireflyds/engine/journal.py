@@ -34,6 +34,13 @@ class Journal:
     def __enter__(self) -> "Journal":
         return self
 
+    def go_back(self, done: int) -> None:
+        """Forget the steps behind a checkpoint that the run went back to."""
+        self._recent.clear()
+        if self._file:
+            self._file.close()
+            self._file = MetricsFile(self._run_dir, done)
+
     def record(self, step: StepMetrics) -> None:
         if self._file:
             self._file.write(step)
@@ -43,6 +50,10 @@ class Journal:
         if step.step % self._log_every == 0 or step.step == self._total_steps:
             self._log.info(line(self._recent, self._total_steps))
             self._recent.clear()
+
+    def saved(self, step: int, stall: float) -> None:
+        """A checkpoint is being written; training waited `stall` seconds for the copy."""
+        self._log.info(f"checkpoint of step {step}: training waited {stall:.2f} s")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -8,6 +8,7 @@ from fireflyds import app
 from fireflyds.config import TrainConfig, TuningMethod
 from fireflyds.directories import read_json, write_aside
 from fireflyds.engine import checkpoint
+from fireflyds.engine.fragments import Fragments
 from fireflyds.engine.run_names import find_run
 from fireflyds.errors import UserError
 from fireflyds.models import trained
@@ -34,14 +35,12 @@ class Keeper:
         Raises:
             UserError: what was read back is not what trained.
         """
-        about = self.about | {"step": step}
+        about, saved = self.about | {"step": step}, Fragments(folder)
+        saved.require(trained.trainable_shapes(self.model, by_plain_name=False))
         if self.config.tuning.method is TuningMethod.full:
-            checkpoint.verify(folder, trained.trainable_shapes(self.model, by_plain_name=False))
             trained.save(trained.rows_alone(self.model, about), folder / LEARNT)
             return
-        weights = checkpoint.trained_weights(folder)
-        names = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        live = {name: tensor for name, tensor in weights.items() if name in names}
+        live = {name: tensor.float() for name, tensor in saved.weights()}
         trained.save(trained.collect(self.model, live, self.adapter_config, about), folder / LEARNT)
         trained.verify(folder / LEARNT, trained.trainable_shapes(self.model), updated=step > skipped)
 
@@ -50,9 +49,7 @@ def read(folder: Path) -> Trained:
     """What a checkpoint holds, in float32."""
     found = trained.load(folder / LEARNT)
     if not (found.adapters or found.weights):
-        found.weights = {
-            trained.plain_name(name): tensor for name, tensor in checkpoint.trained_weights(folder).items()
-        }
+        found.weights = {trained.plain_name(name): tensor.float() for name, tensor in Fragments(folder).weights()}
     return found
 
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from fireflyds.config import OptimConfig
+from fireflyds.config import OptimConfig, RecoveryConfig
 from fireflyds.engine.deepspeed import at_least_scale, loss_scale
 from fireflyds.engine.overflow import Watch
 from fireflyds.engine.schedule import lr_factor
@@ -21,12 +21,15 @@ from fireflyds.types import PackedBatch, StepMetrics, TrainState
 class Loader(Protocol):
     def steps(self, first: int, end: int) -> Iterator[list[PackedBatch]]: ...
 
+    def documents(self, number: int, micro: int) -> str: ...
+
 
 def train_steps(
     engine: Any,
     loader: Loader,
     state: TrainState,
     optim: OptimConfig,
+    recovery: RecoveryConfig,
     total_steps: int,
     seed: int,
     to_device: Callable[[PackedBatch, torch.device], dict[str, Any]],
@@ -34,16 +37,18 @@ def train_steps(
     """Steps `state.step` to `total_steps`; `state` is advanced before each yield.
 
     The loss of a step is the sum over all learned tokens of all ranks and micro-batches, divided by their
-    number: the whole step's batches are read first, and their count summed over the ranks.
+    number: the whole step's batches are read first, and their count summed over the ranks. A step whose loss or gradients
+    are not finite changes nothing and is counted.
 
     Raises:
-        UserError: the loss is not finite, or under fp16 a gradient is not at the least loss scale; the message names
-            the first tensor that is not.
+        UserError: `max_skipped` such steps in a row, or under fp16 a gradient that is not finite at the least loss
+            scale; the message names the first tensor that is not, and the documents.
     """
     world_size = dist.get_world_size()
     engine.train()
     watch = Watch(engine.module)
-    ready = loader.steps(state.step, total_steps)
+    skipped_in_row = 0
+    ready = loader.steps(state.step + state.passed_over, total_steps + state.passed_over)
     for number in range(state.step, total_steps):
         started = time.perf_counter()
         batches = next(ready)
@@ -61,9 +66,19 @@ def train_steps(
         for group in engine.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
-        scale = loss_scale(engine)
+        scale, skipped_before = loss_scale(engine), engine.skipped_steps
+        # A step that may end the run is watched.
+        watch.forget()
+        watched = at_least_scale(engine) or 0 < skipped_in_row == recovery.max_skipped - 1
+        documents = partial(loader.documents, number + state.passed_over)
         try:
-            loss, norm = _optimizer_step(engine, batches, world_size, learned, to_device, watch, reseed)
+            loss, norm = _optimizer_step(engine, batches, learned, to_device, watch if watched else None, documents)
+            skipped = engine.skipped_steps > skipped_before
+            # In fp16 a skipped step is how the loss scale finds its place.
+            skipped_in_row = skipped_in_row + 1 if skipped and (scale is None or not math.isfinite(loss)) else 0
+            if skipped_in_row >= recovery.max_skipped:
+                reseed()
+                raise UserError(_not_finite(engine, batches, to_device, watch, documents, loss, norm, skipped_in_row))
         except UserError as error:
             raise UserError(f"step {number + 1}: {error}") from error
         state.step, state.tokens, state.learned_tokens = (
@@ -89,59 +104,71 @@ def train_steps(
 def _optimizer_step(
     engine: Any,
     batches: list[PackedBatch],
-    world_size: int,
     learned: int,
     to_device: Callable[[PackedBatch, torch.device], dict[str, Any]],
-    watch: Watch,
-    reseed: Callable[[], Any],
+    watch: Watch | None,
+    documents: Callable[[int], str],
 ) -> tuple[float, float]:
     """Forward, backward and update over the step's micro-batches. Returns the loss per learned token and the gradient norm."""
     # DeepSpeed averages gradients over ranks and divides the loss by the accumulation; both are undone.
-    scale = world_size * len(batches) / max(learned, 1)
+    scale = dist.get_world_size() * len(batches) / max(learned, 1)
     total = torch.zeros((), dtype=torch.float64, device=engine.device)
     norm = None
-    # An overflow at the least loss scale ends the run, so there it is watched.
-    watched = at_least_scale(engine)
-    watch.forget()
     for number, batch in enumerate(batches):
-        with watch.over(number) if watched else nullcontext():
+        with watch.over(number) if watch else nullcontext():
             loss = engine(**to_device(batch, engine.device))
             engine.backward(loss * scale)
         total += loss.detach()
-        if number + 1 == len(batches):
-            dist.all_reduce(total)
-            if not math.isfinite(total):
-                reseed()
-                raise UserError(_not_finite(engine, batches, to_device, watch, float(total)))
         norm = _replicated_grad_norm(engine)
-        _update(engine, watch)
+        if norm is not None and not bool(norm.isfinite()):
+            _pass_over(engine)
+        else:
+            _update(engine, watch, documents)
+    dist.all_reduce(total)
     return float(total) / max(learned, 1), float(norm if norm is not None else engine.get_global_grad_norm() or 0.0)
 
 
-def _update(engine: Any, watch: Watch) -> None:
+def _pass_over(engine: Any) -> None:
+    """What DeepSpeed does by itself where it holds 32-bit masters: take no step with gradients that are not finite."""
+    engine.zero_grad()
+    engine.micro_steps += 1
+    engine.global_steps += 1
+    engine.skipped_steps += 1
+
+
+def _update(engine: Any, watch: Watch | None, documents: Callable[[int], str]) -> None:
     try:
         engine.step()
     except Exception as error:
-        if "loss scale already at minimum" not in str(error):
+        if "loss scale already at minimum" not in str(error) or watch is None:
             raise
         raise UserError(
-            f"a gradient overflows float16 at the least loss scale ({loss_scale(engine):g}); {watch.report()}. The newest "
-            "checkpoint is whole. Lower optim.lr, look at that batch, or train where there is bf16"
+            f"a gradient overflows float16 at the least loss scale ({loss_scale(engine):g}); {watch.report(documents)}. The "
+            "newest checkpoint is whole. Lower optim.lr, look at that batch, or train where there is bf16"
         ) from error
 
 
 def _not_finite(
-    engine: Any, batches: list[PackedBatch], to_device: Callable[..., dict[str, Any]], watch: Watch, loss: float
+    engine: Any,
+    batches: list[PackedBatch],
+    to_device: Callable[..., dict[str, Any]],
+    watch: Watch,
+    documents: Callable[[int], str],
+    loss: float,
+    norm: float,
+    in_row: int,
 ) -> str:
     """Look for the cause in one more forward pass, with the weights and the random numbers of the first."""
-    watch.forget()
-    with torch.no_grad():
-        for number, batch in enumerate(batches):
-            with watch.over(number):
-                engine.module(**to_device(batch, engine.device))
+    if not math.isfinite(loss):
+        watch.forget()
+        with torch.no_grad():
+            for number, batch in enumerate(batches):
+                with watch.over(number):
+                    engine.module(**to_device(batch, engine.device))
+    what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradients' norm is {norm}"
     return (
-        f"the loss is {loss}; {watch.report()}. The weights were not updated and the newest checkpoint is whole. Lower "
-        "optim.lr, or look at the data"
+        f"{what}, the {in_row}. step in a row that is not finite (recovery.max_skipped); {watch.report(documents)}. These steps "
+        "changed no weights and the newest checkpoint is whole. Lower optim.lr, or look at the data"
     )
 
 

@@ -97,17 +97,6 @@ def forget_steps(optimizer: torch.optim.Optimizer) -> None:
             state["step"] = torch.zeros_like(state["step"]) if isinstance(state["step"], torch.Tensor) else 0
 
 
-def page_again(optimizer: Any) -> None:
-    """Put the loaded states of a paged optimizer back where they can leave the GPU; loading them does not."""
-    if not getattr(optimizer, "is_paged", False):
-        return
-    for parameter, state in optimizer.state.items():
-        for key in ("state1", "state2"):
-            if key in state and not getattr(state[key], "is_paged", False):
-                buffer = optimizer.get_state_buffer(parameter, dtype=state[key].dtype)
-                state[key] = buffer.copy_(state[key])
-
-
 def _muon(
     groups: list[Group], settings: list[dict[str, Any]], betas: tuple[float, float], eps: float
 ) -> torch.optim.Optimizer:

@@ -1,6 +1,6 @@
 """Which tensor stopped being finite first: watched while a step may fail, named when it does."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -38,15 +38,15 @@ class Watch:
         """Begin a new step."""
         self._first = None
 
-    def report(self) -> str:
-        """The first tensor of all ranks, in words. Every rank calls this."""
+    def report(self, documents: Callable[[int], str]) -> str:
+        """The first tensor of all ranks, in words, and the documents of its micro-batch. Every rank calls this."""
         found: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, self._first)
-        firsts = [(batch, rank, name) for rank, first in enumerate(found) if first for batch, name in [first]]
+        dist.all_gather_object(found, self._first and (*self._first, documents(self._first[0])))
+        firsts = [(first[0], rank, *first[1:]) for rank, first in enumerate(found) if first]
         if not firsts:
             return "every output and every gradient of one micro-batch was finite, so it is their sum that is not"
-        batch, rank, name = min(firsts)
-        return f"the first tensor that is not finite is {name}, in micro-batch {batch + 1} of rank {rank}"
+        batch, rank, name, held = min(firsts)
+        return f"the first tensor that is not finite is {name}, in micro-batch {batch + 1} of rank {rank}, which holds {held}"
 
     def _see(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         for tensor in output if isinstance(output, tuple | list) else (output,):

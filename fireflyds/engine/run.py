@@ -24,14 +24,17 @@ from fireflyds.types import TrainState
 
 INPUTS = "inputs.json"
 # Keys that may change between the start of a run and its resumption without making it another run.
-FREE_TO_CHANGE = ("tracking", "checkpoint", "log_every", "runs")
+FREE_TO_CHANGE = (
+    "tracking", "checkpoint", "recovery", "log_every", "runs", "optim.steps", "optim.epochs", "zero", "micro_batch_size",
+    "hardware.timeout_minutes", "hardware.gradient_checkpointing",
+)  # fmt: skip
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
     """Dotted keys whose values differ, with both values."""
     found = []
     for key in sorted(old.keys() | new.keys()):
-        if not prefix and key in FREE_TO_CHANGE:
+        if f"{prefix}{key}" in FREE_TO_CHANGE:
             continue
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
@@ -74,6 +77,7 @@ def open_run(config: TrainConfig, yaml_text: str, inputs: dict[str, Any]) -> IO[
             raise UserError(
                 f"run={config.run}: {run_dir} was started with another configuration ({'; '.join(changed)}). Give another run=, or the same values to go on"
             )
+        write_whole(file, yaml_text)
         return lock
     # A start that was refused before its first step leaves the name free.
     shutil.rmtree(run_dir / START, ignore_errors=True)

@@ -1,49 +1,24 @@
 """Two ranks train tiny models: the same losses at every ZeRO stage, what is kept, what the optimizers do, float16."""
 
-import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from grid import case, near, run_cases
 from llama_bases import make_base
 from transformers import AutoModelForCausalLM
 
 from fireflyds.engine import learnt
 from fireflyds.models import trained
 
-ROOT = Path(__file__).parents[2]
 STAGES = (0, 1, 2, 3)
-# DeepSpeed would leave matrices as small as these whole on every rank.
-SHARDED = "zero.extra.zero_optimization.stage3_param_persistence_threshold=0"
 NEW_ROWS = ["tuning.embeddings=new_rows", "tuning.head=new_rows"]
-ADAPTERS = ["tuning.r=4", "tuning.dropout=0"]
 FP16 = [
     "hardware.precision=fp16", "hardware.initial_scale_power=8", "hardware.hysteresis=1", "hardware.loss_scale_window=2",
     "hardware.min_loss_scale=64",
 ]  # fmt: skip
 NUM_ADAPTED = 2 * 4 * (4 * (64 + 64) + 3 * (64 + 128))
-
-
-def run_cases(folder: Path, cases: dict, ranks: int = 2) -> dict:
-    (folder / "cases.json").write_text(json.dumps(cases))
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    script = [str(ROOT / "tests" / "support" / "train_cases.py"), str(folder / "cases.json"), str(folder / "out.json")]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone"]
-    # One optimizer's kernels would be compiled for many seconds.
-    environment |= {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
-    done = subprocess.run([*launcher, *script], env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return json.loads((folder / "out.json").read_text())
-
-
-def case(base: Path, tuning: str, stage: int, *more: str, steps: int = 4, **rest) -> dict:
-    extra = ADAPTERS if tuning in ("lora", "qlora", "dora", "rslora") else []
-    overrides = [f"model={base}", f"tuning={tuning}", *extra, f"zero={stage}", "optim.lr=1e-2", SHARDED, *more]
-    return {"overrides": overrides, "steps": steps} | rest
 
 
 @pytest.fixture(scope="module")
@@ -89,16 +64,15 @@ def found(folder: Path) -> dict:
     )  # fmt: skip
     cases["noise"] = case(base, "full", 2, "optim.neftune_noise_alpha=30")
     cases["lora fp32"] = case(base, "lora", 2)
-    cases["nan"] = case(base, "full", 2, nan_at=3)
+    for stage in STAGES:
+        short = "recovery.max_skipped=2"
+        cases[f"nan {stage}"] = case(base, "full", stage, short, nan_at=3)
+        cases[f"spoilt {stage}"] = case(base, "full", stage, *NEW_ROWS, short, spoilt_gradients=[2])
+        cases[f"spoilt twice {stage}"] = case(base, "full", stage, *NEW_ROWS, short, spoilt_gradients=[2, 3])
     for name, precision in (("large fp16", "fp16"), ("large fp32", "fp32")):
         chosen = ["tuning.embeddings=frozen", "tuning.head=all", f"hardware.precision={precision}"]
         cases[name] = case(folder / "large", "embeddings", 2, *chosen, steps=3, run_dir=str(folder / name))
     return run_cases(folder, cases)
-
-
-def _near(values: list[float], wanted: list[float], tolerance: float) -> None:
-    assert len(values) == len(wanted)
-    assert all(abs(a - b) <= tolerance * abs(b) for a, b in zip(values, wanted, strict=True)), (values, wanted)
 
 
 @pytest.mark.parametrize("name", ["lora", "qlora", "full", "tied", "muon", "dora"])
@@ -108,21 +82,21 @@ def test_losses_are_equal_at_every_zero_stage(found: dict, name: str) -> None:
     for stage in STAGES:
         assert found[f"{name} {stage}"]["error"] is None
         # Muon's orthogonalisation magnifies rounding.
-        _near(found[f"{name} {stage}"]["losses"], wanted, 1e-4 if name == "muon" else 2e-6)
+        near(found[f"{name} {stage}"]["losses"], wanted, 1e-4 if name == "muon" else 2e-6)
 
 
 @pytest.mark.parametrize("name", ["qlora", "tied", "dora"])
 def test_recomputed_activations_change_nothing_at_any_stage(found: dict, name: str) -> None:
     for stage in STAGES:
         assert found[f"{name} again {stage}"]["error"] is None
-        _near(found[f"{name} again {stage}"]["losses"], found[f"{name} {stage}"]["losses"], 2e-6)
+        near(found[f"{name} again {stage}"]["losses"], found[f"{name} {stage}"]["losses"], 2e-6)
 
 
 def test_quantised_training_in_bf16_is_equal_at_every_stage(found: dict) -> None:
     for stage in (2, 3):
-        _near(found[f"bf16 {stage}"]["losses"], found["bf16 0"]["losses"], 2e-3)
-    _near(found["bf16 0"]["losses"], found["qlora 0"]["losses"], 1e-2)
-    _near(found["8 bit"]["losses"], found["qlora 2"]["losses"], 2e-2)
+        near(found[f"bf16 {stage}"]["losses"], found["bf16 0"]["losses"], 2e-3)
+    near(found["bf16 0"]["losses"], found["qlora 0"]["losses"], 1e-2)
+    near(found["8 bit"]["losses"], found["qlora 2"]["losses"], 2e-2)
     assert found["8 bit"]["losses"][-1] < found["8 bit"]["losses"][0]
 
 
@@ -174,9 +148,9 @@ def test_a_tied_model_that_trained_whole_is_read_back_whole(found: dict, folder:
 
 
 def test_the_optimizers_agree_where_they_should(found: dict) -> None:
-    _near(found["paged_adamw_32bit"]["losses"], found["adamw"]["losses"], 1e-4)
+    near(found["paged_adamw_32bit"]["losses"], found["adamw"]["losses"], 1e-4)
     # States of 8 bit differ by rounding; groups smaller than 4096 numbers keep 32.
-    _near(found["adamw_8bit"]["losses"], found["adamw"]["losses"], 2e-2)
+    near(found["adamw_8bit"]["losses"], found["adamw"]["losses"], 2e-2)
     assert found["adamw_8bit"]["state_bytes"] < found["adamw"]["state_bytes"] / 2
     assert found["muon 2"]["losses"] != found["full 2"]["losses"]
 
@@ -210,9 +184,9 @@ def test_the_loss_scale_falls_and_recovers(found: dict, stage: int) -> None:
     assert seen["skipped"] == [0, 1, 2, 2, 2, 2, 2, 2]
     assert seen["losses"][-1] < seen["losses"][0]
     # The norm is without the scale. (At stage 3 DeepSpeed divides by the new one in the steps that double it.)
-    _near(seen["norms"][:1], found["lora fp32"]["norms"][:1], 2e-2)
-    _near(seen["norms"][3:5], found["scale 2"]["norms"][3:5], 2e-2)
-    _near(seen["losses"], found["scale 2"]["losses"], 5e-3)
+    near(seen["norms"][:1], found["lora fp32"]["norms"][:1], 2e-2)
+    near(seen["norms"][3:5], found["scale 2"]["norms"][3:5], 2e-2)
+    near(seen["losses"], found["scale 2"]["losses"], 5e-3)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -224,16 +198,32 @@ def test_an_overflow_at_the_least_scale_ends_the_run_and_is_named(found: dict, s
     assert "in micro-batch 1 of rank 0" in seen["error"]
 
 
-def test_a_loss_that_is_no_number_stops_before_the_update_and_is_named(found: dict) -> None:
-    seen = found["nan"]
-    assert len(seen["losses"]) == 2
-    assert "step 3: the loss is nan" in seen["error"]
+@pytest.mark.parametrize("stage", STAGES)
+def test_steps_that_are_not_finite_are_skipped_and_then_end_the_run_by_name(found: dict, stage: int) -> None:
+    """Two good steps, then a layer that gives no numbers: two bad ones in a row are one too many."""
+    seen = found[f"nan {stage}"]
+    assert [math.isfinite(loss) for loss in seen["losses"]] == [True, True, False]
+    assert seen["skipped"] == [0, 0, 1]
+    assert "step 4: the loss is nan, the 2. step in a row that is not finite (recovery.max_skipped)" in seen["error"]
     assert "the output of model.layers.1.mlp.down_proj, in micro-batch 1 of rank 0" in seen["error"]
+    assert "which holds documents of row 0 of step 3" in seen["error"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_step_whose_gradients_alone_are_not_finite_changes_nothing(found: dict, stage: int) -> None:
+    """Gradients of step 2 are spoilt behind a finite loss: the weights stay, and step 3 is what step 2 would have been."""
+    seen, whole = found[f"spoilt {stage}"], found[f"full {stage}"]
+    assert seen["skipped"] == [0, 1, 1, 1]
+    near(seen["losses"][:2], whole["losses"][:2], 2e-6)
+    assert seen["parameters"][0] == seen["parameters"][1] != seen["parameters"][2]
+    twice = found[f"spoilt twice {stage}"]
+    assert "step 3: the gradients' norm is" in twice["error"]
+    assert "the gradient of" in twice["error"]
 
 
 def test_no_gradient_dies_in_float16_with_a_large_vocabulary(found: dict, folder: Path) -> None:
     """The probabilities of 55,296 tokens are below what float16 can hold; every row of the head must move all the same."""
-    _near(found["large fp16"]["losses"], found["large fp32"]["losses"], 2e-3)
+    near(found["large fp16"]["losses"], found["large fp32"]["losses"], 2e-3)
     start = AutoModelForCausalLM.from_pretrained(folder / "large").state_dict()["lm_head.weight"]
     moved = []
     for name in ("large fp16", "large fp32"):

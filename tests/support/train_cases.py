@@ -1,7 +1,8 @@
 """Several short trainings in one process per rank, for tests that compare them: `train_cases.py cases.json out.json`.
 
 A case: `overrides` of the training's configuration, `steps`, and where wanted `run_dir` (a checkpoint is saved there at
-the end), `overflow` (steps whose gradients leave float16's range), `nan_at` (a step whose weights are spoilt).
+the end), `overflow` (steps whose gradients leave float16's range), `nan_at` (the step from which on a layer gives no numbers), `spoilt_gradients`
+(steps whose gradients are not finite behind a finite loss), `resume` (a run directory to go on from).
 """
 
 import json
@@ -31,7 +32,7 @@ torch.ops.mkldnn._is_mkldnn_fp16_supported = _Yes(torch.ops.mkldnn._is_mkldnn_fp
 
 from fireflyds import app  # noqa: E402
 from fireflyds.config import TrainConfig  # noqa: E402
-from fireflyds.engine import checkpoint, deepspeed, learnt, optimizers, ranks  # noqa: E402
+from fireflyds.engine import checkpoint, deepspeed, learnt, optimizers, ranks, stretches  # noqa: E402
 from fireflyds.engine.loop import train_steps  # noqa: E402
 from fireflyds.engine.packed import packed_model  # noqa: E402
 from fireflyds.errors import UserError  # noqa: E402
@@ -51,6 +52,9 @@ class Batches:
     def steps(self, first: int, end: int):
         for step in range(first, end):
             yield [self._row(step % 3 * ROWS + row) for row in self._mine]
+
+    def documents(self, number: int, micro: int) -> str:
+        return f"documents of row {self._mine[micro]} of step {number}"
 
     def _row(self, seed: int) -> PackedBatch:
         generator = torch.Generator().manual_seed(seed)
@@ -79,26 +83,35 @@ def run_case(case: dict, me: ranks.Ranks) -> dict:
     engine = deepspeed.build_engine(model, config, precision, ROWS // me.world_size)
     state = TrainState()
     if case.get("resume"):
-        state = checkpoint.load(engine, Path(case["resume"]))
-    found = {"losses": [], "scales": [], "skipped": [], "norms": [], "lrs": [], "error": None}
+        state = checkpoint.load(engine, Path(case["resume"]), print)
+    found = {"losses": [], "scales": [], "skipped": [], "norms": [], "lrs": [], "parameters": [], "error": None}
 
     def spoil(module, inputs, output):
         return output * 1e12 if state.step + 1 in case.get("overflow", ()) else output
 
     model.get_output_embeddings().register_forward_hook(spoil)
-    end = state.step + case["steps"]
+
+    def end_of_numbers(module, inputs, output):
+        return output * float("nan") if state.step + 1 >= case["nan_at"] else output
+
+    if "nan_at" in case:
+        model.get_submodule("model.layers.1.mlp.down_proj").register_forward_hook(end_of_numbers)
+
+    def spoil_gradient(gradient):
+        return gradient * float("inf") if state.step + 1 in case.get("spoilt_gradients", ()) else gradient
+
+    if case.get("spoilt_gradients"):
+        hidden = model.get_submodule("model.layers.0.mlp.down_proj")
+        hidden.register_forward_hook(lambda module, inputs, output: output.register_hook(spoil_gradient) and None)
+    end, batches = state.step + case["steps"], Batches(hf_config.vocab_size, me.rank, me.world_size)
     try:
-        for step in train_steps(
-            engine, Batches(hf_config.vocab_size, me.rank, me.world_size), state, config.optim, end, 0, device_batch
-        ):
+        for step in train_steps(engine, batches, state, config.optim, config.recovery, end, 0, device_batch):
             found["losses"].append(step.loss)
             found["scales"].append(step.extra.get("loss_scale"))
             found["skipped"].append(step.extra["skipped_steps"])
             found["norms"].append(step.grad_norm)
+            found["parameters"].append(_checksum(engine))
             found["lrs"].append([group["lr"] for group in engine.optimizer.param_groups])
-            if step.step + 1 == case.get("nan_at"):
-                with torch.no_grad():
-                    model.get_submodule("model.layers.1.mlp.down_proj").weight[0, 0] = float("nan")
     except UserError as error:
         found["error"] = str(error)
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
@@ -111,8 +124,14 @@ def run_case(case: dict, me: ranks.Ranks) -> dict:
     if "run_dir" in case and found["error"] is None:
         about = {"base": "b", "tokenizer": "t", "vocab_size": hf_config.vocab_size}
         keeper = learnt.Keeper(model, replace(config), tuning.described(model), about)
-        checkpoint.save(engine, Path(case["run_dir"]), state, 1, keeper)
+        with checkpoint.Saver(engine, Path(case["run_dir"]), config.checkpoint, keeper) as saver:
+            saver.begin(state, step)
     return found
+
+
+def _checksum(engine) -> float:
+    """Of what this rank holds of the trained weights."""
+    return sum(float(stretch.master.double().abs().sum()) for _, stretch in stretches.owned(engine))
 
 
 def main(cases: Path, out: Path) -> None:

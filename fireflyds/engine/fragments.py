@@ -1,0 +1,230 @@
+"""What trains as pieces in files: every piece knows its parameter and its place in it, so any number of ranks can read them.
+
+A rank's file `rank-00001.safetensors` holds one-dimensional tensors named `<parameter>|<first element>|<kind>`. Kinds are
+`master` (the weights in the optimizer's number format), the optimizer's states (`exp_avg`, ...), and its counters
+(`#step`), of one element each. States that belong to a rank's whole stretch, and cannot be cut, are named
+`raw|<number of the stretch>|<kind>`.
+"""
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fireflyds.directories import read_json, sync, write_whole
+from fireflyds.errors import UserError
+
+MASTER, RAW, COUNTER = "master", "raw", "#"
+MANIFEST, CHECKSUMS = "manifest.json", "checksums.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Elements `[first, first + length)` of a flattened parameter, at `offset` of a stretch."""
+
+    name: str
+    first: int
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """A one-dimensional tensor of weights that the optimizer sees as one, and its states.
+
+    `state` is the optimizer's own dictionary: filling it fills the optimizer.
+    """
+
+    master: Tensor
+    state: dict[str, Any]
+    parts: list[Part] = field(default_factory=list)
+
+    def is_cut(self, value: Any) -> bool:
+        """A state with one number for every weight."""
+        same = isinstance(value, Tensor) and value.dim() > 0 and value.numel() == self.master.numel()
+        return same and value.is_floating_point()
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether a state cannot be divided with the weights: quantised in blocks, or of a layout of its own."""
+        return any(
+            isinstance(value, Tensor) and value.numel() > 1 and not self.is_cut(value) for value in self.state.values()
+        )
+
+
+def snapshot(stretches: Iterator[tuple[int, Stretch]]) -> dict[str, Tensor]:
+    """Copies on the host, by the names of the file. The numbers tell stretches apart."""
+    copies: dict[str, Tensor] = {}
+
+    def keep(name: str, value: Any) -> None:
+        # A copy also where the weights are on the host already: training goes on while this is written.
+        copies[name] = torch.as_tensor(value).detach().reshape(-1).to("cpu", copy=True)
+
+    for number, stretch in stretches:
+        raw = stretch.is_raw
+        states = {key: value for key, value in stretch.state.items() if isinstance(value, Tensor | int | float)}
+        for part in stretch.parts:
+            at = slice(part.offset, part.offset + part.length)
+            keep(f"{part.name}|{part.first}|{MASTER}", stretch.master.view(-1)[at])
+            for key, value in () if raw else states.items():
+                if stretch.is_cut(value):
+                    keep(f"{part.name}|{part.first}|{key}", torch.as_tensor(value).view(-1)[at])
+                else:
+                    keep(f"{part.name}|{part.first}|{COUNTER}{key}", value)
+        for key, value in states.items() if raw else ():
+            keep(f"{RAW}|{number}|{key}", value)
+    return copies
+
+
+def write(folder: Path, rank: int, tensors: dict[str, Tensor]) -> None:
+    """Write a rank's file and, when it is on the disk, its size and hash beside it.
+
+    Raises:
+        OSError: the disk is full or cannot be written.
+    """
+    file = folder / f"rank-{rank:05d}.safetensors"
+    try:
+        save_file(tensors, file)
+    except SafetensorError as error:  # it tells of the disk in its own words
+        raise OSError(str(error)) from error
+    sync(file)
+    write_whole(file.with_suffix(".json"), json.dumps({"bytes": file.stat().st_size, "sha256": digest(file)}))
+
+
+def digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+class Fragments:
+    """The files of all ranks, read as whole parameters or any part of one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        manifest = read_json(folder / MANIFEST)
+        self.shapes: dict[str, tuple[int, ...]] = {name: tuple(shape) for name, shape in manifest["parameters"].items()}
+        self.layout = manifest["layout"]
+
+    @cached_property
+    def _index(self) -> dict[tuple[str, str], list[tuple[int, int, Any, str]]]:
+        """By parameter and kind: first element, length, file and key of every piece."""
+        index = defaultdict(list)
+        for file in sorted(self.folder.glob("rank-*.safetensors")):
+            try:
+                opened = safe_open(file, "pt")
+                for key in opened.keys():  # noqa: SIM118
+                    name, first, kind = key.rsplit("|", 2)
+                    length = opened.get_slice(key).get_shape()[0]
+                    index[(f"{name}|{file.stem}" if name == RAW else name), kind].append(
+                        (int(first), length, opened, key)
+                    )
+            except SafetensorError as error:
+                raise UserError(f"{file}: cannot be read ({error}). Go on from a checkpoint before") from error
+        return dict(index)
+
+    def kinds(self, name: str) -> list[str]:
+        """What there is of a parameter beside its weights."""
+        return [kind for known, kind in self._index if known == name and kind != MASTER]
+
+    @property
+    def has_raw(self) -> bool:
+        return any(name.startswith(f"{RAW}|") for name, _ in self._index)
+
+    def raw(self, rank: int, number: int) -> dict[str, Tensor]:
+        """States of a whole stretch of a rank, as that rank saved them."""
+        of_rank = f"{RAW}|rank-{rank:05d}"
+        return {
+            kind: opened.get_tensor(key)
+            for (name, kind), pieces in self._index.items()
+            if name == of_rank
+            for first, _, opened, key in pieces
+            if first == number
+        }
+
+    def counter(self, name: str, kind: str) -> float:
+        """The same wherever it is kept."""
+        *_, opened, key = self._index[name, kind][0]
+        return float(opened.get_tensor(key))
+
+    def read(self, name: str, kind: str, first: int, length: int) -> Tensor:
+        """Elements `[first, first + length)`, put together from the pieces they lie in.
+
+        Raises:
+            UserError: not all of them were saved.
+        """
+        found: Tensor | None = None
+        covered = 0
+        for start, size, opened, key in self._index.get((name, kind), ()):
+            low, high = max(first, start), min(first + length, start + size)
+            if low < high:
+                piece = opened.get_slice(key)[low - start : high - start]
+                found = piece.new_empty(length) if found is None else found
+                found[low - first : high - first] = piece
+                covered += high - low
+        if found is None or covered < length:
+            raise UserError(
+                f"{self.folder}: holds {covered} of {length} elements of {name} ({kind}). Go on from a checkpoint before, "
+                "or give the run that this is of"
+            )
+        return found
+
+    def require(self, expected: dict[str, tuple[int, ...]]) -> None:
+        """Raises `UserError` unless every one of these parameters is there, of its shape, and its elements all once."""
+        for name, shape in expected.items():
+            pieces = sum(length for _, length, _, _ in self._index.get((name, MASTER), ()))
+            if self.shapes.get(name) != shape or pieces != torch.Size(shape).numel():
+                raise UserError(
+                    f"{self.folder}: {name} was not saved whole ({pieces} elements of {[*shape]}). The checkpoint before is "
+                    "whole; every rank must write to the same folder: give runs= on a disk that all nodes share"
+                )
+        if not any(piece.any() for name in expected for piece in [self.read(name, MASTER, 0, self._numel(name))]):
+            raise UserError(f"{self.folder}: all weights were saved as zeros. The checkpoint before is whole")
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter that trained, whole."""
+        for name, shape in self.shapes.items():
+            yield name, self.read(name, MASTER, 0, self._numel(name)).view(shape)
+
+    def _numel(self, name: str) -> int:
+        return int(torch.Size(self.shapes[name]).numel())
+
+
+def seal(folder: Path) -> None:
+    """Write down sizes and hashes of all files, from now on to be checked, and wait for the disk."""
+    known = {}
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = str(file.relative_to(folder))
+        if name.startswith("rank-") and file.suffix == ".json":
+            known[f"{file.stem}.safetensors"] = read_json(file)
+            file.unlink()
+        elif not name.startswith("rank-"):
+            sync(file)
+            known[name] = {"bytes": file.stat().st_size, "sha256": digest(file)}
+    write_whole(folder / CHECKSUMS, json.dumps(known, indent=2))
+    sync(folder)
+
+
+def damage(folder: Path, share: int = 0, shares: int = 1) -> str | None:
+    """What is wrong with a sealed folder, or None. Of its files only every `shares`-th is read."""
+    try:
+        known = read_json(folder / CHECKSUMS)
+    except UserError:
+        return f"{CHECKSUMS} is missing or damaged"
+    for name, wanted in sorted(known.items())[share::shares]:
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != wanted["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes of {wanted['bytes']}"
+        if digest(file) != wanted["sha256"]:
+            return f"{name} is not what was written (its hash differs)"
+    return None

@@ -1,0 +1,92 @@
+"""What a run is asked to do while it runs: by signals, by files in its folder, by the death of its launcher. All ranks agree."""
+
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import psutil
+import torch
+import torch.distributed as dist
+
+SAVE, STOP = "SAVE", "STOP"
+# A launcher passes a Ctrl-C on as SIGTERM, to processes that the terminal has sent it already.
+_ECHO_SECONDS = 1.0
+_LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed.run", "torch/distributed/run", "torch.distributed.launch")
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What holds for all ranks after a step."""
+
+    save: bool
+    stop: bool
+    failed: bool
+    """A rank could not write its share of a checkpoint."""
+
+
+class Requests:
+    """SIGTERM, SIGUSR1, Ctrl-C, a file `STOP`, a launcher that died: finish the step, save, leave. A file `SAVE`: save.
+
+    A second Ctrl-C, or a second SIGTERM after a second, leaves at once.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self.reason = ""
+        self._asked_at: float | None = None
+        self._launchers = _launchers()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._hear)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        name, now = signal.Signals(number).name, time.monotonic()
+        if self._asked_at is None:
+            self._asked_at, self.reason = now, name
+        elif number == signal.SIGINT or (number == signal.SIGTERM and now - self._asked_at > _ECHO_SECONDS):
+            # Collectives and threads that write would hold an orderly end up.
+            os.write(sys.stderr.fileno(), b"interrupted again: leaving at once; the newest checkpoint is whole\n")
+            os._exit(128 + number)
+
+    def _look(self) -> tuple[bool, bool]:
+        """Whether this rank was asked to save, and to stop."""
+        save = stop = False
+        if dist.get_rank() == 0:
+            save, stop = (_taken(self._run_dir / name) for name in (SAVE, STOP))
+        if stop:
+            self.reason = self.reason or f"{STOP} file"
+        if self._asked_at is None and (gone := [each for each in self._launchers if not each.is_running()]):
+            self.reason = f"the launcher (process {gone[0].pid}) is gone"
+            self._asked_at = time.monotonic()
+        return save, stop or self._asked_at is not None
+
+    def agreed(self, device: torch.device, failed: bool) -> Asked:
+        """What any rank was asked is heard by all. `failed`: this rank could not write its share of a checkpoint."""
+        save, stop = self._look()
+        asked = torch.tensor([save, stop, failed], dtype=torch.int32, device=device)
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        return Asked(*(bool(value) for value in asked.tolist()))
+
+
+def _taken(file: Path) -> bool:
+    try:
+        file.unlink()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _launchers() -> list[psutil.Process]:
+    """The ancestors that launched this rank: some of them die without a word to it."""
+    found = []
+    try:
+        for ancestor in psutil.Process().parents():
+            if not any(name in word for word in ancestor.cmdline()[:4] for name in _LAUNCHERS):
+                break
+            found.append(ancestor)
+    except psutil.Error:
+        pass
+    return found

@@ -1,0 +1,53 @@
+"""How a run stands, for whoever looks from outside: `status.json`. Launchers do not pass exit codes on faithfully."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+from fireflyds.directories import write_whole
+from fireflyds.errors import UserError
+
+# A scheduler that sees this code may start the same command again.
+EXIT_INTERRUPTED = 75
+EXIT_FAILED = 1
+_EXIT_USER_ERROR = 2
+_EXIT_CTRL_C = 130
+
+
+class Status:
+    """`state` is `running`, `stopped` (goes on by the same command), `finished` or `failed`. Used as a context.
+
+    Written by rank 0; where that is the rank that is lost, by rank 1.
+    """
+
+    def __init__(self, run_dir: Path, rank: int, total_steps: int) -> None:
+        self._file, self._rank, self._total_steps = run_dir / "status.json", rank, total_steps
+        self.step = 0
+
+    def __enter__(self) -> "Status":
+        self.write("running")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if kind is None or issubclass(kind, SystemExit):
+            return
+        if issubclass(kind, KeyboardInterrupt):
+            self.write("stopped", _EXIT_CTRL_C, "interrupted outside of training steps")
+        else:
+            self.failed(str(error) or kind.__name__, _EXIT_USER_ERROR if issubclass(kind, UserError) else EXIT_FAILED)
+
+    def write(self, state: str, exit_code: int | None = None, message: str = "") -> None:
+        if self._rank == 0:
+            self._write(state, exit_code, message)
+
+    def failed(self, message: str, exit_code: int) -> None:
+        if self._rank == (1 if message.startswith("rank 0 ") else 0):
+            self._write("failed", exit_code, message)
+
+    def _write(self, state: str, exit_code: int | None, message: str) -> None:
+        about = {
+            "state": state, "step": self.step, "total_steps": self._total_steps, "exit_code": exit_code,
+            "message": message, "pid": os.getpid(), "time": time.time(),
+        }  # fmt: skip
+        write_whole(self._file, json.dumps(about, indent=2))
