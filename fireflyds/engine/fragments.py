@@ -8,6 +8,7 @@ A rank's file `rank-00001.safetensors` holds one-dimensional tensors named `<par
 
 import hashlib
 import json
+import shutil
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -97,7 +98,9 @@ def write(folder: Path, rank: int, tensors: dict[str, Tensor]) -> None:
     except SafetensorError as error:  # it tells of the disk in its own words
         raise OSError(str(error)) from error
     sync(file)
-    write_whole(file.with_suffix(".json"), json.dumps({"bytes": file.stat().st_size, "sha256": digest(file)}))
+    about = file.with_suffix(".json")
+    write_whole(about, json.dumps({"bytes": file.stat().st_size, "sha256": digest(file)}))
+    shutil.copymode(about, file)  # safetensors lets nobody else read
 
 
 def digest(file: Path) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch.distributed.distributed_c10d as c10d
+import torch.distributed as dist
 
 from fireflyds.engine.ranks import Ranks
 from fireflyds.engine.status import EXIT_FAILED, Status
@@ -38,8 +38,8 @@ class Heartbeat:
         if self._me.world_size > 1:
             address, port = self._me.master_addr, self._me.master_port
             # A connection of its own: the process group's may be held by a collective.
-            store = c10d.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=self._seconds))  # type: ignore[attr-defined]
-            self._store = c10d.PrefixStore("fireflyds", store)
+            store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=self._seconds))  # type: ignore[attr-defined]
+            self._store = dist.PrefixStore("fireflyds", store)  # type: ignore[attr-defined]
             self._beat()
             self._thread.start()
         return self

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -9,8 +10,11 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from samples import ENGLISH
+
+from fireflyds.engine import fragments
 
 ROOT = Path(__file__).parents[2]
 STEPS = 60
@@ -51,20 +55,90 @@ def wait_for_step(tmp_path: Path, run: str, step: int, process: subprocess.Popen
         time.sleep(0.02)
 
 
+def contents(folder: Path) -> dict[str, str]:
+    """Names of all files, and what the checkpoints hold."""
+    return {
+        str(file.relative_to(folder)): file.read_text() if file.name == "checksums.json" else ""
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+
+
 @pytest.mark.chaos
-def test_killed_runs_go_on_with_the_same_losses(arguments: list[str], tmp_path: Path) -> None:
+def test_a_run_killed_twenty_times_ends_as_if_undisturbed(arguments: list[str], tmp_path: Path) -> None:
+    """Killed at random moments, whole or one rank of it; with a save at every step many of them are in the middle of one."""
+    arguments = [argument.replace("checkpoint.every=5", "checkpoint.every=1") for argument in arguments]
     assert start(tmp_path, "run=whole", *arguments).wait(200) == 0
-    for step in (7, 23, 40):
+    chance = random.Random(7)
+    kills = 0
+    while kills < 20:
         process = start(tmp_path, "run=killed", *arguments)
-        wait_for_step(tmp_path, "killed", step, process)
+        done = len(rows(tmp_path, "killed"))
+        wait_for_step(tmp_path, "killed", min(done + chance.randint(1, 3), STEPS - 2), process)
+        time.sleep(chance.random() * 0.2)
+        if chance.random() < 0.5:
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            os.kill(chance.choice(ranks_of(process)), signal.SIGKILL)
+            assert process.wait(60) != 0
+        process.wait()
+        kills += 1
+        assert not list((tmp_path / "runs" / "killed" / "checkpoints").glob("step-*")) or not damaged(tmp_path)
+    assert start(tmp_path, "run=killed", *arguments).wait(200) == 0
+    assert [row["step"] for row in rows(tmp_path, "killed")] == list(range(1, STEPS + 1))
+    assert [row["loss"] for row in rows(tmp_path, "killed")] == [row["loss"] for row in rows(tmp_path, "whole")]
+    whole, killed = (contents(tmp_path / "runs" / name) for name in ("whole", "killed"))
+    assert killed.keys() == whole.keys()
+    last = "checkpoints/step-000060"
+    for file in ("rank-00000.safetensors", "rank-00001.safetensors"):
+        found = [(tmp_path / "runs" / name / last / file).read_bytes() for name in ("whole", "killed")]
+        assert found[0] == found[1]
+
+
+def ranks_of(process: subprocess.Popen[bytes]) -> list[int]:
+    found = psutil.Process(process.pid).children(recursive=True)
+    return [each.pid for each in found if any("--local_rank" in word for word in each.cmdline())]
+
+
+def damaged(tmp_path: Path) -> list[str]:
+    """Checkpoints that bear their name and are not whole."""
+    folder = tmp_path / "runs" / "killed" / "checkpoints"
+    return [wrong for path in folder.glob("step-*") if (wrong := fragments.damage(path))]
+
+
+@pytest.mark.chaos
+def test_preparing_killed_at_random_moments_ends_in_the_same_store(tmp_path: Path, base_tokenizer: Path) -> None:
+    for number in range(6):
+        (tmp_path / f"part{number}.txt").write_text(
+            "\n".join(f"{number} {line}" for line in ENGLISH * 200), encoding="utf-8"
+        )
+    words = [
+        sys.executable,
+        str(ROOT / "launch" / "prepare.py"),
+        "data=part*.txt",
+        f"tokenizer={base_tokenizer}",
+        "workers=2",
+    ]
+    subprocess.run([*words, "out=whole"], cwd=tmp_path, check=True, capture_output=True)
+    chance = random.Random(3)
+    for _ in range(5):
+        process = subprocess.Popen(
+            [*words, "out=killed"],
+            cwd=tmp_path,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        time.sleep(1.5 + 3 * chance.random())
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        time.sleep(0.5)
-    assert start(tmp_path, "run=killed", *arguments).wait(200) == 0
-    assert [row["loss"] for row in rows(tmp_path, "killed")] == [row["loss"] for row in rows(tmp_path, "whole")]
-    assert [row["step"] for row in rows(tmp_path, "killed")] == list(range(1, STEPS + 1))
-    folders = [path.name for path in (tmp_path / "runs" / "killed" / "checkpoints").iterdir() if path.is_dir()]
-    assert sorted(folders) == ["step-000055", "step-000060"]
+    subprocess.run([*words, "out=killed"], cwd=tmp_path, check=True, capture_output=True)
+    whole, killed = (
+        {str(f.relative_to(tmp_path / name)): f.read_bytes() for f in (tmp_path / name).rglob("*") if f.is_file()}
+        for name in ("whole", "killed")
+    )
+    assert killed.keys() == whole.keys()
+    assert all(killed[name] == whole[name] for name in whole if name.startswith(("parts", "index")))
 
 
 @pytest.mark.slow
