@@ -24,7 +24,7 @@ def train(config: TrainConfig) -> None:
 
     from fireflyds.data.loader import PackedLoader
     from fireflyds.data.mix import RowSequence
-    from fireflyds.engine import checkpoint, deepspeed, learnt, metrics, optimizers, ranks, run, trackers
+    from fireflyds.engine import checkpoint, deepspeed, learnt, measured, metrics, optimizers, ranks, run, trackers
     from fireflyds.engine.journal import Journal
     from fireflyds.engine.loop import train_steps
     from fireflyds.engine.packed import packed_model
@@ -57,6 +57,7 @@ def train(config: TrainConfig) -> None:
     model = packed_model(config, hf_config, precision)
     about_run = run.describe(config, model, store, rows, total_steps, me.world_size, accumulation, precision)
     log.info("\n".join([about_run, *notes]))
+    about_steps = measured.of_run(config, model, store, encoder, precision)
     engine = deepspeed.build_engine(model, config, precision, accumulation)
     state = checkpoint.load(engine, run_dir)
     if state.step:
@@ -67,7 +68,9 @@ def train(config: TrainConfig) -> None:
     keeper = learnt.Keeper(model, config, tuning.described(model), about)
 
     with attention, Journal(run_dir, tracker, log, me.rank, state.step, total_steps, config.log_every) as journal:
-        for step in train_steps(engine, loader, state, config.optim, total_steps, config.seed, device_batch):
+        for step in train_steps(
+            engine, loader, state, config.optim, total_steps, config.seed, device_batch, about_steps
+        ):
             journal.record(step)
             stopping = stop.agreed(engine.device)
             if step.step % config.checkpoint.every == 0 or step.step == total_steps or stopping:

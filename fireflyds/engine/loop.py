@@ -14,6 +14,7 @@ from fireflyds.config import OptimConfig
 from fireflyds.engine.deepspeed import at_least_scale, loss_scale
 from fireflyds.engine.overflow import Watch
 from fireflyds.engine.schedule import lr_factor
+from fireflyds.engine.statistics import Measured, Statistics
 from fireflyds.errors import UserError
 from fireflyds.types import PackedBatch, StepMetrics, TrainState
 
@@ -30,6 +31,7 @@ def train_steps(
     total_steps: int,
     seed: int,
     to_device: Callable[[PackedBatch, torch.device], dict[str, Any]],
+    measured: Measured,
 ) -> Iterator[StepMetrics]:
     """Steps `state.step` to `total_steps`; `state` is advanced before each yield.
 
@@ -43,6 +45,7 @@ def train_steps(
     world_size = dist.get_world_size()
     engine.train()
     watch = Watch(engine.module)
+    statistics = Statistics(measured, engine.device, total_steps)
     ready = loader.steps(state.step, total_steps)
     for number in range(state.step, total_steps):
         started = time.perf_counter()
@@ -51,19 +54,14 @@ def train_steps(
         # Dropout is a function of the step, so a resumed run drops what an undisturbed one would have.
         reseed = partial(torch.manual_seed, seed * 1_000_003 + number * world_size + dist.get_rank())
         reseed()
-        tokens = sum(batch.input_ids.numel() for batch in batches)
-        counts = torch.tensor(
-            [sum(batch.num_learned for batch in batches), tokens], dtype=torch.float64, device=engine.device
-        )
-        dist.all_reduce(counts)
-        learned, tokens = int(counts[0]), int(counts[1])
+        learned, tokens = statistics.begin(batches, waited)
         factor = lr_factor(number, total_steps, optim)
         for group in engine.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
         scale = loss_scale(engine)
         try:
-            loss, norm = _optimizer_step(engine, batches, world_size, learned, to_device, watch, reseed)
+            loss, norm = _optimizer_step(engine, batches, world_size, learned, to_device, watch, reseed, statistics)
         except UserError as error:
             raise UserError(f"step {number + 1}: {error}") from error
         state.step, state.tokens, state.learned_tokens = (
@@ -72,6 +70,7 @@ def train_steps(
             state.learned_tokens + learned,
         )
         seconds = time.perf_counter() - started
+        lrs = [group["lr"] for group in engine.optimizer.param_groups]
         yield StepMetrics(
             step=state.step,
             loss=loss,
@@ -81,8 +80,9 @@ def train_steps(
             learned_tokens=state.learned_tokens,
             tokens_per_second=tokens / seconds,
             seconds=seconds,
-            extra={"skipped_steps": float(engine.skipped_steps), "data_wait_seconds": waited}
-            | ({} if scale is None else {"loss_scale": scale}),
+            extra={"skipped_steps": float(engine.skipped_steps)}
+            | ({} if scale is None else {"loss_scale": scale})
+            | statistics.finish(state.step, seconds, lrs),
         )
 
 
@@ -94,22 +94,23 @@ def _optimizer_step(
     to_device: Callable[[PackedBatch, torch.device], dict[str, Any]],
     watch: Watch,
     reseed: Callable[[], Any],
+    statistics: Statistics,
 ) -> tuple[float, float]:
     """Forward, backward and update over the step's micro-batches. Returns the loss per learned token and the gradient norm."""
     # DeepSpeed averages gradients over ranks and divides the loss by the accumulation; both are undone.
     scale = world_size * len(batches) / max(learned, 1)
-    total = torch.zeros((), dtype=torch.float64, device=engine.device)
-    norm = None
+    total, norm = torch.zeros(()), None
     # An overflow at the least loss scale ends the run, so there it is watched.
     watched = at_least_scale(engine)
     watch.forget()
     for number, batch in enumerate(batches):
         with watch.over(number) if watched else nullcontext():
-            loss = engine(**to_device(batch, engine.device))
+            with statistics.forward():
+                loss, losses = engine(**to_device(batch, engine.device), reduction="both")
+            statistics.add(number, loss, losses)
             engine.backward(loss * scale)
-        total += loss.detach()
         if number + 1 == len(batches):
-            dist.all_reduce(total)
+            total = statistics.reduce()
             if not math.isfinite(total):
                 reseed()
                 raise UserError(_not_finite(engine, batches, to_device, watch, float(total)))
