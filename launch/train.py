@@ -37,6 +37,7 @@ def train(config: TrainConfig) -> None:
     me = ranks.discover(os.environ)
     precision = deepspeed.resolve_precision(config.hardware)
     notes = optimizers.check(config, precision)
+    trackers.check(config.tracking)
     accumulation = deepspeed.accumulation_steps(config, me.world_size)
     encoder = load_encoder(config.model.tokenizer_path)
     hf_config = load.read_config(config.model, encoder)
@@ -63,11 +64,16 @@ def train(config: TrainConfig) -> None:
     if state.step:
         log.info(run.resumed(state, total_steps))
     loader = PackedLoader(store, rows, config.micro_batch_size, config.global_batch_size, me.rank, me.world_size)
-    tracker = trackers.open_tracker(config.tracking, config.run, run_dir, yaml.safe_load(text), me.rank)
+    tracker = trackers.open_tracker(
+        config.tracking, config.run, run_dir, yaml.safe_load(text), me.rank, state.step, log
+    )
+    steps_per_epoch = rows.rows_per_epoch / config.global_batch_size
     stop = StopRequest()
     keeper = learnt.Keeper(model, config, tuning.described(model), about)
 
-    with attention, Journal(run_dir, tracker, log, me.rank, state.step, total_steps, config.log_every) as journal:
+    journal = Journal(run_dir, tracker, log, me.rank, state.step, total_steps, config.log_every, steps_per_epoch)
+
+    with attention, journal:
         for step in train_steps(
             engine, loader, state, config.optim, total_steps, config.seed, device_batch, about_steps
         ):
@@ -75,6 +81,7 @@ def train(config: TrainConfig) -> None:
             stopping = stop.agreed(engine.device)
             if step.step % config.checkpoint.every == 0 or step.step == total_steps or stopping:
                 checkpoint.save(engine, run_dir, state, config.checkpoint.keep, keeper)
+                journal.saved()
             if stopping and step.step < total_steps:
                 log.info(f"stopped at step {step.step}, checkpoint saved; the same command goes on from here")
                 break

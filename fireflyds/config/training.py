@@ -131,13 +131,25 @@ class HardwareConfig:
 @dataclass(kw_only=True, slots=True)
 class TrackingConfig:
     kind: Tracker = MISSING
-    """`none` (files only) or `wandb` (rank 0 only)."""
+    """`none` (files only), `wandb` or `tensorboard` (rank 0 only)."""
     project: str = "fireflyds"
     """W&B project."""
     entity: str | None = None
     """W&B team or user."""
     mode: WandbMode = WandbMode.online
     """W&B mode: `online`, `offline` or `disabled`."""
+    group: str | None = None
+    """W&B group; unset: the folder part of `run`, such as `demo` of `demo/cpt`."""
+    tags: list[str] = field(default_factory=list)
+    """W&B tags."""
+    job_type: str = "train"
+    """W&B job type."""
+    finish_seconds: float = 60.0
+    """At the end a tracker is waited for at most so long; what is not sent by then stays on the disk."""
+
+    def __post_init__(self) -> None:
+        if not self.finish_seconds > 0:
+            raise UserError(f"tracking.finish_seconds={self.finish_seconds:g}: must be greater than 0")
 
 
 @dataclass(kw_only=True, slots=True)
