@@ -23,7 +23,7 @@ def train(config: TrainConfig) -> None:
 
     from fireflyds.data.loader import PackedLoader
     from fireflyds.data.mix import RowSequence
-    from fireflyds.engine import checkpoint, deepspeed, learnt, metrics, optimizers, ranks, run, trackers
+    from fireflyds.engine import checkpoint, deepspeed, learnt, measured, metrics, optimizers, ranks, run, trackers
     from fireflyds.engine.course import Course
     from fireflyds.engine.heartbeat import Heartbeat
     from fireflyds.engine.journal import Journal
@@ -37,6 +37,7 @@ def train(config: TrainConfig) -> None:
     me = ranks.discover(os.environ)
     precision = deepspeed.resolve_precision(config.hardware)
     notes = optimizers.check(config, precision)
+    trackers.check(config.tracking)
     accumulation = deepspeed.accumulation_steps(config, me.world_size)
     encoder = load_encoder(config.model.tokenizer_path)
     hf_config = load.read_config(config.model, encoder)
@@ -58,6 +59,7 @@ def train(config: TrainConfig) -> None:
         model = packed_model(config, hf_config, precision)
         about_run = run.describe(config, model, store, rows, total_steps, me.world_size, accumulation, precision)
         log.info("\n".join([about_run, *notes]))
+        about_steps = measured.of_run(config, model, store, encoder, precision)
         engine = deepspeed.build_engine(model, config, precision, accumulation)
         keeper = learnt.Keeper(model, config, tuning.described(model), about)
         loader = PackedLoader(store, rows, config.micro_batch_size, config.global_batch_size, me.rank, me.world_size)
@@ -65,12 +67,13 @@ def train(config: TrainConfig) -> None:
             state = checkpoint.load(engine, run_dir, log.warning)
             if state.step:
                 log.info(run.resumed(state, total_steps))
-            tracker = trackers.open_tracker(config.tracking, config.run, run_dir, yaml.safe_load(text), me.rank)
-            with (
-                attention,
-                Journal(run_dir, tracker, log, me.rank, state.step, total_steps, config.log_every) as journal,
-            ):
-                course = Course(config, engine, loader, saver, journal, status, log)
+            tracker = trackers.open_tracker(
+                config.tracking, config.run, run_dir, yaml.safe_load(text), me.rank, state.step, log
+            )
+            epoch = rows.rows_per_epoch / config.global_batch_size
+            journal = Journal(run_dir, tracker, log, me.rank, state.step, total_steps, config.log_every, epoch)
+            with attention, journal:
+                course = Course(config, engine, loader, about_steps, saver, journal, status, log)
                 finished = course.follow(state, total_steps)
     deepspeed.leave()
     if lock:

@@ -1,5 +1,6 @@
 """A training run: its sections and the whole."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,9 +113,14 @@ class HardwareConfig:
     """Recompute activations in the backward pass to save memory."""
     timeout_minutes: float = 30.0
     """A collective that takes longer ends the run."""
+    peak_tflops: float | None = None
+    """Peak of one device for matrix products in the precision trained in, in TFLOP/s: what MFU is measured against.
+    Unset: the published peak of a known GPU; no MFU for another device."""
 
     def __post_init__(self) -> None:
         require_at_least(self, "hardware.", loss_scale_window=1, hysteresis=1, min_loss_scale=2.0**-14)
+        if self.peak_tflops is not None and not 0 < self.peak_tflops < math.inf:
+            raise UserError(f"hardware.peak_tflops={self.peak_tflops}: must be a number greater than 0, or null")
         if not 0 <= self.initial_scale_power <= 32 or 2.0**self.initial_scale_power < self.min_loss_scale:
             raise UserError(
                 f"hardware.initial_scale_power={self.initial_scale_power}: must be from 0 to 32, and 2 to it at least "
@@ -125,13 +131,25 @@ class HardwareConfig:
 @dataclass(kw_only=True, slots=True)
 class TrackingConfig:
     kind: Tracker = MISSING
-    """`none` (files only) or `wandb` (rank 0 only)."""
+    """`none` (files only), `wandb` or `tensorboard` (rank 0 only)."""
     project: str = "fireflyds"
     """W&B project."""
     entity: str | None = None
     """W&B team or user."""
     mode: WandbMode = WandbMode.online
     """W&B mode: `online`, `offline` or `disabled`."""
+    group: str | None = None
+    """W&B group; unset: the folder part of `run`, such as `demo` of `demo/cpt`."""
+    tags: list[str] = field(default_factory=list)
+    """W&B tags."""
+    job_type: str = "train"
+    """W&B job type."""
+    finish_seconds: float = 60.0
+    """At the end a tracker is waited for at most so long; what is not sent by then stays on the disk."""
+
+    def __post_init__(self) -> None:
+        if not self.finish_seconds > 0:
+            raise UserError(f"tracking.finish_seconds={self.finish_seconds:g}: must be greater than 0")
 
 
 @dataclass(kw_only=True, slots=True)

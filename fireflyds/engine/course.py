@@ -11,6 +11,7 @@ from fireflyds.engine.checkpoint import Saver
 from fireflyds.engine.journal import Journal
 from fireflyds.engine.loop import Loader, train_steps
 from fireflyds.engine.requests import Requests
+from fireflyds.engine.statistics import Measured
 from fireflyds.engine.status import EXIT_INTERRUPTED, Status
 from fireflyds.models.fuse import device_batch
 from fireflyds.types import StepMetrics, TrainState
@@ -23,6 +24,7 @@ class Course:
     config: TrainConfig
     engine: Any
     loader: Loader
+    measured: Measured
     saver: Saver
     journal: Journal
     status: Status
@@ -39,9 +41,7 @@ class Course:
         self.status.write("running")
         while state.step < total_steps:
             config = self.config
-            steps = train_steps(
-                self.engine, self.loader, state, config.optim, config.recovery, total_steps, config.seed, device_batch
-            )
+            steps = train_steps(self.engine, self.loader, state, config, total_steps, device_batch, self.measured)
             spiked = False
             for step in steps:
                 if spiked := spikes.is_spike(state, step.loss, config.recovery):
