@@ -66,8 +66,11 @@ class ZeroConfig:
     """Elements reduced at once."""
     overlap_comm: bool = False
     """Overlap gradient reduction with the backward pass."""
+    json: str = ""
+    """A DeepSpeed JSON of another project: what is typed here must say the same, what DeepSpeed no longer has is refused,
+    the rest is passed on (and printed)."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """Further DeepSpeed configuration, passed through as it is (and printed)."""
+    """Further DeepSpeed configuration, treated in the same way."""
 
     def __post_init__(self) -> None:
         if self.stage not in (0, 1, 2, 3):
@@ -76,23 +79,6 @@ class ZeroConfig:
             raise UserError(f"zero.offload_param={self.offload_param.name} needs zero.stage=3, got {self.stage}")
         if self.offload_optimizer is not Offload.none and self.stage == 0:
             raise UserError("zero.offload_optimizer needs zero.stage of at least 1, got 0")
-        ours = {
-            "optimizer",
-            "scheduler",
-            "train_batch_size",
-            "train_micro_batch_size_per_gpu",
-            "gradient_accumulation_steps",
-            "gradient_clipping",
-            "bf16",
-            "fp16",
-        } & self.extra.keys()
-        if "stage" in self.extra.get("zero_optimization", {}):
-            raise UserError("zero.extra.zero_optimization.stage: use zero.stage")
-        if ours:
-            raise UserError(
-                f"zero.extra.{min(ours)}: fireflyds sets this itself; use optim.*, micro_batch_size, "
-                "global_batch_size or hardware.precision"
-            )
 
 
 @dataclass(kw_only=True, slots=True)

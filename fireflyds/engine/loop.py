@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from fireflyds.config import TrainConfig
-from fireflyds.engine.deepspeed import at_least_scale, loss_scale
-from fireflyds.engine.overflow import Watch
+from fireflyds.engine.deepspeed import loss_scale
+from fireflyds.engine.overflow import Skips, Watch
 from fireflyds.engine.schedule import lr_factor
 from fireflyds.engine.statistics import Measured, Statistics
 from fireflyds.errors import UserError
@@ -44,11 +44,11 @@ def train_steps(
         UserError: `max_skipped` such steps in a row, or under fp16 a gradient that is not finite at the least loss
             scale; the message names the first tensor that is not, and the documents.
     """
-    world_size, optim, recovery = dist.get_world_size(), config.optim, config.recovery
+    world_size = dist.get_world_size()
     engine.train()
     watch = Watch(engine.module)
     statistics = Statistics(measured, engine.device, total_steps)
-    skipped_in_row = 0
+    skips = Skips(engine, config.recovery.max_skipped)
     ready = loader.steps(state.step + state.passed_over, total_steps + state.passed_over)
     for number in range(state.step, total_steps):
         started = time.perf_counter()
@@ -58,47 +58,28 @@ def train_steps(
         reseed = partial(torch.manual_seed, config.seed * 1_000_003 + number * world_size + dist.get_rank())
         reseed()
         learned, tokens = statistics.begin(batches, waited)
-        factor = lr_factor(number, total_steps, optim)
+        factor, scale = lr_factor(number, total_steps, config.optim), loss_scale(engine)
         for group in engine.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
-
-        scale, skipped_before = loss_scale(engine), engine.skipped_steps
-        # A step that may end the run is watched.
+        watched = watch if skips.begin() else None
         watch.forget()
-        watched = at_least_scale(engine) or 0 < skipped_in_row == recovery.max_skipped - 1
         documents = partial(loader.documents, number + state.passed_over)
         try:
-            loss, norm = _optimizer_step(
-                engine, batches, learned, to_device, watch if watched else None, documents, statistics
-            )
-            skipped = engine.skipped_steps > skipped_before
-            # In fp16 a skipped step is how the loss scale finds its place.
-            skipped_in_row = skipped_in_row + 1 if skipped and (scale is None or not math.isfinite(loss)) else 0
-            if skipped_in_row >= recovery.max_skipped:
+            loss, norm = _optimizer_step(engine, batches, learned, to_device, watched, documents, statistics)
+            if skips.are_too_many(loss):
                 reseed()
-                raise UserError(_not_finite(engine, batches, to_device, watch, documents, loss, norm, skipped_in_row))
+                raise UserError(_not_finite(engine, batches, to_device, watch, documents, loss, norm, skips.in_row))
         except UserError as error:
             raise UserError(f"step {number + 1}: {error}") from error
-        state.step, state.tokens, state.learned_tokens = (
-            number + 1,
-            state.tokens + tokens,
-            state.learned_tokens + learned,
-        )
+        state.step, state.tokens = number + 1, state.tokens + tokens
+        state.learned_tokens += learned
         seconds = time.perf_counter() - started
-        lrs = [group["lr"] for group in engine.optimizer.param_groups]
+        extra = {"skipped_steps": float(engine.skipped_steps)} | ({} if scale is None else {"loss_scale": scale})
+        extra |= statistics.finish(state.step, seconds, [group["lr"] for group in engine.optimizer.param_groups])
         yield StepMetrics(
-            step=state.step,
-            loss=loss,
-            lr=optim.lr * factor,
-            grad_norm=norm,
-            tokens=state.tokens,
-            learned_tokens=state.learned_tokens,
-            tokens_per_second=tokens / seconds,
-            seconds=seconds,
-            extra={"skipped_steps": float(engine.skipped_steps)}
-            | ({} if scale is None else {"loss_scale": scale})
-            | statistics.finish(state.step, seconds, lrs),
-        )
+            step=state.step, loss=loss, lr=config.optim.lr * factor, grad_norm=norm, tokens=state.tokens,
+            learned_tokens=state.learned_tokens, tokens_per_second=tokens / seconds, seconds=seconds, extra=extra,
+        )  # fmt: skip
 
 
 def _optimizer_step(
