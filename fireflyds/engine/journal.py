@@ -29,7 +29,7 @@ class Journal:
         log_every: int,
         steps_per_epoch: float,
     ) -> None:
-        self._tracker, self._log = tracker, log
+        self._tracker, self.log = tracker, log
         self._total_steps, self._log_every = total_steps, log_every
         self._file = MetricsFile(run_dir, done) if rank == 0 else None
         self._history = History(run_dir, total_steps, log_every, steps_per_epoch)
@@ -53,7 +53,7 @@ class Journal:
         self._advance(step)
         self._recent.append(step)
         if step.step % self._log_every == 0 or step.step == self._total_steps:
-            self._log.info(line(self._recent, self._total_steps))
+            self.log.info(line(self._recent, self._total_steps))
             self._recent.clear()
 
     def validated(self, row: Mapping[str, Any]) -> None:

@@ -24,7 +24,7 @@ from fireflyds.types import TrainState
 
 INPUTS = "inputs.json"
 # Keys that may change between the start of a run and its resumption without making it another run.
-FREE_TO_CHANGE = ("tracking", "checkpoint", "log_every", "runs")
+FREE_TO_CHANGE = ("tracking", "checkpoint", "validation", "log_every", "runs")
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
