@@ -9,6 +9,7 @@ from omegaconf import MISSING
 from fireflyds.config.data import DataConfig
 from fireflyds.config.optim import OptimConfig
 from fireflyds.config.tuning import TuningConfig
+from fireflyds.config.validation import ValidationConfig
 from fireflyds.config.values import (
     ModelInit,
     Offload,
@@ -193,6 +194,7 @@ class TrainConfig:
     tracking: TrackingConfig = MISSING
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     init_from: str = ""
     """An earlier run to start from: its trained weights, with a new schedule (not resuming, which is the same `run`)."""
     seq_len: int = 1024

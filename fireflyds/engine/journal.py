@@ -30,7 +30,7 @@ class Journal:
         log_every: int,
         steps_per_epoch: float,
     ) -> None:
-        self._run_dir, self._tracker, self._log = run_dir, tracker, log
+        self._run_dir, self._tracker, self.log = run_dir, tracker, log
         self._total_steps, self._log_every, self._steps_per_epoch = total_steps, log_every, steps_per_epoch
         self._recent: list[StepMetrics] = []
         self._file: MetricsFile | None = None
@@ -68,7 +68,7 @@ class Journal:
         self._advance(step)
         self._recent.append(step)
         if step.step % self._log_every == 0 or step.step == self._total_steps:
-            self._log.info(line(self._recent, self._total_steps))
+            self.log.info(line(self._recent, self._total_steps))
             self._recent.clear()
 
     def validated(self, row: Mapping[str, Any]) -> None:
@@ -82,7 +82,7 @@ class Journal:
 
     def saved(self, step: int, stall: float) -> None:
         """A checkpoint is being written; training waited `stall` seconds for the copy."""
-        self._log.info(f"checkpoint of step {step}: training waited {stall:.2f} s")
+        self.log.info(f"checkpoint of step {step}: training waited {stall:.2f} s")
         if self._file and (self._painted is None or self._painted.done()):
             self._painted = self._painter.submit(self._history.save)
 

@@ -12,7 +12,7 @@ from fireflyds.engine.statistics import Measured
 from fireflyds.types import Encoder
 
 
-def of_run(config: TrainConfig, model: Any, store: TokenStore, encoder: Encoder, precision: Precision) -> Measured:
+def measured_by(config: TrainConfig, model: Any, store: TokenStore, encoder: Encoder, precision: Precision) -> Measured:
     """To be asked before the engine is built: ZeRO-3 takes the parameters' shapes away."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return Measured(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fireflyds.config import Tracker as Kind
-from fireflyds.config import TrackingConfig, WandbMode
+from fireflyds.config import TrackingConfig, TrainConfig, WandbMode
 from fireflyds.directories import read_json, write_whole
 from fireflyds.errors import UserError
 
@@ -124,27 +124,28 @@ def check(config: TrackingConfig) -> None:
 
 
 def open_tracker(
-    config: TrackingConfig, run: str, run_dir: Path, resolved: dict[str, Any], rank: int, resumed_at: int, log: logging.Logger
-) -> Tracker:  # fmt: skip
+    config: TrainConfig, resolved: dict[str, Any], rank: int, resumed_at: int, log: logging.Logger
+) -> Tracker:
     """The tracker of this rank, which raises nothing."""
-    if rank != 0 or config.kind is Kind.none:
+    tracking, run_dir = config.tracking, Path(config.run_dir)
+    if rank != 0 or tracking.kind is Kind.none:
         return NoTracker()
-    if config.kind is Kind.wandb and config.mode is WandbMode.disabled:
+    if tracking.kind is Kind.wandb and tracking.mode is WandbMode.disabled:
         log.info("tracking.mode=disabled: W&B is not started, nothing is tracked")
         return NoTracker()
-    name = {Kind.wandb: "W&B", Kind.tensorboard: "TensorBoard"}[config.kind]
+    name = {Kind.wandb: "W&B", Kind.tensorboard: "TensorBoard"}[tracking.kind]
     try:
         tracker: Tracker = (
-            WandbTracker(config, run, run_dir, resolved)
-            if config.kind is Kind.wandb
+            WandbTracker(tracking, config.run, run_dir, resolved)
+            if tracking.kind is Kind.wandb
             else TensorBoardTracker(run_dir, resumed_at)
         )
     except Exception as error:
         log.warning(f"{name} did not start ({_short(error)}); training goes on without it")
         return NoTracker()
-    if config.kind is Kind.wandb and config.mode is WandbMode.offline:
+    if tracking.kind is Kind.wandb and tracking.mode is WandbMode.offline:
         log.info(f"W&B is offline: send what it keeps later with `wandb sync {run_dir}/wandb/offline-run-*`")
-    return Guarded(tracker, name, log, config.finish_seconds)
+    return Guarded(tracker, name, log, tracking.finish_seconds)
 
 
 def start_wandb(config: TrackingConfig, run: str, run_dir: Path, resolved: dict[str, Any] | None) -> Any:

@@ -56,7 +56,8 @@ def fuse(model: Any) -> Any:
     """Give this instance the packed forward pass; the class and other instances stay as they are.
 
     Afterwards `model(input_ids, labels, position_ids, cu_seqlens, max_seqlen)` returns the sum of the token
-    losses (with `reduction="none"` `[T]` of them, with `"both"` the sum and, without gradient, all). Families with a table have their norms, rotary embeddings,
+    losses (with `reduction="none"` `[T]` of them, with `"both"` the sum and, without gradient, all; with `"next"` the
+    logits `[n, V]` of what follows each document). Families with a table have their norms, rotary embeddings,
     gates and attention on our kernels too; any other model that takes its attention from transformers' interface has
     its attention and its loss there.
 
@@ -158,7 +159,10 @@ def _forward(
     num_labels: int | None = None,
 ) -> Any:
     hidden = hidden_states(self, input_ids, position_ids, cu_seqlens, max_seqlen)
-    return self.get_output_embeddings()(hidden[0], labels[0], reduction, num_labels)
+    head = self.get_output_embeddings()
+    if reduction == "next":
+        return head(hidden[0][cu_seqlens[1:].long() - 1])
+    return head(hidden[0], labels[0], reduction, num_labels)
 
 
 def hidden_states(model: Any, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
