@@ -79,6 +79,9 @@ class Encoder(Protocol):
     def token(self, index: int) -> str:
         """What a token spells, for people to read."""
 
+    def token_bytes(self) -> np.ndarray:
+        """UTF-8 bytes of text that each token stands for: int32 `[vocab_size]`, 0 for special tokens."""
+
     def fingerprint(self) -> str:
         """A hash that two tokenizers share when they map the same text to the same ids."""
 

@@ -27,28 +27,32 @@ def train(config: TrainConfig) -> None:
     from fireflyds.engine.course import Course
     from fireflyds.engine.heartbeat import Heartbeat
     from fireflyds.engine.journal import Journal
+    from fireflyds.engine.measured import measured_by
     from fireflyds.engine.packed import packed_model
     from fireflyds.engine.status import EXIT_INTERRUPTED, Status
+    from fireflyds.engine.validation import open_validator
     from fireflyds.models import load, tuning
-    from fireflyds.models.fuse import chosen_attention
+    from fireflyds.models.fuse import chosen_attention, device_batch
     from fireflyds.models.positions import check_positions
     from fireflyds.tokenizer.encoder import load_encoder
 
     me = ranks.discover(os.environ)
     precision = deepspeed.resolve_precision(config.hardware)
     notes = optimizers.check(config, precision)
+    trackers.check(config.tracking)
+    trackers.check(config.tracking)
     accumulation = deepspeed.accumulation_steps(config, me.world_size)
     encoder = load_encoder(config.model.tokenizer_path)
     hf_config = load.read_config(config.model, encoder)
     check_positions(hf_config, "seq_len", config.seq_len)
     store = run.open_store(config, encoder.fingerprint())
     rows = RowSequence(store, config.seq_len, config.seed, config.data)
-    total_steps = run.total_steps(config, rows)
+    total_steps, per_epoch = run.total_steps(config, rows), rows.rows_per_epoch / config.global_batch_size
     attention = chosen_attention(config.hardware, hf_config, precision)
+    validator = open_validator(config, encoder, store, hf_config, total_steps, device_batch)
 
     deepspeed.start(me, config.hardware.timeout_minutes)
-    text = app.to_yaml(config)
-    run_dir = Path(config.run_dir)
+    text, run_dir = app.to_yaml(config), Path(config.run_dir)
     about = run.identity(config, encoder.fingerprint(), hf_config.vocab_size)
     lock = deepspeed.on_rank_zero(lambda: run.open_run(config, text, about | run.inputs(store)))
     status = Status(run_dir, me.rank, total_steps)
@@ -58,6 +62,7 @@ def train(config: TrainConfig) -> None:
         model = packed_model(config, hf_config, precision)
         about_run = run.describe(config, model, store, rows, total_steps, me.world_size, accumulation, precision)
         log.info("\n".join([about_run, *notes]))
+        measured = measured_by(config, model, store, encoder, precision)
         engine = deepspeed.build_engine(model, config, precision, accumulation)
         keeper = learnt.Keeper(model, config, tuning.described(model), about)
         loader = PackedLoader(store, rows, config.micro_batch_size, config.global_batch_size, me.rank, me.world_size)
@@ -65,12 +70,10 @@ def train(config: TrainConfig) -> None:
             state = checkpoint.load(engine, run_dir, log.warning)
             if state.step:
                 log.info(run.resumed(state, total_steps))
-            tracker = trackers.open_tracker(config.tracking, config.run, run_dir, yaml.safe_load(text), me.rank)
-            with (
-                attention,
-                Journal(run_dir, tracker, log, me.rank, state.step, total_steps, config.log_every) as journal,
-            ):
-                course = Course(config, engine, loader, saver, journal, status, log)
+            tracker = trackers.open_tracker(config, yaml.safe_load(text), me.rank, state.step, log)
+            journal = Journal(run_dir, tracker, log, me.rank, state.step, total_steps, config.log_every, per_epoch)
+            with attention, journal:
+                course = Course(config, engine, loader, measured, validator, saver, journal, status)
                 finished = course.follow(state, total_steps)
     deepspeed.leave()
     if lock:

@@ -10,6 +10,7 @@ DOORS = {
     "hydra": {"fireflyds/app.py"},
     "deepspeed": {"fireflyds/engine/deepspeed.py", "fireflyds/engine/checkpoint.py", "fireflyds/engine/optimizers.py"},
     "wandb": {"fireflyds/engine/trackers.py"},
+    "tensorboard": {"fireflyds/engine/trackers.py"},
     "datasets": {"fireflyds/data/hub.py"},
     "peft": {"fireflyds/models/tuning.py"},
     "bitsandbytes": {"fireflyds/engine/optimizers.py"},

@@ -16,6 +16,7 @@ from fireflyds.config.training import (
     ZeroConfig,
 )
 from fireflyds.config.tuning import TuningConfig
+from fireflyds.config.validation import ValidationConfig
 from fireflyds.config.values import (
     Duplicates,
     LossOn,
@@ -99,6 +100,7 @@ __all__ = [
     "TuningConfig",
     "TuningMethod",
     "UnicodeForm",
+    "ValidationConfig",
     "WandbMode",
     "ZeroConfig",
     "require_at_least",

@@ -1,5 +1,6 @@
 """A training run: its sections and the whole."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,6 +9,7 @@ from omegaconf import MISSING
 from fireflyds.config.data import DataConfig
 from fireflyds.config.optim import OptimConfig
 from fireflyds.config.tuning import TuningConfig
+from fireflyds.config.validation import ValidationConfig
 from fireflyds.config.values import (
     ModelInit,
     Offload,
@@ -65,8 +67,11 @@ class ZeroConfig:
     """Elements reduced at once."""
     overlap_comm: bool = False
     """Overlap gradient reduction with the backward pass."""
+    json: str = ""
+    """A DeepSpeed JSON of another project: what is typed here must say the same, what DeepSpeed no longer has is refused,
+    the rest is passed on (and printed)."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """Further DeepSpeed configuration, passed through as it is (and printed)."""
+    """Further DeepSpeed configuration, treated in the same way."""
 
     def __post_init__(self) -> None:
         if self.stage not in (0, 1, 2, 3):
@@ -75,23 +80,6 @@ class ZeroConfig:
             raise UserError(f"zero.offload_param={self.offload_param.name} needs zero.stage=3, got {self.stage}")
         if self.offload_optimizer is not Offload.none and self.stage == 0:
             raise UserError("zero.offload_optimizer needs zero.stage of at least 1, got 0")
-        ours = {
-            "optimizer",
-            "scheduler",
-            "train_batch_size",
-            "train_micro_batch_size_per_gpu",
-            "gradient_accumulation_steps",
-            "gradient_clipping",
-            "bf16",
-            "fp16",
-        } & self.extra.keys()
-        if "stage" in self.extra.get("zero_optimization", {}):
-            raise UserError("zero.extra.zero_optimization.stage: use zero.stage")
-        if ours:
-            raise UserError(
-                f"zero.extra.{min(ours)}: fireflyds sets this itself; use optim.*, micro_batch_size, "
-                "global_batch_size or hardware.precision"
-            )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -112,9 +100,14 @@ class HardwareConfig:
     """Recompute activations in the backward pass to save memory."""
     timeout_minutes: float = 30.0
     """A collective that takes longer ends the run."""
+    peak_tflops: float | None = None
+    """Peak of one device for matrix products in the precision trained in, in TFLOP/s: what MFU is measured against.
+    Unset: the published peak of a known GPU; no MFU for another device."""
 
     def __post_init__(self) -> None:
         require_at_least(self, "hardware.", loss_scale_window=1, hysteresis=1, min_loss_scale=2.0**-14)
+        if self.peak_tflops is not None and not 0 < self.peak_tflops < math.inf:
+            raise UserError(f"hardware.peak_tflops={self.peak_tflops}: must be a number greater than 0, or null")
         if not 0 <= self.initial_scale_power <= 32 or 2.0**self.initial_scale_power < self.min_loss_scale:
             raise UserError(
                 f"hardware.initial_scale_power={self.initial_scale_power}: must be from 0 to 32, and 2 to it at least "
@@ -125,13 +118,25 @@ class HardwareConfig:
 @dataclass(kw_only=True, slots=True)
 class TrackingConfig:
     kind: Tracker = MISSING
-    """`none` (files only) or `wandb` (rank 0 only)."""
+    """`none` (files only), `wandb` or `tensorboard` (rank 0 only)."""
     project: str = "fireflyds"
     """W&B project."""
     entity: str | None = None
     """W&B team or user."""
     mode: WandbMode = WandbMode.online
     """W&B mode: `online`, `offline` or `disabled`."""
+    group: str | None = None
+    """W&B group; unset: the folder part of `run`, such as `demo` of `demo/cpt`."""
+    tags: list[str] = field(default_factory=list)
+    """W&B tags."""
+    job_type: str = "train"
+    """W&B job type."""
+    finish_seconds: float = 60.0
+    """At the end a tracker is waited for at most so long; what is not sent by then stays on the disk."""
+
+    def __post_init__(self) -> None:
+        if not self.finish_seconds > 0:
+            raise UserError(f"tracking.finish_seconds={self.finish_seconds:g}: must be greater than 0")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -189,6 +194,7 @@ class TrainConfig:
     tracking: TrackingConfig = MISSING
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     init_from: str = ""
     """An earlier run to start from: its trained weights, with a new schedule (not resuming, which is the same `run`)."""
     seq_len: int = 1024

@@ -93,6 +93,7 @@ class WandbMode(Enum):
 class Tracker(Enum):
     none = 0
     wandb = 1
+    tensorboard = 2
 
 
 class TextSplit(Enum):

@@ -1,6 +1,5 @@
 """The course of a run: step by step, with what must happen between steps."""
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,10 @@ from fireflyds.engine.checkpoint import Saver
 from fireflyds.engine.journal import Journal
 from fireflyds.engine.loop import Loader, train_steps
 from fireflyds.engine.requests import Requests
+from fireflyds.engine.statistics import Measured
 from fireflyds.engine.status import EXIT_INTERRUPTED, Status
+from fireflyds.engine.validation import Validator
+from fireflyds.errors import UserError
 from fireflyds.models.fuse import device_batch
 from fireflyds.types import StepMetrics, TrainState
 
@@ -23,39 +25,33 @@ class Course:
     config: TrainConfig
     engine: Any
     loader: Loader
+    measured: Measured
+    validator: Validator
     saver: Saver
     journal: Journal
     status: Status
-    log: logging.Logger
 
     def follow(self, state: TrainState, total_steps: int) -> bool:
         """Train to the end, or until asked to stop. True at the end.
 
         Raises:
-            UserError: the loss does not recover, or a checkpoint cannot be written.
+            UserError: the loss does not recover, a guarded domain gets worse, or a checkpoint cannot be written.
         """
         requests = Requests(Path(self.config.run_dir))
         self.status.step = state.step
         self.status.write("running")
         while state.step < total_steps:
             config = self.config
-            steps = train_steps(
-                self.engine, self.loader, state, config.optim, config.recovery, total_steps, config.seed, device_batch
-            )
+            self.validator.begin(self.engine, self.journal, state.step)
+            steps = train_steps(self.engine, self.loader, state, config, total_steps, device_batch, self.measured)
             spiked = False
             for step in steps:
                 if spiked := spikes.is_spike(state, step.loss, config.recovery):
                     break
                 self._pass(step)
-                asked = requests.agreed(self.engine.device, self.saver.failed)
-                if asked.failed:
+                if self._between(state, step, requests, last=step.step == total_steps):
                     self.saver.finish()
-                last = step.step == total_steps
-                if asked.stop or asked.save or last or step.step % config.checkpoint.every == 0:
-                    self._save(state, step)
-                if asked.stop and not last:
-                    self.saver.finish()
-                    self.log.info(
+                    self.journal.log.info(
                         f"stopped at step {step.step} ({requests.reason or 'asked on another rank'}), checkpoint saved; the same command goes on from here"
                     )
                     self.status.write("stopped", EXIT_INTERRUPTED, requests.reason)
@@ -66,26 +62,36 @@ class Course:
         self.status.write("finished", 0)
         return True
 
+    def _between(self, state: TrainState, step: StepMetrics, requests: Requests, *, last: bool) -> bool:
+        """What happens after a step. Whether the run is to stop before its end."""
+        asked = requests.agreed(self.engine.device, self.saver.failed)
+        if asked.failed:
+            self.saver.finish()
+        stopping = asked.stop and not last
+        risen = None if stopping else self.validator.after(self.engine, self.journal, step.step)
+        if stopping or asked.save or risen or last or step.step % self.config.checkpoint.every == 0:
+            self.journal.saved(step.step, self.saver.begin(state, step))
+        if risen:
+            self.saver.finish()
+            raise UserError(f"validation.stop=true: {risen}. A checkpoint was saved")
+        return stopping
+
     def _pass(self, step: StepMetrics) -> None:
         self.journal.record(step)
         self.status.step = step.step
 
-    def _save(self, state: TrainState, step: StepMetrics) -> None:
-        stall = self.saver.begin(state, step)
-        self.journal.saved(step.step, stall)
-
     def _go_back(self, spoilt: TrainState, step: StepMetrics, total_steps: int) -> TrainState:
         """To the newest checkpoint, passing over the data since."""
         self.saver.finish()
-        saved = checkpoint.load(self.engine, Path(self.config.run_dir), self.log.warning)
+        saved = checkpoint.load(self.engine, Path(self.config.run_dir), self.journal.log.warning)
         if not saved.step:
-            self.log.warning(
+            self.journal.log.warning(
                 f"step {step.step}: loss {step.loss:.4f} is a spike, and there is no checkpoint to go back to"
             )
             self._pass(step)
             return spoilt
         spikes.pass_over(spoilt, saved, self.config.recovery)
-        self.log.warning(
+        self.journal.log.warning(
             f"step {step.step}: loss {step.loss:.4f} is a spike (recovery.rollback_above); back to step {saved.step}, the data of "
             f"{spoilt.step - saved.step} steps is passed over"
         )

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fireflyds.config import HardwareConfig, Offload, Optimizer, Precision, TrainConfig
-from fireflyds.engine import optimizers
+from fireflyds.engine import deepspeed_json, optimizers
 from fireflyds.engine.groups import parameter_groups
 from fireflyds.engine.ranks import Ranks
 from fireflyds.errors import UserError
@@ -130,10 +130,10 @@ def deepspeed_config(config: TrainConfig, precision: Precision, accumulation: in
         zero["offload_optimizer"] = {"device": config.zero.offload_optimizer.name}
     if config.zero.offload_param is not Offload.none:
         zero["offload_param"] = {"device": config.zero.offload_param.name}
-    extra = dict(config.zero.extra)
-    if extra and int(os.environ.get("RANK", "0")) == 0:
-        print(f"zero.extra, passed to DeepSpeed as it is: {extra}", flush=True)
-    zero |= extra.pop("zero_optimization", {})
+    extra, _ = deepspeed_json.extra(config)
+    for key, value in extra.pop("zero_optimization", {}).items():
+        # Of offloading the device is typed; how large its buffers are is not.
+        zero[key] = zero[key] | value if isinstance(value, dict) and key in zero else value
     return {
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_accumulation_steps": accumulation,

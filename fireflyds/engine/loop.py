@@ -10,10 +10,11 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from fireflyds.config import OptimConfig, RecoveryConfig
-from fireflyds.engine.deepspeed import at_least_scale, loss_scale
-from fireflyds.engine.overflow import Watch
+from fireflyds.config import TrainConfig
+from fireflyds.engine.deepspeed import loss_scale
+from fireflyds.engine.overflow import Skips, Watch
 from fireflyds.engine.schedule import lr_factor
+from fireflyds.engine.statistics import Measured, Statistics
 from fireflyds.errors import UserError
 from fireflyds.types import PackedBatch, StepMetrics, TrainState
 
@@ -28,11 +29,10 @@ def train_steps(
     engine: Any,
     loader: Loader,
     state: TrainState,
-    optim: OptimConfig,
-    recovery: RecoveryConfig,
+    config: TrainConfig,
     total_steps: int,
-    seed: int,
     to_device: Callable[[PackedBatch, torch.device], dict[str, Any]],
+    measured: Measured,
 ) -> Iterator[StepMetrics]:
     """Steps `state.step` to `total_steps`; `state` is advanced before each yield.
 
@@ -47,58 +47,39 @@ def train_steps(
     world_size = dist.get_world_size()
     engine.train()
     watch = Watch(engine.module)
-    skipped_in_row = 0
+    statistics = Statistics(measured, engine.device, total_steps)
+    skips = Skips(engine, config.recovery.max_skipped)
     ready = loader.steps(state.step + state.passed_over, total_steps + state.passed_over)
     for number in range(state.step, total_steps):
         started = time.perf_counter()
         batches = next(ready)
         waited = time.perf_counter() - started
         # Dropout is a function of the step, so a resumed run drops what an undisturbed one would have.
-        reseed = partial(torch.manual_seed, seed * 1_000_003 + number * world_size + dist.get_rank())
+        reseed = partial(torch.manual_seed, config.seed * 1_000_003 + number * world_size + dist.get_rank())
         reseed()
-        tokens = sum(batch.input_ids.numel() for batch in batches)
-        counts = torch.tensor(
-            [sum(batch.num_learned for batch in batches), tokens], dtype=torch.float64, device=engine.device
-        )
-        dist.all_reduce(counts)
-        learned, tokens = int(counts[0]), int(counts[1])
-        factor = lr_factor(number, total_steps, optim)
+        learned, tokens = statistics.begin(batches, waited)
+        factor, scale = lr_factor(number, total_steps, config.optim), loss_scale(engine)
         for group in engine.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
-
-        scale, skipped_before = loss_scale(engine), engine.skipped_steps
-        # A step that may end the run is watched.
+        watched = watch if skips.begin() else None
         watch.forget()
-        watched = at_least_scale(engine) or 0 < skipped_in_row == recovery.max_skipped - 1
         documents = partial(loader.documents, number + state.passed_over)
         try:
-            loss, norm = _optimizer_step(engine, batches, learned, to_device, watch if watched else None, documents)
-            skipped = engine.skipped_steps > skipped_before
-            # In fp16 a skipped step is how the loss scale finds its place.
-            skipped_in_row = skipped_in_row + 1 if skipped and (scale is None or not math.isfinite(loss)) else 0
-            if skipped_in_row >= recovery.max_skipped:
+            loss, norm = _optimizer_step(engine, batches, learned, to_device, watched, documents, statistics)
+            if skips.are_too_many(loss):
                 reseed()
-                raise UserError(_not_finite(engine, batches, to_device, watch, documents, loss, norm, skipped_in_row))
+                raise UserError(_not_finite(engine, batches, to_device, watch, documents, loss, norm, skips.in_row))
         except UserError as error:
             raise UserError(f"step {number + 1}: {error}") from error
-        state.step, state.tokens, state.learned_tokens = (
-            number + 1,
-            state.tokens + tokens,
-            state.learned_tokens + learned,
-        )
+        state.step, state.tokens = number + 1, state.tokens + tokens
+        state.learned_tokens += learned
         seconds = time.perf_counter() - started
+        extra = {"skipped_steps": float(engine.skipped_steps)} | ({} if scale is None else {"loss_scale": scale})
+        extra |= statistics.finish(state.step, seconds, [group["lr"] for group in engine.optimizer.param_groups])
         yield StepMetrics(
-            step=state.step,
-            loss=loss,
-            lr=optim.lr * factor,
-            grad_norm=norm,
-            tokens=state.tokens,
-            learned_tokens=state.learned_tokens,
-            tokens_per_second=tokens / seconds,
-            seconds=seconds,
-            extra={"skipped_steps": float(engine.skipped_steps), "data_wait_seconds": waited}
-            | ({} if scale is None else {"loss_scale": scale}),
-        )
+            step=state.step, loss=loss, lr=config.optim.lr * factor, grad_norm=norm, tokens=state.tokens,
+            learned_tokens=state.learned_tokens, tokens_per_second=tokens / seconds, seconds=seconds, extra=extra,
+        )  # fmt: skip
 
 
 def _optimizer_step(
@@ -108,23 +89,24 @@ def _optimizer_step(
     to_device: Callable[[PackedBatch, torch.device], dict[str, Any]],
     watch: Watch | None,
     documents: Callable[[int], str],
+    statistics: Statistics,
 ) -> tuple[float, float]:
     """Forward, backward and update over the step's micro-batches. Returns the loss per learned token and the gradient norm."""
     # DeepSpeed averages gradients over ranks and divides the loss by the accumulation; both are undone.
     scale = dist.get_world_size() * len(batches) / max(learned, 1)
-    total = torch.zeros((), dtype=torch.float64, device=engine.device)
     norm = None
     for number, batch in enumerate(batches):
         with watch.over(number) if watch else nullcontext():
-            loss = engine(**to_device(batch, engine.device))
+            with statistics.forward():
+                loss, losses = engine(**to_device(batch, engine.device), reduction="both")
+            statistics.add(number, loss, losses)
             engine.backward(loss * scale)
-        total += loss.detach()
         norm = _replicated_grad_norm(engine)
         if norm is not None and not bool(norm.isfinite()):
             _pass_over(engine)
         else:
             _update(engine, watch, documents)
-    dist.all_reduce(total)
+    total = statistics.reduce()
     return float(total) / max(learned, 1), float(norm if norm is not None else engine.get_global_grad_norm() or 0.0)
 
 

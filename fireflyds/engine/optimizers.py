@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from fireflyds.config import ModelInit, Offload, OptimConfig, Optimizer, Precision, TrainConfig, TuningMethod
+from fireflyds.engine import deepspeed_json
 from fireflyds.engine.groups import Group
 from fireflyds.errors import UserError
 
@@ -47,7 +48,7 @@ def check(config: TrainConfig, precision: Precision) -> list[str]:
             f"tuning.use_dora=true with tuning.bits={tuning.bits}, zero.stage={zero.stage}: PEFT's DoRA on a quantised base reads "
             "whole 4-bit weights. Nearest: tuning.bits=4 with zero=2"
         )
-    notes = []
+    notes = deepspeed_json.extra(config)[1]
     if optim.name is Optimizer.muon and optim.max_grad_norm:
         notes.append(
             f"note: optim=muon: gradients would be clipped behind Muon's orthogonalisation, so optim.max_grad_norm={optim.max_grad_norm:g} "

@@ -1,5 +1,6 @@
 """Which tensor stopped being finite first: watched while a step may fail, named when it does."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -8,6 +9,29 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from fireflyds.engine.deepspeed import at_least_scale, loss_scale
+
+
+class Skips:
+    """Counts steps in a row that changed nothing because their loss or gradients were not finite."""
+
+    def __init__(self, engine: Any, most: int) -> None:
+        self._engine, self._most = engine, most
+        self._before, self._scale = 0, loss_scale(engine)
+        self.in_row = 0
+
+    def begin(self) -> bool:
+        """A step begins. Whether it may end the run, and is to be watched."""
+        self._before, self._scale = self._engine.skipped_steps, loss_scale(self._engine)
+        return at_least_scale(self._engine) or 0 < self.in_row == self._most - 1
+
+    def are_too_many(self, loss: float) -> bool:
+        """The step is over. In fp16 a skipped step with a finite loss is how the loss scale finds its place."""
+        skipped = self._engine.skipped_steps > self._before
+        counts = skipped and (self._scale is None or not math.isfinite(loss))
+        self.in_row = self.in_row + 1 if counts else 0
+        return self.in_row >= self._most
 
 
 class Watch:

@@ -25,8 +25,8 @@ from fireflyds.types import TrainState
 INPUTS = "inputs.json"
 # Keys that may change between the start of a run and its resumption without making it another run.
 FREE_TO_CHANGE = (
-    "tracking", "checkpoint", "recovery", "log_every", "runs", "optim.steps", "optim.epochs", "zero", "micro_batch_size",
-    "hardware.timeout_minutes", "hardware.gradient_checkpointing",
+    "tracking", "checkpoint", "recovery", "validation", "log_every", "runs", "optim.steps", "optim.epochs", "zero",
+    "micro_batch_size", "hardware.timeout_minutes", "hardware.gradient_checkpointing", "hardware.peak_tflops",
 )  # fmt: skip
 
 

@@ -1,49 +1,214 @@
-"""The door to W&B. Rank 0 only; offline works."""
+"""The doors to W&B and TensorBoard. Rank 0 only. A tracker that fails says so in one line, and training goes on."""
 
+import importlib.util
+import json
+import logging
+import secrets
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from fireflyds.config import Tracker, TrackingConfig
+from fireflyds.config import Tracker as Kind
+from fireflyds.config import TrackingConfig, TrainConfig, WandbMode
+from fireflyds.directories import read_json, write_whole
 from fireflyds.errors import UserError
-from fireflyds.types import StepMetrics
+
+ID_FILE = "wandb.json"
+_COLUMNS = ("step", "prompt", "text")
+
+
+class Tracker(Protocol):
+    """Takes rows as they stand in `metrics.jsonl` and `validation.jsonl`; each has its `step`."""
+
+    def log(self, row: Mapping[str, Any]) -> None: ...
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None: ...
+
+    def finish(self) -> None: ...
 
 
 class NoTracker:
-    def log(self, metrics: StepMetrics) -> None: ...
+    def log(self, row: Mapping[str, Any]) -> None: ...
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None: ...
 
     def finish(self) -> None: ...
 
 
 class WandbTracker:
-    """One W&B run per fireflyds run: the run's name is its id, so resuming goes on in the same one."""
+    """One W&B run per fireflyds run: its id stands in the run's folder, so resuming goes on in the same one.
+
+    Rows carry their step themselves, so that steps which are told again after a resume take the place of the first.
+    """
 
     def __init__(self, config: TrackingConfig, run: str, run_dir: Path, resolved: dict[str, Any]) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise UserError(
-                "tracking=wandb: wandb is not installed. Install it with pip install 'fireflyds[tracking]'"
-            ) from error
-        name = run.replace("/", "-")
-        options: dict[str, Any] = {"mode": config.mode.name, "resume": "allow", "dir": str(run_dir), "config": resolved}
-        self._run = wandb.init(project=config.project, entity=config.entity, id=name, name=name, **options)
+        self._run = start_wandb(config, run, run_dir, resolved)
+        self._run.define_metric("step", hidden=True)
+        self._run.define_metric("*", step_metric="step")
 
-    def log(self, metrics: StepMetrics) -> None:
-        self._run.log(metrics.as_dict(), step=metrics.step)
+    def log(self, row: Mapping[str, Any]) -> None:
+        self._run.log(dict(row))
+        if any(key.startswith("validation/") for key in row):
+            self._run.log({"step": row["step"], "validation_table": _domains_table(row)})
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        import wandb
+
+        table = wandb.Table(columns=list(_COLUMNS), data=[[step, row["prompt"], row["text"]] for row in rows])
+        self._run.log({"step": step, "samples": table})
 
     def finish(self) -> None:
         self._run.finish()
 
 
+class TensorBoardTracker:
+    """Event files in the run's folder `tensorboard`. On resume, later steps of before are hidden."""
+
+    def __init__(self, run_dir: Path, resumed_at: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_at + 1)
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        for key, value in row.items():
+            if key != "step" and isinstance(value, int | float):
+                self._writer.add_scalar(key, value, row["step"])
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        for number, row in enumerate(rows):
+            self._writer.add_text(f"samples/{number}", f"{row['prompt']}\n\n---\n\n{row['text']}", step)
+
+    def finish(self) -> None:
+        self._writer.close()
+
+
+class Guarded:
+    """Stands before a tracker: the first failure is told and is the last thing asked of it."""
+
+    def __init__(self, tracker: Tracker, name: str, log: logging.Logger, finish_seconds: float) -> None:
+        self._tracker: Tracker = tracker
+        self._name, self._log, self._finish_seconds = name, log, finish_seconds
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        self._try(lambda: self._tracker.log(row))
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        self._try(lambda: self._tracker.samples(step, rows))
+
+    def finish(self) -> None:
+        """Wait at most `finish_seconds`: what is stuck is left to its thread, which ends with the process."""
+        thread = threading.Thread(target=lambda: self._try(self._tracker.finish), name="tracker", daemon=True)
+        thread.start()
+        thread.join(self._finish_seconds)
+        if thread.is_alive():
+            self._tracker = NoTracker()
+            self._log.warning(f"{self._name} did not finish within {self._finish_seconds:g} s and is left behind")
+
+    def _try(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as error:  # whatever a tracker raises, it is no reason to stop a training run
+            self._tracker = NoTracker()
+            self._log.warning(f"{self._name} failed ({_short(error)}); training goes on without it")
+
+
+def check(config: TrackingConfig) -> None:
+    """Before anything heavy: raises `UserError` where the tracker's package is not installed."""
+    package = {Kind.none: "", Kind.wandb: "wandb", Kind.tensorboard: "tensorboard"}[config.kind]
+    if package and importlib.util.find_spec(package) is None:
+        raise UserError(
+            f"tracking={config.kind.name}: {package} is not installed. Install it with pip install 'fireflyds[tracking]', or use "
+            "tracking=none"
+        )
+
+
 def open_tracker(
-    config: TrackingConfig, run: str, run_dir: Path, resolved: dict[str, Any], rank: int
-) -> NoTracker | WandbTracker:
-    if rank != 0 or config.kind is Tracker.none:
+    config: TrainConfig, resolved: dict[str, Any], rank: int, resumed_at: int, log: logging.Logger
+) -> Tracker:
+    """The tracker of this rank, which raises nothing."""
+    tracking, run_dir = config.tracking, Path(config.run_dir)
+    if rank != 0 or tracking.kind is Kind.none:
         return NoTracker()
+    if tracking.kind is Kind.wandb and tracking.mode is WandbMode.disabled:
+        log.info("tracking.mode=disabled: W&B is not started, nothing is tracked")
+        return NoTracker()
+    name = {Kind.wandb: "W&B", Kind.tensorboard: "TensorBoard"}[tracking.kind]
     try:
-        return WandbTracker(config, run, run_dir, resolved)
-    except UserError:
-        raise
-    except Exception as error:  # whatever W&B raises, it is no reason to stop a training run
-        print(f"tracking=wandb: W&B did not start ({error}); training goes on without it", flush=True)
+        tracker: Tracker = (
+            WandbTracker(tracking, config.run, run_dir, resolved)
+            if tracking.kind is Kind.wandb
+            else TensorBoardTracker(run_dir, resumed_at)
+        )
+    except Exception as error:
+        log.warning(f"{name} did not start ({_short(error)}); training goes on without it")
         return NoTracker()
+    if tracking.kind is Kind.wandb and tracking.mode is WandbMode.offline:
+        log.info(f"W&B is offline: send what it keeps later with `wandb sync {run_dir}/wandb/offline-run-*`")
+    return Guarded(tracker, name, log, tracking.finish_seconds)
+
+
+def start_wandb(config: TrackingConfig, run: str, run_dir: Path, resolved: dict[str, Any] | None) -> Any:
+    """The W&B run of a fireflyds run, begun or gone on with."""
+    import wandb
+
+    group = run.rpartition("/")[0] if config.group is None else config.group
+    options: dict[str, Any] = {"entity": config.entity, "group": group or None, "tags": config.tags, "config": resolved}
+    options["mode"] = config.mode.name
+    return wandb.init(
+        project=config.project,
+        id=wandb_id(run_dir),
+        name=run.replace("/", "-"),
+        job_type=config.job_type,
+        resume="allow",
+        dir=str(run_dir),
+        settings=wandb.Settings(finish_timeout=config.finish_seconds),
+        **options,
+    )
+
+
+def wandb_id(run_dir: Path) -> str:
+    """The id that all starts of a run share. Not its name: a name may be used again for another run."""
+    file = run_dir / ID_FILE
+    if not file.exists():
+        write_whole(file, json.dumps({"id": secrets.token_hex(4)}))
+    return str(read_json(file)["id"])
+
+
+def send_artifact(config: TrackingConfig, run: str, run_dir: Path, folder: Path, about: dict[str, Any]) -> str:
+    """Give an export to the W&B run it came from, as an artifact of type `model`. Returns its name.
+
+    Raises:
+        UserError: the run is not tracked by W&B, or W&B failed; the export itself is whole.
+    """
+    if config.kind is not Kind.wandb or config.mode is WandbMode.disabled:
+        raise UserError(
+            f"artifact=true: the run {run} is not tracked by W&B (tracking={config.kind.name}, tracking.mode={config.mode.name}). "
+            "Leave artifact=true out"
+        )
+    check(config)
+    import wandb
+
+    name = run.replace("/", "-")
+    try:
+        tracked = start_wandb(config, run, run_dir, None)
+        artifact = wandb.Artifact(name, type="model", metadata=about)
+        artifact.add_dir(str(folder))
+        tracked.log_artifact(artifact)
+        tracked.finish()
+    except Exception as error:
+        raise UserError(f"artifact=true: W&B failed ({_short(error)}). The export in {folder} is whole") from error
+    return name
+
+
+def _domains_table(row: Mapping[str, Any]) -> Any:
+    import wandb
+
+    prefix = "validation/loss/"
+    domains = [key.removeprefix(prefix) for key in row if key.startswith(prefix)]
+    data = [[row["step"], name, row[prefix + name], row.get(f"validation/bits_per_byte/{name}")] for name in domains]
+    return wandb.Table(columns=["step", "domain", "loss", "bits_per_byte"], data=data)
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -56,7 +56,8 @@ def fuse(model: Any) -> Any:
     """Give this instance the packed forward pass; the class and other instances stay as they are.
 
     Afterwards `model(input_ids, labels, position_ids, cu_seqlens, max_seqlen)` returns the sum of the token
-    losses (or, with `reduction="none"`, `[T]` of them). Families with a table have their norms, rotary embeddings,
+    losses (with `reduction="none"` `[T]` of them, with `"both"` the sum and, without gradient, all; with `"next"` the
+    logits `[n, V]` of what follows each document). Families with a table have their norms, rotary embeddings,
     gates and attention on our kernels too; any other model that takes its attention from transformers' interface has
     its attention and its loss there.
 
@@ -156,10 +157,12 @@ def _forward(
     max_seqlen: int,
     reduction: str = "sum",
     num_labels: int | None = None,
-) -> Tensor:
+) -> Any:
     hidden = hidden_states(self, input_ids, position_ids, cu_seqlens, max_seqlen)
-    loss: Tensor = self.get_output_embeddings()(hidden[0], labels[0], reduction, num_labels)
-    return loss
+    head = self.get_output_embeddings()
+    if reduction == "next":
+        return head(hidden[0][cu_seqlens[1:].long() - 1])
+    return head(hidden[0], labels[0], reduction, num_labels)
 
 
 def hidden_states(model: Any, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:

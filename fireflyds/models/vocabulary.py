@@ -36,12 +36,12 @@ class LossHead(nn.Linear):
 
     def forward(
         self, hidden: Tensor, labels: Tensor | None = None, reduction: str = "sum", num_labels: int | None = None
-    ) -> Tensor:
+    ) -> Any:
         """Logits `[..., V]`, or with labels the loss (see `linear_cross_entropy`)."""
         if labels is None:
             return super().forward(hidden)
         return linear_cross_entropy(
-            hidden, self.weight, labels, bias=self.bias, reduction=reduction, num_labels=num_labels  # type: ignore[arg-type]
+            hidden, self.weight, labels, bias=self.bias, reduction=reduction, num_labels=num_labels  # type: ignore[call-overload]
         )  # fmt: skip
 
 
@@ -55,12 +55,12 @@ class RowHead(nn.Module):
 
     def forward(
         self, hidden: Tensor, labels: Tensor | None = None, reduction: str = "sum", num_labels: int | None = None
-    ) -> Tensor:
+    ) -> Any:
         """Logits `[..., V]`, or with labels the loss."""
         if labels is None:
             return linear(hidden, torch.cat([self.old, self.new.to(self.old.dtype)]), self.bias)
         return linear_cross_entropy(
-            hidden, (self.old, self.new), labels, bias=self.bias, reduction=reduction, num_labels=num_labels  # type: ignore[arg-type]
+            hidden, (self.old, self.new), labels, bias=self.bias, reduction=reduction, num_labels=num_labels  # type: ignore[call-overload]
         )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import sentencepiece
 
 from fireflyds.errors import UserError
@@ -55,6 +56,15 @@ class SentencePieceEncoder:
             return next((token for token, added in self._added.items() if added == index), "")
         return str(self._model.id_to_piece(index)).replace("▁", " ")
 
+    def token_bytes(self) -> np.ndarray:
+        counts = np.zeros(self.vocab_size, np.int32)
+        for index in range(self._model.get_piece_size()):
+            if self._model.is_byte(index):
+                counts[index] = 1
+            elif not (self._model.is_control(index) or self._model.is_unknown(index) or self._model.is_unused(index)):
+                counts[index] = len(self.token(index).encode())
+        return counts
+
     def fingerprint(self) -> str:
         return hashlib.sha256(self._model.serialized_model_proto() + (b"" if self.adds_bos else b"no BOS")).hexdigest()
 
@@ -99,6 +109,20 @@ class FastEncoder:
     def token(self, index: int) -> str:
         token = str(self._model.id_to_token(index))
         return self._text(token) or token
+
+    def token_bytes(self) -> np.ndarray:
+        counts = np.zeros(self.vocab_size, np.int32)
+        for token, index in self._model.get_vocab().items():
+            counts[index] = self._num_bytes(token)
+        for index, added in self._model.get_added_tokens_decoder().items():
+            counts[index] = 0 if added.special else len(added.content.encode())
+        return counts
+
+    def _num_bytes(self, token: str) -> int:
+        if self._bytes is not None and all(character in self._bytes for character in token):
+            return len(token)  # a character a byte
+        text = self._text(token)
+        return 1 if text is None else len(text.encode())
 
     def _text(self, token: str) -> str | None:
         """What a token spells; None for bytes that are no whole characters."""

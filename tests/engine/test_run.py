@@ -59,12 +59,12 @@ def _step(number: int) -> StepMetrics:
 def test_metrics_are_cut_back_to_the_resumed_step(tmp_path: Path) -> None:
     first = MetricsFile(tmp_path, 0)
     for number in range(1, 6):
-        first.write(_step(number))
+        first.record(_step(number))
     first.close()
     with (tmp_path / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 6, "lo')  # a kill in the middle of a line
     again = MetricsFile(tmp_path, 3)
-    again.write(_step(4))
+    again.record(_step(4))
     again.close()
     rows = list(read_metrics(tmp_path / "metrics.jsonl"))
     assert [row["step"] for row in rows] == [1, 2, 3, 4]

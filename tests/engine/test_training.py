@@ -231,3 +231,34 @@ def test_no_gradient_dies_in_float16_with_a_large_vocabulary(found: dict, folder
         moved.append((kept - start).abs() > 1e-4)
     assert moved[1].float().mean() > 0.98
     assert moved[0].float().mean() > 0.98 * moved[1].float().mean()
+
+
+@pytest.mark.parametrize("name", ["lora 0", "lora 3", "full 2", "bf16 3"])
+def test_domains_of_all_ranks_make_up_the_step(found: dict, name: str) -> None:
+    """Documents of 19, 0 and 10 learned tokens in each of 4 rows; every token stands for 3 bytes."""
+    for number, (loss, extra) in enumerate(zip(found[name]["losses"], found[name]["extra"], strict=True)):
+        rows = [number % 3 * 4 + row for row in range(4)]
+        learned = {"zh": 4 * 19 + 10 * sum(row % 2 == 0 for row in rows), "en": 10 * sum(row % 2 for row in rows)}
+        assert {key for key in extra if key.startswith("loss/")} == {"loss/zh", "loss/en"}
+        total = sum(extra[f"loss/{domain}"] * tokens for domain, tokens in learned.items())
+        near([total / sum(learned.values())], [loss], 1e-6)
+        for domain in learned:
+            near([extra[f"bits_per_byte/{domain}"]], [extra[f"loss/{domain}"] / math.log(2) / 3], 1e-9)
+        assert extra["fill"] == 1
+        assert extra["slowest_rank"] in (0, 1)
+        assert 0 <= extra["step_seconds_spread"] < extra["slowest_seconds"]
+        assert extra["mfu"] == pytest.approx(extra["tflops_per_gpu"])
+        assert extra["tokens_per_second_per_gpu"] * 29 / 32 == pytest.approx(extra["learned_tokens_per_second_per_gpu"])
+
+
+def test_ranks_and_stages_agree_on_every_domain(found: dict) -> None:
+    for key in ("loss/zh", "bits_per_byte/en", "flops"):
+        near([step[key] for step in found["lora 0"]["extra"]], [step[key] for step in found["lora 3"]["extra"]], 1e-4)
+
+
+def test_every_group_tells_its_learning_rate(found: dict) -> None:
+    for step, lrs in zip(found["groups"]["extra"], found["groups"]["lrs"], strict=True):
+        named = {key.removeprefix("lr/"): value for key, value in step.items() if key.startswith("lr/")}
+        assert list(named) == ["lora_A", "lora_B", "embeddings", "head"]
+        assert list(named.values()) == lrs
+        assert named["lora_B"] == pytest.approx(16 * named["lora_A"])

@@ -104,7 +104,7 @@ def test_operators_are_registered_with_fakes_that_tell_the_truth(inputs, operato
         "rms_norm_residual": (x, x.detach().clone().requires_grad_(), norm, 1e-6),
         "rope": (q, q.detach().clone().requires_grad_(), table, table, 1.0),
         "swiglu": (x, x.detach().clone().requires_grad_()),
-        "linear_cross_entropy_sum": (x, [head], labels, None, None, -100, None, [True, False, True], False),
+        "linear_cross_entropy_sum": (x, [head], labels, None, None, -100, None, [True, False, True], False, True),
         "linear_cross_entropy_each": (x, [head], labels, None, -100, None, False),
     }[operator]
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")

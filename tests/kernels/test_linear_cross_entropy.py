@@ -173,6 +173,57 @@ def test_triton_equals_the_definition(dtype, vocab, extras, device, poisoned) ->
             assert_near(a, b, 2 * TOLERANCES[dtype])
 
 
+@pytest.mark.parametrize("name", ["chunked", "triton", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_losses_beside_the_sum_change_neither_it_nor_gradients(name, dtype, weighted, device, monkeypatch) -> None:
+    monkeypatch.setitem(chunked.WHOLE_BYTES, device.type, 97 * 16 * dtype.itemsize)
+    monkeypatch.setitem(chunked.CHUNK_BYTES, device.type, 97 * 16 * dtype.itemsize)
+    hidden, weight, labels = (x.detach().to(device) for x in _inputs(60, dtype))
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    # As large as a loss scale: the float16 path divides by the largest and multiplies again.
+    weights = torch.linspace(0, 2.0**14, 60, device=device) if weighted else None
+    with force(linear_cross_entropy=name):
+        plain = linear_cross_entropy(hidden, weight, labels, token_weights=weights)
+        total, each = linear_cross_entropy(hidden, weight, labels, token_weights=weights, reduction="both")
+        wanted = linear_cross_entropy(hidden, weight, labels, token_weights=weights, reduction="none")
+    assert torch.equal(total, plain)
+    for a, b in zip(
+        torch.autograd.grad(total, (hidden, weight)), torch.autograd.grad(plain, (hidden, weight)), strict=True
+    ):
+        assert torch.equal(a, b)
+    assert not each.requires_grad
+    assert each.dtype is torch.float32
+    assert (each[labels == -100] == 0).all()
+    assert (each[labels != -100][1:] > 0).all()
+    torch.testing.assert_close(each, wanted.detach())
+    torch.testing.assert_close(each.double().sum(), total.detach().double(), rtol=1e-5, atol=0)
+
+
+def test_the_losses_beside_the_sum_are_those_of_the_definition() -> None:
+    hidden, weight, labels = _inputs(60)
+    kept = labels != -100
+    for blocks in (weight, (weight[:80], weight[80:])):
+        _, each = linear_cross_entropy(hidden, blocks, labels, reduction="both", num_labels=int(kept.sum()))
+        torch.testing.assert_close(each[kept], reference.token_losses(hidden[kept], weight, labels[kept]).detach())
+    with torch.no_grad():
+        torch.testing.assert_close(linear_cross_entropy(hidden, weight, labels, reduction="both")[1], each)
+    nothing = linear_cross_entropy(hidden, weight, torch.full((60,), -100), reduction="both")
+    assert nothing[0] == 0
+    assert torch.equal(nothing[1], torch.zeros(60, dtype=torch.float64))
+
+
+def test_torch_compile_takes_the_losses_beside_the_sum() -> None:
+    hidden, weight, labels = _inputs(20)
+    compiled = torch.compile(
+        lambda h: linear_cross_entropy(h, weight, labels, reduction="both"), fullgraph=True, backend="aot_eager"
+    )
+    found, wanted = compiled(hidden), linear_cross_entropy(hidden, weight, labels, reduction="both")
+    assert torch.equal(found[0], wanted[0])
+    assert torch.equal(found[1], wanted[1])
+    assert torch.equal(torch.autograd.grad(found[0], hidden)[0], torch.autograd.grad(wanted[0], hidden)[0])
+
+
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_a_known_count_changes_nothing(reduction: str) -> None:
     hidden, weight, labels = _inputs(60)

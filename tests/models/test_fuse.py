@@ -55,6 +55,11 @@ def test_packed_equals_one_by_one(name: str) -> None:
     for (name, a), (_, b) in zip(ours.named_parameters(), plain.named_parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5, msg=name)
     torch.testing.assert_close(ours(**batch, reduction="none").sum(), loss)
+    nexts = torch.cat([plain(ids[None]).logits[:, -1] for ids in documents()])
+    torch.testing.assert_close(ours(**batch, reduction="next"), nexts, rtol=1e-4, atol=1e-5)
+    total, each = ours(**batch, reduction="both")
+    assert torch.equal(total, loss)
+    torch.testing.assert_close(each, ours(**batch, reduction="none").detach())
     torch.testing.assert_close(ours(**batch, num_labels=sum(len(ids) - 1 for ids in documents())), loss)
 
 

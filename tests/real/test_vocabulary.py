@@ -36,6 +36,23 @@ def tokens(encoder: Encoder, texts: list[str]) -> int:
     return sum(len(encoder.encode(text)) for text in texts)
 
 
+@pytest.mark.parametrize("name", ["llama2_32000.model", "chinese_llama2_55296.model"])
+def test_bytes_of_tokens_sum_to_those_of_the_corpora(data_folder: Path, name: str) -> None:
+    encoder = load_encoder(data_folder / "tokenizers" / name)
+    table = encoder.token_bytes()
+    for line in islice(corpus_lines(data_folder), 0, None, 23):
+        # In the middle of text there is no prefix; U+2581 itself is written as the space it stands for.
+        if line and "▁" not in line:
+            assert table[encoder.encode(line, continues=True)].sum() == len(line.encode()), line
+
+
+def test_bytes_of_byte_level_tokens_sum_to_those_of_the_corpora(data_folder: Path, byte_level: Path) -> None:
+    encoder = load_encoder(byte_level)
+    table = encoder.token_bytes()
+    for line in islice(corpus_lines(data_folder), 0, None, 23):
+        assert table[encoder.encode(line)].sum() == len(line.encode()), line
+
+
 def source_lines() -> Iterator[str]:
     """Lines of the standard library."""
     place = Path(sysconfig.get_paths()["stdlib"])

@@ -11,6 +11,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 
@@ -33,14 +34,18 @@ torch.ops.mkldnn._is_mkldnn_fp16_supported = _Yes(torch.ops.mkldnn._is_mkldnn_fp
 from fireflyds import app  # noqa: E402
 from fireflyds.config import TrainConfig  # noqa: E402
 from fireflyds.engine import checkpoint, deepspeed, learnt, optimizers, ranks, stretches  # noqa: E402
+from fireflyds.engine.flops import step_flops  # noqa: E402
+from fireflyds.engine.groups import parameter_groups  # noqa: E402
 from fireflyds.engine.loop import train_steps  # noqa: E402
 from fireflyds.engine.packed import packed_model  # noqa: E402
+from fireflyds.engine.statistics import Measured  # noqa: E402
 from fireflyds.errors import UserError  # noqa: E402
 from fireflyds.models import load, tuning  # noqa: E402
 from fireflyds.models.fuse import device_batch  # noqa: E402
 from fireflyds.types import IGNORE_INDEX, PackedBatch, TrainState  # noqa: E402
 
 ROWS, LENGTHS = 4, (20, 1, 11)
+DOMAINS = ["zh", "en", "code"]
 
 
 class Batches:
@@ -66,7 +71,7 @@ class Batches:
             position_ids=torch.cat([torch.arange(len(ids)) for ids in documents])[None],
             cu_seqlens=torch.tensor([0, 20, 21, 32], dtype=torch.int32),
             max_seqlen=20,
-            domains=torch.zeros(3, dtype=torch.int64),
+            domains=torch.tensor([0, 1, seed % 2]),
             num_learned=29,
         )
 
@@ -74,20 +79,32 @@ class Batches:
 def run_case(case: dict, me: ranks.Ranks) -> dict:
     config: TrainConfig = app.compose(
         "train",
-        ["run=x", "data=a/b", "optim.steps=9", "global_batch_size=4", "optim.schedule=constant", *case["overrides"]],
+        [
+            "run=x",
+            "data=a/b",
+            "optim.steps=9",
+            "global_batch_size=4",
+            "optim.schedule=constant",
+            "seed=0",
+            *case["overrides"],
+        ],
     )
     precision = deepspeed.resolve_precision(config.hardware)
     optimizers.check(config, precision)
     hf_config = load.architecture_of(config.model)
     model = packed_model(config, hf_config, precision)
+    names = [group.name for group in parameter_groups(model, config)]
+    widths = np.full(hf_config.vocab_size, 3, np.int32)
+    measured = Measured(DOMAINS, widths, names, ROWS * 32, step_flops(model), 1e12)
     engine = deepspeed.build_engine(model, config, precision, ROWS // me.world_size)
     state = TrainState()
     if case.get("resume"):
         state = checkpoint.load(engine, Path(case["resume"]), print)
-    found = {"losses": [], "scales": [], "skipped": [], "norms": [], "lrs": [], "parameters": [], "error": None}
+    kinds = ("losses", "scales", "skipped", "norms", "lrs", "parameters", "extra")
+    found = {kind: [] for kind in kinds} | {"error": None}
 
     def spoil(module, inputs, output):
-        return output * 1e12 if state.step + 1 in case.get("overflow", ()) else output
+        return (output[0] * 1e12, output[1]) if state.step + 1 in case.get("overflow", ()) else output
 
     model.get_output_embeddings().register_forward_hook(spoil)
 
@@ -105,8 +122,9 @@ def run_case(case: dict, me: ranks.Ranks) -> dict:
         hidden.register_forward_hook(lambda module, inputs, output: output.register_hook(spoil_gradient) and None)
     end, batches = state.step + case["steps"], Batches(hf_config.vocab_size, me.rank, me.world_size)
     try:
-        for step in train_steps(engine, batches, state, config.optim, config.recovery, end, 0, device_batch):
+        for step in train_steps(engine, batches, state, config, end, device_batch, measured):
             found["losses"].append(step.loss)
+            found["extra"].append(step.extra)
             found["scales"].append(step.extra.get("loss_scale"))
             found["skipped"].append(step.extra["skipped_steps"])
             found["norms"].append(step.grad_norm)

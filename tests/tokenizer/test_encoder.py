@@ -4,7 +4,9 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from bases import KINDS
 from samples import CHINESE, ENGLISH
 from transformers import AutoTokenizer
 
@@ -58,6 +60,57 @@ def test_what_is_no_tokenizer_is_named(tmp_path: Path) -> None:
                         (tmp_path / "y", "no such file or directory")):  # fmt: skip
         with pytest.raises(UserError, match=words):
             load_encoder(path)
+
+
+# Half a character, a character of the tables' own, text that spells special tokens, runs of spaces, no text.
+ODD = [
+    "\ud55c\uae00 \U0001f98a\u0301",
+    "a </s> <|begin|> b",
+    "  two  spaces \n\n\tand lines\r\n",
+    "é",
+    "Ġ <0x41>",
+    "x",
+    "",
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bytes_of_tokens_sum_to_those_of_the_text(kind: str, tmp_path: Path) -> None:
+    encoder = load_encoder(KINDS[kind](tmp_path / "base"))
+    table = encoder.token_bytes()
+    assert (table.dtype, table.shape) == (np.int32, (encoder.vocab_size,))
+    # What SentencePiece puts before a text counts as the space it is.
+    prefix = int(kind in ("sentencepiece", "json_only"))
+    for text in [*ENGLISH, *CHINESE, *ODD]:
+        if text:
+            assert table[encoder.encode(text)].sum() == len(text.encode()) + prefix, text
+            assert table[encoder.encode(text, continues=True)].sum() == len(text.encode()), text
+    for index in (encoder.bos_id, encoder.eos_id):
+        assert index is not None
+        assert table[index] == 0
+    assert (table >= 0).all()
+    if prefix:
+        assert all(table[index] == 1 for index in encoder.fragments())
+
+
+def test_added_tokens_stand_for_no_text_unless_they_are_words(base_tokenizer: Path, tmp_path: Path) -> None:
+    shutil.copy(base_tokenizer / "tokenizer.model", tmp_path)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|im_start|>": 400}))
+    assert load_encoder(tmp_path).token_bytes().tolist()[400:] == [0]
+    shutil.copy(base_tokenizer / "tokenizer.json", tmp_path)
+    shutil.copy(base_tokenizer / "tokenizer_config.json", tmp_path)
+    document = json.loads((tmp_path / "tokenizer.json").read_text())
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    document["added_tokens"] += [
+        {"id": 400, "content": "<|im_start|>", "special": True, **flags},
+        {"id": 401, "content": "小説", "special": False, **flags},
+    ]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    (tmp_path / "tokenizer.model").unlink()
+    (tmp_path / "added_tokens.json").unlink()
+    fast = load_encoder(tmp_path)
+    assert fast.token_bytes().tolist()[400:] == [0, 6]
+    assert fast.token_bytes()[fast.encode("小説", continues=True)].sum() == 6
 
 
 def test_fingerprints_tell_tokenizers_apart(base_tokenizer: Path, fast_only: Path) -> None:

@@ -1,7 +1,7 @@
 """Cross entropy of a linear head without the logits ever existing whole."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal, overload
 
 from torch import Tensor
 
@@ -9,6 +9,7 @@ from fireflyds_kernels import dispatch
 from fireflyds_kernels.dispatch import Implementation, able, needs_triton
 
 
+@overload
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor | Sequence[Tensor],
@@ -19,7 +20,34 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     reduction: Literal["sum", "none"] = "sum",
     num_labels: int | None = None,
-) -> Tensor:
+) -> Tensor: ...
+
+
+@overload
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor | Sequence[Tensor],
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: Literal["both"],
+    num_labels: int | None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor | Sequence[Tensor],
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: Literal["sum", "none", "both"] = "sum",
+    num_labels: int | None = None,
+) -> Any:
     """-token_weight · log softmax(hidden weightᵀ + bias)[label], over the rows that have a label.
 
     Args:
@@ -30,7 +58,8 @@ def linear_cross_entropy(
         labels: int64 `[T]`; rows with `ignore_index` cost nothing, in compute or memory.
         bias: `[V]` or None.
         token_weights: `[T]`, without gradient, or None for 1 everywhere.
-        reduction: `sum` gives a scalar, `none` gives `[T]` with 0 at ignored rows. Both float32 or wider.
+        reduction: `sum` gives a scalar, `none` gives `[T]` with 0 at ignored rows, `both` gives the scalar and, without
+            gradient and at the price of the scalar alone, the `[T]`. All float32 or wider.
         num_labels: how many rows have a label, where the host knows it: spares the one wait for the device. On a GPU a
             wrong number, or a label outside the vocabulary, makes the loss NaN; on the CPU both are errors.
 
@@ -47,8 +76,7 @@ def linear_cross_entropy(
     blocks = [weight] if isinstance(weight, Tensor) else list(weight)
     _check(hidden, blocks, labels, bias, token_weights, reduction)
     run = dispatch.select("linear_cross_entropy", hidden)
-    losses: Tensor = run(hidden, blocks, labels, bias, token_weights, ignore_index, reduction, num_labels)
-    return losses
+    return run(hidden, blocks, labels, bias, token_weights, ignore_index, reduction, num_labels)
 
 
 def _check(
@@ -70,8 +98,8 @@ def _check(
         raise ValueError(
             f"linear_cross_entropy: token_weights [T] expected with T={labels.shape[0]}, got {[*weights.shape]}"
         )
-    if reduction not in ("sum", "none"):
-        raise ValueError(f"linear_cross_entropy: reduction={reduction!r} is neither 'sum' nor 'none'")
+    if reduction not in ("sum", "none", "both"):
+        raise ValueError(f"linear_cross_entropy: reduction={reduction!r} is none of 'sum', 'none', 'both'")
 
 
 _PLACE = "fireflyds_kernels.linear_cross_entropy"

@@ -15,12 +15,12 @@ WHOLE_BYTES = {"cpu": 1 << 28, "cuda": 1 << 29}
 CHUNK_BYTES = {"cpu": 3 << 25, "cuda": 1 << 28}
 
 
-def plain(*arguments: Any) -> Tensor:
+def plain(*arguments: Any) -> Any:
     """Softmax by PyTorch, on any device."""
     return _run(False, *arguments)
 
 
-def with_triton(*arguments: Any) -> Tensor:
+def with_triton(*arguments: Any) -> Any:
     """Softmax by our kernel."""
     return _run(True, *arguments)
 
@@ -28,15 +28,18 @@ def with_triton(*arguments: Any) -> Tensor:
 def _run(
     fused: bool, hidden: Tensor, blocks: list[Tensor], labels: Tensor, bias: Tensor | None, token_weights: Tensor | None,
     ignore_index: int, reduction: str, num_labels: int | None,
-) -> Tensor:  # fmt: skip
+) -> Any:  # fmt: skip
     if reduction == "none":
         losses: Tensor = _each(hidden, blocks, labels, bias, ignore_index, num_labels, fused)[0]
         return losses if token_weights is None else losses * token_weights.to(losses.dtype)
     grad = torch.is_grad_enabled()
     wanted = [grad and x is not None and x.requires_grad for x in (hidden, bias, *blocks)]
-    found = _summed(hidden, blocks, labels, bias, token_weights, ignore_index, num_labels, wanted, fused)
-    total: Tensor = found[0]
-    return total
+    both = reduction == "both"
+    found = _summed(hidden, blocks, labels, bias, token_weights, ignore_index, num_labels, wanted, fused, both)
+    if not both:
+        return found[0]
+    losses = found[1].detach()
+    return found[0], losses if token_weights is None else losses * token_weights.detach().to(losses.dtype)
 
 
 def _labelled(
@@ -97,9 +100,10 @@ def _softmax(fused: bool) -> Any:
 @torch.library.custom_op("fireflyds::linear_cross_entropy_sum", mutates_args=())
 def _summed(
     hidden: Tensor, blocks: list[Tensor], labels: Tensor, bias: Tensor | None, token_weights: Tensor | None,
-    ignore_index: int, num_labels: int | None, wanted: list[bool], fused: bool,
+    ignore_index: int, num_labels: int | None, wanted: list[bool], fused: bool, each: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """The loss, then the gradients of hidden, bias and every block, each empty when not wanted."""
+    """The loss, the unweighted losses `[T]` (empty unless `each`), then the gradients of hidden, bias and every block, each
+    empty when not wanted."""
     vocab_size = sum(map(len, blocks))
     rows, targets, wrong = _labelled(labels, ignore_index, num_labels, vocab_size)
     scale = None if token_weights is None else token_weights[rows].to(wide(hidden.dtype))
@@ -112,18 +116,23 @@ def _summed(
     pieces = list(_chunks(len(rows), vocab_size, hidden))
     gradients = Gradients(hidden, bias, blocks, wanted, len(pieces))
     run, total = _softmax(fused), hidden.new_zeros((), dtype=wide(hidden.dtype))
+    kept = total.new_zeros(len(labels) if each else 0)
     for piece in pieces:
         compact, mine = hidden[rows[piece]], None if scale is None else scale[piece]
         logits = _logits(compact, near)
         losses = run(logits, targets[piece], bias, mine, gradients.lift, any(wanted))
         total += losses.sum() if mine is None else losses @ mine
+        if each:
+            kept[rows[piece]] = losses
         if any(wanted):
             gradients.add(rows[piece], compact, near, logits)
         del logits
     found = gradients.finish()
     if largest is not None:
         total, found = total * largest, [gradient.mul_(largest) for gradient in found]
-    return [total if wrong is None else total.masked_fill(wrong, float("nan")), *found]
+    if wrong is not None:
+        total, kept = (x.masked_fill(wrong, float("nan")) for x in (total, kept))
+    return [total, kept, *found]
 
 
 def _like(hidden: Tensor, bias: Tensor | None, blocks: list[Tensor], wanted: list[bool]) -> list[Tensor]:
@@ -138,14 +147,16 @@ def _like(hidden: Tensor, bias: Tensor | None, blocks: list[Tensor], wanted: lis
 @_summed.register_fake
 def _(
     hidden: Tensor, blocks: list[Tensor], labels: Tensor, bias: Tensor | None, token_weights: Any,
-    ignore_index: int, num_labels: Any, wanted: list[bool], fused: bool,
+    ignore_index: int, num_labels: Any, wanted: list[bool], fused: bool, each: bool,
 ) -> list[Tensor]:  # fmt: skip
-    return [hidden.new_empty((), dtype=wide(hidden.dtype)), *_like(hidden, bias, blocks, wanted)]
+    total = hidden.new_empty((), dtype=wide(hidden.dtype))
+    kept = total.new_empty(labels.shape[0] if each else 0)
+    return [total, kept, *_like(hidden, bias, blocks, wanted)]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    hidden, blocks, _, bias, *_, wanted, _ = inputs
-    ctx.save_for_backward(*output[1:])
+    hidden, blocks, _, bias, *_, wanted, _, _ = inputs
+    ctx.save_for_backward(*output[2:])
     ctx.wanted = wanted
     ctx.types = [hidden.dtype, hidden.dtype if bias is None else bias.dtype, *(block.dtype for block in blocks)]
 
@@ -163,7 +174,7 @@ def _gradients(ctx: Any, upstream: list[Tensor]) -> tuple[Any, ...]:
         for g, want, dtype in zip(ctx.saved_tensors, ctx.wanted, ctx.types, strict=True)
     ]
     hidden, bias, *blocks = found
-    return hidden, blocks, None, bias, *[None] * 5
+    return hidden, blocks, None, bias, *[None] * 6
 
 
 _summed.register_autograd(_gradients, setup_context=_save)
@@ -196,8 +207,10 @@ def _each_backward(
     num_labels: int | None, wanted: list[bool], fused: bool,
 ) -> list[Tensor]:  # fmt: skip
     """Each row's upstream is its token weight in the sum."""
-    found: list[Tensor] = _summed(hidden, blocks, labels, bias, upstream, ignore_index, num_labels, wanted, fused)[1:]
-    return found
+    found: list[Tensor] = _summed(
+        hidden, blocks, labels, bias, upstream, ignore_index, num_labels, wanted, fused, False
+    )
+    return found[2:]
 
 
 @_each_backward.register_fake

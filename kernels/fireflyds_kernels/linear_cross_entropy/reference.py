@@ -1,5 +1,7 @@
 """The definition: whole logits in float32 or better."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
@@ -15,10 +17,12 @@ def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | 
 def linear_cross_entropy(
     hidden: Tensor, blocks: list[Tensor], labels: Tensor, bias: Tensor | None, token_weights: Tensor | None,
     ignore_index: int, reduction: str, num_labels: int | None,
-) -> Tensor:  # fmt: skip
+) -> Any:  # fmt: skip
     weight = torch.cat([block.to(hidden.dtype) for block in blocks]) if len(blocks) > 1 else blocks[0].to(hidden.dtype)
     labelled = labels != ignore_index
     losses = token_losses(hidden, weight, labels.where(labelled, 0), bias).where(labelled, 0)
     if token_weights is not None:
         losses = losses * token_weights
+    if reduction == "both":
+        return losses.sum(), losses.detach()
     return losses.sum() if reduction == "sum" else losses

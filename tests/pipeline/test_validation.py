@@ -1,0 +1,80 @@
+"""A run that validates: the same losses as without, a start that outlives a resume, a guard that ends it, samples."""
+
+import json
+from pathlib import Path
+
+import pytest
+from samples import CHINESE, ENGLISH
+
+pytestmark = pytest.mark.slow
+
+TWO_RANKS = ("deepspeed", "--num_gpus", "2")
+
+
+def rows(tmp_path: Path, run: str, name: str) -> list[dict]:
+    return [json.loads(line) for line in (tmp_path / "runs" / run / name).read_text().splitlines()]
+
+
+@pytest.fixture
+def arguments(verb, tmp_path: Path, base_tokenizer: Path) -> list[str]:
+    """Trains on Chinese alone; held out is a little of both."""
+    for name, texts in (("zh", CHINESE[:-6]), ("held_zh", CHINESE[-6:]), ("held_en", ENGLISH[-9:])):
+        (tmp_path / f"{name}.txt").write_text("\n".join(texts), encoding="utf-8")
+    sources = "data.sources=[{path: held_zh.txt, domain: zh}, {path: held_en.txt, domain: en}]"
+    verb("prepare", "data=zh.txt", f"tokenizer={base_tokenizer}", "out=store", "workers=1")
+    verb("prepare", sources, f"tokenizer={base_tokenizer}", "out=held", "workers=1")
+    return [
+        "data=store", "model=at_path", "model.init=scratch", f"model.tokenizer={base_tokenizer}", "optim.steps=6", "optim.lr=3e-2",
+        "model.architecture={model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2}",
+        "seq_len=128", "micro_batch_size=1", "global_batch_size=4", "checkpoint.every=2", "log_every=1", "optim.schedule=constant",
+        "optim.warmup_steps=0", "tuning=lora", "tuning.r=4", "tuning.dropout=0.3", "tuning.embeddings=all", "tuning.head=all",
+        "zero.extra.zero_optimization.stage3_param_persistence_threshold=0",
+    ]  # fmt: skip
+
+
+VALIDATION = ["validation.store=held", "validation.every=2", "validation.rows=3", "validation.max_new_tokens=5"]
+PROMPTS = "validation.prompts=['the old bridge','青岭镇','a']"
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_validation_changes_no_loss_and_both_ranks_measure_what_one_does(verb, arguments, tmp_path, stage) -> None:
+    start = [*arguments, f"zero={stage}"]
+    verb("train", "run=without", *start, start=TWO_RANKS)
+    shown = verb("train", "run=with", *start, *VALIDATION, PROMPTS, "tracking=wandb", "tracking.mode=offline", start=TWO_RANKS).stderr  # fmt: skip
+    assert "validation at step 0: bits/byte  zh " in shown
+    found = [[(row["loss"], row["grad_norm"]) for row in rows(tmp_path, run, "metrics.jsonl")] for run in ("without", "with")]  # fmt: skip
+    assert found[0] == found[1]
+    measured = rows(tmp_path, "with", "validation.jsonl")
+    assert [row["step"] for row in measured] == [0, 2, 4, 6]
+    # 400 tokens to choose from, before anything is learnt.
+    assert measured[0]["validation/loss/zh"] == pytest.approx(5.99, abs=0.3)
+    assert measured[-1]["validation/bits_per_byte/zh"] < measured[0]["validation/bits_per_byte/zh"] - 0.5
+    samples = rows(tmp_path, "with", "samples.jsonl")
+    assert [(row["step"], row["prompt"]) for row in samples[:4]] == [(0, "the old bridge"), (0, "青岭镇"), (0, "a"), (2, "the old bridge")]  # fmt: skip
+    verb("train", "run=alone", *arguments, "zero=0", *VALIDATION, PROMPTS)
+    for one, two in zip(rows(tmp_path, "alone", "validation.jsonl")[:1], measured, strict=False):
+        assert one["validation/bits_per_byte/en"] == pytest.approx(two["validation/bits_per_byte/en"], rel=1e-5)
+    assert [row["text"] for row in rows(tmp_path, "alone", "samples.jsonl")[:3]] == [row["text"] for row in samples[:3]]
+    state = json.loads((tmp_path / "runs" / "with" / "trainer_state.json").read_text())
+    assert state["global_step"] == 6
+    assert sum("eval_bits_per_byte_en" in entry for entry in state["log_history"]) == 4
+
+
+def test_the_guard_compares_with_the_start_across_a_resume_and_ends_the_run(verb, arguments, tmp_path) -> None:
+    guard = [*VALIDATION, "validation.max_rise=0.0001"]
+    short = [argument.replace("optim.steps=6", "optim.steps=2") for argument in arguments]
+    shown = verb("train", "run=guarded", *short, *guard).stderr
+    risen = "warning: step 2: en rose to" in shown
+    config = tmp_path / "runs" / "guarded" / "config.yaml"
+    config.write_text(config.read_text().replace("steps: 2", "steps: 6"))
+    done = verb("train", "run=guarded", *arguments, *guard, "validation.stop=true", check=False)
+    measured = rows(tmp_path, "guarded", "validation.jsonl")
+    key = "validation/bits_per_byte/en"
+    assert risen == (measured[1][key] > measured[0][key] * 1.0001)
+    assert measured[-1][key] > measured[0][key]
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert f"above its {measured[0][key]:.4f} at step 0" in done.stderr
+    assert "A checkpoint was saved" in done.stderr
+    last = measured[-1]["step"]
+    assert last < 6 or "step 6" in done.stderr
+    assert (tmp_path / "runs" / "guarded" / "checkpoints" / f"step-{last:06d}").is_dir()
