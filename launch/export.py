@@ -2,6 +2,7 @@
 
     python launch/export.py run=demo/cpt
     python launch/export.py run=sft out=models/my-chinese-llama dtype=bf16
+    python launch/export.py run=sft artifact=true
 
 Adapters are merged in float32. What was written is loaded again with plain transformers and its logits compared.
 """
@@ -12,6 +13,7 @@ from pathlib import Path
 from fireflyds import app
 from fireflyds.config import ExportConfig, Precision, TrainConfig, TuningMethod
 from fireflyds.directories import write_aside
+from fireflyds.engine import trackers
 from fireflyds.engine.run_names import find_run
 from fireflyds.errors import UserError
 
@@ -19,6 +21,8 @@ from fireflyds.errors import UserError
 def export(config: ExportConfig) -> None:
     run_dir = find_run(config.runs, "run", config.run)
     trained = app.from_yaml(run_dir / "config.yaml", TrainConfig)
+    if config.artifact:
+        trackers.check_artifact(trained.tracking, config.run)
 
     # Heavy imports come after the checks above.
     from fireflyds.engine import checkpoint, deepspeed, learnt, run
@@ -57,6 +61,9 @@ def export(config: ExportConfig) -> None:
         publish.write_model_card(folder, trained, about)
         (folder / "export.json").write_text(json.dumps(about, indent=2), encoding="utf-8")
     print(f"wrote {out}: {json.dumps(about)}")
+    if config.artifact:
+        name = trackers.send_artifact(trained.tracking, config.run, run_dir, out, about)
+        print(f"{out} is the artifact {name} of its W&B run")
 
 
 if __name__ == "__main__":

@@ -42,6 +42,8 @@ class ExportConfig:
     """Number format of the written weights; `auto`: that of the trained model."""
     verify: bool = True
     """Load what was written with plain transformers and compare logits with the trained model."""
+    artifact: bool = False
+    """Give the directory to the run's W&B run as an artifact (runs with `tracking=wandb`)."""
 
 
 @dataclass(kw_only=True, slots=True)

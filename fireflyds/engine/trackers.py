@@ -175,18 +175,23 @@ def wandb_id(run_dir: Path) -> str:
     return str(read_json(file)["id"])
 
 
-def send_artifact(config: TrackingConfig, run: str, run_dir: Path, folder: Path, about: dict[str, Any]) -> str:
-    """Give an export to the W&B run it came from, as an artifact of type `model`. Returns its name.
-
-    Raises:
-        UserError: the run is not tracked by W&B, or W&B failed; the export itself is whole.
-    """
+def check_artifact(config: TrackingConfig, run: str) -> None:
+    """Raises `UserError` where the run is not tracked by W&B."""
     if config.kind is not Kind.wandb or config.mode is WandbMode.disabled:
         raise UserError(
             f"artifact=true: the run {run} is not tracked by W&B (tracking={config.kind.name}, tracking.mode={config.mode.name}). "
             "Leave artifact=true out"
         )
     check(config)
+
+
+def send_artifact(config: TrackingConfig, run: str, run_dir: Path, folder: Path, about: dict[str, Any]) -> str:
+    """Give an export to the W&B run it came from, as an artifact of type `model`. Returns its name.
+
+    Raises:
+        UserError: the run is not tracked by W&B, or W&B failed; the export itself is whole.
+    """
+    check_artifact(config, run)
     import wandb
 
     name = run.replace("/", "-")

@@ -1,0 +1,112 @@
+"""What a run leaves at every save, and the line it says."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+from transformers import TrainerState
+
+from fireflyds.engine.journal import Journal
+from fireflyds.engine.metrics import line, read_metrics
+from fireflyds.types import StepMetrics
+
+
+class Listener:
+    """A tracker that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict] = []
+        self.finished = False
+
+    def log(self, row) -> None:
+        self.rows.append(dict(row))
+
+    def samples(self, step, rows) -> None:
+        self.rows.append({"step": step, "samples": list(rows)})
+
+    def finish(self) -> None:
+        self.finished = True
+
+
+def step(number: int, loss: float | None = None, **extra: float) -> StepMetrics:
+    return StepMetrics(
+        step=number, loss=4 / number if loss is None else loss, lr=0.5 / number, grad_norm=1.5, tokens=1000 * number,
+        learned_tokens=900 * number, tokens_per_second=500.0, seconds=2.0, extra={"flops": 1e9, **extra},
+    )  # fmt: skip
+
+
+def journal(tmp_path: Path, done: int, rank: int = 0) -> tuple[Journal, Listener]:
+    listener = Listener()
+    return Journal(tmp_path, listener, logging.getLogger("fireflyds"), rank, done, 6, 2, steps_per_epoch=4.0), listener
+
+
+def test_every_save_leaves_a_trainer_state_that_transformers_reads(tmp_path: Path) -> None:
+    first, listener = journal(tmp_path, 0)
+    with first:
+        first.validated({"step": 0, "validation/loss/en": 5.0, "validation/bits_per_byte/en": 2.5})
+        for number in (1, 2, 3):
+            first.record(step(number))
+        first.saved()
+        state = TrainerState.load_from_json(str(tmp_path / "trainer_state.json"))
+        assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
+        assert not listener.finished
+    assert listener.finished
+    assert [row["step"] for row in listener.rows] == [0, 1, 2, 3]
+    assert (state.global_step, state.max_steps, state.epoch, state.num_train_epochs) == (3, 6, 0.75, 2)
+    assert (state.logging_steps, state.num_input_tokens_seen, state.total_flos) == (2, 3000, 3e9)
+    assert state.log_history == [
+        {"epoch": 0.0, "step": 0, "eval_loss_en": 5.0, "eval_bits_per_byte_en": 2.5},
+        {"epoch": 0.5, "step": 2, "loss": 3.0, "learning_rate": 0.25, "grad_norm": 1.5},
+    ]
+
+
+def test_the_history_goes_on_after_a_resume_without_what_was_cut(tmp_path: Path) -> None:
+    first, _ = journal(tmp_path, 0)
+    with first:
+        for number in (1, 2, 3, 4):
+            first.record(step(number))
+    again, _ = journal(tmp_path, 2)
+    with again:
+        for number in (3, 4, 5, 6):
+            again.record(step(number, loss=float("nan") if number == 5 else 1.0))
+    found = json.loads((tmp_path / "trainer_state.json").read_text())
+    assert [(row["step"], row["loss"]) for row in found["log_history"]] == [(2, 3.0), (4, 1.0), (6, 1.0)]
+    assert [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [4.0, 2.0, 1.0, 1.0, None, 1.0]
+    assert found["global_step"] == found["max_steps"] == 6
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    other, _ = journal(tmp_path, 0, rank=1)
+    with other:
+        other.record(step(1))
+        other.saved()
+    assert list(tmp_path.iterdir()) == []
+
+
+FULL = {
+    "loss/zh": 2.0, "loss/en": 1.0, "bits_per_byte": 0.75, "mfu": 0.5, "fill": 0.99, "memory_gib": 12.25, "data_wait_seconds": 0.0,
+    "step_seconds_spread": 0.0, "slowest_rank": 0, "slowest_seconds": 1.0, "eta_seconds": 3725.0, "skipped_steps": 0.0,
+}  # fmt: skip
+
+
+def test_the_line_tells_means_of_what_varies_and_the_newest_of_the_rest() -> None:
+    steps = [step(1, 3.0, **FULL), step(2, 2.0, **(FULL | {"loss/zh": 1.0, "mfu": 0.25, "bits_per_byte": 0.25}))]
+    assert line(steps, 10) == (
+        "step 2/10  loss 2.5000 (zh 1.500, en 1.000)  bits/byte 0.5000  lr 2.50e-01  grad_norm 1.500  500 tokens/s  MFU 37.5%  "
+        "fill 99.0%  12.2 GiB  2,000 tokens  ETA 1:02:05"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"data_wait_seconds": 0.5}, "data wait 0.50 s"),
+        ({"step_seconds_spread": 0.25, "slowest_rank": 3}, "rank 3 slowest by 0.25 s"),
+        ({"skipped_steps": 2.0}, "2 skipped"),
+        ({"loss_scale": 1024.0}, "loss scale 1024"),
+    ],
+)
+def test_the_line_tells_what_is_wrong_only_where_something_is(changes: dict, words: str) -> None:
+    assert words in line([step(1, **(FULL | changes))], 10)
+    assert words not in line([step(1, **FULL)], 10)
