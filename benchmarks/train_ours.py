@@ -16,13 +16,14 @@ def main(turn: Turn) -> None:
     # All that the verb would import late, so that it does not count as memory of training.
     import peft  # noqa: F401
     import train
+    from transformers.models.llama import modeling_llama  # noqa: F401
+
     from fireflyds import app
     from fireflyds.data import loader
     from fireflyds.engine import checkpoint, journal, learnt, loop, packed, run  # noqa: F401
     from fireflyds.models import load, tuning  # noqa: F401
     from fireflyds.tokenizer import encoder  # noqa: F401
     from fireflyds.types import PackedBatch, StepMetrics
-    from transformers.models.llama import modeling_llama  # noqa: F401
 
     record = Record()
     record.libraries_loaded()

@@ -45,9 +45,7 @@ def build(turn: Turn) -> tuple[Any, Any, Any, Any]:
     engine = deepspeed.build_engine(model, config, precision, turn.accumulation)
     store = run.open_store(config, encoder.fingerprint())
     rows = RowSequence(store, config.seq_len, config.seed, config.data)
-    loader = PackedLoader(
-        store, rows, config.micro_batch_size, config.global_batch_size, me.rank, me.world_size
-    )
+    loader = PackedLoader(store, rows, config.micro_batch_size, config.global_batch_size, me.rank, me.world_size)
     return config, engine, loader, device_batch
 
 
@@ -64,7 +62,9 @@ def our_steps(turn: Turn, config: Any, engine: Any, loader: Any, to_device: Any)
     folder = Path(turn.folder) / "overhead"
     folder.mkdir(exist_ok=True)
     stop, state = StopRequest(), TrainState()
-    journal = Journal(folder, NoTracker(), logging.getLogger("overhead"), dist.get_rank(), 0, turn.steps, config.log_every)
+    journal = Journal(
+        folder, NoTracker(), logging.getLogger("overhead"), dist.get_rank(), 0, turn.steps, config.log_every
+    )
     for metrics in train_steps(engine, loader, state, config.optim, turn.steps, config.seed, to_device):
         journal.record(metrics)
         stop.agreed(engine.device)
@@ -94,7 +94,10 @@ def main(turn: Turn) -> None:
     config, engine, loader, to_device = build(turn)
     import torch.distributed as dist
 
-    ways = {"bare": bare_steps(turn, engine, loader, to_device), "ours": our_steps(turn, config, engine, loader, to_device)}
+    ways = {
+        "bare": bare_steps(turn, engine, loader, to_device),
+        "ours": our_steps(turn, config, engine, loader, to_device),
+    }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     draw = random.Random(0)
     for number in range(turn.steps):

@@ -1,8 +1,8 @@
 """One turn of one contender of `bench_train.py`: what it trains on, and what every rank writes down.
 
 A turn is a process per rank. It reads `turn.json`, trains `steps` optimizer steps, and leaves `rank<N>.json`: the seconds of
-each step by the clock, the tokens and the learned tokens this rank saw in it, the losses that were reported, and the most memory over the libraries'
-own.
+each step by the clock and of the processor (which others on the machine do not lengthen), the tokens and the learned tokens
+this rank saw in it, the losses that were reported, and the most memory over the libraries' own.
 """
 
 import json
@@ -78,12 +78,14 @@ class Record:
     """Filled while a contender trains, written when it is done."""
 
     seconds: list[float] = field(default_factory=list)
+    processor_seconds: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     learned: list[int] = field(default_factory=list)
     losses: dict[int, float] = field(default_factory=dict)
     _peak: float = 0.0
     _own: float = 0.0
     _at: float = 0.0
+    _processor_at: float = 0.0
     _tokens: int = 0
     _learned: int = 0
 
@@ -95,7 +97,7 @@ class Record:
 
     def begin(self) -> None:
         """The first step begins."""
-        self._at = time.perf_counter()
+        self._at, self._processor_at = time.perf_counter(), time.process_time()
 
     def seen(self, tokens: int, learned: int) -> None:
         """One micro-batch of this rank."""
@@ -103,18 +105,19 @@ class Record:
         self._learned += learned
 
     def step_done(self) -> None:
-        now = time.perf_counter()
+        now, processor = time.perf_counter(), time.process_time()
         # What is saved behind the last step is no part of training.
         self._peak = timing.peak_megabytes()
         self.seconds.append(now - self._at)
+        self.processor_seconds.append(processor - self._processor_at)
         self.tokens.append(self._tokens)
         self.learned.append(self._learned)
-        self._at, self._tokens, self._learned = now, 0, 0
+        self._at, self._processor_at, self._tokens, self._learned = now, processor, 0, 0
 
     def write(self, turn: Turn) -> None:
         found = {
-            "seconds": self.seconds, "tokens": self.tokens, "learned": self.learned, "losses": self.losses,
-            "own_megabytes": self._own, "megabytes": self._peak - self._own,
+            "seconds": self.seconds, "processor_seconds": self.processor_seconds, "tokens": self.tokens, "learned": self.learned,
+            "losses": self.losses, "own_megabytes": self._own, "megabytes": self._peak - self._own,
         }  # fmt: skip
         rank = os.environ["RANK"]
         Path(turn.folder, f"rank{rank}.json").write_text(json.dumps(found), encoding="utf-8")
