@@ -1,0 +1,67 @@
+"""A turn of ours in `bench_train.py`: `launch/train.py` as it is, with a clock where the journal records a step.
+
+torchrun --nproc_per_node 2 benchmarks/train_ours.py turn.json
+"""
+
+import sys
+from pathlib import Path
+
+from train_turn import Record, Turn, prepare_rank
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "launch"))
+
+
+def main(turn: Turn) -> None:
+    prepare_rank()
+    # All that the verb would import late, so that it does not count as memory of training.
+    import peft  # noqa: F401
+    import train
+    from transformers.models.llama import modeling_llama  # noqa: F401
+
+    from fireflyds import app
+    from fireflyds.data import loader
+    from fireflyds.engine import checkpoint, journal, learnt, loop, packed, run  # noqa: F401
+    from fireflyds.models import load, tuning  # noqa: F401
+    from fireflyds.tokenizer import encoder  # noqa: F401
+    from fireflyds.types import PackedBatch, StepMetrics
+
+    record = Record()
+    record.libraries_loaded()
+    step_of, record_of = loader.PackedLoader.step, journal.Journal.record
+    made: dict[int, list[PackedBatch]] = {}
+
+    def step(self: loader.PackedLoader, number: int) -> list[PackedBatch]:
+        made[number] = step_of(self, number)
+        return made[number]
+
+    def train_steps(*arguments: object) -> object:
+        record.begin()
+        yield from begun(*arguments)
+
+    def recorded(self: journal.Journal, metrics: StepMetrics) -> None:
+        record_of(self, metrics)
+        for batch in made.pop(metrics.step - 1):
+            record.seen(batch.input_ids.numel(), batch.num_learned)
+        record.losses[metrics.step] = metrics.loss
+        record.step_done()
+
+    begun = loop.train_steps
+    loop.train_steps = train_steps
+    loader.PackedLoader.step, journal.Journal.record = step, recorded
+    sys.argv = [train.__file__, *overrides(turn)]
+    app.main(train.train, train.__doc__)
+    record.write(turn)
+
+
+def overrides(turn: Turn) -> list[str]:
+    """What a person would give `launch/train.py`."""
+    return [
+        "run=turn", f"runs={turn.folder}/runs", f"model={turn.model}", f"model.tokenizer={turn.tokenizer}",
+        f"data={turn.store}", "tuning=full", "hardware=cpu", f"zero.reduce_bucket_size={turn.reduce_bucket_size}",
+        f"seq_len={turn.seq_len}", f"global_batch_size={turn.accumulation * turn.world_size}",
+        f"optim.steps={turn.steps}", f"optim.lr={turn.lr}", "optim.schedule=constant", "optim.warmup_ratio=0",
+    ]  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(Turn.read(sys.argv[1]))

@@ -1,0 +1,140 @@
+"""What our loop costs over a bare one: both on one DeepSpeed engine and the same batches, step by step in turns.
+
+    torchrun --nproc_per_node 2 benchmarks/train_overhead.py turn.json        writes overhead-<model>.md beside it
+
+Ours: `train_steps` with its loader's thread, the count of learned tokens over the ranks, the loss, the norm, the journal with
+its files, and the agreement to go on. Bare: forward, backward and step over batches that lie ready, scaled by a number known
+beforehand; nothing is read, counted or written.
+"""
+
+import logging
+import random
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import timing
+from train_ours import overrides
+from train_turn import Turn, prepare_rank
+
+WARMUP = 3
+
+
+def build(turn: Turn) -> tuple[Any, Any, Any, Any]:
+    """As `launch/train.py` does it: the configuration, the engine, the loader, and how a batch reaches the device."""
+    import os
+
+    from fireflyds import app
+    from fireflyds.data.loader import PackedLoader
+    from fireflyds.data.mix import RowSequence
+    from fireflyds.engine import deepspeed, ranks, run
+    from fireflyds.engine.packed import packed_model
+    from fireflyds.models import load
+    from fireflyds.models.fuse import device_batch
+    from fireflyds.tokenizer.encoder import load_encoder
+
+    config = app.compose("train", overrides(turn))
+    me = ranks.discover(os.environ)
+    deepspeed.start(me, config.hardware.timeout_minutes)
+    precision = deepspeed.resolve_precision(config.hardware)
+    encoder = load_encoder(config.model.tokenizer_path)
+    model = packed_model(config, load.read_config(config.model, encoder), precision)
+    engine = deepspeed.build_engine(model, config, precision, turn.accumulation)
+    store = run.open_store(config, encoder.fingerprint())
+    rows = RowSequence(store, config.seq_len, config.seed, config.data)
+    loader = PackedLoader(store, rows, config.micro_batch_size, config.global_batch_size, me.rank, me.world_size)
+    return config, engine, loader, device_batch
+
+
+def our_steps(turn: Turn, config: Any, engine: Any, loader: Any, to_device: Any) -> Iterator[None]:
+    """The body of `launch/train.py`, one step a `next`."""
+    import torch.distributed as dist
+
+    from fireflyds.engine.journal import Journal
+    from fireflyds.engine.loop import train_steps
+    from fireflyds.engine.signals import StopRequest
+    from fireflyds.engine.trackers import NoTracker
+    from fireflyds.types import TrainState
+
+    folder = Path(turn.folder) / "overhead"
+    folder.mkdir(exist_ok=True)
+    stop, state = StopRequest(), TrainState()
+    journal = Journal(
+        folder, NoTracker(), logging.getLogger("overhead"), dist.get_rank(), 0, turn.steps, config.log_every
+    )
+    for metrics in train_steps(engine, loader, state, config.optim, turn.steps, config.seed, to_device):
+        journal.record(metrics)
+        stop.agreed(engine.device)
+        yield
+
+
+def bare_steps(turn: Turn, engine: Any, loader: Any, to_device: Any) -> Iterator[None]:
+    import torch
+    import torch.distributed as dist
+
+    ready = []
+    for number in range(turn.steps):
+        batches = loader.step(number)
+        learned = torch.tensor(float(sum(batch.num_learned for batch in batches)))
+        dist.all_reduce(learned)
+        scale = turn.world_size * len(batches) / float(learned)
+        ready.append([(to_device(batch, engine.device), scale) for batch in batches])
+    for batches in ready:
+        for batch, scale in batches:
+            engine.backward(engine(**batch) * scale)
+            engine.step()
+        yield
+
+
+def main(turn: Turn) -> None:
+    prepare_rank()
+    config, engine, loader, to_device = build(turn)
+    import torch.distributed as dist
+
+    ways = {
+        "bare": bare_steps(turn, engine, loader, to_device),
+        "ours": our_steps(turn, config, engine, loader, to_device),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    processor: dict[str, list[float]] = {name: [] for name in ways}
+    draw = random.Random(0)
+    for number in range(turn.steps):
+        for name in draw.sample(list(ways), 2):
+            dist.barrier()
+            started, used = time.perf_counter(), time.process_time()
+            next(ways[name])
+            if number >= WARMUP:
+                seconds[name].append(time.perf_counter() - started)
+                processor[name].append(time.process_time() - used)
+    if dist.get_rank() == 0:
+        Path(turn.folder, f"overhead-{Path(turn.model).name}.md").write_text(
+            report(turn, seconds, processor), encoding="utf-8"
+        )
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def report(turn: Turn, seconds: dict[str, list[float]], processor: dict[str, list[float]]) -> str:
+    """Both by the clock and by rank 0's processor time, which others on the machine do not lengthen."""
+    rows = [
+        [
+            name,
+            *(f"{of(each) * 1e3:,.1f}" for each in (seconds[name], processor[name]) for of in (min, statistics.median)),
+        ]
+        for name in seconds
+    ]
+    clock, used = (
+        statistics.median(own / bare for own, bare in zip(times["ours"], times["bare"], strict=True)) - 1
+        for times in (seconds, processor)
+    )
+    title = f"{Path(turn.model).name}: our loop over a bare loop on the same engine, {len(seconds['ours'])} steps each"
+    columns = ["", "least ms", "median ms", "processor, least ms", "median ms"]
+    said = f"Overhead, the median of the ratios of equal steps: {clock:+.1%} by the clock, {used:+.1%} by processor time; asked: at most 3 %.\n"
+    return timing.table(title, columns, rows) + "\n" + said
+
+
+if __name__ == "__main__":
+    main(Turn.read(sys.argv[1]))
