@@ -18,13 +18,21 @@ import os
 
 from fireflyds import app
 from fireflyds.config import DoctorConfig, PlanFormat
+from fireflyds.engine.doctor import patience
 
 
 def doctor(config: DoctorConfig) -> None:
+    with patience.heeding_interrupts():
+        code = examine(config)
+    patience.leave(code)
+
+
+def examine(config: DoctorConfig) -> int:
+    """Prints the report, on rank 0. Returns the exit code."""
     import fireflyds_kernels
 
     from fireflyds.engine import deepspeed, ranks
-    from fireflyds.engine.doctor import packing, patience, report
+    from fireflyds.engine.doctor import packing, report
     from fireflyds.engine.doctor import ranks as examination
     from fireflyds.engine.doctor.check import Verdict, worst
 
@@ -35,20 +43,19 @@ def doctor(config: DoctorConfig) -> None:
     with report.alone_on_stdout() as out:
         examined = examination.examine(me, config)
         if examined is None:
-            patience.leave(0)
+            return 0
+        checks, hosts = examined
+        proof = ""
+        if config.packing:
+            check, proof = packing.prove(config)
+            checks.append(check)
+        kernels = fireflyds_kernels.describe()
+        if config.format is PlanFormat.json:
+            print(report.as_json(checks, me.world_size, hosts, kernels.splitlines()), file=out, flush=True)
         else:
-            checks, hosts = examined
-            proof = ""
-            if config.packing:
-                check, proof = packing.prove(config)
-                checks.append(check)
-            kernels = fireflyds_kernels.describe()
-            if config.format is PlanFormat.json:
-                print(report.as_json(checks, me.world_size, hosts, kernels.splitlines()), file=out)
-            else:
-                shown = report.table(checks, hosts, coloured=out.isatty() and "NO_COLOR" not in os.environ)
-                print(*filter(None, [kernels, proof, shown]), sep="\n\n", file=out, flush=True)
-    patience.leave(1 if worst(checks) is Verdict.red else 0)
+            shown = report.table(checks, hosts, coloured=out.isatty() and "NO_COLOR" not in os.environ)
+            print(*filter(None, [kernels, proof, shown]), sep="\n\n", file=out, flush=True)
+    return 1 if worst(checks) is Verdict.red else 0
 
 
 if __name__ == "__main__":

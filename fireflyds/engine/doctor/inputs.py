@@ -41,7 +41,8 @@ def _refusals(name: str, check: Callable[[], Check]) -> Check:
     try:
         return check()
     except UserError as error:
-        found, _, remedy = str(error).rpartition(". ")
+        # Training calls the store by its section.
+        found, _, remedy = str(error).replace("data.store=", "data=").rpartition(". ")
         return red(name, found or remedy, remedy)
     except Exception as error:
         found = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"

@@ -76,7 +76,8 @@ def check_disk(config: DoctorConfig) -> Check:
 def _try_disk(config: DoctorConfig, place: Path) -> Check:
     free = shutil.disk_usage(place).free
     if free < 2 * config.disk_mib * MIB:
-        return red("disk", f"{place}: {free / GIB:.1f} GiB free", "free space there, or give another runs=")
+        found = f"{place}: {free / GIB:.1f} GiB free, less than twice disk_mib={config.disk_mib}"
+        return red("disk", found, "free space there, or give another runs=")
     writing, reading = speeds(place, config.disk_mib)
     about = f"{place}: {free / GIB:,.0f} GiB free, writes {writing:,.0f} MiB/s, reads {reading:,.0f} MiB/s"
     if free < config.min_free_gib * GIB:

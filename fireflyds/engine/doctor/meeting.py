@@ -6,6 +6,7 @@ process group uses afterwards: kept by rank 0, or under torchrun by its agent.
 
 import json
 import os
+import socket
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -27,11 +28,11 @@ Part = Callable[[Any], Any]
 
 
 class SilentError(Exception):
-    """Ranks that did not answer."""
+    """Ranks that did not answer, and by rank what the others did."""
 
-    def __init__(self, step: str, ranks: list[int]) -> None:
+    def __init__(self, step: str, ranks: list[int], answers: dict[int, Any]) -> None:
         super().__init__(step, ranks)
-        self.step, self.ranks = step, ranks
+        self.step, self.ranks, self.answers = step, ranks, answers
 
 
 class Meeting:
@@ -44,8 +45,9 @@ class Meeting:
     def __init__(self, me: Ranks, timeout: float) -> None:
         self.me, self.timeout = me, timeout
         self._steps = 0
-        where = f"{me.master_addr}:{me.master_port}"
         keeps = me.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        if not keeps:
+            _wait_for_store(me, timeout)
         try:
             self._store = TCPStore(
                 me.master_addr,
@@ -56,13 +58,10 @@ class Meeting:
                 wait_for_workers=False,
                 multi_tenant=True,
             )
-        except (DistError, RuntimeError, ValueError) as error:
-            first = str(error).splitlines()[0]
-            if keeps:
-                raise UserError(f"MASTER_PORT={me.master_port}: rank 0 cannot listen there ({first}). Give another") from error
+        except (DistError, ValueError) as error:
             raise UserError(
-                f"MASTER_ADDR:MASTER_PORT={where}: rank {me.rank} did not reach rank 0 there within {timeout:g} s ({first}). "
-                "Look whether rank 0 runs, whether the address is its own, and whether a firewall closes the port"
+                f"MASTER_ADDR:MASTER_PORT={me.master_addr}:{me.master_port}: rank {me.rank} cannot use them "
+                f"({str(error).splitlines()[0]}). Give a free port on rank 0's host"
             ) from error
 
     def tell(self, key: str, value: Any) -> None:
@@ -99,15 +98,15 @@ class Meeting:
         self.tell(f"call/{self._steps}", [step, payload])
         own = _answer(part, payload)
         until = time.monotonic() + seconds + _GRACE
-        answers, silent = [own], []
+        answers, silent = {0: own}, []
         for rank in range(1, self.me.world_size):
             try:
-                answers.append(self.hear(f"answer/{self._steps}/{rank}", max(0.0, until - time.monotonic())))
+                answers[rank] = self.hear(f"answer/{self._steps}/{rank}", max(0.0, until - time.monotonic()))
             except TimeoutError:
                 silent.append(rank)
         if silent:
-            raise SilentError(step, silent)
-        return answers
+            raise SilentError(step, silent, answers)
+        return list(answers.values())
 
     def serve(self, parts: Mapping[str, Part], longest: float) -> None:
         """On other ranks: take part until rank 0 ends it. `longest` is what a step may take, in seconds.
@@ -134,6 +133,22 @@ class Meeting:
             self.call(_END, None, lambda payload: None, 0.0)
         except SilentError:
             pass
+
+
+def _wait_for_store(me: Ranks, timeout: float) -> None:
+    """Knock until somebody opens: the store's own client would do so deaf to Ctrl-C, and end in a C++ stack trace."""
+    until, why = time.monotonic() + timeout, ""
+    while time.monotonic() < until:
+        try:
+            socket.create_connection((me.master_addr, me.master_port), max(0.1, until - time.monotonic())).close()
+            return
+        except OSError as error:
+            why = str(error)
+            time.sleep(0.2)
+    raise UserError(
+        f"MASTER_ADDR:MASTER_PORT={me.master_addr}:{me.master_port}: rank {me.rank} did not reach rank 0 there within "
+        f"{timeout:g} s ({why}). Look whether rank 0 runs, whether the address is its own, and whether a firewall closes the port"
+    )
 
 
 def _answer(part: Part, payload: Any) -> Any:

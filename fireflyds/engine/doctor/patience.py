@@ -1,13 +1,38 @@
 """Waiting for what may never come: a dead network drive, a collective that one rank does not join."""
 
+import contextlib
 import os
+import signal
 import sys
 import threading
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 _hung: list[threading.Thread] = []
+
+
+@contextlib.contextmanager
+def heeding_interrupts() -> Iterator[None]:
+    """Ctrl-C ends what is inside as `KeyboardInterrupt`, also where a library makes another error of it, as transformers
+    does when it is being imported."""
+    asked: list[int] = []
+
+    def ask(number: int, frame: Any) -> None:
+        asked.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield
+    except Exception:
+        if asked:
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if asked:
+        raise KeyboardInterrupt
 
 
 def within(seconds: float, work: Callable[[], T]) -> T:

@@ -38,9 +38,12 @@ def examine(me: Ranks, config: DoctorConfig) -> tuple[list[Check], list[str]] | 
         try:
             report.run()
         except SilentError as silent:
+            if not report.checks:
+                local = _local_size() or 1
+                report.checks = at(socket.gethostname(), look(config, local, max(1, me.world_size // local)))
             report.checks.append(check_silent(silent, me, report.hosts, config.timeout))
         meeting.end()
-    return report.checks, list(dict.fromkeys(report.hosts))
+    return report.checks, list(dict.fromkeys(report.hosts)) or [socket.gethostname()]
 
 
 def look(config: DoctorConfig, ranks_here: int, num_hosts: int) -> list[Check]:
@@ -107,7 +110,11 @@ class Report:
         self._ports()
         self._clocks()
         self._shared_folder()
-        answers = self._call("all-reduce")
+        try:
+            answers = self._call("all-reduce")
+        except SilentError as silent:
+            nothing = {"error": "no answer"}
+            answers = [silent.answers.get(rank, nothing) for rank in range(len(self.hosts))]
         joined = [self.meeting.told(f"joined/{rank}") for rank in range(len(answers))]
         self.checks.append(links.check_all_reduce(answers, self.hosts, joined, self.config))
 
@@ -190,7 +197,7 @@ def check_hosts(hosts: list[str], master_addr: str) -> Check:
 
 def check_silent(silent: SilentError, me: Ranks, hosts: list[str], timeout: float) -> Check:
     """Names the ranks, with their hosts where they have said those, else with the number of their node."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "0")))
+    local = _local_size()
     named = []
     for rank in silent.ranks[:8]:
         where = f" on {hosts[rank]}" if hosts else f" (node {rank // local})" if local else ""
@@ -203,6 +210,11 @@ def check_silent(silent: SilentError, me: Ranks, hosts: list[str], timeout: floa
     )
     found = f"{', '.join(named)}{more} of {me.world_size}: not {step} within {timeout:g} s; what follows was not tried"
     return red("ranks", found, remedy)
+
+
+def _local_size() -> int:
+    """Ranks of a host as the launcher says; 0 where it does not."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "0")))
 
 
 def check_port(master_port: int = LAUNCHERS_PORT) -> Check:
