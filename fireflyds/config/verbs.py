@@ -140,7 +140,9 @@ class DoctorConfig:
     """Seed of the documents' tokens."""
 
     def __post_init__(self) -> None:
-        require_at_least(self, layers=1, timeout=1, shared_timeout=0, all_reduce_mib=1, all_reduce_repeats=1, disk_mib=1)
+        require_at_least(
+            self, layers=1, timeout=1, shared_timeout=0, all_reduce_mib=1, all_reduce_repeats=1, disk_mib=1
+        )
         require_at_least(self, min_free_gib=0, min_disk_mib_s=0, min_bus_gb_s=0, max_clock_skew=0)
         if not self.runs:
             raise UserError("runs='': give the folder of the runs, such as runs=runs")

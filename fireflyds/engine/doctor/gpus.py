@@ -72,7 +72,9 @@ def check_none(build: TorchBuild, card: bool, visible: str | None, why: str) -> 
     if visible is not None:
         remedy = "unset CUDA_VISIBLE_DEVICES, or name the GPUs in it that are to be used"
         return yellow("gpus", f"CUDA_VISIBLE_DEVICES={visible!r} hides the GPUs of this machine", remedy)
-    remedy = f"update the NVIDIA driver to one for CUDA {build.cuda}, or install a torch for an older CUDA; see nvidia-smi"
+    remedy = (
+        f"update the NVIDIA driver to one for CUDA {build.cuda}, or install a torch for an older CUDA; see nvidia-smi"
+    )
     return red("gpus", f"there is an NVIDIA GPU, but torch {build.version} cannot use it: {why}", remedy)
 
 
@@ -83,7 +85,9 @@ def check_gpus(gpus: list[Gpu], ranks_here: int) -> Check:
     if ranks_here > len(gpus):
         return red("gpus", f"{about}: {ranks_here} ranks here", f"start {len(gpus)} ranks on this host")
     if len(kinds) > 1:
-        return yellow("gpus", f"{about}: of several kinds", "the slowest sets the pace: choose with CUDA_VISIBLE_DEVICES")
+        return yellow(
+            "gpus", f"{about}: of several kinds", "the slowest sets the pace: choose with CUDA_VISIBLE_DEVICES"
+        )
     if taken := [i for i, gpu in enumerate(gpus) if gpu.free_gib < (1 - _TAKEN) * gpu.memory_gib]:
         remedy = "see nvidia-smi and end what is left over, or choose other GPUs with CUDA_VISIBLE_DEVICES"
         return yellow("gpus", f"{about}: other programs hold memory of GPU {', '.join(map(str, taken))}", remedy)
@@ -132,7 +136,9 @@ def check_ability(gpus: list[Gpu]) -> Check:
         "and watch loss_scale; models trained in bf16 (LLaMA-2-7B) may overflow in fp16, so prefer tuning=lora or qlora. "
         "Do not force Triton's matrix kernels: below sm_80 they run without tensor cores"
     )
-    return yellow("capability", f"sm_{least}: no bf16, no FlashAttention-2; packed attention runs on {attention}", remedy)
+    return yellow(
+        "capability", f"sm_{least}: no bf16, no FlashAttention-2; packed attention runs on {attention}", remedy
+    )
 
 
 def check_bitsandbytes(files: list[str], cuda: str) -> Check:

@@ -94,8 +94,14 @@ def check_store(folder: str, tokenizer: str, encoder: Encoder | None) -> Check:
         remedy = "give tokenizer= or model= too"
         return yellow("store", f"{about}, made with tokenizer {made_with[:12]}, which was not compared", remedy)
     if made_with != encoder.fingerprint():
-        found = f"{about}, made with another tokenizer ({made_with[:12]}) than {tokenizer} ({encoder.fingerprint()[:12]})"
-        return red("store", found, f"python launch/prepare.py tokenizer={tokenizer} ..., or give the tokenizer it was made with")
+        found = (
+            f"{about}, made with another tokenizer ({made_with[:12]}) than {tokenizer} ({encoder.fingerprint()[:12]})"
+        )
+        return red(
+            "store",
+            found,
+            f"python launch/prepare.py tokenizer={tokenizer} ..., or give the tokenizer it was made with",
+        )
     return green("store", f"{about}, made with this tokenizer")
 
 
@@ -112,7 +118,9 @@ def check_weights(folder: Path) -> Check:
     if not names:
         if others := sorted(file.name for file in folder.glob("*.bin")):
             return green("weights", f"{folder}: {', '.join(others[:3])} (not safetensors, their lengths are not known)")
-        raise UserError(f"model={folder}: no weights there. Give the directory of a Hugging Face model with its weights")
+        raise UserError(
+            f"model={folder}: no weights there. Give the directory of a Hugging Face model with its weights"
+        )
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise UserError(f"model={folder}: {', '.join(missing)} missing of {len(names)} files. Get the missing files")
     short = [name for name in names if (folder / name).stat().st_size != expected_size(folder / name)]

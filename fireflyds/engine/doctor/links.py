@@ -65,7 +65,9 @@ def check_clocks(found: dict[int, tuple[float, float]], hosts: list[str], limit:
     about = f"{abs(ahead):.4f} s apart at most, ± {max(each[1] for each in found.values()):.4f} s"
     if abs(ahead) - precision <= limit:
         return green("clock skew", about, abs(ahead), "s")
-    found_text = f"{hosts[rank]} is {abs(ahead):.3f} s {'ahead of' if ahead > 0 else 'behind'} {hosts[0]}, ± {precision:.4f} s"
+    found_text = (
+        f"{hosts[rank]} is {abs(ahead):.3f} s {'ahead of' if ahead > 0 else 'behind'} {hosts[0]}, ± {precision:.4f} s"
+    )
     remedy = f"more than max_clock_skew={limit:g}: start chronyd or ntpd on all hosts (chronyc makestep, timedatectl)"
     if abs(ahead) > _MUNGE:
         return red("clock skew", found_text, f"{remedy}; Slurm refuses such a host's credentials")
@@ -96,7 +98,9 @@ def check_ports(closed: dict[str, list[str]]) -> Check:
     """`closed` by the host that tried. NCCL and gloo choose free ports, so all must be open between the hosts."""
     faults = [f"{host} cannot reach {each}" for host, of_host in closed.items() for each in of_host]
     if not faults:
-        told = "the hosts reach each other's free ports" if len(closed) > 1 else "free ports of this host can be reached"
+        told = (
+            "the hosts reach each other's free ports" if len(closed) > 1 else "free ports of this host can be reached"
+        )
         return green("ports", told)
     remedy = (
         "open all ports between the hosts, or name the network they share: NCCL_SOCKET_IFNAME=<interface> and "
@@ -202,12 +206,21 @@ def bus_bandwidth(bytes_reduced: int, ranks: int, seconds: float) -> float:
 def check_all_reduce(
     answers: list[dict[str, Any]], hosts: list[str], joined: list[bool], config: DoctorConfig
 ) -> Check:
-    """`answers`, `hosts` and who `joined` the group at all, by rank."""
+    """`answers`, `hosts` and who `joined` the group at all, by rank. The `error` of a rank without an answer is empty."""
     failed = [rank for rank, answer in enumerate(answers) if "error" in answer]
     if failed:
         absent = [rank for rank, there in enumerate(joined) if not there]
-        named = ", ".join(f"rank {rank} on {hosts[rank]}: {answers[rank]['error']}" for rank in failed[:4])
-        who = f"; rank {', '.join(map(str, absent[:8]))} did not join the group" if absent else "; all had joined the group"
+        # Those who are silent are to blame for those who say that they waited in vain.
+        blamed = [rank for rank in failed if not answers[rank]["error"]] or failed
+        reasons = (answers[rank]["error"] or "fell silent" for rank in blamed)
+        named = ", ".join(
+            f"rank {rank} on {hosts[rank]}: {why}" for rank, why in zip(blamed[:4], reasons, strict=False)
+        )
+        who = (
+            f"; rank {', '.join(map(str, absent[:8]))} did not join the group"
+            if absent
+            else "; all had joined the group"
+        )
         remedy = (
             "start again with NCCL_DEBUG=INFO (TORCH_CPP_LOG_LEVEL=INFO for gloo) and see which interface it takes; name it "
             "with NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME, or give a longer timeout="

@@ -120,7 +120,9 @@ def check_memlock(limit: int | None, gpus: int, num_hosts: int) -> Check:
     told = "unlimited" if limit is None else f"{limit / MIB:,.0f} MiB"
     if limit is None or not gpus:
         return green("locked memory", told + ("" if gpus else "; nothing is pinned without a GPU"))
-    needs = "zero.offload_optimizer, zero.offload_param" + (" and InfiniBand between the hosts" if num_hosts > 1 else "")
+    needs = "zero.offload_optimizer, zero.offload_param" + (
+        " and InfiniBand between the hosts" if num_hosts > 1 else ""
+    )
     remedy = (
         f"{needs} may need more: `ulimit -l unlimited`, `* - memlock unlimited` in /etc/security/limits.conf, for Slurm "
         "LimitMEMLOCK=infinity in slurmd's unit, for Docker --ulimit memlock=-1"
@@ -172,7 +174,9 @@ def check_variables(environment: Mapping[str, str], interfaces: Iterable[str], n
         value = environment.get(name, "")
         wanted = [part for part in value.lstrip("^=").split(",") if part]
         # `^docker0` excludes; `=eth0` is the very name, `eth` every name that begins so.
-        there = [each for part in wanted for each in known if (each == part if "=" in value[:2] else each.startswith(part))]
+        there = [
+            each for part in wanted for each in known if (each == part if "=" in value[:2] else each.startswith(part))
+        ]
         if value and not value.startswith("^") and not there:
             faults.append(f"{name}={value} names no interface of this host ({', '.join(known)})")
         elif num_hosts > 1 and not value.startswith("^") and there and set(there) <= {"lo"}:

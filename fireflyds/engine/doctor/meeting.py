@@ -4,6 +4,7 @@ Rank 0 calls a step, every rank takes its part and answers, rank 0 gathers the a
 process group uses afterwards: kept by rank 0, or under torchrun by its agent.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -12,7 +13,7 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import DistError, TCPStore
+import torch.distributed as dist
 
 from fireflyds.engine.ranks import Ranks
 from fireflyds.errors import UserError
@@ -49,7 +50,7 @@ class Meeting:
         if not keeps:
             _wait_for_store(me, timeout)
         try:
-            self._store = TCPStore(
+            self._store = dist.TCPStore(  # type: ignore[attr-defined]
                 me.master_addr,
                 me.master_port,
                 None,
@@ -58,14 +59,18 @@ class Meeting:
                 wait_for_workers=False,
                 multi_tenant=True,
             )
-        except (DistError, ValueError) as error:
+        except (dist.DistError, ValueError) as error:
             raise UserError(
                 f"MASTER_ADDR:MASTER_PORT={me.master_addr}:{me.master_port}: rank {me.rank} cannot use them "
                 f"({str(error).splitlines()[0]}). Give a free port on rank 0's host"
             ) from error
 
     def tell(self, key: str, value: Any) -> None:
-        self._store.set(f"doctor/{key}", json.dumps(value))
+        """Raises `UserError` when the store is gone, and rank 0 with it."""
+        try:
+            self._store.set(f"doctor/{key}", json.dumps(value))
+        except dist.DistError as error:
+            raise self._left() from error
 
     def hear(self, key: str, seconds: float) -> Any:
         """What somebody told or will tell under that key.
@@ -82,8 +87,11 @@ class Meeting:
                 time.sleep(pause)
                 pause = min(1.5 * pause, _LAST_LOOK)
             return json.loads(self._store.get(f"doctor/{key}"))
-        except DistError as error:
-            raise UserError(f"rank {self.me.rank}: rank 0 has left; see its log for the reason") from error
+        except dist.DistError as error:
+            raise self._left() from error
+
+    def _left(self) -> UserError:
+        return UserError(f"rank {self.me.rank}: rank 0 has left; its report or its log says why")
 
     def told(self, key: str) -> bool:
         return bool(self._store.check([f"doctor/{key}"]))
@@ -129,10 +137,8 @@ class Meeting:
 
     def end(self) -> None:
         """On rank 0: let the others go, and wait a moment until they have heard, for the store ends with rank 0."""
-        try:
+        with contextlib.suppress(SilentError):
             self.call(_END, None, lambda payload: None, 0.0)
-        except SilentError:
-            pass
 
 
 def _wait_for_store(me: Ranks, timeout: float) -> None:

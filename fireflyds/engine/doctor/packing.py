@@ -1,5 +1,6 @@
 """Proof on this machine and model that packing changes nothing: packed equals one by one, no document sees another."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
@@ -43,7 +44,10 @@ def refuse(config: DoctorConfig) -> None:
 
     Raises:
         UserError: no model there, no such device or number format, or documents longer than the model has positions.
+        CannotRunError: a kernel is named that does not exist.
     """
+    with dispatch.force(os.environ.get(dispatch.VARIABLE)):
+        pass
     deepspeed.resolve_precision(HardwareConfig(precision=config.precision))
     _device(config.device)
     check_positions(_settings(config), "documents: the longest", max(config.documents))

@@ -106,14 +106,16 @@ class Report:
         self._look()
         self.checks.append(check_hosts(self.hosts, self.meeting.me.master_addr))
         if len(self._leaders) > 1:
-            self.checks.append(versions.check_same({self.hosts[rank]: here[rank]["versions"] for rank in self._leaders}))
+            self.checks.append(
+                versions.check_same({self.hosts[rank]: here[rank]["versions"] for rank in self._leaders})
+            )
         self._ports()
         self._clocks()
         self._shared_folder()
         try:
             answers = self._call("all-reduce")
         except SilentError as silent:
-            nothing = {"error": "no answer"}
+            nothing = {"error": ""}
             answers = [silent.answers.get(rank, nothing) for rank in range(len(self.hosts))]
         joined = [self.meeting.told(f"joined/{rank}") for rank in range(len(answers))]
         self.checks.append(links.check_all_reduce(answers, self.hosts, joined, self.config))
@@ -127,7 +129,9 @@ class Report:
         for rank in self._leaders:
             host, answer = self.hosts[rank], answers[rank]
             if isinstance(answer, dict):
-                self.checks += at(host, [red("host", f"cannot be examined: {answer['error']}", "see the log of that rank")])
+                self.checks += at(
+                    host, [red("host", f"cannot be examined: {answer['error']}", "see the log of that rank")]
+                )
             else:
                 self.checks += at(host, map(Check.from_dict, answer))
 
@@ -182,7 +186,7 @@ def check_hosts(hosts: list[str], master_addr: str) -> Check:
     about += ", ".join(f"{host} ({count})" for host, count in list(counts.items())[:8])
     about += f" and {len(counts) - 8} more" * (len(counts) > 8)
     if len(counts) > 1 and len(set(counts.values())) > 1:
-        return yellow("hosts", about, "start as many ranks on every host: DeepSpeed's launcher and ZeRO count on it")
+        return yellow("hosts", about, "unless meant so, start as many on every host (--ntasks-per-node, slots=)")
     if len(counts) > 1:
         try:
             own = socket.gethostbyname(hosts[0])
@@ -190,7 +194,9 @@ def check_hosts(hosts: list[str], master_addr: str) -> Check:
             remedy = f"enter {hosts[0]} in DNS or /etc/hosts, or set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
             return yellow("hosts", f"{about}; the name {hosts[0]} has no address", remedy)
         if own.startswith("127.") and "GLOO_SOCKET_IFNAME" not in os.environ:
-            remedy = "give it its own address in /etc/hosts, or set GLOO_SOCKET_IFNAME: gloo offers the others this address"
+            remedy = (
+                "give it its own address in /etc/hosts, or set GLOO_SOCKET_IFNAME: gloo offers the others this address"
+            )
             return yellow("hosts", f"{about}; {hosts[0]} is {own} to itself", remedy)
     return green("hosts", f"{about}; MASTER_ADDR is {master_addr}")
 
@@ -227,7 +233,9 @@ def check_port(master_port: int = LAUNCHERS_PORT) -> Check:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("", master_port))
     except OSError as error:
-        remedy = "another job runs here: give deepspeed --master_port or torchrun --rdzv-endpoint another for several hosts"
+        remedy = (
+            "another job runs here: give deepspeed --master_port or torchrun --rdzv-endpoint another for several hosts"
+        )
         return yellow("ports", f"{master_port}, which launchers take, cannot be had: {error.strerror}", remedy)
     return green("ports", f"free ones can be opened and reached; {master_port}, which launchers take, is free")
 

@@ -84,10 +84,14 @@ def check_demands(asked: Mapping[str, list[str]], version: Callable[[str], str |
                 continue
             have = version(need.name)
             if have is None or not need.specifier.contains(have, prereleases=True):
-                faults.append(f"{asker} {version(asker)} asks for {need.name}{need.specifier}, there is {have or 'none'}")
+                faults.append(
+                    f"{asker} {version(asker)} asks for {need.name}{need.specifier}, there is {have or 'none'}"
+                )
                 wanted.append(f"'{need.name}{need.specifier}'")
     if faults:
-        return yellow("dependencies", "; ".join(faults), f"pip install {_once(wanted)}, or another {faults[0].split()[0]}")
+        return yellow(
+            "dependencies", "; ".join(faults), f"pip install {_once(wanted)}, or another {faults[0].split()[0]}"
+        )
     return green("dependencies", f"{len(asked)} libraries agree with each other")
 
 

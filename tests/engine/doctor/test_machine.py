@@ -41,6 +41,7 @@ def test_a_folder_that_cannot_be_written_is_red(tmp_path, monkeypatch) -> None:
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o500)
     if os.geteuid() == 0:  # whom nothing is forbidden
+
         def refuse(*arguments, **options):
             raise PermissionError(13, "Permission denied")
 
