@@ -1,40 +1,61 @@
-"""Say what this machine runs, and prove on a model that packing changes nothing.
+"""Say whether this machine, or every machine of a cluster, is fit to train: green, yellow or red, with remedies.
 
     python launch/doctor.py
+    torchrun --nproc_per_node 8 launch/doctor.py runs=/shared/runs model=models/llama-2-7b data=stores/cpt
+    deepspeed --num_gpus 2 launch/doctor.py format=json
     python launch/doctor.py packing=true model=models/llama-2-7b layers=4
-    python launch/doctor.py packing=true model=runs/cpt/export precision=fp32 documents=[512,3,1000]
 
-The first lists the kernels chosen on every device, and why not others. The second takes documents of random tokens and
-compares, for every attention that runs here: the loss and the gradients of all documents packed with those of each
-alone in transformers' own forward pass, and the other documents' values when one document is replaced. Exits 1 when
-anything differs by more than rounding.
+Looks at versions and their conflicts, GPUs, disk, limits and variables of every host, and whether tokenizer, store and
+base model agree. Over several ranks also at the all-reduce, ports, clocks and the shared folder; a rank that does not
+answer is named. Yellow trains, but slower or with less than could be; red does not, or not rightly.
+
+packing=true takes documents of random tokens and compares, for every attention that runs here: the loss and the
+gradients of all documents packed with those of each alone in transformers' own forward pass, and the other documents'
+values when one document is replaced. Exits 1 when anything is red.
 """
 
-import sys
-from importlib import metadata
+import os
 
 from fireflyds import app
-from fireflyds.config import DoctorConfig, HardwareConfig
+from fireflyds.config import DoctorConfig, PlanFormat
+from fireflyds.engine.doctor import patience
 
 
 def doctor(config: DoctorConfig) -> None:
+    with patience.heeding_interrupts():
+        code = examine(config)
+    patience.leave(code)
+
+
+def examine(config: DoctorConfig) -> int:
+    """Prints the report, on rank 0. Returns the exit code."""
     import fireflyds_kernels
 
-    versions = ("torch", "transformers", "deepspeed", "bitsandbytes")
-    print(", ".join(f"{name} {metadata.version(name)}" for name in versions))
-    print(fireflyds_kernels.describe())
-    if not config.packing:
-        return
-    from fireflyds.engine import deepspeed
-    from fireflyds.engine import doctor as examination
+    from fireflyds.engine import deepspeed, ranks
+    from fireflyds.engine.doctor import packing, report
+    from fireflyds.engine.doctor import ranks as examination
+    from fireflyds.engine.doctor.check import Verdict, worst
 
-    precision = deepspeed.resolve_precision(HardwareConfig(precision=config.precision))
-    model = examination.load_model(config, precision)
-    print(f"\n{type(model).__name__} of {config.model}, {precision.name}, documents of {config.documents} tokens")
-    findings = list(examination.examine(model, list(config.documents), config.seed))
-    print(examination.table(findings))
-    if not all(finding.proven for finding in findings):
-        sys.exit(1)
+    deepspeed.pick_accelerator()
+    me = ranks.discover(os.environ)
+    if config.packing:
+        packing.refuse(config)
+    with report.alone_on_stdout() as out:
+        examined = examination.examine(me, config)
+        if examined is None:
+            return 0
+        checks, hosts = examined
+        proof = ""
+        if config.packing:
+            check, proof = packing.prove(config)
+            checks.append(check)
+        kernels = fireflyds_kernels.describe()
+        if config.format is PlanFormat.json:
+            print(report.as_json(checks, me.world_size, hosts, kernels.splitlines()), file=out, flush=True)
+        else:
+            shown = report.table(checks, hosts, coloured=out.isatty() and "NO_COLOR" not in os.environ)
+            print(*filter(None, [kernels, proof, shown]), sep="\n\n", file=out, flush=True)
+    return 1 if worst(checks) is Verdict.red else 0
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Proof on this machine and model that packing changes nothing: packed equals one by one, no document sees another."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
@@ -11,7 +12,9 @@ from fireflyds_kernels import dispatch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from fireflyds.config import DoctorConfig, Precision
+from fireflyds.config import DoctorConfig, HardwareConfig, Precision
+from fireflyds.engine import deepspeed
+from fireflyds.engine.doctor.check import Check, green, red
 from fireflyds.errors import UserError
 from fireflyds.models.fuse import attention_place, fuse, hidden_states
 from fireflyds.models.load import DTYPES
@@ -36,13 +39,48 @@ class Finding:
     proven: bool
 
 
+def refuse(config: DoctorConfig) -> None:
+    """What cannot be proven, before anything is tried.
+
+    Raises:
+        UserError: no model there, no such device or number format, or documents longer than the model has positions.
+        CannotRunError: a kernel is named that does not exist.
+    """
+    with dispatch.force(os.environ.get(dispatch.VARIABLE)):
+        pass
+    deepspeed.resolve_precision(HardwareConfig(precision=config.precision))
+    _device(config.device)
+    check_positions(_settings(config), "documents: the longest", max(config.documents))
+
+
+def prove(config: DoctorConfig) -> tuple[Check, str]:
+    """The finding, and the table of all that was compared."""
+    precision = deepspeed.resolve_precision(HardwareConfig(precision=config.precision))
+    model = load_model(config, precision)
+    about = f"{type(model).__name__} of {config.model}, {precision.name}, documents of {config.documents} tokens"
+    findings = list(examine(model, list(config.documents), config.seed))
+    shown = f"{about}\n{table(findings)}"
+    if wrong := [finding.implementation for finding in findings if not finding.proven]:
+        remedy = f"do not train with it: FIREFLYDS_KERNELS=packed_attention=<another>, and report the table with {config.model}"
+        return red("packing", f"differs from documents one by one with {', '.join(wrong)}", remedy), shown
+    return green("packing", f"proven for {', '.join(finding.implementation for finding in findings)}"), shown
+
+
 def load_model(config: DoctorConfig, precision: Precision) -> Any:
     """The model to examine, as transformers runs it, without dropout.
 
     Raises:
         UserError: no model there, or no such device.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    settings, device = _settings(config), _device(config.device)
+    model = AutoModelForCausalLM.from_pretrained(config.model, config=settings, dtype=DTYPES[precision])
+    return model.to(device).eval()
+
+
+def _settings(config: DoctorConfig) -> Any:
+    from transformers import AutoConfig
 
     folder = Path(config.model)
     if not (folder / "config.json").is_file():
@@ -52,9 +90,7 @@ def load_model(config: DoctorConfig, precision: Precision) -> Any:
         settings.num_hidden_layers = min(config.layers, settings.num_hidden_layers)
         if getattr(settings, "layer_types", None):
             settings.layer_types = settings.layer_types[: settings.num_hidden_layers]
-    device = _device(config.device)
-    model = AutoModelForCausalLM.from_pretrained(folder, config=settings, dtype=DTYPES[precision])
-    return model.to(device).eval()
+    return settings
 
 
 def _device(name: str) -> torch.device:

@@ -6,7 +6,8 @@ from fireflyds_kernels import packed_attention
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fireflyds.config import DoctorConfig, Precision
-from fireflyds.engine import doctor
+from fireflyds.engine.doctor import packing
+from fireflyds.engine.doctor.check import Verdict
 from fireflyds.errors import UserError
 from fireflyds.models import boundaries
 
@@ -24,8 +25,8 @@ def model_folder(tmp_path):
 
 def _examine(folder, **options):
     config = DoctorConfig(packing=True, model=str(folder), documents=[7, 1, 30, 12], **options)
-    model = doctor.load_model(config, Precision.fp32)
-    return list(doctor.examine(model, config.documents, config.seed)), model
+    model = packing.load_model(config, Precision.fp32)
+    return list(packing.examine(model, config.documents, config.seed)), model
 
 
 def test_a_sound_model_is_proven(model_folder) -> None:
@@ -37,7 +38,7 @@ def test_a_sound_model_is_proven(model_folder) -> None:
         assert finding.loss < 1e-6
         assert 0 < finding.gradients < 1e-5
         assert finding.leakage == 0
-    assert doctor.table(findings).count("proven") == len(findings)
+    assert packing.table(findings).count("proven") == len(findings)
 
 
 def test_an_attention_that_crosses_documents_is_caught(model_folder, monkeypatch) -> None:
@@ -50,7 +51,7 @@ def test_an_attention_that_crosses_documents_is_caught(model_folder, monkeypatch
     assert not any(finding.proven for finding in findings)
     assert min(finding.leakage for finding in findings) > 1e-4
     assert min(finding.gradients for finding in findings) > 1e-3
-    assert "NOT EQUAL" in doctor.table(findings)
+    assert "NOT EQUAL" in packing.table(findings)
 
 
 def test_an_attention_that_is_a_little_wrong_is_caught(model_folder, monkeypatch) -> None:
@@ -69,23 +70,45 @@ def test_what_cannot_be_examined_is_named(model_folder, tmp_path) -> None:
     with pytest.raises(UserError, match=r"documents=\[3, 0\]"):
         DoctorConfig(documents=[3, 0])
     with pytest.raises(UserError, match="no config.json there"):
-        doctor.load_model(DoctorConfig(packing=True, model=str(tmp_path / "nothing")), Precision.fp32)
+        packing.load_model(DoctorConfig(packing=True, model=str(tmp_path / "nothing")), Precision.fp32)
     with pytest.raises(UserError, match="device=tpu: not on this machine. Known: cpu"):
-        doctor.load_model(DoctorConfig(packing=True, model=str(model_folder), device="tpu"), Precision.fp32)
-    model = doctor.load_model(DoctorConfig(packing=True, model=str(model_folder)), Precision.fp32)
+        packing.load_model(DoctorConfig(packing=True, model=str(model_folder), device="tpu"), Precision.fp32)
+    model = packing.load_model(DoctorConfig(packing=True, model=str(model_folder)), Precision.fp32)
     with pytest.raises(UserError, match="documents: the longest=65: the model has 64 positions"):
-        list(doctor.examine(model, [65], 0))
-    small = doctor.load_model(DoctorConfig(packing=True, model=str(model_folder), layers=9), Precision.fp32)
+        list(packing.examine(model, [65], 0))
+    small = packing.load_model(DoctorConfig(packing=True, model=str(model_folder), layers=9), Precision.fp32)
     assert small.config.num_hidden_layers == 3
 
 
-def test_the_verb_prints_the_choice_and_the_proof(model_folder, verb) -> None:
-    done = verb("doctor", "packing=true", f"model={model_folder}", "documents=[5,9]", "precision=fp32")
-    assert "packed_attention     float32" in done.stdout
-    assert "proven" in done.stdout
-    refused = verb("doctor", "packing=true", check=False)
-    assert refused.returncode == 2
-    assert "give model=" in refused.stderr + refused.stdout
+def test_the_proof_is_a_finding_like_others(model_folder, monkeypatch) -> None:
+    config = DoctorConfig(packing=True, model=str(model_folder), documents=[5, 9], precision=Precision.fp32)
+    check, shown = packing.prove(config)
+    assert check.verdict is Verdict.green
+    assert "reference" in check.found
+    assert "LlamaForCausalLM" in shown
+    assert "proven" in shown
+
+    def weak(*arguments, **options):
+        return packed_attention(*arguments, **options) * 1.01
+
+    monkeypatch.setattr(boundaries, "packed_attention", weak)
+    check, shown = packing.prove(config)
+    assert check.verdict is Verdict.red
+    assert "NOT EQUAL" in shown
+    assert "FIREFLYDS_KERNELS" in check.remedy
+
+
+def test_what_cannot_be_proven_is_refused_before_anything_is_tried(model_folder) -> None:
+    def refuse(**options):
+        packing.refuse(DoctorConfig(packing=True, **{"model": str(model_folder), "documents": [64], **options}))
+
+    refuse()
+    with pytest.raises(UserError, match="model=elsewhere: no config.json there"):
+        refuse(model="elsewhere")
+    with pytest.raises(UserError, match="device=tpu: not on this machine"):
+        refuse(device="tpu")
+    with pytest.raises(UserError, match="documents: the longest=65: the model has 64 positions"):
+        refuse(documents=[65])
 
 
 def test_a_kernel_that_does_not_exist_is_one_line(model_folder, verb) -> None:
@@ -94,6 +117,7 @@ def test_a_kernel_that_does_not_exist_is_one_line(model_folder, verb) -> None:
         "packing=true",
         f"model={model_folder}",
         "documents=[5,9]",
+        "disk_mib=1",
         check=False,
         env={"FIREFLYDS_KERNELS": "foo"},
     )

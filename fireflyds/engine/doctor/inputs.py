@@ -1,0 +1,145 @@
+"""Do tokenizer, token store and base model belong together, and are they whole?"""
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fireflyds.config import DoctorConfig, ModelConfig, ModelInit
+from fireflyds.data.store import TokenStore
+from fireflyds.engine.doctor.check import Check, green, red, yellow
+from fireflyds.errors import UserError
+from fireflyds.models.load import family_of, read_config
+from fireflyds.tokenizer.encoder import load_encoder
+from fireflyds.types import Encoder
+
+AMPERE = 8
+
+
+def check_all(config: DoctorConfig) -> list[Check]:
+    """Of what is given; nothing where nothing is."""
+    checks: list[Check] = []
+    path = config.tokenizer or config.model
+    loaded: list[Encoder] = []
+    if path:
+        checks.append(_refusals("tokenizer", lambda: check_tokenizer(path, loaded)))
+    encoder = loaded[0] if loaded else None
+    if config.model:
+        checks.append(_refusals("weights", lambda: check_weights(Path(config.model))))
+        if encoder is not None:
+            checks.append(_refusals("base", lambda: check_base(config, encoder)))
+    if config.data:
+        checks.append(_refusals("store", lambda: check_store(config.data, path, encoder)))
+    return checks
+
+
+def _refusals(name: str, check: Callable[[], Check]) -> Check:
+    """What a broken file makes a library raise is a finding too. A `UserError` says its remedy in its last sentence."""
+    try:
+        return check()
+    except UserError as error:
+        # Training calls the store by its section.
+        found, _, remedy = str(error).replace("data.store=", "data=").rpartition(". ")
+        return red(name, found or remedy, remedy)
+    except Exception as error:
+        found = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
+        return red(name, found, "a file there is damaged or not what it should be: get it again")
+
+
+def check_tokenizer(path: str, loaded: list[Encoder]) -> Check:
+    """Leaves the encoder in `loaded` for the checks that compare with it."""
+    loaded.append(load_encoder(path))
+    return green("tokenizer", f"{path}: {loaded[0].vocab_size:,} pieces, {loaded[0].fingerprint()[:12]}")
+
+
+def check_base(config: DoctorConfig, encoder: Encoder) -> Check:
+    """Rows of the embeddings against pieces of the tokenizer, special ids, and whether this machine suits its format."""
+    asked = ModelConfig(init=ModelInit.pretrained, path=config.model, tokenizer=config.tokenizer)
+    hf_config: Any = read_config(asked, encoder)
+    family_of(hf_config.model_type)
+    rows, pieces = hf_config.vocab_size, encoder.vocab_size
+    about = f"{config.model}: {hf_config.model_type}, {rows:,} rows for {pieces:,} pieces"
+    ours = {"bos_token_id": encoder.bos_id, "eos_token_id": encoder.eos_id}
+    theirs = {name: getattr(hf_config, name, None) for name in ours}
+    apart = [
+        f"{name} is {theirs[name]} in config.json and {value} in the tokenizer"
+        for name, value in ours.items()
+        if theirs[name] is not None and value is not None and value not in _as_list(theirs[name])
+    ]
+    if apart:
+        remedy = "generation may not stop: mend config.json, or give the tokenizer that belongs to the model"
+        return yellow("base", f"{about}; {'; '.join(apart)}", remedy)
+    old_gpu = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < AMPERE
+    if old_gpu and hf_config.dtype == torch.bfloat16:
+        remedy = "it may overflow: watch loss_scale, prefer tuning=lora or qlora, or train it on sm_80 or newer"
+        return yellow("base", f"{about}; trained in bf16, this GPU has only fp16", remedy)
+    return green("base", about)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def check_store(folder: str, tokenizer: str, encoder: Encoder | None) -> Check:
+    """Whole, and made with this tokenizer: ids of another are other words."""
+    store = TokenStore(folder)
+    about = f"{folder}: {len(store):,} documents, {store.num_tokens:,} tokens"
+    made_with = store.manifest["made_from"]["tokenizer"]
+    if encoder is None:
+        if tokenizer:
+            return red("store", f"{about}; its tokenizer cannot be compared with {tokenizer}", "see `tokenizer` above")
+        remedy = "give tokenizer= or model= too"
+        return yellow("store", f"{about}, made with tokenizer {made_with[:12]}, which was not compared", remedy)
+    if made_with != encoder.fingerprint():
+        found = (
+            f"{about}, made with another tokenizer ({made_with[:12]}) than {tokenizer} ({encoder.fingerprint()[:12]})"
+        )
+        return red(
+            "store",
+            found,
+            f"python launch/prepare.py tokenizer={tokenizer} ..., or give the tokenizer it was made with",
+        )
+    return green("store", f"{about}, made with this tokenizer")
+
+
+def check_weights(folder: Path) -> Check:
+    """Every shard that the index names is there, and as long as its header says: a broken download is shorter."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"model={folder}: {index.name} is damaged ({error!r}). Get the file again") from error
+    else:
+        names = sorted(file.name for file in folder.glob("*.safetensors"))
+    if not names:
+        if others := sorted(file.name for file in folder.glob("*.bin")):
+            return green("weights", f"{folder}: {', '.join(others[:3])} (not safetensors, their lengths are not known)")
+        raise UserError(
+            f"model={folder}: no weights there. Give the directory of a Hugging Face model with its weights"
+        )
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise UserError(f"model={folder}: {', '.join(missing)} missing of {len(names)} files. Get the missing files")
+    short = [name for name in names if (folder / name).stat().st_size != expected_size(folder / name)]
+    if short:
+        raise UserError(f"model={folder}: {', '.join(short)} not as long as its header says. Get the file again")
+    size = sum((folder / name).stat().st_size for name in names)
+    return green("weights", f"{folder}: {len(names)} file{'s' * (len(names) > 1)}, {size / (1 << 30):.2f} GiB, whole")
+
+
+def expected_size(file: Path) -> int:
+    """Bytes a safetensors file must have: 8, the header, and up to the last tensor's end. -1 without a header."""
+    with file.open("rb") as stream:
+        head = stream.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        if not 0 < length <= file.stat().st_size - 8:
+            return -1
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError:
+            return -1
+    ends = (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+    return int(8 + length + max(ends, default=0))

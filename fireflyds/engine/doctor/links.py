@@ -1,0 +1,242 @@
+"""What lies between ranks: clocks, ports, the shared folder, the all-reduce. Every rank's part, and the judgement."""
+
+import contextlib
+import os
+import secrets
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from fireflyds.config import DoctorConfig
+from fireflyds.engine import deepspeed
+from fireflyds.engine.doctor.check import Check, green, red, yellow
+from fireflyds.engine.doctor.machine import place_of
+from fireflyds.engine.doctor.meeting import Meeting
+from fireflyds.engine.doctor.patience import within
+
+MIB = 1 << 20
+_PINGS = 8
+# Slurm's munge refuses credentials that are older than that by the other host's clock, in seconds.
+_MUNGE = 300
+_CONNECT_SECONDS = 3.0
+
+
+def answer_pings(meeting: Meeting, payload: Any) -> None:
+    """The time by this rank's clock, each time rank 0 asks."""
+    for number in range(payload["pings"] if meeting.me.rank in payload["leaders"] else 0):
+        meeting.hear(f"ping/{meeting.me.rank}/{number}", meeting.timeout)
+        meeting.tell(f"pong/{meeting.me.rank}/{number}", time.time())
+
+
+def ask_clocks(meeting: Meeting, payload: Any) -> dict[int, tuple[float, float]]:
+    """On rank 0: by rank, how far its clock is ahead and how wrong that can be, in seconds.
+
+    As NTP does (RFC 5905): the answer was written between question and reply, so it is off by half the round trip at
+    most; the quickest round trip counts.
+    """
+    found = {}
+    for rank in payload["leaders"]:
+        rounds = []
+        for number in range(payload["pings"] if rank else 0):
+            asked, started = time.time(), time.perf_counter()
+            meeting.tell(f"ping/{rank}/{number}", None)
+            theirs = meeting.hear(f"pong/{rank}/{number}", meeting.timeout)
+            trip = time.perf_counter() - started
+            rounds.append((trip / 2, theirs - (asked + trip / 2)))
+        if rounds:
+            precision, ahead = min(rounds)
+            found[rank] = (ahead, precision)
+    return found
+
+
+def clock_payload(leaders: list[int], world_size: int) -> dict[str, Any]:
+    """Where there is but one host, its last rank answers: the way is tried all the same."""
+    return {"leaders": leaders if len(leaders) > 1 else [world_size - 1], "pings": _PINGS}
+
+
+def check_clocks(found: dict[int, tuple[float, float]], hosts: list[str], limit: float) -> Check:
+    """`hosts` by rank; `limit` in seconds."""
+    rank, (ahead, precision) = max(found.items(), key=lambda item: abs(item[1][0]))
+    about = f"{abs(ahead):.4f} s apart at most, ± {max(each[1] for each in found.values()):.4f} s"
+    if abs(ahead) - precision <= limit:
+        return green("clock skew", about, abs(ahead), "s")
+    found_text = (
+        f"{hosts[rank]} is {abs(ahead):.3f} s {'ahead of' if ahead > 0 else 'behind'} {hosts[0]}, ± {precision:.4f} s"
+    )
+    remedy = f"more than max_clock_skew={limit:g}: start chronyd or ntpd on all hosts (chronyc makestep, timedatectl)"
+    if abs(ahead) > _MUNGE:
+        return red("clock skew", found_text, f"{remedy}; Slurm refuses such a host's credentials")
+    return yellow("clock skew", found_text, remedy, abs(ahead), "s")
+
+
+@contextlib.contextmanager
+def listening(address: str) -> Iterator[socket.socket]:
+    """A socket on any free port of that address, open for as long as others try it."""
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as found:
+        found.bind((address, 0))
+        found.listen(64)
+        yield found
+
+
+def try_doors(doors: list[tuple[str, str, int]]) -> list[str]:
+    """Which of these hosts' ports (host, address, port) this process cannot reach, and why."""
+    closed = []
+    for host, address, port in doors:
+        try:
+            socket.create_connection((address, port), _CONNECT_SECONDS).close()
+        except OSError as error:
+            closed.append(f"{host} ({address}:{port}): {error}")
+    return closed
+
+
+def check_ports(closed: dict[str, list[str]]) -> Check:
+    """`closed` by the host that tried. NCCL and gloo choose free ports, so all must be open between the hosts."""
+    faults = [f"{host} cannot reach {each}" for host, of_host in closed.items() for each in of_host]
+    if not faults:
+        told = (
+            "the hosts reach each other's free ports" if len(closed) > 1 else "free ports of this host can be reached"
+        )
+        return green("ports", told)
+    remedy = (
+        "open all ports between the hosts, or name the network they share: NCCL_SOCKET_IFNAME=<interface> and "
+        "GLOO_SOCKET_IFNAME=<interface>"
+    )
+    return red("ports", "; ".join(faults[:4]) + f" and {len(faults) - 4} more" * (len(faults) > 4), remedy)
+
+
+@contextlib.contextmanager
+def token_file(place: Path) -> Iterator[dict[str, str]]:
+    """A file with a secret in the folder; it goes in the end."""
+    token = secrets.token_hex(8)
+    file = place / f".fireflyds-doctor-{token}"
+    try:
+        file.write_text(token)
+        with file.open() as stream:
+            os.fsync(stream.fileno())
+        yield {"place": str(place), "file": file.name, "token": token}
+    finally:
+        file.unlink(missing_ok=True)
+
+
+def read_token(config: DoctorConfig, payload: Any) -> dict[str, Any]:
+    """Where this rank looks for the runs, and after how many seconds it read rank 0's file there; None: it did not."""
+    return within(config.shared_timeout + 5, lambda: _read_token(config, payload))
+
+
+def _read_token(config: DoctorConfig, payload: Any) -> dict[str, Any]:
+    place, started = place_of(config.runs), time.perf_counter()
+    why = "it is not there"
+    while True:
+        waited = time.perf_counter() - started
+        try:
+            # Listing the folder makes network file systems look again.
+            os.listdir(place)
+            if (place / payload["file"]).read_text() == payload["token"]:
+                return {"place": str(place), "seconds": waited, "why": ""}
+            why = "it is empty or another"
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            why = str(error.strerror)
+        if waited > config.shared_timeout:
+            return {"place": str(place), "seconds": None, "why": why}
+        time.sleep(0.05)
+
+
+def check_shared_folder(answers: list[dict[str, Any]], hosts: list[str], runs: str) -> Check:
+    """`answers` and `hosts` by rank."""
+    blind = [rank for rank, answer in enumerate(answers) if answer.get("seconds") is None]
+    ours = answers[0].get("place", runs)
+    if not blind:
+        slowest = max(answer["seconds"] for answer in answers)
+        return green("shared folder", f"{ours}: all {len(answers)} ranks see rank 0's file there", slowest, "s")
+    first = answers[blind[0]]
+    where = sorted({hosts[rank] for rank in blind})
+    told = f"{ours}: rank 0's file is not seen by rank {', '.join(map(str, blind[:8]))} (on {', '.join(where[:4])})"
+    place = first.get("place", ours)
+    why = f", who look in {place}" if place != ours else f": {first.get('why') or first.get('error')}"
+    remedy = "give runs=<a folder that every host mounts>, as an absolute path, and start all ranks in the same folder"
+    return red("shared folder", told + why, remedy)
+
+
+def all_reduce(meeting: Meeting, config: DoctorConfig) -> dict[str, Any]:
+    """Start the process group as training does and sum a tensor over all ranks: seconds of each time, and the backend."""
+
+    def work() -> dict[str, Any]:
+        # Longer than the doctor waits: a watchdog that ends the process would end the report with it.
+        deepspeed.start(meeting.me, 10 * config.timeout / 60)
+        meeting.tell(f"joined/{meeting.me.rank}", True)
+        import torch.distributed as dist
+
+        device = torch.device("cuda", meeting.me.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        tensor = torch.empty(config.all_reduce_mib * MIB // 4, device=device)
+        n, seconds, right = meeting.me.world_size, [], True
+        for _ in range(1 + config.all_reduce_repeats):
+            tensor.fill_(meeting.me.rank + 1)
+            dist.barrier()
+            _finish(device)
+            started = time.perf_counter()
+            dist.all_reduce(tensor)
+            _finish(device)
+            seconds.append(time.perf_counter() - started)
+            right &= bool((tensor == n * (n + 1) / 2).all())
+        backend = dist.get_backend()
+        deepspeed.leave()
+        # The first one also connects.
+        return {"seconds": seconds[1:], "right": right, "backend": backend}
+
+    return within(config.timeout, work)
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def bus_bandwidth(bytes_reduced: int, ranks: int, seconds: float) -> float:
+    """Bytes per second over each rank's link: a ring sends 2 (n - 1) / n of the data (nccl-tests, PERFORMANCE.md)."""
+    return 2 * (ranks - 1) / ranks * bytes_reduced / seconds
+
+
+def check_all_reduce(
+    answers: list[dict[str, Any]], hosts: list[str], joined: list[bool], config: DoctorConfig
+) -> Check:
+    """`answers`, `hosts` and who `joined` the group at all, by rank. The `error` of a rank without an answer is empty."""
+    failed = [rank for rank, answer in enumerate(answers) if "error" in answer]
+    if failed:
+        absent = [rank for rank, there in enumerate(joined) if not there]
+        # Those who are silent are to blame for those who say that they waited in vain.
+        blamed = [rank for rank in failed if not answers[rank]["error"]] or failed
+        reasons = (answers[rank]["error"] or "fell silent" for rank in blamed)
+        named = ", ".join(
+            f"rank {rank} on {hosts[rank]}: {why}" for rank, why in zip(blamed[:4], reasons, strict=False)
+        )
+        who = (
+            f"; rank {', '.join(map(str, absent[:8]))} did not join the group"
+            if absent
+            else "; all had joined the group"
+        )
+        remedy = (
+            "start again with NCCL_DEBUG=INFO (TORCH_CPP_LOG_LEVEL=INFO for gloo) and see which interface it takes; name it "
+            "with NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME, or give a longer timeout="
+        )
+        return red("all-reduce", named + who, remedy)
+    if wrong := [rank for rank, answer in enumerate(answers) if not answer["right"]]:
+        remedy = "a defect of hardware or driver: try NCCL_P2P_DISABLE=1, then half of the GPUs, to find which"
+        return red("all-reduce", f"the sum is wrong on rank {', '.join(map(str, wrong))}", remedy)
+    slowest = max(median(answer["seconds"]) for answer in answers)
+    speed = bus_bandwidth(config.all_reduce_mib * MIB, len(answers), slowest) / 1e9
+    told = f"{answers[0]['backend']}, {len(answers)} ranks, {config.all_reduce_mib} MiB in {1000 * slowest:.1f} ms: {speed:.2f} GB/s on the bus"
+    # What gloo does between processor cores is slow, and no sign of anything.
+    if speed >= config.min_bus_gb_s or answers[0]["backend"] != "nccl":
+        return green("all-reduce", told, speed, "GB/s")
+    remedy = (
+        f"less than min_bus_gb_s={config.min_bus_gb_s:g}: see `variables`, nvidia-smi topo -m and NCCL_DEBUG=INFO for the way "
+        "it takes; on slow links prefer zero=stage1 or stage2, and accumulate"
+    )
+    return yellow("all-reduce", told, remedy, speed, "GB/s")

@@ -1,0 +1,196 @@
+"""This host: its disk, its limits, its processor cores and the variables that change how libraries behave."""
+
+import os
+import resource
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import psutil
+
+from fireflyds.config import DoctorConfig
+from fireflyds.engine.doctor.check import Check, green, red, yellow
+from fireflyds.engine.doctor.patience import within
+
+MIB, GIB = 1 << 20, 1 << 30
+# NCCL asks for some 10 MB of shared memory per pair of GPUs of a host; Docker gives 64 MB in all unless told.
+_LEAST_SHM = GIB
+# A rank opens a socket or two per other rank and a file per shard of model and data.
+_LEAST_OPEN_FILES = 4096
+# Variables that slow everything down, or let a dead rank hang the others, with the values that do; "" is any value.
+_SLOW = {
+    "CUDA_LAUNCH_BLOCKING": ("1", "every kernel waits for the one before"),
+    "TORCH_DISTRIBUTED_DEBUG": ("DETAIL", "every collective is checked on all ranks first"),
+    "PYTORCH_NO_CUDA_MEMORY_CACHING": ("1", "every tensor is allocated by the driver"),
+    "NCCL_P2P_DISABLE": ("1", "GPUs of a host talk through its memory instead of NVLink or PCIe"),
+    "NCCL_SHM_DISABLE": ("1", "GPUs of a host talk through the network"),
+    "NCCL_IB_DISABLE": ("1", "hosts talk over TCP instead of InfiniBand or RoCE"),
+    "NCCL_DEBUG": ("TRACE", "every call is logged"),
+    "NCCL_ALGO": ("", "NCCL's own choice of algorithm is off"),
+    "NCCL_PROTO": ("", "NCCL's own choice of protocol is off"),
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": ("0", "a rank that dies hangs the others for ever"),
+}
+_INTERFACES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
+
+
+def check_all(config: DoctorConfig, ranks_here: int, num_hosts: int, gpus: int) -> list[Check]:
+    memlock, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    shm = Path("/dev/shm")
+    cores = len(os.sched_getaffinity(0))
+    return [
+        check_disk(config),
+        check_memlock(None if memlock == resource.RLIM_INFINITY else memlock, gpus, num_hosts),
+        check_shared_memory(shutil.disk_usage(shm).free if shm.is_dir() else 0, ranks_here, gpus),
+        check_open_files(files if files != resource.RLIM_INFINITY else None),
+        check_cores(cores, os.cpu_count() or 1, ranks_here, os.environ.get("OMP_NUM_THREADS"), gpus),
+        check_variables(os.environ, psutil.net_if_addrs(), num_hosts),
+    ]
+
+
+def place_of(runs: str) -> Path:
+    """The folder of runs, or as much of its path as there is already."""
+    place = Path(runs).absolute()
+    while not place.exists():
+        place = place.parent
+    return place.resolve()
+
+
+def check_disk(config: DoctorConfig) -> Check:
+    """Space, and the speed of writing and reading one file, in MiB/s. All hosts do it at the same time."""
+    place = place_of(config.runs)
+    if not place.is_dir():
+        return red("disk", f"runs={config.runs}: {place} is a file", "give runs=<a folder>")
+    try:
+        return within(config.timeout, lambda: _try_disk(config, place))
+    except TimeoutError:
+        remedy = "look for a network drive that is gone (df hangs too), or give another runs=, a smaller disk_mib="
+        return red("disk", f"{place}: {config.disk_mib} MiB not written and read within {config.timeout:g} s", remedy)
+    except OSError as error:
+        remedy = "make it writable, free space or quota there, or give another runs="
+        return red("disk", f"runs={config.runs}: {place} cannot be written ({error.strerror})", remedy)
+
+
+def _try_disk(config: DoctorConfig, place: Path) -> Check:
+    free = shutil.disk_usage(place).free
+    if free < 2 * config.disk_mib * MIB:
+        found = f"{place}: {free / GIB:.1f} GiB free, less than twice disk_mib={config.disk_mib}"
+        return red("disk", found, "free space there, or give another runs=")
+    writing, reading = speeds(place, config.disk_mib)
+    about = f"{place}: {free / GIB:,.0f} GiB free, writes {writing:,.0f} MiB/s, reads {reading:,.0f} MiB/s"
+    if free < config.min_free_gib * GIB:
+        remedy = (
+            f"less than min_free_gib={config.min_free_gib:g}: free space, keep fewer checkpoints (checkpoint.keep) or "
+            "give another runs=. A full-parameter checkpoint of 7 B parameters with its AdamW states is some 90 GiB"
+        )
+        return yellow("disk", about, remedy, writing, "MiB/s")
+    if min(writing, reading) < config.min_disk_mib_s:
+        remedy = f"less than min_disk_mib_s={config.min_disk_mib_s:g}: checkpoints will take long; give a faster disk's runs="
+        return yellow("disk", about, remedy, writing, "MiB/s")
+    return green("disk", about, writing, "MiB/s")
+
+
+def speeds(place: Path, mib: int) -> tuple[float, float]:
+    """MiB/s of writing a file down to the disk, and of reading it after the cache has let it go, where it does."""
+    # Longer than compressing file systems look back, and random.
+    block = os.urandom(8 * MIB)
+    # It has no name, so nothing is left behind whatever happens.
+    with tempfile.TemporaryFile(dir=place, buffering=0) as file:
+        started = time.perf_counter()
+        for written in range(0, mib, 8):
+            file.write(block[: min(8, mib - written) * MIB])
+        os.fsync(file.fileno())
+        writing = time.perf_counter() - started
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        file.seek(0)
+        started = time.perf_counter()
+        read = 0
+        while piece := file.read(8 * MIB):
+            read += len(piece)
+        reading = time.perf_counter() - started
+    if read != mib * MIB:
+        raise OSError(0, f"{read} bytes came back of {mib * MIB}")
+    return mib / writing, mib / reading
+
+
+def check_memlock(limit: int | None, gpus: int, num_hosts: int) -> Check:
+    """Locked memory in bytes, None without limit: DeepSpeed pins what it offloads, InfiniBand what it sends."""
+    told = "unlimited" if limit is None else f"{limit / MIB:,.0f} MiB"
+    if limit is None or not gpus:
+        return green("locked memory", told + ("" if gpus else "; nothing is pinned without a GPU"))
+    needs = "zero.offload_optimizer, zero.offload_param" + (
+        " and InfiniBand between the hosts" if num_hosts > 1 else ""
+    )
+    remedy = (
+        f"{needs} may need more: `ulimit -l unlimited`, `* - memlock unlimited` in /etc/security/limits.conf, for Slurm "
+        "LimitMEMLOCK=infinity in slurmd's unit, for Docker --ulimit memlock=-1"
+    )
+    return yellow("locked memory", told, remedy)
+
+
+def check_shared_memory(free: int, ranks_here: int, gpus: int) -> Check:
+    """Bytes free in /dev/shm, through which NCCL's ranks of one host talk."""
+    told = f"/dev/shm has {free / GIB:.1f} GiB free"
+    if free >= _LEAST_SHM or gpus < 2:
+        return green("shared memory", told)
+    remedy = "Docker: --shm-size=8g or --ipc=host; otherwise `mount -o remount,size=8G /dev/shm`"
+    if ranks_here > 1:
+        return red("shared memory", f"{told}, too little for {ranks_here} ranks of NCCL", remedy)
+    return yellow("shared memory", f"{told}, too little for several ranks of NCCL", remedy)
+
+
+def check_open_files(limit: int | None) -> Check:
+    if limit is None or limit >= _LEAST_OPEN_FILES:
+        return green("open files", "unlimited" if limit is None else f"up to {limit:,}")
+    return yellow("open files", f"up to {limit:,}", f"`ulimit -n {_LEAST_OPEN_FILES * 16}` before the start")
+
+
+def check_cores(allowed: int, cores: int, ranks_here: int, threads: str | None, gpus: int) -> Check:
+    """Cores this process may use, of all, and OMP_NUM_THREADS. `start` divides the cores itself where there is no GPU."""
+    told = f"{allowed} of {cores} for {ranks_here} rank{'s' * (ranks_here > 1)}, OMP_NUM_THREADS {threads or 'not set'}"
+    if threads is not None and not (threads.isdigit() and int(threads)):
+        return red("cores", told, "OMP_NUM_THREADS must be a number of at least 1: unset it")
+    if allowed < min(ranks_here, cores):
+        remedy = "ask for more: Slurm --cpus-per-task, Docker --cpus, taskset"
+        return yellow("cores", told, remedy)
+    if threads is not None and int(threads) * ranks_here > allowed:
+        return yellow("cores", told, f"more threads than cores: OMP_NUM_THREADS={max(1, allowed // ranks_here)}")
+    if gpus and threads == "1" and allowed // ranks_here > 1:
+        remedy = (
+            f"torchrun sets it. It slows only zero.offload_optimizer=cpu, whose Adam runs on one core: "
+            f"OMP_NUM_THREADS={allowed // ranks_here}"
+        )
+        return yellow("cores", told, remedy)
+    return green("cores", told)
+
+
+def check_variables(environment: Mapping[str, str], interfaces: Iterable[str], num_hosts: int) -> Check:
+    """Settings of NCCL, gloo and torch that are seldom meant."""
+    faults, remedies, broken = [], [], False
+    known = sorted(interfaces)
+    for name in _INTERFACES:
+        value = environment.get(name, "")
+        wanted = [part for part in value.lstrip("^=").split(",") if part]
+        # `^docker0` excludes; `=eth0` is the very name, `eth` every name that begins so.
+        there = [
+            each for part in wanted for each in known if (each == part if "=" in value[:2] else each.startswith(part))
+        ]
+        if value and not value.startswith("^") and not there:
+            faults.append(f"{name}={value} names no interface of this host ({', '.join(known)})")
+        elif num_hosts > 1 and not value.startswith("^") and there and set(there) <= {"lo"}:
+            faults.append(f"{name}={value} cannot reach another host")
+        else:
+            continue
+        broken = True
+        remedies.append(f"unset {name} or give one of them")
+    for name, (value, effect) in _SLOW.items():
+        if name in environment and (not value or environment[name].upper() == value):
+            faults.append(f"{name}={environment[name]}: {effect}")
+            remedies.append(f"unset {name} unless you mean it")
+    if not faults:
+        ours = sorted(name for name in environment if name.startswith(("NCCL_", "GLOO_", "TORCH_NCCL_")))
+        return green("variables", ", ".join(f"{name}={environment[name]}" for name in ours) or "NCCL's own choices")
+    remedy = "; ".join(remedies)
+    return red("variables", "; ".join(faults), remedy) if broken else yellow("variables", "; ".join(faults), remedy)

@@ -1,0 +1,165 @@
+"""Ranks that talk through a TCP store. No collective: a rank that is silent holds up nobody, and can be named.
+
+Rank 0 calls a step, every rank takes its part and answers, rank 0 gathers the answers. The store is the one that torch's
+process group uses afterwards: kept by rank 0, or under torchrun by its agent.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from fireflyds.engine.ranks import Ranks
+from fireflyds.errors import UserError
+
+# Seconds between two looks at the store: the first ones quick, for the clocks; never so many that thousands of ranks
+# keep it busy. Not the store's own waiting, in which Ctrl-C is not heard.
+_FIRST_LOOK, _LAST_LOOK = 0.0002, 0.05
+# Answers travel, and parts that wait for their own timeout begin a little later than rank 0's.
+_GRACE = 5.0
+_END = "end"
+
+Part = Callable[[Any], Any]
+
+
+class SilentError(Exception):
+    """Ranks that did not answer, and by rank what the others did."""
+
+    def __init__(self, step: str, ranks: list[int], answers: dict[int, Any]) -> None:
+        super().__init__(step, ranks)
+        self.step, self.ranks, self.answers = step, ranks, answers
+
+
+class Meeting:
+    """One rank's place in it.
+
+    Raises:
+        UserError: the store cannot be reached or, on rank 0, its port is taken.
+    """
+
+    def __init__(self, me: Ranks, timeout: float) -> None:
+        self.me, self.timeout = me, timeout
+        self._steps = 0
+        keeps = me.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        if not keeps:
+            _wait_for_store(me, timeout)
+        try:
+            self._store = dist.TCPStore(  # type: ignore[attr-defined]
+                me.master_addr,
+                me.master_port,
+                None,
+                is_master=keeps,
+                timeout=timedelta(seconds=timeout),
+                wait_for_workers=False,
+                multi_tenant=True,
+            )
+        except (dist.DistError, ValueError) as error:
+            raise UserError(
+                f"MASTER_ADDR:MASTER_PORT={me.master_addr}:{me.master_port}: rank {me.rank} cannot use them "
+                f"({str(error).splitlines()[0]}). Give a free port on rank 0's host"
+            ) from error
+
+    def tell(self, key: str, value: Any) -> None:
+        """Raises `UserError` when the store is gone, and rank 0 with it."""
+        try:
+            self._store.set(f"doctor/{key}", json.dumps(value))
+        except dist.DistError as error:
+            raise self._left() from error
+
+    def hear(self, key: str, seconds: float) -> Any:
+        """What somebody told or will tell under that key.
+
+        Raises:
+            TimeoutError: nobody has.
+            UserError: the store is gone, and rank 0 with it.
+        """
+        until, pause = time.monotonic() + seconds, _FIRST_LOOK
+        try:
+            while not self.told(key):
+                if time.monotonic() > until:
+                    raise TimeoutError(key)
+                time.sleep(pause)
+                pause = min(1.5 * pause, _LAST_LOOK)
+            return json.loads(self._store.get(f"doctor/{key}"))
+        except dist.DistError as error:
+            raise self._left() from error
+
+    def _left(self) -> UserError:
+        return UserError(f"rank {self.me.rank}: rank 0 has left; its report or its log says why")
+
+    def told(self, key: str) -> bool:
+        return bool(self._store.check([f"doctor/{key}"]))
+
+    def call(self, step: str, payload: Any, part: Part, seconds: float) -> list[Any]:
+        """On rank 0: what every rank answers, by rank; `part` is rank 0's own. `{"error": ...}` where a part failed.
+
+        Raises:
+            SilentError: not all have answered `seconds` after rank 0's own part was done.
+        """
+        self._steps += 1
+        self.tell(f"call/{self._steps}", [step, payload])
+        own = _answer(part, payload)
+        until = time.monotonic() + seconds + _GRACE
+        answers, silent = {0: own}, []
+        for rank in range(1, self.me.world_size):
+            try:
+                answers[rank] = self.hear(f"answer/{self._steps}/{rank}", max(0.0, until - time.monotonic()))
+            except TimeoutError:
+                silent.append(rank)
+        if silent:
+            raise SilentError(step, silent, answers)
+        return list(answers.values())
+
+    def serve(self, parts: Mapping[str, Part], longest: float) -> None:
+        """On other ranks: take part until rank 0 ends it. `longest` is what a step may take, in seconds.
+
+        Raises:
+            UserError: rank 0 says nothing any more.
+        """
+        while True:
+            self._steps += 1
+            try:
+                step, payload = self.hear(f"call/{self._steps}", longest)
+            except TimeoutError as error:
+                raise UserError(
+                    f"rank {self.me.rank}: rank 0 has said nothing for {longest:g} s; see its log, or give a longer timeout="
+                ) from error
+            if step == _END:
+                self.tell(f"answer/{self._steps}/{self.me.rank}", None)
+                return
+            self.tell(f"answer/{self._steps}/{self.me.rank}", _answer(parts[step], payload))
+
+    def end(self) -> None:
+        """On rank 0: let the others go, and wait a moment until they have heard, for the store ends with rank 0."""
+        with contextlib.suppress(SilentError):
+            self.call(_END, None, lambda payload: None, 0.0)
+
+
+def _wait_for_store(me: Ranks, timeout: float) -> None:
+    """Knock until somebody opens: the store's own client would do so deaf to Ctrl-C, and end in a C++ stack trace."""
+    until, why = time.monotonic() + timeout, ""
+    while time.monotonic() < until:
+        try:
+            socket.create_connection((me.master_addr, me.master_port), max(0.1, until - time.monotonic())).close()
+            return
+        except OSError as error:
+            why = str(error)
+            time.sleep(0.2)
+    raise UserError(
+        f"MASTER_ADDR:MASTER_PORT={me.master_addr}:{me.master_port}: rank {me.rank} did not reach rank 0 there within "
+        f"{timeout:g} s ({why}). Look whether rank 0 runs, whether the address is its own, and whether a firewall closes the port"
+    )
+
+
+def _answer(part: Part, payload: Any) -> Any:
+    try:
+        return part(payload)
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        return {"error": lines[0] if lines else type(error).__name__}

@@ -1,0 +1,93 @@
+"""All findings, for people or for programs."""
+
+import contextlib
+import json
+import os
+import sys
+import textwrap
+from collections.abc import Iterator
+from typing import TextIO
+
+from fireflyds.engine.doctor.check import Check, Verdict, worst
+
+WIDTH = 120
+_NAME = 18
+_COLOURS = {"green": "\033[32m", "yellow": "\033[33m", "red": "\033[31m"}
+
+
+@contextlib.contextmanager
+def alone_on_stdout() -> Iterator[TextIO]:
+    """Where the report goes. What libraries print meanwhile, NCCL's own code included, goes to stderr."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with open(kept, "w", encoding="utf-8", closefd=False) as stream:
+            yield stream
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def as_json(checks: list[Check], ranks: int, hosts: list[str], kernels: list[str]) -> str:
+    """One line."""
+    document = {
+        "verdict": worst(checks).name,
+        "ranks": ranks,
+        "hosts": hosts,
+        "checks": [check.to_dict() for check in checks],
+        "kernels": kernels,
+    }
+    return json.dumps(document, ensure_ascii=False)
+
+
+def table(checks: list[Check], hosts: list[str], *, coloured: bool) -> str:
+    """For people: the worst of each name first within it; what several hosts have in common once."""
+    lines = []
+    for check, where in _together(checks, hosts):
+        verdict = check.verdict.name
+        shown = f"{_COLOURS[verdict]}{verdict:<7}\033[0m" if coloured else f"{verdict:<7}"
+        head, indent = f"{check.name:<{_NAME}} ", " " * (_NAME + 9)
+        found = textwrap.wrap(where + check.found, WIDTH - len(indent), break_long_words=False, break_on_hyphens=False)
+        lines.append(f"{head}{shown} {found[0] if found else ''}".rstrip())
+        lines += [indent + line for line in found[1:]]
+        if check.remedy:
+            lines += textwrap.wrap(
+                f"-> {check.remedy}",
+                WIDTH,
+                initial_indent=indent,
+                subsequent_indent=f"{indent}   ",
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+    counts = [sum(check.verdict is verdict for check in checks) for verdict in Verdict]
+    lines.append(f"{counts[0]} green, {counts[1]} yellow, {counts[2]} red")
+    return "\n".join(lines)
+
+
+def _together(checks: list[Check], hosts: list[str]) -> list[tuple[Check, str]]:
+    """Findings in the order of their names, each with the hosts it is of. Green ones of a name that differ in numbers
+    only are shown by the first."""
+    names = list(dict.fromkeys(check.name for check in checks))
+    rows = []
+    for name in names:
+        alike: dict[tuple[Verdict, str], list[Check]] = {}
+        for check in checks:
+            if check.name == name:
+                told = "" if check.verdict is Verdict.green and check.host else check.found + check.remedy
+                alike.setdefault((check.verdict, told), []).append(check)
+        for (_, told), group in sorted(alike.items(), key=lambda item: -item[0][0]):
+            rows.append((group[0], _place(group, hosts, varies=not told and len({each.found for each in group}) > 1)))
+    return rows
+
+
+def _place(group: list[Check], hosts: list[str], *, varies: bool) -> str:
+    of = [check.host for check in group if check.host]
+    if len(hosts) < 2 or not of:
+        return ""
+    if varies:
+        return f"{of[0]} (as good on {len(of) - 1} more): "
+    if len(of) == len(hosts):
+        return "all hosts: "
+    return f"{', '.join(of[:4])}{f' and {len(of) - 4} more' if len(of) > 4 else ''}: "

@@ -1,0 +1,133 @@
+"""Tokenizer, store and base that do not belong together, or are not whole, are red."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from samples import ENGLISH
+from stores import write_store
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from fireflyds.config import DoctorConfig
+from fireflyds.data.store import MANIFEST
+from fireflyds.engine.doctor import inputs
+from fireflyds.engine.doctor.check import Verdict
+from fireflyds.tokenizer.directory import write_tokenizer
+from fireflyds.tokenizer.learn import learn_bpe
+from fireflyds.types import Example
+
+
+def _model(folder, rows: int, **changes):
+    torch.manual_seed(0)
+    settings = {
+        "vocab_size": rows, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    config = LlamaConfig(**settings | changes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder, max_shard_size="10KB")
+    return folder
+
+
+def _store(folder, fingerprint: str):
+    import numpy as np
+
+    write_store(folder, {"zh": [Example(np.arange(5, dtype=np.int64), ((0, 5),), 9)]})
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["made_from"]["tokenizer"] = fingerprint
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    return folder
+
+
+def _verdicts(**given) -> dict[str, Verdict]:
+    return {check.name: check.verdict for check in _checks(**given).values()}
+
+
+def _checks(**given):
+    return {check.name: check for check in inputs.check_all(DoctorConfig(**{k: str(v) for k, v in given.items()}))}
+
+
+def test_nothing_given_is_nothing_said() -> None:
+    assert inputs.check_all(DoctorConfig()) == []
+
+
+def test_what_belongs_together_is_green(tmp_path, base_tokenizer, encoder) -> None:
+    model = _model(tmp_path / "model", encoder.vocab_size + 64)
+    store = _store(tmp_path / "store", encoder.fingerprint())
+    found = _checks(model=model, tokenizer=base_tokenizer, data=store)
+    assert {name: check.verdict.name for name, check in found.items()} == dict.fromkeys(
+        ("tokenizer", "weights", "base", "store"), "green"
+    )
+    assert "1 documents, 5 tokens, made with this tokenizer" in found["store"].found
+    assert f"{encoder.vocab_size + 64:,} rows for {encoder.vocab_size:,} pieces" in found["base"].found
+
+
+def test_a_store_of_another_tokenizer_is_red(tmp_path, base_tokenizer, encoder) -> None:
+    other = tmp_path / "other"
+    from sentencepiece import sentencepiece_model_pb2 as sp_pb2
+
+    proto = sp_pb2.ModelProto()
+    proto.ParseFromString(learn_bpe(ENGLISH, vocab_size=380, max_piece_length=12))
+    write_tokenizer(proto, other)
+    store = _store(tmp_path / "store", encoder.fingerprint())
+    assert _verdicts(tokenizer=base_tokenizer, data=store)["store"] is Verdict.green
+    check = _checks(tokenizer=other, data=store)["store"]
+    assert check.verdict is Verdict.red
+    assert "made with another tokenizer" in check.found
+    assert f"prepare.py tokenizer={other}" in check.remedy
+
+
+def test_a_store_alone_is_opened_and_said_not_to_be_compared(tmp_path) -> None:
+    store = _store(tmp_path / "store", "abc")
+    check = _checks(data=store)["store"]
+    assert check.verdict is Verdict.yellow
+    assert "not compared" in check.found
+    next((store / "parts").glob("*.ids")).write_bytes(b"")
+    assert "has 0 tokens, the manifest says 5" in _checks(data=store)["store"].found
+    missing = _checks(data=tmp_path / "nowhere")["store"]
+    assert missing.verdict is Verdict.red
+    assert missing.found.startswith(f"data={tmp_path / 'nowhere'}")
+
+
+@pytest.mark.parametrize(("rows", "verdict"), [(-1, Verdict.red), (0, Verdict.green), (1024, Verdict.red)])
+def test_rows_exceed_pieces_by_padding_only(tmp_path, base_tokenizer, encoder, rows: int, verdict: Verdict) -> None:
+    model = _model(tmp_path / "model", encoder.vocab_size + rows)
+    assert _verdicts(model=model, tokenizer=base_tokenizer)["base"] is verdict
+
+
+def test_other_special_ids_are_yellow(tmp_path, base_tokenizer, encoder) -> None:
+    model = _model(tmp_path / "model", encoder.vocab_size, eos_token_id=7)
+    check = _checks(model=model, tokenizer=base_tokenizer)["base"]
+    assert check.verdict is Verdict.yellow
+    assert "eos_token_id is 7 in config.json and 2 in the tokenizer" in check.found
+
+
+def test_broken_and_missing_weights_are_named(tmp_path, encoder) -> None:
+    model = _model(tmp_path / "model", encoder.vocab_size)
+    shards = sorted(model.glob("*.safetensors"))
+    assert len(shards) > 1
+    assert inputs.check_weights(model).verdict is Verdict.green
+    for shard in shards:
+        assert inputs.expected_size(shard) == shard.stat().st_size
+    whole = shards[0].read_bytes()
+    for broken in (whole[:-1], whole[:20], b"", b"not found, sorry: 404"):
+        shards[0].write_bytes(broken)
+        check = _checks(model=model)["weights"]
+        assert check.verdict is Verdict.red
+        assert f"{shards[0].name} not as long as its header says" in check.found
+    shards[0].unlink()
+    assert f"{shards[0].name} missing of {len(shards)} files" in _checks(model=model)["weights"].found
+    (model / "model.safetensors.index.json").write_text("{")
+    assert "model.safetensors.index.json is damaged" in _checks(model=model)["weights"].found
+
+
+def test_a_tokenizer_or_model_that_is_none_is_red_and_does_not_end_the_report(tmp_path, base_tokenizer) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "unheard-of"}')
+    found = _checks(model=tmp_path, tokenizer=base_tokenizer, data=tmp_path / "none")
+    assert {name: check.verdict.name for name, check in found.items()} == {
+        "tokenizer": "green", "weights": "red", "base": "red", "store": "red",
+    }  # fmt: skip
+    assert "unheard-of" in found["base"].found
+    shutil.copy(base_tokenizer / "tokenizer.model", tmp_path / "tokenizer.model")
+    (tmp_path / "tokenizer.model").write_bytes(b"\0broken")
+    assert _verdicts(tokenizer=tmp_path / "tokenizer.model")["tokenizer"] is Verdict.red

@@ -1,0 +1,134 @@
+"""Disk, limits and variables of a host, each with the values that make it yellow or red."""
+
+import os
+import threading
+
+import pytest
+
+from fireflyds.config import DoctorConfig
+from fireflyds.engine.doctor import machine
+from fireflyds.engine.doctor.check import Verdict
+
+GIB = 1 << 30
+
+
+def _disk(folder, **options):
+    return machine.check_disk(DoctorConfig(**{"runs": str(folder), "disk_mib": 3, "min_free_gib": 0, **options}))
+
+
+def test_a_disk_is_written_and_read_and_nothing_is_left(tmp_path) -> None:
+    check = _disk(tmp_path / "not" / "yet", min_disk_mib_s=0)
+    assert check.verdict is Verdict.green
+    assert check.value is not None
+    assert check.value > 1
+    assert check.found.startswith(f"{tmp_path}: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_or_slow_disk_is_yellow_and_one_that_cannot_hold_the_test_red(tmp_path) -> None:
+    full = _disk(tmp_path, min_free_gib=1e9)
+    assert full.verdict is Verdict.yellow
+    assert "min_free_gib" in full.remedy
+    slow = _disk(tmp_path, min_disk_mib_s=1e9)
+    assert slow.verdict is Verdict.yellow
+    assert "min_disk_mib_s" in slow.remedy
+    assert _disk(tmp_path, disk_mib=1 << 40).verdict is Verdict.red
+
+
+def test_a_folder_that_cannot_be_written_is_red(tmp_path, monkeypatch) -> None:
+    (tmp_path / "file").touch()
+    assert "is a file" in _disk(tmp_path / "file" / "runs").found
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+    if os.geteuid() == 0:  # whom nothing is forbidden
+
+        def refuse(*arguments, **options):
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(machine.tempfile, "TemporaryFile", refuse)
+    check = _disk(locked)
+    assert check.verdict is Verdict.red
+    assert check.found == f"runs={locked}: {locked} cannot be written (Permission denied)"
+
+
+def test_a_disk_that_hangs_is_red_in_time(tmp_path, monkeypatch) -> None:
+    hung = threading.Event()
+    monkeypatch.setattr(machine, "speeds", lambda place, mib: hung.wait(30))
+    check = _disk(tmp_path, timeout=1)
+    hung.set()
+    assert check.verdict is Verdict.red
+    assert "not written and read within 1 s" in check.found
+
+
+@pytest.mark.parametrize(
+    ("limit", "gpus", "verdict"),
+    [(None, 8, Verdict.green), (8 << 20, 8, Verdict.yellow), (8 << 20, 0, Verdict.green)],
+)
+def test_locked_memory_matters_where_there_are_gpus(limit, gpus: int, verdict: Verdict) -> None:
+    assert machine.check_memlock(limit, gpus, 2).verdict is verdict
+
+
+@pytest.mark.parametrize(
+    ("free", "ranks", "gpus", "verdict"),
+    [
+        (8 * GIB, 8, 8, Verdict.green),
+        (64 << 20, 8, 8, Verdict.red),
+        (64 << 20, 1, 8, Verdict.yellow),
+        (64 << 20, 1, 1, Verdict.green),
+        (64 << 20, 2, 0, Verdict.green),
+    ],
+)
+def test_nccl_needs_shared_memory(free: int, ranks: int, gpus: int, verdict: Verdict) -> None:
+    assert machine.check_shared_memory(free, ranks, gpus).verdict is verdict
+
+
+def test_few_open_files_are_yellow() -> None:
+    assert machine.check_open_files(1024).verdict is Verdict.yellow
+    assert machine.check_open_files(65536).verdict is Verdict.green
+    assert machine.check_open_files(None).verdict is Verdict.green
+
+
+@pytest.mark.parametrize(
+    ("allowed", "ranks", "threads", "gpus", "verdict"),
+    [
+        (64, 8, None, 8, Verdict.green),
+        (64, 8, "8", 8, Verdict.green),
+        (64, 8, "16", 8, Verdict.yellow),
+        (64, 8, "1", 8, Verdict.yellow),
+        (64, 8, "1", 0, Verdict.green),  # `start` sets torch's threads there
+        (1, 8, None, 8, Verdict.yellow),
+        (64, 8, "all", 8, Verdict.red),
+        (64, 8, "0", 8, Verdict.red),
+    ],
+)
+def test_cores_and_threads_fit_the_ranks(allowed: int, ranks: int, threads, gpus: int, verdict: Verdict) -> None:
+    assert machine.check_cores(allowed, 64, ranks, threads, gpus).verdict is verdict
+
+
+@pytest.mark.parametrize(
+    ("environment", "hosts", "verdict", "word"),
+    [
+        ({}, 2, Verdict.green, "NCCL's own choices"),
+        ({"NCCL_SOCKET_IFNAME": "eth"}, 2, Verdict.green, "NCCL_SOCKET_IFNAME=eth"),
+        ({"NCCL_SOCKET_IFNAME": "^docker0,lo"}, 2, Verdict.green, ""),
+        ({"NCCL_SOCKET_IFNAME": "=eth"}, 2, Verdict.red, "names no interface of this host (eth0, lo)"),
+        ({"GLOO_SOCKET_IFNAME": "ib0"}, 1, Verdict.red, "names no interface"),
+        ({"GLOO_SOCKET_IFNAME": "lo"}, 2, Verdict.red, "cannot reach another host"),
+        ({"GLOO_SOCKET_IFNAME": "lo"}, 1, Verdict.green, ""),
+        ({"NCCL_P2P_DISABLE": "1"}, 1, Verdict.yellow, "instead of NVLink"),
+        ({"NCCL_P2P_DISABLE": "0"}, 1, Verdict.green, ""),
+        ({"NCCL_ALGO": "Tree"}, 1, Verdict.yellow, "own choice"),
+        ({"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}, 1, Verdict.yellow, "hangs"),
+        ({"CUDA_LAUNCH_BLOCKING": "1"}, 1, Verdict.yellow, "waits"),
+        ({"TORCH_DISTRIBUTED_DEBUG": "detail"}, 1, Verdict.yellow, "every collective"),
+    ],
+)
+def test_variables_that_are_seldom_meant_are_named(environment, hosts: int, verdict: Verdict, word: str) -> None:
+    check = machine.check_variables(environment, ["lo", "eth0"], hosts)
+    assert check.verdict is verdict
+    assert word in check.found
+    assert verdict is Verdict.green or next(iter(environment)) in check.remedy
+
+
+def test_the_place_of_runs_is_what_there_is_of_its_path(tmp_path) -> None:
+    assert machine.place_of(str(tmp_path / "a" / "b")) == tmp_path.resolve()

@@ -1,0 +1,249 @@
+"""Ranks on several hosts, each a thread here: what lies between them is tried, and who is silent is named."""
+
+import json
+import socket
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from fireflyds.config import DoctorConfig
+from fireflyds.engine.doctor import links, meeting, ranks
+from fireflyds.engine.doctor.check import Verdict, green
+from fireflyds.engine.doctor.meeting import Meeting, SilentError
+from fireflyds.engine.ranks import Ranks, free_port
+from fireflyds.errors import UserError
+
+HOSTS = ["north", "north", "south"]
+
+
+def _rank() -> int:
+    name = threading.current_thread().name
+    return int(name) if name.isdigit() else 0
+
+
+@pytest.fixture
+def cluster(tmp_path, monkeypatch):
+    """Runs `examine` on three ranks of two hosts; returns rank 0's findings by name, and the hosts."""
+    for variable in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "TORCHELASTIC_USE_AGENT_STORE", "GLOO_SOCKET_IFNAME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(ranks.socket, "gethostname", lambda: HOSTS[_rank()])
+    monkeypatch.setattr(ranks.socket, "gethostbyname", lambda name: "10.0.0.1")
+    monkeypatch.setattr(ranks, "look", lambda config, here, hosts: [green("gpus", f"{here} ranks, {hosts} hosts")])
+    monkeypatch.setattr(links, "all_reduce", _reduced)
+    monkeypatch.setattr(meeting, "_GRACE", 0.2)
+
+    def run(*present: int, **of_rank):
+        port, found, errors = free_port(), {}, {}
+
+        def one(rank: int) -> None:
+            config = of_rank.get(f"rank{rank}", DoctorConfig(runs=str(tmp_path), timeout=2, shared_timeout=0.3))
+            try:
+                found[rank] = ranks.examine(Ranks(rank, HOSTS[:rank].count(HOSTS[rank]), 3, "127.0.0.1", port), config)
+            except UserError as error:
+                errors[rank] = str(error)
+
+        threads = [threading.Thread(target=one, args=(rank,), name=str(rank)) for rank in present]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+            assert not thread.is_alive()
+        assert found.keys() | errors.keys() == set(present)
+        assert all("rank 0 has left" in error for error in errors.values()), errors
+        assert [found[rank] for rank in found if rank] == [None] * (len(found) - 1)
+        checks, hosts = found[0]
+        return checks, hosts
+
+    return run
+
+
+def _reduced(at: Meeting, config: DoctorConfig):
+    at.tell(f"joined/{at.me.rank}", True)
+    return {"seconds": [0.5, 0.1, 0.3], "right": True, "backend": "gloo"}
+
+
+def _by_name(checks):
+    return {check.name: check for check in checks}
+
+
+def test_a_sound_cluster_is_green_throughout(cluster, tmp_path) -> None:
+    checks, hosts = cluster(0, 1, 2)
+    assert hosts == ["north", "south"]
+    assert [(check.name, check.host) for check in checks] == [
+        ("gpus", "north"), ("gpus", "south"), ("hosts", ""), ("same versions", ""), ("ports", ""), ("clock skew", ""),
+        ("shared folder", ""), ("all-reduce", ""),
+    ]  # fmt: skip
+    assert {check.verdict for check in checks if check.name != "hosts"} == {Verdict.green}, checks
+    assert [check.found for check in checks[:2]] == ["2 ranks, 2 hosts", "1 ranks, 2 hosts"]
+    found = _by_name(checks)
+    assert found["hosts"].found == "3 ranks on 2 hosts: north (2), south (1)"
+    assert 0 <= found["clock skew"].value < 0.5
+    assert found["all-reduce"].value == pytest.approx(2 * 2 / 3 * 64 * 2**20 / 0.3 / 1e9)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rank_that_never_comes_is_named_in_time(cluster) -> None:
+    started = time.monotonic()
+    checks, hosts = cluster(0, 1)
+    assert time.monotonic() - started < 20
+    found = _by_name(checks)
+    assert found["gpus"].verdict is Verdict.green  # what is known is told
+    assert found["ranks"].verdict is Verdict.red
+    assert found["ranks"].found == "rank 2 of 3: not come within 2 s; what follows was not tried"
+    assert hosts == ["north"]
+
+
+def test_a_rank_that_falls_silent_in_the_all_reduce_is_named(cluster, monkeypatch) -> None:
+    late = threading.Event()
+
+    def hangs(at: Meeting, config: DoctorConfig):
+        if at.me.rank == 2:
+            late.wait(4)
+        return _reduced(at, config)
+
+    monkeypatch.setattr(links, "all_reduce", hangs)
+    checks, _ = cluster(0, 1, 2)
+    check = _by_name(checks)["all-reduce"]
+    assert check.verdict is Verdict.red
+    assert check.found == "rank 2 on south: fell silent; rank 2 did not join the group"
+
+
+def test_a_rank_whose_part_fails_is_named_with_its_reason(cluster, monkeypatch) -> None:
+    def fails(at: Meeting, config: DoctorConfig):
+        done = _reduced(at, config)
+        if at.me.rank == 1:
+            raise RuntimeError("NCCL error: unhandled system error\nmore")
+        return done
+
+    monkeypatch.setattr(links, "all_reduce", fails)
+    check = _by_name(cluster(0, 1, 2)[0])["all-reduce"]
+    assert check.found == "rank 1 on north: NCCL error: unhandled system error; all had joined the group"
+    assert "NCCL_DEBUG=INFO" in check.remedy
+
+
+def test_a_folder_that_is_another_on_one_host_is_red(cluster, tmp_path) -> None:
+    (tmp_path / "local").mkdir()
+    elsewhere = DoctorConfig(runs=str(tmp_path / "local"), timeout=2, shared_timeout=0.3)
+    check = _by_name(cluster(0, 1, 2, rank2=elsewhere)[0])["shared folder"]
+    assert check.verdict is Verdict.red
+    assert "not seen by rank 2 (on south)" in check.found
+    assert str(tmp_path / "local") in check.found
+    assert list(tmp_path.iterdir()) == [tmp_path / "local"]
+
+
+def test_a_clock_that_is_wrong_is_found_with_its_host(cluster, monkeypatch) -> None:
+    ahead = {2: 7.5}
+    clock = SimpleNamespace(
+        time=lambda: time.time() + ahead.get(_rank(), 0.0), perf_counter=time.perf_counter, sleep=time.sleep
+    )
+    monkeypatch.setattr(links, "time", clock)
+    check = _by_name(cluster(0, 1, 2)[0])["clock skew"]
+    assert check.verdict is Verdict.yellow
+    assert check.value == pytest.approx(7.5, abs=0.2)
+    assert "south is 7.5" in check.found
+    assert "ahead of north" in check.found
+    ahead[2] = -400.0
+    check = _by_name(cluster(0, 1, 2)[0])["clock skew"]
+    assert check.verdict is Verdict.red
+    assert "behind north" in check.found
+
+
+def test_other_versions_on_a_host_are_found(cluster, monkeypatch) -> None:
+    monkeypatch.setattr(ranks.versions, "installed", lambda required: {"torch": "2.14" if _rank() == 2 else "2.13"})
+    check = _by_name(cluster(0, 1, 2)[0])["same versions"]
+    assert check.verdict is Verdict.red
+    assert check.found == "torch 2.13 on north, 2.14 on south"
+
+
+def test_a_closed_port_is_named() -> None:
+    with links.listening("127.0.0.1") as door:
+        port = door.getsockname()[1]
+        assert links.try_doors([("north", "127.0.0.1", port)]) == []
+    closed = links.try_doors([("north", "127.0.0.1", port)])
+    assert len(closed) == 1
+    assert f"north (127.0.0.1:{port})" in closed[0]
+    check = links.check_ports({"south": closed, "north": []})
+    assert check.verdict is Verdict.red
+    assert check.found.startswith("south cannot reach north")
+
+
+def test_launchers_port_taken_by_another_is_yellow() -> None:
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        assert ranks.check_port(other.getsockname()[1]).verdict is Verdict.yellow
+    assert ranks.check_port(free_port()).verdict is Verdict.green
+
+
+def test_hosts_with_unequal_ranks_or_without_an_address_are_yellow(monkeypatch) -> None:
+    monkeypatch.setattr(ranks.socket, "gethostbyname", lambda name: "10.0.0.1")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    assert ranks.check_hosts(["a", "a", "b", "b"], "a").verdict is Verdict.green
+    assert ranks.check_hosts(["a", "a", "b"], "a").verdict is Verdict.yellow
+    monkeypatch.setattr(ranks.socket, "gethostbyname", lambda name: "127.0.1.1")
+    loop = ranks.check_hosts(["a", "b"], "a")
+    assert loop.verdict is Verdict.yellow
+    assert "a is 127.0.1.1 to itself" in loop.found
+    assert ranks.check_hosts(["a", "a"], "a").verdict is Verdict.green  # one host needs none
+
+
+def test_bus_bandwidth_is_that_of_a_ring() -> None:
+    assert links.bus_bandwidth(1_000_000_000, 2, 1.0) == 1e9
+    assert links.bus_bandwidth(1_000_000_000, 8, 0.5) == 3.5e9
+
+
+@pytest.mark.parametrize(
+    ("backend", "right", "verdict"),
+    [("nccl", True, Verdict.yellow), ("gloo", True, Verdict.green), ("nccl", False, Verdict.red)],
+)
+def test_a_slow_all_reduce_is_yellow_and_a_wrong_sum_red(backend: str, right: bool, verdict: Verdict) -> None:
+    answers = [
+        {"seconds": [1.0], "right": True, "backend": backend},
+        {"seconds": [9, 2, 1], "right": right, "backend": backend},
+    ]
+    check = links.check_all_reduce(answers, ["a", "b"], [True, True], DoctorConfig(all_reduce_mib=100))
+    assert check.verdict is verdict
+    assert right is False or check.value == pytest.approx(100 * 2**20 / 2 / 1e9)
+
+
+def test_silent_ranks_are_named_by_their_node_where_they_have_not_said_their_host(monkeypatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    me = Ranks(0, 0, 32, "north", 29500)
+    check = ranks.check_silent(SilentError("here", [15, 16], {}), me, [], 60)
+    assert check.found.startswith("rank 15 (node 1), rank 16 (node 2) of 32: not come within 60 s")
+
+
+def test_rank_0_that_is_not_there_or_a_port_that_is_taken_is_said(monkeypatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    port = free_port()
+    with pytest.raises(UserError, match=f"MASTER_ADDR:MASTER_PORT=127.0.0.1:{port}: rank 1 did not reach rank 0"):
+        Meeting(Ranks(1, 1, 2, "127.0.0.1", port), 1)
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        taken = other.getsockname()[1]
+        with pytest.raises(UserError, match=f"127.0.0.1:{taken}: rank 0 cannot use them"):
+            Meeting(Ranks(0, 0, 2, "127.0.0.1", taken), 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher", [("torchrun", "--standalone", "--nproc_per_node", "2"), ("deepspeed", "--num_gpus", "2")]
+)
+def test_two_ranks_of_this_machine_report_once_in_json(verb, tmp_path, launcher) -> None:
+    done = verb("doctor", "format=json", "disk_mib=8", "all_reduce_mib=8", start=launcher)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(lines) == 1
+    report = json.loads(lines[0])
+    assert report["ranks"] == 2
+    assert len(report["hosts"]) == 1
+    found = {check["name"]: check for check in report["checks"]}
+    assert len(found) == len(report["checks"])
+    assert found["all-reduce"]["value"] > 0
+    assert found["all-reduce"]["unit"] == "GB/s"
+    assert 0 <= found["clock skew"]["value"] < 1
+    assert found["shared folder"]["verdict"] == "green"
+    assert "all 2 ranks see" in found["shared folder"]["found"]
+    assert list(tmp_path.iterdir()) == []
