@@ -52,10 +52,10 @@ def build(turn: Turn) -> tuple[Any, Any, Any, Any]:
 def our_steps(turn: Turn, config: Any, engine: Any, loader: Any, to_device: Any) -> Iterator[None]:
     """The body of `launch/train.py`, one step a `next`."""
     import torch.distributed as dist
+    from fireflyds.engine.signals import StopRequest
 
     from fireflyds.engine.journal import Journal
     from fireflyds.engine.loop import train_steps
-    from fireflyds.engine.signals import StopRequest
     from fireflyds.engine.trackers import NoTracker
     from fireflyds.types import TrainState
 
