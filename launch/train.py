@@ -40,7 +40,6 @@ def train(config: TrainConfig) -> None:
     precision = deepspeed.resolve_precision(config.hardware)
     notes = optimizers.check(config, precision)
     trackers.check(config.tracking)
-    trackers.check(config.tracking)
     accumulation = deepspeed.accumulation_steps(config, me.world_size)
     encoder = load_encoder(config.model.tokenizer_path)
     hf_config = load.read_config(config.model, encoder)

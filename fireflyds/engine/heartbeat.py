@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import torch.distributed as dist
 
-from fireflyds.engine.ranks import Ranks
+from fireflyds.engine.ranks import Ranks, lives
 from fireflyds.engine.status import EXIT_FAILED, Status
 from fireflyds.errors import UserError
 
@@ -109,7 +109,8 @@ class Heartbeat:
             return self._message(rank, f"has been silent for {self._seconds:.0f} s")
         if beat:
             about = json.loads(beat)
-            if about["host"] == socket.gethostname() and not _lives(about["pid"]):
+            here = about["host"] == socket.gethostname()
+            if here and not (psutil.pid_exists(about["pid"]) and lives(psutil.Process(about["pid"]))):
                 return self._message(
                     rank, f"died (process {about['pid']} on {about['host']}, after step {about['step']})"
                 )
@@ -129,10 +130,3 @@ class Heartbeat:
             f"rank {rank} {what}; its log: {self._run_dir}/logs/rank_{rank}.log. The newest checkpoint is whole: the same "
             "command goes on from it"
         )
-
-
-def _lives(pid: int) -> bool:
-    try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False

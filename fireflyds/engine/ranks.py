@@ -114,6 +114,14 @@ def first_host(nodes: str) -> str:
     return head + rest.partition("]")[0].partition(",")[0].partition("-")[0]
 
 
+def lives(process: psutil.Process) -> bool:
+    """Neither gone nor dead and not yet buried by its parent."""
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

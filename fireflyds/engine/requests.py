@@ -12,6 +12,8 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from fireflyds.engine.ranks import lives
+
 SAVE, STOP = "SAVE", "STOP"
 # A launcher passes a Ctrl-C on as SIGTERM, to processes that the terminal has sent it already.
 _ECHO_SECONDS = 1.0
@@ -58,7 +60,7 @@ class Requests:
             save, stop = (_taken(self._run_dir / name) for name in (SAVE, STOP))
         if stop:
             self.reason = self.reason or f"{STOP} file"
-        if self._asked_at is None and (gone := [each for each in self._launchers if not each.is_running()]):
+        if self._asked_at is None and (gone := [each for each in self._launchers if not lives(each)]):
             self.reason = f"the launcher (process {gone[0].pid}) is gone"
             self._asked_at = time.monotonic()
         return save, stop or self._asked_at is not None

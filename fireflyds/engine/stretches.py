@@ -179,6 +179,7 @@ def _step_on_nothing(inner: Any) -> None:
     if any(inner.state[parameter] for parameter in masters):
         return
     held = [(parameter, parameter.grad) for parameter in masters]
+    rates = [group["lr"] for group in inner.param_groups]
     for group in inner.param_groups:
         group["lr"] = 0.0
     for parameter in masters:
@@ -186,6 +187,8 @@ def _step_on_nothing(inner: Any) -> None:
     inner.step()
     for parameter, gradient in held:
         parameter.grad = gradient
+    for group, rate in zip(inner.param_groups, rates, strict=True):
+        group["lr"] = rate
 
 
 def _refresh(engine: Any) -> None:

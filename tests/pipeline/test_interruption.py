@@ -163,6 +163,103 @@ def test_sigterm_saves_and_leaves_with_its_own_code(verb, arguments: list[str], 
     assert len(rows(tmp_path, "asked")) == STEPS
 
 
+def status_of(tmp_path: Path, run: str) -> dict:
+    return json.loads((tmp_path / "runs" / run / "status.json").read_text())
+
+
+def wait_for_state(tmp_path: Path, run: str, state: str) -> dict:
+    until = time.monotonic() + 60
+    while (found := status_of(tmp_path, run))["state"] != state:
+        assert time.monotonic() < until, (found, (tmp_path / "out.log").read_text()[-3000:])
+        time.sleep(0.1)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", ["deepspeed", "deepspeed.launcher.launch"])
+def test_ranks_whose_launcher_is_gone_save_and_leave(arguments: list[str], tmp_path: Path, who: str) -> None:
+    """DeepSpeed's runner passes no signal on."""
+    endless = [argument.replace(f"optim.steps={STEPS}", "optim.steps=100000") for argument in arguments]
+    process = start(tmp_path, "run=left", *endless)
+    wait_for_step(tmp_path, "left", 6, process)
+    ranks, runner = ranks_of(process), psutil.Process(process.pid)
+    launcher = next(each for each in runner.children() if "deepspeed.launcher.launch" in each.cmdline())
+    (runner if who == "deepspeed" else launcher).send_signal(signal.SIGTERM if who == "deepspeed" else signal.SIGKILL)
+    found = wait_for_state(tmp_path, "left", "stopped")
+    process.wait(60)
+    assert found["exit_code"] == 75
+    assert f"the launcher (process {(runner if who == 'deepspeed' else launcher).pid}) is gone" in found["message"]
+    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in ranks if psutil.pid_exists(pid)], timeout=60)
+    assert not alive
+    assert len(rows(tmp_path, "left")) == found["step"] >= 6
+    folders = [path.name for path in (tmp_path / "runs" / "left" / "checkpoints").glob("step-*")]
+    assert f"step-{found['step']:06d}" in folders
+
+
+@pytest.mark.slow
+def test_a_dead_rank_ends_the_others_by_name(arguments: list[str], tmp_path: Path) -> None:
+    endless = [argument.replace(f"optim.steps={STEPS}", "optim.steps=100000") for argument in arguments]
+    process = start(tmp_path, "run=lost", *endless)
+    wait_for_step(tmp_path, "lost", 6, process)
+    victim = next(pid for pid in ranks_of(process) if "--local_rank=1" in psutil.Process(pid).cmdline())
+    os.kill(victim, signal.SIGKILL)
+    assert process.wait(60) != 0
+    said = f"rank 1 died (process {victim} on "
+    assert said in status_of(tmp_path, "lost")["message"]
+    assert status_of(tmp_path, "lost")["state"] == "failed"
+    output = (tmp_path / "out.log").read_text()
+    assert f"error: {said}" in output
+    assert "its log: runs/lost/logs/rank_1.log" in output
+
+
+@pytest.mark.slow
+def test_files_in_its_folder_ask_a_run_to_save_and_to_stop(arguments: list[str], tmp_path: Path) -> None:
+    endless = [argument.replace(f"optim.steps={STEPS}", "optim.steps=100000") for argument in arguments]
+    process = start(
+        tmp_path, "run=asked", *[each.replace("checkpoint.every=5", "checkpoint.every=99999") for each in endless]
+    )
+    wait_for_step(tmp_path, "asked", 3, process)
+    folder = tmp_path / "runs" / "asked"
+    assert not list((folder / "checkpoints").glob("step-*"))
+    (folder / "SAVE").touch()
+    until = time.monotonic() + 60
+    while not list((folder / "checkpoints").glob("step-*")):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    assert not (folder / "SAVE").exists()
+    assert process.poll() is None
+    (folder / "STOP").touch()
+    process.wait(60)
+    assert status_of(tmp_path, "asked")["message"] == "STOP file"
+    assert status_of(tmp_path, "asked")["exit_code"] == 75
+
+
+@pytest.mark.slow
+def test_a_spike_goes_back_and_passes_over_its_data(arguments: list[str], tmp_path: Path) -> None:
+    """Nothing is learnt, so the loss goes up and down with the documents."""
+    still = [argument.replace("optim.lr=1e-3", "optim.lr=1e-9") for argument in arguments]
+    words = [
+        sys.executable,
+        str(ROOT / "launch" / "train.py"),
+        "run=spiky",
+        *still,
+        "recovery.rollback_above=1.001",
+        "recovery.max_rollbacks=1",
+    ]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 2, done.stderr[-3000:]
+    found = re.search(
+        r"step (\d+): loss [\d.]+ is a spike \(recovery.rollback_above\); back to step (\d+), the data of (\d+) steps",
+        done.stderr,
+    )
+    assert found
+    spike, back, passed = map(int, found.groups())
+    assert spike - back == passed
+    assert "the loss spikes again after 1 rollbacks (recovery.max_rollbacks)" in done.stderr
+    steps = [row["step"] for row in rows(tmp_path, "spiky")]
+    assert steps == list(range(1, len(steps) + 1))
+
+
 @pytest.mark.slow
 def test_wandb_offline_keeps_one_run_of_rank_zero(verb, arguments: list[str], tmp_path: Path) -> None:
     short = [argument.replace(f"optim.steps={STEPS}", "optim.steps=3") for argument in arguments]

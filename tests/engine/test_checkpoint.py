@@ -1,0 +1,215 @@
+"""Checkpoints of one process: whole or absent, kept and dropped, damaged ones passed over."""
+
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fireflyds.config import CheckpointConfig
+from fireflyds.engine import checkpoint, fragments
+from fireflyds.engine.retention import Kept, to_drop
+from fireflyds.errors import UserError
+from fireflyds.types import StepMetrics, TrainState
+
+
+class Engine(SimpleNamespace):
+    """What of DeepSpeed's engine is asked at stage 0 in float32."""
+
+    def zero_optimization_stage(self) -> int:
+        return 0
+
+    def fp16_enabled(self) -> bool:
+        return False
+
+
+class Keeper:
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+
+    def keep(self, folder: Path, step: int, skipped: int) -> None:
+        if self.error:
+            raise self.error
+        (folder / "learnt").mkdir()
+        (folder / "learnt" / "note.txt").write_text(f"{step}", encoding="utf-8")
+
+
+@pytest.fixture
+def group(tmp_path: Path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def make_engine() -> Engine:
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Linear(4, 3))
+    return Engine(
+        module=module, optimizer=torch.optim.AdamW(module.parameters(), lr=0.1), skipped_steps=0, global_steps=0
+    )
+
+
+def take_step(engine: Engine, state: TrainState) -> StepMetrics:
+    engine.module(torch.ones(2, 6)).square().sum().backward()
+    engine.optimizer.step()
+    engine.optimizer.zero_grad()
+    state.step += 1
+    return metrics(state.step)
+
+
+def metrics(step: int, loss: float = 1.0) -> StepMetrics:
+    return StepMetrics(
+        step=step, loss=loss, lr=0.1, grad_norm=1.0, tokens=1, learned_tokens=1, tokens_per_second=1.0, seconds=1.0
+    )
+
+
+def run_to(folder: Path, steps: int, keeper: Keeper | None = None, **config) -> tuple[Engine, list[dict]]:
+    """A run that saves every step. Returns the engine and the weights after each step."""
+    engine, state, weights = make_engine(), TrainState(), []
+    with checkpoint.Saver(engine, folder, CheckpointConfig(**config), keeper or Keeper()) as saver:
+        for _ in range(steps):
+            taken = take_step(engine, state)
+            weights.append({name: tensor.clone() for name, tensor in engine.module.state_dict().items()})
+            saver.begin(state, taken)
+    return engine, weights
+
+
+def same(engine: Engine, weights: dict) -> bool:
+    return all(torch.equal(tensor, weights[name]) for name, tensor in engine.module.state_dict().items())
+
+
+def test_weights_and_optimizer_come_back_and_go_on_alike(group, tmp_path: Path) -> None:
+    engine, weights = run_to(tmp_path, 3)
+    other = make_engine()
+    state = checkpoint.load(other, tmp_path, pytest.fail)
+    assert (state.step, other.global_steps) == (3, 3)
+    assert same(other, weights[-1])
+    for each in (engine, other):
+        take_step(each, TrainState())
+    assert same(other, engine.module.state_dict())
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step-000003\n"
+
+
+def test_a_copy_is_written_while_training_goes_on(group, tmp_path: Path, monkeypatch) -> None:
+    may_write, write = threading.Event(), fragments.write
+
+    def slowly(*arguments) -> None:
+        assert may_write.wait(30)
+        write(*arguments)
+
+    monkeypatch.setattr(fragments, "write", slowly)
+    engine, state = make_engine(), TrainState()
+    with checkpoint.Saver(engine, tmp_path, CheckpointConfig(), Keeper()) as saver:
+        taken = take_step(engine, state)
+        saved = {name: tensor.clone() for name, tensor in engine.module.state_dict().items()}
+        saver.begin(state, taken)
+        take_step(engine, state)  # while nothing is written yet
+        assert not checkpoint.whole_checkpoints(tmp_path)
+        may_write.set()
+    other = make_engine()
+    assert checkpoint.load(other, tmp_path, pytest.fail).step == 1
+    assert same(other, saved)
+    assert not same(other, engine.module.state_dict())
+
+
+@pytest.mark.parametrize("harm", ["cut", "flip", "remove", "unseal"])
+def test_a_damaged_checkpoint_is_passed_over_with_a_line(group, tmp_path: Path, harm: str) -> None:
+    _, weights = run_to(tmp_path, 3, keep=3)
+    newest = tmp_path / "checkpoints" / "step-000003"
+    file = newest / "rank-00000.safetensors"
+    content = file.read_bytes()
+    if harm == "cut":
+        file.write_bytes(content[:-10])
+    elif harm == "flip":
+        file.write_bytes(content[:-10] + bytes([content[-10] ^ 1]) + content[-9:])
+    elif harm == "remove":
+        (newest / "learnt" / "note.txt").unlink()
+    else:
+        (newest / "checksums.json").unlink()
+    said: list[str] = []
+    other = make_engine()
+    assert checkpoint.load(other, tmp_path, said.append).step == 2
+    assert same(other, weights[1])
+    assert "step-000003 is damaged (" in said[0]
+    assert checkpoint.find(tmp_path, None).name == "step-000002"
+    with pytest.raises(UserError, match="step-000003: is damaged"):
+        checkpoint.find(tmp_path, 3)
+
+
+def test_when_all_are_damaged_the_run_is_not_started_anew_silently(group, tmp_path: Path) -> None:
+    run_to(tmp_path, 1)
+    (tmp_path / "checkpoints" / "step-000001" / "manifest.json").write_text("{}")
+    with pytest.raises(UserError, match="all 1 checkpoints are damaged"):
+        checkpoint.load(make_engine(), tmp_path, lambda line: None)
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_what_cannot_be_written_leaves_the_one_before(group, tmp_path: Path, monkeypatch, background: bool) -> None:
+    run_to(tmp_path, 1)
+
+    def full(tensors, file) -> None:
+        Path(file).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(fragments, "save_file", full)
+    with pytest.raises(UserError, match="rank 0: .*No space left on device.*The one before is whole"):
+        run_to(tmp_path, 2, background=background)
+    assert [path.name for path in checkpoint.whole_checkpoints(tmp_path)] == ["step-000001"]
+    assert checkpoint.load(make_engine(), tmp_path, pytest.fail).step == 1
+
+
+def test_what_was_learnt_and_is_not_whole_is_no_checkpoint(group, tmp_path: Path) -> None:
+    keeper = Keeper()
+    keeper.error = UserError("lora_B was saved as zeros only")
+    with pytest.raises(UserError, match="lora_B was saved as zeros only"):
+        run_to(tmp_path, 1, keeper)
+    assert not checkpoint.whole_checkpoints(tmp_path)
+
+
+def test_a_full_disk_is_told_before_the_first_step(group, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=300))
+    with pytest.raises(UserError, match=r"a checkpoint takes .* GiB and the disk has .* Free space"):
+        run_to(tmp_path, 1)
+
+
+def test_what_a_killed_process_left_is_removed(group, tmp_path: Path) -> None:
+    run_to(tmp_path, 1)
+    for name in (".step-000002.partial", ".step-000000.dropped"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    run_to(tmp_path, 1)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-000001"]
+
+
+def test_the_last_the_marked_and_the_best_are_kept(group, tmp_path: Path) -> None:
+    engine, state = make_engine(), TrainState()
+    config = CheckpointConfig(keep=2, keep_every=4, best_metric="loss")
+    with checkpoint.Saver(engine, tmp_path, config, Keeper()) as saver:
+        for loss in (5.0, 3.0, 1.0, 2.0, 4.0, 4.0, 4.0):
+            take_step(engine, state)
+            saver.begin(state, metrics(state.step, loss))
+    assert [int(path.name[-3:]) for path in checkpoint.whole_checkpoints(tmp_path)] == [3, 4, 6, 7]
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 50), st.floats(0, 9)), min_size=1, max_size=12),
+    st.integers(1, 4), st.none() | st.integers(1, 5), st.none() | st.floats(0, 100),
+)  # fmt: skip
+def test_retention_keeps_the_newest_and_what_was_asked(sizes, keep: int, every: int | None, most: float | None) -> None:
+    kept = [Kept(step, size << 30, metric) for step, (size, metric) in enumerate(sizes, start=1)]
+    config = CheckpointConfig(keep=keep, keep_every=every, max_gib=most)
+    stay = {each.step for each in kept} - set(to_drop(kept, config))
+    assert len(kept) in stay
+    total = sum(each.num_bytes for each in kept if each.step in stay)
+    assert most is None or len(stay) == 1 or total <= most * 2**30
+    if most is None:
+        best = min(kept, key=lambda each: (each.metric, each.step)).step
+        wanted = (
+            {each.step for each in kept[-keep:]}
+            | {best}
+            | {s for s in range(1, len(kept) + 1) if every and s % every == 0}
+        )
+        assert stay == wanted

@@ -1,0 +1,164 @@
+"""What a run does when it is asked to stop, when a rank is lost, and when its loss spikes."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from fireflyds.config import RecoveryConfig
+from fireflyds.engine import spikes
+from fireflyds.engine.heartbeat import Heartbeat
+from fireflyds.engine.ranks import Ranks, free_port
+from fireflyds.engine.requests import Asked, Requests
+from fireflyds.engine.status import Status
+from fireflyds.errors import UserError
+from fireflyds.types import TrainState
+
+
+@pytest.fixture
+def requests(tmp_path: Path):
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    yield Requests(tmp_path)
+    dist.destroy_process_group()
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+def agreed(requests: Requests, failed: bool = False) -> Asked:
+    return requests.agreed(torch.device("cpu"), failed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_asks_to_stop(requests: Requests, number: signal.Signals) -> None:
+    assert agreed(requests) == Asked(save=False, stop=False, failed=False)
+    os.kill(os.getpid(), number)
+    assert agreed(requests) == Asked(save=False, stop=True, failed=False)
+    assert requests.reason == number.name
+
+
+def test_a_launchers_echo_of_ctrl_c_is_no_second_one(requests: Requests) -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert agreed(requests).stop
+    assert requests.reason == "SIGINT"
+
+
+def test_files_ask_once(requests: Requests, tmp_path: Path) -> None:
+    (tmp_path / "SAVE").touch()
+    assert agreed(requests) == Asked(save=True, stop=False, failed=False)
+    assert agreed(requests) == Asked(save=False, stop=False, failed=False)
+    (tmp_path / "STOP").touch()
+    assert agreed(requests, failed=True) == Asked(save=False, stop=True, failed=True)
+    assert not (tmp_path / "STOP").exists()
+    assert requests.reason == "STOP file"
+
+
+def test_a_second_ctrl_c_leaves_at_once(tmp_path: Path) -> None:
+    script = f"""
+import os, signal, time
+from pathlib import Path
+from fireflyds.engine.requests import Requests
+Requests(Path({str(tmp_path)!r}))
+os.kill(os.getpid(), signal.SIGINT)
+os.kill(os.getpid(), signal.SIGINT)
+time.sleep(60)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 130
+    assert "interrupted again: leaving at once" in done.stderr
+
+
+class Store:
+    """The ranks' meeting place, with rank 1 played by the test."""
+
+    def __init__(self, folder: Path, seconds: float = 5.0) -> None:
+        port = free_port()
+        self.store = dist.TCPStore("127.0.0.1", port, is_master=True)
+        self.others = dist.PrefixStore("fireflyds", self.store)
+        self.beating = Heartbeat(Ranks(0, 0, 2, "127.0.0.1", port), folder, seconds, Status(folder, 0, 9))
+
+    def beat(self, pid: int, host: str = "", step: int = 4) -> None:
+        about = {"host": host or socket.gethostname(), "pid": pid, "step": step, "time": 0}
+        self.others.set("beat/1", json.dumps(about))
+
+
+def test_a_rank_that_lives_is_left_alone_and_one_that_died_is_named(tmp_path: Path) -> None:
+    here = Store(tmp_path)
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    with here.beating:
+        here.beat(child.pid)
+        assert here.beating._look() is None
+        child.kill()
+        lost = None
+        until = time.monotonic() + 20
+        while lost is None and time.monotonic() < until:
+            lost = here.beating._look()
+        here.beating._left.set()  # before it ends this process too
+    child.wait()
+    assert lost is not None
+    assert lost.startswith(
+        f"rank 1 died (process {child.pid} on {socket.gethostname()}, after step 4); its log: {tmp_path}"
+    )
+    assert here.others.get("lost").decode() == lost
+
+
+def test_a_silent_rank_on_another_host_is_lost_after_the_time_given(tmp_path: Path, monkeypatch) -> None:
+    here, now = Store(tmp_path, seconds=30), [100.0]
+    here.beating._store = here.others
+    monkeypatch.setattr("fireflyds.engine.heartbeat.time.monotonic", lambda: now[0])
+    here.beat(1, "elsewhere", step=1)
+    assert here.beating._look() is None
+    now[0] += 29
+    assert here.beating._look() is None
+    here.beat(1, "elsewhere", step=2)
+    now[0] += 29
+    assert here.beating._look() is None
+    now[0] += 31
+    assert "rank 1 has been silent for 30 s" in str(here.beating._look())
+
+
+def test_what_a_failing_rank_said_is_told_and_one_that_left_is_not_missed(tmp_path: Path) -> None:
+    here = Store(tmp_path)
+    here.beating._store = here.others
+    here.beat(1, "elsewhere")
+    here.others.set("failed/1", "OutOfMemoryError: no more")
+    assert "rank 1 failed (OutOfMemoryError: no more)" in str(here.beating._look())
+    fresh = Store(tmp_path)
+    fresh.beating._store = fresh.others
+    fresh.others.set("left/1", "yes")
+    assert fresh.beating._look() is None
+
+
+def test_a_failed_collective_is_blamed_on_the_rank_that_was_lost(tmp_path: Path) -> None:
+    here = Store(tmp_path)
+    here.others.set("failed/1", "ValueError: x")
+    with pytest.raises(UserError, match="rank 1 failed"), here.beating:
+        raise RuntimeError("Connection closed by peer")
+
+
+def test_a_spike_stands_out_of_the_last_losses(tmp_path: Path) -> None:
+    config, state = RecoveryConfig(rollback_above=1.5), TrainState()
+    assert not any(spikes.is_spike(state, loss, config) for loss in [9.0, *[2.0] * 9])
+    assert not spikes.is_spike(state, 3.9, config)
+    assert spikes.is_spike(state, 4.4, config)
+    assert not spikes.is_spike(state, float("nan"), config)
+    assert not spikes.is_spike(state, 400.0, RecoveryConfig())
+    assert len(state.recent_losses) == 11
+
+
+def test_the_data_of_a_spike_are_passed_over_so_many_times(tmp_path: Path) -> None:
+    config = RecoveryConfig(rollback_above=1.5, max_rollbacks=2)
+    saved = TrainState(step=20, passed_over=3)
+    spikes.pass_over(TrainState(step=27, passed_over=3, rollbacks=1), saved, config)
+    assert (saved.step, saved.passed_over, saved.rollbacks) == (20, 10, 2)
+    with pytest.raises(UserError, match=r"step 27: the loss spikes again after 2 rollbacks"):
+        spikes.pass_over(TrainState(step=27, rollbacks=2), TrainState(step=20), config)
