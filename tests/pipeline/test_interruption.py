@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from samples import ENGLISH
-from wandb_file import finished, history
+from wandb_file import finished, history, records
 
 from fireflyds.engine import fragments
 
@@ -271,11 +271,28 @@ def test_wandb_offline_keeps_one_run_of_rank_zero(verb, arguments: list[str], tm
         "tracking.mode=offline",
         start=("deepspeed", "--num_gpus", "2"),
     )
-    folders = list((tmp_path / "runs" / "tracked").glob("wandb/offline-run-*"))
-    assert len(folders) == 1
-    rows = [row for row in history(finished(next(folders[0].glob("*.wandb")))) if "loss" in row]
+    files = [finished(file) for file in (tmp_path / "runs" / "tracked").glob("wandb/offline-run-*/*.wandb")]
+    assert len(files) == 1
+    rows = [row for row in history(files[0]) if "loss" in row]
     assert [row["step"] for row in rows] == [1, 2, 3]
-    assert all(
-        {"grad_norm", "tokens_per_second_per_gpu", "loss/all", "lr/matrices", "slowest_rank"} <= set(row)
-        for row in rows
-    )
+    keys = {
+        "grad_norm",
+        "tokens_per_second_per_gpu",
+        "loss/text",
+        "bits_per_byte",
+        "lr/matrices",
+        "slowest_rank",
+        "fill",
+    }
+    assert all(keys <= set(row) for row in rows)
+    assert all("mfu" not in row for row in rows)
+    out = verb("export", "run=tracked", "artifact=true").stdout
+    assert "is the artifact tracked of its W&B run" in out
+    again = set((tmp_path / "runs" / "tracked").glob("wandb/offline-run-*/*.wandb")) - set(files)
+    sent = [
+        record.artifact for record in records(finished(again.pop())) if record.WhichOneof("record_type") == "artifact"
+    ]
+    assert sent[0].run_id == files[0].stem.removeprefix("run-")
+    assert "model.safetensors" in [content.path for content in sent[0].manifest.contents]
+    refused = verb("export", "run=asked_nothing", "artifact=true", check=False)
+    assert refused.returncode == 2
