@@ -243,7 +243,7 @@ def test_a_spike_goes_back_and_passes_over_its_data(arguments: list[str], tmp_pa
         str(ROOT / "launch" / "train.py"),
         "run=spiky",
         *still,
-        "recovery.rollback_above=1.001",
+        "recovery.rollback_above=1.00005",
         "recovery.max_rollbacks=1",
     ]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=280)

@@ -1,6 +1,6 @@
 """Several short trainings in one process per rank, for tests that compare them: `train_cases.py cases.json out.json`.
 
-A case: `overrides` of the training's configuration, `steps`, and where wanted `run_dir` (a checkpoint is saved there at
+A case: `overrides` of the training's configuration, `steps`, and where wanted `rows` of a step, `run_dir` (a checkpoint is saved there at
 the end), `overflow` (steps whose gradients leave float16's range), `nan_at` (the step from which on a layer gives no numbers), `spoilt_gradients`
 (steps whose gradients are not finite behind a finite loss), `resume` (a run directory to go on from).
 """
@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -49,41 +50,47 @@ DOMAINS = ["zh", "en", "code"]
 
 
 class Batches:
-    """The same rows for any number of ranks: documents that repeat every few steps, so that they can be learnt."""
+    """The same rows for any number of ranks and micro-batches: documents that repeat, so that they can be learnt."""
 
-    def __init__(self, vocab_size: int, rank: int, world_size: int) -> None:
-        self._vocab_size, self._mine = vocab_size, range(rank, ROWS, world_size)
+    def __init__(self, vocab_size: int, rows: int, micro_batch_size: int, me: ranks.Ranks) -> None:
+        self._vocab_size, self._rows = vocab_size, rows
+        own = range(me.rank * micro_batch_size, rows, me.world_size * micro_batch_size)
+        self._mine = [range(first, first + micro_batch_size) for first in own]
 
     def steps(self, first: int, end: int):
         for step in range(first, end):
-            yield [self._row(step % 3 * ROWS + row) for row in self._mine]
+            yield [self._batch([step % 3 * self._rows + row for row in rows]) for rows in self._mine]
 
     def documents(self, number: int, micro: int) -> str:
-        return f"documents of row {self._mine[micro]} of step {number}"
+        return f"documents of row {self._mine[micro][0]} of step {number}"
 
-    def _row(self, seed: int) -> PackedBatch:
-        generator = torch.Generator().manual_seed(seed)
-        documents = [torch.randint(0, self._vocab_size, (length,), generator=generator) for length in LENGTHS]
+    def _batch(self, seeds: list[int]) -> PackedBatch:
+        documents = []
+        for seed in seeds:
+            generator = torch.Generator().manual_seed(seed)
+            documents += [torch.randint(0, self._vocab_size, (length,), generator=generator) for length in LENGTHS]
         end = torch.tensor([IGNORE_INDEX])
+        bounds = torch.tensor([0, *accumulate(len(ids) for ids in documents)], dtype=torch.int32)
         return PackedBatch(
             input_ids=torch.cat(documents)[None],
             labels=torch.cat([torch.cat([ids[1:], end]) for ids in documents])[None],
             position_ids=torch.cat([torch.arange(len(ids)) for ids in documents])[None],
-            cu_seqlens=torch.tensor([0, 20, 21, 32], dtype=torch.int32),
-            max_seqlen=20,
-            domains=torch.tensor([0, 1, seed % 2]),
-            num_learned=29,
+            cu_seqlens=bounds,
+            max_seqlen=max(LENGTHS),
+            domains=torch.tensor([domain for seed in seeds for domain in (0, 1, seed % 2)]),
+            num_learned=29 * len(seeds),
         )
 
 
 def run_case(case: dict, me: ranks.Ranks) -> dict:
+    rows = case.get("rows", ROWS)
     config: TrainConfig = app.compose(
         "train",
         [
             "run=x",
             "data=a/b",
             "optim.steps=9",
-            "global_batch_size=4",
+            f"global_batch_size={rows}",
             "optim.schedule=constant",
             "seed=0",
             *case["overrides"],
@@ -95,11 +102,14 @@ def run_case(case: dict, me: ranks.Ranks) -> dict:
     model = packed_model(config, hf_config, precision)
     names = [group.name for group in parameter_groups(model, config)]
     widths = np.full(hf_config.vocab_size, 3, np.int32)
-    measured = Measured(DOMAINS, widths, names, ROWS * 32, step_flops(model), 1e12)
-    engine = deepspeed.build_engine(model, config, precision, ROWS // me.world_size)
+    measured = Measured(DOMAINS, widths, names, rows * 32, step_flops(model), 1e12)
+    engine = deepspeed.build_engine(model, config, precision, deepspeed.accumulation_steps(config, me.world_size))
     state = TrainState()
     if case.get("resume"):
-        state = checkpoint.load(engine, Path(case["resume"]), print)
+        try:
+            state = checkpoint.load(engine, Path(case["resume"]), print)
+        except UserError as error:
+            return {"error": str(error)}
     kinds = ("losses", "scales", "skipped", "norms", "lrs", "parameters", "extra")
     found = {kind: [] for kind in kinds} | {"error": None}
 
@@ -120,7 +130,7 @@ def run_case(case: dict, me: ranks.Ranks) -> dict:
     if case.get("spoilt_gradients"):
         hidden = model.get_submodule("model.layers.0.mlp.down_proj")
         hidden.register_forward_hook(lambda module, inputs, output: output.register_hook(spoil_gradient) and None)
-    end, batches = state.step + case["steps"], Batches(hf_config.vocab_size, me.rank, me.world_size)
+    end, batches = state.step + case["steps"], Batches(hf_config.vocab_size, rows, config.micro_batch_size, me)
     try:
         for step in train_steps(engine, batches, state, config, end, device_batch, measured):
             found["losses"].append(step.loss)
