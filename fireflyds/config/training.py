@@ -1,5 +1,6 @@
 """A training run: its sections and the whole."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,9 +113,14 @@ class HardwareConfig:
     """Recompute activations in the backward pass to save memory."""
     timeout_minutes: float = 30.0
     """A collective that takes longer ends the run."""
+    peak_tflops: float | None = None
+    """Peak of one device for matrix products in the precision trained in, in TFLOP/s: what MFU is measured against.
+    Unset: the published peak of a known GPU; no MFU for another device."""
 
     def __post_init__(self) -> None:
         require_at_least(self, "hardware.", loss_scale_window=1, hysteresis=1, min_loss_scale=2.0**-14)
+        if self.peak_tflops is not None and not 0 < self.peak_tflops < math.inf:
+            raise UserError(f"hardware.peak_tflops={self.peak_tflops}: must be a number greater than 0, or null")
         if not 0 <= self.initial_scale_power <= 32 or 2.0**self.initial_scale_power < self.min_loss_scale:
             raise UserError(
                 f"hardware.initial_scale_power={self.initial_scale_power}: must be from 0 to 32, and 2 to it at least "
