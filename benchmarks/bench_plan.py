@@ -4,9 +4,11 @@
 
 Every setting runs in processes of its own: the engine is built as `launch/train.py` builds it and takes two steps over packed
 random documents. On the CPU the peak is that of anonymous memory over what the process held after a step of a tiny model
-(libraries, thread pools), of the rank with most; on a GPU it is `max_memory_allocated`. Writes `plan_<machine>.{md,csv}`.
+(libraries, thread pools), of the rank with most; on a GPU it is `max_memory_allocated`. Writes `plan_<machine>.{md,csv}`;
+a setting whose row stands in the csv is not measured again.
 """
 
+import contextlib
 import csv
 import gc
 import json
@@ -185,7 +187,8 @@ def save(folder: Path, name: str) -> None:
     if not (folder / name).exists():
         torch.manual_seed(0)
         settings = {key: value for key, value in architecture(name).items() if key != "model_type"}
-        torch.set_default_dtype(torch.bfloat16)
+        # On the CPU weights of the wanted number format stay mapped from their file, and would not be anonymous.
+        torch.set_default_dtype(torch.bfloat16 if torch.cuda.is_available() else torch.float32)
         LlamaForCausalLM(LlamaConfig(**settings)).save_pretrained(folder / name)
         torch.set_default_dtype(torch.float32)
 
@@ -208,14 +211,27 @@ def measure(folder: Path, name: str, num_ranks: int, rows: int, options: str) ->
     return max(found, key=lambda each: each["measured"])
 
 
+def _number(text: str) -> str | int | float:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
+
+
 def main(results: Path) -> None:
     import torch
 
     settings = GPU if torch.cuda.is_available() else CPU
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu2"
-    rows = []
+    stem = results / f"plan_{machine.lower().replace(' ', '_')}_{date.today():%Y%m}"
+    table, rows = stem.with_suffix(".csv"), []
+    if table.exists():
+        with table.open(encoding="utf-8") as stream:
+            rows = [{key: _number(value) for key, value in row.items()} for row in csv.DictReader(stream)]
     with tempfile.TemporaryDirectory() as folder:
         for name, num_ranks, step, options in settings:
+            if (name, num_ranks, options) in [(row["model"], row["ranks"], row["options"]) for row in rows]:
+                continue
             found = measure(Path(folder), name, num_ranks, step, options)
             items = {item: round(size / 2**20) for item, size in found["items"].items()}
             rows.append(
@@ -223,14 +239,12 @@ def main(results: Path) -> None:
                  "measured_mib": round(found["measured"] / 2**20), "planned_over_measured": round(found["planned"] / found["measured"], 3),
                  "moment": found["moment"]} | items
             )  # fmt: skip
-            print(rows[-1], flush=True)
+            with table.open("w", newline="", encoding="utf-8") as stream:
+                writer = csv.DictWriter(stream, list(rows[0]))
+                writer.writeheader()
+                writer.writerows(rows)
     bound = 0.10 if torch.cuda.is_available() else 0.15
     within = sum(abs(row["planned_over_measured"] - 1) <= bound for row in rows)
-    stem = results / f"plan_{machine.lower().replace(' ', '_')}_{date.today():%Y%m}"
-    with stem.with_suffix(".csv").open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
     lines = [
         "# Planned memory and measured", "", describe("torch", "transformers", "deepspeed", "peft", "bitsandbytes"), "",
         f"Peak of one rank, MiB; {within} of {len(rows)} within {bound:.0%}. Two micro-batches a step, two steps, four documents "

@@ -46,6 +46,8 @@ class Memory:
 
     moment: str
     items: dict[str, float]
+    highest: dict[str, float]
+    """Each item at the moment when it is highest itself: they are not all so at once."""
     host: float
     """Offloaded states, in use all the time."""
     host_loading: float
@@ -76,7 +78,8 @@ def estimate(
     held = _Held(shape, config, precision, where, device)
     found = held.moments(labelled_share)
     name = max(found, key=lambda each: sum(found[each].values()))
-    return Memory(name, found[name], held.host(), held.loading())
+    highest = {item: max(items[item] for items in found.values()) for item in ITEMS}
+    return Memory(name, found[name], highest, held.host(), held.loading())
 
 
 def moments(

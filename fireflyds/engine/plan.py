@@ -191,7 +191,9 @@ def _told(choice: Choice, work: Work) -> dict[str, Any]:
         "gradient_checkpointing": where.checkpointing,
         "fits": choice.fits,
         "why_not": choice.why_not,
-        "memory_per_gpu": choice.memory.items | {"total": choice.memory.total, "moment": choice.memory.moment},
+        "memory_per_gpu": choice.memory.items | {"total": choice.memory.total},
+        "moment": choice.memory.moment,
+        "highest_of_each": choice.memory.highest,
         "host_memory_per_node": choice.host_per_node,
         "seconds_per_step": choice.seconds,
         "compute_seconds": choice.compute_seconds,
@@ -251,7 +253,7 @@ _ITEMS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers
 
 def _head() -> str:
     names = "".join(f"{name:>12}" for name in (*_ITEMS, "total"))
-    return f"{'zero':<5}{'offload':<16}{'micro':>5}{'ckpt':>5}{names}{'host':>8}{'s/step':>9}{'tokens/s':>11}"
+    return f"{'zero':<5}{'offload':<16}{'micro':>5}{'ckpt':>5}{names}{'host':>8}{'s/step':>9}{'tokens/s':>11}  moment"
 
 
 def _row(choice: Choice, work: Work, best: bool) -> str:
@@ -260,5 +262,5 @@ def _row(choice: Choice, work: Work, best: bool) -> str:
     checkpointing = "yes" if where.checkpointing else "no"
     return (
         f"{where.stage:<5}{choice.offload:<16}{where.micro_batch_size:>5}{checkpointing:>5}{sizes}"
-        f"{choice.host_per_node / GIB:>8.0f}{choice.seconds:>9.2f}{work.tokens / choice.seconds:>11,.0f}{'  <- fastest' * best}"
+        f"{choice.host_per_node / GIB:>8.0f}{choice.seconds:>9.2f}{work.tokens / choice.seconds:>11,.0f}  {choice.memory.moment}{', fastest' * best}"
     )
