@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from fireflyds import app
-from fireflyds.config import ModelConfig, PlanConfig, PlanFormat
+from fireflyds.config import ModelConfig, ModelInit, PlanConfig, PlanFormat
 
 
 def plan(config: PlanConfig) -> None:
@@ -28,6 +28,8 @@ def plan(config: PlanConfig) -> None:
     notes = optimizers.check(config, precision)
     encoder = load_encoder(config.model.tokenizer_path) if _has_tokenizer(config.model) else None
     hf_config = load.architecture_of(config.model) if encoder is None else load.read_config(config.model, encoder)
+    if encoder is None and config.model.init is ModelInit.scratch and "vocab_size" not in config.model.architecture:
+        notes.append(f"note: no tokenizer at {config.model.tokenizer} yet: vocab_size={hf_config.vocab_size} was taken")
     data = planned.data_of(config, None if encoder is None else encoder.fingerprint())
     family = load.family_of(hf_config.model_type)
     new_rows_from = load.base_vocab_size(config.model, hf_config)

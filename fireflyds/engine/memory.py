@@ -150,8 +150,9 @@ class _Held:
             held = min(self.trained, _ALL_REDUCE) * w
         if zero.overlap_comm and stage:
             held *= 2
-        # Offloaded gradients pass through a buffer of the largest.
-        passing = self.shape.largest * w * (self.where.offload_optimizer and stage < 3)
+        # Offloaded gradients pass through a buffer of the largest, on either side.
+        sides = 2 if self.device == "cpu" else 1
+        passing = sides * self.shape.largest * w * (self.where.offload_optimizer and stage < 3)
         return held + live + passing
 
     def moments(self, labelled_share: float) -> dict[str, dict[str, float]]:
@@ -165,8 +166,9 @@ class _Held:
         still = {"weights": self.weights(), "optimizer": self.optimizer(), "fixed": float(_FIXED[self.device])}
         if where.offload_param and self.device == "cuda":
             still["weights"] = 0.0
-        if where.offload_optimizer and self.device == "cuda":
-            still["optimizer"] = 0.0
+        if where.offload_optimizer:
+            # On the CPU the host is the device.
+            still["optimizer"] = self.offloaded() if self.device == "cpu" else 0.0
         before, during = self.gradients(end=False), self.buffers(backward=False)
         found = {
             "loss": {
@@ -203,7 +205,7 @@ class _Held:
     def update(self) -> float:
         """Gradients while the optimizer works: as they came, flat or in float32, and its own room."""
         w, stage = self.wide, self.where.stage
-        if self.where.offload_optimizer and self.device == "cuda":
+        if self.where.offload_optimizer:
             return 0.0
         if stage == 0:
             return self.trained * (w + (4 if w == 2 else 0)) + self.stepping * 4 * self.shape.largest
@@ -213,13 +215,13 @@ class _Held:
         mine = self.each if stage == 3 else sum(kept_of(sizes, self.shards) for sizes, _ in self.shape.groups)
         return mine * w + max(group * (4 + w if w == 2 else 4), group * 4 * (1 + self.stepping))
 
+    def offloaded(self) -> float:
+        """Masters, states and float32 gradients, a copy of the shard in the model's format, and gradients that add up."""
+        again = self.where.accumulation > 1
+        return self.optimizer() + self.each * (4 + self.wide + self.wide * again)
+
     def host(self) -> float:
-        """Masters, states and gradients of offloaded optimizers, a copy of the shard in the model's format; weights."""
-        offloaded = 0.0
-        if self.where.offload_optimizer:
-            offloaded += self.optimizer() + self.each * (4 + self.wide)
-            offloaded += self.each * self.wide * (self.where.accumulation > 1)
-        return offloaded + self.weights() * self.where.offload_param
+        return self.offloaded() * self.where.offload_optimizer + self.weights() * self.where.offload_param
 
     def loading(self) -> float:
         """Every rank reads the whole model on its host, except where it is quantised on the way."""

@@ -67,7 +67,7 @@ class Plan:
 
     @property
     def checkpoint_bytes(self) -> float:
-        return checkpoint_bytes(self.shape, self.precision, self.best.where.stage)
+        return checkpoint_bytes(self.shape, self.precision, self.own.where.stage)
 
 
 def data_of(config: PlanConfig, fingerprint: str | None) -> Data:
@@ -155,8 +155,8 @@ def make(config: PlanConfig, shape: Shape, flops: StepFlops, precision: Precisio
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """The plan for programs. Sizes in bytes, times in seconds; `memory_per_gpu` is that of the configuration itself,
-    hours and disk are those of the fastest choice that fits, where one does."""
+    """The plan for programs. Sizes in bytes, times in seconds; `memory_per_gpu` and disk are those of the
+    configuration itself, hours and tokens/s those of the fastest choice that fits, where one does."""
     config, data, best, steps = plan.config, plan.data, plan.best, plan.data.steps
     return {
         "cluster": asdict(config.cluster),

@@ -157,7 +157,7 @@ def test_every_cluster_has_gpus_whose_peak_is_known(name: str) -> None:
 
 @pytest.mark.slow
 def test_steps_tokens_and_disk_are_those_of_the_run(verb, tmp_path: Path, base_tokenizer: Path) -> None:
-    (tmp_path / "en.txt").write_text("\n".join(ENGLISH * 20), encoding="utf-8")
+    (tmp_path / "en.txt").write_text("\n".join(ENGLISH), encoding="utf-8")
     verb("prepare", "data=en.txt", f"tokenizer={base_tokenizer}", "out=en", "workers=1")
     architecture = (
         "{model_type: llama, hidden_size: 256, intermediate_size: 512, num_hidden_layers: 2, num_attention_heads: 4, "
