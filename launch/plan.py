@@ -1,44 +1,55 @@
-"""Say what a training run would train, without weights, network or GPU.
+"""Say what a training run trains, needs and lasts on given GPUs, without weights, network or GPU.
 
-    python launch/plan.py experiment=firefly_llama2_7b_ext_cpt_qlora
+    python launch/plan.py experiment=firefly_llama2_7b_ext_cpt_qlora cluster=v100x4
+    python launch/plan.py experiment=firefly_llama2_7b_ext_cpt_qlora cluster=a100x8 tuning=full optim=adamw data=stores/cpt
     python launch/plan.py model=models/llama-2-7b-zh tuning=lora tuning.embeddings=new_rows optim.steps=1000 format=json
 
-Takes what `launch/train.py` takes; `run` and `data` are not needed, nor is `model.path` where `conf/model` has the
-architecture's numbers.
+Takes what `launch/train.py` takes, and `cluster`; `run` and `data` are not needed, nor is `model.path` where
+`conf/model` has the architecture's numbers. ZeRO stage, offloading, micro-batch and checkpointing are varied.
 """
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 from fireflyds import app
-from fireflyds.config import PlanConfig, PlanFormat, Precision
+from fireflyds.config import ModelConfig, ModelInit, PlanConfig, PlanFormat
 
 
 def plan(config: PlanConfig) -> None:
     from fireflyds.engine import groups, optimizers
+    from fireflyds.engine import plan as planned
+    from fireflyds.engine.flops import step_flops
+    from fireflyds.engine.shape import shape_of
     from fireflyds.models import load, tuning
+    from fireflyds.tokenizer.encoder import load_encoder
 
-    # `auto` depends on the machine that trains, which this need not be.
-    precision = Precision.bf16 if config.hardware.precision is Precision.auto else config.hardware.precision
+    precision = planned.precision_of(config)
     notes = optimizers.check(config, precision)
-    hf_config = load.architecture_of(config.model)
+    encoder = load_encoder(config.model.tokenizer_path) if _has_tokenizer(config.model) else None
+    hf_config = load.architecture_of(config.model) if encoder is None else load.read_config(config.model, encoder)
+    if encoder is None and config.model.init is ModelInit.scratch and "vocab_size" not in config.model.architecture:
+        notes.append(f"note: no tokenizer at {config.model.tokenizer} yet: vocab_size={hf_config.vocab_size} was taken")
+    data = planned.data_of(config, None if encoder is None else encoder.fingerprint())
     family = load.family_of(hf_config.model_type)
     new_rows_from = load.base_vocab_size(config.model, hf_config)
     model = tuning.apply(load.bare_model(hf_config), family, config.tuning, new_rows_from, config.seed)
     rows = groups.rows_of_table(model, config, precision)
     total, trainable = groups.count_parameters(model)
+
+    found = planned.make(config, shape_of(model, config), step_flops(model), precision, data)
     if config.format is PlanFormat.json:
-        print(
-            json.dumps(
-                {"parameters": total, "trainable_parameters": trainable, "groups": [asdict(row) for row in rows]}
-            )
-        )
+        about = {"parameters": total, "trainable_parameters": trainable, "groups": [asdict(row) for row in rows]}
+        print(json.dumps(about | planned.as_json(found)))
         return
-    print(f"{trainable:,} of {total:,} parameters train\n{groups.table(rows)}")
-    if config.hardware.precision is Precision.auto:
-        notes.append("note: hardware.precision=auto was counted as bf16, that of a GPU which has it")
+    print(f"{trainable:,} of {total:,} parameters train\n{groups.table(rows)}\n{planned.report(found)}")
     for note in notes:
         print(note)
+
+
+def _has_tokenizer(config: ModelConfig) -> bool:
+    """A model may be planned by its numbers alone."""
+    return bool((config.tokenizer or config.path) and Path(config.tokenizer_path).exists())
 
 
 if __name__ == "__main__":

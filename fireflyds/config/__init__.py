@@ -3,6 +3,7 @@
 A field's docstring is its entry in the option reference (`conf/README.md`) and in `-h`.
 """
 
+from fireflyds.config.cluster import ClusterConfig
 from fireflyds.config.data import CleanConfig, DataConfig, PhaseConfig, PrepareConfig, SourceConfig
 from fireflyds.config.optim import GroupConfig, OptimConfig
 from fireflyds.config.training import (
@@ -58,6 +59,7 @@ __all__ = [
     "ChatConfig",
     "CheckpointConfig",
     "CleanConfig",
+    "ClusterConfig",
     "DataConfig",
     "DemoConfig",
     "DoctorConfig",

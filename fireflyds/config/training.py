@@ -6,6 +6,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from fireflyds.config.cluster import ClusterConfig
 from fireflyds.config.data import DataConfig
 from fireflyds.config.optim import OptimConfig
 from fireflyds.config.tuning import TuningConfig
@@ -226,5 +227,6 @@ class TrainConfig:
 class PlanConfig(TrainConfig):
     run: str = "plan"
     """As in `train`; not needed here."""
+    cluster: ClusterConfig = MISSING
     format: PlanFormat = PlanFormat.table
     """`table` for people, `json` for programs."""

@@ -99,6 +99,13 @@ def windows(hf_config: Any) -> list[int | None]:
     return [window] * int(hf_config.num_hidden_layers)
 
 
+def block_order(hf_config: Any) -> dict[str, int]:
+    """Names of modules of a block with where they come in it: 1 what attention reads, 3 its output, 5 what the
+    feed-forward layer reads, 6 its output."""
+    parallel = getattr(hf_config, "parallel_attn", False) or getattr(hf_config, "new_decoder_architecture", False)
+    return _ORDER | (_PARALLEL if parallel else {})
+
+
 def _places(model: Any) -> Iterator[tuple[str, Place]]:
     """Parameters by name with where they come in the forward pass: block, module, base and A before B."""
     head = {id(parameter) for parameter in model.get_output_embeddings().parameters()}

@@ -12,7 +12,7 @@ from fireflyds.errors import UserError
 _STATE_BYTES = {Optimizer.adamw: 8, Optimizer.paged_adamw_32bit: 8, Optimizer.adamw_8bit: 2, Optimizer.muon: 8}
 _MUON_STATE_BYTES = 4
 # NF4: blocks of 64 with an 8-bit scale, and a 32-bit scale for 256 of these (QLoRA's 4.127 bits).
-_QUANTISED_BYTES = {4: 0.5 + (1 + 4 / 256) / 64, 8: 1.0}
+QUANTISED_BYTES = {4: 0.5 + (1 + 4 / 256) / 64, 8: 1.0}
 
 
 @dataclass(slots=True)
@@ -107,7 +107,7 @@ def rows_of_table(model: Any, config: TrainConfig, precision: Precision) -> list
     wide = 4 if precision is Precision.fp32 else 2
     rows = []
     for group in parameter_groups(model, config):
-        state = _MUON_STATE_BYTES if group.use_muon else _STATE_BYTES[config.optim.name]
+        state = state_bytes(group, config)
         # In float32 ZeRO keeps a copy of the weights as masters too.
         masters = 4 if wide == 2 or config.zero.stage else 0
         each = 2 * wide + masters + state
@@ -115,6 +115,11 @@ def rows_of_table(model: Any, config: TrainConfig, precision: Precision) -> list
         rows.append(Row(group.name, number, group.lr, group.weight_decay, precision.name, each * number))
     rows.append(_frozen(model, config, precision.name, wide))
     return rows
+
+
+def state_bytes(group: Group, config: TrainConfig) -> int:
+    """Bytes of optimizer state for one parameter of a group."""
+    return _MUON_STATE_BYTES if group.use_muon else _STATE_BYTES[config.optim.name]
 
 
 def _frozen(model: Any, config: TrainConfig, precision: str, wide: int) -> Row:
@@ -127,15 +132,15 @@ def _frozen(model: Any, config: TrainConfig, precision: str, wide: int) -> Row:
     }  # fmt: skip
     for parameter in model.parameters():
         if not parameter.requires_grad and id(parameter) in packed:
-            quantised += _numel(parameter)
+            quantised += stands_for(parameter)
         elif not parameter.requires_grad:
             plain += parameter.numel()
     kinds = [("nf4" if config.tuning.bits == 4 else "int8")] * bool(quantised) + [precision] * bool(plain)
-    held = round(quantised * _QUANTISED_BYTES[config.tuning.bits] + plain * wide)
+    held = round(quantised * QUANTISED_BYTES[config.tuning.bits] + plain * wide)
     return Row("frozen", quantised + plain, None, None, "+".join(kinds), held)
 
 
-def _numel(parameter: Any) -> int:
+def stands_for(parameter: Any) -> int:
     """A 4-bit weight counts what it stands for."""
     state = getattr(parameter, "quant_state", None)
     return int(parameter.numel() if state is None else state.shape.numel())
@@ -143,7 +148,7 @@ def _numel(parameter: Any) -> int:
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """All parameters and those that train."""
-    each = [(_numel(parameter), parameter.requires_grad) for parameter in model.parameters()]
+    each = [(stands_for(parameter), parameter.requires_grad) for parameter in model.parameters()]
     return sum(number for number, _ in each), sum(number for number, trains in each if trains)
 
 

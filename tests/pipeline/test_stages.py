@@ -148,12 +148,30 @@ def test_the_plan_of_published_recipes_counts_what_was_published(
 
 
 def test_the_plan_needs_no_weights_no_data_and_no_run(verb) -> None:
-    done = verb("plan", "experiment=firefly_llama2_7b_ext_cpt_qlora", "format=json")
+    done = verb("plan", "experiment=firefly_llama2_7b_ext_cpt_qlora", "cluster=v100x4", "format=json")
     found = json.loads(done.stdout)
     assert (found["parameters"], found["trainable_parameters"]) == (7_089_164_288, 612_892_672)
     assert [row["group"] for row in found["groups"]] == ["lora_A", "lora_B", "embeddings", "head", "frozen"]
     # 6.476 billion numbers of the body in 4.127 bits.
     assert found["groups"][-1]["memory_bytes"] == pytest.approx(6_476_005_376 * 4.127 / 8, rel=2e-3)
+    assert set(found["memory_per_gpu"]) == {
+        "weights",
+        "gradients",
+        "optimizer",
+        "activations",
+        "logits",
+        "buffers",
+        "fixed",
+        "total",
+    }
+    assert found["memory_per_gpu"] == found["own"]["memory_per_gpu"]
+    assert {choice["stage"] for choice in found["choices"] if choice["fits"]} == {1, 2, 3}
+    assert found["fastest"] == found["choices"][0]
+    shown = verb("plan", "experiment=firefly_llama2_7b_ext_cpt_qlora", "cluster=v100x4", "optim.steps=100").stdout
+    assert "612,892,672 of 7,089,164,288 parameters train" in shown
+    assert "4 x V100 (31.7 GiB), fp16, 125 TFLOP/s at most, MFU 30% expected" in shown
+    assert "100 steps of 48 rows, 4,915,200 tokens, " in shown
+    assert "as configured (zero=2, offload none, micro_batch_size=6, with checkpointing): fits" in shown
     refused = verb("plan", "experiment=firefly_llama2_7b_ext_cpt_qlora", "tuning.bits=8", "zero=3", check=False)
     assert refused.returncode == 2
     assert "Nearest: zero=2, or tuning.bits=4" in refused.stderr

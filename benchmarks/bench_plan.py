@@ -1,0 +1,266 @@
+"""Planned memory next to measured: models of 50 to 110 million parameters on the CPU, of 1 to 7 billion on a GPU.
+
+    python benchmarks/bench_plan.py [results folder]
+
+Every setting runs in processes of its own: the engine is built as `launch/train.py` builds it and takes two steps over packed
+random documents. On the CPU the peak is that of anonymous memory over what the process held after a step of a tiny model
+(libraries, thread pools), of the rank with most; on a GPU it is `max_memory_allocated`. Writes `plan_<machine>.{md,csv}`;
+a setting whose row stands in the csv is not measured again.
+"""
+
+import contextlib
+import csv
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from machine import describe
+
+ROOT = Path(__file__).parents[1]
+SHAPES = {
+    "tiny": (64, 32, 64, 2, 2),
+    "67M": (16000, 768, 2048, 6, 12),
+    "111M": (32000, 1024, 2816, 4, 16),
+    "1.1B": (32000, 2048, 5632, 22, 32),
+    "7B": (55296, 4096, 11008, 32, 32),
+}
+# Model, ranks, rows of a step, options. Two micro-batches in a step, so that gradients add up.
+CPU = [
+    ("67M", 1, 2, "zero=0 hardware=cpu seq_len=1024"),
+    ("67M", 1, 2, "zero=0 hardware=bf16 seq_len=1024"),
+    ("67M", 1, 2, "zero=2 hardware=cpu seq_len=1024"),
+    ("67M", 1, 2, "zero=2 hardware=bf16 seq_len=1024"),
+    ("67M", 1, 2, "zero=2 hardware=cpu seq_len=2048 hardware.gradient_checkpointing=true"),
+    ("67M", 1, 2, "zero=3 hardware=bf16 seq_len=2048"),
+    ("67M", 2, 4, "zero=1 hardware=cpu seq_len=1024"),
+    ("67M", 2, 4, "zero=2 hardware=bf16 seq_len=2048"),
+    ("67M", 2, 4, "zero=3 hardware=cpu seq_len=1024"),
+    ("67M", 1, 2, "zero=1 hardware=cpu seq_len=1024 optim=muon"),
+    ("111M", 1, 2, "zero=2 hardware=cpu seq_len=1024 tuning=lora"),
+    ("111M", 1, 2, "zero=0 hardware=bf16 seq_len=2048 tuning=lora hardware.gradient_checkpointing=true"),
+    ("111M", 1, 4, "zero=2 hardware=bf16 seq_len=1024 micro_batch_size=2 tuning=qlora"),
+    ("111M", 1, 2, "zero=2 hardware=bf16 seq_len=4096 tuning=qlora tuning.embeddings=all tuning.head=all hardware.gradient_checkpointing=true"),
+    ("111M", 2, 4, "zero=1 hardware=bf16 seq_len=2048 tuning=lora tuning.head=all"),
+    ("111M", 1, 2, "zero=2 hardware=cpu seq_len=1024 zero.offload_optimizer=cpu"),
+]  # fmt: skip
+GPU = [
+    ("1.1B", 1, 2, "zero=1 hardware=bf16 seq_len=4096"),
+    ("1.1B", 1, 2, "zero=3 hardware=bf16 seq_len=4096 hardware.gradient_checkpointing=true"),
+    ("1.1B", 1, 8, "zero=2 hardware=bf16 seq_len=4096 micro_batch_size=4 tuning=lora hardware.gradient_checkpointing=true"),
+    ("7B", 1, 2, "zero=1 hardware=bf16 seq_len=2048 hardware.gradient_checkpointing=true"),
+    ("7B", 1, 2, "zero=2 hardware=bf16 seq_len=4096 tuning=qlora"),
+    ("7B", 1, 8, "zero=2 hardware=bf16 seq_len=4096 micro_batch_size=4 tuning=qlora tuning.embeddings=all tuning.head=all "
+     "hardware.gradient_checkpointing=true"),
+]  # fmt: skip
+DOCUMENTS = 4
+"""In a row."""
+
+
+def architecture(name: str) -> dict[str, Any]:
+    vocab_size, hidden_size, intermediate_size, layers, heads = SHAPES[name]
+    return {
+        "model_type": "llama", "vocab_size": vocab_size, "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": heads, "max_position_embeddings": 4096, "tie_word_embeddings": False,
+    }  # fmt: skip
+
+
+class Peak:
+    """The most anonymous memory of this process while it is watched; on a GPU torch counts."""
+
+    def __init__(self) -> None:
+        self.before, self.highest = anonymous(), 0
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while True:
+            self.highest = max(self.highest, anonymous())
+            time.sleep(0.002)
+
+    def bytes(self) -> int:
+        import torch
+
+        return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else self.highest - self.before
+
+
+def anonymous() -> int:
+    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
+
+
+class Rows:
+    """Documents of equal length, each with a label everywhere but at its end."""
+
+    def __init__(self, config: Any, vocab_size: int, accumulation: int) -> None:
+        self.config, self.vocab_size, self.accumulation = config, vocab_size, accumulation
+
+    def steps(self, first: int, end: int) -> Any:
+        for step in range(first, end):
+            yield [self.batch(step * self.accumulation + each) for each in range(self.accumulation)]
+
+    def batch(self, seed: int) -> Any:
+        import torch
+
+        from fireflyds.types import IGNORE_INDEX, PackedBatch
+
+        count, length = self.config.micro_batch_size * DOCUMENTS, self.config.seq_len // DOCUMENTS
+        ids = torch.randint(0, self.vocab_size, (count, length), generator=torch.Generator().manual_seed(seed))
+        return PackedBatch(
+            input_ids=ids.reshape(1, -1),
+            labels=torch.cat([ids[:, 1:], torch.full((count, 1), IGNORE_INDEX)], 1).reshape(1, -1),
+            position_ids=torch.arange(length).repeat(count)[None],
+            cu_seqlens=torch.arange(0, count * length + 1, length, dtype=torch.int32),
+            max_seqlen=length, domains=torch.zeros(count, dtype=torch.int64), num_learned=count * (length - 1),
+        )  # fmt: skip
+
+
+def train(overrides: list[str], steps: int) -> dict[str, Any]:
+    """Take steps; what was planned for them."""
+    from fireflyds import app
+    from fireflyds.engine import deepspeed, memory, ranks
+    from fireflyds.engine.loop import train_steps
+    from fireflyds.engine.packed import packed_model
+    from fireflyds.engine.shape import shape_of
+    from fireflyds.models import load
+    from fireflyds.models.fuse import device_batch
+    from fireflyds.types import TrainState
+
+    me = ranks.discover(os.environ)
+    config = app.compose("train", ["run=x", "data=a/b", "optim.steps=9", "optim.schedule=constant", *overrides])
+    precision = deepspeed.resolve_precision(config.hardware)
+    accumulation = deepspeed.accumulation_steps(config, me.world_size)
+    hf_config = load.architecture_of(config.model)
+    model = packed_model(config, hf_config, precision)
+    where = memory.placement_of(config, me.world_size, accumulation)
+    device = "cuda" if deepspeed.pick_accelerator() else "cpu"
+    planned = memory.estimate(shape_of(model, config), config, precision, where, device)
+    engine = deepspeed.build_engine(model, config, precision, accumulation)
+    rows = Rows(config, hf_config.vocab_size, accumulation)
+    for _ in train_steps(engine, rows, TrainState(), config.optim, steps, 0, device_batch):
+        pass
+    return {"planned": planned.total, "moment": planned.moment, "items": planned.items}
+
+
+def child(out: Path, folder: Path, name: str, options: list[str]) -> None:
+    """One rank of a setting."""
+    import torch
+
+    from fireflyds.engine import deepspeed, ranks
+
+    me = ranks.discover(os.environ)
+    deepspeed.start(me, 10)
+    warm = [option for option in options if not option.startswith("seq_len")]
+    train([*model(folder, "tiny", warm), *warm, "seq_len=64"], 1)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    peak = Peak()
+    found = train([*model(folder, name, options), *options], 2)
+    out.with_suffix(f".{me.rank}").write_text(json.dumps(found | {"measured": peak.bytes()}))
+    deepspeed.leave()
+
+
+def model(folder: Path, name: str, options: list[str]) -> list[str]:
+    """A model from scratch, or one on the disk where it is to be quantised."""
+    if any("qlora" in option for option in options):
+        return [f"model={folder / name}"]
+    settings = ", ".join(
+        f"{key}: {str(value).lower() if isinstance(value, bool) else value}"
+        for key, value in architecture(name).items()
+    )
+    return ["model=at_path", "model.init=scratch", "model.tokenizer=none", f"model.architecture={{{settings}}}"]
+
+
+def save(folder: Path, name: str) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    if not (folder / name).exists():
+        torch.manual_seed(0)
+        settings = {key: value for key, value in architecture(name).items() if key != "model_type"}
+        # On the CPU weights of the wanted number format stay mapped from their file, and would not be anonymous.
+        torch.set_default_dtype(torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+        LlamaForCausalLM(LlamaConfig(**settings)).save_pretrained(folder / name)
+        torch.set_default_dtype(torch.float32)
+
+
+def measure(folder: Path, name: str, num_ranks: int, rows: int, options: str) -> dict[str, Any]:
+    given = [*options.split(), f"global_batch_size={rows}", "optim.lr=1e-4"]
+    print(name, num_ranks, *given, flush=True)
+    if "qlora" in options:
+        save(folder, "tiny")
+        save(folder, name)
+    out = folder / "found"
+    start = ["-m", "torch.distributed.run", "--nproc_per_node", str(num_ranks), "--master_port", "29655"]
+    # Freed memory goes back at once, so that the peak is what was in use.
+    environment = os.environ | {
+        "MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576", "MALLOC_ARENA_MAX": "2",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "FIREFLYDS_BENCH_PLAN": json.dumps([str(out), str(folder), name, given]),
+    }  # fmt: skip
+    subprocess.run([sys.executable, *start, __file__], check=True, env=environment)
+    found = [json.loads(out.with_suffix(f".{rank}").read_text()) for rank in range(num_ranks)]
+    return max(found, key=lambda each: each["measured"])
+
+
+def _number(text: str) -> str | int | float:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
+
+
+def main(results: Path) -> None:
+    import torch
+
+    settings = GPU if torch.cuda.is_available() else CPU
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu2"
+    stem = results / f"plan_{machine.lower().replace(' ', '_')}_{date.today():%Y%m}"
+    table, rows = stem.with_suffix(".csv"), []
+    if table.exists():
+        with table.open(encoding="utf-8") as stream:
+            rows = [{key: _number(value) for key, value in row.items()} for row in csv.DictReader(stream)]
+    with tempfile.TemporaryDirectory() as folder:
+        for name, num_ranks, step, options in settings:
+            if (name, num_ranks, options) in [(row["model"], row["ranks"], row["options"]) for row in rows]:
+                continue
+            found = measure(Path(folder), name, num_ranks, step, options)
+            items = {item: round(size / 2**20) for item, size in found["items"].items()}
+            rows.append(
+                {"model": name, "ranks": num_ranks, "options": options, "planned_mib": round(found["planned"] / 2**20),
+                 "measured_mib": round(found["measured"] / 2**20), "planned_over_measured": round(found["planned"] / found["measured"], 3),
+                 "moment": found["moment"]} | items
+            )  # fmt: skip
+            with table.open("w", newline="", encoding="utf-8") as stream:
+                writer = csv.DictWriter(stream, list(rows[0]))
+                writer.writeheader()
+                writer.writerows(rows)
+    bound = 0.10 if torch.cuda.is_available() else 0.15
+    within = sum(abs(row["planned_over_measured"] - 1) <= bound for row in rows)
+    lines = [
+        "# Planned memory and measured", "", describe("torch", "transformers", "deepspeed", "peft", "bitsandbytes"), "",
+        f"Peak of one rank, MiB; {within} of {len(rows)} within {bound:.0%}. Two micro-batches a step, two steps, four documents "
+        "a row. The moment is the one that the plan takes for the highest.", "",
+        "| model | ranks | options | planned | measured | ratio | moment |", "|---|---|---|---|---|---|---|",
+        *(
+            f"| {row['model']} | {row['ranks']} | `{row['options']}` | {row['planned_mib']:,} | {row['measured_mib']:,} | "
+            f"{row['planned_over_measured']:.2f} | {row['moment']} |"
+            for row in rows
+        ),
+    ]  # fmt: skip
+    stem.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    if "FIREFLYDS_BENCH_PLAN" in os.environ:
+        place, where, what, given = json.loads(os.environ["FIREFLYDS_BENCH_PLAN"])
+        child(Path(place), Path(where), what, given)
+    else:
+        main(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "benchmarks" / "results")
