@@ -23,7 +23,7 @@ def train(config: TrainConfig) -> None:
 
     from fireflyds.data.loader import PackedLoader
     from fireflyds.data.mix import RowSequence
-    from fireflyds.engine import checkpoint, deepspeed, learnt, metrics, optimizers, ranks, run, trackers
+    from fireflyds.engine import checkpoint, deepspeed, learnt, memory, metrics, optimizers, ranks, run, trackers
     from fireflyds.engine.course import Course
     from fireflyds.engine.heartbeat import Heartbeat
     from fireflyds.engine.journal import Journal
@@ -58,9 +58,11 @@ def train(config: TrainConfig) -> None:
     with status, Heartbeat(me, run_dir, config.recovery.heartbeat_seconds, status):
         deepspeed.on_rank_zero(lambda: learnt.take_over(config, about))
         log = metrics.logger(run_dir, me.rank)
+        before = memory.resident()
         model = packed_model(config, hf_config, precision)
         about_run = run.describe(config, model, store, rows, total_steps, me.world_size, accumulation, precision)
-        log.info("\n".join([about_run, *notes]))
+        planned = memory.line(model, config, precision, me.world_size, accumulation)
+        log.info("\n".join([about_run, planned, *notes]))
         measured = measured_by(config, model, store, encoder, precision)
         engine = deepspeed.build_engine(model, config, precision, accumulation)
         keeper = learnt.Keeper(model, config, tuning.described(model), about)
@@ -74,6 +76,7 @@ def train(config: TrainConfig) -> None:
             with attention, journal:
                 course = Course(config, engine, loader, measured, validator, saver, journal, status)
                 finished = course.follow(state, total_steps)
+                log.info(f"{planned}; {memory.measured(before)}")
     deepspeed.leave()
     if lock:
         lock.close()
