@@ -11,7 +11,7 @@ import torch
 from fireflyds.config import EvaluateConfig, PromptStyle
 from fireflyds.errors import UserError
 from fireflyds.models.fuse import fuse
-from fireflyds.models.load import family_of
+from fireflyds.models.load import config_of, family_of
 from fireflyds.tokenizer.encoder import load_encoder
 from fireflyds.types import IGNORE_INDEX, Encoder
 
@@ -54,12 +54,10 @@ def load_subject(config: EvaluateConfig) -> Subject:
     Raises:
         UserError: no model there, or `prompt=chat` without a chat template.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = Path(config.model)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"model={folder}: no config.json there. Give the directory of a Hugging Face model")
-    family_of(AutoConfig.from_pretrained(folder).model_type)
+    family_of(config_of("model", config.model).model_type)
     encoder = load_encoder(folder)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     if torch.cuda.is_available():

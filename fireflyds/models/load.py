@@ -43,11 +43,25 @@ def read_config(config: ModelConfig, encoder: Encoder) -> Any:
     return scale_positions(loaded, config)
 
 
+def config_of(key: str, path: str) -> Any:
+    """The Hugging Face configuration of a model's directory, which the field `key` names. Code beside it is never run.
+
+    Raises:
+        UserError: there is none, or transformers does not know such models.
+    """
+    if not (Path(path) / "config.json").is_file():
+        raise UserError(f"{key}={path}: no config.json there. Give the directory of a Hugging Face model")
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (ValueError, OSError) as error:
+        raise UserError(
+            f"{key}={path}: {str(error).splitlines()[0]}. Code that comes with a model is not run: give a model that this "
+            "version of transformers knows"
+        ) from error
+
+
 def _from_directory(config: ModelConfig) -> Any:
-    folder = Path(config.path)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"model.path={config.path}: no config.json there. Give the directory of a Hugging Face model")
-    loaded = AutoConfig.from_pretrained(folder)
+    folder, loaded = Path(config.path), config_of("model.path", config.path)
     for key, value in config.architecture.items():
         if getattr(loaded, key, None) != value:
             raise UserError(

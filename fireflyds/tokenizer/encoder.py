@@ -175,7 +175,13 @@ def load_encoder(path: str | Path) -> Encoder:
     if (path / "tokenizer.json").is_file():
         from transformers import AutoTokenizer
 
-        names: Any = AutoTokenizer.from_pretrained(path)
+        try:
+            names: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        except (ValueError, OSError) as error:
+            raise UserError(
+                f"tokenizer {path}: {str(error).splitlines()[0]}. Code that comes with a tokenizer is not run: give one "
+                "that this version of transformers knows"
+            ) from error
         document = (path / "tokenizer.json").read_text(encoding="utf-8")
         begins = names("a")["input_ids"][:1] == [names.bos_token_id]
         return FastEncoder(document, bos_id=names.bos_token_id, eos_id=names.eos_token_id, adds_bos=begins)

@@ -4,7 +4,6 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from fireflyds.engine import deepspeed
 from fireflyds.engine.doctor.check import Check, green, red
 from fireflyds.errors import UserError
 from fireflyds.models.fuse import attention_place, fuse, hidden_states
-from fireflyds.models.load import DTYPES
+from fireflyds.models.load import DTYPES, config_of
 from fireflyds.models.positions import check_positions
 from fireflyds.types import IGNORE_INDEX
 
@@ -80,12 +79,7 @@ def load_model(config: DoctorConfig, precision: Precision) -> Any:
 
 
 def _settings(config: DoctorConfig) -> Any:
-    from transformers import AutoConfig
-
-    folder = Path(config.model)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"model={folder}: no config.json there. Give the directory of a Hugging Face model")
-    settings = AutoConfig.from_pretrained(folder)
+    settings = config_of("model", config.model)
     if config.layers is not None:
         settings.num_hidden_layers = min(config.layers, settings.num_hidden_layers)
         if getattr(settings, "layer_types", None):
