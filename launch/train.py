@@ -53,7 +53,7 @@ def train(config: TrainConfig) -> None:
     deepspeed.start(me, config.hardware.timeout_minutes)
     text, run_dir = app.to_yaml(config), Path(config.run_dir)
     about = run.identity(config, encoder.fingerprint(), hf_config.vocab_size)
-    lock = deepspeed.on_rank_zero(lambda: run.open_run(config, text, about | run.inputs(store)))
+    _held = deepspeed.on_rank_zero(lambda: run.open_run(config, text, about | run.inputs(store)))
     status = Status(run_dir, me.rank, total_steps)
     with status, Heartbeat(me, run_dir, config.recovery.heartbeat_seconds, status):
         deepspeed.on_rank_zero(lambda: learnt.take_over(config, about))
@@ -78,8 +78,6 @@ def train(config: TrainConfig) -> None:
                 finished = course.follow(state, total_steps)
                 log.info(f"{planned}; {memory.measured(before)}")
     deepspeed.leave()
-    if lock:
-        lock.close()
     if not finished:
         sys.exit(EXIT_INTERRUPTED)
 

@@ -44,7 +44,16 @@ def data_folder() -> Path:
 @pytest.fixture
 def verb(tmp_path: Path):
     """Run a verb in its own process, in `tmp_path`. `start` puts a launcher in front."""
+    return verbs_in(tmp_path)
 
+
+@pytest.fixture(scope="session")
+def verbs_of():
+    """The same for any folder."""
+    return verbs_in
+
+
+def verbs_in(folder: Path):
     def run(
         name: str, *arguments: str, start: tuple[str, ...] = (), check: bool = True, env: dict[str, str] | None = None
     ):
@@ -56,7 +65,7 @@ def verb(tmp_path: Path):
         )
         done = subprocess.run(
             [*head, str(ROOT / "launch" / f"{name}.py"), *arguments],
-            cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=280,
+            cwd=folder, capture_output=True, text=True, env=environment, timeout=280,
         )  # fmt: skip
         if check:
             assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

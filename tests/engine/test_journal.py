@@ -47,7 +47,9 @@ def test_every_save_leaves_a_trainer_state_that_transformers_reads(tmp_path: Pat
         first.validated({"step": 0, "validation/loss/en": 5.0, "validation/bits_per_byte/en": 2.5})
         for number in (1, 2, 3):
             first.record(step(number))
-        first.saved()
+        first.saved(3, 0.25)
+        assert first._painted is not None
+        first._painted.result(60)
         state = TrainerState.load_from_json(str(tmp_path / "trainer_state.json"))
         assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
         assert not listener.finished
@@ -80,7 +82,7 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     other, _ = journal(tmp_path, 0, rank=1)
     with other:
         other.record(step(1))
-        other.saved()
+        other.saved(1, 0.0)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -88,6 +88,7 @@ def test_fewer_ranks_go_on_with_the_same_losses(whole: dict, one: dict) -> None:
         near(found["losses"], whole[name]["losses"][2:3], TOLERANCE)
 
 
+@pytest.mark.slow
 def test_two_ranks_to_one_to_two_go_on_with_the_same_losses(whole: dict, one: dict, folder: Path) -> None:
     assert one
     eight = ["optim=adamw_8bit", "optim.lr=1e-2", "optim.betas=[0.9,0.95]"]

@@ -114,6 +114,7 @@ def test_exporting_and_evaluating_what_is_not_there(verb, tmp_path: Path) -> Non
     refused(verb("chat", "model=never", check=False), "no config.json there")
 
 
+@pytest.mark.slow
 def test_a_refusal_on_two_ranks_is_one_message(verb, store: Path, base_tokenizer: Path, tmp_path: Path) -> None:
     arguments = [
         "run=r", "data=store", "model=at_path", "model.init=scratch", f"model.tokenizer={base_tokenizer}", "optim.steps=1", "seq_len=64",

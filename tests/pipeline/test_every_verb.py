@@ -1,7 +1,6 @@
 """Every verb in a row on a tiny model, with one rank and with two."""
 
 import json
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -26,15 +25,24 @@ def losses(run_dir: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture
-def base(verb, tmp_path: Path, base_tokenizer: Path) -> Path:
+@pytest.fixture(scope="module")
+def made(verbs_of, tmp_path_factory: pytest.TempPathFactory, base_tokenizer: Path) -> Path:
     """A base model trained for a few steps on English, exported."""
-    shutil.copytree(base_tokenizer, tmp_path / "tok")
-    write(tmp_path, "en.jsonl", [{"text": text} for text in ENGLISH])
+    folder = tmp_path_factory.mktemp("base")
+    verb = verbs_of(folder)
+    shutil.copytree(base_tokenizer, folder / "tok")
+    write(folder, "en.jsonl", [{"text": text} for text in ENGLISH])
     verb("prepare", "data=en.jsonl", "tokenizer=tok", "out=en", "workers=1")
     scratch = ["model=at_path", "model.init=scratch", "model.tokenizer=tok", f"model.architecture={ARCHITECTURE}"]
     verb("train", "run=base", *scratch, "data=en", "optim.steps=6", *SMALL)
     verb("export", "run=base")
+    return folder
+
+
+@pytest.fixture
+def base(made: Path, tmp_path: Path) -> Path:
+    """A copy for each test."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     return tmp_path / "runs" / "base"
 
 
@@ -145,6 +153,7 @@ def test_all_launchers_and_world_sizes_give_the_same_losses(verb, base: Path, tm
     verb("export", "run=z3", "dtype=bf16")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tuning", [["tuning=full"], ["tuning=lora", "tuning.r=4", "tuning.dropout=0.3"]])
 def test_a_run_cut_short_goes_on_with_the_same_losses(verb, base: Path, tmp_path: Path, tuning: list[str]) -> None:
     arguments = [
@@ -160,8 +169,6 @@ def test_a_run_cut_short_goes_on_with_the_same_losses(verb, base: Path, tmp_path
     verb("train", "run=whole", *arguments)
     short = [argument.replace("optim.steps=6", "optim.steps=4") for argument in arguments]
     verb("train", "run=cut", *short)
-    config = tmp_path / "runs" / "cut" / "config.yaml"
-    config.write_text(re.sub("steps: 4", "steps: 6", config.read_text()))
     again = verb("train", "run=cut", *arguments)
     assert "resumed at step 4" in again.stderr
     assert losses(tmp_path / "runs" / "cut") == losses(tmp_path / "runs" / "whole")

@@ -177,6 +177,7 @@ def test_the_plan_needs_no_weights_no_data_and_no_run(verb) -> None:
     assert "Nearest: zero=2, or tuning.bits=4" in refused.stderr
 
 
+@pytest.mark.slow
 def test_a_start_that_was_refused_leaves_the_name_free(verb, tmp_path: Path, base_tokenizer: Path) -> None:
     (tmp_path / "en.txt").write_text("\n".join(ENGLISH), encoding="utf-8")
     verb("prepare", "data=en.txt", f"tokenizer={base_tokenizer}", "out=en", "workers=1")
