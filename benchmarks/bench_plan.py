@@ -22,6 +22,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from machine import describe
 
 ROOT = Path(__file__).parents[1]
@@ -105,6 +106,9 @@ class Rows:
         for step in range(first, end):
             yield [self.batch(step * self.accumulation + each) for each in range(self.accumulation)]
 
+    def documents(self, number: int, micro: int) -> str:
+        return f"documents of micro-batch {micro} of step {number}"
+
     def batch(self, seed: int) -> Any:
         import torch
 
@@ -125,9 +129,12 @@ def train(overrides: list[str], steps: int) -> dict[str, Any]:
     """Take steps; what was planned for them."""
     from fireflyds import app
     from fireflyds.engine import deepspeed, memory, ranks
+    from fireflyds.engine.flops import step_flops
+    from fireflyds.engine.groups import parameter_groups
     from fireflyds.engine.loop import train_steps
     from fireflyds.engine.packed import packed_model
     from fireflyds.engine.shape import shape_of
+    from fireflyds.engine.statistics import Measured
     from fireflyds.models import load
     from fireflyds.models.fuse import device_batch
     from fireflyds.types import TrainState
@@ -141,9 +148,14 @@ def train(overrides: list[str], steps: int) -> dict[str, Any]:
     where = memory.placement_of(config, me.world_size, accumulation)
     device = "cuda" if deepspeed.pick_accelerator() else "cpu"
     planned = memory.estimate(shape_of(model, config), config, precision, where, device)
+    names = [group.name for group in parameter_groups(model, config)]
+    token_bytes = np.zeros(hf_config.vocab_size, np.int32)
+    measured = Measured(
+        ["text"], token_bytes, names, config.global_batch_size * config.seq_len, step_flops(model), None
+    )
     engine = deepspeed.build_engine(model, config, precision, accumulation)
     rows = Rows(config, hf_config.vocab_size, accumulation)
-    for _ in train_steps(engine, rows, TrainState(), config.optim, steps, 0, device_batch):
+    for _ in train_steps(engine, rows, TrainState(), config, steps, device_batch, measured):
         pass
     return {"planned": planned.total, "moment": planned.moment, "items": planned.items}
 

@@ -20,7 +20,7 @@ def main(turn: Turn) -> None:
 
     from fireflyds import app
     from fireflyds.data import loader
-    from fireflyds.engine import checkpoint, journal, learnt, loop, packed, run  # noqa: F401
+    from fireflyds.engine import checkpoint, course, journal, learnt, packed, run  # noqa: F401
     from fireflyds.models import load, tuning  # noqa: F401
     from fireflyds.tokenizer import encoder  # noqa: F401
     from fireflyds.types import PackedBatch, StepMetrics
@@ -45,8 +45,8 @@ def main(turn: Turn) -> None:
         record.losses[metrics.step] = metrics.loss
         record.step_done()
 
-    begun = loop.train_steps
-    loop.train_steps = train_steps
+    begun = course.train_steps
+    course.train_steps = train_steps
     loader.PackedLoader.step, journal.Journal.record = step, recorded
     sys.argv = [train.__file__, *overrides(turn)]
     app.main(train.train, train.__doc__)

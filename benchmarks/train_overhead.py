@@ -31,6 +31,7 @@ def build(turn: Turn) -> tuple[Any, Any, Any, Any]:
     from fireflyds.data.loader import PackedLoader
     from fireflyds.data.mix import RowSequence
     from fireflyds.engine import deepspeed, ranks, run
+    from fireflyds.engine.measured import measured_by
     from fireflyds.engine.packed import packed_model
     from fireflyds.models import load
     from fireflyds.models.fuse import device_batch
@@ -42,32 +43,31 @@ def build(turn: Turn) -> tuple[Any, Any, Any, Any]:
     precision = deepspeed.resolve_precision(config.hardware)
     encoder = load_encoder(config.model.tokenizer_path)
     model = packed_model(config, load.read_config(config.model, encoder), precision)
-    engine = deepspeed.build_engine(model, config, precision, turn.accumulation)
     store = run.open_store(config, encoder.fingerprint())
+    measured = measured_by(config, model, store, encoder, precision)
+    engine = deepspeed.build_engine(model, config, precision, turn.accumulation)
     rows = RowSequence(store, config.seq_len, config.seed, config.data)
     loader = PackedLoader(store, rows, config.micro_batch_size, config.global_batch_size, me.rank, me.world_size)
-    return config, engine, loader, device_batch
+    return config, engine, loader, measured, device_batch
 
 
-def our_steps(turn: Turn, config: Any, engine: Any, loader: Any, to_device: Any) -> Iterator[None]:
-    """The body of `launch/train.py`, one step a `next`."""
+def our_steps(turn: Turn, config: Any, engine: Any, loader: Any, measured: Any, to_device: Any) -> Iterator[None]:
+    """What a run does from step to step, one step a `next`."""
     import torch.distributed as dist
-    from fireflyds.engine.signals import StopRequest
 
     from fireflyds.engine.journal import Journal
     from fireflyds.engine.loop import train_steps
+    from fireflyds.engine.requests import Requests
     from fireflyds.engine.trackers import NoTracker
     from fireflyds.types import TrainState
 
     folder = Path(turn.folder) / "overhead"
     folder.mkdir(exist_ok=True)
-    stop, state = StopRequest(), TrainState()
-    journal = Journal(
-        folder, NoTracker(), logging.getLogger("overhead"), dist.get_rank(), 0, turn.steps, config.log_every
-    )
-    for metrics in train_steps(engine, loader, state, config.optim, turn.steps, config.seed, to_device):
+    requests, log = Requests(folder), logging.getLogger("overhead")
+    journal = Journal(folder, NoTracker(), log, dist.get_rank(), 0, turn.steps, config.log_every, turn.steps)
+    for metrics in train_steps(engine, loader, TrainState(), config, turn.steps, to_device, measured):
         journal.record(metrics)
-        stop.agreed(engine.device)
+        requests.agreed(engine.device, failed=False)
         yield
 
 
@@ -91,12 +91,12 @@ def bare_steps(turn: Turn, engine: Any, loader: Any, to_device: Any) -> Iterator
 
 def main(turn: Turn) -> None:
     prepare_rank()
-    config, engine, loader, to_device = build(turn)
+    config, engine, loader, measured, to_device = build(turn)
     import torch.distributed as dist
 
     ways = {
         "bare": bare_steps(turn, engine, loader, to_device),
-        "ours": our_steps(turn, config, engine, loader, to_device),
+        "ours": our_steps(turn, config, engine, loader, measured, to_device),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     processor: dict[str, list[float]] = {name: [] for name in ways}

@@ -161,7 +161,7 @@ def test_sigterm_saves_and_leaves_with_its_own_code(verb, arguments: list[str], 
     assert process.wait(60) == 75
     output = (tmp_path / "out.log").read_text()
     assert "Traceback" not in output
-    found = re.search(r"stopped at step (\d+), checkpoint saved", output)
+    found = re.search(r"stopped at step (\d+) \(SIGTERM\), checkpoint saved", output)
     assert found
     assert len(rows(tmp_path, "asked")) == int(found.group(1)) < STEPS
     done = verb("train", "run=asked", *arguments)
