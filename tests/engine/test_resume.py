@@ -149,3 +149,30 @@ def test_the_whole_table_has_the_same_losses(folder: Path) -> None:
     for name, each in found.items():
         wanted = found[f"{name.split(',')[0]}, stage 0, offloaded none, 1 accumulated, 1 ranks"]["losses"]
         near(each["losses"], wanted, TOLERANCE if "offloaded none" in name else OFFLOADED)
+
+
+@pytest.mark.slow
+def test_number_formats_optimizers_and_loss_scales_go_on_bit_for_bit(folder: Path) -> None:
+    fp16 = [
+        "hardware.precision=fp16", "hardware.initial_scale_power=8", "hardware.hysteresis=1", "hardware.loss_scale_window=2",
+        "hardware.min_loss_scale=64",
+    ]  # fmt: skip
+    ways = {
+        "bf16": (["hardware.precision=bf16"], STAGES),
+        "fp16": (fp16, (1, 2, 3)),
+        "muon": (["optim=muon", "optim.lr=1e-2"], STAGES),
+        "paged": (["optim=paged_adamw_32bit", "optim.lr=1e-2"], (0, 2, 3)),
+    }
+    cases = {}
+    for name, (more, stages) in ways.items():
+        for stage in stages:
+            kept, overflow = str(folder / f"{name} {stage}"), {"overflow": [2]} if name == "fp16" else {}
+            cases[f"{name} {stage}"] = _case(folder, "full", stage, 2, 1, *more, steps=6, **overflow)
+            cases[f"{name} {stage} half"] = _case(folder, "full", stage, 2, 1, *more, steps=3, run_dir=kept, **overflow)
+            cases[f"{name} {stage} rest"] = _case(folder, "full", stage, 2, 1, *more, steps=3, resume=kept)
+    found = run_cases(folder, cases)
+    for name, (_, stages) in ways.items():
+        for stage in stages:
+            for kind in ("losses", "scales"):
+                halves = found[f"{name} {stage} half"][kind] + found[f"{name} {stage} rest"][kind]
+                assert halves == found[f"{name} {stage}"][kind], (name, stage, kind)
