@@ -128,12 +128,13 @@ class Rows:
 def train(overrides: list[str], steps: int) -> dict[str, Any]:
     """Take steps; what was planned for them."""
     from fireflyds import app
-    from fireflyds.engine import deepspeed, memory, ranks
-    from fireflyds.engine.flops import step_flops
+    from fireflyds.engine import deepspeed, ranks
     from fireflyds.engine.groups import parameter_groups
     from fireflyds.engine.loop import train_steps
     from fireflyds.engine.packed import packed_model
-    from fireflyds.engine.shape import shape_of
+    from fireflyds.engine.planning import memory
+    from fireflyds.engine.planning.flops import step_flops
+    from fireflyds.engine.planning.shape import shape_of
     from fireflyds.engine.statistics import Measured
     from fireflyds.models import load
     from fireflyds.models.fuse import device_batch

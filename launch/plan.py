@@ -18,9 +18,9 @@ from fireflyds.config import ModelConfig, ModelInit, PlanConfig, PlanFormat
 
 def plan(config: PlanConfig) -> None:
     from fireflyds.engine import groups, optimizers
-    from fireflyds.engine import plan as planned
-    from fireflyds.engine.flops import step_flops
-    from fireflyds.engine.shape import shape_of
+    from fireflyds.engine.planning import plan as planned
+    from fireflyds.engine.planning.flops import step_flops
+    from fireflyds.engine.planning.shape import shape_of
     from fireflyds.models import load, tuning
     from fireflyds.tokenizer.encoder import load_encoder
 

@@ -23,12 +23,13 @@ def train(config: TrainConfig) -> None:
 
     from fireflyds.data.loader import PackedLoader
     from fireflyds.data.mix import RowSequence
-    from fireflyds.engine import checkpoint, deepspeed, learnt, memory, metrics, optimizers, ranks, run, trackers
+    from fireflyds.engine import checkpoint, deepspeed, learnt, metrics, optimizers, ranks, run, trackers
     from fireflyds.engine.course import Course
     from fireflyds.engine.heartbeat import Heartbeat
     from fireflyds.engine.journal import Journal
     from fireflyds.engine.measured import measured_by
     from fireflyds.engine.packed import packed_model
+    from fireflyds.engine.planning import memory
     from fireflyds.engine.status import EXIT_INTERRUPTED, Status
     from fireflyds.engine.validation import open_validator
     from fireflyds.models import load, tuning
@@ -69,8 +70,7 @@ def train(config: TrainConfig) -> None:
         loader = PackedLoader(store, rows, config.micro_batch_size, config.global_batch_size, me.rank, me.world_size)
         with checkpoint.Saver(engine, run_dir, config.checkpoint, keeper) as saver:
             state = checkpoint.load(engine, run_dir, log.warning)
-            if state.step:
-                log.info(run.resumed(state, total_steps))
+            log.info(run.begins(state, total_steps))
             tracker = trackers.open_tracker(config, yaml.safe_load(text), me.rank, state.step, log)
             journal = Journal(run_dir, tracker, log, me.rank, state.step, total_steps, config.log_every, per_epoch)
             with attention, journal:

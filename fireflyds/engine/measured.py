@@ -6,8 +6,8 @@ import torch
 
 from fireflyds.config import Precision, TrainConfig
 from fireflyds.data.store import TokenStore
-from fireflyds.engine.flops import peak_flops, step_flops
 from fireflyds.engine.groups import parameter_groups
+from fireflyds.engine.planning.flops import peak_flops, step_flops
 from fireflyds.engine.statistics import Measured
 from fireflyds.types import Encoder
 

@@ -173,7 +173,10 @@ def describe(
     )
 
 
-def resumed(state: TrainState, steps: int) -> str:
+def begins(state: TrainState, steps: int) -> str:
+    """Where a run takes up its work."""
+    if not state.step:
+        return f"starts at the first of {steps} steps"
     rest = "" if state.step < steps else "; nothing left to do"
     return f"resumed at step {state.step} of {steps} ({state.tokens:,} tokens){rest}"
 

@@ -35,10 +35,10 @@ torch.ops.mkldnn._is_mkldnn_fp16_supported = _Yes(torch.ops.mkldnn._is_mkldnn_fp
 from fireflyds import app  # noqa: E402
 from fireflyds.config import TrainConfig  # noqa: E402
 from fireflyds.engine import checkpoint, deepspeed, learnt, optimizers, ranks, stretches  # noqa: E402
-from fireflyds.engine.flops import step_flops  # noqa: E402
 from fireflyds.engine.groups import parameter_groups  # noqa: E402
 from fireflyds.engine.loop import train_steps  # noqa: E402
 from fireflyds.engine.packed import packed_model  # noqa: E402
+from fireflyds.engine.planning.flops import step_flops  # noqa: E402
 from fireflyds.engine.statistics import Measured  # noqa: E402
 from fireflyds.errors import UserError  # noqa: E402
 from fireflyds.models import load, tuning  # noqa: E402

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from fireflyds.config import Offload, Optimizer, Precision, TrainConfig, TuningMethod
-from fireflyds.engine import activations
-from fireflyds.engine.activations import Pass
-from fireflyds.engine.shape import Shape, shape_of
+from fireflyds.engine.planning import activations
+from fireflyds.engine.planning.activations import Pass
+from fireflyds.engine.planning.shape import Shape, shape_of
 
 GIB = 2**30
 # cuBLAS' workspace and batches; on the CPU heaps that stay larger than what is in them.

@@ -8,9 +8,9 @@ from samples import ENGLISH
 
 from fireflyds import app
 from fireflyds.config import PlanConfig, Precision
-from fireflyds.engine import choices, plan
-from fireflyds.engine.flops import peak_flops, step_flops
-from fireflyds.engine.shape import shape_of
+from fireflyds.engine.planning import choices, plan
+from fireflyds.engine.planning.flops import peak_flops, step_flops
+from fireflyds.engine.planning.shape import shape_of
 from fireflyds.errors import UserError
 from fireflyds.models import load, tuning
 

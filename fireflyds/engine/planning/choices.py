@@ -4,10 +4,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fireflyds.config import ClusterConfig, Offload, PlanConfig, Precision
-from fireflyds.engine import memory, optimizers
-from fireflyds.engine.flops import StepFlops
-from fireflyds.engine.memory import GIB, Memory, Placement
-from fireflyds.engine.shape import Shape
+from fireflyds.engine import optimizers
+from fireflyds.engine.planning import memory
+from fireflyds.engine.planning.flops import StepFlops
+from fireflyds.engine.planning.memory import GIB, Memory, Placement
+from fireflyds.engine.planning.shape import Shape
 from fireflyds.errors import UserError
 
 # Beside what torch counts: the driver's context, NCCL's buffers, and memory lost between blocks.

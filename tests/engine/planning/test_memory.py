@@ -9,9 +9,9 @@ from tiny import packed, tiny
 
 from fireflyds import app, registry
 from fireflyds.config import Precision
-from fireflyds.engine import activations, memory
-from fireflyds.engine.memory import Placement, kept_of
-from fireflyds.engine.shape import shape_of
+from fireflyds.engine.planning import activations, memory
+from fireflyds.engine.planning.memory import Placement, kept_of
+from fireflyds.engine.planning.shape import shape_of
 from fireflyds.models import load, tuning
 from fireflyds.models.fuse import fuse
 

@@ -9,12 +9,13 @@ from fireflyds.config import PlanConfig, Precision, TuningMethod
 from fireflyds.data.loader import collate
 from fireflyds.data.mix import RowSequence
 from fireflyds.data.store import TokenStore
-from fireflyds.engine import choices, run
-from fireflyds.engine.choices import Choice, Work
+from fireflyds.engine import run
 from fireflyds.engine.deepspeed import accumulation_steps
-from fireflyds.engine.flops import StepFlops, known_gpus, peak_flops
-from fireflyds.engine.memory import GIB, placement_of
-from fireflyds.engine.shape import Shape
+from fireflyds.engine.planning import choices
+from fireflyds.engine.planning.choices import Choice, Work
+from fireflyds.engine.planning.flops import StepFlops, known_gpus, peak_flops
+from fireflyds.engine.planning.memory import GIB, placement_of
+from fireflyds.engine.planning.shape import Shape
 from fireflyds.errors import UserError
 
 # Rows looked at for the lengths of documents and the share of labels.

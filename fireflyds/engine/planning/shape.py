@@ -8,7 +8,7 @@ from torch import nn
 
 from fireflyds.config import TrainConfig, TuningMethod
 from fireflyds.engine import groups
-from fireflyds.engine.flops import block_order, windows
+from fireflyds.engine.planning.flops import block_order, windows
 
 
 @dataclass(frozen=True, slots=True)

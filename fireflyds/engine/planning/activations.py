@@ -6,7 +6,7 @@ them (`fireflyds_kernels/*/reference.py`). Tested against what autograd really s
 
 from dataclasses import dataclass
 
-from fireflyds.engine.shape import Block, Linear, Shape
+from fireflyds.engine.planning.shape import Block, Linear, Shape
 
 # As `fireflyds_kernels/linear_cross_entropy/chunked.py` has them: bytes of logits at once, whole batch and chunk.
 _WHOLE = {"cpu": 1 << 28, "cuda": 1 << 29}

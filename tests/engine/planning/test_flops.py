@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fireflyds import app, registry
 from fireflyds.config import Precision
-from fireflyds.engine.flops import known_gpus, peak_flops, step_flops, visible_pairs
+from fireflyds.engine.planning.flops import known_gpus, peak_flops, step_flops, visible_pairs
 from fireflyds.errors import UserError
 from fireflyds.models import load, tuning
 from fireflyds.models.fuse import fuse
