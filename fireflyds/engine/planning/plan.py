@@ -68,7 +68,7 @@ class Plan:
 
     @property
     def checkpoint_bytes(self) -> float:
-        return checkpoint_bytes(self.shape, self.precision, self.own.where.stage)
+        return checkpoint_bytes(self.shape)
 
 
 def data_of(config: PlanConfig, fingerprint: str | None) -> Data:
@@ -125,19 +125,21 @@ def peak_of(config: PlanConfig, precision: Precision) -> float:
     return peak
 
 
-def checkpoint_bytes(shape: Shape, precision: Precision, stage: int) -> float:
-    """Of one checkpoint: 32-bit masters and optimizer states of what trains, over all shards; below stage 3 the model's
-    own trained weights once; and beside the shards of adapters and rows what was learnt, in float32."""
-    wide = 4 if precision is Precision.fp32 else 2
-    masters = 4 if wide == 2 or stage else 0
-    return shape.trained * (masters + (wide if stage < 3 else 0)) + shape.state_bytes + 4 * shape.adapters
+def checkpoint_bytes(shape: Shape) -> float:
+    """Of one checkpoint: 32-bit weights and optimizer states of what trains, over all ranks; and of adapters and rows beside
+    them what was learnt, in float32."""
+    return 4 * shape.trained + shape.state_bytes + 4 * shape.adapters
 
 
 def disk_bytes(each: float, config: PlanConfig, steps: int | None) -> float:
-    """The most that checkpoints take: a new one is whole before the oldest beyond `checkpoint.keep` goes."""
-    most = config.checkpoint.keep + 1
-    written = most if steps is None else math.ceil(steps / config.checkpoint.every)
-    return each * min(most, written)
+    """The most that checkpoints take: a new one is whole before the oldest beyond what is kept goes."""
+    kept = config.checkpoint
+    most = kept.keep + 1 + bool(kept.best_metric)
+    if kept.keep_every and steps:
+        most += steps // math.lcm(kept.keep_every, kept.every)
+    written = most if steps is None else math.ceil(steps / kept.every)
+    limit = math.inf if kept.max_gib is None else kept.max_gib * GIB + each
+    return min(each * min(most, written), max(limit, 2 * each))
 
 
 def make(config: PlanConfig, shape: Shape, flops: StepFlops, precision: Precision, data: Data) -> Plan:
