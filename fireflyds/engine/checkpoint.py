@@ -21,6 +21,8 @@ from fireflyds.types import StepMetrics, TrainState
 
 FOLDER, LATEST = "checkpoints", "latest"
 VERSION = 1
+# How long a run that ends by an error waits for the checkpoint that is being written.
+_LEAVING_SECONDS = 60.0
 
 
 def step_name(step: int) -> str:
@@ -54,8 +56,10 @@ class Saver:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if kind is None:
             self.finish()
-        else:
-            self._abandoned.set()
+        elif self._thread is not None and issubclass(kind, UserError):
+            # All ranks leave for the same reason, so what is being written can become whole.
+            self._thread.join(_LEAVING_SECONDS)
+        self._abandoned.set()
 
     @property
     def failed(self) -> bool:

@@ -202,7 +202,9 @@ def send_artifact(config: TrackingConfig, run: str, run_dir: Path, folder: Path,
         tracked.log_artifact(artifact)
         tracked.finish()
     except Exception as error:
-        raise UserError(f"artifact=true: W&B failed ({_short(error)}). The export in {folder} is whole") from error
+        raise UserError(
+            f"artifact=true: W&B failed ({_short(error)}). The export in {folder} is whole; mend that and give the same command again"
+        ) from error
     return name
 
 

@@ -213,3 +213,18 @@ def test_retention_keeps_the_newest_and_what_was_asked(sizes, keep: int, every: 
             | {s for s in range(1, len(kept) + 1) if every and s % every == 0}
         )
         assert stay == wanted
+
+
+def test_a_run_that_ends_by_an_error_keeps_what_was_being_written(group, tmp_path: Path, monkeypatch) -> None:
+    write = fragments.write
+
+    def slowly(*arguments) -> None:
+        threading.Event().wait(0.3)
+        write(*arguments)
+
+    monkeypatch.setattr(fragments, "write", slowly)
+    engine, state = make_engine(), TrainState()
+    saver = checkpoint.Saver(engine, tmp_path, CheckpointConfig(), Keeper())
+    saver.begin(state, take_step(engine, state))
+    saver.__exit__(UserError, UserError("the loss spikes"), None)
+    assert [path.name for path in checkpoint.whole_checkpoints(tmp_path)] == ["step-000001"]

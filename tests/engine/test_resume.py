@@ -73,7 +73,7 @@ def test_another_zero_stage_goes_on_with_the_same_losses(whole: dict, was: int, 
 
 @pytest.fixture(scope="module")
 def one(whole: dict, folder: Path) -> dict:
-    """On one rank: a step more from the checkpoints of two; and three steps of 8-bit states."""
+    """On one rank: a step more from the checkpoints of two."""
     cases = {
         f"{way} {stage}": _case(
             folder, way, stage, 1, steps=1, resume=str(folder / f"{way} {stage}"), run_dir=str(folder / f"{way} {stage} one")
