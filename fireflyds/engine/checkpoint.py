@@ -273,5 +273,7 @@ def find(run_dir: Path, step: int | None) -> Path:
         wrong = fragments.damage(folder)
         if wrong is None:
             return folder
-        print(f"{folder} is damaged ({wrong})", flush=True)
-    raise UserError(f"{wanted[0]}: is damaged, and no other fits. The run has: {names}")
+        print(f"{folder} is damaged ({wrong}){'; the one before is used' if step is None else ''}", flush=True)
+    raise UserError(
+        f"{wanted[0]}: is damaged, and no other fits. The run has: {names}. Give another step=, or train it again from there"
+    )
