@@ -143,7 +143,7 @@ def train(overrides: list[str], steps: int) -> dict[str, Any]:
     me = ranks.discover(os.environ)
     config = app.compose("train", ["run=x", "data=a/b", "optim.steps=9", "optim.schedule=constant", *overrides])
     precision = deepspeed.resolve_precision(config.hardware)
-    accumulation = deepspeed.accumulation_steps(config, me.world_size)
+    accumulation = config.accumulation_steps(me.world_size)
     hf_config = load.architecture_of(config.model)
     model = packed_model(config, hf_config, precision)
     where = memory.placement_of(config, me.world_size, accumulation)

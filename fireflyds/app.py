@@ -31,11 +31,11 @@ PATH_OPTIONS = {
 OPEN_SECTIONS = ("texts", "data.weights", "data.max_epochs", "model.architecture", "model.rope_scaling", "zero.extra")
 
 
-def main(verb: Callable[[C], Any], about: str) -> None:
+def main(verb: Callable[..., Any], about: str, *, passes_on: bool = False) -> None:
     """Compose the config of a verb from `sys.argv` and call it. Leaves the process with an exit code.
 
-    `about` is the verb's module docstring, shown by `-h`. A `UserError` becomes one message on stderr and exit
-    code 2; an interrupt becomes exit code 130.
+    `about` is the verb's module docstring, shown by `-h`. With `passes_on` the verb also gets the arguments that are
+    none of its own keys. A `UserError` becomes one message on stderr and exit code 2; an interrupt becomes exit code 130.
     """
     name = Path(sys.argv[0]).stem
     # Progress bars of weight loading are noise in logs; transformers' reads this when it is imported.
@@ -48,15 +48,20 @@ def main(verb: Callable[[C], Any], about: str) -> None:
         if {"-h", "--help"} & set(arguments):
             print(reference.help_text(name, about, CONF), flush=True)
             return
-        flags = [argument for argument in arguments if argument.startswith("-") and argument != "--cfg"]
+        show, file = _take(arguments, "--cfg"), _take(arguments, "--config")
+        if show not in (None, "job"):
+            raise UserError("--cfg takes one value here: --cfg job")
+        flags = [argument for argument in arguments if argument.startswith("-")]
         if flags:
             raise UserError(f"{flags[0]}: no such option. Keys are written key=value; -h lists them")
-        show = _take_cfg_job(arguments)
-        config = compose(name, arguments)
+        rest: list[str] = []
+        if passes_on:
+            arguments, rest = split(name, arguments)
+        config = compose(name, arguments) if file is None else _frozen(name, file, arguments)
         if show:
             print(to_yaml(config), end="")
         else:
-            verb(config)
+            verb(config, rest) if passes_on else verb(config)
     except _refusals() as error:
         # One message a node: an error may be of this machine alone.
         if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
@@ -150,14 +155,33 @@ def from_yaml(path: Path, schema: type[C]) -> C:
         ) from error
 
 
-def _take_cfg_job(arguments: list[str]) -> bool:
-    if "--cfg" not in arguments:
-        return False
-    at = arguments.index("--cfg")
-    if arguments[at + 1 : at + 2] != ["job"]:
-        raise UserError("--cfg takes one value here: --cfg job")
+def split(verb: str, arguments: list[str]) -> tuple[list[str], list[str]]:
+    """The arguments whose keys the verb has itself, and those that it passes on to another verb."""
+    own = {field.name for field in dataclasses.fields(VERBS[verb])}
+    mine = [bool(own & {re.split(r"[.=@]", argument.lstrip("+~"))[0]}) for argument in arguments]
+    return (
+        [argument for argument, is_mine in zip(arguments, mine, strict=True) if is_mine],
+        [argument for argument, is_mine in zip(arguments, mine, strict=True) if not is_mine],
+    )
+
+
+def _take(arguments: list[str], flag: str) -> str | None:
+    """Take a flag and its value out of the arguments."""
+    if flag not in arguments:
+        return None
+    at = arguments.index(flag)
+    value = "".join(arguments[at + 1 : at + 2])
     del arguments[at : at + 2]
-    return True
+    return value
+
+
+def _frozen(verb: str, file: str, arguments: list[str]) -> Any:
+    """A configuration that was composed before, such as by `launch/submit.py`."""
+    if arguments:
+        raise UserError(f"{arguments[0]}: --config {file} is the whole configuration. Leave the key out, or the file")
+    if not Path(file).is_file():
+        raise UserError(f"--config {file}: no such file. Give a configuration that was written whole, as `config.yaml`")
+    return from_yaml(Path(file), VERBS[verb])
 
 
 def _is_text(verb: str, override: str) -> bool:

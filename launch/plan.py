@@ -24,6 +24,7 @@ def plan(config: PlanConfig) -> None:
     from fireflyds.models import load, tuning
     from fireflyds.tokenizer.encoder import load_encoder
 
+    config.cluster.require_machine()
     precision = planned.precision_of(config)
     notes = optimizers.check(config, precision)
     encoder = load_encoder(config.model.tokenizer_path) if _has_tokenizer(config.model) else None

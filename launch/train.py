@@ -5,8 +5,8 @@
     python launch/train.py run=sft model=runs/cpt/export data=stores/sft tuning=qlora optim.epochs=2
 
 The run lives in `runs/<run>`. The same command again resumes it from its newest checkpoint, on any number of GPUs. To ask
-a running one: `touch runs/<run>/SAVE` saves, `touch runs/<run>/STOP`, Ctrl-C, SIGTERM or SIGUSR1 save and leave with exit
-code 75.
+a running one: `touch runs/<run>/SAVE` saves; Ctrl-C, SIGTERM or SIGUSR1 save and leave with exit code 75, on which a scheduler may
+start it again; `touch runs/<run>/STOP` saves and leaves with 76.
 """
 
 import os
@@ -30,7 +30,7 @@ def train(config: TrainConfig) -> None:
     from fireflyds.engine.measured import measured_by
     from fireflyds.engine.packed import packed_model
     from fireflyds.engine.planning import memory
-    from fireflyds.engine.status import EXIT_INTERRUPTED, Status
+    from fireflyds.engine.status import Status
     from fireflyds.engine.validation import open_validator
     from fireflyds.models import load, tuning
     from fireflyds.models.fuse import chosen_attention, device_batch
@@ -41,7 +41,7 @@ def train(config: TrainConfig) -> None:
     precision = deepspeed.resolve_precision(config.hardware)
     notes = optimizers.check(config, precision)
     trackers.check(config.tracking)
-    accumulation = deepspeed.accumulation_steps(config, me.world_size)
+    accumulation = config.accumulation_steps(me.world_size)
     encoder = load_encoder(config.model.tokenizer_path)
     hf_config = load.read_config(config.model, encoder)
     check_positions(hf_config, "seq_len", config.seq_len)
@@ -75,11 +75,10 @@ def train(config: TrainConfig) -> None:
             journal = Journal(run_dir, tracker, log, me.rank, state.step, total_steps, config.log_every, per_epoch)
             with attention, journal:
                 course = Course(config, engine, loader, measured, validator, saver, journal, status)
-                finished = course.follow(state, total_steps)
+                exit_code = course.follow(state, total_steps)
                 log.info(f"{planned}; {memory.measured(before)}")
     deepspeed.leave()
-    if not finished:
-        sys.exit(EXIT_INTERRUPTED)
+    sys.exit(exit_code)
 
 
 if __name__ == "__main__":

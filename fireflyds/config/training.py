@@ -222,6 +222,20 @@ class TrainConfig:
     def run_dir(self) -> str:
         return f"{self.runs}/{self.run}"
 
+    def accumulation_steps(self, world_size: int) -> int:
+        """Micro-batches of one rank in a step.
+
+        Raises:
+            UserError: `global_batch_size` is no multiple of `micro_batch_size` times the number of ranks.
+        """
+        rows = self.micro_batch_size * world_size
+        if self.global_batch_size % rows:
+            raise UserError(
+                f"global_batch_size={self.global_batch_size}: must be a multiple of micro_batch_size={self.micro_batch_size} "
+                f"x {world_size} ranks = {rows}. Nearest: {max(rows, self.global_batch_size // rows * rows)}"
+            )
+        return self.global_batch_size // rows
+
 
 @dataclass(kw_only=True, slots=True)
 class PlanConfig(TrainConfig):

@@ -125,6 +125,24 @@ class StatsMode(Enum):
     only = 1
 
 
+class Scheduler(Enum):
+    none = 0
+    slurm = 1
+
+
+class Container(Enum):
+    none = 0
+    pyxis = 1
+    apptainer = 2
+
+
+class SubmitAction(Enum):
+    submit = 0
+    status = 1
+    logs = 2
+    cancel = 3
+
+
 class PromptStyle(Enum):
     auto = 0
     plain = 1

@@ -11,7 +11,7 @@ from fireflyds.engine.journal import Journal
 from fireflyds.engine.loop import Loader, train_steps
 from fireflyds.engine.requests import Requests
 from fireflyds.engine.statistics import Measured
-from fireflyds.engine.status import EXIT_INTERRUPTED, Status
+from fireflyds.engine.status import EXIT_INTERRUPTED, EXIT_STOPPED, Status
 from fireflyds.engine.validation import Validator
 from fireflyds.errors import UserError
 from fireflyds.models.fuse import device_batch
@@ -31,8 +31,8 @@ class Course:
     journal: Journal
     status: Status
 
-    def follow(self, state: TrainState, total_steps: int) -> bool:
-        """Train to the end, or until asked to stop. True at the end.
+    def follow(self, state: TrainState, total_steps: int) -> int:
+        """Train to the end, or until asked to stop. The exit code: 0 at the end.
 
         Raises:
             UserError: the loss does not recover, a guarded domain gets worse, or a checkpoint cannot be written.
@@ -49,21 +49,21 @@ class Course:
                 if spiked := spikes.is_spike(state, step.loss, config.recovery):
                     break
                 self._pass(step)
-                if self._between(state, step, requests, last=step.step == total_steps):
+                if left := self._between(state, step, requests, last=step.step == total_steps):
                     self.saver.finish()
                     self.journal.log.info(
                         f"stopped at step {step.step} ({requests.reason or 'asked on another rank'}), checkpoint saved; the same command goes on from here"
                     )
-                    self.status.write("stopped", EXIT_INTERRUPTED, requests.reason)
-                    return False
+                    self.status.write("stopped", left, requests.reason)
+                    return left
             if spiked:
                 state = self._go_back(state, step, total_steps)
         self.saver.finish()
         self.status.write("finished", 0)
-        return True
+        return 0
 
-    def _between(self, state: TrainState, step: StepMetrics, requests: Requests, *, last: bool) -> bool:
-        """What happens after a step. Whether the run is to stop before its end."""
+    def _between(self, state: TrainState, step: StepMetrics, requests: Requests, *, last: bool) -> int:
+        """What happens after a step. The exit code where the run is to stop before its end, or 0."""
         asked = requests.agreed(self.engine.device, self.saver.failed)
         if asked.failed:
             self.saver.finish()
@@ -74,7 +74,7 @@ class Course:
         if risen:
             self.saver.finish()
             raise UserError(f"validation.stop=true: {risen}. A checkpoint was saved")
-        return stopping
+        return (EXIT_STOPPED if asked.stay else EXIT_INTERRUPTED) if stopping else 0
 
     def _pass(self, step: StepMetrics) -> None:
         self.journal.record(step)

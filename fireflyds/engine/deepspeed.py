@@ -101,21 +101,6 @@ def _cpu_has(name: str) -> bool:
     return bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")())
 
 
-def accumulation_steps(config: TrainConfig, world_size: int) -> int:
-    """Micro-batches in a step.
-
-    Raises:
-        UserError: `global_batch_size` is no multiple of `micro_batch_size` times the number of ranks.
-    """
-    rows = config.micro_batch_size * world_size
-    if config.global_batch_size % rows:
-        raise UserError(
-            f"global_batch_size={config.global_batch_size}: must be a multiple of micro_batch_size={config.micro_batch_size} "
-            f"x {world_size} ranks = {rows}. Nearest: {max(rows, config.global_batch_size // rows * rows)}"
-        )
-    return config.global_batch_size // rows
-
-
 def deepspeed_config(config: TrainConfig, precision: Precision, accumulation: int) -> dict[str, Any]:
     """DeepSpeed's dict. Clipping is always said: from 0.19 on silence means 1.0."""
     zero: dict[str, Any] = {

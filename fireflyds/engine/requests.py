@@ -26,6 +26,8 @@ class Asked:
 
     save: bool
     stop: bool
+    stay: bool
+    """It was a file `STOP` that asked: nobody is to start the run again by himself."""
     failed: bool
     """A rank could not write its share of a checkpoint."""
 
@@ -53,22 +55,21 @@ class Requests:
             os.write(sys.stderr.fileno(), b"interrupted again: leaving at once; the newest checkpoint is whole\n")
             os._exit(128 + number)
 
-    def _look(self) -> tuple[bool, bool]:
-        """Whether this rank was asked to save, and to stop."""
-        save = stop = False
+    def _look(self) -> tuple[bool, bool, bool]:
+        """Whether this rank was asked to save, to stop, and to stay stopped."""
+        save = stay = False
         if dist.get_rank() == 0:
-            save, stop = (_taken(self._run_dir / name) for name in (SAVE, STOP))
-        if stop:
-            self.reason = self.reason or f"{STOP} file"
+            save, stay = (_taken(self._run_dir / name) for name in (SAVE, STOP))
+        if stay:
+            self.reason = f"{STOP} file"
         if self._asked_at is None and (gone := [each for each in self._launchers if not lives(each)]):
             self.reason = f"the launcher (process {gone[0].pid}) is gone"
             self._asked_at = time.monotonic()
-        return save, stop or self._asked_at is not None
+        return save, stay or self._asked_at is not None, stay
 
     def agreed(self, device: torch.device, failed: bool) -> Asked:
         """What any rank was asked is heard by all. `failed`: this rank could not write its share of a checkpoint."""
-        save, stop = self._look()
-        asked = torch.tensor([save, stop, failed], dtype=torch.int32, device=device)
+        asked = torch.tensor([*self._look(), failed], dtype=torch.int32, device=device)
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         return Asked(*(bool(value) for value in asked.tolist()))
 

@@ -10,6 +10,8 @@ from fireflyds.errors import UserError
 
 # A scheduler that sees this code may start the same command again.
 EXIT_INTERRUPTED = 75
+# Somebody wants the run to stay where it is: a scheduler leaves it alone.
+EXIT_STOPPED = 76
 EXIT_FAILED = 1
 _EXIT_USER_ERROR = 2
 _EXIT_CTRL_C = 130

@@ -35,9 +35,9 @@ def test_what_is_typed_and_what_is_passed_through_reach_deepspeed() -> None:
 
 
 def test_a_global_batch_that_does_not_divide_names_the_nearest() -> None:
-    assert deepspeed.accumulation_steps(_config("global_batch_size=8", "micro_batch_size=2"), 2) == 2
+    assert _config("global_batch_size=8", "micro_batch_size=2").accumulation_steps(2) == 2
     with pytest.raises(UserError, match=r"global_batch_size=7: .*micro_batch_size=2 x 2 ranks = 4\. Nearest: 4"):
-        deepspeed.accumulation_steps(_config("global_batch_size=7", "micro_batch_size=2"), 2)
+        _config("global_batch_size=7", "micro_batch_size=2").accumulation_steps(2)
 
 
 def test_formats_the_device_lacks_are_refused(monkeypatch) -> None:

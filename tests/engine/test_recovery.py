@@ -39,9 +39,9 @@ def agreed(requests: Requests, failed: bool = False) -> Asked:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_asks_to_stop(requests: Requests, number: signal.Signals) -> None:
-    assert agreed(requests) == Asked(save=False, stop=False, failed=False)
+    assert agreed(requests) == Asked(save=False, stop=False, stay=False, failed=False)
     os.kill(os.getpid(), number)
-    assert agreed(requests) == Asked(save=False, stop=True, failed=False)
+    assert agreed(requests) == Asked(save=False, stop=True, stay=False, failed=False)
     assert requests.reason == number.name
 
 
@@ -54,10 +54,10 @@ def test_a_launchers_echo_of_ctrl_c_is_no_second_one(requests: Requests) -> None
 
 def test_files_ask_once(requests: Requests, tmp_path: Path) -> None:
     (tmp_path / "SAVE").touch()
-    assert agreed(requests) == Asked(save=True, stop=False, failed=False)
-    assert agreed(requests) == Asked(save=False, stop=False, failed=False)
+    assert agreed(requests) == Asked(save=True, stop=False, stay=False, failed=False)
+    assert agreed(requests) == Asked(save=False, stop=False, stay=False, failed=False)
     (tmp_path / "STOP").touch()
-    assert agreed(requests, failed=True) == Asked(save=False, stop=True, failed=True)
+    assert agreed(requests, failed=True) == Asked(save=False, stop=True, stay=True, failed=True)
     assert not (tmp_path / "STOP").exists()
     assert requests.reason == "STOP file"
 

@@ -240,7 +240,7 @@ def test_files_in_its_folder_ask_a_run_to_save_and_to_stop(arguments: list[str],
     (folder / "STOP").touch()
     process.wait(60)
     assert status_of(tmp_path, "asked")["message"] == "STOP file"
-    assert status_of(tmp_path, "asked")["exit_code"] == 75
+    assert status_of(tmp_path, "asked")["exit_code"] == 76
 
 
 @pytest.mark.slow

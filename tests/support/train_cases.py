@@ -103,7 +103,7 @@ def run_case(case: dict, me: ranks.Ranks) -> dict:
     names = [group.name for group in parameter_groups(model, config)]
     widths = np.full(hf_config.vocab_size, 3, np.int32)
     measured = Measured(DOMAINS, widths, names, rows * 32, step_flops(model), 1e12)
-    engine = deepspeed.build_engine(model, config, precision, deepspeed.accumulation_steps(config, me.world_size))
+    engine = deepspeed.build_engine(model, config, precision, config.accumulation_steps(me.world_size))
     state = TrainState()
     if case.get("resume"):
         try:

@@ -10,7 +10,6 @@ from fireflyds.data.loader import collate
 from fireflyds.data.mix import RowSequence
 from fireflyds.data.store import TokenStore
 from fireflyds.engine import run
-from fireflyds.engine.deepspeed import accumulation_steps
 from fireflyds.engine.planning import choices
 from fireflyds.engine.planning.choices import Choice, Work
 from fireflyds.engine.planning.flops import StepFlops, known_gpus, peak_flops
@@ -153,7 +152,7 @@ def make(config: PlanConfig, shape: Shape, flops: StepFlops, precision: Precisio
     given = (shape, config, precision, work, peak, data.labelled_share)
     found = choices.all_choices(*given)
     world_size = config.cluster.world_size
-    own = choices.choice_of(*given, placement_of(config, world_size, accumulation_steps(config, world_size)))
+    own = choices.choice_of(*given, placement_of(config, world_size, config.accumulation_steps(world_size)))
     return Plan(config, shape, precision, peak, data, work, own, found)
 
 

@@ -148,8 +148,13 @@ def test_what_the_gpus_cannot_do_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (app.CONF / "cluster").glob("*.yaml")))
-def test_every_cluster_has_gpus_whose_peak_is_known(name: str) -> None:
+def test_every_cluster_has_gpus_whose_peak_is_known_or_is_refused(name: str) -> None:
     config = _config(f"cluster={name}")
+    if name.startswith("slurm"):
+        with pytest.raises(UserError, match="is not set: a plan needs cluster.gpu"):
+            config.cluster.require_machine()
+        return
+    config.cluster.require_machine()
     assert peak_flops(config.cluster.gpu, Precision.fp16, config.hardware.peak_tflops)
     assert config.cluster.host_memory_gib > config.cluster.gpu_memory_gib / 2
 
