@@ -178,7 +178,7 @@ def child(out: Path, folder: Path, name: str, options: list[str]) -> None:
     peak = Peak()
     found = train([*model(folder, name, options), *options], 2)
     out.with_suffix(f".{me.rank}").write_text(json.dumps(found | {"measured": peak.bytes()}))
-    deepspeed.leave()
+    deepspeed.end(0)
 
 
 def model(folder: Path, name: str, options: list[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import hashlib
 import logging
 import os
 import re
@@ -28,7 +29,15 @@ PATH_OPTIONS = {
 }
 
 # Sections whose keys are the user's own; Hydra wants such keys announced with ++.
-OPEN_SECTIONS = ("texts", "data.weights", "data.max_epochs", "model.architecture", "model.rope_scaling", "zero.extra")
+OPEN_SECTIONS = (
+    "texts",
+    "cluster.environment",
+    "data.weights",
+    "data.max_epochs",
+    "model.architecture",
+    "model.rope_scaling",
+    "zero.extra",
+)
 
 
 def main(verb: Callable[..., Any], about: str, *, passes_on: bool = False) -> None:
@@ -69,7 +78,7 @@ def main(verb: Callable[..., Any], about: str, *, passes_on: bool = False) -> No
         else:
             # Launchers end all ranks as soon as one has left; the one that speaks must not be cut short.
             time.sleep(2)
-        sys.exit(2)
+        sys.exit(error.exit_code if isinstance(error, UserError) else UserError.exit_code)
     except BrokenPipeError:  # `... -h | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
@@ -153,6 +162,27 @@ def from_yaml(path: Path, schema: type[C]) -> C:
         raise UserError(
             f"{path}: {str(error).splitlines()[0]}. The file was written by another version or edited"
         ) from error
+
+
+def option(group: str, name: str) -> Path:
+    """The file of an option: its name in `conf/<group>`, or a path.
+
+    Raises:
+        UserError: there is none; the message lists those there are.
+    """
+    file = Path(name) if name.endswith(".yaml") else CONF / group / f"{name}.yaml"
+    if not file.is_file():
+        known = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+        raise UserError(f"{group}={name}: no such file, here or in conf/{group}. Known: {', '.join(known)}")
+    return file
+
+
+def options_hash() -> str:
+    """A hash of all option files: they decide what a command does."""
+    digest = hashlib.sha256()
+    for file in sorted(CONF.rglob("*.yaml")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def split(verb: str, arguments: list[str]) -> tuple[list[str], list[str]]:

@@ -22,14 +22,12 @@ from fireflyds.evaluation import road_report
 
 
 def demo(config: DemoConfig) -> None:
-    own = hashlib.sha256()
+    # Options decide what the stages do, so a changed option does them again.
+    own = hashlib.sha256(app.options_hash().encode())
     if config.corpus:
         config.road.stages[0].overrides.append(f"corpus={config.corpus}")
         for file in find_files(config.corpus):
             own.update(file.read_bytes())
-    # Options decide what the stages do, so a changed option does them again.
-    for file in sorted(app.CONF.rglob("*.yaml")):
-        own.update(file.read_bytes())
     road = Road(config.road, own.hexdigest())
     road.run()
 

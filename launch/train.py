@@ -10,7 +10,6 @@ start it again; `touch runs/<run>/STOP` saves and leaves with 76.
 """
 
 import os
-import sys
 from pathlib import Path
 
 from fireflyds import app
@@ -77,8 +76,7 @@ def train(config: TrainConfig) -> None:
                 course = Course(config, engine, loader, measured, validator, saver, journal, status)
                 exit_code = course.follow(state, total_steps)
                 log.info(f"{planned}; {memory.measured(before)}")
-    deepspeed.leave()
-    sys.exit(exit_code)
+    deepspeed.end(exit_code)
 
 
 if __name__ == "__main__":

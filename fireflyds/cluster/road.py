@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,18 @@ def command(stage: StageConfig) -> list[str]:
     return [*start, f"launch/{stage.verb}.py", *stage.overrides]
 
 
+def keys(config: RoadConfig, seed_key: str) -> Iterator[str]:
+    """A stage's key is a hash over its own and all earlier commands, so a change of one does the later ones again."""
+    key = seed_key
+    for stage in config.stages:
+        key = hashlib.sha256("\n".join([key, *command(stage)]).encode()).hexdigest()
+        yield key
+
+
 class Road:
     """Runs the stages of a road that are not done yet, and remembers what was done in `stages.json`.
 
-    A stage is done when its record says so, what it makes is there, and its key is the same: a hash over its
-    own and all earlier commands, so a change of one stage does the later ones again. A stage that was
+    A stage is done when its record says so, what it makes is there, and its key is the same. A stage that was
     interrupted is started again by the same command, and goes on from its checkpoint where it has one.
     """
 
@@ -58,9 +65,8 @@ class Road:
             self._walk()
 
     def _walk(self) -> None:
-        key = self._seed_key
-        for number, stage in enumerate(self._config.stages, 1):
-            key = hashlib.sha256("\n".join([key, *command(stage)]).encode()).hexdigest()
+        found = zip(self._config.stages, keys(self._config, self._seed_key), strict=True)
+        for number, (stage, key) in enumerate(found, 1):
             made = self._out / stage.makes
             record = self.records.get(stage.name, {})
             title = f"[{number}/{len(self._config.stages)}] {stage.name}"

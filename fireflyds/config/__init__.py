@@ -6,6 +6,7 @@ A field's docstring is its entry in the option reference (`conf/README.md`) and 
 from fireflyds.config.cluster import ClusterConfig
 from fireflyds.config.data import CleanConfig, DataConfig, PhaseConfig, PrepareConfig, SourceConfig
 from fireflyds.config.optim import GroupConfig, OptimConfig
+from fireflyds.config.submit import SubmitConfig
 from fireflyds.config.training import (
     CheckpointConfig,
     HardwareConfig,
@@ -19,6 +20,7 @@ from fireflyds.config.training import (
 from fireflyds.config.tuning import TuningConfig
 from fireflyds.config.validation import ValidationConfig
 from fireflyds.config.values import (
+    Container,
     Duplicates,
     LossOn,
     ModelInit,
@@ -32,8 +34,10 @@ from fireflyds.config.values import (
     RowInit,
     Rows,
     Schedule,
+    Scheduler,
     SizeBy,
     StatsMode,
+    SubmitAction,
     TextSplit,
     TokenizerKind,
     Tracker,
@@ -60,6 +64,7 @@ __all__ = [
     "CheckpointConfig",
     "CleanConfig",
     "ClusterConfig",
+    "Container",
     "DataConfig",
     "DemoConfig",
     "DoctorConfig",
@@ -89,10 +94,13 @@ __all__ = [
     "RowInit",
     "Rows",
     "Schedule",
+    "Scheduler",
     "SizeBy",
     "SourceConfig",
     "StageConfig",
     "StatsMode",
+    "SubmitAction",
+    "SubmitConfig",
     "SynthesizeConfig",
     "TextSplit",
     "TokenizerKind",
@@ -119,5 +127,6 @@ VERBS: dict[str, type] = {
     "evaluate": EvaluateConfig,
     "chat": ChatConfig,
     "doctor": DoctorConfig,
+    "submit": SubmitConfig,
     "demo": DemoConfig,
 }

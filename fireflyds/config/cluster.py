@@ -9,6 +9,12 @@ from fireflyds.errors import UserError
 # Minutes, or with seconds, hours or days: what `sbatch --time` understands.
 _TIME = r"\d+|\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d){0,2}"
 
+_OWN_KEYS = {
+    "--nodes": "nodes", "--ntasks-per-node": "gpus_per_node", "--gpus-per-node": "gpus_per_node", "--time": "time",
+    "--cpus-per-task": "cpus_per_task", "--mem": "memory", "--partition": "partition", "--account": "account", "--qos": "qos",
+    "--constraint": "constraint", "--signal": "signal_seconds", "--requeue": "requeue", "--no-requeue": "requeue",
+}  # fmt: skip
+
 
 @dataclass(kw_only=True, slots=True)
 class ClusterConfig:
@@ -51,10 +57,10 @@ class ClusterConfig:
     """Address that Slurm writes to."""
     mail_type: str = "END,FAIL"
     """On what."""
-    sbatch: list[str] = field(default_factory=list)
-    """Further `#SBATCH` options, such as `--exclusive`."""
-    modules: list[str] = field(default_factory=list)
-    """Environment modules to load."""
+    sbatch: str = ""
+    """Further `#SBATCH` options, such as `--exclusive --gres=gpu:8`."""
+    modules: str = ""
+    """Environment modules to load, such as `cuda/12.6 nccl`."""
     setup: list[str] = field(default_factory=list)
     """Shell lines before the command, such as `source /sw/conda.sh`."""
     environment: dict[str, str] = field(default_factory=dict)
@@ -89,12 +95,20 @@ class ClusterConfig:
     def _check_job(self) -> None:
         for name in ("partition", "cpu_partition", "account", "qos", "constraint", "memory", "mail_user", "mail_type"):
             _refuse_shell(f"cluster.{name}", getattr(self, name))
-        for option in self.sbatch:
-            _refuse_shell("cluster.sbatch", option)
-            if not option.startswith("--"):
+        _refuse_shell("cluster.sbatch", self.sbatch)
+        for option in self.sbatch.split():
+            name = option.partition("=")[0]
+            if not name.startswith("--"):
                 raise UserError(f"cluster.sbatch={option}: options are written --name=value, such as --exclusive")
+            if name in _OWN_KEYS:
+                raise UserError(f"cluster.sbatch={option}: has a key of its own, cluster.{_OWN_KEYS[name]}. Use that")
         if self.time and not re.fullmatch(_TIME, self.time):
             raise UserError(f"cluster.time={self.time}: must be as sbatch takes it, such as 24:00:00 or 2-12:00:00")
+        if 0 < self.time_seconds <= self.signal_seconds:
+            raise UserError(
+                f"cluster.signal_seconds={self.signal_seconds}: a job of cluster.time={self.time} would be told to save at its "
+                f"start. Give a longer cluster.time, or less than {self.time_seconds}"
+            )
         for name in self.environment:
             if not re.fullmatch(r"[A-Za-z_]\w*", name):
                 raise UserError(f"cluster.environment.{name}: is no name of a variable. Use letters, digits and _")
@@ -104,6 +118,20 @@ class ClusterConfig:
             raise UserError(
                 f"cluster.chain={self.chain}: is for clusters that forbid requeueing. Give cluster.requeue=false too, or no chain"
             )
+
+    @property
+    def time_seconds(self) -> int:
+        """`time` in seconds; 0 where none is set."""
+        if not self.time:
+            return 0
+        days, _, rest = self.time.rpartition("-")
+        parts = [int(part) for part in rest.split(":")]
+        if days:
+            hours, minutes, seconds = [*parts, 0, 0][:3]
+        else:
+            # One number is minutes, two are minutes and seconds.
+            hours, minutes, seconds = parts if len(parts) == 3 else (0, *parts, 0)[:3]
+        return int(days or 0) * 86_400 + hours * 3600 + minutes * 60 + seconds
 
     @property
     def world_size(self) -> int:

@@ -1,10 +1,12 @@
 """The door to DeepSpeed: start the ranks, build the configuration, build the engine."""
 
+import atexit
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import nn
@@ -53,8 +55,24 @@ def pick_accelerator() -> bool:
 
 def leave() -> None:
     """Wait for the other ranks and part."""
+    import deepspeed
+
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    deepspeed.comm.destroy_process_group()
+
+
+def end(exit_code: int) -> NoReturn:
+    """Leave the other ranks, and the process.
+
+    Threads of gloo and NCCL outlive their groups. One that asks for the interpreter's lock while Python takes the
+    interpreter down ends in C++ that may not throw: "terminate called without an active exception", SIGABRT after a run
+    that was whole. So the interpreter is not taken down; what was registered for its end is done.
+    """
+    leave()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
 
 
 def on_rank_zero(work: Callable[[], T]) -> T | None:

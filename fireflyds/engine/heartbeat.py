@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from fireflyds.engine.ranks import Ranks, lives
 from fireflyds.engine.status import EXIT_FAILED, Status
-from fireflyds.errors import UserError
+from fireflyds.errors import LostRankError, UserError
 
 _INTERVAL = 1.0
 
@@ -51,7 +51,7 @@ class Heartbeat:
             self._leave()
         elif lost := self._lost_soon():
             self._leave()
-            raise UserError(lost) from error
+            raise LostRankError(lost) from error
         else:
             self._tell(f"failed/{self._me.rank}", f"{kind.__name__}: {error}")
             self._leave()

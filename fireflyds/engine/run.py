@@ -17,31 +17,13 @@ from fireflyds.config import Precision, TrainConfig
 from fireflyds.data.mix import RowSequence
 from fireflyds.data.store import TokenStore
 from fireflyds.directories import write_whole
-from fireflyds.engine import checkpoint, groups
+from fireflyds.engine import groups
+from fireflyds.engine.changes import differences, has_begun, refuse_changes
 from fireflyds.engine.learnt import START
 from fireflyds.errors import UserError
 from fireflyds.types import TrainState
 
 INPUTS = "inputs.json"
-# Keys that may change between the start of a run and its resumption without making it another run.
-FREE_TO_CHANGE = (
-    "tracking", "checkpoint", "recovery", "validation", "log_every", "runs", "optim.steps", "optim.epochs", "zero",
-    "micro_batch_size", "hardware.timeout_minutes", "hardware.gradient_checkpointing", "hardware.peak_tflops",
-)  # fmt: skip
-
-
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Dotted keys whose values differ, with both values."""
-    found = []
-    for key in sorted(old.keys() | new.keys()):
-        if f"{prefix}{key}" in FREE_TO_CHANGE:
-            continue
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            found.append(f"{prefix}{key}: {a} -> {b}")
-    return found
 
 
 def open_run(config: TrainConfig, yaml_text: str, inputs: dict[str, Any]) -> IO[str]:
@@ -54,8 +36,6 @@ def open_run(config: TrainConfig, yaml_text: str, inputs: dict[str, Any]) -> IO[
         UserError: another process trains the run; or the name is taken by a run with another configuration or
             other inputs, and the message lists the differences.
     """
-    import yaml
-
     run_dir = Path(config.run_dir)
     file = run_dir / "config.yaml"
     try:
@@ -70,13 +50,9 @@ def open_run(config: TrainConfig, yaml_text: str, inputs: dict[str, Any]) -> IO[
         raise UserError(
             f"run={config.run}: {run_dir} cannot be written ({error.strerror}). Give another run= or runs="
         ) from error
-    if file.exists() and _has_begun(run_dir):
-        changed = differences(yaml.safe_load(file.read_text(encoding="utf-8")), yaml.safe_load(yaml_text))
-        changed += differences(json.loads((run_dir / INPUTS).read_text(encoding="utf-8")), inputs)
-        if changed:
-            raise UserError(
-                f"run={config.run}: {run_dir} was started with another configuration ({'; '.join(changed)}). Give another run=, or the same values to go on"
-            )
+    if file.exists() and has_begun(run_dir):
+        other = differences(json.loads((run_dir / INPUTS).read_text(encoding="utf-8")), inputs)
+        refuse_changes(run_dir, yaml_text, config.run, other)
         write_whole(file, yaml_text)
         return lock
     # A start that was refused before its first step leaves the name free.
@@ -85,11 +61,6 @@ def open_run(config: TrainConfig, yaml_text: str, inputs: dict[str, Any]) -> IO[
     write_whole(run_dir / INPUTS, json.dumps(inputs, indent=2))
     write_whole(file, yaml_text)
     return lock
-
-
-def _has_begun(run_dir: Path) -> bool:
-    metrics = run_dir / "metrics.jsonl"
-    return bool(checkpoint.whole_checkpoints(run_dir)) or (metrics.exists() and metrics.stat().st_size > 0)
 
 
 def contents_of(folder: Path) -> str:

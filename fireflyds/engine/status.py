@@ -13,7 +13,6 @@ EXIT_INTERRUPTED = 75
 # Somebody wants the run to stay where it is: a scheduler leaves it alone.
 EXIT_STOPPED = 76
 EXIT_FAILED = 1
-_EXIT_USER_ERROR = 2
 _EXIT_CTRL_C = 130
 
 
@@ -37,7 +36,7 @@ class Status:
         if issubclass(kind, KeyboardInterrupt):
             self.write("stopped", _EXIT_CTRL_C, "interrupted outside of training steps")
         else:
-            self.failed(str(error) or kind.__name__, _EXIT_USER_ERROR if issubclass(kind, UserError) else EXIT_FAILED)
+            self.failed(str(error) or kind.__name__, kind.exit_code if issubclass(kind, UserError) else EXIT_FAILED)
 
     def write(self, state: str, exit_code: int | None = None, message: str = "") -> None:
         if self._rank == 0:

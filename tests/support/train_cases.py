@@ -168,7 +168,7 @@ def main(cases: Path, out: Path) -> None:
     found = {name: run_case(case, me) for name, case in json.loads(cases.read_text()).items()}
     if me.rank == 0:
         out.write_text(json.dumps(found))
-    deepspeed.leave()
+    deepspeed.end(0)
 
 
 if __name__ == "__main__":

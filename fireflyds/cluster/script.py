@@ -1,0 +1,148 @@
+"""The batch script of a job: what a person would write, with every `#SBATCH` line spelled out."""
+
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from fireflyds.config import ClusterConfig, Container
+
+LAUNCH = Path(__file__).parents[2] / "launch"
+# Verbs that run on all nodes and GPUs, one rank each, and those that use one GPU; others need none.
+_ON_ALL_GPUS, _ON_ONE_GPU = ("train", "doctor"), ("evaluate", "export")
+# A rank that has left is followed by the others within this time, or they are ended: lost peers are noticed before.
+_WAIT_SECONDS = 180
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One batch job: a verb with a frozen configuration."""
+
+    name: str
+    verb: str
+    folder: Path
+    """Where its files are: that of the run."""
+    config: Path
+    script: Path
+    stamp: str = ""
+    """Written to `done` when the job has done its work."""
+
+    @property
+    def log(self) -> Path:
+        """Slurm puts the job's number in place of `%j`; a job that goes on writes on."""
+        return self.folder / "logs" / f"slurm-{self.name.rpartition('/')[2]}-%j.log"
+
+    @property
+    def done(self) -> Path:
+        return self.script.with_suffix(".done")
+
+
+def text(job: Job, cluster: ClusterConfig) -> str:
+    """The script. It takes one argument: its place in a chain of jobs of the same run."""
+    options = [f"#SBATCH {option}" for option in _options(job, cluster)]
+    parts = [
+        "#!/bin/bash",
+        f"# {job.name}: {job.verb}. Written by launch/submit.py; can be given to sbatch again as it is.",
+        *options,
+        "",
+        *_before(job, cluster),
+        *_command(job, cluster),
+        "code=$?",
+        "",
+        *_after(job, cluster),
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _options(job: Job, cluster: ClusterConfig) -> list[str]:
+    whole = job.verb in _ON_ALL_GPUS
+    gpus = cluster.gpus_per_node if whole else 1 if job.verb in _ON_ONE_GPU else 0
+    if cluster.on_cpu or "--gres=" in cluster.sbatch:
+        gpus = 0
+    partition = cluster.partition if gpus or cluster.on_cpu else cluster.cpu_partition or cluster.partition
+    found = {
+        "job-name": job.name,
+        "nodes": cluster.nodes if whole else 1,
+        "ntasks-per-node": cluster.gpus_per_node if whole else 1,
+        "gpus-per-node": gpus,
+        "cpus-per-task": cluster.cpus_per_task,
+        "mem": cluster.memory,
+        "time": cluster.time,
+        "partition": partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "constraint": cluster.constraint,
+        "mail-user": cluster.mail_user,
+        "mail-type": cluster.mail_type if cluster.mail_user else "",
+        "chdir": Path.cwd(),
+        "output": job.log.absolute(),
+        "open-mode": "append",
+        # To the ranks, not to this script: they finish the step, save and leave.
+        "signal": f"USR1@{cluster.signal_seconds}" if job.verb == "train" else "",
+    }
+    put_back = "--requeue" if cluster.requeue else "--no-requeue"
+    return [*(f"--{name}={value}" for name, value in found.items() if value), put_back, *cluster.sbatch.split()]
+
+
+def _before(job: Job, cluster: ClusterConfig) -> list[str]:
+    lines = []
+    if cluster.chain > 1 and job.verb == "train":
+        status = shlex.quote(str(job.folder / "status.json"))
+        lines += [
+            "# An earlier job of the chain may have done all the work, or ended in a way that another start does not mend.",
+            f"""if [ "${{1:-1}}" -gt 1 ] && ended=$(grep -oE '"exit_code": (0|2|76)\\b' {status}); then""",
+            '  echo "an earlier job of this chain left with code ${ended##* }: nothing to do"; exit "${ended##* }"',
+            "fi",
+        ]
+    lines += [f"module load {module}" for module in cluster.modules.split()]
+    lines += cluster.setup
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in cluster.environment.items()]
+    if "MASTER_ADDR" not in cluster.environment and job.verb in _ON_ALL_GPUS:
+        lines += ["# Rank 0 runs on the first node, where this script runs too.", "export MASTER_ADDR=$(hostname)"]
+    lines += [
+        "# A step does not take over the job's cores by itself.",
+        'if [ -n "$SLURM_CPUS_PER_TASK" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi',
+        "export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}",
+        "",
+    ]
+    return lines
+
+
+def _command(job: Job, cluster: ClusterConfig) -> list[str]:
+    inside = cluster.container is not Container.none
+    python = cluster.python or ("python" if inside else sys.executable)
+    command = [python, str(LAUNCH / f"{job.verb}.py"), "--config", str(job.config)]
+    start = ["srun", f"--wait={_WAIT_SECONDS}"]
+    here = str(Path.cwd())
+    mounts = [f"{here}:{here}", *cluster.mounts]
+    if cluster.container is Container.pyxis:
+        start += [
+            f"--container-image={cluster.image}",
+            f"--container-mounts={','.join(mounts)}",
+            f"--container-workdir={here}",
+        ]
+    elif cluster.container is Container.apptainer:
+        nv = [] if cluster.on_cpu else ["--nv"]
+        start += ["apptainer", "exec", *nv, "--bind", ",".join(mounts), "--pwd", here, cluster.image]
+    return [f"{shlex.join(start)} \\", f"  {shlex.join(command)}"]
+
+
+def _after(job: Job, cluster: ClusterConfig) -> list[str]:
+    lines = []
+    if job.stamp:
+        lines.append(f'if [ "$code" -eq 0 ]; then echo {job.stamp} > {shlex.quote(str(job.done))}; fi')
+    if job.verb == "train" and cluster.requeue:
+        status, steps = (shlex.quote(str(job.folder / name)) for name in ("status.json", "logs/requeued_at"))
+        often = cluster.max_failures + 1
+        lines += [
+            "# 0: all steps are done. 2: wrong input. 76: a file STOP asked for it. After anything else (75: the time limit or",
+            "# preemption; else a rank or a node was lost) the job goes on later, as long as it gets any further.",
+            'case "$code" in 0 | 2 | 76) exit "$code" ;; esac',
+            f"""step=$(grep -o '"step": [0-9]*' {status}); echo "${{step:-no step}}" >> {steps}""",
+            f"if [ \"$(tail -n {often} {steps} | uniq -c | awk 'NR == 1 {{print $1}}')\" = {often} ]; then",
+            f'  echo "left with code $code, {often} times in a row without a step further: not put back"; exit "$code"',
+            "fi",
+            'echo "left with code $code: put back into the queue"',
+            'scontrol requeue "$SLURM_JOB_ID"',
+        ]
+    return [*lines, 'exit "$code"']

@@ -1,0 +1,113 @@
+"""Jobs of a run or of a road: frozen, written, queued all or none, and remembered in `jobs.json`."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fireflyds.cluster import script, slurm
+from fireflyds.cluster.script import Job
+from fireflyds.config import ClusterConfig
+from fireflyds.directories import write_whole
+from fireflyds.errors import UserError
+
+RECORDS = "jobs.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A job and the configuration that it is to find, as YAML."""
+
+    job: Job
+    config: str
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A job that was queued."""
+
+    name: str
+    verb: str
+    id: str
+    folder: str
+    script: str
+    log: str
+    time: float
+
+
+def job_of(verb: str, name: str, folder: Path, run_dir: Path | None, stamp: str = "") -> Job:
+    """The job of a stage `name`; `folder` is that of what was submitted, `run_dir` that of a training run."""
+    # A training run has its configuration where training itself writes it.
+    alone = run_dir == folder
+    config = folder / "config.yaml" if alone else folder / "jobs" / f"{name}.yaml"
+    path = folder / "submit.sh" if alone else folder / "jobs" / f"{name}.sh"
+    return Job(name, verb, run_dir or folder, config, path, stamp)
+
+
+def records(folder: Path) -> list[Record]:
+    """What was queued for a run before."""
+    file = folder / RECORDS
+    return [Record(**record) for record in json.loads(file.read_text(encoding="utf-8"))] if file.exists() else []
+
+
+def refuse_active(folder: Path) -> None:
+    """Raises `UserError` where an earlier job of the same run waits or runs."""
+    before = records(folder)
+    states = slurm.states([record.id for record in before])
+    active = [
+        f"{record.name} (job {record.id}, {states[record.id].state})" for record in before if states[record.id].active
+    ]
+    if active:
+        raise UserError(
+            f"{folder}: submitted already: {', '.join(active)}. Wait for it, `launch/submit.py action=cancel run=...`, or give another run="
+        )
+
+
+def submit(planned: Sequence[Planned], cluster: ClusterConfig, folder: Path) -> list[Record]:
+    """Queue jobs, each after the one before has done its work.
+
+    Raises:
+        UserError: a job is refused. Then none is left in the queue, and files are as before.
+    """
+    slurm.require()
+    refuse_active(folder)
+    for each in planned:
+        slurm.try_out(script.text(each.job, cluster))
+    old = {path: path.read_text(encoding="utf-8") if path.exists() else None for path in _files(planned)}
+    write(planned, cluster)
+    queued: list[Record] = []
+    try:
+        for each in planned:
+            _queue(each.job, cluster, queued)
+        write_whole(folder / RECORDS, json.dumps([asdict(record) for record in queued], indent=2))
+    except BaseException:
+        slurm.cancel([record.id for record in queued])
+        for path, text in old.items():
+            path.unlink(missing_ok=True) if text is None else write_whole(path, text)
+        raise
+    return queued
+
+
+def write(planned: Sequence[Planned], cluster: ClusterConfig) -> None:
+    """The frozen configurations and the scripts."""
+    for each in planned:
+        for path in (each.job.config, each.job.script, each.job.log):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(each.job.config, each.config)
+        write_whole(each.job.script, script.text(each.job, cluster))
+
+
+def _files(planned: Sequence[Planned]) -> list[Path]:
+    return [path for each in planned for path in (each.job.config, each.job.script)]
+
+
+def _queue(job: Job, cluster: ClusterConfig, queued: list[Record]) -> None:
+    """One job, or a chain of them; `queued` grows at once, so that an interrupt finds all."""
+    after = f"afterok:{queued[-1].id}" if queued else ""
+    for place in range(1, (cluster.chain if job.verb == "train" else 1) + 1):
+        number = slurm.submit(job.script, place, after)
+        name = job.name if place == 1 else f"{job.name} ({place})"
+        log = str(job.log).replace("%j", number)
+        queued.append(Record(name, job.verb, number, str(job.folder), str(job.script), log, time.time()))
+        after = f"afterany:{number}"

@@ -1,0 +1,43 @@
+"""Jobs that a scheduler starts."""
+
+from dataclasses import dataclass
+
+from omegaconf import MISSING
+
+from fireflyds.config.cluster import ClusterConfig
+from fireflyds.config.values import SubmitAction, require_at_least
+from fireflyds.errors import UserError
+
+
+@dataclass(kw_only=True, slots=True)
+class SubmitConfig:
+    action: SubmitAction = SubmitAction.submit
+    """`submit`; or `status`, `logs`, `cancel` of what was submitted as `run`."""
+    verb: str = ""
+    """A file of `launch/`; all keys that are not listed here are its own."""
+    road: str = ""
+    """A file of `conf/road`, or the path of one, in place of a verb: each of its stages becomes a job that waits for the one
+    before."""
+    run: str = ""
+    """Name below `runs` under which jobs and their files are found; empty: the verb's own `run`, or the road's name."""
+    runs: str = "runs"
+    """Folder that holds the runs."""
+    dry_run: bool = False
+    """Check, write the files and show the script, but queue nothing."""
+    lines: int = 40
+    """`logs`: the last lines of each log."""
+    cluster: ClusterConfig = MISSING
+
+    def __post_init__(self) -> None:
+        require_at_least(self, lines=1)
+        if self.action is SubmitAction.submit:
+            if bool(self.verb) == bool(self.road):
+                raise UserError(
+                    "submit needs a verb or a road: give verb=train and its keys, or road=<file of conf/road>"
+                )
+        elif not self.run:
+            raise UserError(f"run is not set: action={self.action.name} needs run=<name under which it was submitted>")
+        if self.run.startswith("/") or ".." in self.run.split("/"):
+            raise UserError(
+                f"run={self.run!r}: must be a name below the folder of runs, such as run=cpt or run=demo/cpt"
+            )

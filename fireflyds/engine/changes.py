@@ -1,0 +1,46 @@
+"""What may change between two starts of a run. Imports nothing heavy: `submit` asks too."""
+
+from pathlib import Path
+from typing import Any
+
+from fireflyds.errors import UserError
+
+# Keys that may change between the start of a run and its resumption without making it another run.
+FREE_TO_CHANGE = (
+    "tracking", "checkpoint", "recovery", "validation", "log_every", "runs", "optim.steps", "optim.epochs", "zero",
+    "micro_batch_size", "hardware.timeout_minutes", "hardware.gradient_checkpointing", "hardware.peak_tflops",
+)  # fmt: skip
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys whose values differ, with both values."""
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        if f"{prefix}{key}" in FREE_TO_CHANGE:
+            continue
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key}: {a} -> {b}")
+    return found
+
+
+def has_begun(run_dir: Path) -> bool:
+    """Something was trained under this name."""
+    metrics = run_dir / "metrics.jsonl"
+    return any((run_dir / "checkpoints").glob("step-*")) or (metrics.exists() and metrics.stat().st_size > 0)
+
+
+def refuse_changes(run_dir: Path, yaml_text: str, run: str, more: list[str] | None = None) -> None:
+    """Raises `UserError` where the run has begun with another configuration; `more`: further differences that were found."""
+    import yaml
+
+    file = run_dir / "config.yaml"
+    if not (file.exists() and has_begun(run_dir)):
+        return
+    changed = differences(yaml.safe_load(file.read_text(encoding="utf-8")), yaml.safe_load(yaml_text)) + (more or [])
+    if changed:
+        raise UserError(
+            f"run={run}: {run_dir} was started with another configuration ({'; '.join(changed)}). Give another run=, or the same values to go on"
+        )

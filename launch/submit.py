@@ -1,0 +1,146 @@
+"""Give a verb, or a whole road, to Slurm; ask how it stands; end it.
+
+    python launch/submit.py verb=train experiment=demo_cpt cluster=slurm cluster.nodes=4 cluster.gpus_per_node=8
+    python launch/submit.py verb=prepare run=cpt data=corpus/ tokenizer=models/zh data.out=stores/cpt cluster=slurm
+    python launch/submit.py road=demo cluster=slurm_cpu cluster.time=30
+    python launch/submit.py action=status run=cpt
+
+All is checked here, before anything waits in a queue. The configuration is frozen in the run's folder and the script that is
+submitted stands beside it. A training that is preempted, loses a node or comes to its time limit is put back into the queue
+and goes on from its checkpoint. `dry_run=true` writes and shows everything but queues nothing.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from fireflyds import app
+from fireflyds.cluster import promises, report, road, script, slurm, submission
+from fireflyds.cluster.submission import Planned
+from fireflyds.config import (
+    VERBS,
+    ClusterConfig,
+    ExportConfig,
+    RoadConfig,
+    Scheduler,
+    SubmitAction,
+    SubmitConfig,
+    TrainConfig,
+)
+from fireflyds.engine import changes, run_names
+from fireflyds.errors import UserError
+
+# These start jobs themselves, answer at once or talk with a person.
+NOT_JOBS = ("submit", "sweep", "demo", "plan", "chat")
+
+
+def submit(config: SubmitConfig, rest: list[str]) -> None:
+    if config.action is not SubmitAction.submit:
+        _ask(config, rest)
+        return
+    if config.cluster.scheduler is not Scheduler.slurm:
+        raise UserError(
+            "cluster.scheduler=none: submit is for a scheduler. Give cluster=slurm, or start the verb itself"
+        )
+    folder, planned = _road(config, rest) if config.road else _verb(config, rest)
+    command = f"python launch/submit.py {{}} run={folder.relative_to(config.runs)}"
+    command += "" if config.runs == "runs" else f" runs={config.runs}"
+    if not planned:
+        print(f"{folder}: every stage is whole; nothing to submit")
+        return
+    if config.dry_run:
+        submission.write(planned, config.cluster)
+        for each in planned:
+            print(f"# {each.job.script}\n{script.text(each.job, config.cluster)}")
+        print("dry_run=true: written and checked, nothing is queued")
+        return
+    for record in submission.submit(planned, config.cluster, folder):
+        print(f"{record.name}: job {record.id}, {record.script}, output in {record.log}")
+    for action, what in (
+        ("status", "how it stands"),
+        ("logs", "what it says"),
+        ("cancel", "end it; training saves first"),
+    ):
+        print(f"  {command.format(f'action={action}')}   # {what}")
+
+
+def _verb(config: SubmitConfig, rest: list[str]) -> tuple[Path, list[Planned]]:
+    verb = config.verb
+    if verb not in VERBS or verb in NOT_JOBS:
+        known = ", ".join(name for name in VERBS if name not in NOT_JOBS)
+        raise UserError(
+            f"verb={verb}: is not submitted. Known: {known}" + ("; road=demo does" if verb == "demo" else "")
+        )
+    fields = VERBS[verb].__dataclass_fields__
+    given = [f"run={config.run}"] if config.run and "run" in fields else []
+    given += [f"runs={config.runs}"] if config.runs != "runs" and "runs" in fields else []
+    composed = app.compose(verb, [*rest, *given])
+    name = config.run or getattr(composed, "run", "")
+    if not name:
+        raise UserError(f"run is not set: give run=<name> under which the job of {verb} is found again")
+    _check(verb, composed, config.cluster)
+    folder = Path(config.runs) / name
+    run_dir = folder if isinstance(composed, TrainConfig) else None
+    job = submission.job_of(verb, name if run_dir else verb, folder, run_dir)
+    return folder, [Planned(job, app.to_yaml(composed))]
+
+
+def _road(config: SubmitConfig, rest: list[str]) -> tuple[Path, list[Planned]]:
+    file = app.option("road", config.road)
+    if rest:
+        raise UserError(f"{rest[0]}: no such key for submit. A road's stages have theirs in its file, {file}")
+    stages = app.from_yaml(file, RoadConfig)
+    planned, promised = [], [stages.out]
+    folder = Path(config.runs) / (config.run or stages.name)
+    for stage, key in zip(stages.stages, road.keys(stages, app.options_hash()), strict=True):
+        if stage.verb not in VERBS or stage.verb in NOT_JOBS:
+            raise UserError(f"{file}: stage {stage.name}: verb={stage.verb} is not submitted")
+        composed = app.compose(stage.verb, stage.overrides)
+        run_dir = Path(composed.run_dir) if isinstance(composed, TrainConfig) else None
+        job = submission.job_of(stage.verb, stage.name, folder, run_dir, key)
+        if job.done.exists() and job.done.read_text().strip() == key and (Path(stages.out) / stage.makes).exists():
+            print(f"{stage.name}: whole, re-used")
+            continue
+        _check(stage.verb, composed, config.cluster, promised, stage.name)
+        promised.append(getattr(composed, "out", "") or stages.out)
+        planned.append(Planned(job, app.to_yaml(composed)))
+    return folder, planned
+
+
+def _check(verb: str, composed: Any, cluster: ClusterConfig, promised: list[str] = [], stage: str = "") -> None:  # noqa: B006
+    """What can be said without torch and without a GPU."""
+    try:
+        promises.require_inputs(verb, composed, promised)
+        if isinstance(composed, ExportConfig) and not promised:
+            run_names.find_run(composed.runs, "run", composed.run)
+        if isinstance(composed, TrainConfig):
+            composed.accumulation_steps(cluster.world_size)
+            changes.refuse_changes(Path(composed.run_dir), app.to_yaml(composed), composed.run)
+    except UserError as error:
+        raise UserError(f"stage {stage}: {error}" if stage else str(error)) from error
+
+
+def _ask(config: SubmitConfig, rest: list[str]) -> None:
+    if rest:
+        raise UserError(f"{rest[0]}: action={config.action.name} takes run= and runs= only")
+    folder = Path(config.runs) / config.run
+    records = submission.records(folder)
+    if not records:
+        raise UserError(
+            f"run={config.run}: nothing was submitted under this name in {config.runs} (no {folder / submission.RECORDS})"
+        )
+    if config.action is SubmitAction.logs:
+        print(report.logs(records, config.lines))
+        return
+    states = slurm.states([record.id for record in records])
+    if config.action is SubmitAction.cancel:
+        active = [record for record in records if states[record.id].active]
+        slurm.cancel([record.id for record in active])
+        print(
+            f"ended: {', '.join(f'{record.name} (job {record.id})' for record in active) or 'nothing, no job was left'}"
+        )
+        return
+    print(report.status(records, states))
+
+
+if __name__ == "__main__":
+    app.main(submit, __doc__, passes_on=True)

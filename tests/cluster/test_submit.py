@@ -1,0 +1,276 @@
+"""What is written for Slurm and when nothing is; Slurm's commands are played by small scripts. The real ones: test_slurm.py."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from grid import ROOT
+
+from fireflyds import app
+from fireflyds.cluster import script, slurm, submission
+from fireflyds.config import ClusterConfig, TrainConfig
+from fireflyds.errors import UserError
+
+SBATCH = r"""#!/bin/bash
+echo "$@" >> $FAKE/calls
+if [[ "$*" == *--test-only* ]]; then cat > $FAKE/tried; exit 0; fi
+number=$(grep -c parsable $FAKE/calls)
+if [ "$number" = "$(cat $FAKE/full_at 2>/dev/null)" ]; then cat $FAKE/says >&2; exit 1; fi
+echo $number
+"""
+SCONTROL = """#!/bin/bash
+echo "scontrol $@" >> $FAKE/calls
+if [ "$1" = requeue ]; then exit 0; fi
+echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1
+"""
+SCANCEL = """#!/bin/bash
+echo "scancel $@" >> $FAKE/calls
+"""
+# What the job does is played too: it leaves with the code in `code`.
+SRUN = """#!/bin/bash
+echo "srun $@" >> $FAKE/calls
+exit $(cat $FAKE/code)
+"""
+
+
+class Fake:
+    def __init__(self, folder: Path, verb) -> None:
+        self.folder, self._verb = folder / "fake", verb
+        self.work = folder
+        self.folder.mkdir()
+        for name, text in (("sbatch", SBATCH), ("scontrol", SCONTROL), ("scancel", SCANCEL), ("srun", SRUN)):
+            (self.folder / name).write_text(text)
+            (self.folder / name).chmod(0o755)
+        (self.folder / "calls").touch()
+        self.variables = {
+            "FAKE": str(self.folder), "PATH": f"{self.folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        }  # fmt: skip
+
+    def submit(self, *arguments: str, check: bool = True):
+        return self._verb("submit", *arguments, env=self.variables, check=check)
+
+    @property
+    def calls(self) -> list[str]:
+        return (self.folder / "calls").read_text().splitlines()
+
+
+@pytest.fixture
+def fake(verb, tmp_path: Path) -> Fake:
+    for file in ("base/config.json", "store/manifest.json"):
+        (tmp_path / file).parent.mkdir()
+        (tmp_path / file).write_text("{}")
+    return Fake(tmp_path, verb)
+
+
+TRAIN = ["verb=train", "run=cpt", "model=./base", "data=./store", "optim.steps=10", "global_batch_size=32"]
+
+
+def test_a_training_is_frozen_and_submitted(fake: Fake) -> None:
+    shown = fake.submit(
+        *TRAIN, "cluster.nodes=4", "cluster.partition=gpu", "cluster.sbatch=--exclusive --comment=mine"
+    ).stdout
+    assert shown.splitlines()[0].startswith("cpt: job 1, runs/cpt/submit.sh, output in runs/cpt/logs/slurm-cpt-1.log")
+    frozen = app.from_yaml(fake.work / "runs/cpt/config.yaml", TrainConfig)
+    assert (frozen.run, frozen.data.store, frozen.optim.steps) == ("cpt", "./store", 10)
+    text = (fake.work / "runs/cpt/submit.sh").read_text()
+    options = re.findall(r"^#SBATCH --(\S+)$", text, re.MULTILINE)
+    assert {
+        "nodes=4",
+        "ntasks-per-node=8",
+        "gpus-per-node=8",
+        "partition=gpu",
+        "requeue",
+        "exclusive",
+        "comment=mine",
+        "signal=USR1@300",
+    } <= {*options}
+    assert f"chdir={fake.work}" in options
+    assert not [option for option in options if "$" in option]
+    assert "launch/train.py --config runs/cpt/config.yaml" in text
+    assert (fake.folder / "tried").read_text() == text
+
+
+def test_a_dry_run_needs_no_slurm_and_queues_nothing(verb, fake: Fake) -> None:
+    shown = verb("submit", *TRAIN, "dry_run=true").stdout
+    assert (fake.work / "runs/cpt/submit.sh").read_text() in shown
+    assert fake.calls == []
+    assert not (fake.work / "runs/cpt/jobs.json").exists()
+
+
+def test_submitting_imports_no_torch(fake: Fake) -> None:
+    code = f"""
+import sys
+sys.argv = ["submit.py", *{TRAIN!r}, "dry_run=true"]
+sys.modules["torch"] = None
+import runpy
+runpy.run_path({str(ROOT / "launch" / "submit.py")!r}, run_name="__main__")
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=fake.work, check=True, capture_output=True)
+    assert (fake.work / "runs/cpt/submit.sh").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([*TRAIN, "optim.stepz=3"], "optim.stepz: no such key for train"),
+        ([*TRAIN, "data=./nowhere"], "data.store=./nowhere: is not there"),
+        ([*TRAIN, "cluster.nodes=5"], "global_batch_size=32: must be a multiple of micro_batch_size=1 x 40 ranks = 40"),
+        ([*TRAIN, "cluster.partition=$PART"], "cluster.partition='$PART': holds '$', which Slurm does not expand"),
+        ([*TRAIN, "cluster.time=one day"], "cluster.time=one day: must be as sbatch takes it"),
+        ([*TRAIN, "cluster.time=4"], "cluster.signal_seconds=300: a job of cluster.time=4 would be told to save at its start"),
+        ([*TRAIN, "cluster.chain=3"], "cluster.chain=3: is for clusters that forbid requeueing"),
+        ([*TRAIN, "cluster.sbatch=exclusive"], "cluster.sbatch=exclusive: options are written --name=value"),
+        ([*TRAIN, "cluster.sbatch=--nodes=3"], "cluster.sbatch=--nodes=3: has a key of its own, cluster.nodes"),
+        ([*TRAIN, "cluster.container=pyxis"], "cluster.container=pyxis needs an image"),
+        ([*TRAIN, "cluster=h200"], "cluster.scheduler=none: submit is for a scheduler"),
+        (["verb=chat", "run=x"], "verb=chat: is not submitted. Known: "),
+        (["verb=demo", "run=x"], "road=demo does"),
+        (["verb=expand", "base=./base", "pieces=x.txt", "out=x"], "run is not set: give run=<name>"),
+        (["verb=export", "run=nothing"], "run=nothing: no such run in runs"),
+        (["run=x"], "submit needs a verb or a road"),
+        (["action=status"], "run is not set: action=status needs run="),
+        (["action=status", "run=never"], "run=never: nothing was submitted under this name"),
+        (["road=nowhere"], "road=nowhere: no such file, here or in conf/road. Known: demo"),
+        (["road=demo", "optim.steps=3"], "optim.steps=3: no such key for submit. A road's stages have theirs in its file"),
+    ],
+)  # fmt: skip
+def test_a_failed_check_never_reaches_the_queue(fake: Fake, arguments: list[str], expected: str) -> None:
+    done = fake.submit(*arguments, check=False)
+    assert done.returncode == 2
+    assert expected in done.stderr
+    assert fake.calls == []
+    assert not (fake.work / "runs").exists()
+
+
+def test_a_run_that_has_begun_otherwise_is_refused(fake: Fake) -> None:
+    fake.submit(*TRAIN)
+    (fake.work / "runs/cpt/metrics.jsonl").write_text('{"step": 1}\n')
+    before = fake.calls
+    done = fake.submit(*TRAIN, "seed=7", check=False)
+    assert "was started with another configuration (seed: 42 -> 7)" in done.stderr
+    assert [call for call in fake.calls[len(before) :] if "parsable" in call] == []
+    fake.submit(*TRAIN, "optim.steps=20")
+
+
+@pytest.mark.parametrize(
+    ("says", "remedy"),
+    [
+        ("sbatch: error: Batch job submission failed: Invalid account or account/partition combination specified", "give cluster.account="),
+        ("sbatch: error: AssocMaxSubmitJobLimit\nsbatch: error: Job violates accounting/QOS policy", "the queue takes no more of your jobs"),
+        ("sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)", "`scontrol ping`"),
+    ],
+)  # fmt: skip
+def test_when_a_later_job_is_refused_none_is_left(fake: Fake, says: str, remedy: str) -> None:
+    (fake.folder / "full_at").write_text("3")
+    (fake.folder / "says").write_text(says)
+    done = fake.submit("road=demo", "cluster=slurm_cpu", "cluster.nodes=2", check=False)
+    assert done.returncode == 2
+    assert says.splitlines()[0].removeprefix("sbatch: error: ") in done.stderr
+    assert remedy in done.stderr
+    assert fake.calls[-1] == "scancel 1 2"
+    assert [file for file in (fake.work / "runs").rglob("*") if file.is_file()] == []
+
+
+def test_a_road_is_chained_by_success(fake: Fake) -> None:
+    fake.submit("road=demo", "cluster=slurm_cpu", "cluster.nodes=2")
+    queued = [call for call in fake.calls if "parsable" in call]
+    records = json.loads((fake.work / "runs/demo/jobs.json").read_text())
+    assert len(queued) == len(records) == 19
+    assert "--dependency" not in queued[0]
+    assert all(
+        f"--dependency=afterok:{place} --kill-on-invalid-dep=yes" in call for place, call in enumerate(queued[1:], 1)
+    )
+    by_name = {record["name"]: Path(fake.work / record["script"]).read_text() for record in records}
+    assert "#SBATCH --nodes=2\n" in by_name["train_cpt"]
+    assert "#SBATCH --nodes=1\n" in by_name["export_cpt"]
+
+
+def test_without_sbatch_the_remedy_is_named(verb, fake: Fake) -> None:
+    done = verb("submit", *TRAIN, check=False, env={"PATH": str(Path(sys.executable).parent)})
+    assert "there is no sbatch on the path. Submit from a login node" in done.stderr
+    assert not (fake.work / "runs").exists()
+
+
+def test_a_queue_that_does_not_answer_is_given_up(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "#!/bin/bash\necho 'sbatch: error: Slurm temporarily unable to accept job, sleeping and retrying' >&2\nexec sleep 60\n"
+    (fake.folder / "sbatch").write_text(text)
+    monkeypatch.setenv("PATH", fake.variables["PATH"])
+    monkeypatch.setattr(slurm, "_PATIENCE", 0.5)
+    with pytest.raises(UserError, match=r"no answer within 0 s\. Slurm temporarily unable.*takes no more of your jobs"):
+        slurm.submit(Path("x.sh"))
+
+
+def _job(folder: Path, **keys) -> Path:
+    cluster = ClusterConfig(gpu="cpu", **keys)
+    job = submission.job_of("train", "cpt", folder, folder, stamp="")
+    (folder / "logs").mkdir(exist_ok=True)
+    path = folder / "submit.sh"
+    path.write_text(script.text(job, cluster))
+    return path
+
+
+def _start(fake: Fake, path: Path, code: int, step: int | None, place: int = 1) -> "subprocess.CompletedProcess[str]":
+    (fake.folder / "code").write_text(str(code))
+    if step is not None:
+        (path.parent / "status.json").write_text(json.dumps({"step": step, "exit_code": code}, indent=2))
+    environment = os.environ | fake.variables | {"SLURM_JOB_ID": "5"}
+    return subprocess.run(
+        ["bash", str(path), str(place)], env=environment, cwd=path.parent, capture_output=True, text=True
+    )
+
+
+def _put_back(fake: Fake) -> int:
+    return fake.calls.count("scontrol requeue 5")
+
+
+@pytest.mark.parametrize(("code", "put_back"), [(0, 0), (2, 0), (76, 0), (75, 1), (1, 1), (137, 1)])
+def test_the_script_puts_back_what_can_go_on(fake: Fake, code: int, put_back: int) -> None:
+    assert _start(fake, _job(fake.work), code, 10).returncode == code
+    assert _put_back(fake) == put_back
+
+
+@pytest.mark.parametrize("step", [10, None])
+def test_a_job_that_gets_no_further_is_given_up(fake: Fake, step: int | None) -> None:
+    path = _job(fake.work, max_failures=2)
+    found = [_start(fake, path, 1, step).stdout for _ in range(3)]
+    assert "3 times in a row without a step further: not put back" in found[-1]
+    assert _put_back(fake) == 2
+    if step:
+        _start(fake, path, 1, step + 1)
+        assert _put_back(fake) == 3
+
+
+def test_a_later_job_of_a_chain_does_nothing_after_the_end(fake: Fake) -> None:
+    path = _job(fake.work, requeue=False, chain=3)
+    assert _start(fake, path, 75, 10).returncode == 75
+    assert _start(fake, path, 0, 20, place=2).returncode == 0
+    started = len([call for call in fake.calls if call.startswith("srun")])
+    done = _start(fake, path, 0, 20, place=3)
+    assert (done.returncode, "left with code 0: nothing to do" in done.stdout) == (0, True)
+    assert len([call for call in fake.calls if call.startswith("srun")]) == started
+    assert _put_back(fake) == 0
+
+
+def test_containers_modules_and_variables_stand_in_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    common = {"image": "ours.sqsh", "mounts": ["/data:/data"], "modules": "cuda/12.6", "setup": ["source env.sh"]}
+    job = submission.job_of("train", "cpt", Path("runs/cpt"), Path("runs/cpt"))
+    pyxis = script.text(job, ClusterConfig(container=script.Container.pyxis, environment={"A": "b c"}, **common))
+    mounts = f"{tmp_path}:{tmp_path},/data:/data"
+    assert (
+        f"--container-image=ours.sqsh --container-mounts={mounts} --container-workdir={tmp_path} \\\n  python " in pyxis
+    )
+    assert "module load cuda/12.6\nsource env.sh\nexport A='b c'\n" in pyxis
+    apptainer = script.text(job, ClusterConfig(container=script.Container.apptainer, **common))
+    assert f"apptainer exec --nv --bind {mounts} --pwd {tmp_path} ours.sqsh \\\n  python " in apptainer
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"), [("30", 1800), ("1:30", 90), ("02:00:00", 7200), ("1-0", 86400), ("1-2:30", 95400), ("", 0)]
+)
+def test_times_are_read_as_slurm_reads_them(time: str, seconds: int) -> None:
+    assert ClusterConfig(time=time, signal_seconds=1).time_seconds == seconds
