@@ -114,7 +114,8 @@ def _command(job: Job, cluster: ClusterConfig) -> list[str]:
     command = [python, str(LAUNCH / f"{job.verb}.py"), "--config", str(job.config)]
     start = ["srun", f"--wait={_WAIT_SECONDS}"]
     here = str(Path.cwd())
-    mounts = [f"{here}:{here}", *cluster.mounts]
+    places = dict.fromkeys([here, str(LAUNCH.parent)])
+    mounts = [*(f"{place}:{place}" for place in places), *cluster.mounts]
     if cluster.container is Container.pyxis:
         start += [
             f"--container-image={cluster.image}",

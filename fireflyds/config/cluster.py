@@ -72,7 +72,7 @@ class ClusterConfig:
     image: str = ""
     """The container's image."""
     mounts: list[str] = field(default_factory=list)
-    """`from:to` folders seen in the container; the working directory always is."""
+    """`from:to` folders seen in the container; the working directory and the checkout always are."""
     requeue: bool = True
     """A job that is preempted, loses a node or comes to its time limit is put back into the queue and goes on."""
     chain: int = 1

@@ -260,7 +260,7 @@ def test_containers_modules_and_variables_stand_in_the_script(tmp_path: Path, mo
     common = {"image": "ours.sqsh", "mounts": ["/data:/data"], "modules": "cuda/12.6", "setup": ["source env.sh"]}
     job = submission.job_of("train", "cpt", Path("runs/cpt"), Path("runs/cpt"))
     pyxis = script.text(job, ClusterConfig(container=script.Container.pyxis, environment={"A": "b c"}, **common))
-    mounts = f"{tmp_path}:{tmp_path},/data:/data"
+    mounts = f"{tmp_path}:{tmp_path},{ROOT}:{ROOT},/data:/data"
     assert (
         f"--container-image=ours.sqsh --container-mounts={mounts} --container-workdir={tmp_path} \\\n  python " in pyxis
     )
