@@ -32,10 +32,11 @@ def block_bytes(block: Block, shape: Shape, how: Pass) -> float:
     """Kept by a block for one token."""
     if not block.needs_gradient:
         return 0.0
-    w, d = how.wide, shape.hidden_size
+    w = how.wide
     heads = shape.num_heads * shape.head_dim
     # Queries and output, keys and values, and the log-sum-exp of every row.
-    attention = 2 * w * (heads + shape.num_key_value_heads * shape.head_dim) + 4 * shape.num_heads
+    pairs = heads + shape.num_key_value_heads * shape.head_dim
+    attention = (3 if shape.form.turned_apart else 2) * w * pairs + 4 * shape.num_heads
     # Inputs that linear layers keep for their own gradients; those of one place share theirs, attention's output is kept
     # by attention already.
     inputs: dict[int, int] = {}
@@ -45,20 +46,31 @@ def block_bytes(block: Block, shape: Shape, how: Pass) -> float:
         if (linear.trains or shares) and linear.rank != 3:
             inputs[linear.rank] = linear.inputs
         adapters += _adapter(linear, how)
-    return attention + _norms(block, d, how) + _gate(block, shape, how) + w * sum(inputs.values()) + adapters
+    return attention + _norms(block, shape, how) + _gate(block, shape, how) + w * sum(inputs.values()) + adapters
 
 
-def _norms(block: Block, d: int, how: Pass) -> float:
-    """Two norms: each keeps its row, float32 on the CPU, and there the normed row too where its weight trains."""
-    if how.device == "cuda":
-        return 2.0 * (d * how.wide + 4)
-    return 2.0 * d * (4 + how.wide * block.norms_train)
+def _norms(block: Block, shape: Shape, how: Pass) -> float:
+    """Each keeps its row and its scale; those of a parallel block read the same row. Layer norms have a mean beside it."""
+    form, d = shape.form, shape.hidden_size
+    rows = 1 if form.parallel else form.norms
+    if form.layer_norm:
+        return float(rows * how.wide * d + form.norms * 8)
+    kept = rows * _normed(block, d, how)
+    if form.head_norms:
+        kept += (shape.num_heads + shape.num_key_value_heads) * _normed(block, shape.head_dim, how)
+    return kept
+
+
+def _normed(block: Block, width: int, how: Pass) -> float:
+    """Of an RMS norm: the row, float32 on the CPU, and there the normed row too where its weight trains."""
+    each = how.wide if how.device == "cuda" else 4 + how.wide * block.norms_train
+    return float(width * each + 4)
 
 
 def _gate(block: Block, shape: Shape, how: Pass) -> float:
     """Gate and up, and on the CPU silu of the gate; without a gate what the activation reads."""
     hidden = max(block.linears, key=lambda linear: linear.rank).inputs
-    if not shape.gated:
+    if not shape.form.gated:
         return float(how.wide * hidden)
     return float(how.wide * hidden * (2 if how.device == "cuda" else 3))
 
@@ -74,6 +86,12 @@ def _adapter(linear: Linear, how: Pass) -> float:
     if how.dora:
         kept += 2 * how.wide * linear.outputs
     return kept
+
+
+def weight_bytes(block: Block, how: Pass) -> float:
+    """Unpacked weights that a block keeps, whatever the tokens: autograd keeps those of PEFT's second product."""
+    kept = sum(each.inputs * each.outputs for each in block.linears if each.twice and each.quantised)
+    return float(how.wide * kept * block.needs_gradient)
 
 
 def boundary_bytes(block: Block, shape: Shape, how: Pass) -> float:

@@ -99,20 +99,22 @@ def windows(hf_config: Any) -> list[int | None]:
     return [window] * int(hf_config.num_hidden_layers)
 
 
+def is_parallel(hf_config: Any) -> bool:
+    """Whether the feed-forward layer reads what attention reads (Falcon)."""
+    return bool(getattr(hf_config, "parallel_attn", False) or getattr(hf_config, "new_decoder_architecture", False))
+
+
 def block_order(hf_config: Any) -> dict[str, int]:
-    """Names of modules of a block with where they come in it: 1 what attention reads, 3 its output, 5 what the
-    feed-forward layer reads, 6 its output."""
-    parallel = getattr(hf_config, "parallel_attn", False) or getattr(hf_config, "new_decoder_architecture", False)
-    return _ORDER | (_PARALLEL if parallel else {})
+    """Names of modules of a block with when their inputs are there: 1 what attention reads, 3 its output, 5 what the
+    feed-forward layer reads, 6 its output. In parallel blocks both sides have the same numbers."""
+    return _ORDER | (_PARALLEL if is_parallel(hf_config) else {})
 
 
 def _places(model: Any) -> Iterator[tuple[str, Place]]:
     """Parameters by name with where they come in the forward pass: block, module, base and A before B."""
     head = {id(parameter) for parameter in model.get_output_embeddings().parameters()}
     embeddings = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
-    parallel = getattr(model.config, "parallel_attn", False) or getattr(model.config, "new_decoder_architecture", False)
-    order = _ORDER | (_PARALLEL if parallel else {})
-    in_blocks = False
+    order, in_blocks = block_order(model.config), False
     for name, parameter in model.named_parameters(remove_duplicate=False):
         block = re.search(r"\.(\d+)\.", name)
         in_blocks = in_blocks or block is not None

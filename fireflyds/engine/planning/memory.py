@@ -52,10 +52,17 @@ class Memory:
     """Offloaded states, in use all the time."""
     host_loading: float
     """While weights are read: before they are on the GPU."""
+    host_saving: float
+    """Beside what is in use: the copy of masters and states that a checkpoint is written from (`fragments.snapshot`)."""
 
     @property
     def total(self) -> float:
         return sum(self.items.values())
+
+    @property
+    def resting(self) -> float:
+        """Between steps, when nothing is computed."""
+        return self.items["weights"] + self.items["optimizer"] + self.items["fixed"]
 
 
 def placement_of(config: TrainConfig, world_size: int, accumulation: int) -> Placement:
@@ -79,7 +86,8 @@ def estimate(
     found = held.moments(labelled_share)
     name = max(found, key=lambda each: sum(found[each].values()))
     highest = {item: max(items[item] for items in found.values()) for item in ITEMS}
-    return Memory(name, found[name], highest, held.host(), held.loading())
+    saving = (4 * shape.trained + shape.state_bytes) / where.world_size
+    return Memory(name, found[name], highest, held.host(), held.loading(), saving)
 
 
 def moments(
@@ -158,7 +166,10 @@ class _Held:
     def moments(self, labelled_share: float) -> dict[str, dict[str, float]]:
         shape, how, where = self.shape, self.how, self.where
         tokens = where.micro_batch_size * self.config.seq_len
-        blocks = [activations.block_bytes(block, shape, how) * tokens for block in shape.blocks]
+        blocks = [
+            activations.block_bytes(block, shape, how) * tokens + activations.weight_bytes(block, how)
+            for block in shape.blocks
+        ]
         kept = [activations.boundary_bytes(block, shape, how) * tokens for block in shape.blocks]
         loss = activations.loss_bytes(shape, how, tokens, round(tokens * labelled_share))
         passing = activations.passing_bytes(shape, how) * tokens + activations.unpacked_bytes(shape, how)
@@ -216,8 +227,9 @@ class _Held:
         return mine * w + max(group * (4 + w if w == 2 else 4), group * 4 * (1 + self.stepping))
 
     def offloaded(self) -> float:
-        """Masters, states and float32 gradients, a copy of the shard in the model's format, and gradients that add up."""
-        again = self.where.accumulation > 1
+        """Masters, states and float32 gradients, a copy of the shard in the model's format, and gradients that add up:
+        at stage 1 they do so on the GPU, at stage 3 their place is there always."""
+        again = self.where.stage == 3 or (self.where.stage == 2 and self.where.accumulation > 1)
         return self.optimizer() + self.each * (4 + self.wide + self.wide * again)
 
     def host(self) -> float:

@@ -8,19 +8,23 @@ from torch import nn
 
 from fireflyds.config import TrainConfig, TuningMethod
 from fireflyds.engine import groups
-from fireflyds.engine.planning.flops import block_order, windows
+from fireflyds.engine.planning.flops import block_order, is_parallel, windows
 
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """A linear layer of a block: `rank` is its place there (`flops.block_order`); `r` the rank of its adapter, 0: none."""
+    """A linear layer of a block; `r` is the rank of its adapter, 0: none."""
 
     rank: int
+    """Its place there: those of one number read the same tensor (`flops.block_order`), 3 reads attention's output and 6
+    what the activation makes."""
     inputs: int
     outputs: int
     trains: bool
     quantised: bool
     r: int
+    twice: bool
+    """PEFT's DoRA computes the weight's product again behind its dropout, of a quantised one with the weight unpacked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +34,25 @@ class Block:
     linears: tuple[Linear, ...]
     norms_train: bool
     needs_gradient: bool
-    trained: int
-    """Parameters that train."""
-    parameters: int
+    window: int | None
+    """Tokens that attention sees at most; None: all before in the document."""
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How the blocks of a model compute, as far as it decides what they keep."""
+
+    gated: bool
+    parallel: bool
+    """One input for attention and feed-forward layer (Falcon)."""
+    norms: int
+    """Of the width of the block."""
+    layer_norm: bool
+    """Rather than RMS norms."""
+    head_norms: bool
+    """Of every query and key head (Qwen3)."""
+    turned_apart: bool
+    """Queries, keys and values come of one product and are rotated: values keep all of that product."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,17 +64,14 @@ class Shape:
     head_dim: int
     num_key_value_heads: int
     vocab_size: int
-    gated: bool
+    form: Form
     blocks: tuple[Block, ...]
-    parameters: int
-    """All of them; a quantised one counts what it stands for."""
     groups: tuple[tuple[tuple[int, ...], int], ...]
     """Of every optimizer group the sizes of its parameters in order, and the bytes of state for one number."""
     frozen: int
     quantised_bytes: float
     largest: int
     """The largest trained tensor."""
-    largest_tensor: int
     head_trained: int
     adapters: int
     """Trained parameters that are written beside a checkpoint: those of a run that does not train the whole body."""
@@ -85,9 +102,8 @@ def shape_of(model: Any, config: TrainConfig) -> Shape:
         head_dim=getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads,
         num_key_value_heads=_key_value_heads(hf_config),
         vocab_size=hf_config.vocab_size,
-        gated=any(name.endswith("gate_proj") for name, _ in model.named_modules()),
-        blocks=_blocks(model, packed),
-        parameters=sum(groups.stands_for(p) for p in model.parameters()),
+        form=_form(model),
+        blocks=_blocks(model, packed, config),
         groups=tuple(
             (tuple(p.numel() for p in group.parameters), groups.state_bytes(group, config))
             for group in groups.parameter_groups(model, config)
@@ -95,7 +111,6 @@ def shape_of(model: Any, config: TrainConfig) -> Shape:
         frozen=sum(groups.stands_for(p) for p in frozen) - quantised,
         quantised_bytes=quantised * groups.QUANTISED_BYTES[config.tuning.bits],
         largest=max(p.numel() for p in trained),
-        largest_tensor=max(groups.stands_for(p) for p in model.parameters()),
         head_trained=sum(p.numel() for p in head.parameters() if p.requires_grad and p.dim() == 2),
         adapters=0 if own else sum(p.numel() for p in trained),
     )
@@ -120,10 +135,34 @@ def _key_value_heads(hf_config: Any) -> int:
     return int(found or hf_config.num_attention_heads)
 
 
-def _blocks(model: Any, packed: set[int]) -> tuple[Block, ...]:
-    order, number = block_order(model.config), len(windows(model.config))
-    linears: list[list[Linear]] = [[] for _ in range(number)]
-    trained, total, norms = [0] * number, [0] * number, [False] * number
+def _form(model: Any) -> Form:
+    """Read of the first block."""
+    inside = {name.partition(".0.")[2]: module for name, module in model.named_modules() if ".0." in name}
+    norms = {name: module for name, module in inside.items() if "norm" in type(module).__name__.lower()}
+    of_heads = [name for name in norms if name.endswith(("q_norm", "k_norm"))]
+    rotary = model.config.model_type != "bloom" and not getattr(model.config, "alibi", False)
+    return Form(
+        gated=any(name.endswith("gate_proj") for name in inside),
+        parallel=is_parallel(model.config),
+        norms=len(norms) - len(of_heads),
+        layer_norm=any(isinstance(module, nn.LayerNorm) for module in norms.values()),
+        head_norms=bool(of_heads),
+        turned_apart=rotary and any(name.endswith("query_key_value") for name in inside),
+    )
+
+
+def _inputs_order(model: Any) -> dict[str, int]:
+    """`flops.block_order`, but parallel blocks' feed-forward layers have inputs of their own: behind the activation, and
+    in front of it where there is a second norm."""
+    own = {"dense_4h_to_h": 6} | ({"dense_h_to_4h": 5} if _form(model).norms > 1 else {})
+    return block_order(model.config) | own
+
+
+def _blocks(model: Any, packed: set[int], config: TrainConfig) -> tuple[Block, ...]:
+    order, sliding = _inputs_order(model), windows(model.config)
+    linears: list[list[Linear]] = [[] for _ in sliding]
+    trained, norms = [False for _ in sliding], [False for _ in sliding]
+    twice = config.tuning.has_adapters and config.tuning.use_dora and config.tuning.dropout > 0
     below = False
     for name, parameter in model.named_parameters():
         found = re.search(r"\.(\d+)\.", name)
@@ -131,8 +170,7 @@ def _blocks(model: Any, packed: set[int]) -> tuple[Block, ...]:
             below = below or (parameter.requires_grad and _is_embedding(model, parameter))
             continue
         layer = int(found[1])
-        total[layer] += groups.stands_for(parameter)
-        trained[layer] += parameter.numel() * parameter.requires_grad
+        trained[layer] |= parameter.requires_grad
         norms[layer] |= parameter.requires_grad and parameter.dim() == 1 and "norm" in name
     for name, module in model.named_modules():
         found = re.search(r"\.(\d+)\.", name)
@@ -143,12 +181,12 @@ def _blocks(model: Any, packed: set[int]) -> tuple[Block, ...]:
         rank = next((order[part] for part in name[found.end() :].split(".") if part in order), 1)
         linears[int(found[1])].append(
             Linear(rank, module.in_features, module.out_features, module.weight.requires_grad, id(module.weight) in packed,
-                   0 if adapter is None else adapter.out_features)
+                   0 if adapter is None else adapter.out_features, adapter is not None and twice)
         )  # fmt: skip
     blocks = []
-    for layer in range(number):
-        below = below or bool(trained[layer])
-        blocks.append(Block(tuple(linears[layer]), norms[layer], below, trained[layer], total[layer]))
+    for layer, window in enumerate(sliding):
+        below = below or trained[layer]
+        blocks.append(Block(tuple(linears[layer]), norms[layer], below, window))
     return tuple(blocks)
 
 

@@ -1,19 +1,16 @@
-"""Planned memory: bytes by hand for whole models, activations against what autograd saves, loss heads, placements."""
+"""Planned memory: bytes by hand for whole models, loss heads, placements."""
 
 from dataclasses import replace
 
 import pytest
-import torch
-from fireflyds_kernels import dispatch
-from tiny import packed, tiny
+from tiny import tiny
 
-from fireflyds import app, registry
+from fireflyds import app
 from fireflyds.config import Precision
-from fireflyds.engine.planning import activations, memory
+from fireflyds.engine.planning import memory
 from fireflyds.engine.planning.memory import Placement, kept_of
 from fireflyds.engine.planning.shape import shape_of
 from fireflyds.models import load, tuning
-from fireflyds.models.fuse import fuse
 
 BODY, EMBEDDINGS, NORMS = 32 * (4 * 4096**2 + 3 * 4096 * 11008), 55_296 * 4096, 65 * 4096
 WHOLE = BODY + 2 * EMBEDDINGS + NORMS
@@ -110,101 +107,6 @@ def test_the_loss_holds_one_chunk_of_logits_and_the_head_s_gradient() -> None:
     chunk = logits / -(-logits // 2**28)
     assert chunk <= 2**28
     assert long["loss"]["logits"] == pytest.approx(chunk + 4 * EMBEDDINGS + 32 * hidden)
-
-
-def _saved(model_type: str, overrides: list[str], layers: int, dtype: torch.dtype, kernels: dict[str, str]):
-    """Bytes that autograd keeps of one pass, parameters and inputs aside; the model's shape."""
-    config = app.compose("train", ["run=x", "model=a/b", "data=c/d", "optim.steps=1", *overrides])
-    family = registry.find("fireflyds.models.families", model_type).FAMILY
-    model = tiny(model_type, num_hidden_layers=layers, num_key_value_heads=2, tie_word_embeddings=False)
-    model = tuning.apply(model, family, config.tuning, None, 0).to(dtype).train()
-    shape = shape_of(model, config)
-    with dispatch.force(**kernels):
-        return _kept(model), shape, config
-
-
-def _kept(model) -> int:
-    batch, kept = packed([torch.arange(3, 30), torch.arange(3, 13)]), {}
-    own = {each.untyped_storage().data_ptr() for each in [*model.parameters(), *model.buffers()]}
-    own |= {each.untyped_storage().data_ptr() for each in batch.values() if isinstance(each, torch.Tensor)}
-    for parameter in model.parameters():
-        if state := getattr(parameter, "quant_state", None):
-            parts = [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
-            own |= {each.untyped_storage().data_ptr() for each in parts}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = fuse(model)(**batch)
-    assert loss.isfinite()
-    return sum(kept.values())
-
-
-LORA = ["tuning=lora", "tuning.r=4"]
-TRITON = {"rms_norm": "triton", "swiglu": "triton", "rope": "triton", "packed_attention": "triton"}
-
-
-@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
-@pytest.mark.parametrize(
-    ("overrides", "dtype", "device"),
-    [
-        (["tuning=full"], torch.float32, "cpu"),
-        (["tuning=full"], torch.bfloat16, "cpu"),
-        (["tuning=full"], torch.float16, "cuda"),
-        ([*LORA, "tuning.dropout=0"], torch.bfloat16, "cpu"),
-        ([*LORA, "tuning.dropout=0"], torch.float16, "cuda"),
-        # A GPU's dropout keeps bytes, the CPU's numbers, so the one is not seen on the other.
-        ([*LORA, "tuning.dropout=0.1"], torch.bfloat16, "cpu"),
-        (["tuning=freeze", r"tuning.trainable=[mlp]"], torch.float16, "cuda"),
-    ],
-)
-def test_a_block_keeps_what_autograd_saves(model_type: str, overrides: list[str], dtype, device: str) -> None:
-    kernels = TRITON if device == "cuda" else {}
-    two, _, _ = _saved(model_type, overrides, 2, dtype, kernels)
-    three, shape, config = _saved(model_type, overrides, 3, dtype, kernels)
-    how = activations.Pass(
-        device=device, wide=dtype.itemsize, half=False, dropout=config.tuning.dropout if config.tuning.has_adapters else 0.0,
-        fused_adapters=False, dora=False, checkpointing=False,
-    )  # fmt: skip
-    planned = activations.block_bytes(shape.blocks[2], shape, how) * 37
-    assert planned == pytest.approx(three - two, rel=0.03)
-
-
-def test_our_qlora_layer_keeps_its_input_its_mask_and_the_adapter_s_inner_values(tmp_path) -> None:
-    def saved(layers: int):
-        settings = {"num_hidden_layers": layers, "num_key_value_heads": 2, "tie_word_embeddings": False}
-        tiny("llama", hidden_size=64, intermediate_size=128, **settings).save_pretrained(tmp_path / str(layers))
-        overrides = [
-            "run=x",
-            f"model={tmp_path / str(layers)}",
-            "data=c/d",
-            "optim.steps=1",
-            "tuning=qlora",
-            "tuning.r=4",
-        ]
-        config = app.compose("train", overrides)
-        model = tuning.load_tuned(config, load.architecture_of(config.model), Precision.bf16).train()
-        for parameter in model.parameters():
-            if parameter.dtype is torch.float32:
-                parameter.data = parameter.data.bfloat16()
-        return _kept(model), shape_of(model, config), config
-
-    (two, _, _), (three, shape, config) = saved(2), saved(3)
-    how = activations.Pass(
-        device="cpu",
-        wide=2,
-        half=False,
-        dropout=config.tuning.dropout,
-        fused_adapters=True,
-        dora=False,
-        checkpointing=False,
-    )
-    planned = activations.block_bytes(shape.blocks[2], shape, how) * 37
-    assert planned == pytest.approx(three - two, rel=0.03)
 
 
 def test_gradients_that_touch_a_part_are_kept_whole() -> None:
