@@ -41,11 +41,9 @@ def plan(config: PlanConfig) -> None:
     found = planned.make(config, shape_of(model, config), step_flops(model), precision, data)
     if config.format is PlanFormat.json:
         about = {"parameters": total, "trainable_parameters": trainable, "groups": [asdict(row) for row in rows]}
-        print(json.dumps(about | planned.as_json(found)))
+        print(json.dumps(about | planned.as_json(found, notes)))
         return
-    print(f"{trainable:,} of {total:,} parameters train\n{groups.table(rows)}\n{planned.report(found)}")
-    for note in notes:
-        print(note)
+    print(f"{trainable:,} of {total:,} parameters train\n{groups.table(rows)}\n{planned.report(found, notes)}")
 
 
 def _has_tokenizer(config: ModelConfig) -> bool:

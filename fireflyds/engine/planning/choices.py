@@ -6,15 +6,16 @@ from typing import Any
 from fireflyds.config import ClusterConfig, Offload, PlanConfig, Precision
 from fireflyds.engine import optimizers
 from fireflyds.engine.planning import memory
-from fireflyds.engine.planning.flops import StepFlops
+from fireflyds.engine.planning.flops import StepFlops, visible_pairs
 from fireflyds.engine.planning.memory import GIB, Memory, Placement
 from fireflyds.engine.planning.shape import Shape
 from fireflyds.errors import UserError
 
 # Beside what torch counts: the driver's context, NCCL's buffers, and memory lost between blocks.
 CONTEXT_GIB, NCCL_GIB, FRAGMENTED = 0.75, 0.75, 0.04
-# Libraries of one rank on its host, GiB.
-LIBRARIES_GIB = 3.0
+# Libraries of one rank on its host, GiB: with CUDA's, and without them (torch, transformers, DeepSpeed and PEFT after two
+# steps of a tiny model: 0.52 measured, torch 2.13).
+LIBRARIES_GIB, CPU_LIBRARIES_GIB = 3.0, 0.6
 # Estimates: launching the kernels of a block and micro-batch forward and backward, and what DeepSpeed's CPU Adam updates
 # in a second on one machine.
 LAUNCH_SECONDS, CPU_ADAM_PER_SECOND = 5e-4, 1e9
@@ -26,7 +27,9 @@ class Work:
 
     flops: float
     recomputed: float
-    """On top, with gradient checkpointing: the blocks' forward pass."""
+    """On top, with gradient checkpointing: the forward pass of the blocks that have a backward pass."""
+    repeated: float
+    """On top: products that PEFT's DoRA computes a second time (`Linear.twice`), forward and back to their input."""
     tokens: float
 
 
@@ -67,13 +70,18 @@ class Choice:
 
 def work_of(flops: StepFlops, shape: Shape, rows: float, lengths: list[int], labelled: int) -> Work:
     """Of documents of these lengths with `labelled` labels, `rows` times."""
-    again = sum(
-        2 * each.inputs * each.outputs for block in shape.blocks if block.needs_gradient for each in block.linears
-    )
-    # Two of attention's six products are its forward pass.
-    attention = flops.of(lengths, 0) - flops.per_token * sum(lengths)
     tokens = float(sum(lengths))
-    return Work(rows * flops.of(lengths, labelled), rows * (again * tokens + attention / 3), rows * tokens)
+    recomputed = repeated = 0.0
+    for block in shape.blocks:
+        second = sum(2 * each.inputs * each.outputs for each in block.linears if each.twice) * tokens
+        repeated += second * (1 + block.needs_gradient)
+        if block.needs_gradient:
+            base = sum(2 * each.inputs * each.outputs for each in block.linears)
+            adapters = sum(2 * each.r * (each.inputs + each.outputs) for each in block.linears)
+            # Scores and weighted sum.
+            attention = 4 * shape.num_heads * shape.head_dim * visible_pairs(lengths, block.window)
+            recomputed += (base + adapters) * tokens + second + attention
+    return Work(rows * flops.of(lengths, labelled), rows * recomputed, rows * repeated, rows * tokens)
 
 
 def all_choices(
@@ -89,8 +97,8 @@ def all_choices(
     rows, rest = divmod(config.global_batch_size, world_size)
     if rest:
         raise UserError(
-            f"global_batch_size={config.global_batch_size}: must be a multiple of {world_size} GPUs (cluster.nodes x "
-            f"cluster.gpus_per_node). Nearest: {max(1, rows) * world_size}"
+            f"global_batch_size={config.global_batch_size}: must be a multiple of {world_size} {units(config.cluster)} "
+            f"(cluster.nodes x cluster.gpus_per_node). Nearest: {max(1, rows) * world_size}"
         )
     found = []
     for stage, optimizer, parameters in _layouts():
@@ -114,9 +122,12 @@ def _layouts() -> list[tuple[int, bool, bool]]:
 
 
 def _allowed(config: PlanConfig, precision: Precision, stage: int, offload: bool) -> bool:
-    """Whether training would take it."""
+    """Whether training would take it. What `zero.json` and `zero.extra` say of the layout is checked against the
+    configuration's own alone: here it varies."""
     zero = replace(
         config.zero,
+        json="",
+        extra={},
         stage=stage,
         offload_optimizer=Offload.cpu if offload else Offload.none,
         offload_param=Offload.none,
@@ -133,12 +144,10 @@ def choice_of(
 ) -> Choice:
     """What a placement needs, and how long its step takes."""
     cluster = config.cluster
-    device = "cpu" if cluster.gpu == "cpu" else "cuda"
+    device = "cpu" if cluster.on_cpu else "cuda"
     needs = memory.estimate(shape, config, precision, where, device, share)
-    host = cluster.gpus_per_node * (max(needs.host, needs.host_loading) + LIBRARIES_GIB * GIB)
-    if device == "cpu":
-        host = cluster.gpus_per_node * needs.total
-    flops = work.flops + work.recomputed * where.checkpointing
+    host = cluster.gpus_per_node * _host_of_rank(needs, config)
+    flops = work.flops + work.repeated + work.recomputed * where.checkpointing
     compute = flops / (where.world_size * peak * cluster.mfu)
     launches = LAUNCH_SECONDS * len(shape.blocks) * where.accumulation * (1 + where.checkpointing / 3)
     moved = communication_bytes(shape, precision, where)
@@ -153,12 +162,26 @@ def choice_of(
     )
 
 
+def _host_of_rank(needs: Memory, config: PlanConfig) -> float:
+    """Bytes at the worst of training, saving and loading. On the CPU the rank itself is on the host; training goes on
+    beside a checkpoint that is written in the background."""
+    if not config.cluster.on_cpu:
+        return max(needs.host + needs.host_saving, needs.host_loading) + LIBRARIES_GIB * GIB
+    beside = needs.total if config.checkpoint.background else needs.resting
+    return max(needs.total, beside + needs.host_saving, needs.host_loading) + CPU_LIBRARIES_GIB * GIB
+
+
+def units(cluster: ClusterConfig) -> str:
+    """What ranks are told as."""
+    return "ranks" if cluster.on_cpu else "GPUs"
+
+
 def _why_not(needs: Memory, host: float, cluster: ClusterConfig, device: str) -> str:
     room = cluster.gpu_memory_gib
     if device == "cuda":
         room = room * (1 - FRAGMENTED) - CONTEXT_GIB - NCCL_GIB * (cluster.world_size > 1)
     if needs.total > room * GIB:
-        return f"{needs.total / GIB:.1f} GiB of {room:.1f} GiB that a GPU has for it"
+        return f"{needs.total / GIB:.1f} GiB of {room:.1f} GiB that a {units(cluster)[:-1]} has for it"
     if host > cluster.host_memory_gib * GIB:
         return f"{host / GIB:.0f} GiB of {cluster.host_memory_gib:g} GiB of the host"
     return ""
@@ -183,12 +206,15 @@ def communication_bytes(shape: Shape, precision: Precision, where: Placement) ->
 
 
 def _offload_seconds(shape: Shape, precision: Precision, where: Placement, cluster: ClusterConfig) -> float:
-    """Gradients go down after every micro-batch, weights come up after the update, and at stage 3 twice a micro-batch."""
+    """By DeepSpeed's sources (0.19) float32 gradients go down once a step, and weights come up after the update. What adds
+    up over micro-batches does so on the GPU at stage 1; at stage 2 the sum goes down after each and comes up before the
+    next, at stage 3 it comes up after the first too. Offloaded weights come up twice a micro-batch."""
     wide = 4 if precision is Precision.fp32 else 2
     mine = shape.trained / where.world_size
     moved, update = 0.0, 0.0
     if where.offload_optimizer:
-        moved += mine * wide * (where.accumulation + 1)
+        sums = {1: 0, 2: 2 * where.accumulation - 1 if where.accumulation > 1 else 0, 3: 2 * where.accumulation}
+        moved += mine * (wide * sums[where.stage] + 4 + wide * (not where.offload_param))
         update = mine * cluster.gpus_per_node / CPU_ADAM_PER_SECOND
     if where.offload_param:
         everything = (shape.trained + shape.frozen) * wide + shape.quantised_bytes

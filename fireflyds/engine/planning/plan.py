@@ -1,7 +1,7 @@
 """How long a planned run is, what it writes, and how the plan is told."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,17 @@ from fireflyds.errors import UserError
 
 # Rows looked at for the lengths of documents and the share of labels.
 _LOOKED_AT = 64
+# What a plan takes from the cluster.
+_MACHINE = (
+    "gpu",
+    "nodes",
+    "gpus_per_node",
+    "gpu_memory_gib",
+    "host_memory_gib",
+    "mfu",
+    "link_gb_per_s",
+    "host_link_gb_per_s",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +42,6 @@ class Data:
     """Documents of the rows that were looked at."""
     labelled: int
     note: str
-
-    @property
-    def tokens_per_row(self) -> float:
-        return sum(self.lengths) / self.rows_looked_at
 
     @property
     def labelled_share(self) -> float:
@@ -99,7 +106,7 @@ def precision_of(config: PlanConfig) -> Precision:
         UserError: they do not have the one that is asked for.
     """
     asked, gpu = config.hardware.precision, config.cluster.gpu
-    if gpu == "cpu":
+    if config.cluster.on_cpu:
         return Precision.fp32 if asked is Precision.auto else asked
     has_bf16 = peak_flops(gpu, Precision.fp16, None) is None or peak_flops(gpu, Precision.bf16, None) is not None
     if asked is Precision.auto:
@@ -131,14 +138,25 @@ def checkpoint_bytes(shape: Shape) -> float:
 
 
 def disk_bytes(each: float, config: PlanConfig, steps: int | None) -> float:
-    """The most that checkpoints take: a new one is whole before the oldest beyond what is kept goes."""
+    """The most that checkpoints take: a new one is whole before the oldest beyond what is kept goes. Infinite where
+    `checkpoint.keep_every` adds to them as long as nobody says how long the run is."""
     kept = config.checkpoint
-    most = kept.keep + 1 + bool(kept.best_metric)
-    if kept.keep_every and steps:
-        most += steps // math.lcm(kept.keep_every, kept.every)
-    written = most if steps is None else math.ceil(steps / kept.every)
+    most: float = kept.keep + 1 + bool(kept.best_metric)
+    if kept.keep_every:
+        most += math.inf if steps is None else steps // math.lcm(kept.keep_every, kept.every)
+    written = math.inf if steps is None else math.ceil(steps / kept.every)
     limit = math.inf if kept.max_gib is None else kept.max_gib * GIB + each
     return min(each * min(most, written), max(limit, 2 * each))
+
+
+def _disk(each: float, config: PlanConfig, steps: int | None) -> str:
+    kept, most = config.checkpoint, disk_bytes(each, config, steps)
+    if math.isinf(most) and kept.keep_every:
+        most = each * (kept.keep + 1 + bool(kept.best_metric))
+        every = math.lcm(kept.keep_every, kept.every)
+        return f"{most / GIB:.2f} GiB of a run, and it grows by one every {every:,} steps (checkpoint.keep_every)"
+    limit = "" if kept.max_gib is None else f", checkpoint.max_gib={kept.max_gib:g}"
+    return f"{most / GIB:.2f} GiB at most (checkpoint.keep={kept.keep}{limit})"
 
 
 def make(config: PlanConfig, shape: Shape, flops: StepFlops, precision: Precision, data: Data) -> Plan:
@@ -156,12 +174,14 @@ def make(config: PlanConfig, shape: Shape, flops: StepFlops, precision: Precisio
     return Plan(config, shape, precision, peak, data, work, own, found)
 
 
-def as_json(plan: Plan) -> dict[str, Any]:
+def as_json(plan: Plan, notes: list[str]) -> dict[str, Any]:
     """The plan for programs. Sizes in bytes, times in seconds; `memory_per_gpu` and disk are those of the
-    configuration itself, hours and tokens/s those of the fastest choice that fits, where one does."""
+    configuration itself (null where it grows with the steps and nobody knows how many), hours and tokens/s those of the
+    fastest choice that fits, where one does."""
     config, data, best, steps = plan.config, plan.data, plan.best, plan.data.steps
+    disk = disk_bytes(plan.checkpoint_bytes, config, steps)
     return {
-        "cluster": asdict(config.cluster),
+        "cluster": {name: getattr(config.cluster, name) for name in _MACHINE},
         "precision": plan.precision.name,
         "steps": steps,
         "tokens_per_step": plan.work.tokens,
@@ -173,13 +193,13 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "hours": None if steps is None else best.seconds * steps / 3600,
         "tokens_per_second": plan.work.tokens / best.seconds,
         "disk_per_checkpoint": plan.checkpoint_bytes,
-        "disk_of_run": disk_bytes(plan.checkpoint_bytes, config, steps),
+        "disk_of_run": None if math.isinf(disk) else disk,
         "memory_per_gpu": plan.own.memory.items | {"total": plan.own.memory.total},
         "host_memory_per_node": plan.own.host_per_node,
         "own": _told(plan.own, plan.work),
         "fastest": None if plan.fastest is None else _told(plan.fastest, plan.work),
         "choices": [_told(choice, plan.work) for choice in plan.choices],
-        "notes": [data.note] if data.note else [],
+        "notes": [*filter(None, [data.note]), *notes],
     }
 
 
@@ -205,15 +225,15 @@ def _told(choice: Choice, work: Work) -> dict[str, Any]:
     }
 
 
-def report(plan: Plan) -> str:
+def report(plan: Plan, notes: list[str]) -> str:
     """The plan for people."""
     config, data, own, each = plan.config, plan.data, plan.own, plan.checkpoint_bytes
     cluster = config.cluster
     gpus = f"{cluster.world_size} x {cluster.gpu} ({cluster.gpu_memory_gib:g} GiB), {plan.precision.name}"
     lines = [f"\n{gpus}, {plan.peak / 1e12:g} TFLOP/s at most, MFU {cluster.mfu:.0%} expected", _length(plan)]
-    kept = f"{disk_bytes(each, config, data.steps) / GIB:.2f} GiB at most (checkpoint.keep={config.checkpoint.keep})"
-    lines.append(f"checkpoint: {each / GIB:.2f} GiB on disk, {kept}")
-    lines += ["", "GiB per GPU at the moment of a step that needs most, host GiB per machine:", _head()]
+    lines.append(f"checkpoint: {each / GIB:.2f} GiB on disk, {_disk(each, config, data.steps)}")
+    unit = choices.units(cluster)[:-1]
+    lines += ["", f"GiB per {unit} at the moment of a step that needs most, host GiB per machine:", _head()]
     lines += [_row(choice, plan.work, choice is plan.fastest) for choice in plan.choices if choice.fits]
     refused = [choice for choice in plan.choices if not choice.fits]
     if refused:
@@ -224,12 +244,13 @@ def report(plan: Plan) -> str:
     lines += ["", f"as configured ({_name(own)}): {f'does not fit: {own.why_not}' if own.why_not else 'fits'}"]
     lines += [_head(), _row(own, plan.work, False)]
     lines.append(f"fastest: {_name(plan.fastest)}" if plan.fastest else f"fastest: {_nothing(config)}")
-    return "\n".join([*lines, *filter(None, [data.note])])
+    return "\n".join([*lines, *filter(None, [data.note]), *notes])
 
 
 def _nothing(config: PlanConfig) -> str:
     smaller = "tuning=qlora, " if config.tuning.method is not TuningMethod.qlora else ""
-    return f"nothing fits. Give more or larger GPUs (cluster.*), or try {smaller}a shorter seq_len, tuning.head=frozen"
+    larger = "machines or memory" if config.cluster.on_cpu else "or larger GPUs"
+    return f"nothing fits. Give more {larger} (cluster.*), or try {smaller}a shorter seq_len, tuning.head=frozen"
 
 
 def _length(plan: Plan) -> str:

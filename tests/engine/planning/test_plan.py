@@ -70,12 +70,12 @@ def test_where_nothing_fits_the_plan_says_so_and_still_tells_its_own_choice() ->
     made = _plan(*FULL, "cluster=h200", "cluster.gpu_memory_gib=12", "cluster.host_memory_gib=64")
     assert made.fastest is None
     assert made.best is made.own
-    shown = plan.report(made)
+    shown = plan.report(made, [])
     assert (
         "fastest: nothing fits. Give more or larger GPUs (cluster.*), or try tuning=qlora, a shorter seq_len" in shown
     )
     assert "as configured (zero=1, offload none, micro_batch_size=6, without checkpointing): does not fit: " in shown
-    assert plan.as_json(made)["fastest"] is None
+    assert plan.as_json(made, [])["fastest"] is None
 
 
 def test_time_is_flops_over_what_the_gpus_reach() -> None:
@@ -93,7 +93,7 @@ def test_time_is_flops_over_what_the_gpus_reach() -> None:
     )
     flops = made.work.flops + made.work.recomputed
     assert again.seconds == pytest.approx(flops / (0.4 * 989e12) + launches * 4 / 3)
-    told = plan.as_json(made)
+    told = plan.as_json(made, [])
     assert told["hours"] == pytest.approx(made.best.seconds * 10 / 3600)
     assert told["tokens"] == 10 * tokens
     assert told["flops"] == 10 * made.work.flops
@@ -126,7 +126,7 @@ def test_a_checkpoint_holds_masters_and_states_of_what_trains() -> None:
 
 def test_without_data_the_plan_says_what_it_takes_for_granted() -> None:
     found = plan.data_of(_config("optim.steps=null", "optim.epochs=2"), None)
-    assert (found.steps, found.tokens_per_row, found.labelled_share) == (None, 1024, 1)
+    assert (found.steps, found.lengths, found.labelled_share) == (None, [1024], 1)
     assert found.note.startswith("note: no data= given: a row was taken as one document of seq_len=1024")
     assert found.note.endswith("the steps of optim.epochs=2 are not known without data")
     assert plan.data_of(_config("data=stores/none"), None).note.startswith("note: data.store=stores/none is not there")
