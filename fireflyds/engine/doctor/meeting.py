@@ -46,6 +46,8 @@ class Meeting:
     def __init__(self, me: Ranks, timeout: float) -> None:
         self.me, self.timeout = me, timeout
         self._steps = 0
+        # The store of torchrun's agent outlives a restart: what an earlier attempt said must not be heard again.
+        self._folder = f"doctor/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         keeps = me.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         if not keeps:
             _wait_for_store(me, timeout)
@@ -68,7 +70,7 @@ class Meeting:
     def tell(self, key: str, value: Any) -> None:
         """Raises `UserError` when the store is gone, and rank 0 with it."""
         try:
-            self._store.set(f"doctor/{key}", json.dumps(value))
+            self._store.set(f"{self._folder}/{key}", json.dumps(value))
         except dist.DistError as error:
             raise self._left() from error
 
@@ -86,7 +88,7 @@ class Meeting:
                     raise TimeoutError(key)
                 time.sleep(pause)
                 pause = min(1.5 * pause, _LAST_LOOK)
-            return json.loads(self._store.get(f"doctor/{key}"))
+            return json.loads(self._store.get(f"{self._folder}/{key}"))
         except dist.DistError as error:
             raise self._left() from error
 
@@ -94,7 +96,7 @@ class Meeting:
         return UserError(f"rank {self.me.rank}: rank 0 has left; its report or its log says why")
 
     def told(self, key: str) -> bool:
-        return bool(self._store.check([f"doctor/{key}"]))
+        return bool(self._store.check([f"{self._folder}/{key}"]))
 
     def call(self, step: str, payload: Any, part: Part, seconds: float) -> list[Any]:
         """On rank 0: what every rank answers, by rank; `part` is rank 0's own. `{"error": ...}` where a part failed.
