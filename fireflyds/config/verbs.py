@@ -152,6 +152,8 @@ class DoctorConfig:
             raise UserError("packing=true needs a model: give model=<Hugging Face directory>")
         if not self.documents or min(self.documents) < 1:
             raise UserError(f"documents={self.documents}: give lengths of at least 1, such as [7,1,130]")
+        if max(self.documents) < 2:
+            raise UserError(f"documents={self.documents}: one token has none after it to learn. Give one of at least 2")
 
 
 @dataclass(kw_only=True, slots=True)

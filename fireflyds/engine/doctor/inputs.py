@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,42 +12,58 @@ import torch
 from fireflyds.config import DoctorConfig, ModelConfig, ModelInit
 from fireflyds.data.store import TokenStore
 from fireflyds.engine.doctor.check import Check, green, red, yellow
+from fireflyds.engine.doctor.patience import within
 from fireflyds.errors import UserError
 from fireflyds.models.load import family_of, read_config
 from fireflyds.tokenizer.encoder import load_encoder
 from fireflyds.types import Encoder
 
 AMPERE = 8
+# Seconds that an input may take even where those before it have used up the time of all.
+_LEAST_SECONDS = 1.0
 
 
 def check_all(config: DoctorConfig) -> list[Check]:
-    """Of what is given; nothing where nothing is."""
+    """Of what is given; nothing where nothing is. All together take the timeout, also where their drive is gone."""
     checks: list[Check] = []
+    until = time.monotonic() + config.timeout
+
+    def add(name: str, check: Callable[[], Check]) -> None:
+        checks.append(_refusals(name, check, max(_LEAST_SECONDS, until - time.monotonic())))
+
     path = config.tokenizer or config.model
     loaded: list[Encoder] = []
     if path:
-        checks.append(_refusals("tokenizer", lambda: check_tokenizer(path, loaded)))
+        add("tokenizer", lambda: check_tokenizer(path, loaded))
     encoder = loaded[0] if loaded else None
     if config.model:
-        checks.append(_refusals("weights", lambda: check_weights(Path(config.model))))
+        add("weights", lambda: check_weights(Path(config.model)))
         if encoder is not None:
-            checks.append(_refusals("base", lambda: check_base(config, encoder)))
+            add("base", lambda: check_base(config, encoder))
     if config.data:
-        checks.append(_refusals("store", lambda: check_store(config.data, path, encoder)))
+        add("store", lambda: check_store(config.data, path, encoder))
     return checks
 
 
-def _refusals(name: str, check: Callable[[], Check]) -> Check:
-    """What a broken file makes a library raise is a finding too. A `UserError` says its remedy in its last sentence."""
+def _refusals(name: str, check: Callable[[], Check], seconds: float) -> Check:
+    """What a broken file makes a library raise is a finding too, and a drive that does not answer."""
     try:
-        return check()
+        return within(seconds, check)
     except UserError as error:
-        # Training calls the store by its section.
-        found, _, remedy = str(error).replace("data.store=", "data=").rpartition(". ")
-        return red(name, found or remedy, remedy)
+        return refused(name, error)
+    except TimeoutError:
+        remedy = "look for a network drive that is gone (df hangs too); where it is only slow, give a longer timeout="
+        return red(name, f"not read within {seconds:.0f} s", remedy)
     except Exception as error:
         found = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
         return red(name, found, "a file there is damaged or not what it should be: get it again")
+
+
+def refused(name: str, error: UserError) -> Check:
+    """A `UserError` says its remedy in its last sentence."""
+    # Training calls the store by its section.
+    found, _, remedy = str(error).replace("data.store=", "data=").rpartition(". ")
+    return red(name, found or remedy, remedy)
 
 
 def check_tokenizer(path: str, loaded: list[Encoder]) -> Check:
@@ -107,27 +124,39 @@ def check_store(folder: str, tokenizer: str, encoder: Encoder | None) -> Check:
 
 def check_weights(folder: Path) -> Check:
     """Every shard that the index names is there, and as long as its header says: a broken download is shorter."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"model={folder}: {index.name} is damaged ({error!r}). Get the file again") from error
-    else:
-        names = sorted(file.name for file in folder.glob("*.safetensors"))
+    names = weight_files(folder)
     if not names:
-        if others := sorted(file.name for file in folder.glob("*.bin")):
-            return green("weights", f"{folder}: {', '.join(others[:3])} (not safetensors, their lengths are not known)")
         raise UserError(
             f"model={folder}: no weights there. Give the directory of a Hugging Face model with its weights"
         )
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise UserError(f"model={folder}: {', '.join(missing)} missing of {len(names)} files. Get the missing files")
+    if not names[0].endswith(".safetensors"):
+        if empty := [name for name in names if not (folder / name).stat().st_size]:
+            raise UserError(f"model={folder}: {', '.join(empty)} empty. Get the file again")
+        more = f" and {len(names) - 3} more" * (len(names) > 3)
+        found = f"{folder}: {', '.join(names[:3])}{more} (not safetensors, their lengths are not known)"
+        return green("weights", found)
     short = [name for name in names if (folder / name).stat().st_size != expected_size(folder / name)]
     if short:
         raise UserError(f"model={folder}: {', '.join(short)} not as long as its header says. Get the file again")
     size = sum((folder / name).stat().st_size for name in names)
     return green("weights", f"{folder}: {len(names)} file{'s' * (len(names) > 1)}, {size / (1 << 30):.2f} GiB, whole")
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Names of what transformers loads, in its order of preference; whether shards of an index are there is not asked."""
+    for whole in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{whole}.index.json"
+        if (folder / whole).is_file():
+            return [whole]
+        if not index.is_file():
+            continue
+        try:
+            return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"model={folder}: {index.name} is damaged ({error!r}). Get the file again") from error
+    return []
 
 
 def expected_size(file: Path) -> int:

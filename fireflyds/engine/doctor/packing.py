@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from fireflyds.config import DoctorConfig, HardwareConfig, Precision
 from fireflyds.engine import deepspeed
 from fireflyds.engine.doctor.check import Check, green, red
+from fireflyds.engine.doctor.inputs import refused
 from fireflyds.errors import UserError
 from fireflyds.models.fuse import attention_place, fuse, hidden_states
 from fireflyds.models.load import DTYPES, config_of
@@ -53,12 +54,29 @@ def refuse(config: DoctorConfig) -> None:
 
 
 def prove(config: DoctorConfig) -> tuple[Check, str]:
-    """The finding, and the table of all that was compared."""
+    """The finding, and the table of all that was compared. What keeps it from being proven is a finding too."""
+    try:
+        return _prove(config)
+    except UserError as error:
+        return refused("packing", error), ""
+    except (torch.OutOfMemoryError, MemoryError):
+        remedy = "give layers=<fewer>, shorter documents=, precision=bf16 or fp16, or device=cpu"
+        return red("packing", f"not proven: no memory left for {config.model} and its gradients", remedy), ""
+    except Exception as error:
+        found = f"not proven: {type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
+        remedy = f"see `weights` and `base` for what is wrong in {config.model}; try device=cpu and precision=fp32"
+        return red("packing", found, remedy), ""
+
+
+def _prove(config: DoctorConfig) -> tuple[Check, str]:
     precision = deepspeed.resolve_precision(HardwareConfig(precision=config.precision))
     model = load_model(config, precision)
     about = f"{type(model).__name__} of {config.model}, {precision.name}, documents of {config.documents} tokens"
     findings = list(examine(model, list(config.documents), config.seed))
     shown = f"{about}\n{table(findings)}"
+    if not findings:
+        remedy = "look at FIREFLYDS_KERNELS, and at the kernels above for what each asks of GPU and number format"
+        return red("packing", "not proven: no packed attention runs this model here", remedy), shown
     if wrong := [finding.implementation for finding in findings if not finding.proven]:
         remedy = f"do not train with it: FIREFLYDS_KERNELS=packed_attention=<another>, and report the table with {config.model}"
         return red("packing", f"differs from documents one by one with {', '.join(wrong)}", remedy), shown

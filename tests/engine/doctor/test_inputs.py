@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import threading
+import time
 
 import pytest
 import torch
@@ -119,6 +121,36 @@ def test_broken_and_missing_weights_are_named(tmp_path, encoder) -> None:
     assert f"{shards[0].name} missing of {len(shards)} files" in _checks(model=model)["weights"].found
     (model / "model.safetensors.index.json").write_text("{")
     assert "model.safetensors.index.json is damaged" in _checks(model=model)["weights"].found
+
+
+def test_weights_that_are_not_safetensors_are_whole_too(tmp_path) -> None:
+    (tmp_path / "training_args.bin").write_bytes(b"args")
+    assert "no weights there" in _checks(model=tmp_path)["weights"].found
+    names = ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"]
+    index = {"weight_map": {"a": names[0], "b": names[1]}}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    (tmp_path / names[0]).write_bytes(b"weights")
+    assert f"{names[1]} missing of 2 files" in _checks(model=tmp_path)["weights"].found
+    (tmp_path / names[1]).touch()
+    assert f"{names[1]} empty" in _checks(model=tmp_path)["weights"].found
+    (tmp_path / names[1]).write_bytes(b"weights")
+    check = inputs.check_weights(tmp_path)
+    assert check.verdict is Verdict.green
+    assert check.found == f"{tmp_path}: {', '.join(names)} (not safetensors, their lengths are not known)"
+
+
+def test_inputs_on_a_drive_that_is_gone_are_red_in_time(tmp_path, monkeypatch) -> None:
+    hung = threading.Event()
+    monkeypatch.setattr(inputs, "load_encoder", lambda path: hung.wait(30))
+    monkeypatch.setattr(inputs, "TokenStore", lambda path: hung.wait(30))
+    monkeypatch.setattr(inputs, "_LEAST_SECONDS", 0.6)
+    started = time.monotonic()
+    checks = inputs.check_all(DoctorConfig(tokenizer="gone", data="gone", timeout=1))
+    assert time.monotonic() - started < 5
+    hung.set()
+    assert [(check.name, check.verdict, check.found) for check in checks] == [
+        ("tokenizer", Verdict.red, "not read within 1 s"), ("store", Verdict.red, "not read within 1 s"),
+    ]  # fmt: skip
 
 
 def test_a_tokenizer_or_model_that_is_none_is_red_and_does_not_end_the_report(tmp_path, base_tokenizer) -> None:

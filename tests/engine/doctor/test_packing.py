@@ -98,6 +98,35 @@ def test_the_proof_is_a_finding_like_others(model_folder, monkeypatch) -> None:
     assert "FIREFLYDS_KERNELS" in check.remedy
 
 
+@pytest.mark.parametrize(
+    ("error", "words", "remedy"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "no memory left", "layers="),
+        (RuntimeError("weights are broken\nmore"), "RuntimeError: weights are broken", "see `weights`"),
+        (UserError("model=x: cannot be fused. Give another"), "model=x: cannot be fused", "Give another"),
+    ],
+)
+def test_what_keeps_it_from_being_proven_is_a_finding(
+    model_folder, monkeypatch, error, words: str, remedy: str
+) -> None:
+    def fails(*arguments):
+        raise error
+
+    monkeypatch.setattr(packing, "fuse", fails)
+    check, _ = packing.prove(DoctorConfig(packing=True, model=str(model_folder), documents=[5, 9]))
+    assert check.verdict is Verdict.red
+    assert words in check.found
+    assert remedy in check.remedy
+
+
+def test_nothing_proven_is_red(model_folder, monkeypatch) -> None:
+    monkeypatch.setattr(packing, "_implementations", lambda model, device: [])
+    check, _ = packing.prove(DoctorConfig(packing=True, model=str(model_folder), documents=[5, 9]))
+    assert check.verdict is Verdict.red
+    with pytest.raises(UserError, match=r"documents=\[1, 1\]: one token has none after it"):
+        DoctorConfig(documents=[1, 1])
+
+
 def test_what_cannot_be_proven_is_refused_before_anything_is_tried(model_folder) -> None:
     def refuse(**options):
         packing.refuse(DoctorConfig(packing=True, **{"model": str(model_folder), "documents": [64], **options}))
