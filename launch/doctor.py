@@ -14,7 +14,9 @@ gradients of all documents packed with those of each alone in transformers' own 
 values when one document is replaced. Exits 1 when anything is red.
 """
 
+import contextlib
 import os
+import sys
 
 from fireflyds import app
 from fireflyds.config import DoctorConfig, PlanFormat
@@ -24,7 +26,7 @@ from fireflyds.engine.doctor import patience
 def doctor(config: DoctorConfig) -> None:
     with patience.heeding_interrupts():
         code = examine(config)
-    patience.leave(code)
+    sys.exit(code)
 
 
 def examine(config: DoctorConfig) -> int:
@@ -34,19 +36,24 @@ def examine(config: DoctorConfig) -> int:
     from fireflyds.engine import deepspeed, ranks
     from fireflyds.engine.doctor import packing, report
     from fireflyds.engine.doctor import ranks as examination
-    from fireflyds.engine.doctor.check import Verdict, worst
+    from fireflyds.engine.doctor.check import Verdict, red, worst
 
     deepspeed.pick_accelerator()
     me = ranks.discover(os.environ)
     if config.packing:
         packing.refuse(config)
     with report.alone_on_stdout() as out:
-        examined = examination.examine(me, config)
+        # Rank 0 tells what is known even when the launcher ends it because another rank has died.
+        reports = me.rank == 0 and me.world_size > 1
+        with patience.heeding_termination() if reports else contextlib.nullcontext([]) as ended:
+            examined = examination.examine(me, config)
         if examined is None:
             return 0
         checks, hosts = examined
         proof = ""
-        if config.packing:
+        if config.packing and ended:
+            checks.append(red("packing", "not tried: this rank was ended before", "see `ranks`"))
+        elif config.packing:
             check, proof = packing.prove(config)
             checks.append(check)
         kernels = fireflyds_kernels.describe()
@@ -59,4 +66,5 @@ def examine(config: DoctorConfig) -> int:
 
 
 if __name__ == "__main__":
-    app.main(doctor, __doc__)
+    with patience.leaving():
+        app.main(doctor, __doc__)

@@ -50,10 +50,24 @@ def look() -> list[Gpu]:
     return found
 
 
+def names() -> list[str]:
+    """What this process sees, without a context on any of them, which would take memory."""
+    try:
+        return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    except (RuntimeError, AssertionError):
+        # Counted, and yet not to be used: `look` says why.
+        return []
+
+
+def has_card(devices: Path) -> bool:
+    """A container may be given GPU 3 alone."""
+    return any(devices.glob("nvidia[0-9]*"))
+
+
 def check_all(ranks_here: int) -> list[Check]:
     build, found = torch_build(), look()
     if not found:
-        card, visible = Path("/dev/nvidia0").exists(), os.environ.get("CUDA_VISIBLE_DEVICES")
+        card, visible = has_card(Path("/dev")), os.environ.get("CUDA_VISIBLE_DEVICES")
         return [check_none(build, card, visible, _why_none()), _build_tools("")]
     checks = [check_gpus(found, ranks_here), check_kernels_for(build, found), check_ability(found)]
     if (spec := find_spec("bitsandbytes")) is not None and spec.submodule_search_locations:
@@ -92,6 +106,32 @@ def check_gpus(gpus: list[Gpu], ranks_here: int) -> Check:
         remedy = "see nvidia-smi and end what is left over, or choose other GPUs with CUDA_VISIBLE_DEVICES"
         return yellow("gpus", f"{about}: other programs hold memory of GPU {', '.join(map(str, taken))}", remedy)
     return green("gpus", about)
+
+
+def check_same(seen: list[list[str]], hosts: list[str]) -> Check:
+    """Names of the GPUs that each rank sees, and `hosts`, by rank."""
+    blind = [rank for rank, of_rank in enumerate(seen) if not of_rank]
+    number = len(set(hosts))
+    if len(blind) == len(seen):
+        return green("same gpus", f"none on any of the {number} hosts")
+    if blind:
+        where = ", ".join(dict.fromkeys(hosts[rank] for rank in blind))
+        remedy = (
+            "see nvidia-smi and dmesg there; for Slurm give --gpus-per-node, for containers --gpus, else leave it out"
+        )
+        return red("same gpus", f"none for rank {', '.join(map(str, blind[:8]))} on {where}, others have them", remedy)
+    kinds: dict[str, list[str]] = {}
+    for host, of_rank in zip(hosts, seen, strict=True):
+        for name in of_rank:
+            kinds.setdefault(name, []).append(host)
+    told = []
+    for name, with_it in kinds.items():
+        of = list(dict.fromkeys(with_it))
+        told.append(f"{name} on {of[0]}{f' and {len(of) - 1} more' * (len(of) > 1)}")
+    if len(kinds) > 1:
+        remedy = "set hardware.precision yourself, each rank would choose by its own GPU; the slowest sets the pace"
+        return yellow("same gpus", ", ".join(told), remedy)
+    return green("same gpus", f"{next(iter(kinds))} on all {number} hosts")
 
 
 def has_kernels(capability: int, archs: tuple[str, ...]) -> bool:

@@ -1,4 +1,4 @@
-"""What lies between ranks: clocks, ports, the shared folder, the all-reduce. Every rank's part, and the judgement."""
+"""What lies between ranks: ports, the shared folder, the all-reduce. Every rank's part, and the judgement."""
 
 import contextlib
 import os
@@ -18,69 +18,38 @@ from fireflyds.engine.doctor.check import Check, green, red, yellow
 from fireflyds.engine.doctor.machine import place_of
 from fireflyds.engine.doctor.meeting import Meeting
 from fireflyds.engine.doctor.patience import within
+from fireflyds.engine.ranks import Ranks
 
 MIB = 1 << 20
-_PINGS = 8
-# Slurm's munge refuses credentials that are older than that by the other host's clock, in seconds.
-_MUNGE = 300
 _CONNECT_SECONDS = 3.0
-
-
-def answer_pings(meeting: Meeting, payload: Any) -> None:
-    """The time by this rank's clock, each time rank 0 asks."""
-    for number in range(payload["pings"] if meeting.me.rank in payload["leaders"] else 0):
-        meeting.hear(f"ping/{meeting.me.rank}/{number}", meeting.timeout)
-        meeting.tell(f"pong/{meeting.me.rank}/{number}", time.time())
-
-
-def ask_clocks(meeting: Meeting, payload: Any) -> dict[int, tuple[float, float]]:
-    """On rank 0: by rank, how far its clock is ahead and how wrong that can be, in seconds.
-
-    As NTP does (RFC 5905): the answer was written between question and reply, so it is off by half the round trip at
-    most; the quickest round trip counts.
-    """
-    found = {}
-    for rank in payload["leaders"]:
-        rounds = []
-        for number in range(payload["pings"] if rank else 0):
-            asked, started = time.time(), time.perf_counter()
-            meeting.tell(f"ping/{rank}/{number}", None)
-            theirs = meeting.hear(f"pong/{rank}/{number}", meeting.timeout)
-            trip = time.perf_counter() - started
-            rounds.append((trip / 2, theirs - (asked + trip / 2)))
-        if rounds:
-            precision, ahead = min(rounds)
-            found[rank] = (ahead, precision)
-    return found
-
-
-def clock_payload(leaders: list[int], world_size: int) -> dict[str, Any]:
-    """Where there is but one host, its last rank answers: the way is tried all the same."""
-    return {"leaders": leaders if len(leaders) > 1 else [world_size - 1], "pings": _PINGS}
-
-
-def check_clocks(found: dict[int, tuple[float, float]], hosts: list[str], limit: float) -> Check:
-    """`hosts` by rank; `limit` in seconds."""
-    rank, (ahead, precision) = max(found.items(), key=lambda item: abs(item[1][0]))
-    about = f"{abs(ahead):.4f} s apart at most, ± {max(each[1] for each in found.values()):.4f} s"
-    if abs(ahead) - precision <= limit:
-        return green("clock skew", about, abs(ahead), "s")
-    found_text = (
-        f"{hosts[rank]} is {abs(ahead):.3f} s {'ahead of' if ahead > 0 else 'behind'} {hosts[0]}, ± {precision:.4f} s"
-    )
-    remedy = f"more than max_clock_skew={limit:g}: start chronyd or ntpd on all hosts (chronyc makestep, timedatectl)"
-    if abs(ahead) > _MUNGE:
-        return red("clock skew", found_text, f"{remedy}; Slurm refuses such a host's credentials")
-    return yellow("clock skew", found_text, remedy, abs(ahead), "s")
 
 
 @contextlib.contextmanager
 def listening(address: str) -> Iterator[socket.socket]:
-    """A socket on any free port of that address, open for as long as others try it."""
-    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as found:
-        found.bind((address, 0))
-        found.listen(64)
+    """A socket on any free port of that address, or of all where it is empty, open for as long as others try it."""
+    with _listener(address) as found:
         yield found
+
+
+def _listener(address: str) -> socket.socket:
+    if not address and socket.has_dualstack_ipv6():
+        # A kernel may know IPv6 and be forbidden to use it.
+        with contextlib.suppress(OSError):
+            return socket.create_server(("", 0), family=socket.AF_INET6, backlog=64, dualstack_ipv6=True)
+    return socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET, backlog=64)
+
+
+def announced(me: Ranks, timeout: float) -> tuple[str, str]:
+    """The address under which the other hosts reach this one, and the one to listen on.
+
+    Of rank 0 that by which they all came: its own resolver may call it 127.0.1.1, as Debian's /etc/hosts does. Of the
+    others that from which they came to it.
+    """
+    if me.rank == 0:
+        return me.master_addr, ""
+    with socket.create_connection((me.master_addr, me.master_port), timeout) as way:
+        own = str(way.getsockname()[0])
+    return own, own
 
 
 def try_doors(doors: list[tuple[str, str, int]]) -> list[str]:

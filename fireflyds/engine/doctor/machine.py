@@ -32,20 +32,20 @@ _SLOW = {
     "NCCL_PROTO": ("", "NCCL's own choice of protocol is off"),
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": ("0", "a rank that dies hangs the others for ever"),
 }
-_INTERFACES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
 
 
-def check_all(config: DoctorConfig, ranks_here: int, num_hosts: int, gpus: int) -> list[Check]:
+def check_all(config: DoctorConfig, ranks_here: int, num_hosts: int, gpus: int, cores: int | None) -> list[Check]:
+    """`cores` that the ranks of this host may use together; None where that is not known, and nothing is said of them."""
     memlock, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     shm = Path("/dev/shm")
-    cores = len(os.sched_getaffinity(0))
+    threads = os.environ.get("OMP_NUM_THREADS")
     return [
         check_disk(config),
         check_memlock(None if memlock == resource.RLIM_INFINITY else memlock, gpus, num_hosts),
         check_shared_memory(shutil.disk_usage(shm).free if shm.is_dir() else 0, ranks_here, gpus),
         check_open_files(files if files != resource.RLIM_INFINITY else None),
-        check_cores(cores, os.cpu_count() or 1, ranks_here, os.environ.get("OMP_NUM_THREADS"), gpus),
+        *([] if cores is None else [check_cores(cores, os.cpu_count() or 1, ranks_here, threads, gpus)]),
         check_variables(os.environ, psutil.net_if_addrs(), num_hosts),
     ]
 
@@ -60,20 +60,22 @@ def place_of(runs: str) -> Path:
 
 def check_disk(config: DoctorConfig) -> Check:
     """Space, and the speed of writing and reading one file, in MiB/s. All hosts do it at the same time."""
+    try:
+        # On a drive that is gone the first look at the folder hangs already.
+        return within(config.timeout, lambda: _try_disk(config))
+    except TimeoutError:
+        remedy = "look for a network drive that is gone (df hangs too), or give another runs=, a smaller disk_mib="
+        found = f"runs={config.runs}: {config.disk_mib} MiB not written and read within {config.timeout:g} s"
+        return red("disk", found, remedy)
+    except OSError as error:
+        remedy = "make it writable, free space or quota there, mount a stale drive again, or give another runs="
+        return red("disk", f"runs={config.runs}: cannot be read and written ({error.strerror or error})", remedy)
+
+
+def _try_disk(config: DoctorConfig) -> Check:
     place = place_of(config.runs)
     if not place.is_dir():
         return red("disk", f"runs={config.runs}: {place} is a file", "give runs=<a folder>")
-    try:
-        return within(config.timeout, lambda: _try_disk(config, place))
-    except TimeoutError:
-        remedy = "look for a network drive that is gone (df hangs too), or give another runs=, a smaller disk_mib="
-        return red("disk", f"{place}: {config.disk_mib} MiB not written and read within {config.timeout:g} s", remedy)
-    except OSError as error:
-        remedy = "make it writable, free space or quota there, or give another runs="
-        return red("disk", f"runs={config.runs}: {place} cannot be written ({error.strerror})", remedy)
-
-
-def _try_disk(config: DoctorConfig, place: Path) -> Check:
     free = shutil.disk_usage(place).free
     if free < 2 * config.disk_mib * MIB:
         found = f"{place}: {free / GIB:.1f} GiB free, less than twice disk_mib={config.disk_mib}"
@@ -148,7 +150,7 @@ def check_open_files(limit: int | None) -> Check:
 
 
 def check_cores(allowed: int, cores: int, ranks_here: int, threads: str | None, gpus: int) -> Check:
-    """Cores this process may use, of all, and OMP_NUM_THREADS. `start` divides the cores itself where there is no GPU."""
+    """Cores that the ranks here may use together, of all, and OMP_NUM_THREADS. `start` divides the cores itself where there is no GPU."""
     told = f"{allowed} of {cores} for {ranks_here} rank{'s' * (ranks_here > 1)}, OMP_NUM_THREADS {threads or 'not set'}"
     if threads is not None and not (threads.isdigit() and int(threads)):
         return red("cores", told, "OMP_NUM_THREADS must be a number of at least 1: unset it")
@@ -168,23 +170,13 @@ def check_cores(allowed: int, cores: int, ranks_here: int, threads: str | None, 
 
 def check_variables(environment: Mapping[str, str], interfaces: Iterable[str], num_hosts: int) -> Check:
     """Settings of NCCL, gloo and torch that are seldom meant."""
-    faults, remedies, broken = [], [], False
+    faults, remedies = [], []
     known = sorted(interfaces)
-    for name in _INTERFACES:
-        value = environment.get(name, "")
-        wanted = [part for part in value.lstrip("^=").split(",") if part]
-        # `^docker0` excludes; `=eth0` is the very name, `eth` every name that begins so.
-        there = [
-            each for part in wanted for each in known if (each == part if "=" in value[:2] else each.startswith(part))
-        ]
-        if value and not value.startswith("^") and not there:
-            faults.append(f"{name}={value} names no interface of this host ({', '.join(known)})")
-        elif num_hosts > 1 and not value.startswith("^") and there and set(there) <= {"lo"}:
-            faults.append(f"{name}={value} cannot reach another host")
-        else:
-            continue
-        broken = True
-        remedies.append(f"unset {name} or give one of them")
+    for name, judge in (("NCCL_SOCKET_IFNAME", nccl_fault), ("GLOO_SOCKET_IFNAME", gloo_fault)):
+        if fault := judge(environment.get(name, ""), known, num_hosts):
+            faults.append(f"{name}={environment[name]} {fault}")
+            remedies.append(f"unset {name} or give one of them")
+    broken = bool(faults)
     for name, (value, effect) in _SLOW.items():
         if name in environment and (not value or environment[name].upper() == value):
             faults.append(f"{name}={environment[name]}: {effect}")
@@ -194,3 +186,26 @@ def check_variables(environment: Mapping[str, str], interfaces: Iterable[str], n
         return green("variables", ", ".join(f"{name}={environment[name]}" for name in ours) or "NCCL's own choices")
     remedy = "; ".join(remedies)
     return red("variables", "; ".join(faults), remedy) if broken else yellow("variables", "; ".join(faults), remedy)
+
+
+def nccl_fault(value: str, known: list[str], num_hosts: int) -> str:
+    """What is wrong with NCCL's choice of interfaces: `^docker0` excludes; `=eth0` is the very name, `eth` every name
+    that begins so."""
+    if not value or value.startswith("^"):
+        return ""
+    wanted = [part for part in value.lstrip("=").split(",") if part]
+    there = {each for part in wanted for each in known if (each == part if value[0] == "=" else each.startswith(part))}
+    if not there:
+        return f"names no interface of this host ({', '.join(known)})"
+    return "cannot reach another host" if num_hosts > 1 and there <= {"lo"} else ""
+
+
+def gloo_fault(value: str, known: list[str], num_hosts: int) -> str:
+    """The same of gloo, which takes whole names, opens every one and fails where one is not there (torch,
+    ProcessGroupGloo.cpp)."""
+    # As torch does, which takes a single character for nothing.
+    wanted = value.split(",") if len(value) > 1 else []
+    if absent := [part for part in wanted if part not in known]:
+        prefix = "" if len(wanted) == 1 else f": {', '.join(absent)}"
+        return f"names no interface of this host ({', '.join(known)}){prefix}; gloo takes whole names only"
+    return "cannot reach another host" if num_hosts > 1 and "lo" in wanted else ""

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -35,6 +36,29 @@ def heeding_interrupts() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
+class TerminatedError(BaseException):
+    """SIGTERM came: what a launcher sends to all other ranks when one has died. Not an `Exception`: no part's failure."""
+
+
+@contextlib.contextmanager
+def heeding_termination() -> Iterator[list[int]]:
+    """SIGTERM raises `TerminatedError` inside, once, and is in the list that is yielded. The one after it is not heard any
+    more, also afterwards: launchers give half a minute to say what is known."""
+    asked: list[int] = []
+
+    def end(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        asked.append(number)
+        raise TerminatedError
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield asked
+    finally:
+        if not asked:
+            signal.signal(signal.SIGTERM, before)
+
+
 def within(seconds: float, work: Callable[[], T]) -> T:
     """What `work` returns or raises, waited for no longer than that. Ctrl-C is heard meanwhile.
 
@@ -60,6 +84,20 @@ def within(seconds: float, work: Callable[[], T]) -> T:
     if failures:
         raise failures[0]
     return results[0]
+
+
+@contextlib.contextmanager
+def leaving() -> Iterator[None]:
+    """However what is inside ends the process, also by a refusal or Ctrl-C, `leave` does it."""
+    try:
+        yield
+    except SystemExit as left:
+        leave(left.code if isinstance(left.code, int) else int(left.code is not None))
+    except TerminatedError:
+        leave(128 + signal.SIGTERM)
+    except Exception:
+        traceback.print_exc()
+        leave(1)
 
 
 def leave(code: int) -> None:

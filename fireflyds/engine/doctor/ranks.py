@@ -7,14 +7,20 @@ from collections.abc import Callable
 from typing import Any
 
 from fireflyds.config import DoctorConfig
-from fireflyds.engine.doctor import gpus, inputs, links, machine, versions
+from fireflyds.engine.doctor import clocks, gpus, inputs, links, machine, versions
 from fireflyds.engine.doctor.check import Check, at, green, red, yellow
+from fireflyds.engine.doctor.hosts import boot_id, check_ended, check_hosts, check_silent, local_size, tell_apart
 from fireflyds.engine.doctor.meeting import Meeting, SilentError
-from fireflyds.engine.doctor.patience import within
+from fireflyds.engine.doctor.patience import TerminatedError, within
 from fireflyds.engine.ranks import Ranks
+from fireflyds.errors import UserError
 
 # Of deepspeed, and of torchrun over several hosts.
 LAUNCHERS_PORT = 29500
+# Timeouts that a host's look may take: its disk one, its files another, and what does not wait for drives.
+_LOOKS = 3
+# Seconds for taking away a file that nobody needs any more.
+_CLEAN_UP = 5.0
 
 
 def examine(me: Ranks, config: DoctorConfig) -> tuple[list[Check], list[str]] | None:
@@ -26,33 +32,40 @@ def examine(me: Ranks, config: DoctorConfig) -> tuple[list[Check], list[str]] | 
     if me.world_size == 1:
         host = socket.gethostname()
         alone = green("ranks", "one process; deepspeed --num_gpus N, torchrun or srun try what lies between ranks")
-        return [*at(host, look(config, 1, 1)), alone, check_port()], [host]
+        return [*at(host, look(config, 1, 1, len(os.sched_getaffinity(0)))), alone, check_port()], [host]
     meeting = Meeting(me, config.timeout)
     with contextlib.ExitStack() as stack:
         parts = _parts(meeting, config, stack)
         if me.rank:
-            # A look is a disk and a set of files; rank 0 may then wait for others as long again.
-            meeting.serve(parts, 4 * config.timeout)
+            # Rank 0 looks itself, at a disk and a set of files among others, and then waits for the others' looks.
+            meeting.serve(parts, (3 + _LOOKS) * config.timeout)
             return None
         report = Report(meeting, config, parts)
         try:
-            report.run()
-        except SilentError as silent:
-            if not report.checks:
-                local = _local_size() or 1
-                report.checks = at(socket.gethostname(), look(config, local, max(1, me.world_size // local)))
-            report.checks.append(check_silent(silent, me, report.hosts, config.timeout))
-        meeting.end()
+            _run(report, me, config)
+        except TerminatedError:
+            report.checks.append(check_ended())
     return report.checks, list(dict.fromkeys(report.hosts)) or [socket.gethostname()]
 
 
-def look(config: DoctorConfig, ranks_here: int, num_hosts: int) -> list[Check]:
-    """What one process of a host can say of it."""
+def _run(report: "Report", me: Ranks, config: DoctorConfig) -> None:
+    try:
+        report.run()
+    except SilentError as silent:
+        if not report.checks:
+            local = local_size() or 1
+            report.checks = at(socket.gethostname(), look(config, local, max(1, me.world_size // local), None))
+        report.checks.append(check_silent(silent, me, report.hosts, config.timeout))
+    report.meeting.end()
+
+
+def look(config: DoctorConfig, ranks_here: int, num_hosts: int, cores: int | None) -> list[Check]:
+    """What one process of a host can say of it. `cores` are those that its ranks may use together, if known."""
     found = gpus.look()
     return [
         *versions.check_all(),
         *gpus.check_all(ranks_here),
-        *machine.check_all(config, ranks_here, num_hosts, len(found)),
+        *machine.check_all(config, ranks_here, num_hosts, len(found), cores),
         *inputs.check_all(config),
     ]
 
@@ -62,25 +75,32 @@ def _parts(meeting: Meeting, config: DoctorConfig, stack: contextlib.ExitStack) 
     me = meeting.me
 
     def here(payload: Any) -> dict[str, Any]:
-        return {"host": socket.gethostname(), "versions": versions.installed(versions.own_requirements())}
+        return {
+            "host": socket.gethostname(),
+            "machine": boot_id(),
+            "cores": sorted(os.sched_getaffinity(0)),
+            "gpus": gpus.names(),
+            "versions": versions.installed(versions.own_requirements()),
+        }
 
     def look_here(payload: Any) -> list[dict[str, Any]]:
         if me.rank not in payload["leaders"]:
             return []
-        ranks_here, num_hosts = payload["ranks"][payload["leaders"].index(me.rank)], len(payload["leaders"])
-        return [check.to_dict() for check in look(config, ranks_here, num_hosts)]
+        place, num_hosts = payload["leaders"].index(me.rank), len(payload["leaders"])
+        found = look(config, payload["ranks"][place], num_hosts, payload["cores"][place])
+        return [check.to_dict() for check in found]
 
     def open_door(payload: Any) -> list[Any] | None:
         if me.rank not in payload["leaders"]:
             return None
-        address = own_address(me.master_addr, me.master_port)
-        door = stack.enter_context(links.listening(address))
+        address, listens_on = links.announced(me, config.timeout)
+        door = stack.enter_context(links.listening(listens_on))
         return [address, door.getsockname()[1]]
 
     return {
         "here": here,
         "look": look_here,
-        "clock skew": lambda payload: links.answer_pings(meeting, payload) if me.rank else None,
+        "clock skew": lambda payload: clocks.answer_pings(meeting, payload) if me.rank else None,
         "open ports": open_door,
         "ports": lambda payload: links.try_doors([tuple(each) for each in payload.get(str(me.rank), [])]),
         "shared folder": lambda payload: links.read_token(config, payload),
@@ -100,15 +120,16 @@ class Report:
 
     def run(self) -> None:
         """Raises `SilentError` as soon as a rank does not answer."""
-        here = self._call("here")
-        self.hosts = [answer["host"] for answer in here]
+        here = self._here()
+        self.hosts = tell_apart([answer["host"] for answer in here], [answer["machine"] for answer in here])
         self._leaders = [self.hosts.index(host) for host in dict.fromkeys(self.hosts)]
-        self._look()
+        self._look([set(answer["cores"]) for answer in here])
         self.checks.append(check_hosts(self.hosts, self.meeting.me.master_addr))
         if len(self._leaders) > 1:
             self.checks.append(
                 versions.check_same({self.hosts[rank]: here[rank]["versions"] for rank in self._leaders})
             )
+            self.checks.append(gpus.check_same([answer["gpus"] for answer in here], self.hosts))
         self._ports()
         self._clocks()
         self._shared_folder()
@@ -120,12 +141,24 @@ class Report:
         joined = [self.meeting.told(f"joined/{rank}") for rank in range(len(answers))]
         self.checks.append(links.check_all_reduce(answers, self.hosts, joined, self.config))
 
-    def _call(self, step: str, payload: Any = None) -> list[Any]:
-        return self.meeting.call(step, payload, self._parts[step], self.config.timeout)
+    def _here(self) -> list[dict[str, Any]]:
+        answers = self._call("here")
+        if failed := [rank for rank, answer in enumerate(answers) if "error" in answer]:
+            raise UserError(f"rank {failed[0]}: {answers[failed[0]]['error']}. See the log of that rank")
+        return answers
 
-    def _look(self) -> None:
+    def _call(self, step: str, payload: Any = None, times: int = 1) -> list[Any]:
+        return self.meeting.call(step, payload, self._parts[step], times * self.config.timeout)
+
+    def _look(self, cores: list[set[int]]) -> None:
+        """`cores` that each rank may use."""
         counts = [self.hosts.count(self.hosts[rank]) for rank in self._leaders]
-        answers = self._call("look", {"leaders": self._leaders, "ranks": counts})
+        # Schedulers bind each rank to cores of its own.
+        allowed = [
+            len(set[int]().union(*(cores[rank] for rank, host in enumerate(self.hosts) if host == self.hosts[leader])))
+            for leader in self._leaders
+        ]
+        answers = self._call("look", {"leaders": self._leaders, "ranks": counts, "cores": allowed}, _LOOKS)
         for rank in self._leaders:
             host, answer = self.hosts[rank], answers[rank]
             if isinstance(answer, dict):
@@ -153,74 +186,34 @@ class Report:
         self.checks.append(links.check_ports({self.hosts[rank]: _list(answers[rank]) for rank in leaders}))
 
     def _clocks(self) -> None:
-        payload = links.clock_payload(self._leaders, len(self.hosts))
+        payload = clocks.clock_payload(self._leaders, len(self.hosts))
         found: dict[int, tuple[float, float]] = {}
 
         def ask(payload: Any) -> None:
-            found.update(links.ask_clocks(self.meeting, payload))
+            found.update(clocks.ask_clocks(self.meeting, payload))
 
         self.meeting.call("clock skew", payload, ask, self.config.timeout)
-        if found:
-            self.checks.append(links.check_clocks(found, self.hosts, self.config.max_clock_skew))
+        self.checks.append(clocks.check_clocks(found, payload["leaders"], self.hosts, self.config.max_clock_skew))
 
     def _shared_folder(self) -> None:
-        place = machine.place_of(self.config.runs)
+        """Each touch of the folder may hang, the taking away of the file too."""
+        runs, timeout, stack = self.config.runs, self.config.timeout, contextlib.ExitStack()
         try:
-            with contextlib.ExitStack() as stack:
-                payload = within(self.config.timeout, lambda: stack.enter_context(links.token_file(place)))
-                answers = self._call("shared folder", payload)
-        except (OSError, TimeoutError):
-            # `disk` of rank 0's host has said it, with the remedy.
+            payload = within(timeout, lambda: stack.enter_context(links.token_file(machine.place_of(runs))))
+        except OSError as error:  # a TimeoutError is one
+            found = f"runs={runs}: rank 0 cannot write there ({error.strerror or error}), so the others were not asked"
+            self.checks.append(red("shared folder", found, f"see `disk` of {self.hosts[0]}"))
             return
-        self.checks.append(links.check_shared_folder(answers, self.hosts, self.config.runs))
+        try:
+            answers = self._call("shared folder", payload)
+        finally:
+            with contextlib.suppress(OSError):
+                within(min(timeout, _CLEAN_UP), stack.close)
+        self.checks.append(links.check_shared_folder(answers, self.hosts, runs))
 
 
 def _list(answer: Any) -> list[str]:
     return [answer["error"]] if isinstance(answer, dict) else answer
-
-
-def check_hosts(hosts: list[str], master_addr: str) -> Check:
-    """`hosts` by rank."""
-    counts = {host: hosts.count(host) for host in dict.fromkeys(hosts)}
-    about = f"{len(hosts)} ranks on {len(counts)} host{'s' * (len(counts) > 1)}: "
-    about += ", ".join(f"{host} ({count})" for host, count in list(counts.items())[:8])
-    about += f" and {len(counts) - 8} more" * (len(counts) > 8)
-    if len(counts) > 1 and len(set(counts.values())) > 1:
-        return yellow("hosts", about, "unless meant so, start as many on every host (--ntasks-per-node, slots=)")
-    if len(counts) > 1:
-        try:
-            own = socket.gethostbyname(hosts[0])
-        except OSError:
-            remedy = f"enter {hosts[0]} in DNS or /etc/hosts, or set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
-            return yellow("hosts", f"{about}; the name {hosts[0]} has no address", remedy)
-        if own.startswith("127.") and "GLOO_SOCKET_IFNAME" not in os.environ:
-            remedy = (
-                "give it its own address in /etc/hosts, or set GLOO_SOCKET_IFNAME: gloo offers the others this address"
-            )
-            return yellow("hosts", f"{about}; {hosts[0]} is {own} to itself", remedy)
-    return green("hosts", f"{about}; MASTER_ADDR is {master_addr}")
-
-
-def check_silent(silent: SilentError, me: Ranks, hosts: list[str], timeout: float) -> Check:
-    """Names the ranks, with their hosts where they have said those, else with the number of their node."""
-    local = _local_size()
-    named = []
-    for rank in silent.ranks[:8]:
-        where = f" on {hosts[rank]}" if hosts else f" (node {rank // local})" if local else ""
-        named.append(f"rank {rank}{where}")
-    more = f" and {len(silent.ranks) - 8} more" if len(silent.ranks) > 8 else ""
-    step = "come" if silent.step == "here" else f"answered to `{silent.step}`"
-    remedy = (
-        f"see their logs: were they started, does their host reach MASTER_ADDR={me.master_addr} port {me.master_port}, do "
-        "they hang (py-spy dump)? Where starting takes long, give a longer timeout="
-    )
-    found = f"{', '.join(named)}{more} of {me.world_size}: not {step} within {timeout:g} s; what follows was not tried"
-    return red("ranks", found, remedy)
-
-
-def _local_size() -> int:
-    """Ranks of a host as the launcher says; 0 where it does not."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "0")))
 
 
 def check_port(master_port: int = LAUNCHERS_PORT) -> Check:
@@ -238,12 +231,3 @@ def check_port(master_port: int = LAUNCHERS_PORT) -> Check:
         )
         return yellow("ports", f"{master_port}, which launchers take, cannot be had: {error.strerror}", remedy)
     return green("ports", f"free ones can be opened and reached; {master_port}, which launchers take, is free")
-
-
-def own_address(master_addr: str, master_port: int) -> str:
-    """This host's address on the way to rank 0's."""
-    family = socket.getaddrinfo(master_addr, master_port, type=socket.SOCK_DGRAM)[0]
-    # Nothing is sent: connecting a datagram socket only chooses the way.
-    with socket.socket(family[0], socket.SOCK_DGRAM) as probe:
-        probe.connect(family[4])
-        return str(probe.getsockname()[0])

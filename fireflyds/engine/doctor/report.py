@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -75,10 +76,12 @@ def _together(checks: list[Check], hosts: list[str]) -> list[tuple[Check, str]]:
         alike: dict[tuple[Verdict, str], list[Check]] = {}
         for check in checks:
             if check.name == name:
-                told = "" if check.verdict is Verdict.green and check.host else check.found + check.remedy
+                # Not the number in `A100`, which is a name.
+                told = re.sub(r"(?<![A-Za-z])\d[\d.,]*", "", check.found) if check.host else check.found
+                told = told if check.verdict is Verdict.green else check.found + check.remedy
                 alike.setdefault((check.verdict, told), []).append(check)
-        for (_, told), group in sorted(alike.items(), key=lambda item: -item[0][0]):
-            rows.append((group[0], _place(group, hosts, varies=not told and len({each.found for each in group}) > 1)))
+        for _, group in sorted(alike.items(), key=lambda item: -item[0][0]):
+            rows.append((group[0], _place(group, hosts, varies=len({each.found for each in group}) > 1)))
     return rows
 
 

@@ -74,6 +74,26 @@ def test_a_gpu_that_torch_does_not_see_is_explained() -> None:
     assert "CUDA 13.0" in old_driver.remedy
 
 
+def test_gpus_of_the_hosts_are_compared() -> None:
+    hosts = ["n1", "n1", "n2"]
+    alike = gpus.check_same([["H200"] * 2, ["H200"] * 2, ["H200"] * 2], hosts)
+    assert (alike.verdict, alike.found) == (Verdict.green, "H200 on all 2 hosts")
+    gone = gpus.check_same([["H200"], ["H200"], []], hosts)
+    assert (gone.verdict, gone.found) == (Verdict.red, "none for rank 2 on n2, others have them")
+    mixed = gpus.check_same([["H200"], ["H200"], ["V100"]], hosts)
+    assert (mixed.verdict, mixed.found) == (Verdict.yellow, "H200 on n1, V100 on n2")
+    assert mixed.remedy.startswith("set hardware.precision yourself")
+    assert gpus.check_same([[], [], []], hosts).verdict is Verdict.green
+
+
+def test_a_container_may_have_another_card_than_the_first(tmp_path) -> None:
+    for name in ("nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    assert not gpus.has_card(tmp_path)
+    (tmp_path / "nvidia3").touch()
+    assert gpus.has_card(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("files", "cuda", "verdict"),
     [

@@ -2,6 +2,7 @@
 
 import os
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -48,16 +49,27 @@ def test_a_folder_that_cannot_be_written_is_red(tmp_path, monkeypatch) -> None:
         monkeypatch.setattr(machine.tempfile, "TemporaryFile", refuse)
     check = _disk(locked)
     assert check.verdict is Verdict.red
-    assert check.found == f"runs={locked}: {locked} cannot be written (Permission denied)"
+    assert check.found == f"runs={locked}: cannot be read and written (Permission denied)"
 
 
-def test_a_disk_that_hangs_is_red_in_time(tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("where", ["speeds", "place_of"])
+def test_a_disk_that_hangs_is_red_in_time(tmp_path, monkeypatch, where: str) -> None:
     hung = threading.Event()
-    monkeypatch.setattr(machine, "speeds", lambda place, mib: hung.wait(30))
+    monkeypatch.setattr(machine, where, lambda *arguments: hung.wait(30) and tmp_path)
     check = _disk(tmp_path, timeout=1)
     hung.set()
     assert check.verdict is Verdict.red
     assert "not written and read within 1 s" in check.found
+
+
+def test_a_stale_drive_is_red(tmp_path, monkeypatch) -> None:
+    def stale(self, *arguments, **options):
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(Path, "exists", stale)
+    check = _disk(tmp_path)
+    assert check.verdict is Verdict.red
+    assert check.found == f"runs={tmp_path}: cannot be read and written (Stale file handle)"
 
 
 @pytest.mark.parametrize(
@@ -113,6 +125,13 @@ def test_cores_and_threads_fit_the_ranks(allowed: int, ranks: int, threads, gpus
         ({"NCCL_SOCKET_IFNAME": "^docker0,lo"}, 2, Verdict.green, ""),
         ({"NCCL_SOCKET_IFNAME": "=eth"}, 2, Verdict.red, "names no interface of this host (eth0, lo)"),
         ({"GLOO_SOCKET_IFNAME": "ib0"}, 1, Verdict.red, "names no interface"),
+        ({"GLOO_SOCKET_IFNAME": "eth"}, 2, Verdict.red, "gloo takes whole names only"),
+        ({"GLOO_SOCKET_IFNAME": "=eth0"}, 2, Verdict.red, "gloo takes whole names only"),
+        ({"GLOO_SOCKET_IFNAME": "^lo"}, 2, Verdict.red, "gloo takes whole names only"),
+        ({"GLOO_SOCKET_IFNAME": "eth0,ib0"}, 2, Verdict.red, ": ib0; gloo"),
+        ({"GLOO_SOCKET_IFNAME": "eth0"}, 2, Verdict.green, ""),
+        ({"NCCL_SOCKET_IFNAME": "=eth0"}, 2, Verdict.green, ""),
+        ({"NCCL_SOCKET_IFNAME": "lo"}, 2, Verdict.red, "cannot reach another host"),
         ({"GLOO_SOCKET_IFNAME": "lo"}, 2, Verdict.red, "cannot reach another host"),
         ({"GLOO_SOCKET_IFNAME": "lo"}, 1, Verdict.green, ""),
         ({"NCCL_P2P_DISABLE": "1"}, 1, Verdict.yellow, "instead of NVLink"),

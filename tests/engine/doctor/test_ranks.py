@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 
 from fireflyds.config import DoctorConfig
-from fireflyds.engine.doctor import links, meeting, ranks
+from fireflyds.engine.doctor import clocks, links, machine, meeting, patience, ranks
 from fireflyds.engine.doctor.check import Verdict, green
-from fireflyds.engine.doctor.meeting import Meeting, SilentError
+from fireflyds.engine.doctor.meeting import Meeting
 from fireflyds.engine.ranks import Ranks, free_port
 from fireflyds.errors import UserError
 
@@ -30,7 +30,7 @@ def cluster(tmp_path, monkeypatch):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(ranks.socket, "gethostname", lambda: HOSTS[_rank()])
     monkeypatch.setattr(ranks.socket, "gethostbyname", lambda name: "10.0.0.1")
-    monkeypatch.setattr(ranks, "look", lambda config, here, hosts: [green("gpus", f"{here} ranks, {hosts} hosts")])
+    monkeypatch.setattr(ranks, "look", _looked)
     monkeypatch.setattr(links, "all_reduce", _reduced)
     monkeypatch.setattr(meeting, "_GRACE", 0.2)
 
@@ -64,6 +64,10 @@ def _reduced(at: Meeting, config: DoctorConfig):
     return {"seconds": [0.5, 0.1, 0.3], "right": True, "backend": "gloo"}
 
 
+def _looked(config: DoctorConfig, here: int, hosts: int, cores: int | None):
+    return [green("gpus", f"{here} ranks, {hosts} hosts"), green("cores", f"{cores}")]
+
+
 def _by_name(checks):
     return {check.name: check for check in checks}
 
@@ -72,11 +76,12 @@ def test_a_sound_cluster_is_green_throughout(cluster, tmp_path) -> None:
     checks, hosts = cluster(0, 1, 2)
     assert hosts == ["north", "south"]
     assert [(check.name, check.host) for check in checks] == [
-        ("gpus", "north"), ("gpus", "south"), ("hosts", ""), ("same versions", ""), ("ports", ""), ("clock skew", ""),
-        ("shared folder", ""), ("all-reduce", ""),
+        ("gpus", "north"), ("cores", "north"), ("gpus", "south"), ("cores", "south"), ("hosts", ""),
+        ("same versions", ""), ("same gpus", ""), ("ports", ""), ("clock skew", ""), ("shared folder", ""),
+        ("all-reduce", ""),
     ]  # fmt: skip
     assert {check.verdict for check in checks if check.name != "hosts"} == {Verdict.green}, checks
-    assert [check.found for check in checks[:2]] == ["2 ranks, 2 hosts", "1 ranks, 2 hosts"]
+    assert [check.found for check in checks[:4:2]] == ["2 ranks, 2 hosts", "1 ranks, 2 hosts"]
     found = _by_name(checks)
     assert found["hosts"].found == "3 ranks on 2 hosts: north (2), south (1)"
     assert 0 <= found["clock skew"].value < 0.5
@@ -138,7 +143,7 @@ def test_a_clock_that_is_wrong_is_found_with_its_host(cluster, monkeypatch) -> N
     clock = SimpleNamespace(
         time=lambda: time.time() + ahead.get(_rank(), 0.0), perf_counter=time.perf_counter, sleep=time.sleep
     )
-    monkeypatch.setattr(links, "time", clock)
+    monkeypatch.setattr(clocks, "time", clock)
     check = _by_name(cluster(0, 1, 2)[0])["clock skew"]
     assert check.verdict is Verdict.yellow
     assert check.value == pytest.approx(7.5, abs=0.2)
@@ -147,7 +152,7 @@ def test_a_clock_that_is_wrong_is_found_with_its_host(cluster, monkeypatch) -> N
     ahead[2] = -400.0
     check = _by_name(cluster(0, 1, 2)[0])["clock skew"]
     assert check.verdict is Verdict.red
-    assert "behind north" in check.found
+    assert "north is 400.000 s ahead of south" in check.found
 
 
 def test_other_versions_on_a_host_are_found(cluster, monkeypatch) -> None:
@@ -155,18 +160,6 @@ def test_other_versions_on_a_host_are_found(cluster, monkeypatch) -> None:
     check = _by_name(cluster(0, 1, 2)[0])["same versions"]
     assert check.verdict is Verdict.red
     assert check.found == "torch 2.13 on north, 2.14 on south"
-
-
-def test_a_closed_port_is_named() -> None:
-    with links.listening("127.0.0.1") as door:
-        port = door.getsockname()[1]
-        assert links.try_doors([("north", "127.0.0.1", port)]) == []
-    closed = links.try_doors([("north", "127.0.0.1", port)])
-    assert len(closed) == 1
-    assert f"north (127.0.0.1:{port})" in closed[0]
-    check = links.check_ports({"south": closed, "north": []})
-    assert check.verdict is Verdict.red
-    assert check.found.startswith("south cannot reach north")
 
 
 def test_launchers_port_taken_by_another_is_yellow() -> None:
@@ -177,55 +170,66 @@ def test_launchers_port_taken_by_another_is_yellow() -> None:
     assert ranks.check_port(free_port()).verdict is Verdict.green
 
 
-def test_hosts_with_unequal_ranks_or_without_an_address_are_yellow(monkeypatch) -> None:
-    monkeypatch.setattr(ranks.socket, "gethostbyname", lambda name: "10.0.0.1")
-    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
-    assert ranks.check_hosts(["a", "a", "b", "b"], "a").verdict is Verdict.green
-    assert ranks.check_hosts(["a", "a", "b"], "a").verdict is Verdict.yellow
-    monkeypatch.setattr(ranks.socket, "gethostbyname", lambda name: "127.0.1.1")
-    loop = ranks.check_hosts(["a", "b"], "a")
-    assert loop.verdict is Verdict.yellow
-    assert "a is 127.0.1.1 to itself" in loop.found
-    assert ranks.check_hosts(["a", "a"], "a").verdict is Verdict.green  # one host needs none
+def test_a_host_whose_gpus_are_gone_is_red(cluster, monkeypatch) -> None:
+    monkeypatch.setattr(ranks.gpus, "names", lambda: [] if _rank() == 2 else ["H200"] * 8)
+    check = _by_name(cluster(0, 1, 2)[0])["same gpus"]
+    assert check.verdict is Verdict.red
+    assert check.found == "none for rank 2 on south, others have them"
 
 
-def test_bus_bandwidth_is_that_of_a_ring() -> None:
-    assert links.bus_bandwidth(1_000_000_000, 2, 1.0) == 1e9
-    assert links.bus_bandwidth(1_000_000_000, 8, 0.5) == 3.5e9
+def test_machines_of_one_name_are_told_apart_and_red(cluster, monkeypatch) -> None:
+    monkeypatch.setattr(ranks.socket, "gethostname", lambda: "north")
+    monkeypatch.setattr(ranks, "boot_id", lambda: f"boot of {HOSTS[_rank()]}")
+    checks, found = cluster(0, 1, 2)
+    assert found == ["north", "north#2"]
+    assert [check.host for check in checks if check.name == "gpus"] == ["north", "north#2"]
+    check = _by_name(checks)["hosts"]
+    assert check.verdict is Verdict.red
+    assert check.found == "3 ranks on 2 hosts: north (2), north#2 (1); several machines are called north"
+    assert check.remedy.startswith("give every node its own name: hostnamectl set-hostname")
 
 
-@pytest.mark.parametrize(
-    ("backend", "right", "verdict"),
-    [("nccl", True, Verdict.yellow), ("gloo", True, Verdict.green), ("nccl", False, Verdict.red)],
-)
-def test_a_slow_all_reduce_is_yellow_and_a_wrong_sum_red(backend: str, right: bool, verdict: Verdict) -> None:
-    answers = [
-        {"seconds": [1.0], "right": True, "backend": backend},
-        {"seconds": [9, 2, 1], "right": right, "backend": backend},
-    ]
-    check = links.check_all_reduce(answers, ["a", "b"], [True, True], DoctorConfig(all_reduce_mib=100))
-    assert check.verdict is verdict
-    assert right is False or check.value == pytest.approx(100 * 2**20 / 2 / 1e9)
+def test_cores_that_ranks_are_bound_to_are_added_up(cluster, monkeypatch) -> None:
+    bound = {0: {0, 1}, 1: {2, 3, 4}, 2: {0, 1}}
+    monkeypatch.setattr(ranks.os, "sched_getaffinity", lambda process: bound[_rank()])
+    checks, _ = cluster(0, 1, 2)
+    assert [check.found for check in checks if check.name == "cores"] == ["5", "2"]
 
 
-def test_silent_ranks_are_named_by_their_node_where_they_have_not_said_their_host(monkeypatch) -> None:
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    me = Ranks(0, 0, 32, "north", 29500)
-    check = ranks.check_silent(SilentError("here", [15, 16], {}), me, [], 60)
-    assert check.found.startswith("rank 15 (node 1), rank 16 (node 2) of 32: not come within 60 s")
+def test_a_report_that_the_launcher_ends_tells_what_is_known(cluster, monkeypatch) -> None:
+    def ended(at: Meeting, config: DoctorConfig):
+        if at.me.rank == 0:
+            raise patience.TerminatedError
+        return _reduced(at, config)
+
+    monkeypatch.setattr(links, "all_reduce", ended)
+    checks, _ = cluster(0, 1, 2)
+    found = _by_name(checks)
+    assert found["shared folder"].verdict is Verdict.green
+    assert "all-reduce" not in found
+    assert found["ranks"].verdict is Verdict.red
+    assert "the launcher ended this rank (SIGTERM) while the ranks were tried: another one has died" in (
+        found["ranks"].found
+    )
+    assert "/dev/shm" in found["ranks"].remedy
 
 
-def test_rank_0_that_is_not_there_or_a_port_that_is_taken_is_said(monkeypatch) -> None:
-    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
-    port = free_port()
-    with pytest.raises(UserError, match=f"MASTER_ADDR:MASTER_PORT=127.0.0.1:{port}: rank 1 did not reach rank 0"):
-        Meeting(Ranks(1, 1, 2, "127.0.0.1", port), 1)
-    with socket.socket() as other:
-        other.bind(("", 0))
-        other.listen()
-        taken = other.getsockname()[1]
-        with pytest.raises(UserError, match=f"127.0.0.1:{taken}: rank 0 cannot use them"):
-            Meeting(Ranks(0, 0, 2, "127.0.0.1", taken), 1)
+def test_a_dead_folder_of_runs_ends_in_time_and_is_said(cluster, monkeypatch) -> None:
+    hung = threading.Event()
+
+    def hangs(runs: str):
+        if _rank() == 0 and not hung.wait(8):
+            return runs
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(machine, "place_of", hangs)
+    config = DoctorConfig(runs="gone", timeout=1, shared_timeout=0.1)
+    check = _by_name(cluster(0, 1, 2, rank0=config)[0])["shared folder"]
+    assert check.verdict is Verdict.red
+    assert check.found == "runs=gone: rank 0 cannot write there (no answer within 1 s), so the others were not asked"
+    hung.set()
+    check = _by_name(cluster(0, 1, 2, rank0=config)[0])["shared folder"]
+    assert "Stale file handle" in check.found
 
 
 @pytest.mark.slow

@@ -42,6 +42,45 @@ def test_hosts_are_put_together_and_the_worst_stands_first() -> None:
     ]
 
 
+def test_green_findings_are_put_together_only_where_they_differ_in_numbers_alone() -> None:
+    found = {"n1": "8 x A100, 80 GiB", "n2": "8 x A100, 79 GiB", "n3": "none; training runs on the CPU"}
+    checks = [at(host, [green("gpus", text)])[0] for host, text in found.items()]
+    assert report.table(checks, HOSTS, coloured=False).splitlines()[:-1] == [
+        "gpus               green   n1 (as good on 1 more): 8 x A100, 80 GiB",
+        "gpus               green   n3: none; training runs on the CPU",
+    ]
+
+
+def test_a_termination_is_raised_once_and_not_heard_again() -> None:
+    def is_ended() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    before = signal.getsignal(signal.SIGTERM)
+    heeding = patience.heeding_termination()
+    try:
+        asked = heeding.__enter__()
+        with pytest.raises(patience.TerminatedError):
+            is_ended()
+        heeding.__exit__(None, None, None)
+        assert asked == [signal.SIGTERM]
+        os.kill(os.getpid(), signal.SIGTERM)  # while the report is being printed
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    with patience.heeding_termination():
+        pass
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(("end", "code"), [(lambda: sys.exit(2), 2), (lambda: sys.exit(), 0), (lambda: 1 // 0, 1)])
+def test_every_end_leaves_what_hangs_behind(monkeypatch, end, code: int) -> None:
+    left = []
+    monkeypatch.setattr(patience, "leave", left.append)
+    with patience.leaving():
+        end()
+    assert left == [code]
+
+
 def test_colours_are_for_terminals_and_lines_no_longer_than_the_page() -> None:
     long = [yellow("cores", "word " * 60, "more " * 60)]
     plain = report.table(long, ["n1"], coloured=False)
