@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,9 @@ def test_a_folder_that_cannot_be_written_is_red(tmp_path, monkeypatch) -> None:
 def test_a_disk_that_hangs_is_red_in_time(tmp_path, monkeypatch, where: str) -> None:
     hung = threading.Event()
     monkeypatch.setattr(machine, where, lambda *arguments: hung.wait(30) and tmp_path)
+    started = time.monotonic()
     check = _disk(tmp_path, timeout=1)
+    assert time.monotonic() - started < 10
     hung.set()
     assert check.verdict is Verdict.red
     assert "not written and read within 1 s" in check.found

@@ -155,6 +155,18 @@ def test_a_clock_that_is_wrong_is_found_with_its_host(cluster, monkeypatch) -> N
     assert "north is 400.000 s ahead of south" in check.found
 
 
+def test_a_host_whose_clock_is_not_known_is_red(cluster, tmp_path, monkeypatch) -> None:
+    def fails(at: Meeting, payload) -> None:
+        if at.me.rank == 2:
+            raise RuntimeError("no clock")
+
+    monkeypatch.setattr(clocks, "answer_pings", fails)
+    hasty = DoctorConfig(runs=str(tmp_path), timeout=1, shared_timeout=0.3)
+    check = _by_name(cluster(0, 1, 2, rank0=hasty)[0])["clock skew"]
+    assert check.verdict is Verdict.red
+    assert check.found == "not known: no answer of rank 2 on south"
+
+
 def test_other_versions_on_a_host_are_found(cluster, monkeypatch) -> None:
     monkeypatch.setattr(ranks.versions, "installed", lambda required: {"torch": "2.14" if _rank() == 2 else "2.13"})
     check = _by_name(cluster(0, 1, 2)[0])["same versions"]
