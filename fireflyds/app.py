@@ -230,6 +230,8 @@ def _rewrite(verb: str, override: str) -> list[str]:
     key, equals, value = override.partition("=")
     if not equals or key.startswith(("+", "~")):
         return [override]
+    if key.startswith("sweep.space."):  # the range of a key, whose name has dots of its own
+        return [f"++sweep.space={{{key.removeprefix('sweep.space.')}: {value}}}"]
     if key == "zero" and value in tuple("0123"):  # Hydra takes no number for an option
         return [f"zero=stage{value}"]
     is_open = any(key == section or key.startswith(f"{section}.") for section in OPEN_SECTIONS)

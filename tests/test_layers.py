@@ -13,6 +13,7 @@ DOORS = {
     "tensorboard": {"fireflyds/engine/trackers.py"},
     "datasets": {"fireflyds/data/hub.py"},
     "peft": {"fireflyds/models/tuning.py"},
+    "optuna": {"fireflyds/cluster/study.py", "fireflyds/cluster/sweep.py"},
     "bitsandbytes": {"fireflyds/engine/optimizers.py"},
 }
 # evaluation scores models and reads data; it may look down, never sideways.

@@ -90,6 +90,13 @@ def states(jobs: Sequence[str]) -> dict[str, JobState]:
     return found
 
 
+def queued(name: str, script: Path) -> list[str]:
+    """Jobs in the queue that bear a name and run a script."""
+    done = _run(["squeue", "--noheader", f"--name={name}", "--format=%i %o"])
+    lines = [line.partition(" ") for line in done.stdout.splitlines()]
+    return [job for job, _, command in lines if Path(command.split(" ")[0]) == script.absolute()]
+
+
 def cancel(jobs: Sequence[str]) -> None:
     """End jobs: waiting ones at once; running ones get SIGTERM first, on which training saves."""
     if jobs:

@@ -7,6 +7,7 @@ from fireflyds.config.cluster import ClusterConfig
 from fireflyds.config.data import CleanConfig, DataConfig, PhaseConfig, PrepareConfig, SourceConfig
 from fireflyds.config.optim import GroupConfig, OptimConfig
 from fireflyds.config.submit import SubmitConfig
+from fireflyds.config.sweep import RangeConfig, SearchConfig, SweepConfig
 from fireflyds.config.training import (
     CheckpointConfig,
     HardwareConfig,
@@ -21,6 +22,7 @@ from fireflyds.config.tuning import TuningConfig
 from fireflyds.config.validation import ValidationConfig
 from fireflyds.config.values import (
     Container,
+    Direction,
     Duplicates,
     LossOn,
     ModelInit,
@@ -30,9 +32,11 @@ from fireflyds.config.values import (
     PlanFormat,
     Precision,
     PromptStyle,
+    Pruner,
     ReportMode,
     RowInit,
     Rows,
+    Sampler,
     Schedule,
     Scheduler,
     SizeBy,
@@ -43,6 +47,7 @@ from fireflyds.config.values import (
     Tracker,
     TuningMethod,
     UnicodeForm,
+    ValueAt,
     WandbMode,
     require_at_least,
 )
@@ -67,6 +72,7 @@ __all__ = [
     "Container",
     "DataConfig",
     "DemoConfig",
+    "Direction",
     "DoctorConfig",
     "Duplicates",
     "EvaluateConfig",
@@ -88,19 +94,24 @@ __all__ = [
     "Precision",
     "PrepareConfig",
     "PromptStyle",
+    "Pruner",
+    "RangeConfig",
     "RecoveryConfig",
     "ReportMode",
     "RoadConfig",
     "RowInit",
     "Rows",
+    "Sampler",
     "Schedule",
     "Scheduler",
+    "SearchConfig",
     "SizeBy",
     "SourceConfig",
     "StageConfig",
     "StatsMode",
     "SubmitAction",
     "SubmitConfig",
+    "SweepConfig",
     "SynthesizeConfig",
     "TextSplit",
     "TokenizerKind",
@@ -111,6 +122,7 @@ __all__ = [
     "TuningMethod",
     "UnicodeForm",
     "ValidationConfig",
+    "ValueAt",
     "WandbMode",
     "ZeroConfig",
     "require_at_least",
@@ -128,5 +140,6 @@ VERBS: dict[str, type] = {
     "chat": ChatConfig,
     "doctor": DoctorConfig,
     "submit": SubmitConfig,
+    "sweep": SweepConfig,
     "demo": DemoConfig,
 }

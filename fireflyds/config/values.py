@@ -143,6 +143,29 @@ class SubmitAction(Enum):
     cancel = 3
 
 
+class Sampler(Enum):
+    tpe = 0
+    random = 1
+    grid = 2
+
+
+class Pruner(Enum):
+    none = 0
+    median = 1
+    hyperband = 2
+
+
+class Direction(Enum):
+    min = 0
+    max = 1
+
+
+class ValueAt(Enum):
+    last = 0
+    best = 1
+    at_tokens = 2
+
+
 class PromptStyle(Enum):
     auto = 0
     plain = 1

@@ -150,7 +150,7 @@ def test_what_the_gpus_cannot_do_is_refused() -> None:
 @pytest.mark.parametrize("name", sorted(path.stem for path in (app.CONF / "cluster").glob("*.yaml")))
 def test_every_cluster_has_gpus_whose_peak_is_known_or_is_refused(name: str) -> None:
     config = _config(f"cluster={name}")
-    if name.startswith("slurm"):
+    if name.startswith(("slurm", "local")):
         with pytest.raises(UserError, match="is not set: a plan needs cluster.gpu"):
             config.cluster.require_machine()
         return

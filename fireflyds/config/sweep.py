@@ -1,0 +1,98 @@
+"""A study: many short trainings that look for the best values of some keys."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from fireflyds.config.cluster import ClusterConfig
+from fireflyds.config.values import Direction, Pruner, Sampler, ValueAt, require_at_least
+from fireflyds.errors import UserError
+
+
+@dataclass(kw_only=True, slots=True)
+class RangeConfig:
+    """What one key may be: `choices`, or from `low` to `high`."""
+
+    low: float | None = None
+    high: float | None = None
+    log: bool = False
+    step: float | None = None
+    choices: list[Any] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if bool(self.choices) == (self.low is not None or self.high is not None):
+            raise UserError("a range needs either choices=[...] or low and high")
+        if self.choices:
+            return
+        if self.low is None or self.high is None or self.low >= self.high:
+            raise UserError(f"low={self.low}, high={self.high}: low must be less than high")
+        if self.log and (self.low <= 0 or self.step):
+            raise UserError(f"log=true, low={self.low}, step={self.step}: needs low above 0 and no step")
+        if self.step is not None and self.step <= 0:
+            raise UserError(f"step={self.step}: must be greater than 0")
+
+
+@dataclass(kw_only=True, slots=True)
+class SearchConfig:
+    space: dict[str, RangeConfig] = field(default_factory=dict)
+    """Keys of `train` and their ranges, such as `sweep.space.optim.lr={low: 1e-5, high: 1e-3, log: true}` or
+    `sweep.space.tuning.r={choices: [4, 8, 16]}`; a whole number's range has whole numbers; `step` makes a ladder of it."""
+    sampler: Sampler = Sampler.tpe
+    """`tpe` learns from trials before, `random` does not, `grid` tries all combinations (ranges need `step` or `choices`)."""
+    trials: int = 20
+    """Trials in all; `grid`: at most."""
+    parallel: int = 1
+    """Trials at the same time."""
+    metric: str = "loss"
+    """A number of `metrics.jsonl` or `validation.jsonl`, such as `validation/bits_per_byte/zh`."""
+    direction: Direction = Direction.min
+    """Whether it is to be small or large."""
+    value: ValueAt = ValueAt.last
+    """Which of a trial's values counts: the `last`, the `best`, or the first `at_tokens`."""
+    tokens: int | None = None
+    """`value=at_tokens`: trained tokens from which on the value counts."""
+    pruner: Pruner = Pruner.median
+    """`median` ends a trial that is worse than half of the others were at the same step, `hyperband` shares steps out in
+    brackets, `none` ends none."""
+    startup_trials: int = 4
+    """Trials before anything is learnt from them or pruned."""
+    warmup_steps: int = 0
+    """No trial is pruned before this step."""
+    reduction_factor: int = 3
+    """`hyperband`: one in so many goes on to the next rung."""
+    retries: int = 3
+    """A trial whose processes died is started again, from its checkpoint, at most so often."""
+    poll_seconds: float = 5.0
+    """Time between two looks at the trials."""
+    seed: int = 0
+    """Seed of the draws."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, "sweep.", trials=1, parallel=1, startup_trials=1, warmup_steps=0, reduction_factor=2)
+        require_at_least(self, "sweep.", retries=0, poll_seconds=0.05, tokens=1)
+        if (self.value is ValueAt.at_tokens) != (self.tokens is not None):
+            raise UserError(
+                f"sweep.value={self.value.name}, sweep.tokens={self.tokens}: give both value=at_tokens and tokens, or neither"
+            )
+        if not self.space:
+            raise UserError(
+                "sweep.space is empty: give a range, such as sweep.space.optim.lr={low: 1e-5, high: 1e-3, log: true}, or a file of conf/sweep"
+            )
+        for key, one in self.space.items():
+            if self.sampler is Sampler.grid and not one.choices and one.step is None:
+                raise UserError(f"sweep.space: {key}: sampler=grid needs choices or step")
+
+
+@dataclass(kw_only=True, slots=True)
+class SweepConfig:
+    study: str = MISSING
+    """Name of the study: its folder below `runs`. Trials are the runs `<study>/trial-0000` and on. The same name goes on."""
+    runs: str = "runs"
+    """Folder that holds the runs."""
+    sweep: SearchConfig = MISSING
+    cluster: ClusterConfig = MISSING
+
+    def __post_init__(self) -> None:
+        if not self.study or self.study.startswith("/") or ".." in self.study.split("/"):
+            raise UserError(f"study={self.study!r}: must be a name below the folder of runs, such as study=lr")

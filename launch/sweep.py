@@ -1,0 +1,79 @@
+"""Look for good values of some keys: a study of trainings, several at a time, on this machine or as Slurm jobs.
+
+    python launch/sweep.py study=sft_lr sweep=lr_and_r experiment=demo_sft sweep.trials=12 sweep.parallel=2 cluster=local_cpu
+    python launch/sweep.py study=lr cluster=slurm cluster.nodes=2 sweep.space.optim.lr='{low: 1e-5, high: 1e-3, log: true}' \\
+      model=llama-2-7b-zh data=stores/sft tuning=qlora optim.epochs=1
+
+Keys that are not listed here are those of `train`, the same for every trial. A trial is a run of its own, `<study>/trial-0000`
+and on, and can be exported like any other. The same command goes on with a study that was interrupted or killed. Leaves
+`trials.md`, `trials.csv`, `best.yaml` and charts in `runs/<study>/`.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fireflyds import app
+from fireflyds.cluster import ranges
+from fireflyds.cluster.launchers import launcher_of
+from fireflyds.cluster.ranges import Value
+from fireflyds.config import SweepConfig, Tracker
+from fireflyds.directories import write_whole
+from fireflyds.engine import changes
+from fireflyds.errors import UserError
+
+# What may change while a study goes on.
+FREE = ("trials", "parallel", "poll_seconds", "retries", "pruner", "startup_trials", "warmup_steps", "reduction_factor")
+
+
+def sweep(config: SweepConfig, rest: list[str]) -> None:
+    if given := [word for word in rest if word.lstrip("+").startswith(("run=", "runs=", "tracking.group="))]:
+        raise UserError(f"{given[0]}: trials get theirs from study={config.study} and runs={config.runs}. Leave it out")
+    # Heavy imports wait until the configuration is good.
+    from fireflyds.cluster import results
+    from fireflyds.cluster.study import Study
+    from fireflyds.cluster.sweep import Sweep, only_one, run_name
+
+    folder = Path(config.runs) / config.study
+
+    def freeze(run: str, params: Mapping[str, Value]) -> str:
+        composed = app.compose("train", [*rest, *ranges.words(params), f"run={run}", f"runs={config.runs}"])
+        if composed.tracking.kind is not Tracker.none:
+            composed.tracking.group = config.study
+        composed.accumulation_steps(config.cluster.world_size)
+        return app.to_yaml(composed)
+
+    # Every range is tried before anything is started.
+    for key, one in config.sweep.space.items():
+        for value in ranges.values(key, one):
+            try:
+                freeze(run_name(config.study, 0), {key: value})
+            except UserError as error:
+                raise UserError(f"sweep.space.{key}, at {value}: {error}") from error
+    launcher = launcher_of(config.cluster, config.sweep.parallel)
+    with only_one(folder):
+        _same_study(folder, config, rest)
+        study = Study(folder / "study.journal", config.study, config.sweep)
+        finished = Sweep(study, config.sweep, config.study, folder, freeze, launcher).run()
+        print(results.write(study, config.sweep, config.study, folder, rest))
+    if not finished:
+        raise KeyboardInterrupt
+
+
+def _same_study(folder: Path, config: SweepConfig, rest: list[str]) -> None:
+    """Trials of one study must be comparable."""
+    import yaml
+
+    search: dict[str, Any] = yaml.safe_load(app.to_yaml(config))["sweep"]
+    asked = {"train": sorted(rest)} | {key: value for key, value in search.items() if key not in FREE}
+    file = folder / "study.json"
+    if file.exists() and (changed := changes.differences(json.loads(file.read_text(encoding="utf-8")), asked)):
+        raise UserError(
+            f"study={config.study}: was begun with something else ({'; '.join(changed)}). Give another study=, or the same to go on"
+        )
+    write_whole(file, json.dumps(asked, indent=2, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    app.main(sweep, __doc__, passes_on=True)
