@@ -1,8 +1,10 @@
 """Jobs in a real Slurm: two nodes on this machine."""
 
 import json
+import os
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import slurm_cluster
-from grid import near
+from grid import ROOT, near
 from samples import ENGLISH
 
 pytestmark = [
@@ -233,3 +235,38 @@ def test_cancelling_saves_and_puts_nothing_back(cluster: Cluster, training: list
     assert (status["state"], status["message"]) == ("stopped", "SIGTERM")
     time.sleep(1)
     assert cluster.state(job) == "CANCELLED"
+
+
+def test_a_study_of_jobs_that_is_killed_goes_on(cluster: Cluster, training: list[str]) -> None:
+    """Two trials at a time, one node each; one trial is so bad that it is pruned."""
+    study = ["study=lr", "sweep.space.optim.lr={choices: [1e-3, 3e-4, 1e-9]}", "sweep.sampler=grid", "sweep.parallel=2"]
+    study += [
+        "sweep.poll_seconds=0.2",
+        "sweep.startup_trials=2",
+        "sweep.warmup_steps=10",
+        *training[1:-1],
+        "cluster.nodes=1",
+    ]
+    words = [sys.executable, str(ROOT / "launch" / "sweep.py"), *study]
+    environment = os.environ | cluster.variables
+    with (cluster.folder / "sweep.log").open("w") as log:
+        parent = subprocess.Popen(words, cwd=cluster.folder, env=environment, stdout=log, stderr=log)
+        cluster.wait_for_step("lr/trial-0001", 3)
+        parent.kill()
+        parent.wait()
+        assert (
+            subprocess.run(words, cwd=cluster.folder, env=environment, stdout=log, stderr=log, timeout=180).returncode
+            == 0
+        )
+    shown = (cluster.folder / "sweep.log").read_text()
+    assert [shown.count(f"trial {number}: starts") for number in range(3)] == [1, 1, 1]
+    assert "trial 2: pruned at step" in shown
+    jobs = [cluster.job(f"lr/trial-{number:04d}") for number in range(3)]
+    assert len({*jobs}) == 3
+    assert [cluster.state(job) for job in jobs] == ["COMPLETED", "COMPLETED", "FAILED"]
+    assert len(cluster.rows("lr/trial-0002")) < STEPS
+    losses = [cluster.losses(f"lr/trial-{number:04d}") for number in range(2)]
+    assert [len(each) for each in losses] == [STEPS, STEPS]
+    assert losses[0][-1] < losses[1][-1]
+    assert "best: trial 0, loss" in shown
+    assert (cluster.folder / "runs/lr/parallel_coordinates.png").exists()

@@ -1,0 +1,107 @@
+"""A study of real trainings on this machine, killed in the middle; on Slurm: test_slurm.py."""
+
+import csv
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from grid import ROOT
+from samples import ENGLISH
+
+STEPS = 12
+
+
+def start(folder: Path, arguments: list[str]) -> "subprocess.Popen[bytes]":
+    with (folder / "sweep.log").open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / "launch" / "sweep.py"), *arguments], cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+
+
+def wait_until(condition, seconds: float = 120) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def locked(file: Path) -> bool:
+    with file.open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def rows(place: Path) -> list[dict]:
+    file = place / "metrics.jsonl"
+    return (
+        [json.loads(line) for line in file.read_text().splitlines(True) if line.endswith("\n")] if file.exists() else []
+    )
+
+
+@pytest.fixture
+def arguments(verb, tmp_path: Path, base_tokenizer: Path) -> list[str]:
+    (tmp_path / "en.txt").write_text("\n".join(ENGLISH), encoding="utf-8")
+    verb("prepare", "data=en.txt", f"tokenizer={base_tokenizer}", "out=store", "workers=1")
+    return [
+        "study=lr", "sweep=lr", "sweep.trials=3", "sweep.parallel=2", "sweep.poll_seconds=0.1", "sweep.pruner=none", "cluster=local_cpu",
+        "data=store", "model=at_path", "model.init=scratch", f"model.tokenizer={base_tokenizer}", f"optim.steps={STEPS}",
+        "model.architecture={model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2}",
+        "seq_len=64", "global_batch_size=16", "checkpoint.every=3",
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_killed_study_goes_on_and_a_killed_trial_too(verb, arguments: list[str], tmp_path: Path) -> None:
+    study = tmp_path / "runs" / "lr"
+    parent = start(tmp_path, arguments)
+    wait_until(lambda: (study / "trial-0000/status.json").exists())
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    trial = psutil.Process(int((study / "trial-0000/logs/launcher.pid").read_text()))
+    assert trial.is_running()
+    again = start(tmp_path, arguments)
+    wait_until(lambda: locked(study / ".lock"))
+    other = verb("sweep", *arguments, check=False)
+    assert (other.returncode, "another process works on this study now" in other.stderr) == (2, True)
+    wait_until(lambda: len(rows(study / "trial-0002")) >= 4)
+    psutil.Process(int((study / "trial-0002/logs/launcher.pid").read_text())).kill()
+    assert again.wait(180) == 0
+    shown = (tmp_path / "sweep.log").read_text()
+    assert [shown.count(f"trial {number}: starts with") for number in range(3)] == [1, 1, 1]
+    assert shown.count("starts again") == 1
+    with (study / "trials.csv").open() as file:
+        found = list(csv.DictReader(file))
+    assert [row["outcome"] for row in found] == ["finished"] * 3
+    for row in found:
+        run = rows(tmp_path / "runs" / row["run"])
+        assert [each["step"] for each in run] == list(range(1, STEPS + 1))
+        assert float(row["loss"]) == pytest.approx(run[-1]["loss"], abs=1e-5)
+    assert len({row["optim.lr"] for row in found}) == 3
+    best = min(found, key=lambda row: float(row["loss"]))
+    assert f"Trial {best['trial']} of lr" in (study / "best.yaml").read_text()
+
+
+@pytest.mark.slow
+def test_ctrl_c_lets_trials_save_and_the_study_goes_on(arguments: list[str], tmp_path: Path) -> None:
+    study = tmp_path / "runs" / "lr"
+    arguments = [*arguments, "sweep.trials=1", "optim.steps=40", "checkpoint.every=999"]
+    parent = start(tmp_path, arguments)
+    wait_until(lambda: len(rows(study / "trial-0000")) >= 3)
+    parent.send_signal(signal.SIGINT)
+    assert parent.wait(60) == 130
+    status = json.loads((study / "trial-0000/status.json").read_text())
+    assert (status["state"], status["exit_code"], status["message"]) == ("stopped", 75, "SIGTERM")
+    assert start(tmp_path, arguments).wait(120) == 0
+    assert "resumed at step" in (study / "trial-0000/logs/launcher.log").read_text()
+    assert [row["step"] for row in rows(study / "trial-0000")] == list(range(1, 41))
