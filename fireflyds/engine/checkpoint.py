@@ -21,6 +21,8 @@ from fireflyds.types import StepMetrics, TrainState
 
 FOLDER, LATEST = "checkpoints", "latest"
 VERSION = 1
+# Folders that `load` found damaged and passed over: they count for nothing when old checkpoints are dropped.
+_passed_over: set[Path] = set()
 # How long a run that ends by an error waits for the checkpoint that is being written.
 _LEAVING_SECONDS = 60.0
 
@@ -149,16 +151,21 @@ class Saver:
         aside.rename(whole)
         sync(self._folder)
         write_whole(self._folder / LATEST, whole.name + "\n")
-        self._forget()
+        _passed_over.discard(whole)
+        self._forget(step)
 
-    def _forget(self) -> None:
-        found = whole_checkpoints(self._folder.parent)
-        kept = [_kept(path, self._config.best_metric) for path in found]
-        for step in to_drop(kept, self._config):
+    def _forget(self, saved: int) -> None:
+        """Drop what is not to be kept now that a step is saved. What stands behind that step was passed over: it stays where
+        it is until the run comes by, and pushes nothing out."""
+        found = [path for path in whole_checkpoints(self._folder.parent) if _step(path) <= saved]
+        kept = [_kept(path, self._config.best_metric) for path in found if path not in _passed_over]
+        damaged = [_step(path) for path in found if path in _passed_over]
+        for step in [*damaged, *to_drop(kept, self._config)]:
             old = self._folder / step_name(step)
             # Removing takes a while; what is left of a removal that was cut short must not look whole.
             gone = old.with_name(f".{old.name}.dropped")
             old.rename(gone)
+            _passed_over.discard(old)
             shutil.rmtree(gone, ignore_errors=True)
 
     def _make_room(self) -> None:
@@ -204,14 +211,25 @@ def _refuse_full(folder: Path, needed: int) -> None:
 
 
 def _kept(path: Path, metric: str) -> Kept:
-    found = read_json(path / MANIFEST)["metrics"].get(metric) if metric else None
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    return Kept(int(path.name.removeprefix("step-")), size, found)
+    return Kept(_step(path), size, _measured(path, metric) if metric else None)
+
+
+def _measured(path: Path, metric: str) -> float | None:
+    try:
+        found: float | None = read_json(path / MANIFEST).get("metrics", {}).get(metric)
+    except UserError:  # damaged since: it cannot be the best
+        return None
+    return found
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def whole_checkpoints(run_dir: Path) -> list[Path]:
     """Checkpoints by step. One that is being written has another name."""
-    return sorted((run_dir / FOLDER).glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted((run_dir / FOLDER).glob("step-*"), key=_step)
 
 
 def load(engine: Any, run_dir: Path, say: Callable[[str], None]) -> TrainState:
@@ -228,7 +246,9 @@ def load(engine: Any, run_dir: Path, say: Callable[[str], None]) -> TrainState:
         dist.all_gather_object(verdicts, fragments.damage(folder, dist.get_rank(), dist.get_world_size()))
         if wrong := next(filter(None, verdicts), None):
             say(f"{folder} is damaged ({wrong}); the one before is used")
+            _passed_over.add(folder)
             continue
+        _passed_over.discard(folder)
         return _restore(engine, folder, say)
     if found:
         raise UserError(

@@ -228,3 +228,49 @@ def test_a_run_that_ends_by_an_error_keeps_what_was_being_written(group, tmp_pat
     saver.begin(state, take_step(engine, state))
     saver.__exit__(UserError, UserError("the loss spikes"), None)
     assert [path.name for path in checkpoint.whole_checkpoints(tmp_path)] == ["step-000001"]
+
+
+def save_at(folder: Path, state: TrainState, *steps: int, **config) -> None:
+    """A process that resumes and saves after these steps."""
+    engine = make_engine()
+    with checkpoint.Saver(engine, folder, CheckpointConfig(**config), Keeper()) as saver:
+        for step in steps:
+            state.step = step - 1
+            saver.begin(state, take_step(engine, state))
+
+
+def spoil(folder: Path, step: int, file: str = "rank-00000.safetensors") -> None:
+    (folder / "checkpoints" / checkpoint.step_name(step) / file).write_bytes(b"{")
+
+
+def steps_of(folder: Path) -> list[int]:
+    return [int(path.name[-6:]) for path in checkpoint.whole_checkpoints(folder)]
+
+
+@pytest.mark.parametrize("file", ["rank-00000.safetensors", "manifest.json"])
+def test_a_damaged_checkpoint_that_was_passed_over_pushes_out_nothing_whole(group, tmp_path: Path, file: str) -> None:
+    save_at(tmp_path, TrainState(), 100, 200, keep=2)
+    spoil(tmp_path, 200, file)
+    state = checkpoint.load(make_engine(), tmp_path, lambda line: None)
+    assert state.step == 100
+    # It stays while it is ahead, and goes when the run has come by. Of equal losses the first is the best.
+    save_at(tmp_path, state, 110, keep=1, best_metric="loss")
+    assert steps_of(tmp_path) == [100, 110, 200]
+    save_at(tmp_path, state, 210, keep=2)
+    assert steps_of(tmp_path) == [110, 210]
+    assert checkpoint.load(make_engine(), tmp_path, pytest.fail).step == 210
+
+
+def test_a_step_that_is_saved_again_over_a_damaged_checkpoint_is_kept(group, tmp_path: Path) -> None:
+    save_at(tmp_path, TrainState(), 100, 200, keep=2)
+    spoil(tmp_path, 200)
+    save_at(tmp_path, checkpoint.load(make_engine(), tmp_path, lambda line: None), 200, 300, keep=2)
+    assert steps_of(tmp_path) == [200, 300]
+    assert checkpoint.load(make_engine(), tmp_path, pytest.fail).step == 300
+
+
+def test_a_manifest_that_was_damaged_since_is_not_the_best_and_stops_nothing(group, tmp_path: Path) -> None:
+    save_at(tmp_path, TrainState(), 100, keep=2)
+    spoil(tmp_path, 100, "manifest.json")
+    save_at(tmp_path, TrainState(), 110, 120, keep=1, best_metric="loss")
+    assert steps_of(tmp_path) == [110, 120]
