@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 from fireflyds import app
-from fireflyds.config import ExportConfig, Precision, TrainConfig, TuningMethod
+from fireflyds.config import ExportConfig, Precision, TrainConfig, TuningMethod, WandbMode
 from fireflyds.directories import write_aside
 from fireflyds.engine import trackers
 from fireflyds.engine.run_names import find_run
@@ -63,7 +63,8 @@ def export(config: ExportConfig) -> None:
     print(f"wrote {out}: {json.dumps(about)}")
     if config.artifact:
         name = trackers.send_artifact(trained.tracking, config.run, run_dir, out, about)
-        print(f"{out} is the artifact {name} of its W&B run")
+        later = f"; send it with `wandb sync {run_dir}/wandb/offline-run-*`"
+        print(f"{out} is the artifact {name} of its W&B run{later * (trained.tracking.mode is WandbMode.offline)}")
 
 
 if __name__ == "__main__":

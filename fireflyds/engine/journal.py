@@ -3,15 +3,16 @@
 
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from fireflyds.engine.history import History
-from fireflyds.engine.metrics import MetricsFile, line, read_metrics
+from fireflyds.engine.metrics import MetricsFile, finite, line, read_metrics
 from fireflyds.engine.progress import progress
+from fireflyds.engine.status import EXIT_FAILED
 from fireflyds.engine.trackers import Tracker
 from fireflyds.types import StepMetrics
 
@@ -60,6 +61,7 @@ class Journal:
         if self._file:
             self._file.close()
             self._open(done)
+        self._tracker.go_back(done)
 
     def record(self, step: StepMetrics) -> None:
         if self._file:
@@ -73,7 +75,7 @@ class Journal:
 
     def validated(self, row: Mapping[str, Any]) -> None:
         """A row of `validation.jsonl`, on rank 0."""
-        self._history.add_validation(row)
+        self._history.add_validation(finite(row))
         self._tracker.log(row)
 
     def sampled(self, step: int, samples: list[dict[str, Any]]) -> None:
@@ -84,13 +86,21 @@ class Journal:
         """A checkpoint is being written; training waited `stall` seconds for the copy."""
         self.log.info(f"checkpoint of step {step}: training waited {stall:.2f} s")
         if self._file and (self._painted is None or self._painted.done()):
-            self._painted = self._painter.submit(self._history.save)
+            self._painted = self._painter.submit(self._attempt, "trainer_state.json or loss.png", self._history.save)
+
+    def _attempt(self, what: str, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as error:  # a picture is no reason to end a run, nor to hide why it ends
+            self.log.warning(f"{self._run_dir}: {what} was not written ({str(error) or type(error).__name__})")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stack.close()
-        if self._file:
-            self._file.close()
-            self._history.save()
-        self._tracker.finish()
+        try:
+            self._stack.close()
+            if self._file:
+                self._attempt("trainer_state.json or loss.png", self._history.save)
+                self._attempt("metrics.jsonl", self._file.close)
+        finally:
+            self._tracker.finish(0 if error is None else EXIT_FAILED)

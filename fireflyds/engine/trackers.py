@@ -6,6 +6,7 @@ import logging
 import secrets
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +26,10 @@ class Tracker(Protocol):
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None: ...
 
-    def finish(self) -> None: ...
+    def go_back(self, step: int) -> None: ...
+
+    def finish(self, exit_code: int) -> None:
+        """0 where the run is well."""
 
 
 class NoTracker:
@@ -33,7 +37,9 @@ class NoTracker:
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None: ...
 
-    def finish(self) -> None: ...
+    def go_back(self, step: int) -> None: ...
+
+    def finish(self, exit_code: int) -> None: ...
 
 
 class WandbTracker:
@@ -43,7 +49,7 @@ class WandbTracker:
     """
 
     def __init__(self, config: TrackingConfig, run: str, run_dir: Path, resolved: dict[str, Any]) -> None:
-        self._run = start_wandb(config, run, run_dir, resolved)
+        self._run = start_wandb(config, run, run_dir, resolved, config.finish_seconds)
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
 
@@ -58,17 +64,24 @@ class WandbTracker:
         table = wandb.Table(columns=list(_COLUMNS), data=[[step, row["prompt"], row["text"]] for row in rows])
         self._run.log({"step": step, "samples": table})
 
-    def finish(self) -> None:
-        self._run.finish()
+    def go_back(self, step: int) -> None:
+        """Nothing: a step that is told again takes the place of the first."""
+
+    def finish(self, exit_code: int) -> None:
+        self._run.finish(exit_code=exit_code)
 
 
 class TensorBoardTracker:
-    """Event files in the run's folder `tensorboard`. On resume, later steps of before are hidden."""
+    """Event files in the run's folder `tensorboard`. On resuming and going back, later steps of before are hidden."""
 
     def __init__(self, run_dir: Path, resumed_at: int) -> None:
+        self._folder = str(run_dir / "tensorboard")
+        self._writer = self._open(resumed_at)
+
+    def _open(self, done: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_at + 1)
+        return SummaryWriter(self._folder, purge_step=done + 1)
 
     def log(self, row: Mapping[str, Any]) -> None:
         for key, value in row.items():
@@ -79,7 +92,11 @@ class TensorBoardTracker:
         for number, row in enumerate(rows):
             self._writer.add_text(f"samples/{number}", f"{row['prompt']}\n\n---\n\n{row['text']}", step)
 
-    def finish(self) -> None:
+    def go_back(self, step: int) -> None:
+        self._writer.close()
+        self._writer = self._open(step)
+
+    def finish(self, exit_code: int) -> None:
         self._writer.close()
 
 
@@ -96,9 +113,13 @@ class Guarded:
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         self._try(lambda: self._tracker.samples(step, rows))
 
-    def finish(self) -> None:
+    def go_back(self, step: int) -> None:
+        self._try(lambda: self._tracker.go_back(step))
+
+    def finish(self, exit_code: int) -> None:
         """Wait at most `finish_seconds`: what is stuck is left to its thread, which ends with the process."""
-        thread = threading.Thread(target=lambda: self._try(self._tracker.finish), name="tracker", daemon=True)
+        work = partial(self._try, lambda: self._tracker.finish(exit_code))
+        thread = threading.Thread(target=work, name="tracker", daemon=True)
         thread.start()
         thread.join(self._finish_seconds)
         if thread.is_alive():
@@ -148,8 +169,10 @@ def open_tracker(
     return Guarded(tracker, name, log, tracking.finish_seconds)
 
 
-def start_wandb(config: TrackingConfig, run: str, run_dir: Path, resolved: dict[str, Any] | None) -> Any:
-    """The W&B run of a fireflyds run, begun or gone on with."""
+def start_wandb(
+    config: TrackingConfig, run: str, run_dir: Path, resolved: dict[str, Any] | None, finish_seconds: float
+) -> Any:
+    """The W&B run of a fireflyds run, begun or gone on with. It is left after `finish_seconds` at its end; 0: never."""
     import wandb
 
     group = run.rpartition("/")[0] if config.group is None else config.group
@@ -162,7 +185,7 @@ def start_wandb(config: TrackingConfig, run: str, run_dir: Path, resolved: dict[
         job_type=config.job_type,
         resume="allow",
         dir=str(run_dir),
-        settings=wandb.Settings(finish_timeout=config.finish_seconds),
+        settings=wandb.Settings(finish_timeout=finish_seconds),
         **options,
     )
 
@@ -186,7 +209,9 @@ def check_artifact(config: TrackingConfig, run: str) -> None:
 
 
 def send_artifact(config: TrackingConfig, run: str, run_dir: Path, folder: Path, about: dict[str, Any]) -> str:
-    """Give an export to the W&B run it came from, as an artifact of type `model`. Returns its name.
+    """Give an export to the W&B run it came from, as an artifact of type `model`. Returns its name, when all of it is there.
+
+    An offline run keeps it on the disk until it is synced.
 
     Raises:
         UserError: the run is not tracked by W&B, or W&B failed; the export itself is whole.
@@ -196,10 +221,12 @@ def send_artifact(config: TrackingConfig, run: str, run_dir: Path, folder: Path,
 
     name = run.replace("/", "-")
     try:
-        tracked = start_wandb(config, run, run_dir, None)
+        tracked = start_wandb(config, run, run_dir, None, finish_seconds=0)
         artifact = wandb.Artifact(name, type="model", metadata=about)
         artifact.add_dir(str(folder))
-        tracked.log_artifact(artifact)
+        sent = tracked.log_artifact(artifact)
+        if config.mode is WandbMode.online:
+            sent.wait()
         tracked.finish()
     except Exception as error:
         raise UserError(

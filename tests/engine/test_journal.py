@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from transformers import TrainerState
 
+from fireflyds.engine import metrics
 from fireflyds.engine.journal import Journal
 from fireflyds.engine.metrics import line, read_metrics
+from fireflyds.errors import UserError
 from fireflyds.types import StepMetrics
 
 
@@ -17,7 +19,7 @@ class Listener:
 
     def __init__(self) -> None:
         self.rows: list[dict] = []
-        self.finished = False
+        self.finished: list[int] = []
 
     def log(self, row) -> None:
         self.rows.append(dict(row))
@@ -25,8 +27,11 @@ class Listener:
     def samples(self, step, rows) -> None:
         self.rows.append({"step": step, "samples": list(rows)})
 
-    def finish(self) -> None:
-        self.finished = True
+    def go_back(self, step) -> None:
+        self.rows.append({"step": step, "gone back": True})
+
+    def finish(self, exit_code) -> None:
+        self.finished.append(exit_code)
 
 
 def step(number: int, loss: float | None = None, **extra: float) -> StepMetrics:
@@ -53,7 +58,7 @@ def test_every_save_leaves_a_trainer_state_that_transformers_reads(tmp_path: Pat
         state = TrainerState.load_from_json(str(tmp_path / "trainer_state.json"))
         assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
         assert not listener.finished
-    assert listener.finished
+    assert listener.finished == [0]
     assert [row["step"] for row in listener.rows] == [0, 1, 2, 3]
     assert (state.global_step, state.max_steps, state.epoch, state.num_train_epochs) == (3, 6, 0.75, 2)
     assert (state.logging_steps, state.num_input_tokens_seen, state.total_flos) == (2, 3000, 3e9)
@@ -112,3 +117,65 @@ def test_the_line_tells_means_of_what_varies_and_the_newest_of_the_rest() -> Non
 def test_the_line_tells_what_is_wrong_only_where_something_is(changes: dict, words: str) -> None:
     assert words in line([step(1, **(FULL | changes))], 10)
     assert words not in line([step(1, **FULL)], 10)
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(logging.getLogger("fireflyds"), "propagate", True)
+    return lambda: caplog.text
+
+
+def test_a_picture_that_fails_is_told_and_fails_no_run(tmp_path: Path, said, monkeypatch) -> None:
+    def full(*_) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fireflyds.engine.history.plot_loss", full)
+    finished, listener = journal(tmp_path, 0)
+    with finished:
+        finished.record(step(1))
+        finished.saved(1, 0.0)
+    assert said().count("loss.png was not written ([Errno 28] No space left on device)") == 2
+    assert listener.finished == [0]
+    assert (tmp_path / "trainer_state.json").exists()
+    monkeypatch.setattr("fireflyds.engine.history.write_whole", full)
+    failed, listener = journal(tmp_path, 1)
+    with pytest.raises(UserError, match="the loss is nan"), failed:
+        raise UserError("the loss is nan")
+    assert said().count("loss.png was not written") == 3
+    assert listener.finished == [1]
+
+
+def test_going_back_is_told_to_the_tracker(tmp_path: Path) -> None:
+    gone, listener = journal(tmp_path, 0)
+    with gone:
+        for number in (1, 2):
+            gone.record(step(number))
+        gone.go_back(1)
+    assert listener.rows[-1] == {"step": 1, "gone back": True}
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1]
+
+
+def test_what_is_no_number_in_a_validation_is_null_in_the_trainer_state(tmp_path: Path) -> None:
+    found, _ = journal(tmp_path, 0)
+    with found:
+        found.record(step(1))
+        found.validated({"step": 1, "validation/loss/en": float("nan"), "validation/loss": 2.0})
+    text = (tmp_path / "trainer_state.json").read_text()
+    assert "NaN" not in text
+    assert json.loads(text)["log_history"] == [{"epoch": 0.25, "step": 1, "eval_loss_en": None, "eval_loss": 2.0}]
+
+
+@pytest.mark.parametrize("width", [1, 3, 7])
+def test_a_running_mean_is_the_mean_of_every_so_many(width: int) -> None:
+    values = [1e30, 0.5, 2.0, 4.0, -1.0, 1e-3, 9.0]
+    wanted = [sum(values[at : at + width]) / width for at in range(len(values) - width + 1)]
+    assert metrics.running_mean(values, width).tolist() == pytest.approx(wanted, rel=1e-9)
+    assert metrics.running_mean([], 1).tolist() == []
+
+
+def test_a_picture_that_fails_leaves_no_figure_open(tmp_path: Path) -> None:
+    from matplotlib import pyplot
+
+    with pytest.raises(FileNotFoundError):
+        metrics.plot_loss({"r": [{"loss": 1.0, "tokens": 1}]}, tmp_path / "nowhere" / "loss.png")
+    assert pyplot.get_fignums() == []

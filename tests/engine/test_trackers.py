@@ -53,7 +53,7 @@ def test_wandb_offline_keeps_one_run_across_a_resume(tmp_path: Path, said) -> No
         tracker.log({**ROW, "step": 2, "loss": 2.25 - resumed_at})
         tracker.log(VALIDATION)
         tracker.samples(2, SAMPLES)
-        tracker.finish()
+        tracker.finish(0)
         time.sleep(1.1)  # W&B names folders by the second
     assert "W&B is offline" in said()
     assert "failed" not in said()
@@ -99,6 +99,61 @@ def test_an_export_goes_to_its_run_as_an_artifact(tmp_path: Path) -> None:
         trackers.send_artifact(config_of(tmp_path).tracking, config.run, run_dir, folder, {})
 
 
+class Run:
+    """A W&B run that is played."""
+
+    def __init__(self, refusal: str = "") -> None:
+        self.refusal, self.told = refusal, []
+
+    def log_artifact(self, artifact):
+        self.told.append("given")
+        return self
+
+    def wait(self) -> None:
+        if self.refusal:
+            raise ValueError(self.refusal)
+        self.told.append("there")
+
+    def define_metric(self, *arguments, **options) -> None: ...
+
+    def finish(self, exit_code: int = 0) -> None:
+        self.told.append(exit_code)
+
+
+@pytest.fixture
+def played(monkeypatch: pytest.MonkeyPatch):
+    """Puts a run in the place of W&B's, and returns what W&B is started with."""
+    import wandb
+
+    def play(run: Run) -> dict:
+        options: dict = {}
+        monkeypatch.setattr(wandb, "init", lambda **given: options.update(given) or run)
+        return options
+
+    return play
+
+
+def test_an_artifact_is_sent_when_all_of_it_is_there(tmp_path: Path, played) -> None:
+    config, run = config_of(tmp_path, "tracking=wandb"), Run()
+    run_dir, folder = tmp_path / "demo" / "cpt", tmp_path / "out"
+    folder.mkdir()
+    options = played(run)
+    assert trackers.send_artifact(config.tracking, config.run, run_dir, folder, {}) == "demo-cpt"
+    assert options["settings"].finish_timeout == 0
+    assert run.told == ["given", "there", 0]
+    played(Run("storage quota\nexceeded"))
+    with pytest.raises(UserError, match=r"artifact=true: W&B failed \(storage quota exceeded\)"):
+        trackers.send_artifact(config.tracking, config.run, run_dir, folder, {})
+
+
+@pytest.mark.parametrize("exit_code", [0, 1])
+def test_a_run_that_failed_is_a_failed_run_of_wandb(tmp_path: Path, played, exit_code: int) -> None:
+    options = played(run := Run())
+    opened(config_of(tmp_path, "tracking=wandb", "tracking.finish_seconds=7")).finish(exit_code)
+    assert run.told == [exit_code]
+    assert options["settings"].finish_timeout == 7
+
+
 def test_disabled_starts_nothing_and_says_so(tmp_path: Path, said) -> None:
     tracker = opened(config_of(tmp_path, "tracking=wandb", "tracking.mode=disabled"))
     assert isinstance(tracker, NoTracker)
@@ -140,7 +195,10 @@ class Failing:
     def samples(self, step, rows) -> None:
         self.asked += 1
 
-    def finish(self) -> None:
+    def go_back(self, step) -> None:
+        self.asked += 1
+
+    def finish(self, exit_code) -> None:
         self.stuck.wait(30)
 
 
@@ -150,8 +208,9 @@ def test_a_tracker_that_fails_is_told_once_and_asked_no_more(said) -> None:
     for step in (1, 2, 3):
         guarded.log({"step": step})
     guarded.samples(3, SAMPLES)
+    guarded.go_back(1)
     started = time.monotonic()
-    guarded.finish()
+    guarded.finish(0)
     assert time.monotonic() - started < 1
     assert failing.asked == 2
     assert said().count("W&B failed (disk full); training goes on without it") == 1
@@ -161,7 +220,7 @@ def test_a_tracker_that_never_finishes_is_left_behind(said) -> None:
     failing = Failing()
     guarded = Guarded(failing, "W&B", logging.getLogger("fireflyds"), 0.2)
     started = time.monotonic()
-    guarded.finish()
+    guarded.finish(0)
     assert 0.15 < time.monotonic() - started < 2
     assert "W&B did not finish within 0.2 s and is left behind" in said()
     failing.stuck.set()
@@ -192,7 +251,7 @@ def test_tensorboard_gets_numbers_and_samples(tmp_path: Path, monkeypatch: pytes
     tracker = opened(config_of(tmp_path, "tracking=tensorboard"), resumed_at=7)
     tracker.log({"step": 8, "loss": 2.5, "loss/zh": None, "note": "x"})
     tracker.samples(8, SAMPLES)
-    tracker.finish()
+    tracker.finish(0)
     assert told[0] == (str(tmp_path / "demo" / "cpt" / "tensorboard"), 8)
     assert told[1:] == [
         ("add_scalar", "loss", 2.5, 8),
@@ -210,12 +269,16 @@ def test_tensorboard_s_events_are_read_back_or_its_absence_is_told(tmp_path: Pat
         return
     tracker.log(ROW)
     tracker.log({**ROW, "step": 2, "loss": 9.0})
-    tracker.finish()
+    tracker.finish(0)
     again = opened(tracking, resumed_at=1)
     again.log({**ROW, "step": 2, "loss": 2.25})
-    again.finish()
+    # Gone back to step 1 while it ran.
+    again.log({**ROW, "step": 3, "loss": 8.0})
+    again.go_back(1)
+    again.log({**ROW, "step": 2, "loss": 2.0})
+    again.finish(0)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "demo" / "cpt" / "tensorboard"))
     events.Reload()
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 2.5), (2, 2.25)]
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 2.5), (2, 2.0)]
