@@ -51,6 +51,10 @@ class PackedLoader:
         more = f" and {len(pieces) - 8} more" if len(pieces) > 8 else ""
         return f"documents {some}{more} of {self.store.path}"
 
+    def require(self, steps: int) -> None:
+        """Raises `UserError` when the data end before so many steps of all ranks."""
+        self.rows.require(steps * self.global_batch_size)
+
     def steps(self, first: int, end: int) -> Iterator[list[PackedBatch]]:
         """Steps `first` to `end`, made ready by a thread while the caller works."""
         ready: queue.Queue[list[PackedBatch] | BaseException | None] = queue.Queue(_AHEAD)

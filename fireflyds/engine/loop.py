@@ -24,6 +24,8 @@ class Loader(Protocol):
 
     def documents(self, number: int, micro: int) -> str: ...
 
+    def require(self, steps: int) -> None: ...
+
 
 def train_steps(
     engine: Any,

@@ -23,7 +23,7 @@ from fireflyds.data.loader import collate
 from fireflyds.data.mix import Pool
 from fireflyds.data.store import TokenStore
 from fireflyds.engine.journal import Journal
-from fireflyds.engine.metrics import RowsFile
+from fireflyds.engine.metrics import RowsFile, finite
 from fireflyds.engine.samples import Prompts, complete, encode_prompts
 from fireflyds.engine.statistics import bits_per_byte
 from fireflyds.errors import UserError
@@ -42,9 +42,12 @@ class HeldOut:
     def __init__(self, store: TokenStore, config: ValidationConfig, seq_len: int) -> None:
         self.store = store
         self._rows: Batches = []
+        self.domains: list[str] = []
+        """Those that have documents."""
         for number, name in enumerate(store.domains):
             documents = np.flatnonzero(store.domain_ids == number)
             if len(documents):
+                self.domains.append(name)
                 pool = Pool(name, store, documents, seq_len, _SEED)
                 self._rows += [pool.row(row) for row in range(min(config.rows, pool.rows_per_epoch))]
 
@@ -86,15 +89,20 @@ class Validator:
         self._file: RowsFile | None = None
         self._samples: RowsFile | None = None
 
-    def begin(self, engine: Any, journal: Journal, step: int) -> None:
+    @property
+    def newest(self) -> dict[str, Any]:
+        """The newest row of `validation.jsonl`, on rank 0; nothing before there is one."""
+        return self._rows[-1] if self._rows else {}
+
+    def begin(self, engine: Any, journal: Journal, step: int) -> str | None:
         """Cut back what stands after a resumed step; validate where there is no start to compare with, or where the
-        run ended before it could."""
+        run ended before it could. Why the run is to end, or None."""
         if not self._config.wanted:
-            return
+            return None
         known = [False]
         if dist.get_rank() == 0:
             if self._held_out and self._config.guard and not self._guarded:
-                domains = ", ".join(self._held_out.store.domains)
+                domains = ", ".join(self._held_out.domains)
                 journal.log.info(
                     f"validation.guard={self._config.guard}: no held-out domain ({domains}), nothing is guarded"
                 )
@@ -104,13 +112,13 @@ class Validator:
             done = any(row["step"] == step for row in self._rows)
             known = [any(map(self._is_start, self._rows)) and (done or not self._is_due(step))]
         dist.broadcast_object_list(known)
-        if not known[0]:
-            self._validate(engine, journal, step)
+        return None if known[0] else self._agreed(engine, journal, step)
 
     def after(self, engine: Any, journal: Journal, step: int) -> str | None:
         """After a step: why the run is to end, or None. The same on every rank."""
-        if not self._is_due(step):
-            return None
+        return self._agreed(engine, journal, step) if self._is_due(step) else None
+
+    def _agreed(self, engine: Any, journal: Journal, step: int) -> str | None:
         risen = [self._validate(engine, journal, step)]
         dist.broadcast_object_list(risen)
         return risen[0] if self._config.stop else None
@@ -133,8 +141,8 @@ class Validator:
         row["validation_seconds"] = time.perf_counter() - started
         if not (self._file and self._samples):
             return None
-        self._file.write({key: None if value != value else value for key, value in row.items()})
-        self._rows.append(row)
+        self._rows.append(finite(row))
+        self._file.write(self._rows[-1])
         journal.validated({key: value for key, value in row.items() if key != "data"})
         if self._prompts:
             texts = zip(self._prompts.texts, answers, strict=True)
@@ -172,14 +180,18 @@ class Validator:
 
     @property
     def _guarded(self) -> bool:
-        return self._held_out is not None and self._config.guard in self._held_out.store.domains
+        return self._held_out is not None and self._config.guard in self._held_out.domains
 
     def _risen(self, row: dict[str, Any]) -> str | None:
         """What the guard says of a row."""
         if not self._guarded:
             return None
         key = f"validation/bits_per_byte/{self._config.guard}"
-        start = next(row for row in self._rows if self._is_start(row))
+        if key not in row:
+            return f"step {row['step']}: {self._config.guard} cannot be measured, none of its held-out documents has a token to learn"
+        start = next((each for each in self._rows if self._is_start(each)), None)
+        if start is None:
+            return f"step {row['step']}: {self._config.guard} is {row[key]:.4f} bits per byte, and that is no start to compare with"
         rise = row[key] / start[key] - 1
         if rise <= self._config.max_rise:  # a loss that is no number is none
             return None
@@ -206,10 +218,10 @@ def open_validator(
     """
     wanted = config.validation
     held_out = _held_out(config, encoder.fingerprint()) if wanted.store else None
-    if held_out and wanted.stop and wanted.guard not in held_out.store.domains:
+    if held_out and wanted.stop and wanted.guard not in held_out.domains:
         raise UserError(
-            f"validation.guard={wanted.guard}: {wanted.store} has no such domain, so nothing would ever stop the run. It "
-            f"has: {', '.join(held_out.store.domains)}"
+            f"validation.guard={wanted.guard}: {wanted.store} holds no document of that domain, so nothing would ever stop the run. It "
+            f"has: {', '.join(held_out.domains)}"
         )
     room = getattr(hf_config, "max_position_embeddings", None)
     prompts = encode_prompts(encoder, trained_on.manifest["template"], wanted.prompts, room) if wanted.prompts else None

@@ -255,6 +255,16 @@ def test_prefetched_steps_are_the_steps(store: TokenStore) -> None:
         )
 
 
+def test_data_that_end_too_early_are_told_to_every_rank_alike(store: TokenStore) -> None:
+    rows = RowSequence(store, SEQ, 0, data(weights={"zh": 1.0}, max_epochs={"zh": 1.0}))
+    steps = rows.num_rows // 4
+    for rank in (0, 1):
+        loader = PackedLoader(store, rows, 2, 4, rank, 2)
+        loader.require(steps)
+        with pytest.raises(UserError, match=f"the data last for {rows.num_rows} rows, {4 * (steps + 1)} are asked for"):
+            loader.require(steps + 1)
+
+
 def test_unknown_domain_lists_the_known_ones(store: TokenStore) -> None:
     with pytest.raises(UserError, match=r"data.weights.fr: .* It has: en, zh"):
         RowSequence(store, SEQ, 0, data(weights={"fr": 1.0}))

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -152,6 +153,52 @@ def test_a_loss_that_is_no_number_is_a_rise(tmp_path: Path, validator) -> None:
         engine.module.model.norm.weight.fill_(float("nan"))
     assert "en rose to nan" in found.after(engine, journal, 2)
     assert lines_of(tmp_path, "validation.jsonl")[1]["validation/loss/en"] is None
+    assert found.newest["validation/loss/en"] is None
+
+
+def test_what_is_no_number_is_no_start(tmp_path: Path, validator) -> None:
+    engine, journal = Engine(), Journal()
+    found = validator("validation.stop=true", "validation.max_rise=0.1")
+    weight = engine.module.model.norm.weight.detach().clone()
+    with torch.no_grad():
+        engine.module.model.norm.weight.fill_(float("nan"))
+    assert found.begin(engine, journal, 0) == "step 0: en is nan bits per byte, and that is no start to compare with"
+    with torch.no_grad():
+        engine.module.model.norm.weight.copy_(weight)
+    assert found.after(engine, journal, 2) is None
+    _worse(engine.module)
+    assert "at step 2; validation.max_rise" in found.after(engine, journal, 4)
+
+
+def test_a_resumed_run_is_stopped_by_what_it_could_not_measure_before(tmp_path: Path, validator) -> None:
+    engine, journal = Engine(), Journal()
+    assert validator("validation.stop=true").begin(engine, journal, 0) is None
+    _worse(engine.module)
+    assert "step 4: en rose to" in validator("validation.stop=true").begin(engine, journal, 4)
+    (tmp_path / "runs" / "r" / "validation.jsonl").write_text("")
+    assert validator().begin(engine, journal, 4) is None
+
+
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        ([], "validation.guard=en: no held-out domain (zh), nothing is guarded"),
+        ([[5]], "warning: step 0: en cannot be measured, none of its held-out documents has a token to learn"),
+    ],
+)
+def test_a_guarded_domain_of_which_nothing_can_be_measured_is_told(tmp_path: Path, validator, encoder, ids, words) -> None:  # fmt: skip
+    shutil.rmtree(tmp_path / "held")
+    en = [Example(np.array(each), ((0, 1),), 1, is_document=True) for each in ids]
+    store = write_store(tmp_path / "held", {"en": en, "zh": [encode_document(encoder, ZH[0])]}, 400)
+    assert store.domains == ["en", "zh"]
+    manifest = tmp_path / "held" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"tokenizer": "x"', f'"tokenizer": "{encoder.fingerprint()}"'))
+    journal = Journal()
+    assert validator().begin(Engine(), journal, 0) is None
+    assert words in journal.lines
+    if not ids:
+        with pytest.raises(UserError, match=r"holds no document of that domain, .* It has: zh"):
+            validator("validation.stop=true")
 
 
 def _draw(*_) -> None:
@@ -244,7 +291,7 @@ def test_samples_are_kept_by_step_and_cut_back(tmp_path: Path, validator, encode
 
 
 def test_wrong_settings_are_named_before_anything_heavy(tmp_path: Path, validator, encoder) -> None:
-    with pytest.raises(UserError, match=r"validation.guard=code: .* has no such domain, so nothing would ever stop the run. It has: en, zh"):  # fmt: skip
+    with pytest.raises(UserError, match=r"validation.guard=code: .* holds no document of that domain, so nothing would ever stop the run. It has: en, zh"):  # fmt: skip
         validator("validation.guard=code", "validation.stop=true")
     with pytest.raises(UserError, match=r"validation.stop=true needs validation.store"):
         validator("validation.store=''", "validation.stop=true")
