@@ -42,11 +42,12 @@ class Watch:
         self._model = model
         self._micro_batch = 0
         self._first: tuple[int, str] | None = None
+        self._looked = False
 
     @contextmanager
     def over(self, micro_batch: int) -> Iterator[None]:
         """Watch one micro-batch, counted from 0."""
-        self._micro_batch = micro_batch
+        self._micro_batch, self._looked = micro_batch, True
         named = [(name, module) for name, module in self._model.named_modules() if name]
         hooks = [module.register_forward_hook(partial(self._see, name)) for name, module in named]
         for name, parameter in self._model.named_parameters():
@@ -60,13 +61,18 @@ class Watch:
 
     def forget(self) -> None:
         """Begin a new step."""
-        self._first = None
+        self._first, self._looked = None, False
 
     def report(self, documents: Callable[[int], str]) -> str:
         """The first tensor of all ranks, in words, and the documents of its micro-batch. Every rank calls this."""
         found: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(found, self._first and (*self._first, documents(self._first[0])))
         firsts = [(first[0], rank, *first[1:]) for rank, first in enumerate(found) if first]
+        if not firsts and not self._looked:
+            return (
+                "which tensor was the first is not known, because only a step that follows one that was not finite is watched; with "
+                "recovery.max_skipped=2 it is named"
+            )
         if not firsts:
             return "every output and every gradient of one micro-batch was finite, so it is their sum that is not"
         batch, rank, name, held = min(firsts)

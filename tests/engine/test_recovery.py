@@ -16,6 +16,7 @@ import torch.distributed as dist
 from fireflyds.config import RecoveryConfig
 from fireflyds.engine import spikes
 from fireflyds.engine.heartbeat import Heartbeat
+from fireflyds.engine.overflow import Watch
 from fireflyds.engine.ranks import Ranks, free_port
 from fireflyds.engine.requests import Asked, Requests
 from fireflyds.engine.status import Status
@@ -162,3 +163,20 @@ def test_the_data_of_a_spike_are_passed_over_so_many_times(tmp_path: Path) -> No
     assert (saved.step, saved.passed_over, saved.rollbacks) == (20, 10, 2)
     with pytest.raises(UserError, match=r"step 27: the loss spikes again after 2 rollbacks"):
         spikes.pass_over(TrainState(step=27, rollbacks=2), TrainState(step=20), config)
+
+
+def test_where_nobody_looked_nothing_is_said_to_be_finite(requests: Requests) -> None:
+    layer = torch.nn.Sequential(torch.nn.Linear(1, 1))
+    watch = Watch(layer)
+    watch.forget()
+    unseen = watch.report(str)
+    assert unseen.startswith("which tensor was the first is not known")
+    assert "with recovery.max_skipped=2 it is named" in unseen
+    with watch.over(0):
+        layer(torch.ones(1))
+    assert watch.report(str).startswith("every output and every gradient of one micro-batch was finite")
+    with watch.over(1):
+        layer(torch.tensor([float("nan")]))
+    assert "is the output of 0, in micro-batch 2 of rank 0, which holds 1" in watch.report(str)
+    watch.forget()
+    assert watch.report(str) == unseen
