@@ -149,7 +149,8 @@ class CheckpointConfig:
     keep_every: int | None = None
     """Checkpoints of every so many steps are kept beyond these."""
     best_metric: str = ""
-    """A number of `metrics.jsonl` (such as `loss`) whose lowest checkpoint is kept too."""
+    """A number of `metrics.jsonl` (such as `loss`), or of `validation.jsonl` (`validation/bits_per_byte/en`, where
+    `validation.every` and `checkpoint.every` meet), whose lowest checkpoint is kept too."""
     max_gib: float | None = None
     """Beyond this size of all checkpoints the oldest go; the newest always stays."""
     background: bool = True
