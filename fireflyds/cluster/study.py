@@ -1,5 +1,7 @@
 """The door to Optuna: what is drawn, what has come of it, and what is not worth going on with."""
 
+import itertools
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -62,7 +64,7 @@ class Study:
         # The same seed would draw the same values again after every start.
         self.optuna.sampler = _sampler(search, search.seed + len(self.trials))
         if search.sampler is Sampler.grid:
-            for params in ranges.combinations(search.space):
+            for params in itertools.islice(ranges.combinations(search.space), search.trials):
                 self.optuna.enqueue_trial(params, skip_if_exists=True)
 
     @property
@@ -74,7 +76,8 @@ class Study:
     def wanted(self) -> int:
         """Trials in all."""
         if self._search.sampler is Sampler.grid:
-            return min(self._search.trials, len(list(ranges.combinations(self._search.space))))
+            size = math.prod(len(ranges.ladder(key, one)) for key, one in self._search.space.items())
+            return min(self._search.trials, size)
         return self._search.trials
 
     def draw(self) -> FrozenTrial:
