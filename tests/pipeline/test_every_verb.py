@@ -123,6 +123,7 @@ def test_the_export_loads_where_nothing_of_ours_is_installed(verb, base: Path, t
     assert done.stdout.split() == ["400", "400"], done.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_all_launchers_and_world_sizes_give_the_same_losses(verb, base: Path, tmp_path: Path) -> None:
     arguments = ["model=runs/base/export", "data=en", "optim.steps=3", *SMALL]
     slurm = {
