@@ -150,6 +150,14 @@ def to_yaml(config: Any) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
+def plain(yaml_text: str) -> dict[str, Any]:
+    """A configuration as values without types, to compare and to show."""
+    import yaml
+
+    found: dict[str, Any] = yaml.safe_load(yaml_text)
+    return found
+
+
 def from_yaml(path: Path, schema: type[C]) -> C:
     """Read back what `to_yaml` wrote, checked against the schema."""
     from omegaconf import OmegaConf

@@ -63,10 +63,8 @@ def sweep(config: SweepConfig, rest: list[str]) -> None:
 
 def _same_study(folder: Path, config: SweepConfig, rest: list[str]) -> None:
     """Trials of one study must be comparable."""
-    import yaml
-
-    search: dict[str, Any] = yaml.safe_load(app.to_yaml(config))["sweep"]
-    asked = {"train": sorted(rest)} | {key: value for key, value in search.items() if key not in FREE}
+    search = app.plain(app.to_yaml(config))["sweep"]
+    asked: dict[str, Any] = {"train": sorted(rest)} | {key: value for key, value in search.items() if key not in FREE}
     file = folder / "study.json"
     if file.exists() and (changed := changes.differences(json.loads(file.read_text(encoding="utf-8")), asked)):
         raise UserError(

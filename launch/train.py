@@ -18,11 +18,10 @@ from fireflyds.config import TrainConfig
 
 def train(config: TrainConfig) -> None:
     # Heavy imports wait until the configuration is good.
-    import yaml
-
     from fireflyds.data.loader import PackedLoader
     from fireflyds.data.mix import RowSequence
-    from fireflyds.engine import checkpoint, deepspeed, learnt, metrics, optimizers, ranks, run, trackers
+    from fireflyds.engine import checkpoint, deepspeed, learnt, local_cache, metrics, optimizers, ranks, run, trackers
+    from fireflyds.engine.agreement import join
     from fireflyds.engine.course import Course
     from fireflyds.engine.heartbeat import Heartbeat
     from fireflyds.engine.journal import Journal
@@ -50,27 +49,28 @@ def train(config: TrainConfig) -> None:
     attention = chosen_attention(config.hardware, hf_config, precision)
     validator = open_validator(config, encoder, store, hf_config, total_steps, device_batch)
 
-    deepspeed.start(me, config.hardware.timeout_minutes)
     text, run_dir = app.to_yaml(config), Path(config.run_dir)
+    notes += join(me, config, text)
     about = run.identity(config, encoder.fingerprint(), hf_config.vocab_size)
     _held = deepspeed.on_rank_zero(lambda: run.open_run(config, text, about | run.inputs(store)))
     status = Status(run_dir, me.rank, total_steps)
     with status, Heartbeat(me, run_dir, config.recovery.heartbeat_seconds, status):
         deepspeed.on_rank_zero(lambda: learnt.take_over(config, about))
         log = metrics.logger(run_dir, me.rank)
+        here, tokens = local_cache.bring(config, about["base"], store, log.info)
         before = memory.resident()
-        model = packed_model(config, hf_config, precision)
+        model = packed_model(here, hf_config, precision)
         about_run = run.describe(config, model, store, rows, total_steps, me.world_size, accumulation, precision)
         planned = memory.line(model, config, precision, me.world_size, accumulation)
         log.info("\n".join([about_run, planned, *notes]))
         measured = measured_by(config, model, store, encoder, precision)
         engine = deepspeed.build_engine(model, config, precision, accumulation)
         keeper = learnt.Keeper(model, config, tuning.described(model), about)
-        loader = PackedLoader(store, rows, config.micro_batch_size, config.global_batch_size, me.rank, me.world_size)
+        loader = PackedLoader(tokens, rows, config.micro_batch_size, config.global_batch_size, me.rank, me.world_size)
         with checkpoint.Saver(engine, run_dir, config.checkpoint, keeper) as saver:
             state = checkpoint.load(engine, run_dir, log.warning)
             log.info(run.begins(state, total_steps))
-            tracker = trackers.open_tracker(config, yaml.safe_load(text), me.rank, state.step, log)
+            tracker = trackers.open_tracker(config, app.plain(text), me.rank, state.step, log)
             journal = Journal(run_dir, tracker, log, me.rank, state.step, total_steps, config.log_every, per_epoch)
             with attention, journal:
                 course = Course(config, engine, loader, measured, validator, saver, journal, status)

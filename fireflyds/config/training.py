@@ -101,12 +101,22 @@ class HardwareConfig:
     """Recompute activations in the backward pass to save memory."""
     timeout_minutes: float = 30.0
     """A collective that takes longer ends the run."""
+    start_timeout_minutes: float = 10.0
+    """At the start the ranks wait for each other for so long; those that have not come are named."""
+    network_interface: str = ""
+    """Network interface that NCCL and gloo use between hosts, such as `ib0`, or several with commas; empty: they choose."""
+    local_cache: str = ""
+    """Folder on every host's own disk: base model and token store are copied there once and read from there, within
+    `hardware.timeout_minutes`. Empty: they are read where they are."""
     peak_tflops: float | None = None
     """Peak of one device for matrix products in the precision trained in, in TFLOP/s: what MFU is measured against.
     Unset: the published peak of a known GPU; no MFU for another device."""
 
     def __post_init__(self) -> None:
         require_at_least(self, "hardware.", loss_scale_window=1, hysteresis=1, min_loss_scale=2.0**-14)
+        for key in ("timeout_minutes", "start_timeout_minutes"):
+            if not 0 < getattr(self, key) < math.inf:
+                raise UserError(f"hardware.{key}={getattr(self, key)}: must be a number greater than 0")
         if self.peak_tflops is not None and not 0 < self.peak_tflops < math.inf:
             raise UserError(f"hardware.peak_tflops={self.peak_tflops}: must be a number greater than 0, or null")
         if not 0 <= self.initial_scale_power <= 32 or 2.0**self.initial_scale_power < self.min_loss_scale:

@@ -3,24 +3,28 @@
 from pathlib import Path
 from typing import Any
 
+from fireflyds.app import plain
 from fireflyds.errors import UserError
 
 # Keys that may change between the start of a run and its resumption without making it another run.
 FREE_TO_CHANGE = (
     "tracking", "checkpoint", "recovery", "validation", "log_every", "runs", "optim.steps", "optim.epochs", "zero",
     "micro_batch_size", "hardware.timeout_minutes", "hardware.gradient_checkpointing", "hardware.peak_tflops",
+    "hardware.start_timeout_minutes", "hardware.network_interface", "hardware.local_cache",
 )  # fmt: skip
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Dotted keys whose values differ, with both values."""
+def differences(
+    old: dict[str, Any], new: dict[str, Any], prefix: str = "", free: tuple[str, ...] = FREE_TO_CHANGE
+) -> list[str]:
+    """Dotted keys whose values differ, but for those in `free`, with both values."""
     found = []
     for key in sorted(old.keys() | new.keys()):
-        if f"{prefix}{key}" in FREE_TO_CHANGE:
+        if f"{prefix}{key}" in free:
             continue
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{prefix}{key}.")
+            found += differences(a, b, f"{prefix}{key}.", free)
         elif a != b:
             found.append(f"{prefix}{key}: {a} -> {b}")
     return found
@@ -34,12 +38,10 @@ def has_begun(run_dir: Path) -> bool:
 
 def refuse_changes(run_dir: Path, yaml_text: str, run: str, more: list[str] | None = None) -> None:
     """Raises `UserError` where the run has begun with another configuration; `more`: further differences that were found."""
-    import yaml
-
     file = run_dir / "config.yaml"
     if not (file.exists() and has_begun(run_dir)):
         return
-    changed = differences(yaml.safe_load(file.read_text(encoding="utf-8")), yaml.safe_load(yaml_text)) + (more or [])
+    changed = differences(plain(file.read_text(encoding="utf-8")), plain(yaml_text)) + (more or [])
     if changed:
         raise UserError(
             f"run={run}: {run_dir} was started with another configuration ({'; '.join(changed)}). Give another run=, or the same values to go on"

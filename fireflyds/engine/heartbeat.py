@@ -13,11 +13,24 @@ from typing import Any
 import psutil
 import torch.distributed as dist
 
+from fireflyds.engine.doctor.hosts import boot_id
 from fireflyds.engine.ranks import Ranks, lives
 from fireflyds.engine.status import EXIT_FAILED, Status
 from fireflyds.errors import LostRankError, UserError
 
 _INTERVAL = 1.0
+
+
+def machine() -> str:
+    """Where numbers of processes mean the same: names of hosts may be alike, as cloned images have them."""
+    return f"{boot_id()}/{os.stat('/proc/self/ns/pid').st_ino}"
+
+
+def _lives(number: int) -> bool:
+    try:
+        return lives(psutil.Process(number))
+    except psutil.NoSuchProcess:
+        return False
 
 
 class Heartbeat:
@@ -32,16 +45,24 @@ class Heartbeat:
         self._store: Any = None
         self._left = threading.Event()
         self._seen: dict[int, tuple[Any, float]] = {}
-        self._thread = threading.Thread(target=self._work, name="heartbeat", daemon=True)
+        self._looked = time.monotonic()
+        self._threads = [
+            threading.Thread(target=work, name=name, daemon=True)
+            for name, work in (("heartbeat", self._work), ("heartbeat watch", self._watch))
+        ]
 
     def __enter__(self) -> "Heartbeat":
         if self._me.world_size > 1:
             address, port = self._me.master_addr, self._me.master_port
+            # The store of torchrun's agent outlives a restart of the ranks, which must not hear who was lost before.
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             # A connection of its own: the process group's may be held by a collective.
             store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=self._seconds))  # type: ignore[attr-defined]
-            self._store = dist.PrefixStore("fireflyds", store)  # type: ignore[attr-defined]
+            self._store = dist.PrefixStore(f"fireflyds/{attempt}", store)  # type: ignore[attr-defined]
             self._beat()
-            self._thread.start()
+            self._looked = time.monotonic()
+            for thread in self._threads:
+                thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
@@ -59,9 +80,15 @@ class Heartbeat:
     def _leave(self) -> None:
         self._tell(f"left/{self._me.rank}", "yes")
         self._left.set()
+        for thread in self._threads:
+            # One that asks the store while the process ends would abort it.
+            if thread.is_alive() and thread is not threading.current_thread():
+                thread.join(5 * _INTERVAL)
 
     def _beat(self) -> None:
-        about = {"host": socket.gethostname(), "pid": os.getpid(), "step": self._status.step, "time": time.time()}
+        about = {
+            "host": socket.gethostname(), "machine": machine(), "pid": os.getpid(), "step": self._status.step, "time": time.time(),
+        }  # fmt: skip
         self._store.set(f"beat/{self._me.rank}", json.dumps(about))
 
     def _tell(self, key: str, value: str) -> None:
@@ -73,12 +100,28 @@ class Heartbeat:
     def _work(self) -> None:
         while not self._left.wait(_INTERVAL):
             lost = self._look()
+            self._looked = time.monotonic()
             # Where it was a collective that failed, the main thread tells; it has this long.
             if lost and not self._left.wait(3 * _INTERVAL):
-                if self._me.rank == 0 or lost.startswith("rank 0 "):
-                    print(f"error: {lost}", file=sys.stderr, flush=True)
-                self._status.failed(lost, EXIT_FAILED)
-                os._exit(EXIT_FAILED)
+                self._end(lost)
+
+    def _watch(self) -> None:
+        """The store is asked in a thread that hangs with it: over a link that is down its client waits for ever."""
+        while not self._left.wait(_INTERVAL):
+            # Rank 0's side speaks first: it knows whom it misses.
+            if time.monotonic() - self._looked > self._seconds + 5 * _INTERVAL:
+                self._end(self._unreachable(f"no answer for {self._seconds:.0f} s"))
+
+    def _end(self, lost: str) -> None:
+        if self._me.rank == 0 or lost.startswith("rank 0 "):
+            print(f"error: {lost}", file=sys.stderr, flush=True)
+        self._status.failed(lost, EXIT_FAILED)
+        os._exit(EXIT_FAILED)
+
+    def _unreachable(self, why: str) -> str:
+        return self._message(
+            0, f"cannot be reached from {socket.gethostname()} at {self._me.master_addr}:{self._me.master_port} ({why})"
+        )
 
     def _look(self) -> str | None:
         """Beat, and say who is lost."""
@@ -91,7 +134,7 @@ class Heartbeat:
                     return lost
             return self._get("lost")
         except Exception as error:
-            return self._message(0, f"cannot be reached ({str(error).splitlines()[0]})")
+            return self._unreachable(str(error).splitlines()[0])
 
     def _get(self, key: str) -> str | None:
         return self._store.get(key).decode() if self._store.check([key]) else None
@@ -99,9 +142,10 @@ class Heartbeat:
     def _examine(self, rank: int) -> str | None:
         if self._get(f"left/{rank}"):
             return None
-        if told := self._get(f"failed/{rank}"):
-            return self._message(rank, f"failed ({told})")
         beat = self._get(f"beat/{rank}")
+        if told := self._get(f"failed/{rank}"):
+            self._seen[rank] = (beat, time.monotonic())
+            return self._message(rank, f"failed ({told})")
         known, since = self._seen.get(rank, (None, time.monotonic()))
         if beat != known or rank not in self._seen:
             self._seen[rank] = (beat, time.monotonic())
@@ -109,11 +153,8 @@ class Heartbeat:
             return self._message(rank, f"has been silent for {self._seconds:.0f} s")
         if beat:
             about = json.loads(beat)
-            here = about["host"] == socket.gethostname()
-            if here and not (psutil.pid_exists(about["pid"]) and lives(psutil.Process(about["pid"]))):
-                return self._message(
-                    rank, f"died (process {about['pid']} on {about['host']}, after step {about['step']})"
-                )
+            if about["machine"] == machine() and not _lives(about["pid"]):
+                return self._message(rank, f"died (process {about['pid']}, after step {about['step']})")
         return None
 
     def _lost_soon(self) -> str | None:
@@ -126,7 +167,9 @@ class Heartbeat:
         return None
 
     def _message(self, rank: int, what: str) -> str:
+        beat, _ = self._seen.get(rank, (None, 0.0))
+        host = f" on {json.loads(beat)['host']}" if beat else ""
         return (
-            f"rank {rank} {what}; its log: {self._run_dir}/logs/rank_{rank}.log. The newest checkpoint is whole: the same "
+            f"rank {rank}{host} {what}; its log: {self._run_dir}/logs/rank_{rank}.log. The newest checkpoint is whole: the same "
             "command goes on from it"
         )

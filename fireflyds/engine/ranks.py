@@ -1,7 +1,9 @@
-"""Who this process is among the ranks, whoever started it: deepspeed, torchrun, srun or plain python."""
+"""Who this process is among the ranks, whoever started it: deepspeed, torchrun, srun, mpirun or plain python."""
 
 import atexit
 import os
+import re
+import shutil
 import socket
 import tempfile
 import time
@@ -15,7 +17,14 @@ from fireflyds.errors import UserError
 
 # Batch scripts and interactive shells are steps too, numbered from here on.
 _SLURM_SPECIAL_STEPS = 0xFFFFFFF0
-_DEEPSPEED_PORT = "29500"
+# Of deepspeed, of torchrun, and here of mpirun.
+_LAUNCHERS_PORT = 29500
+# Open MPI, MVAPICH, then MPICH and Intel MPI.
+_MPI = (
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,20 +51,22 @@ class Ranks:
 def discover(environment: Mapping[str, str]) -> Ranks:
     """Read the launcher's variables; without any, one process on a free port.
 
-    Slurm's own variables count only in a step started by `srun`: a plain `python` in a batch script or an
-    interactive shell is one process.
+    Those of mpirun come before Slurm's, for inside an allocation its ranks are children of a Slurm step. Slurm's own count
+    only in a step started by `srun`: a plain `python` in a batch script or an interactive shell is one process.
 
     Raises:
-        UserError: several ranks but no master address.
+        UserError: several ranks but no master address, or a variable that is no number.
     """
     if "RANK" in environment and "WORLD_SIZE" in environment:
-        rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-        local_rank = int(environment.get("LOCAL_RANK", rank))
+        rank, world_size = _number(environment, "RANK"), _number(environment, "WORLD_SIZE")
+        local_rank = _number(environment, "LOCAL_RANK", rank)
         if _started_by_deepspeed_on_one_node(environment):
             return Ranks(rank, local_rank, world_size, "127.0.0.1", _shared_free_port(rank))
-    elif "SLURM_PROCID" in environment and 0 <= int(environment.get("SLURM_STEP_ID", "-1")) < _SLURM_SPECIAL_STEPS:
-        rank, world_size = int(environment["SLURM_PROCID"]), int(environment["SLURM_NTASKS"])
-        local_rank = int(environment.get("SLURM_LOCALID", "0"))
+    elif found := _mpi(environment):
+        return _among_mpi_ranks(environment, *found)
+    elif _in_slurm_step(environment):
+        rank, world_size = _number(environment, "SLURM_PROCID"), _number(environment, "SLURM_NTASKS")
+        local_rank = _number(environment, "SLURM_LOCALID", 0)
     else:
         return Ranks(0, 0, 1, "127.0.0.1", free_port())
     if world_size == 1 and "MASTER_PORT" not in environment:
@@ -63,9 +74,58 @@ def discover(environment: Mapping[str, str]) -> Ranks:
     return Ranks(rank, local_rank, world_size, _master_addr(environment), _master_port(environment))
 
 
+def _number(environment: Mapping[str, str], name: str, otherwise: int | None = None) -> int:
+    text = environment.get(name)
+    if text is None and otherwise is not None:
+        return otherwise
+    try:
+        return int(text or "")
+    except ValueError:
+        raise UserError(
+            f"{name}={text!r}: is no number. The launcher sets it: start with deepspeed, torchrun, srun or mpirun, and do "
+            "not set it by hand"
+        ) from None
+
+
+def _in_slurm_step(environment: Mapping[str, str]) -> bool:
+    return "SLURM_PROCID" in environment and 0 <= _number(environment, "SLURM_STEP_ID", -1) < _SLURM_SPECIAL_STEPS
+
+
+def _mpi(environment: Mapping[str, str]) -> tuple[str, str, str, str] | None:
+    """Names of the variables of rank, size, rank on the host and ranks on the host that this MPI sets."""
+    for names in _MPI:
+        if names[0] in environment and names[1] in environment:
+            # `srun --mpi=pmi2` sets PMI's too; what Slurm says is more.
+            same = names[0] == "PMI_RANK" and _in_slurm_step(environment)
+            if same and environment["PMI_RANK"] == environment["SLURM_PROCID"]:
+                continue
+            return names
+    return None
+
+
+def _among_mpi_ranks(environment: Mapping[str, str], rank: str, size: str, local: str, local_size: str) -> Ranks:
+    me, world_size = _number(environment, rank), _number(environment, size)
+    if local not in environment and world_size > 1:
+        raise UserError(
+            f"{rank} is set and {local} is not, so this rank cannot tell which GPU is its own. Start with the mpirun of Open "
+            "MPI, MVAPICH, MPICH or Intel MPI, or with torchrun"
+        )
+    local_rank = _number(environment, local, 0)
+    if "MASTER_ADDR" in environment:
+        port = _number(environment, "MASTER_PORT", _LAUNCHERS_PORT)
+        return Ranks(me, local_rank, world_size, environment["MASTER_ADDR"], port)
+    if world_size > _number(environment, local_size, world_size if world_size == 1 else 0):
+        raise UserError(
+            f"MASTER_ADDR is not set and {size}={world_size} ranks are on several hosts: MPI does not say where rank 0 is. "
+            "Start with mpirun -x MASTER_ADDR=<rank 0's host> (MPICH and Intel MPI: -genv MASTER_ADDR <host>)"
+        )
+    port = free_port() if world_size == 1 else _shared_free_port(me)
+    return Ranks(me, local_rank, world_size, "127.0.0.1", port)
+
+
 def _started_by_deepspeed_on_one_node(environment: Mapping[str, str]) -> bool:
     """With the launcher's default port, on which two jobs of one machine would collide."""
-    return environment.get("CROSS_SIZE") == "1" and environment.get("MASTER_PORT") == _DEEPSPEED_PORT
+    return environment.get("CROSS_SIZE") == "1" and environment.get("MASTER_PORT") == str(_LAUNCHERS_PORT)
 
 
 def _shared_free_port(rank: int, timeout: float = 120.0) -> int:
@@ -93,17 +153,34 @@ def _master_addr(environment: Mapping[str, str]) -> str:
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_NODELIST", "")
     if not nodes:
         raise UserError(
-            "MASTER_ADDR is not set and there is no Slurm node list: start with deepspeed, torchrun or srun"
+            "MASTER_ADDR is not set and there is no Slurm node list: start with deepspeed, torchrun, srun or mpirun"
         )
-    return first_host(nodes)
+    return _address_of(first_host(nodes))
+
+
+def _address_of(name: str) -> str:
+    """A node's name where it resolves; else the address that Slurm talks to it by, where Slurm can be asked."""
+    try:
+        socket.getaddrinfo(name, None)
+    except OSError:
+        if shutil.which("scontrol"):
+            import subprocess
+
+            told = subprocess.run(["scontrol", "show", "node", name], capture_output=True, text=True)
+            if found := re.search(r"\bNodeAddr=(\S+)", told.stdout):
+                return found.group(1)
+    # Where it does not resolve here it may on the others; who cannot reach it says so.
+    return name
 
 
 def _master_port(environment: Mapping[str, str]) -> int:
-    if port := environment.get("MASTER_PORT"):
-        return int(port)
-    # All tasks of a Slurm step must agree without talking: derive the port from what they share.
-    job, step = int(environment.get("SLURM_JOB_ID", "0")), int(environment.get("SLURM_STEP_ID", "0"))
-    return 20_000 + (job * 31 + step) % 20_000
+    if "MASTER_PORT" in environment:
+        return _number(environment, "MASTER_PORT")
+    # All tasks of a Slurm step must agree without talking: derive the port from what they share. A job that was put back
+    # into the queue finds its old port perhaps not yet free.
+    job, step = _number(environment, "SLURM_JOB_ID", 0), _number(environment, "SLURM_STEP_ID", 0)
+    restarts = _number(environment, "SLURM_RESTART_COUNT", 0)
+    return 20_000 + (job * 31 + step + restarts * 7919) % 20_000
 
 
 def first_host(nodes: str) -> str:

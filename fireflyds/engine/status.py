@@ -5,7 +5,7 @@ import os
 import time
 from pathlib import Path
 
-from fireflyds.directories import write_whole
+from fireflyds.directories import read_json, write_whole
 from fireflyds.errors import UserError
 
 # A scheduler that sees this code may start the same command again.
@@ -43,8 +43,12 @@ class Status:
             self._write(state, exit_code, message)
 
     def failed(self, message: str, exit_code: int) -> None:
-        if self._rank == (1 if message.startswith("rank 0 ") else 0):
+        if self._rank == (1 if message.startswith("rank 0 ") else 0) and not (self._rank and self._told_by_rank_zero()):
             self._write("failed", exit_code, message)
+
+    def _told_by_rank_zero(self) -> bool:
+        """Cut off from each other, both miss the other; rank 0's word counts."""
+        return self._file.is_file() and read_json(self._file)["state"] != "running"
 
     def _write(self, state: str, exit_code: int | None, message: str) -> None:
         about = {

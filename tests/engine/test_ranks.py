@@ -1,8 +1,12 @@
 """Every launcher's variables give the same answer."""
 
+import socket
+import tempfile
+
 import pytest
 
-from fireflyds.engine.ranks import discover, first_host, free_port
+from fireflyds.engine.ranks import Ranks, discover, first_host, free_port
+from fireflyds.errors import UserError
 
 
 def test_torchrun_variables_are_taken_as_they_are() -> None:
@@ -59,3 +63,65 @@ def test_first_host_of_a_node_list(nodes: str, expected: str) -> None:
 
 def test_free_ports_are_free() -> None:
     assert free_port() != free_port()
+
+
+OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}  # fmt: skip
+MVAPICH = {"MV2_COMM_WORLD_RANK": "5", "MV2_COMM_WORLD_SIZE": "8", "MV2_COMM_WORLD_LOCAL_RANK": "1", "MV2_COMM_WORLD_LOCAL_SIZE": "4"}  # fmt: skip
+MPICH = {"PMI_RANK": "5", "PMI_SIZE": "8", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "4"}
+
+
+@pytest.mark.parametrize("variables", [OPEN_MPI, MVAPICH, MPICH])
+def test_mpi_over_hosts_needs_the_address_of_rank_zero(variables: dict[str, str]) -> None:
+    found = discover(variables | {"MASTER_ADDR": "north"})
+    assert found == Ranks(5, 1, 8, "north", 29500)
+    assert discover(variables | {"MASTER_ADDR": "north", "MASTER_PORT": "777"}).master_port == 777
+    with pytest.raises(UserError, match="=8 ranks are on several hosts.* Start with mpirun -x MASTER_ADDR="):
+        discover(variables)
+
+
+@pytest.mark.parametrize("variables", [OPEN_MPI, MVAPICH, MPICH])
+def test_mpi_on_one_host_finds_itself(variables: dict[str, str], tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    rank, size, local, local_size = variables
+    found = [discover({rank: str(n), size: "2", local: str(n), local_size: "2"}) for n in (0, 1)]
+    assert [(each.rank, each.local_rank, each.world_size, each.master_addr) for each in found] == [
+        (0, 0, 2, "127.0.0.1"),
+        (1, 1, 2, "127.0.0.1"),
+    ]
+    assert found[0].master_port == found[1].master_port
+
+
+def test_mpirun_inside_an_allocation_counts_before_slurms_step_that_started_it() -> None:
+    step = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": "gpu7"}  # fmt: skip
+    assert discover(step | OPEN_MPI | {"MASTER_ADDR": "north"}).rank == 5
+    assert discover(step | {"PMI_RANK": "1", "PMI_SIZE": "2"}).master_addr == "gpu7"
+
+
+def test_a_variable_that_is_no_number_is_named() -> None:
+    with pytest.raises(UserError, match=r"LOCAL_RANK='x': is no number\."):
+        discover({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "x"})
+    with pytest.raises(UserError, match=r"SLURM_NTASKS=None: is no number\."):
+        discover({"SLURM_PROCID": "0", "SLURM_STEP_ID": "0"})
+
+
+def test_a_requeued_job_takes_another_port() -> None:
+    step = {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "n1", "SLURM_JOB_ID": "91"}  # fmt: skip
+    ports = [discover(step | {"SLURM_RESTART_COUNT": str(count)}).master_port for count in range(4)]
+    assert len(set(ports)) == 4
+    assert ports[0] == discover(step).master_port
+    assert all(20_000 <= port < 40_000 for port in ports)
+
+
+def test_slurm_is_asked_for_the_address_of_a_node_whose_name_does_not_resolve(tmp_path, monkeypatch) -> None:
+    def unknown(*ignored):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    step = {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "gpu[7-8]"}
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert discover(step).master_addr == "gpu7"
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text('#!/bin/sh\necho "NodeName=$3 Arch=x86_64"\necho "   NodeAddr=10.1.2.3 NodeHostName=$3"\n')
+    scontrol.chmod(0o755)
+    assert discover(step).master_addr == "10.1.2.3"

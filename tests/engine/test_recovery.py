@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from fireflyds.config import RecoveryConfig
 from fireflyds.engine import spikes
-from fireflyds.engine.heartbeat import Heartbeat
+from fireflyds.engine.heartbeat import Heartbeat, machine
 from fireflyds.engine.overflow import Watch
 from fireflyds.engine.ranks import Ranks, free_port
 from fireflyds.engine.requests import Asked, Requests
@@ -84,11 +84,12 @@ class Store:
     def __init__(self, folder: Path, seconds: float = 5.0) -> None:
         port = free_port()
         self.store = dist.TCPStore("127.0.0.1", port, is_master=True)
-        self.others = dist.PrefixStore("fireflyds", self.store)
+        self.others = dist.PrefixStore("fireflyds/0", self.store)
         self.beating = Heartbeat(Ranks(0, 0, 2, "127.0.0.1", port), folder, seconds, Status(folder, 0, 9))
 
     def beat(self, pid: int, host: str = "", step: int = 4) -> None:
-        about = {"host": host or socket.gethostname(), "pid": pid, "step": step, "time": 0}
+        here = host or socket.gethostname()
+        about = {"host": here, "machine": "another" if host else machine(), "pid": pid, "step": step, "time": 0}
         self.others.set("beat/1", json.dumps(about))
 
 
@@ -107,7 +108,7 @@ def test_a_rank_that_lives_is_left_alone_and_one_that_died_is_named(tmp_path: Pa
     child.wait()
     assert lost is not None
     assert lost.startswith(
-        f"rank 1 died (process {child.pid} on {socket.gethostname()}, after step 4); its log: {tmp_path}"
+        f"rank 1 on {socket.gethostname()} died (process {child.pid}, after step 4); its log: {tmp_path}"
     )
     assert here.others.get("lost").decode() == lost
 
@@ -124,7 +125,7 @@ def test_a_silent_rank_on_another_host_is_lost_after_the_time_given(tmp_path: Pa
     now[0] += 29
     assert here.beating._look() is None
     now[0] += 31
-    assert "rank 1 has been silent for 30 s" in str(here.beating._look())
+    assert "rank 1 on elsewhere has been silent for 30 s" in str(here.beating._look())
 
 
 def test_what_a_failing_rank_said_is_told_and_one_that_left_is_not_missed(tmp_path: Path) -> None:
@@ -132,7 +133,7 @@ def test_what_a_failing_rank_said_is_told_and_one_that_left_is_not_missed(tmp_pa
     here.beating._store = here.others
     here.beat(1, "elsewhere")
     here.others.set("failed/1", "OutOfMemoryError: no more")
-    assert "rank 1 failed (OutOfMemoryError: no more)" in str(here.beating._look())
+    assert "rank 1 on elsewhere failed (OutOfMemoryError: no more)" in str(here.beating._look())
     fresh = Store(tmp_path)
     fresh.beating._store = fresh.others
     fresh.others.set("left/1", "yes")

@@ -5,6 +5,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -213,7 +214,7 @@ def test_a_dead_rank_ends_the_others_by_name(arguments: list[str], tmp_path: Pat
     victim = next(pid for pid in ranks_of(process) if "--local_rank=1" in psutil.Process(pid).cmdline())
     os.kill(victim, signal.SIGKILL)
     assert process.wait(60) != 0
-    said = f"rank 1 died (process {victim} on "
+    said = f"rank 1 on {socket.gethostname()} died (process {victim}, "
     assert said in status_of(tmp_path, "lost")["message"]
     assert status_of(tmp_path, "lost")["state"] == "failed"
     output = (tmp_path / "out.log").read_text()

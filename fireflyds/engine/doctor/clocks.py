@@ -4,7 +4,7 @@ import time
 from typing import Any
 
 from fireflyds.engine.doctor.check import Check, green, red, yellow
-from fireflyds.engine.doctor.meeting import Meeting
+from fireflyds.engine.meeting import Meeting
 
 _PINGS = 8
 # Slurm's munge refuses credentials that are older than that by the other host's clock, in seconds.

@@ -5,7 +5,7 @@ import socket
 from pathlib import Path
 
 from fireflyds.engine.doctor.check import Check, green, red, yellow
-from fireflyds.engine.doctor.meeting import SilentError
+from fireflyds.engine.meeting import SilentError
 from fireflyds.engine.ranks import Ranks
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")

@@ -16,8 +16,8 @@ from fireflyds.config import DoctorConfig
 from fireflyds.engine import deepspeed
 from fireflyds.engine.doctor.check import Check, green, red, yellow
 from fireflyds.engine.doctor.machine import place_of
-from fireflyds.engine.doctor.meeting import Meeting
 from fireflyds.engine.doctor.patience import within
+from fireflyds.engine.meeting import Meeting
 from fireflyds.engine.ranks import Ranks
 
 MIB = 1 << 20

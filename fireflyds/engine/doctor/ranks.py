@@ -10,8 +10,8 @@ from fireflyds.config import DoctorConfig
 from fireflyds.engine.doctor import clocks, gpus, inputs, links, machine, versions
 from fireflyds.engine.doctor.check import Check, at, green, red, yellow
 from fireflyds.engine.doctor.hosts import boot_id, check_ended, check_hosts, check_silent, local_size, tell_apart
-from fireflyds.engine.doctor.meeting import Meeting, SilentError
 from fireflyds.engine.doctor.patience import TerminatedError, within
+from fireflyds.engine.meeting import Meeting, SilentError
 from fireflyds.engine.ranks import Ranks
 from fireflyds.errors import UserError
 

@@ -2,7 +2,7 @@
 
 from fireflyds.engine.doctor import hosts
 from fireflyds.engine.doctor.check import Verdict
-from fireflyds.engine.doctor.meeting import SilentError
+from fireflyds.engine.meeting import SilentError
 from fireflyds.engine.ranks import Ranks
 
 

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import pytest
 
 from fireflyds.config import DoctorConfig
-from fireflyds.engine.doctor import clocks, links, machine, meeting, patience, ranks
+from fireflyds.engine import meeting
+from fireflyds.engine.doctor import clocks, links, machine, patience, ranks
 from fireflyds.engine.doctor.check import Verdict, green
-from fireflyds.engine.doctor.meeting import Meeting
+from fireflyds.engine.meeting import Meeting
 from fireflyds.engine.ranks import Ranks, free_port
 from fireflyds.errors import UserError
 

@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from fireflyds.engine.doctor.meeting import Meeting
+from fireflyds.engine.meeting import Meeting
 from fireflyds.engine.ranks import Ranks, free_port
 from fireflyds.errors import UserError
 
@@ -24,11 +24,11 @@ def test_what_an_earlier_attempt_said_is_not_heard_again(monkeypatch) -> None:
 def test_rank_0_that_is_not_there_or_a_port_that_is_taken_is_said(monkeypatch) -> None:
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     port = free_port()
-    with pytest.raises(UserError, match=f"MASTER_ADDR:MASTER_PORT=127.0.0.1:{port}: rank 1 did not reach rank 0"):
+    with pytest.raises(UserError, match=f"MASTER_ADDR:MASTER_PORT=127.0.0.1:{port}: rank 1 on .* did not reach rank 0"):
         Meeting(Ranks(1, 1, 2, "127.0.0.1", port), 1)
     with socket.socket() as other:
         other.bind(("", 0))
         other.listen()
         taken = other.getsockname()[1]
-        with pytest.raises(UserError, match=f"127.0.0.1:{taken}: rank 0 cannot use them"):
+        with pytest.raises(UserError, match=f"127.0.0.1:{taken}: the port is taken on rank 0's host"):
             Meeting(Ranks(0, 0, 2, "127.0.0.1", taken), 1)

@@ -46,13 +46,11 @@ class Meeting:
     def __init__(self, me: Ranks, timeout: float) -> None:
         self.me, self.timeout = me, timeout
         self._steps = 0
-        # The store of torchrun's agent outlives a restart: what an earlier attempt said must not be heard again.
-        self._folder = f"doctor/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         keeps = me.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         if not keeps:
             _wait_for_store(me, timeout)
         try:
-            self._store = dist.TCPStore(  # type: ignore[attr-defined]
+            store = dist.TCPStore(  # type: ignore[attr-defined]
                 me.master_addr,
                 me.master_port,
                 None,
@@ -62,15 +60,22 @@ class Meeting:
                 multi_tenant=True,
             )
         except (dist.DistError, ValueError) as error:
+            raise UserError(_unusable(me, str(error).splitlines()[0])) from error
+        # An agent's store outlives a restart of its ranks: what was told before it is old.
+        self._store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)  # type: ignore[attr-defined]
+
+    def claim(self) -> None:
+        """Raises `UserError` when another process has come as the same rank."""
+        if self._store.add(f"meeting/claimed/{self.me.rank}", 1) > 1:
             raise UserError(
-                f"MASTER_ADDR:MASTER_PORT={me.master_addr}:{me.master_port}: rank {me.rank} cannot use them "
-                f"({str(error).splitlines()[0]}). Give a free port on rank 0's host"
-            ) from error
+                f"rank {self.me.rank} on {socket.gethostname()}: another process has come to {self.me.master_addr}:"
+                f"{self.me.master_port} as the same rank. Give every host its own --node_rank, and every job its own port"
+            )
 
     def tell(self, key: str, value: Any) -> None:
         """Raises `UserError` when the store is gone, and rank 0 with it."""
         try:
-            self._store.set(f"{self._folder}/{key}", json.dumps(value))
+            self._store.set(f"meeting/{key}", json.dumps(value))
         except dist.DistError as error:
             raise self._left() from error
 
@@ -88,7 +93,7 @@ class Meeting:
                     raise TimeoutError(key)
                 time.sleep(pause)
                 pause = min(1.5 * pause, _LAST_LOOK)
-            return json.loads(self._store.get(f"{self._folder}/{key}"))
+            return json.loads(self._store.get(f"meeting/{key}"))
         except dist.DistError as error:
             raise self._left() from error
 
@@ -96,7 +101,7 @@ class Meeting:
         return UserError(f"rank {self.me.rank}: rank 0 has left; its report or its log says why")
 
     def told(self, key: str) -> bool:
-        return bool(self._store.check([f"{self._folder}/{key}"]))
+        return bool(self._store.check([f"meeting/{key}"]))
 
     def call(self, step: str, payload: Any, part: Part, seconds: float) -> list[Any]:
         """On rank 0: what every rank answers, by rank; `part` is rank 0's own. `{"error": ...}` where a part failed.
@@ -118,8 +123,9 @@ class Meeting:
             raise SilentError(step, silent, answers)
         return list(answers.values())
 
-    def serve(self, parts: Mapping[str, Part], longest: float) -> None:
-        """On other ranks: take part until rank 0 ends it. `longest` is what a step may take, in seconds.
+    def serve(self, parts: Mapping[str, Part], longest: float) -> Any:
+        """On other ranks: take part until rank 0 ends it, and return its last word. `longest` is what a step may take, in
+        seconds.
 
         Raises:
             UserError: rank 0 says nothing any more.
@@ -130,32 +136,50 @@ class Meeting:
                 step, payload = self.hear(f"call/{self._steps}", longest)
             except TimeoutError as error:
                 raise UserError(
-                    f"rank {self.me.rank}: rank 0 has said nothing for {longest:g} s; see its log, or give a longer timeout="
+                    f"rank {self.me.rank}: rank 0 has said nothing for {longest:g} s; see its log, or wait longer (timeout= of the doctor, hardware.start_timeout_minutes of a run)"
                 ) from error
             if step == _END:
                 self.tell(f"answer/{self._steps}/{self.me.rank}", None)
-                return
+                return payload
             self.tell(f"answer/{self._steps}/{self.me.rank}", _answer(parts[step], payload))
 
-    def end(self) -> None:
+    def end(self, last: Any = None) -> None:
         """On rank 0: let the others go, and wait a moment until they have heard, for the store ends with rank 0."""
         with contextlib.suppress(SilentError):
-            self.call(_END, None, lambda payload: None, 0.0)
+            self.call(_END, last, lambda payload: None, 0.0)
+
+
+def _unusable(me: Ranks, why: str) -> str:
+    place = f"MASTER_ADDR:MASTER_PORT={me.master_addr}:{me.master_port}"
+    if "EADDRINUSE" in why or "already in use" in why:
+        return (
+            f"{place}: the port is taken on rank 0's host {socket.gethostname()}, by another job or by what is left of an "
+            "earlier one. Give another with deepspeed --master_port, torchrun --master_port or MASTER_PORT, the same on all hosts"
+        )
+    return (
+        f"{place}: rank {me.rank} on {socket.gethostname()} cannot use them ({why}). MASTER_ADDR must be an address of rank "
+        "0's host that all hosts reach, MASTER_PORT a free port there"
+    )
 
 
 def _wait_for_store(me: Ranks, timeout: float) -> None:
     """Knock until somebody opens: the store's own client would do so deaf to Ctrl-C, and end in a C++ stack trace."""
-    until, why = time.monotonic() + timeout, ""
+    until, why, nameless = time.monotonic() + timeout, "", False
     while time.monotonic() < until:
         try:
             socket.create_connection((me.master_addr, me.master_port), max(0.1, until - time.monotonic())).close()
             return
         except OSError as error:
-            why = str(error)
+            why, nameless = str(error), isinstance(error, socket.gaierror)
             time.sleep(0.2)
+    remedy = (
+        f"Enter {me.master_addr} in DNS or /etc/hosts of this host, or give rank 0's address in numbers (--master_addr)"
+        if nameless
+        else "Look whether rank 0 runs, whether the address is its own, and whether a firewall closes the port"
+    )
     raise UserError(
-        f"MASTER_ADDR:MASTER_PORT={me.master_addr}:{me.master_port}: rank {me.rank} did not reach rank 0 there within "
-        f"{timeout:g} s ({why}). Look whether rank 0 runs, whether the address is its own, and whether a firewall closes the port"
+        f"MASTER_ADDR:MASTER_PORT={me.master_addr}:{me.master_port}: rank {me.rank} on {socket.gethostname()} did not reach "
+        f"rank 0 there within {timeout:g} s ({why}). {remedy}"
     )
 
 

@@ -1,0 +1,171 @@
+"""One run over two hosts, whoever starts it, and what is said when a host is cut off, missing or different."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from samples import ENGLISH
+from two_hosts import ADDRESSES, INTERFACE, Hosts, why_not
+
+pytestmark = pytest.mark.netns
+ROOT = Path(__file__).parents[2]
+TRAIN = str(ROOT / "launch" / "train.py")
+STEPS = 40
+PORT = 29511
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory: pytest.TempPathFactory):
+    if reason := why_not():
+        pytest.skip(reason)
+    with Hosts(tmp_path_factory.mktemp("shared")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def arguments(hosts: Hosts, verbs_of, base_tokenizer: Path) -> list[str]:
+    (hosts.folder / "en.txt").write_text("\n".join(ENGLISH * 4), encoding="utf-8")
+    verbs_of(hosts.folder)("prepare", "data=en.txt", f"tokenizer={base_tokenizer}", "out=store", "workers=1")
+    return [
+        "data=store", "model=at_path", "model.init=scratch", f"model.tokenizer={base_tokenizer}", f"optim.steps={STEPS}", "optim.lr=1e-3",
+        "model.architecture={model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2}",
+        "seq_len=256", "micro_batch_size=1", "global_batch_size=4", "checkpoint.every=5", "log_every=5",
+        "recovery.heartbeat_seconds=5", "hardware.start_timeout_minutes=1",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def between(arguments: list[str]) -> list[str]:
+    """The same, where hosts have names that nobody resolves."""
+    return [*arguments, f"hardware.network_interface={INTERFACE}"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(hosts: Hosts, verbs_of, arguments: list[str]) -> list[float]:
+    """Losses of two ranks on one host."""
+    verbs_of(hosts.folder)("train", "run=one_host", *arguments, start=("torchrun", "--nproc_per_node", "2"))
+    return losses(hosts, "one_host")
+
+
+def rows(hosts: Hosts, run: str) -> list[dict]:
+    file = hosts.folder / "runs" / run / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def losses(hosts: Hosts, run: str) -> list[float]:
+    found = rows(hosts, run)
+    assert [row["step"] for row in found] == list(range(1, STEPS + 1))
+    return [row["loss"] for row in found]
+
+
+def no_ssh(hosts: Hosts, *arguments: str) -> list[subprocess.Popen[bytes]]:
+    """DeepSpeed's launcher on both hosts, which start the same command with their own `--node_rank`."""
+    (hosts.folder / "hosts").write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
+    words = ["deepspeed", "--hostfile", "hosts", "--no_ssh", "--master_addr", ADDRESSES[0], "--master_port", str(PORT)]
+    return [hosts.start(host, *words, "--node_rank", str(host), TRAIN, *arguments) for host in (0, 1)]
+
+
+def ranks(hosts: Hosts, name: str, port: int, *commands: tuple[str, ...]) -> list[subprocess.Popen[bytes]]:
+    """A rank without a launcher on every host for which there is a command; logs are `<name>-<host>.log`."""
+    place = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": ADDRESSES[0]}
+    return [
+        hosts.start(
+            host, sys.executable, *command, f"run={name}", env=place | {"RANK": str(host), "MASTER_PORT": str(port)}, log=f"{name}-{host}.log"
+        )
+        for host, command in enumerate(commands)
+        if command
+    ]  # fmt: skip
+
+
+def test_torchrun_on_two_hosts_gives_the_losses_of_one(hosts: Hosts, between: list[str], undisturbed) -> None:
+    words = ["torchrun", "--nnodes", "2", "--nproc_per_node", "1", "--master_addr", ADDRESSES[0], "--master_port", str(PORT)]  # fmt: skip
+    started = [
+        hosts.start(
+            host, *words, "--node_rank", str(host), TRAIN, "run=torchrun", *between, "hardware.local_cache=disk"
+        )
+        for host in (0, 1)
+    ]
+    assert hosts.wait(started) == [0, 0], hosts.said(0)[-3000:] + hosts.said(1)[-3000:]
+    assert losses(hosts, "torchrun") == pytest.approx(undisturbed, rel=0, abs=1e-6)
+
+
+def test_deepspeed_over_ssh_gives_the_losses_of_one_host(hosts: Hosts, between: list[str], undisturbed) -> None:
+    if missing := [tool for tool in ("sshd", "ssh", "ssh-keygen", "pdsh") if shutil.which(tool) is None]:
+        pytest.skip(f"not installed: {', '.join(missing)}")
+    (hosts.folder / "hosts").write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
+    by_ssh = hosts.allow_ssh()
+    launched = hosts.start(0, "deepspeed", "--hostfile", "hosts", TRAIN, "run=ssh", *between, env=by_ssh)
+    assert hosts.wait([launched]) == [0], hosts.said(0)[-3000:] + hosts.said(0, "sshd.log")
+    assert losses(hosts, "ssh") == pytest.approx(undisturbed, rel=0, abs=1e-6)
+
+
+def test_a_host_that_is_cut_off_is_named_and_the_same_command_goes_on(
+    hosts: Hosts, between: list[str], undisturbed
+) -> None:
+    """Over DeepSpeed's launcher."""
+    started = no_ssh(hosts, "run=cut", *between)
+    until = time.monotonic() + 100
+    while not any(row["step"] >= 7 for row in rows(hosts, "cut")):
+        assert all(process.poll() is None for process in started), hosts.said(0)[-3000:]
+        assert time.monotonic() < until
+        time.sleep(0.005)
+    hosts.cable("down")
+    cut_at = time.monotonic()
+    codes = hosts.wait(started, 60)
+    took = time.monotonic() - cut_at
+    hosts.cable("up")
+    assert len(rows(hosts, "cut")) < STEPS
+    assert all(code not in (0, None) for code in codes)
+    # Five seconds of silence; then the ranks wait for a word of their main threads, and launchers for their ranks.
+    assert took < 30
+    status = json.loads((hosts.folder / "runs" / "cut" / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 1)
+    assert status["message"].startswith("rank 1 on host-b has been silent for 5 s")
+    assert "error: rank 1 on host-b has been silent for 5 s" in hosts.said(0)
+    assert f"error: rank 0 on host-a cannot be reached from host-b at {ADDRESSES[0]}:{PORT}" in hosts.said(1)
+    assert hosts.wait(no_ssh(hosts, "run=cut", *between)) == [0, 0], hosts.said(0)[-3000:]
+    assert "resumed at step" in hosts.said(0)
+    assert losses(hosts, "cut") == pytest.approx(undisturbed, rel=0, abs=1e-6)
+
+
+def test_hosts_that_differ_or_do_not_come_are_told_apart(hosts: Hosts, between: list[str]) -> None:
+    """Five starts at once, each with its own fault."""
+    other = hosts.folder / "checkout"
+    for folder in ("fireflyds", "conf", "launch"):
+        shutil.copytree(ROOT / folder, other / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    with (other / "fireflyds" / "engine" / "loop.py").open("a") as file:
+        file.write("# another line\n")
+    train = (TRAIN, *between)
+    soon = (*train, "hardware.start_timeout_minutes=0.2")
+    path = f"import sys; sys.path.insert(0, {str(other)!r}); sys.argv = sys.argv[1:]; import runpy; runpy.run_path(sys.argv[0], run_name='__main__')"
+    taken = hosts.start(0, sys.executable, "-c", "import socket, time; s = socket.create_server(('', 29531)); time.sleep(200)")  # fmt: skip
+    started = [
+        *ranks(hosts, "code", 29521, train, ("-c", path, str(other / "launch" / "train.py"), *between)),
+        *ranks(hosts, "config", 29522, train, (*train, "optim.lr=2e-3")),
+        *ranks(hosts, "absent", 29523, soon, ()),
+        *ranks(hosts, "taken", 29531, train, ()),
+        *ranks(hosts, "nobody", 29524, (), soon),
+    ]
+    codes = hosts.wait(started)
+    taken.kill()
+    said = {file.stem: file.read_text() for file in hosts.folder.glob("*-[01].log")}
+    assert codes == [2] * 7, said
+    for rank in "01":
+        assert (
+            "error: rank 1 on host-b has another code than rank 0 on host-a: fireflyds/engine/loop.py. Bring"
+            in said[f"code-{rank}"]
+        )
+        found = (
+            "error: rank 1 on host-b has another configuration than rank 0 on host-a: optim.lr: 0.001 -> 0.002. Give"
+        )
+        assert found in said[f"config-{rank}"]
+    assert f"rank 1 (node 1) of 2 did not come to {ADDRESSES[0]}:29523 within 12 s" in said["absent-0"]
+    assert f"{ADDRESSES[0]}:29531: the port is taken on rank 0's host host-a" in said["taken-0"]
+    assert f"{ADDRESSES[0]}:29524: rank 1 on host-b did not reach rank 0 there within 12 s" in said["nobody-1"]
+    assert not any("Traceback" in text for text in said.values())
+    assert not (hosts.folder / "runs" / "code").exists()
