@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -145,6 +146,44 @@ def test_a_failed_collective_is_blamed_on_the_rank_that_was_lost(tmp_path: Path)
     here.others.set("failed/1", "ValueError: x")
     with pytest.raises(UserError, match="rank 1 failed"), here.beating:
         raise RuntimeError("Connection closed by peer")
+
+
+def test_a_store_that_answers_no_more_ends_the_rank_that_asks_it(tmp_path: Path, monkeypatch, capsys) -> None:
+    """Over a link that is down the store's client waits for ever."""
+    now, ended, status = [100.0], [], Status(tmp_path, 1, 9)
+    monkeypatch.setattr("fireflyds.engine.heartbeat.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("fireflyds.engine.heartbeat._INTERVAL", 0.01)
+    beating = Heartbeat(Ranks(1, 0, 2, "10.0.0.1", 29500), tmp_path, 30, status)
+    beating._seen[0] = (json.dumps({"host": "host-a", "pid": 1}), 100.0)
+
+    def end(code: int) -> None:
+        ended.append(code)
+        beating._left.set()
+
+    monkeypatch.setattr("fireflyds.engine.heartbeat.os._exit", end)
+    watch = threading.Thread(target=beating._watch)
+    watch.start()
+    now[0] += 29
+    time.sleep(0.2)
+    assert not ended
+    now[0] += 2
+    watch.join(20)
+    assert ended == [1]
+    here = socket.gethostname()
+    said = f"rank 0 on host-a cannot be reached from {here} at 10.0.0.1:29500 (no answer for 30 s); its log: {tmp_path}/logs/rank_0.log"
+    assert f"error: {said}" in capsys.readouterr().err
+    assert json.loads((tmp_path / "status.json").read_text())["message"].startswith(said)
+
+
+def test_of_two_that_miss_each_other_the_word_of_rank_zero_counts(tmp_path: Path) -> None:
+    first, second = Status(tmp_path, 0, 9), Status(tmp_path, 1, 9)
+    first.write("running")
+    second.failed("rank 0 on host-a cannot be reached", 1)
+    assert json.loads((tmp_path / "status.json").read_text())["message"] == "rank 0 on host-a cannot be reached"
+    first.write("running")
+    first.failed("rank 1 on host-b has been silent for 5 s", 1)
+    second.failed("rank 0 on host-a cannot be reached", 1)
+    assert json.loads((tmp_path / "status.json").read_text())["message"].startswith("rank 1 on host-b")
 
 
 def test_a_spike_stands_out_of_the_last_losses(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from two_hosts import ADDRESSES, INTERFACE, Hosts, why_not
 pytestmark = pytest.mark.netns
 ROOT = Path(__file__).parents[2]
 TRAIN = str(ROOT / "launch" / "train.py")
-STEPS = 40
+STEPS = 24
 PORT = 29511
 
 
@@ -33,7 +33,7 @@ def arguments(hosts: Hosts, verbs_of, base_tokenizer: Path) -> list[str]:
     return [
         "data=store", "model=at_path", "model.init=scratch", f"model.tokenizer={base_tokenizer}", f"optim.steps={STEPS}", "optim.lr=1e-3",
         "model.architecture={model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2}",
-        "seq_len=256", "micro_batch_size=1", "global_batch_size=4", "checkpoint.every=5", "log_every=5",
+        "seq_len=256", "micro_batch_size=1", "global_batch_size=4", "checkpoint.every=4", "log_every=4",
         "recovery.heartbeat_seconds=5", "hardware.start_timeout_minutes=1",
     ]  # fmt: skip
 
