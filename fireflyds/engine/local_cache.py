@@ -34,9 +34,11 @@ def bring(
     cache, failure, here = Path(config.hardware.local_cache), "", config.model.path
     try:
         if base is not None:
-            here = str(_fill(cache, f"base-{base[:16]}", model_files(Path(config.model.path)), log))
+            here = str(
+                _fill(cache, f"base-{base[:16]}", Path(config.model.path), model_files(Path(config.model.path)), log)
+            )
         digest = hashlib.sha256((store.path / MANIFEST).read_bytes()).hexdigest()
-        store = TokenStore(_fill(cache, f"store-{digest[:16]}", store_files(store), log))
+        store = TokenStore(_fill(cache, f"store-{digest[:16]}", store.path, store_files(store), log))
     except OSError as error:
         failure = f"hardware.local_cache={cache}: {error}. Give a folder on every host's disk that can be written"
     except UserError as error:
@@ -64,14 +66,13 @@ def store_files(store: TokenStore) -> dict[str, Path]:
     return {name: store.path / name for name in names}
 
 
-def _fill(cache: Path, name: str, files: dict[str, Path], log: Callable[[str], None]) -> Path:
+def _fill(cache: Path, name: str, source: Path, files: dict[str, Path], log: Callable[[str], None]) -> Path:
     """The folder `name` in the cache, copied there by whoever comes first; it is whole or absent."""
     folder, aside = cache / name, cache / f".{name}.partial"
     cache.mkdir(parents=True, exist_ok=True)
     with (cache / f".{name}.lock").open("w") as lock:
         # Others of this host wait here.
         fcntl.flock(lock, fcntl.LOCK_EX)
-        source = next(iter(files.values())).parent
         if folder.is_dir():
             log(f"{name} is read from {folder} (local_cache)")
             return folder

@@ -51,7 +51,8 @@ def test_base_and_store_are_copied_once_and_read_from_there(alone, base: Path, s
     assert copied.path.parent == tmp_path / "disk"
     assert copied.num_tokens == store.num_tokens > 0
     assert copied.ids(0, 0, 3).tolist() == store.ids(0, 0, 3).tolist()
-    assert ["copied" in line for line in said] == [True, True]
+    assert said[0].startswith(f"base-0123456789abcdef was copied from {base} to {folder} (local_cache, 0.00 GiB)")
+    assert said[1].startswith(f"{copied.path.name} was copied from {store.path} to {copied.path} (local_cache")
     stamp = (folder / "config.json").stat().st_mtime_ns
     again, _ = local_cache.bring(config, "0123456789abcdef01", store, said.append)
     assert again.model.path == str(folder)
@@ -95,7 +96,7 @@ def test_ranks_of_a_host_wait_for_the_one_that_copies(base: Path, tmp_path: Path
 
     monkeypatch.setattr(shutil, "copyfile", slow)
     files = local_cache.model_files(base)
-    threads = [threading.Thread(target=local_cache._fill, args=(tmp_path / "disk", "base-x", files, said.append)) for _ in range(3)]  # fmt: skip
+    threads = [threading.Thread(target=local_cache._fill, args=(tmp_path / "disk", "base-x", base, files, said.append)) for _ in range(3)]  # fmt: skip
     for thread in threads:
         thread.start()
     assert begun.wait(20)
@@ -110,6 +111,6 @@ def test_a_copy_that_was_broken_off_is_made_again(base: Path, tmp_path: Path) ->
     broken = tmp_path / "disk" / ".base-x.partial"
     broken.mkdir(parents=True)
     (broken / "model.safetensors").write_text("th")
-    folder = local_cache._fill(tmp_path / "disk", "base-x", local_cache.model_files(base), print)
+    folder = local_cache._fill(tmp_path / "disk", "base-x", base, local_cache.model_files(base), print)
     assert (folder / "model.safetensors").read_text() == "this is model.safetensors"
     assert not broken.exists()
