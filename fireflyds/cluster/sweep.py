@@ -113,6 +113,13 @@ class Sweep:
             return
         self._study.report(trial.number, watch.reports(place, self._search))
         ended = watch.ended(place)
+        if ended.state == "failed" and not any(watch.steps_of(self._place(each))[0] for each in self._study.trials):
+            # What keeps the first from beginning would keep all of them.
+            for each in self._running():
+                watch.forget(self._place(each))
+            raise UserError(
+                f"trial {trial.number} ended before its first step: {ended.message}. Mend it; the same command goes on"
+            )
         if ended.state != "died":
             self._record(trial, ended)
         elif not self._leaving:

@@ -91,6 +91,14 @@ def ended(run_dir: Path) -> Ended:
     return Ended("died", _last_line(run_dir))
 
 
+def forget(run_dir: Path) -> None:
+    """Set aside what a start has said, so that the next one is judged by its own words."""
+    (run_dir / "status.json").unlink(missing_ok=True)
+    for file in [run_dir / LOG, *(run_dir / "logs").glob("slurm-*.log")]:
+        if file.exists():
+            file.rename(file.with_suffix(".refused"))
+
+
 def steps_of(run_dir: Path) -> tuple[int, int, float]:
     """Steps, tokens and seconds of training."""
     rows = list(_rows(run_dir / "metrics.jsonl"))

@@ -235,6 +235,20 @@ def test_a_trial_that_dies_again_and_again_has_failed(tmp_path: Path) -> None:
     assert "its processes died 3 times, at last with: Bus error" in trial.user_attrs["message"]
 
 
+def test_when_nothing_can_begin_no_more_is_drawn(tmp_path: Path) -> None:
+    class Refusing(Played):
+        def start(self, place: Path, slot: int) -> None:
+            super().start(place, slot)
+            (place / "status.json").unlink()
+            (place / "logs/launcher.log").write_text("error: data.store=x: no store\n")
+            self.alive_now[place] = False
+
+    with pytest.raises(UserError, match="trial 0 ended before its first step: error: data.store=x: no store"):
+        run(tmp_path, Refusing(tmp_path), search())
+    study = run(tmp_path, Played(tmp_path), search())
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 6
+
+
 def test_a_metric_that_is_not_there_names_those_that_are(tmp_path: Path) -> None:
     trial = run(tmp_path, Played(tmp_path), search(trials=1, metric="accuracy")).trials[0]
     assert trial.state.name == "FAIL"
