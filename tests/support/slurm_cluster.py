@@ -1,7 +1,7 @@
 """A real Slurm on one machine, for tests: two nodes `n1` and `n2` with one core each, started and stopped as a context.
 
 By hand: `python tests/support/slurm_cluster.py` starts it and prints the variable that Slurm's commands need;
-Ctrl-C stops it. Needs Debian's slurmctld, slurmd, slurm-client and munge, and root.
+Ctrl-C or SIGTERM stops it. Needs Debian's slurmctld, slurmd, slurm-client and munge, and root.
 """
 
 import contextlib
@@ -175,6 +175,7 @@ def _free_ports(count: int) -> list[int]:
 if __name__ == "__main__":
     if lacks := missing():
         sys.exit(f"missing: {', '.join(lacks)}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with running() as variables, contextlib.suppress(KeyboardInterrupt):
         print(f"export SLURM_CONF={variables['SLURM_CONF']}", flush=True)
         signal.pause()
