@@ -10,6 +10,7 @@ submitted stands beside it. A training that is preempted, loses a node or comes 
 and goes on from its checkpoint. `dry_run=true` writes and shows everything but queues nothing.
 """
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,8 @@ def submit(config: SubmitConfig, rest: list[str]) -> None:
         print(f"{folder}: every stage is whole; nothing to submit")
         return
     if config.dry_run:
+        if shutil.which("scontrol") is not None:
+            submission.refuse_active(folder)
         submission.write(planned, config.cluster)
         for each in planned:
             print(f"# {each.job.script}\n{script.text(each.job, config.cluster)}")

@@ -102,10 +102,12 @@ class LocalLauncher:
         self._signal(run_dir, signal.SIGKILL)
 
     def _signal(self, run_dir: Path, number: signal.Signals) -> None:
-        if (found := self._process(run_dir)) is not None:
+        own, found = self._started.get(run_dir), self._process(run_dir)
+        leader = own.pid if own is not None and own.poll() is None else found.pid if found else None
+        if leader is not None:
             with contextlib.suppress(ProcessLookupError):
                 # To the session: to the launcher and to all ranks.
-                os.killpg(found.pid, number)
+                os.killpg(leader, number)
 
 
 def _visible_gpus() -> list[str]:
@@ -134,7 +136,9 @@ class SlurmLauncher:
         """By its name as well: a job may have been queued by somebody who was killed before he could note its number."""
         noted = [record.id for record in submission.records(run_dir)]
         states = slurm.states(noted)
-        return [job for job in noted if states[job].active] or slurm.queued(self._name(run_dir), run_dir / "submit.sh")
+        return [job for job in noted if states[job].active] or slurm.queued(
+            {self._name(run_dir): run_dir / "submit.sh"}
+        )
 
     def alive(self, run_dir: Path) -> bool:
         return bool(self._jobs(run_dir))

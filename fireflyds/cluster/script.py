@@ -1,14 +1,17 @@
 """The batch script of a job: what a person would write, with every `#SBATCH` line spelled out."""
 
+import re
 import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from fireflyds.config import ClusterConfig, Container
+from fireflyds.errors import UserError
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 # Verbs that run on all nodes and GPUs, one rank each, and those that use one GPU; others need none.
+_OF_GPUS = ("--gres=", "--gpus", "--gpu-bind")
 _ON_ALL_GPUS, _ON_ONE_GPU = ("train", "doctor"), ("evaluate", "export")
 # A rank that has left is followed by the others within this time, or they are ended: lost peers are noticed before.
 _WAIT_SECONDS = 180
@@ -57,9 +60,11 @@ def text(job: Job, cluster: ClusterConfig) -> str:
 def _options(job: Job, cluster: ClusterConfig) -> list[str]:
     whole = job.verb in _ON_ALL_GPUS
     gpus = cluster.gpus_per_node if whole else 1 if job.verb in _ON_ONE_GPU else 0
+    on_gpu = bool(gpus) and not cluster.on_cpu
+    further = [option for option in cluster.sbatch.split() if on_gpu or not option.startswith(_OF_GPUS)]
     if cluster.on_cpu or "--gres=" in cluster.sbatch:
         gpus = 0
-    partition = cluster.partition if gpus or cluster.on_cpu else cluster.cpu_partition or cluster.partition
+    partition = cluster.partition if on_gpu or cluster.on_cpu else cluster.cpu_partition or cluster.partition
     found = {
         "job-name": job.name,
         "nodes": cluster.nodes if whole else 1,
@@ -81,7 +86,14 @@ def _options(job: Job, cluster: ClusterConfig) -> list[str]:
         "signal": f"USR1@{cluster.signal_seconds}" if job.verb == "train" else "",
     }
     put_back = "--requeue" if cluster.requeue else "--no-requeue"
-    return [*(f"--{name}={value}" for name, value in found.items() if value), put_back, *cluster.sbatch.split()]
+    return [*(_written(name, str(value)) for name, value in found.items() if value), put_back, *further]
+
+
+def _written(name: str, value: str) -> str:
+    """Slurm takes what has spaces in double quotes, and nothing else of a shell's."""
+    if found := re.search(r'["\n\\]', value):
+        raise UserError(f"{value!r}: holds {found.group()!r}, which no #SBATCH line can. Give another name or folder")
+    return f'--{name}="{value}"' if re.search(r"[\s#]", value) else f"--{name}={value}"
 
 
 def _before(job: Job, cluster: ClusterConfig) -> list[str]:
@@ -115,6 +127,9 @@ def _command(job: Job, cluster: ClusterConfig) -> list[str]:
     start = ["srun", f"--wait={_WAIT_SECONDS}"]
     here = str(Path.cwd())
     places = dict.fromkeys([here, str(LAUNCH.parent)])
+    folder = job.config.absolute().parent
+    if not any(folder.is_relative_to(place) for place in places):
+        places[str(folder)] = None
     mounts = [*(f"{place}:{place}" for place in places), *cluster.mounts]
     if cluster.container is Container.pyxis:
         start += [
@@ -133,15 +148,16 @@ def _after(job: Job, cluster: ClusterConfig) -> list[str]:
     if job.stamp:
         lines.append(f'if [ "$code" -eq 0 ]; then echo {job.stamp} > {shlex.quote(str(job.done))}; fi')
     if job.verb == "train" and cluster.requeue:
-        status, steps = (shlex.quote(str(job.folder / name)) for name in ("status.json", "logs/requeued_at"))
+        places, steps = (shlex.quote(str(job.folder / name)) for name in ("checkpoints", "logs/requeued_at"))
         often = cluster.max_failures + 1
         lines += [
             "# 0: all steps are done. 2: wrong input. 76: a file STOP asked for it. After anything else (75: the time limit or",
-            "# preemption; else a rank or a node was lost) the job goes on later, as long as it gets any further.",
+            "# preemption; else a rank or a node was lost) the job goes on later, as long as there are newer checkpoints.",
             'case "$code" in 0 | 2 | 76) exit "$code" ;; esac',
-            f"""step=$(grep -o '"step": [0-9]*' {status}); echo "${{step:-no step}}" >> {steps}""",
+            f'[ "${{SLURM_RESTART_COUNT:-0}}" -gt 0 ] || rm -f {steps}',
+            f'saved=$(ls -d {places}/step-* 2> /dev/null | sort | tail -n 1); echo "${{saved:-nothing}}" >> {steps}',
             f"if [ \"$(tail -n {often} {steps} | uniq -c | awk 'NR == 1 {{print $1}}')\" = {often} ]; then",
-            f'  echo "left with code $code, {often} times in a row without a step further: not put back"; exit "$code"',
+            f'  echo "left with code $code, {often} times in a row without a newer checkpoint: not put back"; exit "$code"',
             "fi",
             'echo "left with code $code: put back into the queue"',
             'scontrol requeue "$SLURM_JOB_ID"',

@@ -1,9 +1,10 @@
 """Slurm's commands, and what to do when they refuse."""
 
+import os
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,23 @@ _REMEDIES = (
     ("unrecognized option|invalid option", "this Slurm does not know the option: look at cluster.sbatch"),
 )  # fmt: skip
 
+_ENDED = (
+    "gone", "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY", "REVOKED",
+)  # fmt: skip
+# Of a job or a launcher that this process may stand in itself: they would reach the new job, and its ranks believe them.
+_NOT_PASSED = ("SLURM_", "SRUN_", "SBATCH_", "PMI", "OMPI_")
+_PASSED = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
+_OF_RANKS = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "CROSS_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+
 
 @dataclass(frozen=True, slots=True)
 class JobState:
@@ -38,7 +56,7 @@ class JobState:
 
     @property
     def active(self) -> bool:
-        return self.state in ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED")
+        return self.state not in _ENDED
 
 
 def require() -> None:
@@ -67,7 +85,7 @@ def submit(script: Path, place: int = 1, after: str = "") -> str:
     """
     # A job whose dependency can never come true would wait for ever.
     dependency = [f"--dependency={after}", "--kill-on-invalid-dep=yes"] if after else []
-    return _sbatch("--parsable", *dependency, str(script), str(place)).split(";")[0]
+    return _sbatch("--parsable", *dependency, str(script.absolute()), str(place)).split(";")[0]
 
 
 def states(jobs: Sequence[str]) -> dict[str, JobState]:
@@ -90,11 +108,14 @@ def states(jobs: Sequence[str]) -> dict[str, JobState]:
     return found
 
 
-def queued(name: str, script: Path) -> list[str]:
-    """Jobs in the queue that bear a name and run a script."""
-    done = _run(["squeue", "--noheader", f"--name={name}", "--format=%i %o"])
+def queued(scripts: Mapping[str, Path]) -> list[str]:
+    """Jobs in the queue that bear one of the names and run its script."""
+    done = _run(["squeue", "--noheader", f"--name={','.join(scripts)}", "--format=%i %o"])
+    if done.returncode:
+        raise UserError(f"squeue: {_refusal(done.stderr)}")
+    paths = [str(script.absolute()) for script in scripts.values()]
     lines = [line.partition(" ") for line in done.stdout.splitlines()]
-    return [job for job, _, command in lines if Path(command.split(" ")[0]) == script.absolute()]
+    return [job for job, _, words in lines if any(words == path or words.startswith(f"{path} ") for path in paths)]
 
 
 def cancel(jobs: Sequence[str]) -> None:
@@ -113,8 +134,15 @@ def _sbatch(*words: str, text: str = "") -> str:
 
 
 def _run(words: list[str], given: str = "") -> "subprocess.CompletedProcess[str]":
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name in _PASSED or not (name.startswith(_NOT_PASSED) or name in _OF_RANKS)
+    }
     try:
-        return subprocess.run(words, input=given, capture_output=True, text=True, errors="replace", timeout=_PATIENCE)
+        return subprocess.run(
+            words, env=environment, input=given, capture_output=True, text=True, errors="replace", timeout=_PATIENCE
+        )
     except FileNotFoundError as error:
         raise UserError(f"{words[0]}: not on the path. Slurm's commands are on login nodes") from error
     except subprocess.TimeoutExpired as error:

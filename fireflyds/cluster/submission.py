@@ -1,8 +1,11 @@
 """Jobs of a run or of a road: frozen, written, queued all or none, and remembered in `jobs.json`."""
 
+import contextlib
 import json
+import signal
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -74,15 +77,19 @@ def submit(planned: Sequence[Planned], cluster: ClusterConfig, folder: Path) -> 
     refuse_active(folder)
     for each in planned:
         slurm.try_out(script.text(each.job, cluster))
-    old = {path: path.read_text(encoding="utf-8") if path.exists() else None for path in _files(planned)}
-    write(planned, cluster)
+    files = [*_files(planned), folder / RECORDS]
+    old = {path: path.read_text(encoding="utf-8") if path.exists() else None for path in files}
     queued: list[Record] = []
     try:
-        for each in planned:
-            _queue(each.job, cluster, queued)
-        write_whole(folder / RECORDS, json.dumps([asdict(record) for record in queued], indent=2))
+        with _hangups_interrupt():
+            write(planned, cluster)
+            for each in planned:
+                _queue(each.job, cluster, queued, folder)
     except BaseException:
         slurm.cancel([record.id for record in queued])
+        with contextlib.suppress(UserError):
+            # Also one that Slurm has taken while its answer was lost.
+            slurm.cancel(slurm.queued({each.job.name: each.job.script for each in planned}))
         for path, text in old.items():
             path.unlink(missing_ok=True) if text is None else write_whole(path, text)
         raise
@@ -102,12 +109,25 @@ def _files(planned: Sequence[Planned]) -> list[Path]:
     return [path for each in planned for path in (each.job.config, each.job.script)]
 
 
-def _queue(job: Job, cluster: ClusterConfig, queued: list[Record]) -> None:
-    """One job, or a chain of them; `queued` grows at once, so that an interrupt finds all."""
+@contextlib.contextmanager
+def _hangups_interrupt() -> Iterator[None]:
+    """A connection that drops in the middle is a Ctrl-C: what was queued is taken back."""
+    numbers = (signal.SIGHUP, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    previous = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _queue(job: Job, cluster: ClusterConfig, queued: list[Record], folder: Path) -> None:
+    """One job, or a chain of them; each is noted at once, so that whatever happens finds all."""
     after = f"afterok:{queued[-1].id}" if queued else ""
     for place in range(1, (cluster.chain if job.verb == "train" else 1) + 1):
         number = slurm.submit(job.script, place, after)
         name = job.name if place == 1 else f"{job.name} ({place})"
         log = str(job.log).replace("%j", number)
         queued.append(Record(name, job.verb, number, str(job.folder), str(job.script), log, time.time()))
+        write_whole(folder / RECORDS, json.dumps([asdict(record) for record in queued], indent=2))
         after = f"afterany:{number}"

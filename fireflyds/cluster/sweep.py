@@ -60,6 +60,7 @@ class Sweep:
         self._freeze, self._launcher = freeze, launcher
         self._asked: dict[int, float] = {}
         self._slots: dict[int, int] = {}
+        self._interrupted: set[int] = set()
         self._leaving = False
 
     def run(self) -> bool:
@@ -73,12 +74,20 @@ class Sweep:
                     self._look(self._study.draw())
                 if not self._running() and not self._left():
                     return True
-                if self._leaving and not any(self._launcher.interrupt(self._place(trial)) for trial in self._alive()):
+                if self._leaving and not self._interrupt():
                     return False
                 time.sleep(self._search.poll_seconds)
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+    def _interrupt(self) -> bool:
+        """Ask all that can to save and leave, each once: a second SIGTERM means at once. Whether any still works on it."""
+        alive = self._alive()
+        for trial in alive:
+            if trial.number not in self._interrupted and self._launcher.interrupt(self._place(trial)):
+                self._interrupted.add(trial.number)
+        return any(trial.number in self._interrupted for trial in alive)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         if self._leaving:
@@ -113,6 +122,8 @@ class Sweep:
             return
         self._study.report(trial.number, watch.reports(place, self._search))
         ended = watch.ended(place)
+        if ended.state in ("died", "left") and trial.user_attrs.get("pruned"):
+            ended = watch.Ended("stopped", "ended while it was asked to stop")
         if ended.state == "failed" and not any(watch.steps_of(self._place(each))[0] for each in self._study.trials):
             # What keeps the first from beginning would keep all of them.
             for each in self._running():
@@ -120,10 +131,10 @@ class Sweep:
             raise UserError(
                 f"trial {trial.number} ended before its first step: {ended.message}. Mend it; the same command goes on"
             )
-        if ended.state != "died":
+        if ended.state not in ("died", "left"):
             self._record(trial, ended)
         elif not self._leaving:
-            self._start(trial, ended.message)
+            self._start(trial, ended)
 
     def _slot(self, trial: FrozenTrial) -> int:
         """The trial's place among those that run at the same time; it keeps it over restarts of the sweep."""
@@ -140,16 +151,23 @@ class Sweep:
             self._slots[trial.number] = free if noted is None or noted >= self._search.parallel else noted
         return self._slots[trial.number]
 
-    def _start(self, trial: FrozenTrial, last_words: str) -> None:
-        starts = trial.user_attrs.get("starts", 0)
-        if starts > self._search.retries:
-            self._record(trial, watch.Ended("failed", f"its processes died {starts} times, at last with: {last_words}"))
+    def _start(self, trial: FrozenTrial, ended: watch.Ended) -> None:
+        starts, before = trial.user_attrs.get("starts", 0), trial.user_attrs.get("deaths", 0)
+        deaths = before + (starts > 0 and ended.state == "died")
+        if deaths > self._search.retries:
+            why = f"its processes died {deaths} times, at last with: {ended.message}"
+            self._record(trial, watch.Ended("failed", why))
             return
         shown = ", ".join(f"{key}={value}" for key, value in trial.params.items())
         print(f"trial {trial.number}: {'starts' if not starts else 'starts again'} with {shown}", flush=True)
         slot = self._slot(trial)
-        self._study.note(trial.number, starts=starts + 1, slot=slot)
-        self._launcher.start(self._place(trial), slot)
+        self._study.note(trial.number, starts=starts + 1, deaths=deaths, slot=slot)
+        try:
+            self._launcher.start(self._place(trial), slot)
+        except UserError:
+            # A queue that takes no more is no fault of the trial's.
+            self._study.note(trial.number, starts=starts, deaths=before)
+            raise
 
     def _watch(self, trial: FrozenTrial) -> None:
         place = self._place(trial)

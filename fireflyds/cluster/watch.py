@@ -20,7 +20,7 @@ class Ended:
     """How a run ended."""
 
     state: str
-    """`finished`, `stopped` (asked to), `failed`, `diverged`, or `died`: nobody said why, and it can go on."""
+    """`finished`, `stopped` (by a file), `failed`, `diverged`; or it can go on: `left` as asked, `died` without a word."""
     message: str = ""
 
 
@@ -86,6 +86,8 @@ def ended(run_dir: Path) -> Ended:
         )
     if state == "finished" or (state == "stopped" and found["exit_code"] == 76):
         return Ended(str(state), message)
+    if state == "stopped":
+        return Ended("left", message)
     if not found and (refusal := _refusal(run_dir)):
         return Ended("failed", refusal)
     return Ended("died", _last_line(run_dir))

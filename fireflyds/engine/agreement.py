@@ -25,7 +25,7 @@ from fireflyds.engine.doctor.check import Verdict
 from fireflyds.engine.doctor.machine import place_of
 from fireflyds.engine.meeting import Meeting, Part, SilentError
 from fireflyds.engine.ranks import Ranks
-from fireflyds.errors import UserError
+from fireflyds.errors import LostRankError, UserError
 
 # Rank 0 says whom it waits for after so many seconds.
 _PATIENCE = 30.0
@@ -62,21 +62,26 @@ def meet(me: Ranks, config: TrainConfig, text: str) -> tuple[Meeting, list[str]]
     if me.rank:
         _take_part(meeting, asked, text, seconds)
         return meeting, []
-    verdict, notes = "", []
+    verdict, lost, notes = "", False, []
     try:
         answers = _wait_for_all(meeting, seconds)
         _compare(meeting, answers, text, asked.timeout)
         notes = _between_hosts(meeting, [answer["host"] for answer in answers], asked)
     except UserError as error:
-        verdict = str(error)
+        verdict, lost = str(error), isinstance(error, LostRankError)
     except SilentError as silent:
-        ranks = named(set(silent.ranks))
+        ranks, lost = named(set(silent.ranks)), True
         verdict = f"{ranks} came, and did not answer to `{silent.step}` within {asked.timeout:g} s. See the logs there"
     # Also where some have not come: those that have shall hear it.
-    meeting.end(verdict)
-    if verdict:
-        raise UserError(verdict)
+    meeting.end([verdict, lost])
+    _obey(verdict, lost)
     return meeting, notes
+
+
+def _obey(verdict: str, lost: bool) -> None:
+    """A rank that has not come may come at the next start; what differs will differ then too."""
+    if verdict:
+        raise LostRankError(verdict) if lost else UserError(verdict)
 
 
 def _take_part(meeting: Meeting, asked: DoctorConfig, text: str, seconds: float) -> None:
@@ -87,8 +92,7 @@ def _take_part(meeting: Meeting, asked: DoctorConfig, text: str, seconds: float)
         "shared folder": lambda payload: links.read_token(asked, payload),
     }
     # Rank 0 may have come later than this rank, and then waits as long itself.
-    if verdict := meeting.serve(parts, 2 * seconds + asked.timeout):
-        raise UserError(verdict)
+    _obey(*meeting.serve(parts, 2 * seconds + asked.timeout))
 
 
 def about(me: Ranks, text: str) -> dict[str, Any]:
@@ -128,7 +132,7 @@ def _wait_for_all(meeting: Meeting, seconds: float) -> list[dict[str, Any]]:
         if not missing:
             return [meeting.hear(f"here/{rank}", seconds) for rank in range(me.world_size)]
         if waited > seconds:
-            raise UserError(
+            raise LostRankError(
                 f"{named(missing)} of {me.world_size} did not come to {me.master_addr}:{me.master_port} within {seconds:g} s "
                 "(hardware.start_timeout_minutes). See the logs there: was it started, with the same number of hosts, and "
                 "does that host reach this address? `launch/doctor.py`, started the same way, tries it"

@@ -4,7 +4,8 @@ import atexit
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
@@ -22,6 +23,7 @@ T = TypeVar("T")
 
 def start(ranks: Ranks, timeout_minutes: float) -> None:
     """Join the other ranks. On a machine without a GPU the CPU accelerator is picked, with a line saying so."""
+    ranks = _with_device(ranks)
     ranks.export()
     if not pick_accelerator() and ranks.rank == 0:
         print("no GPU here: training on the CPU (DeepSpeed's cpu accelerator, gloo)", flush=True)
@@ -37,12 +39,36 @@ def start(ranks: Ranks, timeout_minutes: float) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if backend == "gloo":
-        # Ranks that each take all cores fight over them; launchers that know better say OMP_NUM_THREADS=1 to all.
-        local_size = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size)))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+        torch.set_num_threads(_threads(ranks, os.environ))
     else:
         torch.cuda.set_device(ranks.local_rank)
     deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(minutes=timeout_minutes), verbose=False)
+
+
+def _with_device(ranks: Ranks) -> Ranks:
+    """Where Slurm shows each task but its own GPU, that is number 0 to it.
+
+    Raises:
+        UserError: there are more ranks than GPUs.
+    """
+    seen = torch.cuda.device_count()
+    if not seen or ranks.local_rank < seen:
+        return ranks
+    if seen == 1 and "SLURM_PROCID" in os.environ:
+        return replace(ranks, local_rank=0)
+    raise UserError(
+        f"local rank {ranks.local_rank}: {seen} GPUs are visible on this host. Start no more ranks a host than it has GPUs, or look "
+        "at CUDA_VISIBLE_DEVICES"
+    )
+
+
+def _threads(ranks: Ranks, environment: Mapping[str, str]) -> int:
+    """Ranks that each take all cores fight over them; launchers that know better say OMP_NUM_THREADS=1 to all."""
+    if cores := environment.get("SLURM_CPUS_PER_TASK"):
+        return int(cores)
+    sizes = (environment.get(name) for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE"))
+    local_size = next((int(size) for size in sizes if size), ranks.world_size)
+    return max(1, len(os.sched_getaffinity(0)) // local_size)
 
 
 def pick_accelerator() -> bool:

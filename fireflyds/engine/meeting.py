@@ -16,7 +16,7 @@ from typing import Any
 import torch.distributed as dist
 
 from fireflyds.engine.ranks import Ranks
-from fireflyds.errors import UserError
+from fireflyds.errors import LostRankError, UserError
 
 # Seconds between two looks at the store: the first ones quick, for the clocks; never so many that thousands of ranks
 # keep it busy. Not the store's own waiting, in which Ctrl-C is not heard.
@@ -60,7 +60,7 @@ class Meeting:
                 multi_tenant=True,
             )
         except (dist.DistError, ValueError) as error:
-            raise UserError(_unusable(me, str(error).splitlines()[0])) from error
+            raise LostRankError(_unusable(me, str(error).splitlines()[0])) from error
         # An agent's store outlives a restart of its ranks: what was told before it is old.
         self._store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)  # type: ignore[attr-defined]
 
@@ -98,7 +98,7 @@ class Meeting:
             raise self._left() from error
 
     def _left(self) -> UserError:
-        return UserError(f"rank {self.me.rank}: rank 0 has left; its report or its log says why")
+        return LostRankError(f"rank {self.me.rank}: rank 0 has left; its report or its log says why")
 
     def told(self, key: str) -> bool:
         return bool(self._store.check([f"meeting/{key}"]))
@@ -135,7 +135,7 @@ class Meeting:
             try:
                 step, payload = self.hear(f"call/{self._steps}", longest)
             except TimeoutError as error:
-                raise UserError(
+                raise LostRankError(
                     f"rank {self.me.rank}: rank 0 has said nothing for {longest:g} s; see its log, or wait longer (timeout= of the doctor, hardware.start_timeout_minutes of a run)"
                 ) from error
             if step == _END:
@@ -177,7 +177,7 @@ def _wait_for_store(me: Ranks, timeout: float) -> None:
         if nameless
         else "Look whether rank 0 runs, whether the address is its own, and whether a firewall closes the port"
     )
-    raise UserError(
+    raise LostRankError(
         f"MASTER_ADDR:MASTER_PORT={me.master_addr}:{me.master_port}: rank {me.rank} on {socket.gethostname()} did not reach "
         f"rank 0 there within {timeout:g} s ({why}). {remedy}"
     )

@@ -30,6 +30,10 @@ echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1
 SCANCEL = """#!/bin/bash
 echo "scancel $@" >> $FAKE/calls
 """
+SQUEUE = """#!/bin/bash
+echo "squeue $@" >> $FAKE/calls
+cat $FAKE/queue 2> /dev/null || true
+"""
 # What the job does is played too: it leaves with the code in `code`.
 SRUN = """#!/bin/bash
 echo "srun $@" >> $FAKE/calls
@@ -42,7 +46,13 @@ class Fake:
         self.folder, self._verb = folder / "fake", verb
         self.work = folder
         self.folder.mkdir()
-        for name, text in (("sbatch", SBATCH), ("scontrol", SCONTROL), ("scancel", SCANCEL), ("srun", SRUN)):
+        for name, text in (
+            ("sbatch", SBATCH),
+            ("scontrol", SCONTROL),
+            ("scancel", SCANCEL),
+            ("srun", SRUN),
+            ("squeue", SQUEUE),
+        ):
             (self.folder / name).write_text(text)
             (self.folder / name).chmod(0o755)
         (self.folder / "calls").touch()
@@ -171,8 +181,58 @@ def test_when_a_later_job_is_refused_none_is_left(fake: Fake, says: str, remedy:
     assert done.returncode == 2
     assert says.splitlines()[0].removeprefix("sbatch: error: ") in done.stderr
     assert remedy in done.stderr
-    assert fake.calls[-1] == "scancel 1 2"
+    assert [call for call in fake.calls if call.startswith("scancel")] == ["scancel 1 2"]
     assert [file for file in (fake.work / "runs").rglob("*") if file.is_file()] == []
+
+
+def test_a_job_whose_number_was_lost_is_taken_back_too(fake: Fake) -> None:
+    (fake.folder / "full_at").write_text("1")
+    (fake.folder / "says").write_text("sbatch: error: Socket timed out on send/recv operation")
+    script = fake.work / "runs/cpt/submit.sh"
+    (fake.folder / "queue").write_text(f"7 {script} 1\n8 /elsewhere/submit.sh 1\n9 {script}.old\n")
+    assert fake.submit(*TRAIN, check=False).returncode == 2
+    assert "scancel 7" in fake.calls
+    assert not script.exists()
+
+
+def test_leftovers_of_another_job_reach_no_new_one(fake: Fake) -> None:
+    sbatch = fake.folder / "sbatch"
+    sbatch.write_text(sbatch.read_text().replace("echo", "env >> $FAKE/environment; echo", 1))
+    fake.variables |= {
+        "SLURM_CPUS_PER_TASK": "3",
+        "SBATCH_PARTITION": "old",
+        "RANK": "0",
+        "SLURM_CONF": "/etc/slurm.conf",
+    }
+    fake.submit(*TRAIN)
+    passed = (fake.folder / "environment").read_text()
+    assert "SLURM_CONF=" in passed
+    assert not re.search(r"^(SLURM_CPUS_PER_TASK|SBATCH_PARTITION|RANK)=", passed, re.MULTILINE)
+
+
+def test_a_dry_run_leaves_the_files_of_an_active_job(fake: Fake) -> None:
+    fake.submit(*TRAIN)
+    (fake.folder / "scontrol").write_text("#!/bin/bash\necho JobId=1 JobState=PENDING Reason=None\n")
+    before = (fake.work / "runs/cpt/config.yaml").read_text()
+    done = fake.submit(*TRAIN, "optim.lr=1e-3", "dry_run=true", check=False)
+    assert "submitted already: cpt (job 1, PENDING)" in done.stderr
+    assert (fake.work / "runs/cpt/config.yaml").read_text() == before
+
+
+def test_spaces_and_gres_are_written_as_slurm_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "my runs"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    cluster = ClusterConfig(partition="gpu", cpu_partition="cpu", sbatch="--gres=gpu:8 --exclusive", gpus_per_node=8)
+    train = script.text(submission.job_of("train", "cpt", Path("runs/cpt"), Path("runs/cpt")), cluster)
+    assert f'#SBATCH --chdir="{place}"\n' in train
+    assert "#SBATCH --partition=gpu\n" in train
+    assert "#SBATCH --gres=gpu:8\n" in train
+    assert "gpus-per-node" not in train
+    prepare = script.text(submission.job_of("prepare", "prepare", Path("runs/cpt"), None), cluster)
+    assert "#SBATCH --partition=cpu\n" in prepare
+    assert "--gres" not in prepare
+    assert "#SBATCH --exclusive\n" in prepare
 
 
 def test_a_road_is_chained_by_success(fake: Fake) -> None:
@@ -213,14 +273,16 @@ def _job(folder: Path, **keys) -> Path:
     return path
 
 
-def _start(fake: Fake, path: Path, code: int, step: int | None, place: int = 1) -> "subprocess.CompletedProcess[str]":
+def _start(
+    fake: Fake, path: Path, code: int, step: int | None, place: int = 1, restarts: int = 0
+) -> "subprocess.CompletedProcess[str]":
     (fake.folder / "code").write_text(str(code))
     if step is not None:
         (path.parent / "status.json").write_text(json.dumps({"step": step, "exit_code": code}, indent=2))
-    environment = os.environ | fake.variables | {"SLURM_JOB_ID": "5"}
-    return subprocess.run(
-        ["bash", str(path), str(place)], env=environment, cwd=path.parent, capture_output=True, text=True
-    )
+        (path.parent / f"checkpoints/step-{step:06d}").mkdir(parents=True, exist_ok=True)
+    environment = os.environ | fake.variables | {"SLURM_JOB_ID": "5", "SLURM_RESTART_COUNT": str(restarts)}
+    words = ["bash", str(path), str(place)]
+    return subprocess.run(words, env=environment, cwd=path.parent, capture_output=True, text=True)
 
 
 def _put_back(fake: Fake) -> int:
@@ -236,12 +298,15 @@ def test_the_script_puts_back_what_can_go_on(fake: Fake, code: int, put_back: in
 @pytest.mark.parametrize("step", [10, None])
 def test_a_job_that_gets_no_further_is_given_up(fake: Fake, step: int | None) -> None:
     path = _job(fake.work, max_failures=2)
-    found = [_start(fake, path, 1, step).stdout for _ in range(3)]
-    assert "3 times in a row without a step further: not put back" in found[-1]
+    found = [_start(fake, path, 1, step, restarts=restarts).stdout for restarts in range(3)]
+    assert "3 times in a row without a newer checkpoint: not put back" in found[-1]
     assert _put_back(fake) == 2
     if step:
-        _start(fake, path, 1, step + 1)
+        _start(fake, path, 1, step + 1, restarts=3)
         assert _put_back(fake) == 3
+    # Submitted again, it begins to count anew.
+    _start(fake, path, 1, step)
+    assert _put_back(fake) == (4 if step else 3)
 
 
 def test_a_later_job_of_a_chain_does_nothing_after_the_end(fake: Fake) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -344,3 +345,48 @@ def test_another_search_under_the_same_name_is_refused(verb, tmp_path: Path) -> 
     assert "study=s: was begun with something else (" in done.stderr
     assert "seed: 1 -> 0" in done.stderr
     assert not (tmp_path / "runs/s/study.journal").exists()
+
+
+def test_an_interrupt_asks_every_trial_once_and_waits_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Polite(Played):
+        asked: ClassVar[list[str]] = []
+
+        def interrupt(self, place: Path) -> bool:
+            self.asked.append(place.name)
+            return True
+
+        def _step(self, place: Path) -> None:
+            if self.asked.count(place.name) and len(watch.seen(place, "loss")) >= 4:
+                self.alive_now[place] = False
+                self._say(place, "stopped", exit_code=75, message="SIGTERM")
+                return
+            super()._step(place)
+
+    played, looking = Polite(tmp_path), search(retries=0)
+    study = Study(tmp_path / "study.journal", "s", looking)
+    sweep = Sweep(study, looking, "s", tmp_path, freeze, played)
+    monkeypatch.setattr(
+        "fireflyds.cluster.sweep.time.sleep", lambda seconds: None if sweep._leaving else sweep._hear(15, None)
+    )
+    assert not sweep.run()
+    assert played.asked == ["trial-0000", "trial-0001"]
+    assert not any(played.alive_now.values())
+    monkeypatch.setattr("fireflyds.cluster.sweep.time.sleep", lambda seconds: None)
+    # Not even one death is allowed here, and none has died.
+    assert [trial.state.name for trial in run(tmp_path, Played(tmp_path), looking).trials] == ["COMPLETE"] * 6
+
+
+def test_a_trial_that_is_ended_while_it_is_asked_to_stop_is_pruned(tmp_path: Path) -> None:
+    class Deaf(Played):
+        def _step(self, place: Path) -> None:
+            if (place / "STOP").exists():
+                self.alive_now[place] = False
+                return
+            super()._step(place)
+
+    played = Deaf(tmp_path)
+    study = run(tmp_path, played, search(trials=12, pruner=Pruner.median))
+    pruned = [trial for trial in study.trials if trial.state.name == "PRUNED"]
+    assert pruned
+    assert all(trial.user_attrs["outcome"] == "pruned" for trial in pruned)
+    assert len(played.started) == 12

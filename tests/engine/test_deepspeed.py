@@ -4,6 +4,7 @@ import torch
 from fireflyds import app
 from fireflyds.config import HardwareConfig, Precision
 from fireflyds.engine import deepspeed
+from fireflyds.engine.ranks import Ranks
 from fireflyds.errors import UserError
 
 
@@ -55,3 +56,24 @@ def test_formats_the_device_lacks_are_refused(monkeypatch) -> None:
     assert deepspeed.resolve_precision(HardwareConfig(precision=Precision.auto)) is Precision.fp16
     with pytest.raises(UserError, match="Tesla V100 has no bf16. Use hardware.precision=fp16"):
         deepspeed.resolve_precision(HardwareConfig(precision=Precision.bf16))
+
+
+def test_cores_are_shared_by_the_ranks_of_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deepspeed.os, "sched_getaffinity", lambda process: set(range(16)))
+    me = Ranks(0, 0, 64, "a", 1)
+    assert deepspeed._threads(me, {}) == 1
+    assert deepspeed._threads(me, {"LOCAL_WORLD_SIZE": "4"}) == 4
+    assert deepspeed._threads(me, {"SLURM_NTASKS_PER_NODE": "2"}) == 8
+    assert deepspeed._threads(me, {"SLURM_CPUS_PER_TASK": "12", "SLURM_NTASKS_PER_NODE": "2"}) == 12
+
+
+def test_a_task_that_sees_its_own_gpu_alone_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    me = Ranks(3, 3, 8, "a", 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    assert deepspeed._with_device(me).local_rank == 0
+    monkeypatch.delenv("SLURM_PROCID")
+    with pytest.raises(UserError, match="local rank 3: 1 GPUs are visible on this host. Start no more ranks"):
+        deepspeed._with_device(me)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert deepspeed._with_device(me).local_rank == 3
