@@ -186,7 +186,11 @@ def deepspeed_config(config: TrainConfig, precision: Precision, accumulation: in
 def build_engine(model: nn.Module, config: TrainConfig, precision: Precision, accumulation: int) -> Any:
     """The DeepSpeed engine of a model whose trainable parameters are marked."""
     import deepspeed
+    from deepspeed.runtime import compiler
 
+    if config.optim.name is not Optimizer.muon:
+        # It marks its Muon for torch.compile wherever ZeRO is used, which loads a compiler at every start.
+        compiler.compile = lambda *_, **__: lambda function: function
     optimizer = optimizers.build(parameter_groups(model, config), config)
     # At stage 0 DeepSpeed's 16-bit wrapper takes a real step with zero gradients when it is made: it must move nothing
     # and leave no trace in the states.

@@ -13,7 +13,7 @@ ARCHITECTURE = (
     "num_key_value_heads: 2, max_position_embeddings: 256, tie_word_embeddings: false}"
 )
 SMALL = ["seq_len=128", "micro_batch_size=1", "global_batch_size=4", "optim.lr=1e-2", "log_every=1"]
-TWO_RANKS = ("deepspeed", "--num_gpus", "2")
+TWO_RANKS = ("torchrun", "--standalone", "--nproc_per_node", "2")
 
 
 def write(folder: Path, name: str, rows: list[dict]) -> str:
@@ -136,8 +136,8 @@ def test_all_launchers_and_world_sizes_give_the_same_losses(verb, base: Path, tm
     }
     starts = {
         "python": ((), {}),
-        "deepspeed": (TWO_RANKS, {}),
-        "torchrun": (("torchrun", "--standalone", "--nproc_per_node", "2"), {}),
+        "deepspeed": (("deepspeed", "--num_gpus", "2"), {}),
+        "torchrun": (TWO_RANKS, {}),
         "slurm": ((), slurm),
     }
     found = {}

@@ -57,7 +57,7 @@ def test_the_vocabulary_then_adapters_then_a_new_schedule(verb, expanded: int, t
     rows = json.loads((tmp_path / "expanded" / "config.json").read_text())["vocab_size"] - expanded
     assert f"rows: freeze, {2 * rows * 64:,} of " in shown
     adapters = [*base, "tuning=lora", *ADAPTERS, *new_rows]
-    two = ("deepspeed", "--num_gpus", "2")
+    two = ("torchrun", "--standalone", "--nproc_per_node", "2")
     verb("train", "run=lora", *adapters, "init_from=rows", "optim.steps=6", "zero=3", start=two)
     assert losses(tmp_path, "lora")[0] < losses(tmp_path, "rows")[-1] + 0.05
     # The earlier run is needed no more: its part stands in this run's own folder.

@@ -8,7 +8,7 @@ from samples import CHINESE, ENGLISH
 
 pytestmark = pytest.mark.slow
 
-TWO_RANKS = ("deepspeed", "--num_gpus", "2")
+TWO_RANKS = ("torchrun", "--standalone", "--nproc_per_node", "2")
 
 
 def rows(tmp_path: Path, run: str, name: str) -> list[dict]:

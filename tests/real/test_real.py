@@ -26,7 +26,7 @@ def test_the_road_on_real_text(verb, data_folder: Path, tmp_path: Path) -> None:
     print(verb("prepare", "data=at_path", sources, "tokenizer=tok", "out=cpt").stdout)
     scratch = ["model=at_path", "model.init=scratch", "model.tokenizer=tok", f"model.architecture={TINY_LLAMA}"]
     small = ["seq_len=256", "micro_batch_size=1", "global_batch_size=4", "log_every=5"]
-    start = ("deepspeed", "--num_gpus", "2")
+    start = ("torchrun", "--standalone", "--nproc_per_node", "2")
     weights = ["data.weights.zh=0.8", "data.weights.en=0.2"]
     verb("train", "run=cpt", *scratch, "data=cpt", *weights, "optim.steps=40", "optim.lr=3e-3", *small, start=start)
     verb("export", "run=cpt")
