@@ -64,11 +64,13 @@ def _with_device(ranks: Ranks) -> Ranks:
 
 def _threads(ranks: Ranks, environment: Mapping[str, str]) -> int:
     """Ranks that each take all cores fight over them; launchers that know better say OMP_NUM_THREADS=1 to all."""
-    if cores := environment.get("SLURM_CPUS_PER_TASK"):
-        return int(cores)
+    if asked := environment.get("SLURM_CPUS_PER_TASK"):
+        return int(asked)
     sizes = (environment.get(name) for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE"))
     local_size = next((int(size) for size in sizes if size), ranks.world_size)
-    return max(1, len(os.sched_getaffinity(0)) // local_size)
+    # Slurm may give a job fewer cores than it is bound to.
+    cores = min(len(os.sched_getaffinity(0)), int(environment.get("SLURM_CPUS_ON_NODE", 1 << 20)))
+    return max(1, cores // local_size)
 
 
 def pick_accelerator() -> bool:

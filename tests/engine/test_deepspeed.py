@@ -64,6 +64,7 @@ def test_cores_are_shared_by_the_ranks_of_a_host(monkeypatch: pytest.MonkeyPatch
     assert deepspeed._threads(me, {}) == 1
     assert deepspeed._threads(me, {"LOCAL_WORLD_SIZE": "4"}) == 4
     assert deepspeed._threads(me, {"SLURM_NTASKS_PER_NODE": "2"}) == 8
+    assert deepspeed._threads(me, {"SLURM_NTASKS_PER_NODE": "2", "SLURM_CPUS_ON_NODE": "6"}) == 3
     assert deepspeed._threads(me, {"SLURM_CPUS_PER_TASK": "12", "SLURM_NTASKS_PER_NODE": "2"}) == 12
 
 

@@ -154,7 +154,8 @@ def test_hosts_that_differ_or_do_not_come_are_told_apart(hosts: Hosts, between: 
     codes = hosts.wait(started)
     taken.kill()
     said = {file.stem: file.read_text() for file in hosts.folder.glob("*-[01].log")}
-    assert codes == [2] * 7, said
+    # What differs will differ next time too; who was lost may come.
+    assert codes == [2, 2, 2, 2, 1, 1, 1], said
     for rank in "01":
         assert (
             "error: rank 1 on host-b has another code than rank 0 on host-a: fireflyds/engine/loop.py. Bring"
