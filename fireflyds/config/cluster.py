@@ -80,7 +80,7 @@ class ClusterConfig:
     signal_seconds: int = 300
     """So long before its time limit a job is told to save."""
     max_failures: int = 3
-    """A job that lost a rank is put back at most so often."""
+    """A job that ends more often than this in a row without a newer checkpoint is not put back."""
 
     def __post_init__(self) -> None:
         require_at_least(self, "cluster.", nodes=1, gpus_per_node=1, cpus_per_task=1, chain=1, signal_seconds=1)
