@@ -1,5 +1,6 @@
 """No rank dies silently: each tells that it lives, and the others end, with a message, when one does not."""
 
+import contextlib
 import json
 import os
 import socket
@@ -60,6 +61,10 @@ class Heartbeat:
             store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=self._seconds))  # type: ignore[attr-defined]
             self._store = dist.PrefixStore(f"fireflyds/{attempt}", store)  # type: ignore[attr-defined]
             self._beat()
+            if self._me.rank:
+                # Cut off before the first look, it still knows whose host it misses. Rank 0 beats as it comes here.
+                with contextlib.suppress(dist.DistError):
+                    self._seen[0] = (self._store.get("beat/0").decode(), time.monotonic())
             self._looked = time.monotonic()
             for thread in self._threads:
                 thread.start()
