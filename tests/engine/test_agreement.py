@@ -7,6 +7,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from threads import each_in_its_thread
 
 from fireflyds import app
 from fireflyds.config import TrainConfig
@@ -51,12 +52,7 @@ def ranks(tmp_path: Path, monkeypatch):
             except UserError as error:
                 found[rank] = str(error)
 
-        threads = [threading.Thread(target=one, args=(rank,), name=str(rank)) for rank in present]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
-            assert not thread.is_alive()
+        each_in_its_thread(present, one)
         return found
 
     return run

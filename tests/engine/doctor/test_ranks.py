@@ -7,6 +7,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from threads import each_in_its_thread
 
 from fireflyds.config import DoctorConfig
 from fireflyds.engine import meeting
@@ -45,12 +46,7 @@ def cluster(tmp_path, monkeypatch):
             except UserError as error:
                 errors[rank] = str(error)
 
-        threads = [threading.Thread(target=one, args=(rank,), name=str(rank)) for rank in present]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
-            assert not thread.is_alive()
+        each_in_its_thread(present, one)
         assert found.keys() | errors.keys() == set(present)
         assert all("rank 0 has left" in error for error in errors.values()), errors
         assert [found[rank] for rank in found if rank] == [None] * (len(found) - 1)

@@ -5,14 +5,12 @@ import json
 from dataclasses import replace
 
 import pytest
+from plans import plan_of
 
 from fireflyds import app
 from fireflyds.config import PlanConfig, Precision
 from fireflyds.engine.planning import choices, plan
-from fireflyds.engine.planning.flops import step_flops
 from fireflyds.engine.planning.memory import GIB, Placement
-from fireflyds.engine.planning.shape import shape_of
-from fireflyds.models import load, tuning
 
 LAYERS, WIDTH, INNER, VOCAB = 2, 4096, 11008, 55_296
 BODY = LAYERS * (4 * WIDTH**2 + 3 * WIDTH * INNER)
@@ -26,12 +24,7 @@ def _config(*overrides: str) -> PlanConfig:
 
 
 def _plan(*overrides: str) -> plan.Plan:
-    config = _config(*overrides)
-    hf_config = load.architecture_of(config.model)
-    family, rows = load.family_of(hf_config.model_type), load.base_vocab_size(config.model, hf_config)
-    model = tuning.apply(load.bare_model(hf_config), family, config.tuning, rows, 0)
-    precision = plan.precision_of(config)
-    return plan.make(config, shape_of(model, config), step_flops(model), precision, plan.data_of(config, None))
+    return plan_of(_config(*overrides))
 
 
 def _layouts(made: plan.Plan) -> set[tuple[int, str]]:

@@ -4,15 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+from plans import plan_of
 from samples import ENGLISH
 
 from fireflyds import app
 from fireflyds.config import PlanConfig, Precision
 from fireflyds.engine.planning import choices, plan
-from fireflyds.engine.planning.flops import peak_flops, step_flops
-from fireflyds.engine.planning.shape import shape_of
+from fireflyds.engine.planning.flops import peak_flops
 from fireflyds.errors import UserError
-from fireflyds.models import load, tuning
 
 BODY, EMBEDDINGS = 32 * (4 * 4096**2 + 3 * 4096 * 11008), 55_296 * 4096
 FULL = ["tuning=full", "tuning.embeddings=all", "tuning.head=all", "optim=adamw", "hardware=bf16", "zero=1"]
@@ -23,12 +22,7 @@ def _config(*overrides: str) -> PlanConfig:
 
 
 def _plan(*overrides: str) -> plan.Plan:
-    config = _config(*overrides)
-    hf_config = load.architecture_of(config.model)
-    family, rows = load.family_of(hf_config.model_type), load.base_vocab_size(config.model, hf_config)
-    model = tuning.apply(load.bare_model(hf_config), family, config.tuning, rows, 0)
-    precision = plan.precision_of(config)
-    return plan.make(config, shape_of(model, config), step_flops(model), precision, plan.data_of(config, None))
+    return plan_of(_config(*overrides))
 
 
 def test_every_stage_offloading_and_dividing_micro_batch_is_offered_once() -> None:
