@@ -239,7 +239,10 @@ def _rewrite(verb: str, override: str) -> list[str]:
     if not equals or key.startswith(("+", "~")):
         return [override]
     if key.startswith("sweep.space."):  # the range of a key, whose name has dots of its own
-        return [f"++sweep.space={{{key.removeprefix('sweep.space.')}: {value}}}"]
+        if value[:1] not in ("{", "["):
+            raise UserError(f"{override}: is no range. Give {key}={{low: 1e-5, high: 1e-3}} or {key}=[1e-5, 1e-4]")
+        one = f"{{choices: {value}}}" if value.startswith("[") else value
+        return [f"++sweep.space={{{key.removeprefix('sweep.space.')}: {one}}}"]
     if key == "zero" and value in tuple("0123"):  # Hydra takes no number for an option
         return [f"zero=stage{value}"]
     is_open = any(key == section or key.startswith(f"{section}.") for section in OPEN_SECTIONS)
@@ -260,6 +263,13 @@ def _rewrite(verb: str, override: str) -> list[str]:
     return [f"{key}={option}", field.format(quoted)]
 
 
+def unknown_key(verb: str, key: str) -> str:
+    """What to say of a key that a verb does not have."""
+    near = difflib.get_close_matches(key, [name for name, _, _ in reference.options(VERBS[verb])], n=3, cutoff=0.5)
+    hint = f" Did you mean {' or '.join(near)}?" if near else ""
+    return f"{key}: no such key for {verb}.{hint} `python launch/{verb}.py -h` lists all keys"
+
+
 def _readable(verb: str, error: Exception) -> str:
     """Hydra's message with what it leaves out: the nearest known keys, and where to look."""
     text = str(error.__cause__ or error).split("\nConfig search path")[0]
@@ -268,10 +278,7 @@ def _readable(verb: str, error: Exception) -> str:
     found = re.search(r"[Kk]ey '([^']+)'", text)
     if found and ("not in" in text or "not exist" in text):
         full = re.search(r"full_key: (\S+)", text)
-        key = full.group(1) if full else found.group(1)
-        near = difflib.get_close_matches(key, [name for name, _, _ in reference.options(VERBS[verb])], n=3, cutoff=0.5)
-        hint = f" Did you mean {' or '.join(near)}?" if near else ""
-        return f"{key}: no such key for {verb}.{hint} `python launch/{verb}.py -h` lists all keys"
+        return unknown_key(verb, full.group(1) if full else found.group(1))
     full = re.search(r"full_key: (\S+)", text)
     first = " ".join(line.strip() for line in text.split("full_key:")[0].split("\n") if line.strip())
     return f"{full.group(1)}: {first}" if full else first

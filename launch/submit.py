@@ -11,6 +11,7 @@ and goes on from its checkpoint. `dry_run=true` writes and shows everything but 
 """
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ def _road(config: SubmitConfig, rest: list[str]) -> tuple[Path, list[Planned]]:
     return folder, planned
 
 
-def _check(verb: str, composed: Any, cluster: ClusterConfig, promised: list[str] = [], stage: str = "") -> None:  # noqa: B006
+def _check(verb: str, composed: Any, cluster: ClusterConfig, promised: Sequence[str] = (), stage: str = "") -> None:
     """What can be said without torch and without a GPU."""
     try:
         promises.require_inputs(verb, composed, promised)

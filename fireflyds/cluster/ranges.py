@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import is_dataclass
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from fireflyds.app import unknown_key
 from fireflyds.config import RangeConfig, TrainConfig
 from fireflyds.errors import UserError
 
@@ -13,15 +14,24 @@ Value = bool | int | float | str | None
 
 
 def type_of(key: str) -> type | None:
-    """The type of a dotted key of `train`; None below a section whose keys are the user's own, and for unknown ones."""
+    """The type of a dotted key of `train`; None where it may be anything, as in `model.architecture`.
+
+    Raises:
+        UserError: there is no such key.
+    """
     found: Any = TrainConfig
     for part in key.split("."):
-        if not is_dataclass(found):
-            return None
-        found = get_type_hints(found).get(part)
+        if is_dataclass(found):
+            found = get_type_hints(found).get(part)
+        elif get_origin(found) is dict:
+            found = get_args(found)[1]
+        elif found is not Any:
+            found = None
+        if found is None:
+            raise UserError(f"sweep.space.{unknown_key('train', key)}")
     if get_origin(found) in (Union, types.UnionType):
         found = next(kind for kind in get_args(found) if kind is not types.NoneType)
-    return found if isinstance(found, type) else None
+    return None if found is Any else found
 
 
 def values(key: str, one: RangeConfig) -> list[Value]:
@@ -57,8 +67,8 @@ def _whole(key: str, one: RangeConfig) -> bool:
     """Raises `UserError` where a range does not fit the key's type."""
     kind = type_of(key)
     if kind not in (int, float):
-        name = "a key of your own" if kind is None else kind.__name__
-        raise UserError(f"sweep.space.{key}: low and high are for numbers, and the key is {name}. Give choices=[...]")
+        name = "may be anything" if kind is None else f"is of type {kind.__name__}"
+        raise UserError(f"sweep.space.{key}: low and high are for numbers, and the key {name}. Give choices=[...]")
     given = (one.low, one.high, one.step)
     if kind is int and any(value is not None and value != int(value) for value in given):
         raise UserError(

@@ -4,6 +4,7 @@ import csv
 import io
 import shlex
 from collections.abc import Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,9 @@ def _option_file(params: dict[str, Any], about: str) -> str:
     """For `conf/experiment/` or `conf/local/default.yaml`: only the swept keys."""
     nested: dict[str, Any] = {}
     for key, value in params.items():
+        if is_dataclass(ranges.type_of(key)):  # an option, such as optim=muon
+            nested.setdefault("defaults", []).append({f"override /{key}": value})
+            continue
         *sections, last = key.split(".")
         place = nested
         for section in sections:

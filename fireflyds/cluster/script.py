@@ -10,8 +10,9 @@ from fireflyds.config import ClusterConfig, Container
 from fireflyds.errors import UserError
 
 LAUNCH = Path(__file__).parents[2] / "launch"
-# Verbs that run on all nodes and GPUs, one rank each, and those that use one GPU; others need none.
+# Options that only jobs with GPUs get.
 _OF_GPUS = ("--gres=", "--gpus", "--gpu-bind")
+# Verbs that run on all nodes and GPUs, one rank each, and those that use one GPU; others need none.
 _ON_ALL_GPUS, _ON_ONE_GPU = ("train", "doctor"), ("evaluate", "export")
 # A rank that has left is followed by the others within this time, or they are ended: lost peers are noticed before.
 _WAIT_SECONDS = 180

@@ -20,24 +20,25 @@ class RangeConfig:
     step: float | None = None
     choices: list[Any] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
+    def require_sound(self, name: str) -> None:
+        """Raises `UserError` where no value can be drawn from it; `name` is its key."""
         if bool(self.choices) == (self.low is not None or self.high is not None):
-            raise UserError("a range needs either choices=[...] or low and high")
+            raise UserError(f"{name}: needs either choices, such as [1e-4, 3e-4], or low and high. Give one of them")
         if self.choices:
             return
         if self.low is None or self.high is None or self.low >= self.high:
-            raise UserError(f"low={self.low}, high={self.high}: low must be less than high")
+            raise UserError(f"{name}: low={self.low}, high={self.high}: both must be given, low less than high")
         if self.log and (self.low <= 0 or self.step):
-            raise UserError(f"log=true, low={self.low}, step={self.step}: needs low above 0 and no step")
+            raise UserError(f"{name}: log=true, low={self.low}, step={self.step}: needs low above 0 and no step")
         if self.step is not None and self.step <= 0:
-            raise UserError(f"step={self.step}: must be greater than 0")
+            raise UserError(f"{name}: step={self.step}: must be greater than 0. Leave it out for a range without steps")
 
 
 @dataclass(kw_only=True, slots=True)
 class SearchConfig:
     space: dict[str, RangeConfig] = field(default_factory=dict)
     """Keys of `train` and their ranges, such as `sweep.space.optim.lr={low: 1e-5, high: 1e-3, log: true}` or
-    `sweep.space.tuning.r={choices: [4, 8, 16]}`; a whole number's range has whole numbers; `step` makes a ladder of it."""
+    `sweep.space.tuning.r=[4, 8, 16]`, the same as `{choices: [4, 8, 16]}`; a whole number's range has whole numbers; `step` makes a ladder of it."""
     sampler: Sampler = Sampler.tpe
     """`tpe` learns from trials before, `random` does not, `grid` tries all combinations (ranges need `step` or `choices`)."""
     trials: int = 20
@@ -80,8 +81,9 @@ class SearchConfig:
                 "sweep.space is empty: give a range, such as sweep.space.optim.lr={low: 1e-5, high: 1e-3, log: true}, or a file of conf/sweep"
             )
         for key, one in self.space.items():
+            one.require_sound(f"sweep.space.{key}")
             if self.sampler is Sampler.grid and not one.choices and one.step is None:
-                raise UserError(f"sweep.space: {key}: sampler=grid needs choices or step")
+                raise UserError(f"sweep.space.{key}: sweep.sampler=grid tries all values. Give choices or step")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -2,12 +2,14 @@
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 
+from fireflyds import app
 from fireflyds.cluster import ranges, results, watch
 from fireflyds.cluster.study import Study
 from fireflyds.cluster.sweep import Sweep
@@ -278,6 +280,17 @@ def test_values_are_taken_where_they_are_asked_for(tmp_path: Path) -> None:
     assert watch.reports(tmp_path, search()) == {1: 5, 2: 2, 4: 3}
 
 
+def test_the_best_values_compose_as_an_experiment(tmp_path: Path, monkeypatch) -> None:
+    params = {"optim": "muon", "optim.lr": 0.02, "data.weights.zh": 0.5, "tuning": "rslora", "tuning.dropout": 0.25}
+    shutil.copytree(app.CONF, tmp_path / "conf")
+    monkeypatch.setattr(app, "CONF", tmp_path / "conf")
+    (app.CONF / "experiment" / "best.yaml").write_text(results._option_file(params, "Trial 1."))
+    usual = ["run=a", "model=./base", "data=./store", "optim.steps=3"]
+    told = app.compose("train", [*usual, *ranges.words(params)])
+    assert (told.optim.lr, told.tuning.use_rslora, told.data.weights) == (0.02, True, {"zh": 0.5})
+    assert app.to_yaml(app.compose("train", [*usual, "experiment=best"])) == app.to_yaml(told)
+
+
 def test_results_are_a_table_an_option_file_and_charts(tmp_path: Path) -> None:
     space = {"optim.lr": RangeConfig(low=0.01, high=0.9), "tuning.r": RangeConfig(choices=[4, 8])}
     looking = search(space=space)
@@ -297,13 +310,15 @@ def test_results_are_a_table_an_option_file_and_charts(tmp_path: Path) -> None:
 def test_ranges_have_the_types_of_their_keys() -> None:
     assert ranges.type_of("optim.lr") is float
     assert ranges.type_of("optim.warmup_steps") is int
+    assert ranges.type_of("data.weights.zh") is float
     assert ranges.type_of("model.architecture.hidden_size") is None
+    assert ranges.type_of("model.architecture.a.b") is None
     assert ranges.values("seq_len", RangeConfig(low=128, high=512)) == [128, 512]
     assert ranges.ladder("seq_len", RangeConfig(low=128, high=512, step=128)) == [128, 256, 384, 512]
     assert ranges.ladder("optim.lr", RangeConfig(low=0.1, high=0.3, step=0.1)) == [0.1, 0.2, 0.3]
     with pytest.raises(UserError, match="whole numbers, got low=1.5"):
         ranges.values("seq_len", RangeConfig(low=1.5, high=4))
-    with pytest.raises(UserError, match=r"the key is TuningMethod. Give choices"):
+    with pytest.raises(UserError, match=r"the key is of type TuningMethod. Give choices"):
         ranges.values("tuning.method", RangeConfig(low=0, high=1))
     assert ranges.words({"a": True, "b": None, "c": 1e-5}) == ["a=true", "b=null", "c=1e-05"]
 
@@ -311,14 +326,18 @@ def test_ranges_have_the_types_of_their_keys() -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["sweep.space.optim.lrr={low: 1, high: 2}"], "sweep.space.optim.lrr: low and high are for numbers, and the key is a key of your own"),
-        (["sweep.space.optim.lrr={choices: [1]}"], "sweep.space.optim.lrr, at 1: optim.lrr: no such key for train. Did you mean optim.lr"),
+        (["sweep.space.optim.lrr={low: 1, high: 2}"], "sweep.space.optim.lrr: no such key for train. Did you mean optim.lr"),
+        (["sweep.space.optim.lrr=[1]"], "sweep.space.optim.lrr, at 1: optim.lrr: no such key for train. Did you mean optim.lr"),
         (["sweep.space.optim.lr={low: -1, high: 2}"], "sweep.space.optim.lr, at -1.0: optim.lr=-1.0: must be"),
-        (["sweep.space.optim.lr={low: 3, high: 2}"], "low=3.0, high=2.0: low must be less than high"),
+        (["sweep.space.optim.lr={low: 3, high: 2}"], "sweep.space.optim.lr: low=3.0, high=2.0: both must be given, low less than high"),
         (["sweep.space.seq_len={low: 0, high: 64}"], "sweep.space.seq_len, at 0: seq_len=0: must be at least 2"),
         (["sweep.space.tuning.method={choices: [full, loraa]}"], "sweep.space.tuning.method, at loraa: "),
+        (["sweep.space.optim.lr={low: 3}"], "sweep.space.optim.lr: low=3.0, high=None: both must be given"),
+        (["sweep.space.optim.lr=[]"], "sweep.space.optim.lr: needs either choices, such as [1e-4, 3e-4], or low and high"),
+        (["sweep.space.optim.lr=3"], "sweep.space.optim.lr=3: is no range. Give sweep.space.optim.lr={low: 1e-5, high: 1e-3} or"),
+        (["sweep.space.model.architecture.hidden_size={low: 1, high: 2}"], "the key may be anything. Give choices=[...]"),
         ([], "sweep.space is empty"),
-        (["sweep=lr", "sweep.sampler=grid"], "sweep.space: optim.lr: sampler=grid needs choices or step"),
+        (["sweep=lr", "sweep.sampler=grid"], "sweep.space.optim.lr: sweep.sampler=grid tries all values. Give choices or step"),
         (["sweep=lr", "run=mine"], "run=mine: trials get theirs from study=s"),
         (["sweep=lr", "sweep.value=at_tokens"], "give both value=at_tokens and tokens"),
         (["sweep=lr", "sweep.parallel=3", "cluster=local"], "= 3 GPUs, but 0 are visible"),
