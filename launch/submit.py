@@ -1,7 +1,7 @@
 """Give a verb, or a whole road, to Slurm; ask how it stands; end it.
 
     python launch/submit.py verb=train experiment=demo_cpt cluster=slurm cluster.nodes=4 cluster.gpus_per_node=8
-    python launch/submit.py verb=prepare run=cpt data=corpus/ tokenizer=models/zh data.out=stores/cpt cluster=slurm
+    python launch/submit.py verb=prepare run=cpt data=corpus/ tokenizer=models/zh out=stores/cpt cluster=slurm
     python launch/submit.py road=demo cluster=slurm_cpu cluster.time=30
     python launch/submit.py action=status run=cpt
 

@@ -32,9 +32,9 @@ def status(records: Sequence[Record], states: Mapping[str, JobState]) -> str:
         state = states[record.id]
         about = [f"{record.name}: job {record.id} {state.state}"]
         if state.nodes:
-            about.append(f"on {state.nodes} since {state.elapsed}")
-        if state.reason and state.state != "RUNNING":
-            about.append(f"{_REASONS.get(state.reason, state.reason)} ({state.reason})")
+            about.append(f"on {state.nodes} for {state.elapsed}")
+        if state.reason and state.state == "PENDING":
+            about.append(f"{_REASONS[state.reason]} ({state.reason})" if state.reason in _REASONS else state.reason)
         if state.state == "gone":
             about.append("no longer known to Slurm")
         if record.verb == "train":

@@ -34,7 +34,8 @@ def write(found: Study, search: SearchConfig, name: str, folder: Path, rest: Seq
     ]
     best = found.best
     if best is not None:
-        words = [*rest, *ranges.words(best.params)]
+        kept = [word for word in rest if word.partition("=")[0] not in best.params]
+        words = [*kept, *ranges.words(best.params)]
         command = f"python launch/train.py {shlex.join(words)} run=<name>"
         parts += ["", f"Best: trial {best.number}, {search.metric} {best.value:.5f}:", "", "```", command, "```"]
         write_whole(

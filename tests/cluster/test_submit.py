@@ -11,7 +11,8 @@ import pytest
 from grid import ROOT
 
 from fireflyds import app
-from fireflyds.cluster import script, slurm, submission
+from fireflyds.cluster import report, script, slurm, submission
+from fireflyds.cluster.slurm import JobState
 from fireflyds.config import ClusterConfig, TrainConfig
 from fireflyds.errors import UserError
 
@@ -339,3 +340,18 @@ def test_containers_modules_and_variables_stand_in_the_script(tmp_path: Path, mo
 )
 def test_times_are_read_as_slurm_reads_them(time: str, seconds: int) -> None:
     assert ClusterConfig(time=time, signal_seconds=1).time_seconds == seconds
+
+
+@pytest.mark.parametrize(
+    ("state", "expected"),
+    [
+        (JobState("PENDING", "Priority"), "PENDING; others come first (Priority)"),
+        (JobState("PENDING", "Licenses"), "PENDING; Licenses"),
+        (JobState("RUNNING", "", "00:00:17", "n[1-2]"), "RUNNING; on n[1-2] for 00:00:17"),
+        (JobState("CANCELLED", "PartitionTimeLimit"), "CANCELLED"),
+        (JobState("gone"), "gone; no longer known to Slurm"),
+    ],
+)
+def test_how_a_job_stands_is_told_in_words(state: JobState, expected: str) -> None:
+    record = submission.Record("export", "export", "7", "runs/a", "a.sh", "a.log", 0)
+    assert report.status([record], {"7": state}) == f"export: job 7 {expected}"

@@ -295,7 +295,7 @@ def test_results_are_a_table_an_option_file_and_charts(tmp_path: Path) -> None:
     space = {"optim.lr": RangeConfig(low=0.01, high=0.9), "tuning.r": RangeConfig(choices=[4, 8])}
     looking = search(space=space)
     study = run(tmp_path, Played(tmp_path), looking)
-    shown = results.write(study, looking, "s", tmp_path, ["experiment=demo_sft"])
+    shown = results.write(study, looking, "s", tmp_path, ["experiment=demo_sft", "optim.lr=1"])
     best = study.best
     assert best is not None
     lr, r = best.params["optim.lr"], best.params["tuning.r"]
