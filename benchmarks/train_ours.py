@@ -3,6 +3,7 @@
 torchrun --nproc_per_node 2 benchmarks/train_ours.py turn.json
 """
 
+import atexit
 import sys
 from pathlib import Path
 
@@ -49,8 +50,9 @@ def main(turn: Turn) -> None:
     course.train_steps = train_steps
     loader.PackedLoader.step, journal.Journal.record = step, recorded
     sys.argv = [train.__file__, *overrides(turn)]
+    # The verb ends the process itself.
+    atexit.register(record.write, turn)
     app.main(train.train, train.__doc__)
-    record.write(turn)
 
 
 def overrides(turn: Turn) -> list[str]:
