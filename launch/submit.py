@@ -2,7 +2,7 @@
 
     python launch/submit.py verb=train experiment=demo_cpt cluster=slurm cluster.nodes=4 cluster.gpus_per_node=8
     python launch/submit.py verb=prepare run=cpt data=corpus/ tokenizer=models/zh out=stores/cpt cluster=slurm
-    python launch/submit.py road=demo cluster=slurm_cpu cluster.time=30
+    python launch/submit.py road=demo cluster=slurm_cpu cluster.time=00:30:00
     python launch/submit.py action=status run=cpt
 
 All is checked here, before anything waits in a queue. The configuration is frozen in the run's folder and the script that is
@@ -24,6 +24,7 @@ from fireflyds.config import (
     ExportConfig,
     RoadConfig,
     Scheduler,
+    StageConfig,
     SubmitAction,
     SubmitConfig,
     TrainConfig,
@@ -84,8 +85,7 @@ def _verb(config: SubmitConfig, rest: list[str]) -> tuple[Path, list[Planned]]:
     _check(verb, composed, config.cluster)
     folder = Path(config.runs) / name
     run_dir = folder if isinstance(composed, TrainConfig) else None
-    job = submission.job_of(verb, name if run_dir else verb, folder, run_dir)
-    return folder, [Planned(job, app.to_yaml(composed))]
+    return folder, [submission.plan(verb, name if run_dir else verb, folder, run_dir, app.to_yaml(composed))]
 
 
 def _road(config: SubmitConfig, rest: list[str]) -> tuple[Path, list[Planned]]:
@@ -93,24 +93,32 @@ def _road(config: SubmitConfig, rest: list[str]) -> tuple[Path, list[Planned]]:
     if rest:
         raise UserError(f"{rest[0]}: no such key for submit. A road's stages have theirs in its file, {file}")
     stages = app.from_yaml(file, RoadConfig)
-    planned, promised = [], [stages.out]
     folder = Path(config.runs) / (config.run or stages.name)
-    for stage, key in zip(stages.stages, road.keys(stages, app.options_hash()), strict=True):
-        if stage.verb not in VERBS or stage.verb in NOT_JOBS:
-            raise UserError(f"{file}: stage {stage.name}: verb={stage.verb} is not submitted")
-        composed = app.compose(stage.verb, stage.overrides)
+    all_composed = [_stage(file, stage) for stage in stages.stages]
+    texts = [app.to_yaml(composed) for composed in all_composed]
+    keys = road.keys(f"{stage.verb}\n{text}" for stage, text in zip(stages.stages, texts, strict=True))
+    planned: list[Planned] = []
+    promised: list[Path] = []
+    for stage, composed, text, key in zip(stages.stages, all_composed, texts, keys, strict=True):
         run_dir = Path(composed.run_dir) if isinstance(composed, TrainConfig) else None
-        job = submission.job_of(stage.verb, stage.name, folder, run_dir, key)
-        if job.done.exists() and job.done.read_text().strip() == key and (Path(stages.out) / stage.makes).exists():
+        one = submission.plan(stage.verb, stage.name, folder, run_dir, text, key)
+        done, made = one.job.done, Path(stages.out) / stage.makes
+        if done.exists() and done.read_text().strip() == key and made.exists():
             print(f"{stage.name}: whole, re-used")
             continue
         _check(stage.verb, composed, config.cluster, promised, stage.name)
-        promised.append(getattr(composed, "out", "") or stages.out)
-        planned.append(Planned(job, app.to_yaml(composed)))
+        promised += promises.made_by(composed, Path(stages.out), stage.makes)
+        planned.append(one)
     return folder, planned
 
 
-def _check(verb: str, composed: Any, cluster: ClusterConfig, promised: Sequence[str] = (), stage: str = "") -> None:
+def _stage(file: Path, stage: StageConfig) -> Any:
+    if stage.verb not in VERBS or stage.verb in NOT_JOBS:
+        raise UserError(f"{file}: stage {stage.name}: verb={stage.verb} is not submitted")
+    return app.compose(stage.verb, stage.overrides)
+
+
+def _check(verb: str, composed: Any, cluster: ClusterConfig, promised: Sequence[Path] = (), stage: str = "") -> None:
     """What can be said without torch and without a GPU."""
     try:
         promises.require_inputs(verb, composed, promised)
@@ -118,6 +126,8 @@ def _check(verb: str, composed: Any, cluster: ClusterConfig, promised: Sequence[
             run_names.find_run(composed.runs, "run", composed.run)
         if isinstance(composed, TrainConfig):
             composed.accumulation_steps(cluster.world_size)
+            if composed.init_from and not promised:
+                run_names.find_run(composed.runs, "init_from", composed.init_from)
             changes.refuse_changes(Path(composed.run_dir), app.to_yaml(composed), composed.run)
     except UserError as error:
         raise UserError(f"stage {stage}: {error}" if stage else str(error)) from error

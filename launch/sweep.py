@@ -59,6 +59,8 @@ def sweep(config: SweepConfig, rest: list[str]) -> None:
         print(results.write(study, config.sweep, config.study, folder, rest))
     if not finished:
         raise KeyboardInterrupt
+    if study.best is None:
+        raise UserError(f"study={config.study}: no trial came to its end well. {folder / 'trials.md'} says why of each")
 
 
 def _same_study(folder: Path, config: SweepConfig, rest: list[str]) -> None:

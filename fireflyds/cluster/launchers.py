@@ -125,9 +125,9 @@ class SlurmLauncher:
         self._cluster = cluster
 
     def start(self, run_dir: Path, slot: int) -> None:
-        job = submission.job_of("train", self._name(run_dir), run_dir, run_dir)
         config = (run_dir / "config.yaml").read_text(encoding="utf-8")
-        submission.submit([submission.Planned(job, config)], self._cluster, run_dir)
+        planned = submission.plan("train", self._name(run_dir), run_dir, run_dir, config)
+        submission.submit([planned], self._cluster, run_dir)
 
     def _name(self, run_dir: Path) -> str:
         return f"{run_dir.parent.name}/{run_dir.name}"

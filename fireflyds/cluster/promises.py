@@ -1,6 +1,7 @@
 """What a verb reads, looked at before its job waits in a queue for hours only to say that a folder is missing."""
 
 from collections.abc import Iterable
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -8,28 +9,40 @@ from fireflyds.errors import UserError
 
 # Keys that name a file or folder which must be there when the verb begins.
 INPUTS = {
-    "expand": ("base", "corpus"),
+    "expand": ("base", "corpus", "pieces", "texts", "other"),
     "learn": ("corpus",),
     "prepare": ("tokenizer", "data.sources"),
-    "train": ("model.path", "model.tokenizer", "data.store"),
-    "evaluate": ("model", "questions", "cmmlu"),
+    "train": ("model.path", "model.tokenizer", "data.store", "validation.store", "zero.json"),
+    "evaluate": ("model", "texts", "questions", "cmmlu"),
+    "doctor": ("model", "tokenizer", "data"),
     "synthesize": ("corpus",),
 }
 
 
-def require_inputs(verb: str, config: Any, promised: Iterable[str] = ()) -> None:
+def made_by(config: Any, out: Path, makes: str) -> list[Path]:
+    """What a stage of a road makes, so that later ones may ask for it: `makes` stands below the road's `out`."""
+    made = out / makes
+    # `store/manifest.json` stands for the store.
+    folders = [made, *([made.parent] if made.parent != out else [])]
+    return folders + [Path(place) for place in (getattr(config, "run_dir", ""), getattr(config, "out", "")) if place]
+
+
+def require_inputs(verb: str, config: Any, promised: Iterable[Path] = ()) -> None:
     """`promised`: what earlier stages of a road make, with everything below it.
 
     Raises:
         UserError: a file or folder is not there and nobody makes it.
     """
-    made = [Path(place).absolute() for place in promised]
+    made = [place.absolute() for place in promised]
     for key in INPUTS.get(verb, ()):
-        value: Any = config
-        for part in key.split("."):
-            value = getattr(value, part)
-        for text in [value] if isinstance(value, str) else [source.path for source in value]:
+        for text in _paths(attrgetter(key)(config)):
             place = Path(text).absolute()
             known = not text or set("*?[:") & set(text) or place.exists()
             if not known and not any(root == place or root in place.parents for root in made):
                 raise UserError(f"{key}={text}: is not there ({place}). Give a folder or file that the nodes see too")
+
+
+def _paths(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    return [*value.values()] if isinstance(value, dict) else [source.path for source in value]

@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from fireflyds.cluster.script import code_file
 from fireflyds.cluster.slurm import JobState
 from fireflyds.cluster.submission import Record
 
@@ -37,6 +38,9 @@ def status(records: Sequence[Record], states: Mapping[str, JobState]) -> str:
             about.append(f"{_REASONS[state.reason]} ({state.reason})" if state.reason in _REASONS else state.reason)
         if state.state == "gone":
             about.append("no longer known to Slurm")
+        code = code_file(Path(record.script))
+        if not state.active and code.exists():
+            about.append(f"left with {code.read_text(encoding='utf-8').strip()}")
         if record.verb == "train":
             about += _progress(Path(record.folder))
         lines.append("; ".join(about))

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,11 @@ def command(stage: StageConfig) -> list[str]:
     return [*start, f"launch/{stage.verb}.py", *stage.overrides]
 
 
-def keys(config: RoadConfig, seed_key: str) -> Iterator[str]:
-    """A stage's key is a hash over its own and all earlier commands, so a change of one does the later ones again."""
+def keys(stages: Iterable[str], seed_key: str = "") -> Iterator[str]:
+    """A stage's key is a hash over what it and all before it do, so a change of one does the later ones again."""
     key = seed_key
-    for stage in config.stages:
-        key = hashlib.sha256("\n".join([key, *command(stage)]).encode()).hexdigest()
+    for does in stages:
+        key = hashlib.sha256(f"{key}\n{does}".encode()).hexdigest()
         yield key
 
 
@@ -65,7 +65,8 @@ class Road:
             self._walk()
 
     def _walk(self) -> None:
-        found = zip(self._config.stages, keys(self._config, self._seed_key), strict=True)
+        commands = ["\n".join(command(stage)) for stage in self._config.stages]
+        found = zip(self._config.stages, keys(commands, self._seed_key), strict=True)
         for number, (stage, key) in enumerate(found, 1):
             made = self._out / stage.makes
             record = self.records.get(stage.name, {})

@@ -14,8 +14,6 @@ LAUNCH = Path(__file__).parents[2] / "launch"
 _OF_GPUS = ("--gres=", "--gpus", "--gpu-bind")
 # Verbs that run on all nodes and GPUs, one rank each, and those that use one GPU; others need none.
 _ON_ALL_GPUS, _ON_ONE_GPU = ("train", "doctor"), ("evaluate", "export")
-# A rank that has left is followed by the others within this time, or they are ended: lost peers are noticed before.
-_WAIT_SECONDS = 180
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +28,8 @@ class Job:
     script: Path
     stamp: str = ""
     """Written to `done` when the job has done its work."""
+    wait_seconds: int = 0
+    """A rank that has left is followed by the others within this time, or they are ended."""
 
     @property
     def log(self) -> Path:
@@ -39,6 +39,15 @@ class Job:
     @property
     def done(self) -> Path:
         return self.script.with_suffix(".done")
+
+    @property
+    def code(self) -> Path:
+        """Holds the exit code of its newest start, once that has ended."""
+        return code_file(self.script)
+
+
+def code_file(script: Path) -> Path:
+    return script.with_suffix(".code")
 
 
 def text(job: Job, cluster: ClusterConfig) -> str:
@@ -94,19 +103,21 @@ def _written(name: str, value: str) -> str:
     """Slurm takes what has spaces in double quotes, and nothing else of a shell's."""
     if found := re.search(r'["\n\\]', value):
         raise UserError(f"{value!r}: holds {found.group()!r}, which no #SBATCH line can. Give another name or folder")
-    return f'--{name}="{value}"' if re.search(r"[\s#]", value) else f"--{name}={value}"
+    return f'--{name}="{value}"' if re.search(r"[\s#']", value) else f"--{name}={value}"
 
 
 def _before(job: Job, cluster: ClusterConfig) -> list[str]:
-    lines = []
+    lines, code = [], shlex.quote(str(job.code))
     if cluster.chain > 1 and job.verb == "train":
-        status = shlex.quote(str(job.folder / "status.json"))
         lines += [
             "# An earlier job of the chain may have done all the work, or ended in a way that another start does not mend.",
-            f"""if [ "${{1:-1}}" -gt 1 ] && ended=$(grep -oE '"exit_code": (0|2|76)\\b' {status}); then""",
-            '  echo "an earlier job of this chain left with code ${ended##* }: nothing to do"; exit "${ended##* }"',
+            f'if [ "${{1:-1}}" -gt 1 ] && ended=$(grep -xE "0|2|76" {code}); then',
+            '  echo "an earlier job of this chain left with code $ended: nothing to do"; exit "$ended"',
             "fi",
         ]
+    lines.append(f"rm -f {code}")
+    if job.verb == "train" and cluster.requeue:
+        lines.append(f'[ "${{SLURM_RESTART_COUNT:-0}}" -gt 0 ] || rm -f {_requeued_at(job)}')
     lines += [f"module load {module}" for module in cluster.modules.split()]
     lines += cluster.setup
     lines += [f"export {name}={shlex.quote(value)}" for name, value in cluster.environment.items()]
@@ -115,17 +126,22 @@ def _before(job: Job, cluster: ClusterConfig) -> list[str]:
     lines += [
         "# A step does not take over the job's cores by itself.",
         'if [ -n "$SLURM_CPUS_PER_TASK" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi',
-        "export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}",
-        "",
     ]
-    return lines
+    if "OMP_NUM_THREADS" not in cluster.environment:
+        lines.append("export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}")
+    return [*lines, ""]
+
+
+def _requeued_at(job: Job) -> str:
+    """A line for each time the job was put back: its newest checkpoint then."""
+    return shlex.quote(str(job.folder / "logs/requeued_at"))
 
 
 def _command(job: Job, cluster: ClusterConfig) -> list[str]:
     inside = cluster.container is not Container.none
     python = cluster.python or ("python" if inside else sys.executable)
     command = [python, str(LAUNCH / f"{job.verb}.py"), "--config", str(job.config)]
-    start = ["srun", f"--wait={_WAIT_SECONDS}"]
+    start = ["srun", f"--wait={job.wait_seconds}"]
     here = str(Path.cwd())
     places = dict.fromkeys([here, str(LAUNCH.parent)])
     folder = job.config.absolute().parent
@@ -145,17 +161,16 @@ def _command(job: Job, cluster: ClusterConfig) -> list[str]:
 
 
 def _after(job: Job, cluster: ClusterConfig) -> list[str]:
-    lines = []
+    lines = [f'echo "$code" > {shlex.quote(str(job.code))}']
     if job.stamp:
         lines.append(f'if [ "$code" -eq 0 ]; then echo {job.stamp} > {shlex.quote(str(job.done))}; fi')
     if job.verb == "train" and cluster.requeue:
-        places, steps = (shlex.quote(str(job.folder / name)) for name in ("checkpoints", "logs/requeued_at"))
+        places, steps = shlex.quote(str(job.folder / "checkpoints")), _requeued_at(job)
         often = cluster.max_failures + 1
         lines += [
             "# 0: all steps are done. 2: wrong input. 76: a file STOP asked for it. After anything else (75: the time limit or",
             "# preemption; else a rank or a node was lost) the job goes on later, as long as there are newer checkpoints.",
             'case "$code" in 0 | 2 | 76) exit "$code" ;; esac',
-            f'[ "${{SLURM_RESTART_COUNT:-0}}" -gt 0 ] || rm -f {steps}',
             f'saved=$(ls -d {places}/step-* 2> /dev/null | sort | tail -n 1); echo "${{saved:-nothing}}" >> {steps}',
             f"if [ \"$(tail -n {often} {steps} | uniq -c | awk 'NR == 1 {{print $1}}')\" = {often} ]; then",
             f'  echo "left with code $code, {often} times in a row without a newer checkpoint: not put back"; exit "$code"',

@@ -12,9 +12,12 @@ from fireflyds.errors import UserError
 
 # A controller whose queue is full lets sbatch knock again and again; one that is away takes as long to be noticed.
 _PATIENCE = 60.0
+_AWAY = "Unable to contact|Connection refused|connect failure|timed out"
+_FULL = "queue is full|temporarily unable to accept|MaxSubmit"
 # What Slurm says, and which key it is about.
 _REMEDIES = (
-    ("queue is full|temporarily unable to accept|QOSMax|AssocMax|MaxSubmit|AssocGrp|QOSGrp", "the queue takes no more of your jobs; wait until some have ended, or give another cluster.qos or cluster.account"),
+    ("Max\\w*(Wall|PerJob)|Max(Wall|Node|Cpu|Gres)\\w*Limit", "one job may not have as much: give a shorter cluster.time or fewer cluster.nodes; `sacctmgr show qos,associations` shows the limits"),
+    (f"{_FULL}|QOSMax|AssocMax|AssocGrp|QOSGrp", "the queue takes no more of your jobs; wait until some have ended, or give another cluster.qos or cluster.account"),
     ("account", "give cluster.account=<one of yours>; `sacctmgr show associations user=$USER` lists them"),
     ("partition", "give cluster.partition=<one of `sinfo`>"),
     ("qos", "give cluster.qos=<one of `sacctmgr show qos`>"),
@@ -22,7 +25,7 @@ _REMEDIES = (
     ("feature|constraint", "give another cluster.constraint; `sinfo -o '%n %f'` lists the features of nodes"),
     ("gres|generic resource", "this cluster counts its GPUs under another name: look at `sinfo -o '%n %G'`, give cluster.sbatch=--gres=gpu:8 or cluster.gpu=cpu"),
     ("node configuration|node count|Memory|CPU count", "no node has what is asked: compare cluster.nodes, gpus_per_node, cpus_per_task and memory with `sinfo -o '%n %c %m %G'`"),
-    ("Unable to contact|Connection refused|connect failure", "the controller does not answer: `scontrol ping`, or SLURM_CONF names another cluster"),
+    (_AWAY, "the controller does not answer: `scontrol ping`, or SLURM_CONF names another cluster"),
     ("unrecognized option|invalid option", "this Slurm does not know the option: look at cluster.sbatch"),
 )  # fmt: skip
 
@@ -42,6 +45,10 @@ _OF_RANKS = (
     "MASTER_ADDR",
     "MASTER_PORT",
 )
+
+
+class UnavailableError(UserError):
+    """Slurm does not answer, or takes no more jobs for now: the same may go well later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +106,7 @@ def states(jobs: Sequence[str]) -> dict[str, JobState]:
         # Not squeue: it fails for all when it has forgotten one.
         done = _run(["scontrol", "--oneliner", "show", "job", job])
         if done.returncode and "Invalid job id" not in done.stderr:
-            raise UserError(f"scontrol show job {job}: {_refusal(done.stderr)}")
+            raise _refused(f"scontrol show job {job}", done.stderr)
         fields = dict(re.findall(r"(\w+)=(\S*)", done.stdout))
         if "JobState" in fields:
             reason = "" if fields.get("Reason") == "None" else fields.get("Reason", "")
@@ -112,7 +119,7 @@ def queued(scripts: Mapping[str, Path]) -> list[str]:
     """Jobs in the queue that bear one of the names and run its script."""
     done = _run(["squeue", "--noheader", f"--name={','.join(scripts)}", "--format=%i %o"])
     if done.returncode:
-        raise UserError(f"squeue: {_refusal(done.stderr)}")
+        raise _refused("squeue", done.stderr)
     paths = [str(script.absolute()) for script in scripts.values()]
     lines = [line.partition(" ") for line in done.stdout.splitlines()]
     return [job for job, _, words in lines if any(words == path or words.startswith(f"{path} ") for path in paths)]
@@ -123,13 +130,13 @@ def cancel(jobs: Sequence[str]) -> None:
     if jobs:
         done = _run(["scancel", *jobs])
         if done.returncode:
-            raise UserError(f"scancel {' '.join(jobs)}: {_refusal(done.stderr)}")
+            raise _refused(f"scancel {' '.join(jobs)}", done.stderr)
 
 
 def _sbatch(*words: str, text: str = "") -> str:
     done = _run(["sbatch", *words], text)
     if done.returncode:
-        raise UserError(f"sbatch refused the job: {_refusal(done.stderr)}")
+        raise _refused("sbatch refused the job", done.stderr)
     return done.stdout.strip()
 
 
@@ -147,7 +154,12 @@ def _run(words: list[str], given: str = "") -> "subprocess.CompletedProcess[str]
         raise UserError(f"{words[0]}: not on the path. Slurm's commands are on login nodes") from error
     except subprocess.TimeoutExpired as error:
         said = error.stderr.decode(errors="replace") if isinstance(error.stderr, bytes) else error.stderr or ""
-        raise UserError(f"{words[0]}: no answer within {_PATIENCE:.0f} s. {_refusal(said)}") from error
+        raise UnavailableError(f"{words[0]}: no answer within {_PATIENCE:.0f} s. {_refusal(said)}") from error
+
+
+def _refused(what: str, said: str) -> UserError:
+    kind = UnavailableError if re.search(f"{_AWAY}|{_FULL}", said, re.IGNORECASE) else UserError
+    return kind(f"{what}: {_refusal(said)}")
 
 
 def _refusal(said: str) -> str:

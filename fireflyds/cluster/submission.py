@@ -2,13 +2,16 @@
 
 import contextlib
 import json
+import math
 import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from fireflyds.app import plain
 from fireflyds.cluster import script, slurm
 from fireflyds.cluster.script import Job
 from fireflyds.config import ClusterConfig
@@ -16,6 +19,8 @@ from fireflyds.directories import write_whole
 from fireflyds.errors import UserError
 
 RECORDS = "jobs.json"
+# Ranks that have nobody to wait for leave within this time after one has left.
+_WAIT_SECONDS = 180
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +44,22 @@ class Record:
     time: float
 
 
-def job_of(verb: str, name: str, folder: Path, run_dir: Path | None, stamp: str = "") -> Job:
+def plan(verb: str, name: str, folder: Path, run_dir: Path | None, config: str, stamp: str = "") -> Planned:
     """The job of a stage `name`; `folder` is that of what was submitted, `run_dir` that of a training run."""
     # A training run has its configuration where training itself writes it.
     alone = run_dir == folder
-    config = folder / "config.yaml" if alone else folder / "jobs" / f"{name}.yaml"
+    place = folder / "config.yaml" if alone else folder / "jobs" / f"{name}.yaml"
     path = folder / "submit.sh" if alone else folder / "jobs" / f"{name}.sh"
-    return Job(name, verb, run_dir or folder, config, path, stamp)
+    return Planned(Job(name, verb, run_dir or folder, place, path, stamp, _wait_seconds(verb, config)), config)
+
+
+def _wait_seconds(verb: str, config: str) -> int:
+    """Ranks of a training notice by themselves, and say, that another did not come or is lost; then they leave."""
+    if verb != "train":
+        return _WAIT_SECONDS
+    found = plain(config)
+    patience: float = max(60 * found["hardware"]["start_timeout_minutes"], found["recovery"]["heartbeat_seconds"])
+    return math.ceil(patience) + _WAIT_SECONDS
 
 
 def records(folder: Path) -> list[Record]:
@@ -67,6 +81,16 @@ def refuse_active(folder: Path) -> None:
         )
 
 
+def _refuse_unknown(planned: Sequence[Planned], folder: Path) -> None:
+    """Whoever queued a job may have been killed before its number was noted."""
+    noted = [record.id for record in records(folder)]
+    unknown = [job for job in slurm.queued(_scripts(planned)) if job not in noted]
+    if unknown:
+        raise UserError(
+            f"{folder}: submitted already, as job {', '.join(unknown)}. Wait for it, or `scancel {' '.join(unknown)}`"
+        )
+
+
 def submit(planned: Sequence[Planned], cluster: ClusterConfig, folder: Path) -> list[Record]:
     """Queue jobs, each after the one before has done its work.
 
@@ -75,25 +99,41 @@ def submit(planned: Sequence[Planned], cluster: ClusterConfig, folder: Path) -> 
     """
     slurm.require()
     refuse_active(folder)
+    _refuse_unknown(planned, folder)
     for each in planned:
         slurm.try_out(script.text(each.job, cluster))
     files = [*_files(planned), folder / RECORDS]
     old = {path: path.read_text(encoding="utf-8") if path.exists() else None for path in files}
     queued: list[Record] = []
-    try:
-        with _hangups_interrupt():
+    # A connection that drops in the middle is a Ctrl-C.
+    with _signals(signal.default_int_handler, signal.SIGHUP, signal.SIGTERM):
+        try:
             write(planned, cluster)
             for each in planned:
                 _queue(each.job, cluster, queued, folder)
-    except BaseException:
-        slurm.cancel([record.id for record in queued])
-        with contextlib.suppress(UserError):
-            # Also one that Slurm has taken while its answer was lost.
-            slurm.cancel(slurm.queued({each.job.name: each.job.script for each in planned}))
-        for path, text in old.items():
-            path.unlink(missing_ok=True) if text is None else write_whole(path, text)
-        raise
+        except BaseException as error:
+            with _signals(signal.SIG_IGN, signal.SIGHUP, signal.SIGTERM, signal.SIGINT):
+                _take_back(planned, queued, error)
+                for path, text in old.items():
+                    path.unlink(missing_ok=True) if text is None else write_whole(path, text)
+            raise
     return queued
+
+
+def _take_back(planned: Sequence[Planned], queued: Sequence[Record], error: BaseException) -> None:
+    """Also a job that Slurm has taken while its answer was lost. A job that cannot be taken back stays known."""
+    jobs = [record.id for record in queued]
+    try:
+        slurm.cancel(jobs)
+        slurm.cancel(slurm.queued(_scripts(planned)))
+    except UserError as trouble:
+        if jobs:
+            left = f"jobs {', '.join(jobs)} may still be queued: `scancel {' '.join(jobs)}` when Slurm answers again"
+            raise UserError(f"{error}. And they could not be taken back ({trouble}): {left}") from error
+
+
+def _scripts(planned: Sequence[Planned]) -> dict[str, Path]:
+    return {each.job.name: each.job.script for each in planned}
 
 
 def write(planned: Sequence[Planned], cluster: ClusterConfig) -> None:
@@ -101,6 +141,7 @@ def write(planned: Sequence[Planned], cluster: ClusterConfig) -> None:
     for each in planned:
         for path in (each.job.config, each.job.script, each.job.log):
             path.parent.mkdir(parents=True, exist_ok=True)
+        each.job.code.unlink(missing_ok=True)
         write_whole(each.job.config, each.config)
         write_whole(each.job.script, script.text(each.job, cluster))
 
@@ -110,10 +151,10 @@ def _files(planned: Sequence[Planned]) -> list[Path]:
 
 
 @contextlib.contextmanager
-def _hangups_interrupt() -> Iterator[None]:
-    """A connection that drops in the middle is a Ctrl-C: what was queued is taken back."""
-    numbers = (signal.SIGHUP, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    previous = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
+def _signals(handler: Any, *numbers: signal.Signals) -> Iterator[None]:
+    """Handle some signals otherwise; Python allows it in the main thread only."""
+    mine = threading.current_thread() is threading.main_thread()
+    previous = {number: signal.signal(number, handler) for number in numbers if mine}
     try:
         yield
     finally:

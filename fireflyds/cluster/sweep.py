@@ -11,8 +11,8 @@ from types import FrameType
 
 from optuna.trial import FrozenTrial
 
+from fireflyds.cluster import slurm, watch
 from fireflyds.cluster import study as study_of
-from fireflyds.cluster import watch
 from fireflyds.cluster.launchers import Launcher
 from fireflyds.cluster.ranges import Value
 from fireflyds.cluster.study import Study
@@ -62,24 +62,38 @@ class Sweep:
         self._slots: dict[int, int] = {}
         self._interrupted: set[int] = set()
         self._leaving = False
+        self._trouble = ""
 
     def run(self) -> bool:
         """Work until every trial has ended. False where it was interrupted."""
         previous = {number: signal.signal(number, self._hear) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            while True:
-                for trial in self._running():
-                    self._look(trial)
-                while not self._leaving and len(self._running()) < self._search.parallel and self._left():
-                    self._look(self._study.draw())
-                if not self._running() and not self._left():
-                    return True
-                if self._leaving and not self._interrupt():
-                    return False
+            while (finished := self._round()) is None:
                 time.sleep(self._search.poll_seconds)
+            return finished
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+    def _round(self) -> bool | None:
+        """A look at every trial. Whether all have ended, at the end; None while there is more to do."""
+        try:
+            for trial in self._running():
+                self._look(trial)
+            while not self._leaving and len(self._running()) < self._search.parallel and self._left():
+                self._look(self._study.draw())
+            if not self._running() and not self._left():
+                return True
+            if self._leaving and not self._interrupt():
+                return False
+        except slurm.UnavailableError as error:
+            # In days of a study that happens; the jobs go on meanwhile.
+            if self._leaving or not any(trial.user_attrs.get("starts") for trial in self._running()):
+                raise
+            if str(error) != self._trouble:
+                self._trouble = str(error)
+                print(f"{self._trouble}. Tried again until it goes", flush=True)
+        return None
 
     def _interrupt(self) -> bool:
         """Ask all that can to save and leave, each once: a second SIGTERM means at once. Whether any still works on it."""
@@ -114,8 +128,13 @@ class Sweep:
         """One look at one trial, whatever became of it."""
         place = self._place(trial)
         if not (place / "config.yaml").exists():
+            try:
+                text = self._freeze(run_name(self._name, trial.number), trial.params)
+            except UserError as error:  # the ends of each range were tried, not all between, nor with those of others
+                self._record(trial, watch.Ended("failed", str(error)))
+                return
             place.mkdir(parents=True, exist_ok=True)
-            write_whole(place / "config.yaml", self._freeze(run_name(self._name, trial.number), trial.params))
+            write_whole(place / "config.yaml", text)
         if self._launcher.alive(place):
             self._slot(trial)
             self._watch(trial)
@@ -124,8 +143,9 @@ class Sweep:
         ended = watch.ended(place)
         if ended.state in ("died", "left") and trial.user_attrs.get("pruned"):
             ended = watch.Ended("stopped", "ended while it was asked to stop")
-        if ended.state == "failed" and not any(watch.steps_of(self._place(each))[0] for each in self._study.trials):
-            # What keeps the first from beginning would keep all of them.
+        trained = any(watch.steps_of(self._place(each))[0] for each in self._study.trials)
+        if ended.state == "failed" and not trained and trial.user_attrs.get("starts", 0) <= 1:
+            # What keeps the first from beginning may keep all of them. Twice: its own values do.
             for each in self._running():
                 watch.forget(self._place(each))
             raise UserError(
@@ -203,3 +223,5 @@ class Sweep:
         (place / watch.STOP).unlink(missing_ok=True)
         shown = f"{self._search.metric} {last:.5f}" if last is not None else why
         print(f"trial {trial.number}: {outcome} after {steps} steps, {shown}", flush=True)
+        if ended.state == "finished" and value is None and self._study.best is None:
+            raise UserError(f"trial {trial.number}: {why}. Give another study= and one of these, or measure it")

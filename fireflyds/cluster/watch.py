@@ -79,6 +79,8 @@ def ended(run_dir: Path) -> Ended:
     """How a run ended whose processes are gone."""
     found = status(run_dir)
     state, message = found.get("state"), found.get("message", "")
+    if state == "failed" and found.get("lost"):
+        return Ended("died", message)
     if state == "failed":
         return Ended(
             "diverged" if "recovery.max_skipped" in message or "recovery.max_rollbacks" in message else "failed",

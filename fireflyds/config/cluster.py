@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from fireflyds.config.values import Container, Scheduler, require_at_least
 from fireflyds.errors import UserError
 
-# Minutes, or with seconds, hours or days: what `sbatch --time` understands.
-_TIME = r"\d+|\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d){0,2}"
+# What `sbatch --time` understands, but for minutes alone: YAML reads 24:00:00 without quotes as the number 86400.
+_TIME = r"\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d){0,2}"
 
 _OWN_KEYS = {
     "--nodes": "nodes", "--ntasks-per-node": "gpus_per_node", "--gpus-per-node": "gpus_per_node", "--time": "time",
@@ -48,7 +48,7 @@ class ClusterConfig:
     constraint: str = ""
     """Features that nodes must have, such as `a100&nvlink`."""
     time: str = ""
-    """Longest time of one job as `sbatch --time` takes it, such as `24:00:00`; empty: the partition's."""
+    """Longest time of one job, such as `24:00:00` or `2-12:00:00` (in a file in quotes); empty: the partition's."""
     memory: str = ""
     """Memory of one machine, such as `400G`; empty: the partition's default, 0: all of it."""
     cpus_per_task: int | None = None
@@ -103,7 +103,9 @@ class ClusterConfig:
             if name in _OWN_KEYS:
                 raise UserError(f"cluster.sbatch={option}: has a key of its own, cluster.{_OWN_KEYS[name]}. Use that")
         if self.time and not re.fullmatch(_TIME, self.time):
-            raise UserError(f"cluster.time={self.time}: must be as sbatch takes it, such as 24:00:00 or 2-12:00:00")
+            raise UserError(
+                f"cluster.time={self.time}: must be hours:minutes:seconds, such as 24:00:00 or 2-12:00:00. In a file put it in quotes: time: '24:00:00'"
+            )
         if 0 < self.time_seconds <= self.signal_seconds:
             raise UserError(
                 f"cluster.signal_seconds={self.signal_seconds}: a job of cluster.time={self.time} would be told to save at its "
@@ -129,8 +131,7 @@ class ClusterConfig:
         if days:
             hours, minutes, seconds = [*parts, 0, 0][:3]
         else:
-            # One number is minutes, two are minutes and seconds.
-            hours, minutes, seconds = parts if len(parts) == 3 else (0, *parts, 0)[:3]
+            hours, minutes, seconds = parts if len(parts) == 3 else (0, *parts)
         return int(days or 0) * 86_400 + hours * 3600 + minutes * 60 + seconds
 
     @property

@@ -120,7 +120,7 @@ class Heartbeat:
     def _end(self, lost: str) -> None:
         if self._me.rank == 0 or lost.startswith("rank 0 "):
             print(f"error: {lost}", file=sys.stderr, flush=True)
-        self._status.failed(lost, EXIT_FAILED)
+        self._status.failed(lost, EXIT_FAILED, lost=True)
         os._exit(EXIT_FAILED)
 
     def _unreachable(self, why: str) -> str:

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from fireflyds.directories import read_json, write_whole
-from fireflyds.errors import UserError
+from fireflyds.errors import LostRankError, UserError
 
 # A scheduler that sees this code may start the same command again.
 EXIT_INTERRUPTED = 75
@@ -36,23 +36,25 @@ class Status:
         if issubclass(kind, KeyboardInterrupt):
             self.write("stopped", _EXIT_CTRL_C, "interrupted outside of training steps")
         else:
-            self.failed(str(error) or kind.__name__, kind.exit_code if issubclass(kind, UserError) else EXIT_FAILED)
+            code = kind.exit_code if issubclass(kind, UserError) else EXIT_FAILED
+            self.failed(str(error) or kind.__name__, code, lost=issubclass(kind, LostRankError))
 
     def write(self, state: str, exit_code: int | None = None, message: str = "") -> None:
         if self._rank == 0:
             self._write(state, exit_code, message)
 
-    def failed(self, message: str, exit_code: int) -> None:
+    def failed(self, message: str, exit_code: int, *, lost: bool = False) -> None:
+        """`lost`: another rank or its machine is gone, and the same command goes on."""
         if self._rank == (1 if message.startswith("rank 0 ") else 0) and not (self._rank and self._told_by_rank_zero()):
-            self._write("failed", exit_code, message)
+            self._write("failed", exit_code, message, lost=lost)
 
     def _told_by_rank_zero(self) -> bool:
         """Cut off from each other, both miss the other; rank 0's word counts."""
         return self._file.is_file() and read_json(self._file)["state"] != "running"
 
-    def _write(self, state: str, exit_code: int | None, message: str) -> None:
+    def _write(self, state: str, exit_code: int | None, message: str, *, lost: bool = False) -> None:
         about = {
             "state": state, "step": self.step, "total_steps": self._total_steps, "exit_code": exit_code,
-            "message": message, "pid": os.getpid(), "time": time.time(),
+            "message": message, "lost": lost, "pid": os.getpid(), "time": time.time(),
         }  # fmt: skip
         write_whole(self._file, json.dumps(about, indent=2))

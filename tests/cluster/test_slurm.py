@@ -165,7 +165,7 @@ def test_a_job_at_its_time_limit_goes_on_until_a_stop_file_ends_it(
     cluster: Cluster, training: list[str], undisturbed: list[float]
 ) -> None:
     # Slurm looks every half a minute, so the signal comes 60 to 90 s after the start: training has begun by then.
-    cluster.submit(*training, "run=limited", "optim.steps=9999", "cluster.time=2", "cluster.signal_seconds=60")
+    cluster.submit(*training, "run=limited", "optim.steps=9999", "cluster.time=00:02:00", "cluster.signal_seconds=60")
     job = cluster.job("limited")
     cluster.wait(job, "RUNNING")
     cluster.wait(job, "PENDING")

@@ -131,8 +131,9 @@ runpy.run_path({str(ROOT / "launch" / "submit.py")!r}, run_name="__main__")
         ([*TRAIN, "data=./nowhere"], "data.store=./nowhere: is not there"),
         ([*TRAIN, "cluster.nodes=5"], "global_batch_size=32: must be a multiple of micro_batch_size=1 x 40 ranks = 40"),
         ([*TRAIN, "cluster.partition=$PART"], "cluster.partition='$PART': holds '$', which Slurm does not expand"),
-        ([*TRAIN, "cluster.time=one day"], "cluster.time=one day: must be as sbatch takes it"),
-        ([*TRAIN, "cluster.time=4"], "cluster.signal_seconds=300: a job of cluster.time=4 would be told to save at its start"),
+        ([*TRAIN, "cluster.time=one day"], "cluster.time=one day: must be hours:minutes:seconds"),
+        ([*TRAIN, "cluster.time=86400"], "cluster.time=86400: must be hours:minutes:seconds, such as 24:00:00 or 2-12:00:00. In a file put it in quotes"),
+        ([*TRAIN, "cluster.time=00:04:00"], "cluster.signal_seconds=300: a job of cluster.time=00:04:00 would be told to save at its start"),
         ([*TRAIN, "cluster.chain=3"], "cluster.chain=3: is for clusters that forbid requeueing"),
         ([*TRAIN, "cluster.sbatch=exclusive"], "cluster.sbatch=exclusive: options are written --name=value"),
         ([*TRAIN, "cluster.sbatch=--nodes=3"], "cluster.sbatch=--nodes=3: has a key of its own, cluster.nodes"),
@@ -172,6 +173,7 @@ def test_a_run_that_has_begun_otherwise_is_refused(fake: Fake) -> None:
     [
         ("sbatch: error: Batch job submission failed: Invalid account or account/partition combination specified", "give cluster.account="),
         ("sbatch: error: AssocMaxSubmitJobLimit\nsbatch: error: Job violates accounting/QOS policy", "the queue takes no more of your jobs"),
+        ("sbatch: error: QOSMaxWallDurationPerJobLimit\nsbatch: error: Job violates accounting/QOS policy", "give a shorter cluster.time or fewer cluster.nodes"),
         ("sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)", "`scontrol ping`"),
     ],
 )  # fmt: skip
@@ -190,10 +192,31 @@ def test_a_job_whose_number_was_lost_is_taken_back_too(fake: Fake) -> None:
     (fake.folder / "full_at").write_text("1")
     (fake.folder / "says").write_text("sbatch: error: Socket timed out on send/recv operation")
     script = fake.work / "runs/cpt/submit.sh"
-    (fake.folder / "queue").write_text(f"7 {script} 1\n8 /elsewhere/submit.sh 1\n9 {script}.old\n")
+    (fake.folder / "later").write_text(f"7 {script} 1\n8 /elsewhere/submit.sh 1\n9 {script}.old\n")
+    sbatch = fake.folder / "sbatch"
+    sbatch.write_text(sbatch.read_text().replace("cat $FAKE/says", "cp $FAKE/later $FAKE/queue; cat $FAKE/says"))
     assert fake.submit(*TRAIN, check=False).returncode == 2
     assert "scancel 7" in fake.calls
     assert not script.exists()
+
+
+def test_a_job_that_nobody_noted_is_not_queued_again(fake: Fake) -> None:
+    (fake.folder / "queue").write_text(f"7 {fake.work / 'runs/cpt/submit.sh'} 1\n")
+    done = fake.submit(*TRAIN, check=False)
+    assert "runs/cpt: submitted already, as job 7. Wait for it, or `scancel 7`" in done.stderr
+    assert not [call for call in fake.calls if "parsable" in call]
+
+
+def test_jobs_that_cannot_be_taken_back_stay_known(fake: Fake) -> None:
+    (fake.folder / "full_at").write_text("3")
+    (fake.folder / "says").write_text("sbatch: error: Unable to contact slurm controller")
+    (fake.folder / "scancel").write_text("#!/bin/bash\necho 'scancel: error: Socket timed out' >&2; exit 1\n")
+    done = fake.submit("road=demo", "cluster=slurm_cpu", check=False)
+    assert done.returncode == 2
+    assert "Unable to contact slurm controller" in done.stderr
+    assert "jobs 1, 2 may still be queued: `scancel 1 2` when Slurm answers again" in done.stderr
+    records = json.loads((fake.work / "runs/demo/jobs.json").read_text())
+    assert [record["id"] for record in records] == ["1", "2"]
 
 
 def test_leftovers_of_another_job_reach_no_new_one(fake: Fake) -> None:
@@ -225,12 +248,12 @@ def test_spaces_and_gres_are_written_as_slurm_reads_them(tmp_path: Path, monkeyp
     place.mkdir()
     monkeypatch.chdir(place)
     cluster = ClusterConfig(partition="gpu", cpu_partition="cpu", sbatch="--gres=gpu:8 --exclusive", gpus_per_node=8)
-    train = script.text(submission.job_of("train", "cpt", Path("runs/cpt"), Path("runs/cpt")), cluster)
+    train = script.text(_job_of("train", "cpt", Path("runs/cpt"), Path("runs/cpt")), cluster)
     assert f'#SBATCH --chdir="{place}"\n' in train
     assert "#SBATCH --partition=gpu\n" in train
     assert "#SBATCH --gres=gpu:8\n" in train
     assert "gpus-per-node" not in train
-    prepare = script.text(submission.job_of("prepare", "prepare", Path("runs/cpt"), None), cluster)
+    prepare = script.text(_job_of("prepare", "prepare", Path("runs/cpt"), None), cluster)
     assert "#SBATCH --partition=cpu\n" in prepare
     assert "--gres" not in prepare
     assert "#SBATCH --exclusive\n" in prepare
@@ -265,9 +288,14 @@ def test_a_queue_that_does_not_answer_is_given_up(fake: Fake, monkeypatch: pytes
         slurm.submit(Path("x.sh"))
 
 
+def _job_of(verb: str, name: str, folder: Path, run_dir: Path | None) -> script.Job:
+    config = "{hardware: {start_timeout_minutes: 10}, recovery: {heartbeat_seconds: 60}}"
+    return submission.plan(verb, name, folder, run_dir, config).job
+
+
 def _job(folder: Path, **keys) -> Path:
     cluster = ClusterConfig(gpu="cpu", **keys)
-    job = submission.job_of("train", "cpt", folder, folder, stamp="")
+    job = _job_of("train", "cpt", folder, folder)
     (folder / "logs").mkdir(exist_ok=True)
     path = folder / "submit.sh"
     path.write_text(script.text(job, cluster))
@@ -296,6 +324,14 @@ def test_the_script_puts_back_what_can_go_on(fake: Fake, code: int, put_back: in
     assert _put_back(fake) == put_back
 
 
+def test_a_code_that_was_left_is_told_when_slurm_has_forgotten_the_job(fake: Fake) -> None:
+    path = _job(fake.work)
+    _start(fake, path, 2, None)
+    record = submission.Record("cpt", "export", "7", str(fake.work), str(path), "a.log", 0)
+    states = {"7": JobState("gone")}
+    assert report.status([record], states) == "cpt: job 7 gone; no longer known to Slurm; left with 2"
+
+
 @pytest.mark.parametrize("step", [10, None])
 def test_a_job_that_gets_no_further_is_given_up(fake: Fake, step: int | None) -> None:
     path = _job(fake.work, max_failures=2)
@@ -321,22 +357,42 @@ def test_a_later_job_of_a_chain_does_nothing_after_the_end(fake: Fake) -> None:
     assert _put_back(fake) == 0
 
 
+def test_a_chain_heeds_only_what_its_own_jobs_left(fake: Fake) -> None:
+    path = _job(fake.work, requeue=False, chain=3)
+    assert _start(fake, path, 0, 20).returncode == 0
+    # Given again for more steps; its first job loses its node.
+    srun = (fake.folder / "srun").read_text()
+    (fake.folder / "srun").write_text("#!/bin/bash\nkill -9 $PPID\n")
+    assert _start(fake, path, 0, 20).returncode == -9
+    (fake.folder / "srun").write_text(srun)
+    done = _start(fake, path, 75, 30, place=2)
+    assert (done.returncode, done.stdout) == (75, "")
+    assert path.with_suffix(".code").read_text() == "75\n"
+
+
+def test_ranks_are_waited_for_as_long_as_they_wait_for_each_other(fake: Fake) -> None:
+    fake.submit(*TRAIN, "hardware.start_timeout_minutes=30")
+    assert "srun --wait=1980 \\\n" in (fake.work / "runs/cpt/submit.sh").read_text()
+
+
 def test_containers_modules_and_variables_stand_in_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     common = {"image": "ours.sqsh", "mounts": ["/data:/data"], "modules": "cuda/12.6", "setup": ["source env.sh"]}
-    job = submission.job_of("train", "cpt", Path("runs/cpt"), Path("runs/cpt"))
+    job = _job_of("train", "cpt", Path("runs/cpt"), Path("runs/cpt"))
     pyxis = script.text(job, ClusterConfig(container=script.Container.pyxis, environment={"A": "b c"}, **common))
     mounts = f"{tmp_path}:{tmp_path},{ROOT}:{ROOT},/data:/data"
     assert (
         f"--container-image=ours.sqsh --container-mounts={mounts} --container-workdir={tmp_path} \\\n  python " in pyxis
     )
     assert "module load cuda/12.6\nsource env.sh\nexport A='b c'\n" in pyxis
+    assert "export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}\n" in pyxis
+    assert "OMP_NUM_THREADS=$" not in script.text(job, ClusterConfig(environment={"OMP_NUM_THREADS": "8"}))
     apptainer = script.text(job, ClusterConfig(container=script.Container.apptainer, **common))
     assert f"apptainer exec --nv --bind {mounts} --pwd {tmp_path} ours.sqsh \\\n  python " in apptainer
 
 
 @pytest.mark.parametrize(
-    ("time", "seconds"), [("30", 1800), ("1:30", 90), ("02:00:00", 7200), ("1-0", 86400), ("1-2:30", 95400), ("", 0)]
+    ("time", "seconds"), [("1:30", 90), ("02:00:00", 7200), ("1-0", 86400), ("1-2:30", 95400), ("", 0)]
 )
 def test_times_are_read_as_slurm_reads_them(time: str, seconds: int) -> None:
     assert ClusterConfig(time=time, signal_seconds=1).time_seconds == seconds

@@ -10,7 +10,7 @@ from typing import ClassVar
 import pytest
 
 from fireflyds import app
-from fireflyds.cluster import ranges, results, watch
+from fireflyds.cluster import ranges, results, slurm, watch
 from fireflyds.cluster.study import Study
 from fireflyds.cluster.sweep import Sweep
 from fireflyds.config import Direction, Pruner, RangeConfig, Sampler, SearchConfig, ValueAt
@@ -78,8 +78,8 @@ class Played:
             self._say(place, "finished", exit_code=0)
         return None
 
-    def _say(self, place: Path, state: str, exit_code: int | None = None, message: str = "") -> None:
-        about = {"state": state, "exit_code": exit_code, "message": message, "step": 0, "total_steps": STEPS}
+    def _say(self, place: Path, state: str, exit_code: int | None = None, message: str = "", lost: bool = False) -> None:
+        about = {"state": state, "exit_code": exit_code, "message": message, "lost": lost, "step": 0, "total_steps": STEPS}
         (place / "status.json").write_text(json.dumps(about))
 
 
@@ -224,6 +224,54 @@ def test_a_trial_whose_processes_died_goes_on(tmp_path: Path) -> None:
     assert study.trials[1].state.name == "COMPLETE"
 
 
+def test_a_trial_that_lost_a_rank_goes_on(tmp_path: Path) -> None:
+    played = Played(tmp_path)
+    played.die["trial-0000"] = {"state": "failed", "exit_code": 1, "message": "rank 1 died", "lost": True}
+    study = run(tmp_path, played, search(trials=3))
+    assert played.started.count("trial-0000") == 2
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 3
+
+
+def test_a_draw_that_is_refused_is_recorded_and_the_next_is_drawn(tmp_path: Path, monkeypatch) -> None:
+    def refusing(name: str, params) -> str:
+        if name.endswith("1"):
+            raise UserError("global_batch_size=13: must be a multiple of 8")
+        return freeze(name, params)
+
+    looking, played = search(trials=4), Played(tmp_path)
+    study = Study(tmp_path / "study.journal", "s", looking)
+    assert Sweep(study, looking, "s", tmp_path, refusing, played).run()
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
+    assert study.trials[1].user_attrs["message"] == "global_batch_size=13: must be a multiple of 8"
+    assert "trial-0001" not in played.started
+
+
+def test_a_controller_that_is_away_for_a_while_ends_nothing(tmp_path: Path, capsys) -> None:
+    class Away(Played):
+        away = 0
+
+        def alive(self, place: Path) -> bool:
+            if self.calls >= 10 and self.away < 4:
+                self.away += 1
+                raise slurm.UnavailableError("scontrol: no answer within 60 s")
+            return super().alive(place)
+
+    played = Away(tmp_path)
+    study = run(tmp_path, played, search(trials=3))
+    assert played.away == 4
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 3
+    assert capsys.readouterr().out.count("no answer within 60 s. Tried again until it goes") == 1
+
+
+def test_a_controller_that_is_away_from_the_start_is_told(tmp_path: Path) -> None:
+    class Away(Played):
+        def start(self, place: Path, slot: int) -> None:
+            raise slurm.UnavailableError("sbatch: no answer within 60 s")
+
+    with pytest.raises(slurm.UnavailableError, match="no answer within 60 s"):
+        run(tmp_path, Away(tmp_path), search())
+
+
 def test_a_trial_that_dies_again_and_again_has_failed(tmp_path: Path) -> None:
     class Dying(Played):
         def start(self, place: Path, slot: int) -> None:
@@ -252,13 +300,28 @@ def test_when_nothing_can_begin_no_more_is_drawn(tmp_path: Path) -> None:
     assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 6
 
 
+def test_a_first_trial_that_cannot_begin_twice_makes_room_for_others(tmp_path: Path) -> None:
+    class TooLarge(Played):
+        def start(self, place: Path, slot: int) -> None:
+            super().start(place, slot)
+            if place.name == "trial-0000":
+                self.alive_now[place] = False
+                self._say(place, "failed", exit_code=1, message="out of memory")
+
+    played = TooLarge(tmp_path)
+    with pytest.raises(UserError, match="trial 0 ended before its first step: out of memory"):
+        run(tmp_path, played, search(parallel=1))
+    study = run(tmp_path, played, search(parallel=1))
+    assert [trial.state.name for trial in study.trials] == ["FAIL", *["COMPLETE"] * 5]
+
+
 def test_a_metric_that_is_not_there_names_those_that_are(tmp_path: Path) -> None:
-    trial = run(tmp_path, Played(tmp_path), search(trials=1, metric="accuracy")).trials[0]
-    assert trial.state.name == "FAIL"
-    assert (
-        "sweep.metric=accuracy was not measured as asked. There is: loss, seconds, step, tokens"
-        in trial.user_attrs["message"]
-    )
+    played = Played(tmp_path)
+    expected = r"sweep\.metric=accuracy was not measured as asked\. There is: loss, seconds, step, tokens"
+    with pytest.raises(UserError, match=expected):
+        run(tmp_path, played, search(metric="accuracy"))
+    # Not one more than those that ran at the same time.
+    assert played.started == ["trial-0000", "trial-0001"]
 
 
 def test_values_are_taken_where_they_are_asked_for(tmp_path: Path) -> None:
