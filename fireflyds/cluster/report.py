@@ -19,6 +19,7 @@ _REASONS = {
     "PartitionTimeLimit": "asks for more time than the partition gives: it will never start. Cancel it, give a shorter cluster.time",
     "PartitionNodeLimit": "asks for more nodes than the partition gives: it will never start. Cancel it, give another cluster.partition",
     "ReqNodeNotAvail": "the nodes are down, reserved or draining",
+    "Nodes_required_for_job_are_DOWN,_DRAINED_or_reserved_for_jobs_in_higher_priority_partitions": "waits for nodes that are down or drained",
     "JobHeldUser": "is held: scontrol release",
     "JobHeldAdmin": "is held by an administrator",
     "launch_failed_requeued_held": "could not be started on its node and is held: look at the log, then scontrol release",

@@ -81,7 +81,20 @@ def try_out(script: str) -> None:
     Raises:
         UserError: it would not.
     """
-    _sbatch("--test-only", text=script)
+    try:
+        _sbatch("--test-only", text=script)
+    except UserError as error:
+        # Said also where nodes are down or drained for now: then the job waits for them.
+        if "node configuration is not available" not in str(error) or not _nodes_away(script):
+            raise
+
+
+def _nodes_away(script: str) -> bool:
+    """Some nodes of a script's partition cannot be used now."""
+    partition = re.search(r"^#SBATCH --partition=(\S+)$", script, re.MULTILINE)
+    asked = [f"--partition={partition[1]}"] if partition else []
+    found = _run(["sinfo", "--noheader", "--Node", *asked, "--format=%t"])
+    return any(not re.match("idle|mix|alloc|comp|plnd", state) for state in found.stdout.split())
 
 
 def submit(script: Path, place: int = 1, after: str = "") -> str:

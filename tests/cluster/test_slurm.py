@@ -225,6 +225,19 @@ def test_what_slurm_refuses_leaves_nothing_behind(cluster: Cluster, training: li
     assert "refused" not in cluster.slurm("squeue", "--format=%j")
 
 
+def test_a_node_that_is_down_is_waited_for(cluster: Cluster, training: list[str]) -> None:
+    cluster.slurm("scontrol", "update", "NodeName=n2", "State=DRAIN", "Reason=test")
+    try:
+        cluster.submit(*training, "run=waits")
+        assert cluster.state(cluster.job("waits")) == "PENDING"
+        cluster.submit("action=cancel", "run=waits")
+    finally:
+        cluster.slurm("scontrol", "update", "NodeName=n2", "State=RESUME")
+    done = cluster.submit(*training, "run=large", "cluster.nodes=4", check=False)
+    assert "compare cluster.nodes" in done.stderr
+    assert not (cluster.folder / "runs" / "large").exists()
+
+
 def test_cancelling_saves_and_puts_nothing_back(cluster: Cluster, training: list[str]) -> None:
     cluster.submit(*training, "run=ended", "optim.steps=9999")
     job = cluster.job("ended")

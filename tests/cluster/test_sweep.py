@@ -78,8 +78,17 @@ class Played:
             self._say(place, "finished", exit_code=0)
         return None
 
-    def _say(self, place: Path, state: str, exit_code: int | None = None, message: str = "", lost: bool = False) -> None:
-        about = {"state": state, "exit_code": exit_code, "message": message, "lost": lost, "step": 0, "total_steps": STEPS}
+    def _say(
+        self, place: Path, state: str, exit_code: int | None = None, message: str = "", lost: bool = False
+    ) -> None:
+        about = {
+            "state": state,
+            "exit_code": exit_code,
+            "message": message,
+            "lost": lost,
+            "step": 0,
+            "total_steps": STEPS,
+        }
         (place / "status.json").write_text(json.dumps(about))
 
 
