@@ -50,7 +50,8 @@ def train(config: TrainConfig) -> None:
     validator = open_validator(config, encoder, store, hf_config, total_steps, device_batch)
 
     text, run_dir = app.to_yaml(config), Path(config.run_dir)
-    notes += join(me, config, text)
+    reads = run.inputs(store) | {"tokenizer": encoder.fingerprint(), "total_steps": total_steps}
+    notes += join(me, config, text, reads)
     about = run.identity(config, encoder.fingerprint(), hf_config.vocab_size)
     _held = deepspeed.on_rank_zero(lambda: run.open_run(config, text, about | run.inputs(store)))
     status = Status(run_dir, me.rank, total_steps)

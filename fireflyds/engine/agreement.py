@@ -22,6 +22,7 @@ from fireflyds.config import DoctorConfig, TrainConfig
 from fireflyds.engine import changes, deepspeed, interfaces
 from fireflyds.engine.doctor import clocks, links
 from fireflyds.engine.doctor.check import Verdict
+from fireflyds.engine.doctor.hosts import boot_id, tell_apart
 from fireflyds.engine.doctor.machine import place_of
 from fireflyds.engine.meeting import Meeting, Part, SilentError
 from fireflyds.engine.ranks import Ranks
@@ -34,11 +35,13 @@ _REMEDY = {
     "code": "Bring the checkouts of all hosts to the same commit, or start from a folder that all hosts mount",
     "configuration": "Give the same command on every host",
     "versions": "Install the same versions on every host",
+    "inputs": "Give the same store and tokenizer on every host",
 }
 
 
-def join(me: Ranks, config: TrainConfig, text: str) -> list[str]:
-    """Wait for all ranks, compare, and join them. `text` is the whole configuration. Returns what to note in the log.
+def join(me: Ranks, config: TrainConfig, text: str, inputs: dict[str, Any]) -> list[str]:
+    """Wait for all ranks, compare, and join them. `text` is the whole configuration, `inputs` what is read, by contents.
+    Returns what to note in the log.
 
     Raises:
         UserError: on every rank that has come: who has not, or differs, and what to do.
@@ -46,18 +49,18 @@ def join(me: Ranks, config: TrainConfig, text: str) -> list[str]:
     me.export()
     interfaces.choose(config.hardware.network_interface, os.environ)
     # Kept until the ranks have joined: its store is theirs.
-    meeting, notes = meet(me, config, text) if me.world_size > 1 else (None, [])
+    meeting, notes = meet(me, config, text, inputs) if me.world_size > 1 else (None, [])
     deepspeed.start(me, config.hardware.timeout_minutes)
     del meeting
     return notes
 
 
-def meet(me: Ranks, config: TrainConfig, text: str) -> tuple[Meeting, list[str]]:
+def meet(me: Ranks, config: TrainConfig, text: str, inputs: dict[str, Any]) -> tuple[Meeting, list[str]]:
     """As `join`, without the joining."""
     seconds = 60 * config.hardware.start_timeout_minutes
     meeting = Meeting(me, seconds)
     meeting.claim()
-    meeting.tell(f"here/{me.rank}", about(me, text))
+    meeting.tell(f"here/{me.rank}", about(me, text, inputs))
     asked = DoctorConfig(runs=config.runs)
     if me.rank:
         _take_part(meeting, asked, text, seconds)
@@ -66,12 +69,15 @@ def meet(me: Ranks, config: TrainConfig, text: str) -> tuple[Meeting, list[str]]
     try:
         answers = _wait_for_all(meeting, seconds)
         _compare(meeting, answers, text, asked.timeout)
-        notes = _between_hosts(meeting, [answer["host"] for answer in answers], asked)
+        hosts = tell_apart([answer["host"] for answer in answers], [answer["machine"] for answer in answers])
+        notes = _between_hosts(meeting, hosts, asked)
     except UserError as error:
         verdict, lost = str(error), isinstance(error, LostRankError)
     except SilentError as silent:
         ranks, lost = named(set(silent.ranks)), True
         verdict = f"{ranks} came, and did not answer to `{silent.step}` within {asked.timeout:g} s. See the logs there"
+    except OSError as error:
+        verdict = f"runs={config.runs}: cannot be written ({error.strerror}). Give another runs="
     # Also where some have not come: those that have shall hear it.
     meeting.end([verdict, lost])
     _obey(verdict, lost)
@@ -95,11 +101,13 @@ def _take_part(meeting: Meeting, asked: DoctorConfig, text: str, seconds: float)
     _obey(*meeting.serve(parts, 2 * seconds + asked.timeout))
 
 
-def about(me: Ranks, text: str) -> dict[str, Any]:
+def about(me: Ranks, text: str, inputs: dict[str, Any]) -> dict[str, Any]:
     """What must be the same on every rank, and where this one is."""
     files = "\n".join(f"{name} {digest}" for name, digest in sorted(code().items()))
     return {
         "host": socket.gethostname(),
+        "machine": boot_id(),
+        "inputs": inputs,
         "world_size": me.world_size,
         "code": _hash(files.encode()),
         "configuration": _hash(text.encode()),
@@ -159,7 +167,7 @@ def _compare(meeting: Meeting, answers: list[dict[str, Any]], text: str, seconds
                 f"rank {rank} on {answer['host']} was told of {answer['world_size']} ranks, rank 0 on {own['host']} of "
                 f"{own['world_size']}. Give the same number of hosts and ranks everywhere"
             )
-    for what in ("code", "configuration", "versions"):
+    for what in ("code", "configuration", "versions", "inputs"):
         others = [rank for rank, answer in enumerate(answers) if answer[what] != own[what]]
         if not others:
             continue

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -152,7 +153,10 @@ class Saver:
         sync(self._folder)
         write_whole(self._folder / LATEST, whole.name + "\n")
         _passed_over.discard(whole)
-        self._forget(step)
+        try:
+            self._forget(step)
+        except OSError as error:  # this checkpoint is whole all the same
+            print(f"warning: {self._folder}: old checkpoints were not removed ({error})", file=sys.stderr, flush=True)
 
     def _forget(self, saved: int) -> None:
         """Drop what is not to be kept now that a step is saved. What stands behind that step was passed over: it stays where
@@ -229,7 +233,8 @@ def _step(path: Path) -> int:
 
 def whole_checkpoints(run_dir: Path) -> list[Path]:
     """Checkpoints by step. One that is being written has another name."""
-    return sorted((run_dir / FOLDER).glob("step-*"), key=_step)
+    found = [path for path in (run_dir / FOLDER).glob("step-*") if path.name[len("step-") :].isdecimal()]
+    return sorted(found, key=_step)
 
 
 def load(engine: Any, run_dir: Path, say: Callable[[str], None]) -> TrainState:
@@ -240,7 +245,10 @@ def load(engine: Any, run_dir: Path, say: Callable[[str], None]) -> TrainState:
     Raises:
         UserError: there are checkpoints, and none of them is undamaged or of this run.
     """
-    found = whole_checkpoints(run_dir)
+    # Rank 0's list: a network file system may show it to others a little later.
+    names = [[path.name for path in whole_checkpoints(run_dir)]]
+    dist.broadcast_object_list(names)
+    found = [run_dir / FOLDER / name for name in names[0]]
     for folder in reversed(found):
         verdicts: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(verdicts, fragments.damage(folder, dist.get_rank(), dist.get_world_size()))

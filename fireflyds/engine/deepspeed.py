@@ -46,18 +46,19 @@ def start(ranks: Ranks, timeout_minutes: float) -> None:
 
 
 def _with_device(ranks: Ranks) -> Ranks:
-    """Where Slurm shows each task but its own GPU, that is number 0 to it.
+    """Where Slurm or a wrapper of mpirun's shows each task but its own GPU, that is number 0 to it.
 
     Raises:
-        UserError: there are more ranks than GPUs.
+        UserError: there are more ranks than GPUs; on every rank of the host where its launcher says how many it has.
     """
     seen = torch.cuda.device_count()
-    if not seen or ranks.local_rank < seen:
+    together = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "0")))
+    if not seen or max(ranks.local_rank + 1, together) <= seen:
         return ranks
-    if seen == 1 and "SLURM_PROCID" in os.environ:
+    if seen == 1 and not together:
         return replace(ranks, local_rank=0)
     raise UserError(
-        f"local rank {ranks.local_rank}: {seen} GPUs are visible on this host. Start no more ranks a host than it has GPUs, or look "
+        f"local rank {ranks.local_rank} of {together or 'several'}: {seen} GPUs are visible on this host. Start no more ranks a host than it has GPUs, or look "
         "at CUDA_VISIBLE_DEVICES"
     )
 
@@ -104,7 +105,8 @@ def end(exit_code: int) -> NoReturn:
 
 
 def on_rank_zero(work: Callable[[], T]) -> T | None:
-    """Do something on rank 0 while the others wait; its `UserError` becomes everybody's. Other ranks get None."""
+    """Do something on rank 0 while the others wait; its `UserError` becomes everybody's, and so does trouble with the disk.
+    Other ranks get None."""
     import torch.distributed as dist
 
     result, unexpected, failure = None, None, [None]
@@ -112,8 +114,9 @@ def on_rank_zero(work: Callable[[], T]) -> T | None:
         try:
             result = work()
         except Exception as error:
-            unexpected = None if isinstance(error, UserError) else error
-            failure = [str(error) or repr(error)]  # type: ignore[list-item]
+            unexpected = None if isinstance(error, UserError | OSError) else error
+            remedy = ". Make room, or mend its rights, and give the same command again" * isinstance(error, OSError)
+            failure = [f"{str(error) or repr(error)}{remedy}"]  # type: ignore[list-item]
     dist.broadcast_object_list(failure)
     if unexpected is not None:
         raise unexpected

@@ -99,8 +99,12 @@ def write(folder: Path, rank: int, tensors: dict[str, Tensor]) -> None:
         raise OSError(str(error)) from error
     sync(file)
     about = file.with_suffix(".json")
-    write_whole(about, json.dumps({"bytes": file.stat().st_size, "sha256": digest(file)}))
-    shutil.copymode(about, file)  # safetensors lets nobody else read
+    aside = about.with_suffix(".about")
+    aside.write_text(json.dumps({"bytes": file.stat().st_size, "sha256": digest(file)}))
+    shutil.copymode(aside, file)  # safetensors lets nobody else read
+    sync(aside)
+    # Last of all: rank 0 takes it away when all have theirs.
+    aside.rename(about)
 
 
 def digest(file: Path) -> str:
@@ -223,11 +227,18 @@ def damage(folder: Path, share: int = 0, shares: int = 1) -> str | None:
     except UserError:
         return f"{CHECKSUMS} is missing or damaged"
     for name, wanted in sorted(known.items())[share::shares]:
-        file = folder / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != wanted["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes of {wanted['bytes']}"
-        if digest(file) != wanted["sha256"]:
-            return f"{name} is not what was written (its hash differs)"
+        try:
+            wrong = _damage(folder / name, wanted)
+        except OSError as error:  # a bad sector
+            wrong = f"cannot be read: {error.strerror}"
+        if wrong:
+            return f"{name} {wrong}"
     return None
+
+
+def _damage(file: Path, wanted: dict[str, Any]) -> str | None:
+    if not file.is_file():
+        return "is missing"
+    if (size := file.stat().st_size) != wanted["bytes"]:
+        return f"has {size} bytes of {wanted['bytes']}"
+    return None if digest(file) == wanted["sha256"] else "is not what was written (its hash differs)"

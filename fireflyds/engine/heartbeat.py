@@ -20,6 +20,8 @@ from fireflyds.engine.status import EXIT_FAILED, Status
 from fireflyds.errors import LostRankError, UserError
 
 _INTERVAL = 1.0
+# Beats that a rank may miss when a collective has failed.
+_TROUBLED = 4
 
 
 def machine() -> str:
@@ -120,7 +122,12 @@ class Heartbeat:
     def _end(self, lost: str) -> None:
         if self._me.rank == 0 or lost.startswith("rank 0 "):
             print(f"error: {lost}", file=sys.stderr, flush=True)
-        self._status.failed(lost, EXIT_FAILED, lost=True)
+        # The disk may have gone with the host that is lost.
+        work = threading.Thread(
+            target=self._status.failed, args=(lost, EXIT_FAILED), kwargs={"lost": True}, daemon=True
+        )
+        work.start()
+        work.join(5 * _INTERVAL)
         os._exit(EXIT_FAILED)
 
     def _unreachable(self, why: str) -> str:
@@ -154,17 +161,22 @@ class Heartbeat:
         known, since = self._seen.get(rank, (None, time.monotonic()))
         if beat != known or rank not in self._seen:
             self._seen[rank] = (beat, time.monotonic())
-        elif time.monotonic() - since > self._seconds:
-            return self._message(rank, f"has been silent for {self._seconds:.0f} s")
+        elif time.monotonic() - since > (limit := self._patience()):
+            return self._message(rank, f"has been silent for {limit:.0f} s")
         if beat:
             about = json.loads(beat)
             if about["machine"] == machine() and not _lives(about["pid"]):
                 return self._message(rank, f"died (process {about['pid']}, after step {about['step']})")
         return None
 
+    def _patience(self) -> float:
+        """Once a collective has failed somewhere, whoever no longer beats is the one that it failed for."""
+        return min(self._seconds, _TROUBLED * _INTERVAL) if self._get("trouble") else self._seconds
+
     def _lost_soon(self) -> str | None:
         """Why a collective failed, if it was for a lost rank: that shows within seconds."""
-        until = time.monotonic() + 5 * _INTERVAL
+        self._tell("trouble", "yes")
+        until = time.monotonic() + 8 * _INTERVAL
         while time.monotonic() < until:
             if lost := self._look():
                 return lost

@@ -85,6 +85,9 @@ class Journal:
     def saved(self, step: int, stall: float) -> None:
         """A checkpoint is being written; training waited `stall` seconds for the copy."""
         self.log.info(f"checkpoint of step {step}: training waited {stall:.2f} s")
+        if self._file:
+            # A checkpoint outlives a crash of the machine, and so must the steps before it.
+            self._attempt("metrics.jsonl", self._file.sync)
         if self._file and (self._painted is None or self._painted.done()):
             self._painted = self._painter.submit(self._attempt, "trainer_state.json or loss.png", self._history.save)
 

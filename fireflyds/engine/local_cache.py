@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from fireflyds.config import TrainConfig
 from fireflyds.data.store import INDEX, MANIFEST, TokenStore
+from fireflyds.directories import sync
 from fireflyds.errors import UserError
 
 # Beside the weights: what loading a model may read.
@@ -73,11 +74,13 @@ def _fill(cache: Path, name: str, source: Path, files: dict[str, Path], log: Cal
     with (cache / f".{name}.lock").open("w") as lock:
         # Others of this host wait here.
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if folder.is_dir():
+        sizes = {relative: file.stat().st_size for relative, file in files.items()}
+        if folder.is_dir() and sizes == {name: _size(folder / name) for name in sizes}:
             log(f"{name} is read from {folder} (local_cache)")
             return folder
-        shutil.rmtree(aside, ignore_errors=True)
-        size, free = sum(file.stat().st_size for file in files.values()), shutil.disk_usage(cache).free
+        for left in (aside, folder):
+            shutil.rmtree(left, ignore_errors=True)
+        size, free = sum(sizes.values()), shutil.disk_usage(cache).free
         if size > free:
             raise UserError(
                 f"hardware.local_cache={cache}: {name} needs {size / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free. Remove "
@@ -87,6 +90,12 @@ def _fill(cache: Path, name: str, source: Path, files: dict[str, Path], log: Cal
             place = aside / relative
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, place)
+            sync(place)
         aside.rename(folder)
+        sync(cache)
     log(f"{name} was copied from {source} to {folder} (local_cache, {size / 2**30:.2f} GiB) and is read from there")
     return folder
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.is_file() else -1

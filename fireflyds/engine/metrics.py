@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from fireflyds.directories import write_whole
+from fireflyds.errors import UserError
 from fireflyds.types import StepMetrics
 
 
@@ -25,8 +26,17 @@ class RowsFile:
         self._stream = path.open("a", encoding="utf-8")
 
     def write(self, row: Mapping[str, Any]) -> None:
-        self._stream.write(_json(row))
-        self._stream.flush()
+        try:
+            self._stream.write(_json(row))
+            self._stream.flush()
+        except OSError as error:
+            raise UserError(
+                f"{self._stream.name}: cannot be written ({error.strerror}). Make room, and give the same command again"
+            ) from error
+
+    def sync(self) -> None:
+        """Wait for the disk."""
+        os.fsync(self._stream.fileno())
 
     def close(self) -> None:
         self._stream.close()

@@ -96,8 +96,9 @@ def _mpi(environment: Mapping[str, str]) -> tuple[str, str, str, str] | None:
     for names in _MPI:
         if names[0] in environment and names[1] in environment:
             # `srun --mpi=pmi2` sets PMI's too; what Slurm says is more.
-            same = names[0] == "PMI_RANK" and _in_slurm_step(environment)
-            if same and environment["PMI_RANK"] == environment["SLURM_PROCID"]:
+            pairs = (("PMI_RANK", "SLURM_PROCID"), ("PMI_SIZE", "SLURM_NTASKS"))
+            same = all(environment.get(pmi) == environment.get(slurm) for pmi, slurm in pairs)
+            if names[0] == "PMI_RANK" and _in_slurm_step(environment) and same:
                 continue
             return names
     return None

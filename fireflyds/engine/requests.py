@@ -35,13 +35,14 @@ class Asked:
 class Requests:
     """SIGTERM, SIGUSR1, Ctrl-C, a file `STOP`, a launcher that died: finish the step, save, leave. A file `SAVE`: save.
 
-    A second Ctrl-C, or a second SIGTERM after a second, leaves at once.
+    A second Ctrl-C, or a second SIGTERM after a second, leaves at once; SIGUSR1, which announces one of these, does not count.
     """
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
         self.reason = ""
         self._asked_at: float | None = None
+        self._told_at: float | None = None
         self._launchers = _launchers()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._hear)
@@ -50,7 +51,11 @@ class Requests:
         name, now = signal.Signals(number).name, time.monotonic()
         if self._asked_at is None:
             self._asked_at, self.reason = now, name
-        elif number == signal.SIGINT or (number == signal.SIGTERM and now - self._asked_at > _ECHO_SECONDS):
+        if number == signal.SIGUSR1:
+            return
+        if self._told_at is None:
+            self._told_at = now
+        elif number == signal.SIGINT or now - self._told_at > _ECHO_SECONDS:
             # Collectives and threads that write would hold an orderly end up.
             os.write(sys.stderr.fileno(), b"interrupted again: leaving at once; the newest checkpoint is whole\n")
             os._exit(128 + number)

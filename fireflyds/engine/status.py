@@ -1,5 +1,6 @@
 """How a run stands, for whoever looks from outside: `status.json`. Launchers do not pass exit codes on faithfully."""
 
+import contextlib
 import json
 import os
 import time
@@ -46,7 +47,9 @@ class Status:
     def failed(self, message: str, exit_code: int, *, lost: bool = False) -> None:
         """`lost`: another rank or its machine is gone, and the same command goes on."""
         if self._rank == (1 if message.startswith("rank 0 ") else 0) and not (self._rank and self._told_by_rank_zero()):
-            self._write("failed", exit_code, message, lost=lost)
+            # Where the disk is what failed, that is to be said, and not this.
+            with contextlib.suppress(OSError):
+                self._write("failed", exit_code, message, lost=lost)
 
     def _told_by_rank_zero(self) -> bool:
         """Cut off from each other, both miss the other; rank 0's word counts."""

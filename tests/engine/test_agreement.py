@@ -40,14 +40,16 @@ def ranks(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(agreement.socket, "gethostname", lambda: HOSTS[_rank()])
     monkeypatch.setattr(meeting, "_GRACE", 0.3)
 
-    def run(*present: int, **of_rank: TrainConfig) -> dict[int, list[str] | str]:
+    def run(*present: int, inputs=({"store": "a"},) * 3, **of_rank: TrainConfig) -> dict[int, list[str] | str]:
         port, usual, kept = free_port(), config_of(tmp_path), []
         found: dict[int, list[str] | str] = {}
 
         def one(rank: int) -> None:
             config = of_rank.get(f"rank{rank}", usual)
             try:
-                met, found[rank] = agreement.meet(Ranks(rank, 0, 3, "127.0.0.1", port), config, app.to_yaml(config))
+                met, found[rank] = agreement.meet(
+                    Ranks(rank, 0, 3, "127.0.0.1", port), config, app.to_yaml(config), inputs[rank]
+                )
                 kept.append(met)
             except UserError as error:
                 found[rank] = str(error)
@@ -60,6 +62,12 @@ def ranks(tmp_path: Path, monkeypatch):
 
 def test_ranks_that_agree_go_on_without_a_word(ranks) -> None:
     assert ranks(0, 1, 2) == {0: [], 1: [], 2: []}
+
+
+def test_another_store_is_named(ranks) -> None:
+    found = ranks(0, 1, 2, inputs=({"store": "a"}, {"store": "a"}, {"store": "b"}))
+    expected = "rank 2 on south has another input than rank 0 on north: store: a -> b. Give the same store and tokenizer on every host"
+    assert found == dict.fromkeys(range(3), expected)
 
 
 def test_another_configuration_is_named_to_all(ranks, tmp_path: Path) -> None:

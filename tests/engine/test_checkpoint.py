@@ -1,5 +1,8 @@
 """Checkpoints of one process: whole or absent, kept and dropped, damaged ones passed over."""
 
+import errno
+import os
+import shutil
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -138,6 +141,44 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_line(group, tmp_path: Path, 
     assert checkpoint.find(tmp_path, None).name == "step-000002"
     with pytest.raises(UserError, match="step-000003: is damaged"):
         checkpoint.find(tmp_path, 3)
+
+
+def test_a_checkpoint_that_cannot_be_read_is_passed_over(group, tmp_path: Path, monkeypatch) -> None:
+    run_to(tmp_path, 2, keep=3)
+    digest = fragments.digest
+
+    def bad_sector(file: Path) -> str:
+        if "step-000002" in str(file):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(file))
+        return digest(file)
+
+    monkeypatch.setattr(fragments, "digest", bad_sector)
+    said: list[str] = []
+    assert checkpoint.load(make_engine(), tmp_path, said.append).step == 1
+    assert "cannot be read: Input/output error" in said[0]
+
+
+def test_a_copy_that_somebody_made_is_left_alone(group, tmp_path: Path) -> None:
+    run_to(tmp_path, 2, keep=1)
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(folder / "step-000002", folder / "step-000002.bak")
+    assert checkpoint.find(tmp_path, None).name == "step-000002"
+    run_to(tmp_path, 3, keep=1)
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step-000002.bak", "step-000003"]
+
+
+def test_old_checkpoints_that_cannot_be_removed_do_not_spoil_the_new_one(
+    group, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    run_to(tmp_path, 1)
+
+    def refused(*arguments) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(checkpoint, "to_drop", refused)
+    run_to(tmp_path, 2)
+    assert checkpoint.find(tmp_path, None).name == "step-000002"
+    assert "old checkpoints were not removed ([Errno 13] Permission denied)" in capsys.readouterr().err
 
 
 def test_when_all_are_damaged_the_run_is_not_started_anew_silently(group, tmp_path: Path) -> None:

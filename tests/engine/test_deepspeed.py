@@ -71,10 +71,19 @@ def test_cores_are_shared_by_the_ranks_of_a_host(monkeypatch: pytest.MonkeyPatch
 def test_a_task_that_sees_its_own_gpu_alone_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     me = Ranks(3, 3, 8, "a", 1)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setenv("SLURM_PROCID", "3")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.delenv("LOCAL_SIZE", raising=False)
     assert deepspeed._with_device(me).local_rank == 0
-    monkeypatch.delenv("SLURM_PROCID")
-    with pytest.raises(UserError, match="local rank 3: 1 GPUs are visible on this host. Start no more ranks"):
-        deepspeed._with_device(me)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     assert deepspeed._with_device(me).local_rank == 3
+
+
+@pytest.mark.parametrize("local_rank", [0, 7])
+def test_more_ranks_than_gpus_are_refused_on_each(monkeypatch: pytest.MonkeyPatch, local_rank: int) -> None:
+    """Also on the one that speaks for its host."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(
+        UserError, match=f"local rank {local_rank} of 8: 4 GPUs are visible on this host. Start no more ranks"
+    ):
+        deepspeed._with_device(Ranks(local_rank, local_rank, 8, "a", 1))

@@ -107,6 +107,16 @@ def test_ranks_of_a_host_wait_for_the_one_that_copies(base: Path, tmp_path: Path
     assert sorted("copied" in line for line in said) == [False, False, True]
 
 
+def test_a_copy_that_a_power_cut_left_short_is_made_again(base: Path, tmp_path: Path) -> None:
+    files, said = local_cache.model_files(base), []
+    folder = local_cache._fill(tmp_path / "disk", "base-x", base, files, said.append)
+    (folder / "model.safetensors").write_text("")
+    local_cache._fill(tmp_path / "disk", "base-x", base, files, said.append)
+    assert (folder / "model.safetensors").read_text() == "this is model.safetensors"
+    local_cache._fill(tmp_path / "disk", "base-x", base, files, said.append)
+    assert ["copied" in line for line in said] == [True, True, False]
+
+
 def test_a_copy_that_was_broken_off_is_made_again(base: Path, tmp_path: Path) -> None:
     broken = tmp_path / "disk" / ".base-x.partial"
     broken.mkdir(parents=True)

@@ -96,6 +96,9 @@ def test_mpirun_inside_an_allocation_counts_before_slurms_step_that_started_it()
     step = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": "gpu7"}  # fmt: skip
     assert discover(step | OPEN_MPI | {"MASTER_ADDR": "north"}).rank == 5
     assert discover(step | {"PMI_RANK": "1", "PMI_SIZE": "2"}).master_addr == "gpu7"
+    # Of mpirun's ranks one always has the number of Slurm's task.
+    found = discover(step | MPICH | {"PMI_RANK": "1", "MASTER_ADDR": "north"})
+    assert (found.rank, found.world_size, found.master_addr) == (1, 8, "north")
 
 
 def test_a_variable_that_is_no_number_is_named() -> None:

@@ -129,6 +129,58 @@ def test_a_silent_rank_on_another_host_is_lost_after_the_time_given(tmp_path: Pa
     assert "rank 1 on elsewhere has been silent for 30 s" in str(here.beating._look())
 
 
+def test_when_a_collective_has_failed_whoever_beats_no_more_is_named_soon(tmp_path: Path, monkeypatch) -> None:
+    here, now = Store(tmp_path, seconds=60), [100.0]
+    here.beating._store = here.others
+    monkeypatch.setattr("fireflyds.engine.heartbeat.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("fireflyds.engine.heartbeat.time.sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    here.beat(1, "elsewhere", step=1)
+    assert here.beating._look() is None
+    now[0] += 1
+    assert "rank 1 on elsewhere has been silent for 4 s" in str(here.beating._lost_soon())
+    # The others, which may wait in a collective of their own, hear of it.
+    assert here.others.get("trouble") == b"yes"
+    assert b"rank 1 on elsewhere" in here.others.get("lost")
+
+
+def test_a_disk_that_is_gone_does_not_keep_a_rank(tmp_path: Path, monkeypatch) -> None:
+    ended, status = [], Status(tmp_path / "gone", 0, 9)
+    monkeypatch.setattr("fireflyds.engine.heartbeat.os._exit", ended.append)
+    monkeypatch.setattr("fireflyds.engine.heartbeat._INTERVAL", 0.01)
+    beating = Heartbeat(Ranks(0, 0, 2, "10.0.0.1", 29500), tmp_path, 30, status)
+    beating._end("rank 1 died")
+    monkeypatch.setattr(status, "_write", lambda *words, **more: time.sleep(30))
+    beating._end("rank 1 died")
+    assert ended == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("heard", "left"),
+    [
+        ([(0, "SIGUSR1"), (5, "SIGTERM")], []),
+        ([(0, "SIGUSR1"), (5, "SIGTERM"), (9, "SIGTERM")], [143]),
+        ([(0, "SIGINT"), (0.5, "SIGTERM")], []),
+        ([(0, "SIGINT"), (0.5, "SIGINT")], [130]),
+        ([(0, "SIGTERM"), (2, "SIGUSR1")], []),
+    ],
+)
+def test_only_a_second_wish_to_end_leaves_at_once(monkeypatch, tmp_path: Path, heard, left) -> None:
+    now, ended = [0.0], []
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    try:
+        asked = Requests(tmp_path)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    monkeypatch.setattr("fireflyds.engine.requests.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("fireflyds.engine.requests.os._exit", ended.append)
+    for when, name in heard:
+        now[0] = when
+        asked._hear(signal.Signals[name], None)
+    assert ended == left
+    assert asked.reason == heard[0][1]
+
+
 def test_what_a_failing_rank_said_is_told_and_one_that_left_is_not_missed(tmp_path: Path) -> None:
     here = Store(tmp_path)
     here.beating._store = here.others

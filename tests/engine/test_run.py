@@ -5,7 +5,7 @@ import pytest
 
 from fireflyds import app
 from fireflyds.engine.metrics import MetricsFile, plot_loss, read_metrics
-from fireflyds.engine.run import open_run
+from fireflyds.engine.run import contents_of, open_run
 from fireflyds.errors import UserError
 from fireflyds.types import StepMetrics
 
@@ -71,3 +71,16 @@ def test_metrics_are_cut_back_to_the_resumed_step(tmp_path: Path) -> None:
     assert {"step", "loss", "tokens", "lr", "grad_norm"} <= rows[0].keys()
     plot_loss({"run": rows}, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("size", [3 << 20, 100 << 20])
+def test_rows_that_changed_in_the_middle_of_a_shard_change_the_hash(tmp_path: Path, size: int) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    shard = tmp_path / "model-00001-of-00002.safetensors"
+    shard.write_bytes(bytes(size))
+    before = contents_of(tmp_path)
+    assert contents_of(tmp_path) == before
+    with shard.open("r+b") as stream:
+        stream.seek(size // 2 + 12_345)
+        stream.write(b"\1" * 40_000)
+    assert contents_of(tmp_path) != before
