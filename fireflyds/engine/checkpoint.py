@@ -16,7 +16,7 @@ from fireflyds.directories import read_json, sync, write_whole
 from fireflyds.engine import fragments, stretches
 from fireflyds.engine.deepspeed import on_rank_zero
 from fireflyds.engine.fragments import MANIFEST, Fragments
-from fireflyds.engine.retention import Kept, to_drop
+from fireflyds.engine.retention import read_kept, to_drop
 from fireflyds.errors import UserError
 from fireflyds.types import StepMetrics, TrainState
 
@@ -162,7 +162,7 @@ class Saver:
         """Drop what is not to be kept now that a step is saved. What stands behind that step was passed over: it stays where
         it is until the run comes by, and pushes nothing out."""
         found = [path for path in whole_checkpoints(self._folder.parent) if _step(path) <= saved]
-        kept = [_kept(path, self._config.best_metric) for path in found if path not in _passed_over]
+        kept = [read_kept(path, _step(path), self._config.best_metric) for path in found if path not in _passed_over]
         damaged = [_step(path) for path in found if path in _passed_over]
         for step in [*damaged, *to_drop(kept, self._config)]:
             old = self._folder / step_name(step)
@@ -212,19 +212,6 @@ def _refuse_full(folder: Path, needed: int) -> None:
             f"{folder}: a checkpoint takes {needed / 2**30:.2f} GiB and the disk has {free / 2**30:.2f} GiB free. What was saved "
             "before is whole. Free space, lower checkpoint.keep or give checkpoint.max_gib, then give the same command again"
         )
-
-
-def _kept(path: Path, metric: str) -> Kept:
-    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    return Kept(_step(path), size, _measured(path, metric) if metric else None)
-
-
-def _measured(path: Path, metric: str) -> float | None:
-    try:
-        found: float | None = read_json(path / MANIFEST).get("metrics", {}).get(metric)
-    except UserError:  # damaged since: it cannot be the best
-        return None
-    return found
 
 
 def _step(path: Path) -> int:

@@ -20,6 +20,8 @@ from fireflyds.engine.status import EXIT_FAILED, Status
 from fireflyds.errors import LostRankError, UserError
 
 _INTERVAL = 1.0
+# Ranks that refuse for the same reason each wait for their checkpoint first.
+_REFUSED_SECONDS = 90.0
 # Beats that a rank may miss when a collective has failed.
 _TROUBLED = 4
 
@@ -48,6 +50,7 @@ class Heartbeat:
         self._store: Any = None
         self._left = threading.Event()
         self._seen: dict[int, tuple[Any, float]] = {}
+        self._refused_at: dict[int, float] = {}
         self._looked = time.monotonic()
         self._threads = [
             threading.Thread(target=work, name=name, daemon=True)
@@ -76,6 +79,8 @@ class Heartbeat:
         if self._store is None:
             return
         if kind is None or issubclass(kind, SystemExit | KeyboardInterrupt | UserError):
+            if kind is not None and issubclass(kind, UserError) and not issubclass(kind, LostRankError):
+                self._tell(f"refused/{self._me.rank}", str(error))
             self._leave()
         elif lost := self._lost_soon():
             self._leave()
@@ -153,7 +158,7 @@ class Heartbeat:
 
     def _examine(self, rank: int) -> str | None:
         if self._get(f"left/{rank}"):
-            return None
+            return self._refused(rank)
         beat = self._get(f"beat/{rank}")
         if told := self._get(f"failed/{rank}"):
             self._seen[rank] = (beat, time.monotonic())
@@ -168,6 +173,13 @@ class Heartbeat:
             if about["machine"] == machine() and not _lives(about["pid"]):
                 return self._message(rank, f"died (process {about['pid']}, after step {about['step']})")
         return None
+
+    def _refused(self, rank: int) -> str | None:
+        """A rank that refused alone, such as for a file that its host lacks, is waited for in vain."""
+        told = self._get(f"refused/{rank}")
+        if told is None or time.monotonic() - self._refused_at.setdefault(rank, time.monotonic()) <= _REFUSED_SECONDS:
+            return None
+        return self._message(rank, f"refused ({told})")
 
     def _patience(self) -> float:
         """Once a collective has failed somewhere, whoever no longer beats is the one that it failed for."""

@@ -2,8 +2,12 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 from fireflyds.config import CheckpointConfig
+from fireflyds.directories import read_json
+from fireflyds.engine.fragments import MANIFEST
+from fireflyds.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,6 +17,19 @@ class Kept:
     step: int
     num_bytes: int
     metric: float | None = None
+
+
+def read_kept(folder: Path, step: int, metric: str) -> Kept:
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return Kept(step, size, _measured(folder, metric) if metric else None)
+
+
+def _measured(folder: Path, metric: str) -> float | None:
+    try:
+        found: float | None = read_json(folder / MANIFEST).get("metrics", {}).get(metric)
+    except UserError:  # damaged since: it cannot be the best
+        return None
+    return found
 
 
 def to_drop(kept: list[Kept], config: CheckpointConfig) -> list[int]:

@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import math
+import os
 import platform
 import shutil
 import subprocess
@@ -12,6 +13,9 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
 
 from fireflyds.config import Precision, TrainConfig
 from fireflyds.data.mix import RowSequence
@@ -64,28 +68,29 @@ def open_run(config: TrainConfig, yaml_text: str, inputs: dict[str, Any]) -> IO[
 
 
 def contents_of(folder: Path) -> str:
-    """A hash of a model's weights: every file's name and size, and what `_samples` names of it."""
+    """A hash of a model's weights: every file's name, size, first and last MiB, and of safetensors the last row of every
+    tensor, where rows that were added end."""
     digest = hashlib.sha256()
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"]):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
+        digest.update(f"{file.name} {file.stat().st_size}".encode())
         with file.open("rb") as stream:
-            for start, length in _samples(size):
-                stream.seek(start)
-                digest.update(stream.read(length))
+            digest.update(stream.read(1 << 20))
+            stream.seek(-min(1 << 20, file.stat().st_size), os.SEEK_END)
+            digest.update(stream.read())
+        if file.suffix == ".safetensors":
+            digest.update(b"".join(_last_rows(file)))
     return digest.hexdigest()
 
 
-def _samples(size: int) -> Iterator[tuple[int, int]]:
-    """Place and length of what is read of a file: all up to 64 MiB; of larger ones the ends, and a little at 4,096 places
-    between, so that rows that were added in the middle of a shard are met."""
-    if size <= 1 << 26:
-        yield 0, size
-        return
-    yield 0, 1 << 20
-    yield size - (1 << 20), 1 << 20
-    for place in range(4096):
-        yield size * place // 4096, 1 << 14
+def _last_rows(file: Path) -> Iterator[bytes]:
+    try:
+        with safe_open(file, "pt") as tensors:
+            for name in sorted(tensors.keys()):
+                piece = tensors.get_slice(name)
+                row = piece[-1:] if piece.get_shape() else tensors.get_tensor(name)
+                yield row.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    except SafetensorError as error:
+        raise UserError(f"{file}: cannot be read as safetensors ({error}). Get the file again") from error
 
 
 def identity(config: TrainConfig, tokenizer: str, vocab_size: int) -> dict[str, Any]:

@@ -143,6 +143,21 @@ def test_when_a_collective_has_failed_whoever_beats_no_more_is_named_soon(tmp_pa
     assert b"rank 1 on elsewhere" in here.others.get("lost")
 
 
+def test_a_rank_that_refuses_alone_is_named_when_the_others_wait_on(tmp_path: Path, monkeypatch) -> None:
+    here, now = Store(tmp_path), [100.0]
+    here.beating._store = here.others
+    monkeypatch.setattr("fireflyds.engine.heartbeat.time.monotonic", lambda: now[0])
+    here.beat(1, "elsewhere")
+    assert here.beating._look() is None
+    here.others.set("refused/1", "model.path=/local/base: is not there")
+    here.others.set("left/1", "yes")
+    assert here.beating._look() is None
+    now[0] += 89
+    assert here.beating._look() is None
+    now[0] += 2
+    assert "rank 1 on elsewhere refused (model.path=/local/base: is not there)" in str(here.beating._look())
+
+
 def test_a_disk_that_is_gone_does_not_keep_a_rank(tmp_path: Path, monkeypatch) -> None:
     ended, status = [], Status(tmp_path / "gone", 0, 9)
     monkeypatch.setattr("fireflyds.engine.heartbeat.os._exit", ended.append)
