@@ -111,7 +111,7 @@ def _before(job: Job, cluster: ClusterConfig) -> list[str]:
     if cluster.chain > 1 and job.verb == "train":
         lines += [
             "# An earlier job of the chain may have done all the work, or ended in a way that another start does not mend.",
-            f'if [ "${{1:-1}}" -gt 1 ] && ended=$(grep -xE "0|2|76" {code}); then',
+            f'if [ "${{1:-1}}" -gt 1 ] && ended=$(grep -sxE "0|2|76" {code}); then',
             '  echo "an earlier job of this chain left with code $ended: nothing to do"; exit "$ended"',
             "fi",
         ]

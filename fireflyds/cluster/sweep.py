@@ -86,6 +86,7 @@ class Sweep:
                 return True
             if self._leaving and not self._interrupt():
                 return False
+            self._trouble = ""
         except slurm.UnavailableError as error:
             # In days of a study that happens; the jobs go on meanwhile.
             if self._leaving or not any(trial.user_attrs.get("starts") for trial in self._running()):

@@ -64,6 +64,14 @@ def test_ranks_that_agree_go_on_without_a_word(ranks) -> None:
     assert ranks(0, 1, 2) == {0: [], 1: [], 2: []}
 
 
+def test_a_folder_of_runs_that_cannot_be_written_is_told_to_all(ranks, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    config = config_of(tmp_path / "file" / "runs")
+    found = ranks(0, 1, 2, rank0=config, rank1=config, rank2=config)
+    expected = f"runs={tmp_path}/file/runs: cannot be written (Not a directory). Give another runs="
+    assert found == dict.fromkeys(range(3), expected)
+
+
 def test_another_store_is_named(ranks) -> None:
     found = ranks(0, 1, 2, inputs=({"store": "a"}, {"store": "a"}, {"store": "b"}))
     expected = "rank 2 on south has another input than rank 0 on north: store: a -> b. Give the same store and tokenizer on every host"
@@ -132,14 +140,19 @@ def test_what_was_told_before_a_restart_is_not_heard_after_it(monkeypatch) -> No
     assert not meeting.Meeting(Ranks(1, 0, *place), 5).told("here/1")
 
 
-def test_a_folder_of_runs_that_is_not_shared_is_refused(ranks, tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("cloned", [False, True])
+def test_a_folder_of_runs_that_is_not_shared_is_refused(ranks, tmp_path: Path, monkeypatch, cloned: bool) -> None:
+    if cloned:
+        monkeypatch.setattr(agreement.socket, "gethostname", lambda: "localhost")
+        monkeypatch.setattr(agreement, "boot_id", lambda: HOSTS[_rank()])
+    south = "localhost#2" if cloned else "south"
     real = links.read_token
     monkeypatch.setattr(
         links, "read_token", lambda asked, payload: real(asked, payload) if _rank() < 2 else {"place": "/elsewhere", "seconds": None, "why": ""}
     )  # fmt: skip
     found = ranks(0, 1, 2)
     assert found[0] == (
-        f"{tmp_path}: rank 0's file is not seen by rank 2 (on south), who look in /elsewhere. Give runs=<a folder that every "
+        f"{tmp_path}: rank 0's file is not seen by rank 2 (on {south}), who look in /elsewhere. Give runs=<a folder that every "
         "host mounts>, as an absolute path, and start all ranks in the same folder"
     )
     assert found[1] == found[0]

@@ -1,3 +1,6 @@
+import errno
+import os
+
 import pytest
 import torch
 
@@ -87,3 +90,13 @@ def test_more_ranks_than_gpus_are_refused_on_each(monkeypatch: pytest.MonkeyPatc
         UserError, match=f"local rank {local_rank} of 8: 4 GPUs are visible on this host. Start no more ranks"
     ):
         deepspeed._with_device(Ranks(local_rank, local_rank, 8, "a", 1))
+
+
+def test_trouble_with_rank_zeros_disk_becomes_everybodys(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/a/x")
+
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda values: None)
+    with pytest.raises(UserError, match=r"No space left on device: 'runs/a/x'\. Make room, or mend its rights"):
+        deepspeed.on_rank_zero(full)

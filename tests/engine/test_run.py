@@ -75,6 +75,15 @@ def test_metrics_are_cut_back_to_the_resumed_step(tmp_path: Path) -> None:
     assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_a_step_that_cannot_be_written_names_the_file(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path, 0)
+    file._stream.close()
+    # Every write to it finds the disk full.
+    file._stream = open("/dev/full", "a", encoding="utf-8")  # noqa: SIM115
+    with pytest.raises(UserError, match=r"/dev/full: cannot be written \(No space left on device\)\. Make room"):
+        file.record(_step(1))
+
+
 def test_other_new_rows_in_the_middle_of_a_shard_change_the_hash(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     weights = {name: torch.zeros(1000, 500, dtype=torch.bfloat16) for name in ("a", "embed", "z")} | {
