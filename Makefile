@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CORPUS ?=
+WORKERS ?= 2
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: demo test test-all lint clean
@@ -11,7 +12,7 @@ demo: $(VENV)/installed
 	@$(BIN)/python launch/demo.py $(if $(CORPUS),'corpus=$(CORPUS)')
 
 test: $(VENV)/installed
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(WORKERS) --dist loadscope
 
 test-all: $(VENV)/installed
 	$(BIN)/pytest -m "not gpu"

@@ -138,11 +138,12 @@ def train(overrides: list[str], steps: int) -> dict[str, Any]:
     from fireflyds.engine.statistics import Measured
     from fireflyds.models import load
     from fireflyds.models.fuse import device_batch
+    from fireflyds.models.precision import resolve_precision
     from fireflyds.types import TrainState
 
     me = ranks.discover(os.environ)
     config = app.compose("train", ["run=x", "data=a/b", "optim.steps=9", "optim.schedule=constant", *overrides])
-    precision = deepspeed.resolve_precision(config.hardware)
+    precision = resolve_precision(config.hardware)
     accumulation = config.accumulation_steps(me.world_size)
     hf_config = load.architecture_of(config.model)
     model = packed_model(config, hf_config, precision)

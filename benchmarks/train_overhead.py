@@ -30,20 +30,22 @@ def build(turn: Turn) -> tuple[Any, Any, Any, Any]:
     from fireflyds import app
     from fireflyds.data.loader import PackedLoader
     from fireflyds.data.mix import RowSequence
-    from fireflyds.engine import deepspeed, ranks, run
+    from fireflyds.data.store import open_store
+    from fireflyds.engine import deepspeed, ranks
     from fireflyds.engine.measured import measured_by
     from fireflyds.engine.packed import packed_model
     from fireflyds.models import load
     from fireflyds.models.fuse import device_batch
+    from fireflyds.models.precision import resolve_precision
     from fireflyds.tokenizer.encoder import load_encoder
 
     config = app.compose("train", overrides(turn))
     me = ranks.discover(os.environ)
     deepspeed.start(me, config.hardware.timeout_minutes)
-    precision = deepspeed.resolve_precision(config.hardware)
+    precision = resolve_precision(config.hardware)
     encoder = load_encoder(config.model.tokenizer_path)
     model = packed_model(config, load.read_config(config.model, encoder), precision)
-    store = run.open_store(config, encoder.fingerprint())
+    store = open_store("data.store", config.data.store, encoder.fingerprint(), config.model.tokenizer_path)
     measured = measured_by(config, model, store, encoder, precision)
     engine = deepspeed.build_engine(model, config, precision, turn.accumulation)
     rows = RowSequence(store, config.seq_len, config.seed, config.data)

@@ -226,11 +226,9 @@ def _is_text(verb: str, override: str) -> bool:
     """`prompt=Hi!`: a key whose value is text is taken as typed. Hydra's grammar would read some of its characters,
     and would take `model=<dir>` for an option of `conf/model`."""
     key, equals, _ = override.partition("=")
+    types = {field.name: field.type for field in dataclasses.fields(VERBS[verb])}
     # A domain is a name of the user's own, in whatever script.
-    return bool(equals) and (
-        key.startswith("texts.")
-        or {field.name: field.type for field in dataclasses.fields(VERBS[verb])}.get(key) is str
-    )
+    return bool(equals) and ((key.startswith("texts.") and "texts" in types) or types.get(key) is str)
 
 
 def _rewrite(verb: str, override: str) -> list[str]:
@@ -245,7 +243,9 @@ def _rewrite(verb: str, override: str) -> list[str]:
         return [f"++sweep.space={{{key.removeprefix('sweep.space.')}: {one}}}"]
     if key == "zero" and value in tuple("0123"):  # Hydra takes no number for an option
         return [f"zero=stage{value}"]
-    is_open = any(key == section or key.startswith(f"{section}.") for section in OPEN_SECTIONS)
+    is_open = key.partition(".")[0] in {field.name for field in dataclasses.fields(VERBS[verb])} and any(
+        key == section or key.startswith(f"{section}.") for section in OPEN_SECTIONS
+    )
     if value[:1] in tuple("[{'\""):
         return [f"++{override}" if is_open else override]
     special = re.fullmatch(r"[\w./+-]*", value, re.ASCII) is None

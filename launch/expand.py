@@ -17,7 +17,7 @@ from typing import Any
 from fireflyds import app
 from fireflyds.config import ExpandConfig, ReportMode, SourceConfig
 from fireflyds.data.sources import parts_of, read_texts
-from fireflyds.directories import refuse_inputs_inside, write_aside
+from fireflyds.directories import Output, refuse_inputs_inside, write_aside
 from fireflyds.errors import UserError
 from fireflyds.tokenizer.base import Base, load_base
 from fireflyds.tokenizer.directory import disagreement, read_proto
@@ -51,7 +51,7 @@ def expand(config: ExpandConfig) -> None:
 
         check_model(base_path, base.num_tokens)
     # The place is taken before the work begins: a target that cannot be written costs nobody an hour.
-    with write_aside(Path(config.out), marker="report.json") as out:
+    with write_aside(Path(config.out), Output("expand")) as out:
         sample = None
         if config.corpus:
             sample = draw(read_texts(config.corpus), characters=config.sample_characters, seed=config.seed)
@@ -122,7 +122,7 @@ def compare_tokenizers(config: ExpandConfig) -> None:
             print(f"note: {path}: {reason}; fireflyds encodes with SentencePiece")
     if config.out:
         refuse_inputs_inside(Path(config.out), base=config.base, other=config.other, **_named(texts))
-        with write_aside(Path(config.out), marker="comparison.json") as out:
+        with write_aside(Path(config.out), Output("comparison of tokenizers")) as out:
             (out / "comparison.md").write_text(f"# Two tokenizers\n\n{table}\n", encoding="utf-8")
             document = {"base": config.base, "other": config.other, "measured": rows}
             (out / "comparison.json").write_text(json.dumps(document, ensure_ascii=False, indent=2), encoding="utf-8")

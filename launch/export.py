@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fireflyds import app
 from fireflyds.config import ExportConfig, Precision, TrainConfig, TuningMethod, WandbMode
-from fireflyds.directories import write_aside
+from fireflyds.directories import Output, write_aside
 from fireflyds.engine import trackers
 from fireflyds.engine.run_names import find_run
 from fireflyds.errors import UserError
@@ -25,24 +25,23 @@ def export(config: ExportConfig) -> None:
         trackers.check_artifact(trained.tracking, config.run)
 
     # Heavy imports come after the checks above.
-    from fireflyds.engine import checkpoint, deepspeed, learnt, run
-    from fireflyds.models import load, publish, tuning
+    from fireflyds.engine import checkpoint, learnt, run
+    from fireflyds.models import publish, tuning
+    from fireflyds.models.load import read_config
     from fireflyds.models.merge import merged_state_dict
+    from fireflyds.models.precision import DTYPES, resolve_precision
     from fireflyds.tokenizer.directory import copy_tokenizer
     from fireflyds.tokenizer.encoder import load_encoder
 
-    recorded = json.loads((run_dir / run.INPUTS).read_text(encoding="utf-8"))
-    if trained.model.path and run.contents_of(Path(trained.model.path)) != recorded["base"]:
-        raise UserError(
-            f"run={config.run}: its base {trained.model.path} has changed since. Restore the base, or train again under another run="
-        )
+    recorded = run.read_inputs(run_dir)
+    run.require_base(config.run, trained.model.path, recorded)
     out = Path(config.out or run_dir / "export")
     if trained.model.path and out.resolve() == Path(trained.model.path).resolve():
         raise UserError(f"out={out}: is the run's base itself. Give another folder")
     step = checkpoint.find(run_dir, config.step)
     encoder = load_encoder(trained.model.tokenizer_path)
-    hf_config = load.read_config(trained.model, encoder)
-    trained_in = deepspeed.resolve_precision(trained.hardware)
+    hf_config = read_config(trained.model, encoder)
+    trained_in = resolve_precision(trained.hardware)
     # Trained tensors are float32 in the checkpoint and stay so here; a quantised base is what it was in training.
     quantised = trained.tuning.method is TuningMethod.qlora
     model = tuning.load_tuned(trained, hf_config, trained_in if quantised else Precision.fp32)
@@ -50,15 +49,15 @@ def export(config: ExportConfig) -> None:
     weights = merged_state_dict(model)
 
     dtype = trained_in if config.dtype is Precision.auto else config.dtype
-    with write_aside(out, marker="export.json") as folder:
-        publish.write_weights(folder, hf_config, weights, load.DTYPES[dtype])
+    with write_aside(out, Output("export")) as folder:
+        publish.write_weights(folder, hf_config, weights, DTYPES[dtype])
         copy_tokenizer(Path(trained.model.tokenizer_path), folder)
         publish.write_chat_settings(folder, encoder, recorded["template"])
         about = {"run": config.run, "checkpoint": step.name, "dtype": dtype.name, "template": recorded["template"]}
         if config.verify:
             coarser = dtype if not quantised or dtype is not Precision.fp32 else trained_in
             about["reload_max_rel_diff"] = publish.reload_difference(folder, model, encoder, coarser)
-        publish.write_model_card(folder, trained, about)
+        publish.write_model_card(folder, trained, about, recorded["languages"])
         (folder / "export.json").write_text(json.dumps(about, indent=2), encoding="utf-8")
     print(f"wrote {out}: {json.dumps(about)}")
     if config.artifact:

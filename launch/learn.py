@@ -12,13 +12,13 @@ from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 from fireflyds import app
 from fireflyds.config import LearnConfig, TokenizerKind
 from fireflyds.data.sources import read_texts
-from fireflyds.directories import write_aside
+from fireflyds.directories import Output, write_aside
 from fireflyds.tokenizer.directory import write_byte_level, write_tokenizer
 from fireflyds.tokenizer.learn import learn_bpe, learn_byte_level
 
 
 def learn(config: LearnConfig) -> None:
-    with write_aside(Path(config.out), marker="learn.json") as out:
+    with write_aside(Path(config.out), Output("learn")) as out:
         texts = read_texts(config.corpus)
         size = {"vocab_size": config.vocab_size, "max_piece_length": config.max_piece_length}
         if config.kind is TokenizerKind.byte_level:

@@ -20,7 +20,7 @@ from fireflyds.data import show
 from fireflyds.data.build import finish, make_parts, provenance
 from fireflyds.data.parts import plan_tasks
 from fireflyds.data.store import MANIFEST, TokenStore, read_manifest
-from fireflyds.directories import build_aside, refuse_inputs_inside
+from fireflyds.directories import Output, build_aside, refuse_inputs_inside
 from fireflyds.errors import UserError
 from fireflyds.tokenizer.encoder import load_encoder
 
@@ -49,7 +49,7 @@ def prepare(config: PrepareConfig) -> None:
     if (out / MANIFEST).exists() and read_manifest(out)["made_from"] == made_from:
         print(f"{out}: whole and made from the same sources, tokenizer and template; nothing to do")
         return
-    with build_aside(out, marker=MANIFEST, pieces="parts") as folder:
+    with build_aside(out, Output("prepare", caches=("plans", "stats.png")), pieces="parts") as folder:
         load = functools.partial(load_encoder, config.tokenizer)
         infos = make_parts(config, tasks, load, folder / "parts", out / "parts")
         manifest = finish(config, tasks, infos, encoder, folder, made_from)

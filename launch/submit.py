@@ -93,8 +93,11 @@ def _road(config: SubmitConfig, rest: list[str]) -> tuple[Path, list[Planned]]:
     if rest:
         raise UserError(f"{rest[0]}: no such key for submit. A road's stages have theirs in its file, {file}")
     stages = app.from_yaml(file, RoadConfig)
-    folder = Path(config.runs) / (config.run or stages.name)
+    run = config.run or stages.name
+    folder = Path(config.runs) / run
     all_composed = [_stage(file, stage) for stage in stages.stages]
+    for composed in all_composed:
+        road.relocate(composed, stages, config.runs, run)
     texts = [app.to_yaml(composed) for composed in all_composed]
     keys = road.keys(f"{stage.verb}\n{text}" for stage, text in zip(stages.stages, texts, strict=True))
     planned: list[Planned] = []
@@ -102,12 +105,12 @@ def _road(config: SubmitConfig, rest: list[str]) -> tuple[Path, list[Planned]]:
     for stage, composed, text, key in zip(stages.stages, all_composed, texts, keys, strict=True):
         run_dir = Path(composed.run_dir) if isinstance(composed, TrainConfig) else None
         one = submission.plan(stage.verb, stage.name, folder, run_dir, text, key)
-        done, made = one.job.done, Path(stages.out) / stage.makes
+        done, made = one.job.done, folder / stage.makes
         if done.exists() and done.read_text().strip() == key and made.exists():
             print(f"{stage.name}: whole, re-used")
             continue
         _check(stage.verb, composed, config.cluster, promised, stage.name)
-        promised += promises.made_by(composed, Path(stages.out), stage.makes)
+        promised += promises.made_by(composed, folder, stage.makes)
         planned.append(one)
     return folder, planned
 
@@ -126,6 +129,8 @@ def _check(verb: str, composed: Any, cluster: ClusterConfig, promised: Sequence[
             run_names.find_run(composed.runs, "run", composed.run)
         if isinstance(composed, TrainConfig):
             composed.accumulation_steps(cluster.world_size)
+            if not promised:
+                promises.check_training_inputs(composed)
             if composed.init_from and not promised:
                 run_names.find_run(composed.runs, "init_from", composed.init_from)
             changes.refuse_changes(Path(composed.run_dir), app.to_yaml(composed), composed.run)

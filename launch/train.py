@@ -20,6 +20,7 @@ def train(config: TrainConfig) -> None:
     # Heavy imports wait until the configuration is good.
     from fireflyds.data.loader import PackedLoader
     from fireflyds.data.mix import RowSequence
+    from fireflyds.data.store import open_store
     from fireflyds.engine import checkpoint, deepspeed, learnt, local_cache, metrics, optimizers, ranks, run, trackers
     from fireflyds.engine.agreement import join
     from fireflyds.engine.course import Course
@@ -33,22 +34,22 @@ def train(config: TrainConfig) -> None:
     from fireflyds.models import load, tuning
     from fireflyds.models.fuse import chosen_attention, device_batch
     from fireflyds.models.positions import check_positions
+    from fireflyds.models.precision import emulation_notes, resolve_precision
     from fireflyds.tokenizer.encoder import load_encoder
 
     me = ranks.discover(os.environ)
-    precision = deepspeed.resolve_precision(config.hardware)
-    notes = optimizers.check(config, precision)
+    precision = resolve_precision(config.hardware)
+    notes = [*optimizers.check(config, precision), *emulation_notes(precision)]
     trackers.check(config.tracking)
     accumulation = config.accumulation_steps(me.world_size)
     encoder = load_encoder(config.model.tokenizer_path)
     hf_config = load.read_config(config.model, encoder)
     check_positions(hf_config, "seq_len", config.seq_len)
-    store = run.open_store(config, encoder.fingerprint())
+    store = open_store("data.store", config.data.store, encoder.fingerprint(), config.model.tokenizer_path)
     rows = RowSequence(store, config.seq_len, config.seed, config.data)
     total_steps, per_epoch = run.total_steps(config, rows), rows.rows_per_epoch / config.global_batch_size
     attention = chosen_attention(config.hardware, hf_config, precision)
     validator = open_validator(config, encoder, store, hf_config, total_steps, device_batch)
-
     text, run_dir = app.to_yaml(config), Path(config.run_dir)
     reads = run.inputs(store) | {"tokenizer": encoder.fingerprint(), "total_steps": total_steps}
     notes += join(me, config, text, reads)

@@ -52,6 +52,17 @@ def test_wrong_input_is_named_with_its_remedy(overrides: list[str], expected: st
     assert expected in str(caught.value)
 
 
+def test_texts_of_a_verb_that_reads_none_are_an_unknown_key() -> None:
+    for verb, given in (
+        ("train", GOOD),
+        ("prepare", ["data=a/b", "tokenizer=t"]),
+        ("chat", ["model=x"]),
+        ("doctor", []),
+    ):
+        with pytest.raises(UserError, match=rf"texts(\.zh)?: no such key for {verb}"):
+            app.compose(verb, [*given, "texts.zh=a.jsonl"])
+
+
 def test_paths_with_spaces_and_chinese_are_taken_as_they_are() -> None:
     made = app.compose("prepare", ["data=我的 语料/*.txt", "tokenizer=a b/t.model", "out=结果"])
     assert [source.path for source in made.data.sources] == ["我的 语料/*.txt"]

@@ -5,7 +5,12 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from fireflyds.config import TrainConfig
+from fireflyds.data.mix import refuse_unknown_domains
+from fireflyds.data.store import open_store
+from fireflyds.directories import read_json
 from fireflyds.errors import UserError
+from fireflyds.tokenizer.encoder import load_encoder
 
 # Keys that name a file or folder which must be there when the verb begins.
 INPUTS = {
@@ -46,3 +51,33 @@ def _paths(value: Any) -> list[str]:
     if isinstance(value, str):
         return [value]
     return [*value.values()] if isinstance(value, dict) else [source.path for source in value]
+
+
+def check_training_inputs(config: TrainConfig) -> None:
+    """What training refuses of its tokenizer, model and stores and what needs no torch to see.
+
+    Raises:
+        UserError: a store that was made with another tokenizer, without a domain that has a weight, or rows that are
+            longer than the model has positions.
+    """
+    tokenizer = config.model.tokenizer_path
+    if not Path(tokenizer).exists():
+        return
+    fingerprint = load_encoder(tokenizer).fingerprint()
+    for key, folder in (("data.store", config.data.store), ("validation.store", config.validation.store)):
+        if folder:
+            store = open_store(key, folder, fingerprint, tokenizer)
+            if key == "data.store":
+                refuse_unknown_domains(store, config.data.shares or store.manifest["weights"], config.data)
+    file = Path(config.model.path, "config.json")
+    if config.model.path and file.exists() and not config.model.rope_scaling:
+        model = read_json(file)
+        positions = model.get("max_position_embeddings")
+        scaling = model.get("rope_parameters") or model.get("rope_scaling") or {}
+        if "dynamic" in (scaling.get("rope_type"), scaling.get("type")):  # stretched to each document's length
+            return
+        if isinstance(positions, int) and config.seq_len > positions:
+            raise UserError(
+                f"seq_len={config.seq_len}: the model has {positions} positions. Use {positions} or less, or stretch them with "
+                "model.rope_scaling"
+            )

@@ -1,12 +1,11 @@
 """A road: verbs in order, each its own process, resumed where it stopped."""
 
-import fcntl
+import dataclasses
 import hashlib
 import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from fireflyds.config import RoadConfig, StageConfig
-from fireflyds.directories import write_whole
+from fireflyds.directories import MARKER, lock_file, remove_output, write_whole
 from fireflyds.errors import UserError
+from fireflyds.runs import layout
 
 # Lines of DeepSpeed's launcher and of progress bars: kept in the stage's log, not shown.
 _NOISE = re.compile(
@@ -39,6 +39,31 @@ def keys(stages: Iterable[str], seed_key: str = "") -> Iterator[str]:
         yield key
 
 
+def relocate(config: Any, road: RoadConfig, runs: str, run: str) -> None:
+    """Move what the composed `config` of a stage reads and writes below the road's folder to `<runs>/<run>`, in place."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            relocate(value, road, runs, run)
+        elif field.name not in ("run", "runs"):
+            setattr(config, field.name, _moved(value, road.out, f"{runs}/{run}"))
+    if hasattr(config, "run") and f"{config.runs}/{config.run}".startswith(f"{road.out}/"):
+        config.run = run + config.run.removeprefix(road.name)
+        config.runs = runs
+
+
+def _moved(value: Any, old: str, new: str) -> Any:
+    if isinstance(value, str):
+        return new + value.removeprefix(old) if value == old or value.startswith(f"{old}/") else value
+    if isinstance(value, dict):
+        return {key: _moved(each, old, new) for key, each in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.replace(
+            value, **{f.name: _moved(getattr(value, f.name), old, new) for f in dataclasses.fields(value)}
+        )
+    return [_moved(each, old, new) for each in value] if isinstance(value, list) else value
+
+
 class Road:
     """Runs the stages of a road that are not done yet, and remembers what was done in `stages.json`.
 
@@ -57,11 +82,8 @@ class Road:
     def run(self) -> None:
         """Raises `UserError` when a stage fails or the road is being walked already, `KeyboardInterrupt` on Ctrl-C."""
         self._out.mkdir(parents=True, exist_ok=True)
-        with (self._out / ".lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise UserError(f"{self._out}: another process walks this road now. Wait for it, or end it") from error
+        busy = f"{self._out}: another process walks this road now. Wait for it, or end it"
+        with lock_file(self._out / ".lock", busy):
             self._walk()
 
     def _walk(self) -> None:
@@ -111,10 +133,21 @@ class Road:
 
 
 def _remove(made: Path, out: Path) -> None:
-    """What an earlier, different stage left: the folder below `out` that holds it."""
-    folder, out = (made if made.is_dir() else made.parent).resolve(), out.resolve()
-    if folder != out and out in folder.parents:
-        shutil.rmtree(folder, ignore_errors=True)
+    """What an earlier, different stage of this name wrote below `out`; files of others stay."""
+    made, out = made.resolve(), out.resolve()
+    if out not in made.parents:
+        return
+    if layout.is_run(made):
+        layout.remove_run(made)
+        return
+    for folder in (made, *made.parents):
+        if folder == out:
+            break
+        if (folder / MARKER).is_file():
+            remove_output(folder)
+            return
+    if made.is_file():
+        made.unlink()
 
 
 def _execute(words: list[str], log: Path, note_time: Callable[[], None]) -> int:

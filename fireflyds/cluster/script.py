@@ -171,7 +171,7 @@ def _after(job: Job, cluster: ClusterConfig) -> list[str]:
             "# 0: all steps are done. 2: wrong input. 76: a file STOP asked for it. After anything else (75: the time limit or",
             "# preemption; else a rank or a node was lost) the job goes on later, as long as there are newer checkpoints.",
             'case "$code" in 0 | 2 | 76) exit "$code" ;; esac',
-            f'saved=$(ls -d {places}/step-* 2> /dev/null | sort | tail -n 1); echo "${{saved:-nothing}}" >> {steps}',
+            f'saved=$(ls -d {places}/step-* 2> /dev/null | sort -V | tail -n 1); echo "${{saved:-nothing}}" >> {steps}',
             f"if [ \"$(tail -n {often} {steps} | uniq -c | awk 'NR == 1 {{print $1}}')\" = {often} ]; then",
             f'  echo "left with code $code, {often} times in a row without a newer checkpoint: not put back"; exit "$code"',
             "fi",

@@ -1,7 +1,6 @@
 """A sweep: trials are drawn, started, watched, pruned and recorded; a sweep that was killed goes on where it was."""
 
 import contextlib
-import fcntl
 import math
 import signal
 import time
@@ -17,7 +16,7 @@ from fireflyds.cluster.launchers import Launcher
 from fireflyds.cluster.ranges import Value
 from fireflyds.cluster.study import Study
 from fireflyds.config import SearchConfig
-from fireflyds.directories import write_whole
+from fireflyds.directories import lock_file, write_whole
 from fireflyds.errors import UserError
 
 # A trial that was asked to stop finishes its step and saves first.
@@ -30,14 +29,10 @@ def only_one(folder: Path) -> Iterator[None]:
     """Keep a second process out of a study."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
+        lock = lock_file(folder / ".lock", f"{folder}: another process works on this study now. Wait for it, or end it")
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror}). Give another study= or runs=") from error
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{folder}: another process works on this study now. Wait for it, or end it") from error
         yield
 
 

@@ -124,9 +124,10 @@ def finish(
     totals: Counter[str] = Counter()
     for counts in domain_counts.values():
         totals.update({name: count for name, count in counts.items() if isinstance(count, int)})
-    for name in [path.name for path in (out / "parts").iterdir()]:
-        if name.split(".")[0] not in {task.key for task in tasks}:
-            (out / "parts" / name).unlink()
+    wanted = {task.key for task in tasks}
+    for path in list((out / "parts").iterdir()):
+        if path.name.split(".")[0] not in wanted:
+            path.unlink()
     manifest = {
         "version": VERSION,
         "dtype": token_dtype(encoder.vocab_size).name,

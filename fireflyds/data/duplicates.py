@@ -12,6 +12,8 @@ from fireflyds.errors import UserError
 BANDS, ROWS = 32, 8
 NUM_PERM = BANDS * ROWS
 _SHINGLE = 5
+# Of a band that many documents share, and of the documents that are compared with one at once.
+_COMPARED, _COMPARED_AT_ONCE = 8, 4096
 _SEED = 42
 
 
@@ -49,24 +51,41 @@ def near_duplicates(signatures: np.ndarray, similarity: float) -> np.ndarray:
     """
     accepted = similarity - 2 * np.sqrt(similarity * (1 - similarity) / NUM_PERM)
     drop = np.zeros(len(signatures), bool)
-    for first, second in sorted(set(_candidates(signatures))):
-        # In order of the first, so that whether a document stays is known when others are held against it.
-        if not drop[first] and not drop[second]:
-            drop[second] = (signatures[first] == signatures[second]).mean() >= accepted
+    # In order of the first, so that whether a document stays is known when others are compared with it.
+    for first, others in _candidates(signatures):
+        if drop[first]:
+            continue
+        rest = np.asarray(others)[~drop[others]]
+        for start in range(0, len(rest), _COMPARED_AT_ONCE):
+            chunk = rest[start : start + _COMPARED_AT_ONCE]
+            drop[chunk] = (signatures[chunk] == signatures[first]).mean(1) >= accepted
     return drop
 
 
-def _candidates(signatures: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Pairs (earlier, later) that share a band. Of a band with many, the first is held against all others."""
+def _candidates(signatures: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Documents in order, each with the later ones that share a band with it.
+
+    Of many documents that share one band, only the first `_COMPARED` are compared with all others. Memory grows with the
+    number of documents, not of pairs.
+    """
+    orders: list[np.ndarray] = []
+    firsts, bands, positions, ends = [], [], [], []
     for band in range(BANDS):
         rows = np.ascontiguousarray(signatures[:, band * ROWS : (band + 1) * ROWS])
         keys = rows.view(np.dtype((np.void, rows.dtype.itemsize * ROWS)))[:, 0]
-        order = np.argsort(keys, kind="stable")
-        same = keys[order][1:] == keys[order][:-1]
-        start = 0
-        for at in range(1, len(order) + 1):
-            if at == len(order) or not same[at - 1]:
-                group = order[start:at].tolist()
-                for place, first in enumerate(group[:8]):
-                    yield from ((first, second) for second in group[place + 1 :])
-                start = at
+        order = np.argsort(keys, kind="stable").astype(np.int32)
+        starts = np.flatnonzero(np.append(True, keys[order][1:] != keys[order][:-1])).astype(np.int32)
+        stops = np.append(starts[1:], len(order)).astype(np.int32)
+        for place in range(_COMPARED):
+            has_later = starts + place + 1 < stops
+            positions.append((starts + place)[has_later])
+            firsts.append(order[positions[-1]])
+            ends.append(stops[has_later])
+            bands.append(np.full(len(positions[-1]), band, np.int8))
+        orders.append(order)
+    first, band_of, position, end = (np.concatenate(column) for column in (firsts, bands, positions, ends))
+    by_first = np.argsort(first, kind="stable")
+    documents, offsets = np.unique(first[by_first], return_index=True)
+    for document, group in zip(documents.tolist(), np.split(by_first, offsets[1:]), strict=True):
+        others = [orders[band_of[at]][position[at] + 1 : end[at]] for at in group]
+        yield document, np.unique(np.concatenate(others))

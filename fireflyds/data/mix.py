@@ -33,7 +33,7 @@ class Pool:
         self.rows_per_epoch = len(self.plan(0))
         if self.rows_per_epoch == 0:
             raise UserError(
-                f"data.store={store.path}: domain {name} has no row of at most seq_len={seq_len} tokens. Raise seq_len"
+                f"{store.key}={store.path}: domain {name} has no row of at most seq_len={seq_len} tokens. Raise seq_len"
             )
         self.tokens_per_row = float(self.pieces.lengths.sum()) / self.rows_per_epoch
 
@@ -146,7 +146,7 @@ class RowSequence:
 
     def __init__(self, store: TokenStore, seq_len: int, seed: int, data: DataConfig) -> None:
         weights = data.shares or store.manifest["weights"]
-        _refuse_unknown(store, weights, data)
+        refuse_unknown_domains(store, weights, data)
         self.names = list(weights) or ["all"]
         documents = [np.flatnonzero(store.domain_ids == store.domains.index(name)) for name in weights]
         self.pools = [
@@ -250,7 +250,7 @@ def _quotas(shares: np.ndarray) -> np.ndarray:
     return quotas
 
 
-def _refuse_unknown(store: TokenStore, weights: dict[str, float], data: DataConfig) -> None:
+def refuse_unknown_domains(store: TokenStore, weights: dict[str, float], data: DataConfig) -> None:
     unknown = sorted(set(weights) - set(store.domains))
     if unknown:
         raise UserError(

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from fireflyds.directories import read_json
+from fireflyds.directories import plain_file_name, read_json
 from fireflyds.errors import UserError
 from fireflyds.types import Example
 
@@ -85,20 +85,20 @@ class PartWriter:
 
 
 class TokenStore:
-    """A store opened for reading. Nothing is loaded; ids and index are mapped."""
+    """A store opened for reading. Nothing is loaded; ids and index are mapped. `key` is the field that names the folder."""
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, key: str = "data.store") -> None:
         folder = Path(folder)
-        self.path = folder
-        self.manifest = read_manifest(folder)
+        self.path, self._key = folder, key
+        self.manifest = read_manifest(folder, key)
         if self.manifest["version"] != VERSION:
             raise UserError(
-                f"data.store={folder}: version {self.manifest['version']}, this code reads {VERSION}. Prepare it again"
+                f"{key}={folder}: version {self.manifest['version']}, this code reads {VERSION}. Prepare it again"
             )
         try:
             arrays = {name: _mapped(folder / "index" / f"{name}.npy") for name in INDEX}
         except (OSError, ValueError) as error:
-            raise UserError(f"data.store={folder}: its index is damaged ({error}). Prepare it again") from error
+            raise UserError(f"{key}={folder}: its index is damaged ({error}). Prepare it again") from error
         self._part, self._start = arrays["part"], arrays["start"]
         self.lengths = arrays["length"]
         """Tokens of each document: int32 `[n]`."""
@@ -114,12 +114,18 @@ class TokenStore:
             self._check(part)
 
     def _check(self, part: dict[str, Any]) -> None:
+        plain_file_name(part["key"], self.path / MANIFEST)
         file = self.path / "parts" / f"{part['key']}.ids"
         found = file.stat().st_size // self._dtype.itemsize if file.exists() else 0
         if found != part["tokens"]:
             raise UserError(
-                f"data.store={self.path}: {file.name} has {found} tokens, the manifest says {part['tokens']}. Prepare it again"
+                f"{self._key}={self.path}: {file.name} has {found} tokens, the manifest says {part['tokens']}. Prepare it again"
             )
+
+    @property
+    def key(self) -> str:
+        """The field of the configuration that names the folder."""
+        return self._key
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -158,12 +164,30 @@ class TokenStore:
         return mapped
 
 
+def open_store(key: str, folder: str, fingerprint: str, tokenizer: str) -> TokenStore:
+    """The store that the field `key` names, made with the tokenizer of this fingerprint, which stands at `tokenizer`.
+
+    Raises:
+        UserError: no store, a damaged one, or one that was made with another tokenizer.
+    """
+    if not folder:
+        raise UserError(f"{key} is empty: give {key}=<store made by launch/prepare.py>")
+    store = TokenStore(folder, key)
+    made_with = store.manifest["made_from"]["tokenizer"]
+    if made_with != fingerprint:
+        raise UserError(
+            f"{key}={folder}: made with another tokenizer (hash {made_with[:12]}) than {tokenizer} (hash {fingerprint[:12]}). "
+            f"Prepare it again with tokenizer={tokenizer}"
+        )
+    return store
+
+
 def _mapped(file: Path) -> np.ndarray:
     mapped: np.ndarray = np.asarray(np.load(file, mmap_mode="r"))
     return mapped
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path, key: str = "data.store") -> dict[str, Any]:
     """The manifest of a store.
 
     Raises:
@@ -172,9 +196,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     file = folder / MANIFEST
     if not file.is_file():
         raise UserError(
-            f"data.store={folder}: no token store there ({MANIFEST} is missing). Make one with launch/prepare.py out={folder}"
+            f"{key}={folder}: no token store there ({MANIFEST} is missing). Make one with launch/prepare.py out={folder}"
         )
     manifest = read_json(file)
     if "made_from" not in manifest:
-        raise UserError(f"data.store={folder}: its {MANIFEST} is not that of a token store. Give another folder")
+        raise UserError(f"{key}={folder}: its {MANIFEST} is not that of a token store. Give another folder")
     return manifest

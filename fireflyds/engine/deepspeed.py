@@ -1,10 +1,11 @@
 """The door to DeepSpeed: start the ranks, build the configuration, build the engine."""
 
 import atexit
+import contextlib
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
@@ -12,7 +13,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import nn
 
-from fireflyds.config import HardwareConfig, Offload, Optimizer, Precision, TrainConfig
+from fireflyds.config import Offload, Optimizer, Precision, TrainConfig
 from fireflyds.engine import deepspeed_json, optimizers
 from fireflyds.engine.groups import parameter_groups
 from fireflyds.engine.ranks import Ranks
@@ -125,31 +126,6 @@ def on_rank_zero(work: Callable[[], T]) -> T | None:
     return result
 
 
-def resolve_precision(config: HardwareConfig) -> Precision:
-    """The number format to train in.
-
-    Raises:
-        UserError: the device does not have it.
-    """
-    cuda = torch.cuda.is_available()
-    # torch also reports emulated bf16; the hardware has it from compute capability 8.0 on.
-    has_bf16 = torch.cuda.get_device_capability()[0] >= 8 if cuda else _cpu_has("bf16")
-    if config.precision is Precision.auto:
-        return (Precision.bf16 if has_bf16 else Precision.fp16) if cuda else Precision.fp32
-    if config.precision is Precision.bf16 and not has_bf16:
-        name = torch.cuda.get_device_name() if cuda else "this CPU"
-        raise UserError(
-            f"hardware.precision=bf16: {name} has no bf16. Use hardware.precision={'fp16' if cuda else 'fp32'}"
-        )
-    if config.precision is Precision.fp16 and not cuda and not _cpu_has("fp16"):
-        raise UserError("hardware.precision=fp16: this CPU has no fp16 arithmetic. Use hardware.precision=fp32")
-    return config.precision
-
-
-def _cpu_has(name: str) -> bool:
-    return bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")())
-
-
 def deepspeed_config(config: TrainConfig, precision: Precision, accumulation: int) -> dict[str, Any]:
     """DeepSpeed's dict. Clipping is always said: from 0.19 on silence means 1.0."""
     zero: dict[str, Any] = {
@@ -201,15 +177,32 @@ def build_engine(model: nn.Module, config: TrainConfig, precision: Precision, ac
     # and leave no trace in the states.
     for group in optimizer.param_groups:
         group["lr"] = 0.0
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=optimizer,
-        config=deepspeed_config(config, precision, accumulation),
-        dist_init_required=False,
-    )
+    with _fp16_allowed(precision):
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            config=deepspeed_config(config, precision, accumulation),
+            dist_init_required=False,
+        )
     if config.zero.stage == 0:
         optimizers.forget_steps(optimizer)
     return engine
+
+
+@contextlib.contextmanager
+def _fp16_allowed(precision: Precision) -> Iterator[None]:
+    """DeepSpeed refuses fp16 on a CPU without instructions for it; torch computes it all the same, slowly."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    if precision is not Precision.fp16 or torch.cuda.is_available():
+        yield
+        return
+    accelerator.is_fp16_supported = lambda: True
+    try:
+        yield
+    finally:
+        del accelerator.is_fp16_supported
 
 
 def loss_scale(engine: Any) -> float | None:

@@ -47,6 +47,7 @@ _REMOVED = {
     "elasticity": "a run resumes on any number of GPUs by itself",
     "amp": "use hardware.precision",
     "curriculum_learning": "use data.curriculum",
+    "data_efficiency": "use data.weights and data.curriculum",
     "compression_training": "quantise after training",
     "quantize_training": "quantise after training",
     "nebula": "checkpoints are written in the background (checkpoint.background)",
@@ -115,7 +116,7 @@ def _translated(where: str, document: dict[str, Any], config: TrainConfig) -> tu
 
 def _left_out(where: str, key: str, value: Any, config: TrainConfig) -> str | None:
     """Why a key is not passed on; None: it is."""
-    if value == "auto" or (isinstance(value, dict) and set(value.values()) == {"auto"}):
+    if _is_auto(value):
         return "auto is what this configuration says"
     if key in _REMOVED:
         if value in (False, None, 0) or (isinstance(value, dict) and value.get("enabled") is False):
@@ -147,6 +148,14 @@ def _left_out(where: str, key: str, value: Any, config: TrainConfig) -> str | No
             f"{where}: {key}={value}: fireflyds sets that section itself. Give hardware.* or optim.*, and remove the key"
         )
     return None
+
+
+def _is_auto(value: Any) -> bool:
+    """`"auto"`, or a section whose values are all that; the type of a scheduler alone says nothing."""
+    if isinstance(value, dict):
+        values = [each for key, each in value.items() if key != "type"]
+        return bool(values) and all(map(_is_auto, values))
+    return bool(value == "auto")
 
 
 def _precision(where: str, key: str, value: Any, config: TrainConfig) -> str:

@@ -36,12 +36,18 @@ class Journal:
         self._recent: list[StepMetrics] = []
         self._file: MetricsFile | None = None
         self._painted: Future[None] | None = None
-        if rank == 0:
-            self._open(done)
         self._stack = contextlib.ExitStack()
-        # A picture takes longer than a step.
-        self._painter = self._stack.enter_context(ThreadPoolExecutor(1, "journal"))
-        self._advance = self._stack.enter_context(progress(total_steps, done, rank == 0))
+        try:
+            if rank == 0:
+                self._open(done)
+            # A picture takes longer than a step.
+            self._painter = self._stack.enter_context(ThreadPoolExecutor(1, "journal"))
+            self._advance = self._stack.enter_context(progress(total_steps, done, rank == 0))
+        except BaseException:
+            # The tracker was opened for this object, which nobody can leave now.
+            self._stack.close()
+            tracker.finish(EXIT_FAILED)
+            raise
 
     def __enter__(self) -> "Journal":
         return self

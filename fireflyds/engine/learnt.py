@@ -6,17 +6,19 @@ from typing import Any
 
 from fireflyds import app
 from fireflyds.config import TrainConfig, TuningMethod
-from fireflyds.directories import read_json, write_aside
+from fireflyds.directories import Output, write_aside
 from fireflyds.engine import checkpoint
 from fireflyds.engine.fragments import Fragments
+from fireflyds.engine.run import read_inputs
 from fireflyds.engine.run_names import find_run
 from fireflyds.errors import UserError
 from fireflyds.models import trained
 from fireflyds.models.merge import set_magnitudes
 from fireflyds.models.trained import Trained
+from fireflyds.runs import layout
 
-# Beside a checkpoint; and what a run took over from an earlier one, in its own folder, so that it needs that no more.
-LEARNT, START = "learnt", "start"
+# Beside a checkpoint. What a run took over from an earlier one stands in its own folder, so that it no longer needs that.
+LEARNT = "learnt"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +57,9 @@ def read(folder: Path) -> Trained:
 
 def restore(model: Any, run_dir: Path, folder: Path | None = None) -> None:
     """Give a freshly tuned model what its run took over from an earlier one, and what a checkpoint of it learnt."""
-    if (run_dir / START).is_dir():
-        start = trained.load(run_dir / START)
-        trained.restore(model, start, run_dir / START, must_cover=False)
+    if (run_dir / layout.START).is_dir():
+        start = trained.load(run_dir / layout.START)
+        trained.restore(model, start, run_dir / layout.START, must_cover=False)
         set_magnitudes(model, but=start.adapters)
     if folder is not None:
         trained.restore(model, read(folder), folder, must_cover=True)
@@ -69,13 +71,13 @@ def take_over(config: TrainConfig, about: dict[str, Any]) -> None:
     Raises:
         UserError: no such run, no checkpoint of it, another base or tokenizer, or adapters that differ.
     """
-    start = Path(config.run_dir) / START
+    start = Path(config.run_dir) / layout.START
     if not config.init_from or start.is_dir():
         return
     earlier_dir = find_run(config.runs, "init_from", config.init_from)
     newest = checkpoint.find(earlier_dir, None)
     earlier = app.from_yaml(earlier_dir / "config.yaml", TrainConfig)
-    recorded = read_json(earlier_dir / "inputs.json")
+    recorded = read_inputs(earlier_dir)
     for key, remedy in (
         ("base", f"Give model={earlier.model.path or 'as there'}, or export that run and give model=<its export>"),
         ("tokenizer", f"Give model.tokenizer={earlier.model.tokenizer_path}"),
@@ -86,12 +88,11 @@ def take_over(config: TrainConfig, about: dict[str, Any]) -> None:
                 f"init_from={config.init_from}: that run's {key} is {_short(recorded.get(key))}, this one's {_short(about[key])}. {remedy}"
             )
     found = read(newest)
-    if (earlier_dir / START).is_dir():
-        found = found.over(trained.load(earlier_dir / START))
+    if (earlier_dir / layout.START).is_dir():
+        found = found.over(trained.load(earlier_dir / layout.START))
     _check_adapters(config, earlier, found)
     found.about = about | {"run": config.init_from, "checkpoint": newest.name}
-    with write_aside(start, marker="trained.json") as aside:
-        aside.rmdir()
+    with write_aside(start, Output("start of a run")) as aside:
         trained.save(found, aside)
 
 

@@ -1,7 +1,6 @@
 """Base model and token store on the host's own disk: copied there by one rank of the host, read from there by all."""
 
 import dataclasses
-import fcntl
 import hashlib
 import os
 import shutil
@@ -12,7 +11,7 @@ import torch.distributed as dist
 
 from fireflyds.config import TrainConfig
 from fireflyds.data.store import INDEX, MANIFEST, TokenStore
-from fireflyds.directories import sync
+from fireflyds.directories import lock_file, sync
 from fireflyds.errors import UserError
 
 # Beside the weights: what loading a model may read.
@@ -71,9 +70,8 @@ def _fill(cache: Path, name: str, source: Path, files: dict[str, Path], log: Cal
     """The folder `name` in the cache, copied there by whoever comes first; it is whole or absent."""
     folder, aside = cache / name, cache / f".{name}.partial"
     cache.mkdir(parents=True, exist_ok=True)
-    with (cache / f".{name}.lock").open("w") as lock:
-        # Others of this host wait here.
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    # Other ranks of this host wait here.
+    with lock_file(cache / f".{name}.lock", "", wait=True):
         sizes = {relative: file.stat().st_size for relative, file in files.items()}
         if folder.is_dir() and sizes == {name: _size(folder / name) for name in sizes}:
             log(f"{name} is read from {folder} (local_cache)")

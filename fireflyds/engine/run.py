@@ -1,6 +1,5 @@
 """The run directory: what was asked (`config.yaml`), with what (`provenance.json`), and by whom it may be resumed."""
 
-import fcntl
 import hashlib
 import json
 import math
@@ -14,20 +13,20 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
+import fireflyds
 from fireflyds.config import Precision, TrainConfig
 from fireflyds.data.mix import RowSequence
 from fireflyds.data.store import TokenStore
-from fireflyds.directories import write_whole
+from fireflyds.directories import lock_file, read_json, write_whole
 from fireflyds.engine import groups
 from fireflyds.engine.changes import differences, has_begun, refuse_changes
-from fireflyds.engine.learnt import START
 from fireflyds.errors import UserError
+from fireflyds.runs import layout
 from fireflyds.types import TrainState
-
-INPUTS = "inputs.json"
 
 
 def open_run(config: TrainConfig, yaml_text: str, inputs: dict[str, Any]) -> IO[str]:
@@ -44,25 +43,21 @@ def open_run(config: TrainConfig, yaml_text: str, inputs: dict[str, Any]) -> IO[
     file = run_dir / "config.yaml"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock = (run_dir / ".lock").open("w")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(
-            f"run={config.run}: another process trains {run_dir} now. Wait for it, end it, or give another run="
-        ) from error
+        busy = f"run={config.run}: another process trains {run_dir} now. Wait for it, end it, or give another run="
+        lock = lock_file(run_dir / ".lock", busy)
     except OSError as error:
         raise UserError(
             f"run={config.run}: {run_dir} cannot be written ({error.strerror}). Give another run= or runs="
         ) from error
     if file.exists() and has_begun(run_dir):
-        other = differences(json.loads((run_dir / INPUTS).read_text(encoding="utf-8")), inputs)
+        other = differences(read_json(run_dir / layout.INPUTS), inputs)
         refuse_changes(run_dir, yaml_text, config.run, other)
         write_whole(file, yaml_text)
         return lock
     # A start that was refused before its first step leaves the name free.
-    shutil.rmtree(run_dir / START, ignore_errors=True)
+    shutil.rmtree(run_dir / layout.START, ignore_errors=True)
     write_whole(run_dir / "provenance.json", json.dumps(provenance(), indent=2))
-    write_whole(run_dir / INPUTS, json.dumps(inputs, indent=2))
+    write_whole(run_dir / layout.INPUTS, json.dumps(inputs, indent=2))
     write_whole(file, yaml_text)
     return lock
 
@@ -93,6 +88,32 @@ def _last_rows(file: Path) -> Iterator[bytes]:
         raise UserError(f"{file}: cannot be read as safetensors ({error}). Get the file again") from error
 
 
+def read_inputs(run_dir: Path) -> dict[str, Any]:
+    """What a run recorded of the things it reads.
+
+    Raises:
+        UserError: the record is missing, damaged, or of another version of fireflyds.
+    """
+    recorded = read_json(run_dir / layout.INPUTS)
+    if missing := {"base", "tokenizer", "vocab_size", "store", "template", "languages"} - recorded.keys():
+        raise UserError(
+            f"{run_dir / layout.INPUTS}: has no {min(missing)}. The file was edited or written by another version: restore it, or "
+            "train again under another run="
+        )
+    return recorded
+
+
+def require_base(run: str, path: str, recorded: dict[str, Any]) -> None:
+    """Raises `UserError` unless the base of a run, where it has one, is what it was when the run began."""
+    if not path:
+        return
+    remedy = "Restore the base, or train again under another run="
+    if not (Path(path) / "config.json").is_file():
+        raise UserError(f"run={run}: its base model.path={path} is gone (no config.json there). {remedy}")
+    if contents_of(Path(path)) != recorded["base"]:
+        raise UserError(f"run={run}: its base model.path={path} has changed since. {remedy}")
+
+
 def identity(config: TrainConfig, tokenizer: str, vocab_size: int) -> dict[str, Any]:
     """What everything learnt belongs to: the base's weights, the tokenizer (both as hashes) and the vocabulary's size."""
     base = contents_of(Path(config.model.path)) if config.model.path else None
@@ -102,21 +123,11 @@ def identity(config: TrainConfig, tokenizer: str, vocab_size: int) -> dict[str, 
 def inputs(store: TokenStore) -> dict[str, Any]:
     """What else the run reads, by contents."""
     made_from = json.dumps(store.manifest["made_from"], sort_keys=True)
-    return {"store": hashlib.sha256(made_from.encode()).hexdigest(), "template": store.manifest["template"]}
-
-
-def open_store(config: TrainConfig, fingerprint: str) -> TokenStore:
-    """The token store, refused when it was made with another tokenizer."""
-    if not config.data.store:
-        raise UserError("data.store is empty: give data=<store made by launch/prepare.py>")
-    store = TokenStore(config.data.store)
-    made_with = store.manifest["made_from"]["tokenizer"]
-    if made_with != fingerprint:
-        raise UserError(
-            f"data.store={config.data.store}: made with another tokenizer (hash {made_with[:12]}) than {config.model.tokenizer_path} "
-            f"(hash {fingerprint[:12]}). Prepare it again with tokenizer={config.model.tokenizer_path}"
-        )
-    return store
+    return {
+        "store": hashlib.sha256(made_from.encode()).hexdigest(),
+        "template": store.manifest["template"],
+        "languages": sorted({store.languages[index] for index in np.unique(store.language_ids)} - {""}),
+    }
 
 
 def total_steps(config: TrainConfig, rows: RowSequence) -> int:
@@ -170,6 +181,14 @@ def begins(state: TrainState, steps: int) -> str:
     return f"resumed at step {state.step} of {steps} ({state.tokens:,} tokens){rest}"
 
 
+def _version(name: str) -> str | None:
+    """Of an installed distribution; a source checkout of fireflyds that is on the path need not be installed."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return fireflyds.__version__ if name == "fireflyds" else None
+
+
 def provenance() -> dict[str, Any]:
     """The command, the code and the libraries."""
     libraries = ("fireflyds", "torch", "deepspeed", "transformers", "peft", "bitsandbytes", "sentencepiece", "numpy")
@@ -179,5 +198,5 @@ def provenance() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "commit": git.stdout.strip() or None,
-        "libraries": {name: metadata.version(name) for name in libraries},
+        "libraries": {name: _version(name) for name in libraries},
     }

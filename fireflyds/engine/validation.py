@@ -21,7 +21,7 @@ from torch import nn
 from fireflyds.config import TrainConfig, ValidationConfig
 from fireflyds.data.loader import collate
 from fireflyds.data.mix import Pool
-from fireflyds.data.store import TokenStore
+from fireflyds.data.store import TokenStore, open_store
 from fireflyds.engine.journal import Journal
 from fireflyds.engine.metrics import RowsFile, finite
 from fireflyds.engine.samples import Prompts, complete, encode_prompts
@@ -229,16 +229,8 @@ def open_validator(
 
 
 def _held_out(config: TrainConfig, fingerprint: str) -> HeldOut:
-    try:
-        held_out = HeldOut(TokenStore(config.validation.store), config.validation, config.seq_len)
-    except UserError as error:
-        raise UserError(str(error).replace("data.store=", "validation.store=", 1)) from error
-    if held_out.store.manifest["made_from"]["tokenizer"] != fingerprint:
-        raise UserError(
-            f"validation.store={config.validation.store}: made with another tokenizer than {config.model.tokenizer_path}. "
-            f"Prepare it again with tokenizer={config.model.tokenizer_path}"
-        )
-    return held_out
+    store = open_store("validation.store", config.validation.store, fingerprint, config.model.tokenizer_path)
+    return HeldOut(store, config.validation, config.seq_len)
 
 
 @contextlib.contextmanager

@@ -1,10 +1,13 @@
 """A conversation with a model directory, streamed to the terminal."""
 
+import math
+
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+from transformers import AutoTokenizer, TextStreamer
 
 from fireflyds.config import ChatConfig
 from fireflyds.errors import UserError
+from fireflyds.models.load import load_for_inference
 
 
 class Dialogue:
@@ -17,9 +20,7 @@ class Dialogue:
             raise UserError(
                 f"model={config.model}: has no chat template: it is a base model. Instruction-tune it first"
             )
-        self._model = AutoModelForCausalLM.from_pretrained(config.model).eval()
-        if torch.cuda.is_available():
-            self._model = self._model.cuda()
+        self._model = load_for_inference(config.model)
         torch.manual_seed(config.seed)
         self.clear()
 
@@ -45,7 +46,9 @@ class Dialogue:
         return answer.strip()
 
     def _inputs(self) -> dict[str, torch.Tensor]:
-        room = self._model.config.max_position_embeddings - self._config.max_new_tokens
+        # BLOOM's ALiBi has no limit of positions, and its configuration no such key.
+        positions = getattr(self._model.config, "max_position_embeddings", None) or math.inf
+        room = positions - self._config.max_new_tokens
         first = 1 if self._config.system else 0
         while True:
             encoded = self._tokenizer.apply_chat_template(

@@ -11,7 +11,7 @@ import torch
 from fireflyds.config import EvaluateConfig, PromptStyle
 from fireflyds.errors import UserError
 from fireflyds.models.fuse import fuse
-from fireflyds.models.load import config_of, family_of
+from fireflyds.models.load import config_of, family_of, load_for_inference
 from fireflyds.tokenizer.encoder import load_encoder
 from fireflyds.types import IGNORE_INDEX, Encoder
 
@@ -54,14 +54,12 @@ def load_subject(config: EvaluateConfig) -> Subject:
     Raises:
         UserError: no model there, or `prompt=chat` without a chat template.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     folder = Path(config.model)
     family_of(config_of("model", config.model).model_type)
     encoder = load_encoder(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    if torch.cuda.is_available():
-        model = model.cuda()
+    model = load_for_inference(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     has_template = tokenizer.chat_template is not None
     if config.prompt is PromptStyle.chat and not has_template:

@@ -14,7 +14,7 @@ from fireflyds.config import HardwareConfig, Precision
 from fireflyds.errors import UserError
 from fireflyds.models import fused
 from fireflyds.models.boundaries import Boundaries, Packing
-from fireflyds.models.load import DTYPES
+from fireflyds.models.precision import DTYPES
 from fireflyds.models.vocabulary import LossHead, RowHead
 
 ATTENTION = "fireflyds"

@@ -13,10 +13,8 @@ from fireflyds import registry
 from fireflyds.config import ModelConfig, ModelInit, Precision
 from fireflyds.errors import UserError
 from fireflyds.models.positions import scale_positions
+from fireflyds.models.precision import DTYPES, inference_dtype
 from fireflyds.types import Encoder, Family, Loaded
-
-DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
-
 
 # Published models pad their embeddings by a few hundred rows at most (Qwen2: 271).
 MAX_PADDING = 1024
@@ -127,6 +125,13 @@ def load_model(
         load = partial(AutoModelForCausalLM.from_pretrained, config.path, config=hf_config, dtype=dtype)
         model = load() if quantization is None else _quantised(load, quantization)
     return Loaded(model, family)
+
+
+def load_for_inference(folder: Path | str) -> Any:
+    """A Hugging Face directory as plain transformers loads it, in evaluation mode, on the first GPU where there is one."""
+    hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(folder, config=hf_config, dtype=inference_dtype(hf_config)).eval()
+    return model.cuda() if torch.cuda.is_available() else model
 
 
 def _quantised(load: Callable[..., Any], quantization: Any) -> Any:

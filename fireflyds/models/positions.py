@@ -1,5 +1,6 @@
 """Longer contexts: rotary positions scaled in the model's configuration, where transformers, export and our kernels read them."""
 
+import math
 from typing import Any
 
 from fireflyds.config import ModelConfig
@@ -62,8 +63,24 @@ def scale_positions(hf_config: Any, config: ModelConfig) -> Any:
         raise UserError(
             f"model.rope_scaling: {wrong}. {kind} takes {', '.join(sorted(_NEEDS[kind] | _MAY.get(kind, set()))) or 'nothing'}"
         )
+    for name, value in asked.items():
+        _check_value(name, value)
     _stretch(hf_config, kind, asked, before)
     return hf_config
+
+
+def _check_value(name: str, value: Any) -> None:
+    """Raises `UserError` for a setting that is no number, or too small to stretch anything."""
+    if name == "truncate":
+        if not isinstance(value, bool):
+            raise UserError(f"model.rope_scaling.truncate={value!r}: must be true or false")
+        return
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if name in ("factor", "alpha", "seq_len"):
+        if not is_number or value < 1:
+            raise UserError(f"model.rope_scaling.{name}={value!r}: must be a number of at least 1, such as {name}: 4")
+    elif not is_number or value <= 0:
+        raise UserError(f"model.rope_scaling.{name}={value!r}: must be a number above 0")
 
 
 def _stretch(hf_config: Any, kind: str, asked: dict[str, Any], before: dict[str, Any]) -> None:

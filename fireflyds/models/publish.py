@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from fireflyds import registry
 from fireflyds.config import Precision, TrainConfig
 from fireflyds.errors import UserError
 from fireflyds.models.fuse import fuse, hidden_states
+from fireflyds.models.load import load_for_inference
+from fireflyds.models.precision import DTYPES, is_emulated
 from fireflyds.types import EOS, Encoder
 
 # A reloaded model computes the same logits, up to the rounding of its number format.
@@ -66,15 +69,19 @@ def reload_difference(folder: Path, trained: Any, encoder: Encoder, dtype: Preci
         # In evaluation mode 8-bit layers round their inputs too, which merged weights do not show.
         if getattr(getattr(module, "weight", None), "dtype", None) is torch.int8 and not hasattr(module, "lora_A"):
             module.train()
+    compute_in = torch.float32 if is_emulated(trained.dtype) else trained.dtype
     for parameter in trained.parameters():
-        if parameter.requires_grad:  # float32 beside a half-precision base
-            parameter.data = parameter.data.to(trained.dtype)
+        if parameter.is_floating_point():  # float32 adapters beside a half-precision base
+            parameter.data = parameter.data.to(compute_in)
+    for module in trained.modules():
+        if getattr(module, "compute_dtype", None) in DTYPES.values():  # 4-bit layers
+            module.compute_dtype = compute_in
     with torch.no_grad():
         positions = torch.arange(64, device=device)[None]
         boundaries = torch.tensor([0, 64], dtype=torch.int32, device=device)
         hidden = hidden_states(trained, ids, positions, boundaries, 64)
         ours = trained.get_output_embeddings()(hidden).float().cpu()
-        theirs = AutoModelForCausalLM.from_pretrained(folder).eval()(ids.cpu()).logits.float()
+        theirs = load_for_inference(folder)(ids).logits.float().cpu()
     difference = float((ours - theirs).abs().max() / ours.abs().max())
     if not difference <= TOLERANCE[dtype]:
         raise UserError(
@@ -83,14 +90,14 @@ def reload_difference(folder: Path, trained: Any, encoder: Encoder, dtype: Preci
     return difference
 
 
-def write_model_card(folder: Path, trained: TrainConfig, about: dict[str, Any]) -> None:
-    """`README.md` with the metadata that hubs read."""
+def write_model_card(folder: Path, trained: TrainConfig, about: dict[str, Any], languages: Sequence[str]) -> None:
+    """`README.md` with the metadata that hubs read. `languages`: codes of what the run trained on, as its sources name them."""
     base = trained.model.path or "none (from scratch)"
     lines = [
         "---",
         "library_name: transformers",
         "pipeline_tag: text-generation",
-        "language: [zh, en]",
+        *([f"language: [{', '.join(languages)}]"] if languages else []),
         *([f"base_model: {base}"] if trained.model.path else []),
         "---",
         "",

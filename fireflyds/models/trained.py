@@ -105,7 +105,7 @@ def _without_aliases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def save(trained: Trained, folder: Path) -> None:
     """Write the directory."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     if trained.adapters:
         named = {f"{_PEFT}{name}": tensor.contiguous() for name, tensor in trained.adapters.items()}
         save_file(named, folder / _ADAPTERS, {"format": "pt"})

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from fireflyds.config import Precision, TrainConfig, TuningConfig, TuningMethod
 from fireflyds.errors import UserError
-from fireflyds.models.load import DTYPES, base_vocab_size, load_model
+from fireflyds.models.load import base_vocab_size, load_model
+from fireflyds.models.precision import DTYPES
 from fireflyds.models.vocabulary import train_rows
 from fireflyds.types import Family
 

@@ -19,7 +19,7 @@ from fireflyds.config import RowInit
 from fireflyds.directories import read_json
 from fireflyds.errors import UserError
 from fireflyds.tokenizer.directory import FILES
-from fireflyds.tokenizer.shards import Entry, save_streamed
+from fireflyds.tokenizer.shards import Entry, save_streamed, shard_names
 
 # The names transformers gives the two matrices: LLaMA's kind, InternLM2, Falcon and Bloom, GPT-2, GPT-NeoX.
 EMBEDDINGS = ("embed_tokens.weight", "tok_embeddings.weight", "word_embeddings.weight", "wte.weight", "embed_in.weight")
@@ -241,7 +241,7 @@ def _shards(base: Path) -> list[tuple[str, Reader]]:
     for stem, suffix, read in (("model", ".safetensors", _read_safetensors), ("pytorch_model", ".bin", _read_pytorch)):
         index = base / f"{stem}{suffix}.index.json"
         if index.is_file():
-            names = sorted(set(read_json(index).get("weight_map", {}).values()))
+            names = shard_names(index)
         else:
             whole = f"{stem}{suffix}"
             names = [whole] if (base / whole).is_file() else sorted(file.name for file in base.glob(f"{stem}*{suffix}"))

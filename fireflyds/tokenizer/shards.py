@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from fireflyds.directories import plain_file_name, read_json
 from fireflyds.errors import UserError
 
 _NAMES = {
@@ -14,6 +15,18 @@ _NAMES = {
     torch.float8_e5m2: "F8_E5M2", torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
     torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
+
+
+def shard_names(index: Path) -> list[str]:
+    """The files that a model's index (`*.index.json`) names, each once, in order.
+
+    Raises:
+        UserError: the index cannot be read, or names something else than files beside it.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise UserError(f"{index}: has no weight_map. Get the file again")
+    return sorted({plain_file_name(name, index) for name in weight_map.values()})
 
 
 @dataclass(frozen=True, slots=True)

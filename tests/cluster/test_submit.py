@@ -3,18 +3,23 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from bases import sentencepiece_base
 from grid import ROOT
+from stores import write_store
 
 from fireflyds import app
 from fireflyds.cluster import report, script, slurm, submission
 from fireflyds.cluster.slurm import JobState
 from fireflyds.config import ClusterConfig, TrainConfig
 from fireflyds.errors import UserError
+from fireflyds.types import Example
 
 SBATCH = r"""#!/bin/bash
 echo "$@" >> $FAKE/calls
@@ -70,10 +75,11 @@ class Fake:
 
 
 @pytest.fixture
-def fake(verb, tmp_path: Path) -> Fake:
-    for file in ("base/config.json", "store/manifest.json"):
-        (tmp_path / file).parent.mkdir()
-        (tmp_path / file).write_text("{}")
+def fake(verb, tmp_path: Path, base_tokenizer: Path, encoder) -> Fake:
+    shutil.copytree(base_tokenizer, tmp_path / "base")
+    (tmp_path / "base" / "config.json").write_text(json.dumps({"model_type": "llama", "max_position_embeddings": 4096}))
+    document = Example(np.arange(50), ((0, 50),), 100, is_document=True)
+    write_store(tmp_path / "store", {"zh": [document] * 3}, tokenizer=encoder.fingerprint())
     return Fake(tmp_path, verb)
 
 
@@ -411,3 +417,46 @@ def test_times_are_read_as_slurm_reads_them(time: str, seconds: int) -> None:
 def test_how_a_job_stands_is_told_in_words(state: JobState, expected: str) -> None:
     record = submission.Record("export", "export", "7", "runs/a", "a.sh", "a.log", 0)
     assert report.status([record], {"7": state}) == f"export: job 7 {expected}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["model.tokenizer=./other"], "data.store=./store: made with another tokenizer"),
+        (["data.weights.en=1"], "data.weights.en: the store store has no such domain. It has: zh"),
+        (["seq_len=8192"], "seq_len=8192: the model has 4096 positions"),
+        (["data=./base"], "data.store=base: no token store there"),
+    ],
+)
+def test_what_training_would_refuse_of_its_inputs_is_never_queued(fake: Fake, changes: list[str], said: str) -> None:
+    sentencepiece_base(fake.work / "other", vocab_size=350)
+    done = fake.submit(*TRAIN, *changes, check=False)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert fake.calls == []
+    assert not (fake.work / "runs").exists()
+
+
+def test_a_road_goes_where_runs_and_run_say(fake: Fake) -> None:
+    shown = fake.submit("road=demo", "cluster=slurm_cpu", "runs=elsewhere", "run=mine", "dry_run=true").stdout
+    assert "elsewhere/mine/" in shown
+    assert not (fake.work / "runs").exists()
+    configs = {file.stem: file.read_text() for file in (fake.work / "elsewhere").rglob("*.yaml")}
+    assert not [name for name, text in configs.items() if "runs/demo" in text]
+    trained = app.from_yaml(fake.work / "elsewhere/mine/jobs/train_cpt.yaml", TrainConfig)
+    assert (trained.run_dir, trained.model.path) == ("elsewhere/mine/cpt", "elsewhere/mine/expanded")
+    assert trained.data.store == "elsewhere/mine/stores/cpt"
+    assert trained.data.sources[0].path == "elsewhere/mine/corpus/zh.jsonl"
+
+
+def test_the_newest_of_more_than_a_million_steps_is_taken_for_the_newest(tmp_path: Path) -> None:
+    """A job that is put back looks for newer checkpoints; `step-1000000` is newer than `step-999999`."""
+    job = script.Job("r", "train", tmp_path, tmp_path / "config.yaml", tmp_path / "submit.sh")
+    line = next(
+        line for line in script.text(job, ClusterConfig(requeue=True)).splitlines() if line.startswith("saved=")
+    )
+    for step in (999_999, 1_000_000):
+        (tmp_path / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
+    (tmp_path / "logs").mkdir()
+    done = subprocess.run(["bash", "-c", line.replace(">> ", '; echo "$saved" #')], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1].endswith("step-1000000")

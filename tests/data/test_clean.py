@@ -1,5 +1,6 @@
 """Every step of cleaning does what its option says, and counts what it drops."""
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 
 from fireflyds.config import CleanConfig, UnicodeForm
 from fireflyds.data.clean import Cleaner, contamination, repetition, run_hashes
-from fireflyds.data.duplicates import exact_duplicates, near_duplicates, signature
+from fireflyds.data.duplicates import NUM_PERM, exact_duplicates, near_duplicates, signature
 from fireflyds.errors import UserError
 from fireflyds.types import Message, Sample
 
@@ -96,3 +97,37 @@ def test_near_duplicates_are_found_and_others_left_alone() -> None:
     assert not drop[:300].any()
     assert drop[300:400].mean() >= 0.95
     assert not drop[400:].any()
+
+
+def test_near_duplicates_of_one_page_are_found_in_memory_that_grows_with_the_documents() -> None:
+    """8,000 copies of one boilerplate page, each with two numbers of its own: nearly all pairs share a band."""
+    rng = np.random.default_rng(0)
+    page = rng.integers(0, 1 << 32, NUM_PERM, dtype=np.uint32)
+    signatures = np.tile(page, (8_000, 1))
+    changed = rng.integers(0, NUM_PERM, (8_000, 2))
+    signatures[np.arange(8_000)[:, None], changed] = rng.integers(0, 1 << 32, (8_000, 2), dtype=np.uint32)
+    tracemalloc.start()
+    drop = near_duplicates(signatures, 0.8)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert drop.tolist() == [False] + [True] * 7_999
+    assert peak < 4 * signatures.nbytes
+
+
+def test_near_duplicates_are_those_of_every_pair_compared_in_order() -> None:
+    rng = np.random.default_rng(1)
+    pages = rng.integers(0, 1 << 32, (40, NUM_PERM), dtype=np.uint32)
+    signatures = pages[rng.integers(0, 40, 400)]
+    noise = rng.random(signatures.shape) < rng.choice([0.0, 0.1, 0.2, 0.4], (400, 1))
+    signatures = np.where(noise, rng.integers(0, 1 << 32, signatures.shape, dtype=np.uint32), signatures)
+    accepted = 0.8 - 2 * np.sqrt(0.8 * 0.2 / NUM_PERM)
+    share_a_band = [
+        {(band, tuple(row[band * 8 : band * 8 + 8])) for band in range(NUM_PERM // 8)} for row in signatures.tolist()
+    ]
+    wanted = np.zeros(400, bool)
+    for first in range(400):
+        for second in range(first + 1, 400):
+            if not wanted[first] and not wanted[second] and share_a_band[first] & share_a_band[second]:
+                wanted[second] = (signatures[first] == signatures[second]).mean() >= accepted
+    assert 0 < wanted.sum() < 399
+    assert near_duplicates(signatures, 0.8).tolist() == wanted.tolist()

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fireflyds import app
-from fireflyds.config import HardwareConfig, Precision
+from fireflyds.config import Precision
 from fireflyds.engine import deepspeed
 from fireflyds.engine.ranks import Ranks
 from fireflyds.errors import UserError
@@ -42,23 +42,6 @@ def test_a_global_batch_that_does_not_divide_names_the_nearest() -> None:
     assert _config("global_batch_size=8", "micro_batch_size=2").accumulation_steps(2) == 2
     with pytest.raises(UserError, match=r"global_batch_size=7: .*micro_batch_size=2 x 2 ranks = 4\. Nearest: 4"):
         _config("global_batch_size=7", "micro_batch_size=2").accumulation_steps(2)
-
-
-def test_formats_the_device_lacks_are_refused(monkeypatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(deepspeed, "_cpu_has", lambda name: False)
-    assert deepspeed.resolve_precision(HardwareConfig(precision=Precision.auto)) is Precision.fp32
-    for wanted in (Precision.bf16, Precision.fp16):
-        with pytest.raises(
-            UserError, match=f"hardware.precision={wanted.name}: this CPU has no .* Use hardware.precision=fp32"
-        ):
-            deepspeed.resolve_precision(HardwareConfig(precision=wanted))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100")
-    assert deepspeed.resolve_precision(HardwareConfig(precision=Precision.auto)) is Precision.fp16
-    with pytest.raises(UserError, match="Tesla V100 has no bf16. Use hardware.precision=fp16"):
-        deepspeed.resolve_precision(HardwareConfig(precision=Precision.bf16))
 
 
 def test_cores_are_shared_by_the_ranks_of_a_host(monkeypatch: pytest.MonkeyPatch) -> None:

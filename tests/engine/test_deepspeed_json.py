@@ -98,3 +98,65 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     (tmp_path / "ds.json").unlink()
     with pytest.raises(UserError, match="ds.json: cannot be read as JSON"):
         deepspeed_json.extra(config)
+
+
+# Sections as the documentations of DeepSpeed, transformers, LLaMA-Factory and Firefly show them.
+WARMUP_DECAY = {
+    "type": "WarmupDecayLR",
+    "params": {"total_num_steps": 1000, "warmup_num_steps": 10, "last_batch_iteration": -1},
+}
+AUTO_WARMUP = {
+    "type": "WarmupLR",
+    "params": {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto"},
+}
+ELASTICITY = {
+    "enabled": True,
+    "max_train_batch_size": 2000,
+    "micro_batch_sizes": [2, 4, 6],
+    "min_gpus": 1,
+    "max_gpus": 10000,
+}
+COMPRESSION = {
+    "weight_quantization": {"shared_parameters": {"enabled": True}, "different_groups": {"wq1": {"modules": ["a"]}}}
+}
+EFFICIENCY = {
+    "enabled": True,
+    "seed": 1234,
+    "data_sampling": {"enabled": True, "curriculum_learning": {"enabled": True}},
+}
+CURRICULUM = {"enabled": True, "curriculum_type": "seqlen", "schedule_config": {"total_curriculum_step": 40000}}
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "said"),
+    [
+        ("scheduler", WARMUP_DECAY, "scheduler: not taken over; give optim.schedule and optim.warmup_steps"),
+        ("elasticity", ELASTICITY, "elasticity: not taken over; a run resumes on any number of GPUs"),
+        ("compression_training", COMPRESSION, "compression_training: not taken over; quantise after training"),
+        ("data_efficiency", EFFICIENCY, "data_efficiency: not taken over; use data.weights and data.curriculum"),
+        ("curriculum_learning", CURRICULUM, "curriculum_learning: not taken over; use data.curriculum"),
+    ],
+)
+def test_sections_with_lists_and_sections_in_them_are_refused_by_name(
+    tmp_path: Path, section: str, value: dict, said: str
+) -> None:
+    with pytest.raises(UserError) as refused:
+        deepspeed_json.extra(_config(tmp_path, COPIED | {"scheduler": "auto", section: value}))
+    assert said in str(refused.value)
+
+
+def test_the_same_sections_switched_off_or_left_to_auto_are_left_out_with_a_note(tmp_path: Path) -> None:
+    document = COPIED | {
+        "scheduler": AUTO_WARMUP,
+        "elasticity": ELASTICITY | {"enabled": False},
+        "data_efficiency": EFFICIENCY | {"enabled": False},
+    }
+    passed_on, notes = deepspeed_json.extra(_config(tmp_path, document))
+    assert not {"scheduler", "elasticity", "data_efficiency"} & passed_on.keys()
+    assert any("scheduler is left out: auto is what this configuration says" in note for note in notes)
+
+
+def test_the_json_of_a_hugging_face_project_is_taken_over_as_it_is(tmp_path: Path) -> None:
+    """Its optimizer, scheduler and batch sizes are left to the Trainer's arguments there, and to ours here."""
+    passed_on, _ = deepspeed_json.extra(_config(tmp_path, COPIED | {"scheduler": AUTO_WARMUP}))
+    assert set(passed_on) == {"communication_data_type", "zero_optimization"}

@@ -179,3 +179,11 @@ def test_a_picture_that_fails_leaves_no_figure_open(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         metrics.plot_loss({"r": [{"loss": 1.0, "tokens": 1}]}, tmp_path / "nowhere" / "loss.png")
     assert pyplot.get_fignums() == []
+
+
+def test_a_tracker_is_finished_where_the_files_of_its_run_cannot_be_opened(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    listener = Listener()
+    with pytest.raises(OSError, match=r"metrics\.jsonl"):
+        Journal(tmp_path, listener, logging.getLogger("fireflyds"), 0, 0, 6, 2, steps_per_epoch=4.0)
+    assert listener.finished == [1]

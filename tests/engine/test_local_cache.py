@@ -1,5 +1,6 @@
 """Base and store on the host's own disk: copied once, read from there, and whole or absent."""
 
+import json
 import os
 import shutil
 import threading
@@ -124,3 +125,11 @@ def test_a_copy_that_was_broken_off_is_made_again(base: Path, tmp_path: Path) ->
     folder = local_cache._fill(tmp_path / "disk", "base-x", base, local_cache.model_files(base), print)
     assert (folder / "model.safetensors").read_text() == "this is model.safetensors"
     assert not broken.exists()
+
+
+def test_a_store_whose_manifest_names_a_part_outside_it_is_refused(store: TokenStore) -> None:
+    manifest = json.loads((store.path / "manifest.json").read_text())
+    manifest["parts"][0]["key"] = "../../victim"
+    (store.path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"names the file '../../victim', which is no plain file name"):
+        TokenStore(store.path)

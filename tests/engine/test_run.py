@@ -1,11 +1,15 @@
 import json
+import shutil
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+import fireflyds
 from fireflyds import app
+from fireflyds.engine import run
 from fireflyds.engine.metrics import MetricsFile, plot_loss, read_metrics
 from fireflyds.engine.run import contents_of, open_run
 from fireflyds.errors import UserError
@@ -98,3 +102,38 @@ def test_other_new_rows_in_the_middle_of_a_shard_change_the_hash(tmp_path: Path)
     (tmp_path / "model.safetensors").write_bytes(b"half")
     with pytest.raises(UserError, match="cannot be read as safetensors"):
         contents_of(tmp_path)
+
+
+def test_the_base_of_a_run_that_is_gone_or_changed_is_named(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text("{}")
+    recorded = {"base": run.contents_of(base)}
+    run.require_base("r", str(base), recorded)
+    run.require_base("r", "", {"base": None})
+    (base / "config.json").write_text('{"a": 1}')
+    with pytest.raises(UserError, match=r"run=r: its base model\.path=.*base has changed since"):
+        run.require_base("r", str(base), recorded)
+    shutil.rmtree(base)
+    with pytest.raises(UserError, match=r"run=r: its base model\.path=.*base is gone"):
+        run.require_base("r", str(base), recorded)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [("{half", "cannot be read as JSON"), ("{}", "has no base"), (None, "cannot be read as JSON")]
+)
+def test_a_damaged_record_of_inputs_is_one_message(tmp_path: Path, content: str | None, said: str) -> None:
+    if content is not None:
+        (tmp_path / "inputs.json").write_text(content)
+    with pytest.raises(UserError, match=said):
+        run.read_inputs(tmp_path)
+
+
+def test_provenance_is_known_where_nothing_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", absent)
+    libraries = run.provenance()["libraries"]
+    assert libraries["fireflyds"] == fireflyds.__version__
+    assert libraries["torch"] is None

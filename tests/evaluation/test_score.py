@@ -2,10 +2,12 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from emulation import without_half_precision
 from samples import CHINESE, ENGLISH
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -18,8 +20,6 @@ from fireflyds.tokenizer.encoder import load_encoder
 
 @pytest.fixture(scope="module")
 def model(base_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import shutil
-
     folder = tmp_path_factory.mktemp("model") / "m"
     shutil.copytree(base_tokenizer, folder)
     torch.manual_seed(0)
@@ -43,6 +43,14 @@ def _log_likelihood(model: Path, prompt: list[int], continuation: list[int]) -> 
     ids = torch.tensor([prompt + continuation])
     logits = AutoModelForCausalLM.from_pretrained(model)(ids).logits[0].log_softmax(-1)
     return sum(float(logits[len(prompt) - 1 + at, token]) for at, token in enumerate(continuation))
+
+
+def test_a_model_in_bf16_is_scored_in_float32_where_bf16_is_emulated(model: Path, tmp_path: Path) -> None:
+    half = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    shutil.copytree(model, tmp_path / "half")
+    half.save_pretrained(tmp_path / "half")
+    with without_half_precision():
+        assert load_subject(_config(tmp_path / "half")).model.dtype is torch.float32
 
 
 def test_bits_per_byte_is_minus_log2_p_over_utf8_bytes(model: Path, tmp_path: Path) -> None:

@@ -77,6 +77,21 @@ def test_wrong_settings_are_named() -> None:
         ({"rope_type": "linear"}, "factor is missing. linear takes factor"),
         ({"rope_type": "linear", "factor": 2, "beta": 1}, "beta is not one of its settings"),
         ({"rope_type": "ntk_auto", "seq_len": 2048}, "alpha=0 would shrink"),
+        ({"rope_type": "ntk", "alpha": 0}, "model.rope_scaling.alpha=0: must be a number of at least 1"),
+        ({"rope_type": "ntk", "alpha": "4"}, "model.rope_scaling.alpha='4': must be a number of at least 1"),
+        ({"rope_type": "linear", "factor": 0}, "model.rope_scaling.factor=0: must be a number of at least 1"),
+        ({"rope_type": "yarn", "factor": -2}, "model.rope_scaling.factor=-2: must be a number of at least 1"),
+        ({"rope_type": "dynamic", "factor": "4"}, "model.rope_scaling.factor='4': must be a number of at least 1"),
+        ({"rope_type": "linear", "factor": True}, "model.rope_scaling.factor=True: must be a number of at least 1"),
+        (
+            {"rope_type": "linear", "factor": float("inf")},
+            "model.rope_scaling.factor=inf: must be a number of at least 1",
+        ),
+        (
+            {"rope_type": "yarn", "factor": 2, "beta_fast": 0},
+            "model.rope_scaling.beta_fast=0: must be a number above 0",
+        ),
+        ({"rope_type": "yarn", "factor": 2, "truncate": 1}, "model.rope_scaling.truncate=1: must be true or false"),
     ):
         with pytest.raises(UserError, match=message):
             _scaled(settings)

@@ -23,7 +23,7 @@ def test_a_byte_level_tokenizer_is_learnt_and_expanded_from_a_saved_dataset(verb
         "texts.zh=zh", "texts.en=en.txt",
     )  # fmt: skip
     assert "holds: every new piece is reached" in done.stdout
-    assert {path.name for path in (tmp_path / "merged").iterdir()} == {
+    assert {path.name for path in (tmp_path / "merged").glob("[!.]*")} == {
         "tokenizer.json", "tokenizer_config.json", "report.json", "report.md", "report.png",
     }  # fmt: skip
     report = json.loads((tmp_path / "merged" / "report.json").read_text())
@@ -45,7 +45,7 @@ def test_two_tokenizers_are_compared_and_nothing_is_merged(verb, tmp_path: Path,
     KINDS["byte_level"](tmp_path / "other")
     done = verb("expand", "report=only", f"base={base_tokenizer}", "other=other", "corpus=zh.txt", "out=compared")
     assert "| corpus | Chinese |" in done.stdout
-    assert sorted(path.name for path in (tmp_path / "compared").iterdir()) == ["comparison.json", "comparison.md"]
+    assert sorted(path.name for path in (tmp_path / "compared").glob("[!.]*")) == ["comparison.json", "comparison.md"]
     rows = json.loads((tmp_path / "compared" / "comparison.json").read_text())["measured"]
     assert rows[0]["before"]["characters"] == sum(map(len, CHINESE))
 

@@ -14,10 +14,10 @@ LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3
 ADDED = ["<|begin|>", "<|end|>", "<|reserved_0|>"]
 
 
-def sentencepiece_base(folder: Path) -> Path:
+def sentencepiece_base(folder: Path, vocab_size: int = 400) -> Path:
     """LLaMA-2's kind: `tokenizer.model` with byte fallback and a dummy prefix."""
     proto = sp_pb2.ModelProto()
-    proto.ParseFromString(learn_bpe(ENGLISH, vocab_size=400, max_piece_length=12))
+    proto.ParseFromString(learn_bpe(ENGLISH, vocab_size=vocab_size, max_piece_length=12))
     write_tokenizer(proto, folder)
     return folder
 

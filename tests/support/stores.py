@@ -20,8 +20,10 @@ class Letters:
         return "。" if index == 7 else "字"
 
 
-def write_store(folder: Path, domains: dict[str, list[Example]], vocab_size: int = 100_000) -> TokenStore:
-    """A store whose documents are the examples, domain after domain."""
+def write_store(
+    folder: Path, domains: dict[str, list[Example]], vocab_size: int = 100_000, tokenizer: str = "x"
+) -> TokenStore:
+    """A store whose documents are the examples, domain after domain. `tokenizer`: the fingerprint that it records."""
     sources = [SourceConfig(path="x", domain=domain) for domain in domains]
     config = PrepareConfig(data=DataConfig(sources=sources), tokenizer="t", out=str(folder))
     tasks, infos = [], []
@@ -33,5 +35,5 @@ def write_store(folder: Path, domains: dict[str, list[Example]], vocab_size: int
         writer.close(info)
         tasks.append(Task(number, Part("x"), 0, f"part{number}"))
         infos.append(info)
-    finish(config, tasks, infos, Letters(vocab_size), folder, {"tokenizer": "x"})
+    finish(config, tasks, infos, Letters(vocab_size), folder, {"tokenizer": tokenizer})
     return TokenStore(folder)

@@ -15,35 +15,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-
-class _Yes:
-    """Stands for torch's question whether this processor has float16 arithmetic; DeepSpeed asks too."""
-
-    def __init__(self, question) -> None:
-        self._question = question
-
-    def __call__(self) -> bool:
-        return True
-
-    def __getattr__(self, name: str):
-        return getattr(self._question, name)
-
-
-# float16 is computed without hardware for it, slowly and with the same rounding.
-torch.ops.mkldnn._is_mkldnn_fp16_supported = _Yes(torch.ops.mkldnn._is_mkldnn_fp16_supported)
-
-from fireflyds import app  # noqa: E402
-from fireflyds.config import TrainConfig  # noqa: E402
-from fireflyds.engine import checkpoint, deepspeed, learnt, optimizers, ranks, stretches  # noqa: E402
-from fireflyds.engine.groups import parameter_groups  # noqa: E402
-from fireflyds.engine.loop import train_steps  # noqa: E402
-from fireflyds.engine.packed import packed_model  # noqa: E402
-from fireflyds.engine.planning.flops import step_flops  # noqa: E402
-from fireflyds.engine.statistics import Measured  # noqa: E402
-from fireflyds.errors import UserError  # noqa: E402
-from fireflyds.models import load, tuning  # noqa: E402
-from fireflyds.models.fuse import device_batch  # noqa: E402
-from fireflyds.types import IGNORE_INDEX, PackedBatch, TrainState  # noqa: E402
+from fireflyds import app
+from fireflyds.config import TrainConfig
+from fireflyds.engine import checkpoint, deepspeed, learnt, optimizers, ranks, stretches
+from fireflyds.engine.groups import parameter_groups
+from fireflyds.engine.loop import train_steps
+from fireflyds.engine.packed import packed_model
+from fireflyds.engine.planning.flops import step_flops
+from fireflyds.engine.statistics import Measured
+from fireflyds.errors import UserError
+from fireflyds.models import load, tuning
+from fireflyds.models.fuse import device_batch
+from fireflyds.models.precision import resolve_precision
+from fireflyds.types import IGNORE_INDEX, PackedBatch, TrainState
 
 ROWS, LENGTHS = 4, (20, 1, 11)
 DOMAINS = ["zh", "en", "code"]
@@ -83,6 +67,14 @@ class Batches:
 
 
 def run_case(case: dict, me: ranks.Ranks) -> dict:
+    """A case that is refused anywhere gives its message as `error`."""
+    try:
+        return _train(case, me)
+    except UserError as error:
+        return {"error": str(error)}
+
+
+def _train(case: dict, me: ranks.Ranks) -> dict:
     rows = case.get("rows", ROWS)
     config: TrainConfig = app.compose(
         "train",
@@ -96,7 +88,7 @@ def run_case(case: dict, me: ranks.Ranks) -> dict:
             *case["overrides"],
         ],
     )
-    precision = deepspeed.resolve_precision(config.hardware)
+    precision = resolve_precision(config.hardware)
     optimizers.check(config, precision)
     hf_config = load.architecture_of(config.model)
     model = packed_model(config, hf_config, precision)
@@ -106,10 +98,7 @@ def run_case(case: dict, me: ranks.Ranks) -> dict:
     engine = deepspeed.build_engine(model, config, precision, config.accumulation_steps(me.world_size))
     state = TrainState()
     if case.get("resume"):
-        try:
-            state = checkpoint.load(engine, Path(case["resume"]), print)
-        except UserError as error:
-            return {"error": str(error)}
+        state = checkpoint.load(engine, Path(case["resume"]), print)
     kinds = ("losses", "scales", "skipped", "norms", "lrs", "parameters", "extra")
     found = {kind: [] for kind in kinds} | {"error": None}
 
@@ -163,11 +152,14 @@ def _checksum(engine) -> float:
 
 
 def main(cases: Path, out: Path) -> None:
+    """Writes a line for every case as soon as it is done."""
     me = ranks.discover(os.environ)
     deepspeed.start(me, 5)
-    found = {name: run_case(case, me) for name, case in json.loads(cases.read_text()).items()}
-    if me.rank == 0:
-        out.write_text(json.dumps(found))
+    for name, case in json.loads(cases.read_text()).items():
+        result = run_case(case, me) | {"case": name}
+        if me.rank == 0:
+            with out.open("a") as stream:
+                stream.write(json.dumps(result) + "\n")
     deepspeed.end(0)
 
 

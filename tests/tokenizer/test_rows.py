@@ -167,6 +167,22 @@ def test_weights_outside_the_index_are_left_alone(tmp_path: Path) -> None:
         check_model(base, 40)
 
 
+@pytest.mark.parametrize("name", ["../victim/model.safetensors", "{victim}", "..", ""])
+def test_an_index_that_names_a_file_outside_the_model_is_refused_before_anything_is_opened(
+    tmp_path: Path, name: str
+) -> None:
+    victim = llama(tmp_path / "victim") / "model.safetensors"
+    before = victim.read_bytes()
+    base = llama(tmp_path / "base")
+    weight_map = {key: name.format(victim=victim) for key in load_file(victim)}
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    for check in (lambda: check_model(base, 40), lambda: expand_model(base, tmp_path / "out", rows())):
+        with pytest.raises(UserError, match=r"model\.safetensors\.index\.json: names the file .* no plain file name"):
+            check()
+    assert victim.read_bytes() == before
+    assert not list(tmp_path.glob("out/*.safetensors"))
+
+
 def test_two_names_on_one_storage_are_both_written(tmp_path: Path) -> None:
     base = relaid(llama(tmp_path / "base"), "bin")
     weights = torch.load(base / "pytorch_model.bin")

@@ -12,9 +12,10 @@ import torch
 from fireflyds_kernels import dispatch
 
 from fireflyds.engine.doctor.check import Check, green, red, yellow
+from fireflyds.models.precision import has_bf16
 
 GIB = 1 << 30
-AMPERE, VOLTA = 80, 70
+VOLTA = 70
 # Another program's share of the memory above which it is worth a word.
 _TAKEN = 0.1
 
@@ -167,9 +168,9 @@ def check_kernels_for(build: TorchBuild, gpus: list[Gpu]) -> Check:
 def check_ability(gpus: list[Gpu]) -> Check:
     """Number formats and attention of the least GPU."""
     least = min(gpu.capability for gpu in gpus)
-    dtype = torch.bfloat16 if least >= AMPERE else torch.float16
+    dtype = torch.bfloat16 if has_bf16(least) else torch.float16
     attention = dispatch.runnable("packed_attention", dispatch.Where("cuda", least, dtype, 128))[0]
-    if least >= AMPERE:
+    if has_bf16(least):
         return green("capability", f"sm_{least}: bf16 and FlashAttention-2; packed attention runs on {attention}")
     remedy = (
         "nothing to mend: hardware.precision=auto takes fp16 here. Start with hardware.initial_scale_power from 12 to 16 "

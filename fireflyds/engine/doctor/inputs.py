@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fireflyds_kernels import dispatch
 
 from fireflyds.config import DoctorConfig, ModelConfig, ModelInit
 from fireflyds.data.store import TokenStore
@@ -15,10 +16,11 @@ from fireflyds.engine.doctor.check import Check, green, red, yellow
 from fireflyds.engine.doctor.patience import within
 from fireflyds.errors import UserError
 from fireflyds.models.load import family_of, read_config
+from fireflyds.models.precision import has_bf16
 from fireflyds.tokenizer.encoder import load_encoder
+from fireflyds.tokenizer.shards import shard_names
 from fireflyds.types import Encoder
 
-AMPERE = 8
 # Seconds that an input may take even where those before it have used up the time of all.
 _LEAST_SECONDS = 1.0
 
@@ -61,8 +63,7 @@ def _refusals(name: str, check: Callable[[], Check], seconds: float) -> Check:
 
 def refused(name: str, error: UserError) -> Check:
     """A `UserError` says its remedy in its last sentence."""
-    # Training calls the store by its section.
-    found, _, remedy = str(error).replace("data.store=", "data=").rpartition(". ")
+    found, _, remedy = str(error).rpartition(". ")
     return red(name, found or remedy, remedy)
 
 
@@ -89,7 +90,7 @@ def check_base(config: DoctorConfig, encoder: Encoder) -> Check:
     if apart:
         remedy = "generation may not stop: mend config.json, or give the tokenizer that belongs to the model"
         return yellow("base", f"{about}; {'; '.join(apart)}", remedy)
-    old_gpu = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < AMPERE
+    old_gpu = torch.cuda.is_available() and not has_bf16(dispatch.capability_of(torch.device("cuda", 0)))
     if old_gpu and hf_config.dtype == torch.bfloat16:
         remedy = "it may overflow: watch loss_scale, prefer tuning=lora or qlora, or train it on sm_80 or newer"
         return yellow("base", f"{about}; trained in bf16, this GPU has only fp16", remedy)
@@ -102,7 +103,7 @@ def _as_list(value: Any) -> list[Any]:
 
 def check_store(folder: str, tokenizer: str, encoder: Encoder | None) -> Check:
     """Whole, and made with this tokenizer: ids of another are other words."""
-    store = TokenStore(folder)
+    store = TokenStore(folder, "data")
     about = f"{folder}: {len(store):,} documents, {store.num_tokens:,} tokens"
     made_with = store.manifest["made_from"]["tokenizer"]
     if encoder is None:
@@ -152,10 +153,7 @@ def weight_files(folder: Path) -> list[str]:
             return [whole]
         if not index.is_file():
             continue
-        try:
-            return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"model={folder}: {index.name} is damaged ({error!r}). Get the file again") from error
+        return shard_names(index)
     return []
 
 

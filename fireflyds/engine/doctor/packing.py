@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from fireflyds.config import DoctorConfig, HardwareConfig, Precision
-from fireflyds.engine import deepspeed
 from fireflyds.engine.doctor.check import Check, green, red
 from fireflyds.engine.doctor.inputs import refused
 from fireflyds.errors import UserError
 from fireflyds.models.fuse import attention_place, fuse, hidden_states
-from fireflyds.models.load import DTYPES, config_of
+from fireflyds.models.load import config_of
 from fireflyds.models.positions import check_positions
+from fireflyds.models.precision import DTYPES, resolve_precision
 from fireflyds.types import IGNORE_INDEX
 
 # Largest relative differences that rounding explains, by number format: of the loss, of all gradients together.
@@ -48,7 +48,7 @@ def refuse(config: DoctorConfig) -> None:
     """
     with dispatch.force(os.environ.get(dispatch.VARIABLE)):
         pass
-    deepspeed.resolve_precision(HardwareConfig(precision=config.precision))
+    resolve_precision(HardwareConfig(precision=config.precision))
     _device(config.device)
     check_positions(_settings(config), "documents: the longest", max(config.documents))
 
@@ -69,7 +69,7 @@ def prove(config: DoctorConfig) -> tuple[Check, str]:
 
 
 def _prove(config: DoctorConfig) -> tuple[Check, str]:
-    precision = deepspeed.resolve_precision(HardwareConfig(precision=config.precision))
+    precision = resolve_precision(HardwareConfig(precision=config.precision))
     model = load_model(config, precision)
     about = f"{type(model).__name__} of {config.model}, {precision.name}, documents of {config.documents} tokens"
     findings = list(examine(model, list(config.documents), config.seed))

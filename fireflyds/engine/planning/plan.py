@@ -8,7 +8,7 @@ from typing import Any
 from fireflyds.config import PlanConfig, Precision, TuningMethod
 from fireflyds.data.loader import collate
 from fireflyds.data.mix import RowSequence
-from fireflyds.data.store import TokenStore
+from fireflyds.data.store import TokenStore, open_store
 from fireflyds.engine import run
 from fireflyds.engine.planning import choices
 from fireflyds.engine.planning.choices import Choice, Work
@@ -84,7 +84,12 @@ def data_of(config: PlanConfig, fingerprint: str | None) -> Data:
     """
     store_dir = config.data.store
     if store_dir and Path(store_dir, "manifest.json").is_file():
-        store = TokenStore(store_dir) if fingerprint is None else run.open_store(config, fingerprint)
+        tokenizer = config.model.tokenizer_path
+        store = (
+            TokenStore(store_dir)
+            if fingerprint is None
+            else open_store("data.store", store_dir, fingerprint, tokenizer)
+        )
         rows = RowSequence(store, config.seq_len, config.seed, config.data)
         steps = run.total_steps(config, rows)
         number = min(_LOOKED_AT, rows.rows_per_epoch)

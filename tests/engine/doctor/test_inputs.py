@@ -120,7 +120,7 @@ def test_broken_and_missing_weights_are_named(tmp_path, encoder) -> None:
     shards[0].unlink()
     assert f"{shards[0].name} missing of {len(shards)} files" in _checks(model=model)["weights"].found
     (model / "model.safetensors.index.json").write_text("{")
-    assert "model.safetensors.index.json is damaged" in _checks(model=model)["weights"].found
+    assert "model.safetensors.index.json: cannot be read as JSON" in _checks(model=model)["weights"].found
 
 
 def test_weights_that_are_not_safetensors_are_whole_too(tmp_path) -> None:
@@ -142,7 +142,7 @@ def test_weights_that_are_not_safetensors_are_whole_too(tmp_path) -> None:
 def test_inputs_on_a_drive_that_is_gone_are_red_in_time(tmp_path, monkeypatch) -> None:
     hung = threading.Event()
     monkeypatch.setattr(inputs, "load_encoder", lambda path: hung.wait(30))
-    monkeypatch.setattr(inputs, "TokenStore", lambda path: hung.wait(30))
+    monkeypatch.setattr(inputs, "TokenStore", lambda path, key: hung.wait(30))
     monkeypatch.setattr(inputs, "_LEAST_SECONDS", 0.6)
     started = time.monotonic()
     checks = inputs.check_all(DoctorConfig(tokenizer="gone", data="gone", timeout=1))

@@ -1,0 +1,74 @@
+"""Number formats: the one a run trains in, and those that this machine computes without instructions for them."""
+
+import time
+from typing import Any
+
+import torch
+
+from fireflyds.config import HardwareConfig, Precision
+from fireflyds.errors import UserError
+
+DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
+
+
+def has_bf16(capability: int) -> bool:
+    """Whether a CUDA device of this compute capability (80 for sm_80) has bf16 arithmetic.
+
+    `torch.cuda.is_bf16_supported` also counts the emulation on older devices.
+    """
+    return capability >= 80
+
+
+def is_emulated(dtype: torch.dtype) -> bool:
+    """Whether the CPU, where there is no GPU, computes this format in software: the same values, many times slower."""
+    if dtype not in (torch.bfloat16, torch.float16) or torch.cuda.is_available():
+        return False
+    name = "bf16" if dtype is torch.bfloat16 else "fp16"
+    return not getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")()
+
+
+def resolve_precision(config: HardwareConfig) -> Precision:
+    """The number format to train in. `auto`: bf16 or fp16 on a GPU, by what it has, and fp32 on a CPU.
+
+    Raises:
+        UserError: bf16 on a GPU that does not have it.
+    """
+    if not torch.cuda.is_available():
+        return Precision.fp32 if config.precision is Precision.auto else config.precision
+    major, minor = torch.cuda.get_device_capability()
+    supported = has_bf16(10 * major + minor)
+    if config.precision is Precision.auto:
+        return Precision.bf16 if supported else Precision.fp16
+    if config.precision is Precision.bf16 and not supported:
+        raise UserError(
+            f"hardware.precision=bf16: {torch.cuda.get_device_name()} has no bf16. Use hardware.precision=fp16"
+        )
+    return config.precision
+
+
+def emulation_notes(precision: Precision) -> list[str]:
+    """A note for the log where this CPU emulates the format, with the measured ratio to fp32."""
+    dtype = DTYPES[precision]
+    if not is_emulated(dtype):
+        return []
+    ratio = _matmul_seconds(dtype) / _matmul_seconds(torch.float32)
+    return [
+        f"note: hardware.precision={precision.name}: this CPU has no {precision.name} arithmetic and emulates it; a matrix "
+        f"product takes {ratio:.0f} times as long as in fp32 here. hardware.precision=fp32 is faster"
+    ]
+
+
+def _matmul_seconds(dtype: torch.dtype) -> float:
+    """The shortest of three products of two [256, 256] matrices."""
+    matrix = torch.ones(256, 256, dtype=dtype)
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        torch.mm(matrix, matrix)
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+def inference_dtype(hf_config: Any) -> torch.dtype | str:
+    """What to load a model in to compute with it: `auto`, its own format, or float32 where the CPU would emulate that."""
+    return torch.float32 if is_emulated(getattr(hf_config, "dtype", None) or torch.float32) else "auto"
