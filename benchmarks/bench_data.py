@@ -22,13 +22,13 @@ import psutil
 from machine import describe
 
 from fireflyds.config import DataConfig, PrepareConfig, SourceConfig
-from fireflyds.data.build import finish, make_parts, provenance
-from fireflyds.data.duplicates import near_duplicates, signature
-from fireflyds.data.loader import PackedLoader
-from fireflyds.data.mix import RowSequence
-from fireflyds.data.pack import plan
-from fireflyds.data.parts import plan_tasks
-from fireflyds.data.store import TokenStore
+from fireflyds.data.clean.duplicates import near_duplicates, signature
+from fireflyds.data.pack.loader import PackedLoader
+from fireflyds.data.pack.mixture import PackedRowSampler
+from fireflyds.data.pack.packing import plan_rows
+from fireflyds.data.store.build import finish_store, make_parts, store_provenance
+from fireflyds.data.store.parts import plan_tasks
+from fireflyds.data.store.store import TokenStore
 from fireflyds.tokenizer.encoder import load_encoder
 
 ROOT = Path(__file__).parents[1]
@@ -58,9 +58,9 @@ def prepare_here(text: Path, model: Path, out: Path) -> None:
     )
     encoder = load_encoder(model)
     tasks = plan_tasks(config, encoder.fingerprint())
-    made_from = provenance(config, encoder.fingerprint(), tasks)
+    made_from = store_provenance(config, encoder.fingerprint(), tasks)
     infos = make_parts(config, tasks, partial(load_encoder, model), out / "parts", out / "none")
-    finish(config, tasks, infos, encoder, out, made_from)
+    finish_store(config, tasks, infos, encoder, out, made_from)
 
 
 def encode_with_sentencepiece(documents: list[str], model: Path) -> None:
@@ -113,7 +113,7 @@ def _one_piece(folder: Path) -> Path:
 def packing_rows() -> list[str]:
     lengths = np.minimum(np.exp(np.random.default_rng(0).normal(6, 1, 10_000_000)).astype(np.int64) + 1, SEQ_LEN)
     start = time.perf_counter()
-    made = plan(lengths, SEQ_LEN, 0, 1)
+    made = plan_rows(lengths, SEQ_LEN, 0, 1)
     seconds = time.perf_counter() - start
     fill = lengths.sum() / (len(made) * SEQ_LEN)
     rows = [
@@ -138,7 +138,7 @@ def packing_rows() -> list[str]:
 
 
 def loader_rows(store: TokenStore) -> list[str]:
-    rows = RowSequence(store, SEQ_LEN, 0, DataConfig())
+    rows = PackedRowSampler(store, SEQ_LEN, 0, DataConfig())
     loader = PackedLoader(store, rows, 4, 4, 0, 1)
     for number in range(50):
         loader.step(number)
@@ -174,7 +174,7 @@ def resume_rows(folder: Path) -> list[str]:
 
     def resume() -> None:
         store = TokenStore(folder)
-        PackedLoader(store, RowSequence(store, SEQ_LEN, 0, DataConfig()), 4, 4, 0, 1).step(1_000_000)
+        PackedLoader(store, PackedRowSampler(store, SEQ_LEN, 0, DataConfig()), 4, 4, 0, 1).step(1_000_000)
 
     first, again = timed(resume), timed(resume)
     return [

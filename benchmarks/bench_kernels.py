@@ -172,7 +172,7 @@ def training_ways(dtype: torch.dtype) -> Ways:
     """One AdamW step of a 4-layer LLaMA, d = 256, by three roads over the same 18 documents."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from fireflyds.models.fuse import fuse
+    from fireflyds.models.packed.forward import fuse
 
     documents = lengths(18, TOKENS)
     generator = torch.Generator().manual_seed(0)

@@ -112,52 +112,47 @@ class Rows:
     def batch(self, seed: int) -> Any:
         import torch
 
-        from fireflyds.types import IGNORE_INDEX, PackedBatch
+        from fireflyds.types import PackedBatch
 
         count, length = self.config.micro_batch_size * DOCUMENTS, self.config.seq_len // DOCUMENTS
         ids = torch.randint(0, self.vocab_size, (count, length), generator=torch.Generator().manual_seed(seed))
-        return PackedBatch(
-            input_ids=ids.reshape(1, -1),
-            labels=torch.cat([ids[:, 1:], torch.full((count, 1), IGNORE_INDEX)], 1).reshape(1, -1),
-            position_ids=torch.arange(length).repeat(count)[None],
-            cu_seqlens=torch.arange(0, count * length + 1, length, dtype=torch.int32),
-            max_seqlen=length, domains=torch.zeros(count, dtype=torch.int64), num_learned=count * (length - 1),
-        )  # fmt: skip
+        return PackedBatch.from_documents(ids.tolist())
 
 
 def train(overrides: list[str], steps: int) -> dict[str, Any]:
     """Take steps; what was planned for them."""
     from fireflyds import app
-    from fireflyds.engine import deepspeed, ranks
-    from fireflyds.engine.groups import parameter_groups
-    from fireflyds.engine.loop import train_steps
-    from fireflyds.engine.packed import packed_model
-    from fireflyds.engine.planning import memory
-    from fireflyds.engine.planning.flops import step_flops
-    from fireflyds.engine.planning.shape import shape_of
-    from fireflyds.engine.statistics import Measured
+    from fireflyds.distributed import launcher_env as ranks
+    from fireflyds.metrics.accumulator import MetricsContext
+    from fireflyds.metrics.flops import step_flops
     from fireflyds.models import load
-    from fireflyds.models.fuse import device_batch
     from fireflyds.models.precision import resolve_precision
+    from fireflyds.optim.param_groups import parameter_groups
+    from fireflyds.planner import memory
+    from fireflyds.planner.model_shape import model_shape
+    from fireflyds.train.loop import train_steps
+    from fireflyds.train.objectives import load_objective
+    from fireflyds.train.trainer import build_model
     from fireflyds.types import TrainState
+    from fireflyds.zero import engine as deepspeed
 
-    me = ranks.discover(os.environ)
+    me = ranks.rank_from_environment(os.environ)
     config = app.compose("train", ["run=x", "data=a/b", "optim.steps=9", "optim.schedule=constant", *overrides])
     precision = resolve_precision(config.hardware)
     accumulation = config.accumulation_steps(me.world_size)
     hf_config = load.architecture_of(config.model)
-    model = packed_model(config, hf_config, precision)
+    model = build_model(config, hf_config, precision)
     where = memory.placement_of(config, me.world_size, accumulation)
     device = "cuda" if deepspeed.pick_accelerator() else "cpu"
-    planned = memory.estimate(shape_of(model, config), config, precision, where, device)
+    planned = memory.estimate(model_shape(model, config), config, precision, where, device)
     names = [group.name for group in parameter_groups(model, config)]
     token_bytes = np.zeros(hf_config.vocab_size, np.int32)
-    measured = Measured(
+    measured = MetricsContext(
         ["text"], token_bytes, names, config.global_batch_size * config.seq_len, step_flops(model), None
     )
     engine = deepspeed.build_engine(model, config, precision, accumulation)
     rows = Rows(config, hf_config.vocab_size, accumulation)
-    for _ in train_steps(engine, rows, TrainState(), config, steps, device_batch, measured):
+    for _ in train_steps(engine, load_objective(config.objective), rows, TrainState(), config, steps, measured):
         pass
     return {"planned": planned.total, "moment": planned.moment, "items": planned.items}
 
@@ -166,10 +161,12 @@ def child(out: Path, folder: Path, name: str, options: list[str]) -> None:
     """One rank of a setting."""
     import torch
 
-    from fireflyds.engine import deepspeed, ranks
+    from fireflyds.distributed import collectives
+    from fireflyds.distributed import launcher_env as ranks
+    from fireflyds.zero import engine as deepspeed
 
-    me = ranks.discover(os.environ)
-    deepspeed.start(me, 10)
+    me = ranks.rank_from_environment(os.environ)
+    deepspeed.init_distributed(me, 10)
     warm = [option for option in options if not option.startswith("seq_len")]
     train([*model(folder, "tiny", warm), *warm, "seq_len=64"], 1)
     gc.collect()
@@ -179,7 +176,7 @@ def child(out: Path, folder: Path, name: str, options: list[str]) -> None:
     peak = Peak()
     found = train([*model(folder, name, options), *options], 2)
     out.with_suffix(f".{me.rank}").write_text(json.dumps(found | {"measured": peak.bytes()}))
-    deepspeed.end(0)
+    collectives.exit_process(0)
 
 
 def model(folder: Path, name: str, options: list[str]) -> list[str]:

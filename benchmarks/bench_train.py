@@ -116,21 +116,22 @@ def export_documents(turn: Turn) -> dict[str, float]:
     from train_ours import overrides
 
     from fireflyds import app
-    from fireflyds.data.loader import collate
-    from fireflyds.data.mix import RowSequence
-    from fireflyds.data.store import TokenStore
+    from fireflyds.data.pack.loader import collate
+    from fireflyds.data.pack.mixture import PackedRowSampler
+    from fireflyds.data.store.store import TokenStore
 
     config = app.compose("train", overrides(turn))
     store = TokenStore(turn.store)
-    sequence = RowSequence(store, config.seq_len, config.seed, config.data)
+    sequence = PackedRowSampler(store, config.seq_len, config.seed, config.data)
     ids, labels, lengths, rows = [], [], [], []
     for row in range(turn.rows):
-        for piece in sequence.row(row):
-            batch = collate(store, [piece])
+        slices = sequence.row(row)
+        for number in range(len(slices)):
+            batch = collate(store, slices.take(np.array([number])))
             ids.append(batch.input_ids[0].numpy())
             shifted = batch.labels[0].numpy()
             labels.append(np.concatenate([[IGNORE_INDEX], shifted[:-1]]))
-            lengths.append(piece[2])
+            lengths.append(int(slices.lengths[number]))
             rows.append(row)
     bounds = np.concatenate([[0], np.cumsum(lengths)])
     flat = np.concatenate(labels)

@@ -165,7 +165,7 @@ def model_flops(model: nn.Module, documents: list[int]) -> float:
 def contender(task: str, name: str, model: Any, ours: Batch, theirs: Batch) -> Callable[[], Tensor]:
     """A forward pass to the mean loss."""
     if name == "ours":
-        from fireflyds.models.fuse import fuse
+        from fireflyds.models.packed.forward import fuse
 
         fuse(model)
         return lambda: model(**ours) / ours["num_labels"]

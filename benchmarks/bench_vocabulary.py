@@ -45,16 +45,16 @@ def stretch(source: Path, out: Path, size: int) -> None:
 
 def learn_here(corpus: str, base: str, sample_characters: str) -> None:
     from fireflyds.config import ExpandConfig
-    from fireflyds.data.sources import read_texts
+    from fireflyds.data.read.sources import read_texts
     from fireflyds.tokenizer.base import load_base
     from fireflyds.tokenizer.expansion import plan_expansion
-    from fireflyds.tokenizer.sample import draw
+    from fireflyds.tokenizer.sample import draw_sample
     from fireflyds.tokenizer.scripts import Scripts
 
     config = ExpandConfig(
         base=base, corpus=corpus, out="-", num_pieces=PIECES, sample_characters=int(sample_characters)
     )
-    sample = draw(read_texts(corpus), characters=config.sample_characters, seed=config.seed)
+    sample = draw_sample(read_texts(corpus), characters=config.sample_characters, seed=config.seed)
     plan_expansion(config, load_base(Path(base)), Scripts(config.scripts), [], sample)
     print(f"{sample.characters:,} of {sample.characters_read:,} characters sampled")
 

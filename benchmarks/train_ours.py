@@ -20,15 +20,16 @@ def main(turn: Turn) -> None:
     from transformers.models.llama import modeling_llama  # noqa: F401
 
     from fireflyds import app
-    from fireflyds.data import loader
-    from fireflyds.engine import checkpoint, course, journal, learnt, packed, run  # noqa: F401
-    from fireflyds.models import load, tuning  # noqa: F401
+    from fireflyds.data.pack import loader
+    from fireflyds.metrics import logger
+    from fireflyds.models import load  # noqa: F401
     from fireflyds.tokenizer import encoder  # noqa: F401
+    from fireflyds.train import trainer
     from fireflyds.types import PackedBatch, StepMetrics
 
     record = Record()
     record.libraries_loaded()
-    step_of, record_of = loader.PackedLoader.step, journal.Journal.record
+    step_of, record_of = loader.PackedLoader.step, logger.MetricsLogger.log_step
     made: dict[int, list[PackedBatch]] = {}
 
     def step(self: loader.PackedLoader, number: int) -> list[PackedBatch]:
@@ -39,16 +40,16 @@ def main(turn: Turn) -> None:
         record.begin()
         yield from begun(*arguments)
 
-    def recorded(self: journal.Journal, metrics: StepMetrics) -> None:
+    def recorded(self: logger.MetricsLogger, metrics: StepMetrics) -> None:
         record_of(self, metrics)
         for batch in made.pop(metrics.step - 1):
             record.seen(batch.input_ids.numel(), batch.num_learned)
         record.losses[metrics.step] = metrics.loss
         record.step_done()
 
-    begun = course.train_steps
-    course.train_steps = train_steps
-    loader.PackedLoader.step, journal.Journal.record = step, recorded
+    begun = trainer.train_steps
+    trainer.train_steps = train_steps
+    loader.PackedLoader.step, logger.MetricsLogger.log_step = step, recorded
     sys.argv = [train.__file__, *overrides(turn)]
     # The verb ends the process itself.
     atexit.register(record.write, turn)

@@ -28,52 +28,57 @@ def build(turn: Turn) -> tuple[Any, Any, Any, Any]:
     import os
 
     from fireflyds import app
-    from fireflyds.data.loader import PackedLoader
-    from fireflyds.data.mix import RowSequence
-    from fireflyds.data.store import open_store
-    from fireflyds.engine import deepspeed, ranks
-    from fireflyds.engine.measured import measured_by
-    from fireflyds.engine.packed import packed_model
+    from fireflyds.data.pack.loader import PackedLoader
+    from fireflyds.data.pack.mixture import PackedRowSampler
+    from fireflyds.data.store.store import open_store
+    from fireflyds.distributed import launcher_env as ranks
+    from fireflyds.metrics.accumulator import build_metrics_context
     from fireflyds.models import load
-    from fireflyds.models.fuse import device_batch
     from fireflyds.models.precision import resolve_precision
     from fireflyds.tokenizer.encoder import load_encoder
+    from fireflyds.train.trainer import build_model
+    from fireflyds.zero import engine as deepspeed
 
     config = app.compose("train", overrides(turn))
-    me = ranks.discover(os.environ)
-    deepspeed.start(me, config.hardware.timeout_minutes)
+    me = ranks.rank_from_environment(os.environ)
+    deepspeed.init_distributed(me, config.hardware.timeout_minutes)
     precision = resolve_precision(config.hardware)
     encoder = load_encoder(config.model.tokenizer_path)
-    model = packed_model(config, load.read_config(config.model, encoder), precision)
+    model = build_model(config, load.read_config(config.model, encoder), precision)
     store = open_store("data.store", config.data.store, encoder.fingerprint(), config.model.tokenizer_path)
-    measured = measured_by(config, model, store, encoder, precision)
+    measured = build_metrics_context(config, model, store, encoder, precision)
     engine = deepspeed.build_engine(model, config, precision, turn.accumulation)
-    rows = RowSequence(store, config.seq_len, config.seed, config.data)
+    rows = PackedRowSampler(store, config.seq_len, config.seed, config.data)
     loader = PackedLoader(store, rows, config.micro_batch_size, config.global_batch_size, me.rank, me.world_size)
-    return config, engine, loader, measured, device_batch
+    return config, engine, loader, measured
 
 
-def our_steps(turn: Turn, config: Any, engine: Any, loader: Any, measured: Any, to_device: Any) -> Iterator[None]:
+def our_steps(turn: Turn, config: Any, engine: Any, loader: Any, measured: Any) -> Iterator[None]:
     """What a run does from step to step, one step a `next`."""
     import torch.distributed as dist
 
-    from fireflyds.engine.journal import Journal
-    from fireflyds.engine.loop import train_steps
-    from fireflyds.engine.requests import Requests
-    from fireflyds.engine.trackers import NoTracker
+    from fireflyds.distributed.signals import StopSignals
+    from fireflyds.metrics.logger import MetricsLogger
+    from fireflyds.metrics.trackers import NoTracker
+    from fireflyds.train.loop import train_steps
+    from fireflyds.train.objectives import load_objective
     from fireflyds.types import TrainState
 
     folder = Path(turn.folder) / "overhead"
     folder.mkdir(exist_ok=True)
-    requests, log = Requests(folder), logging.getLogger("overhead")
-    journal = Journal(folder, NoTracker(), log, dist.get_rank(), 0, turn.steps, config.log_every, turn.steps)
-    for metrics in train_steps(engine, loader, TrainState(), config, turn.steps, to_device, measured):
-        journal.record(metrics)
-        requests.agreed(engine.device, failed=False)
+    requests, log = StopSignals(folder), logging.getLogger("overhead")
+    metrics_logger = MetricsLogger(
+        folder, NoTracker(), log, dist.get_rank(), 0, turn.steps, config.log_every, turn.steps
+    )
+    for metrics in train_steps(
+        engine, load_objective(config.objective), loader, TrainState(), config, turn.steps, measured
+    ):
+        metrics_logger.log_step(metrics)
+        requests.poll(engine.device, failed=False)
         yield
 
 
-def bare_steps(turn: Turn, engine: Any, loader: Any, to_device: Any) -> Iterator[None]:
+def bare_steps(turn: Turn, engine: Any, loader: Any) -> Iterator[None]:
     import torch
     import torch.distributed as dist
 
@@ -83,7 +88,7 @@ def bare_steps(turn: Turn, engine: Any, loader: Any, to_device: Any) -> Iterator
         learned = torch.tensor(float(sum(batch.num_learned for batch in batches)))
         dist.all_reduce(learned)
         scale = turn.world_size * len(batches) / float(learned)
-        ready.append([(to_device(batch, engine.device), scale) for batch in batches])
+        ready.append([(batch.model_inputs(engine.device), scale) for batch in batches])
     for batches in ready:
         for batch, scale in batches:
             engine.backward(engine(**batch) * scale)
@@ -93,12 +98,12 @@ def bare_steps(turn: Turn, engine: Any, loader: Any, to_device: Any) -> Iterator
 
 def main(turn: Turn) -> None:
     prepare_rank()
-    config, engine, loader, measured, to_device = build(turn)
+    config, engine, loader, measured = build(turn)
     import torch.distributed as dist
 
     ways = {
-        "bare": bare_steps(turn, engine, loader, to_device),
-        "ours": our_steps(turn, config, engine, loader, measured, to_device),
+        "bare": bare_steps(turn, engine, loader),
+        "ours": our_steps(turn, config, engine, loader, measured),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     processor: dict[str, list[float]] = {name: [] for name in ways}

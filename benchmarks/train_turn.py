@@ -124,7 +124,7 @@ class Record:
 
 
 def deepspeed_settings(turn: Turn) -> dict[str, Any]:
-    """ZeRO-2 as ours is set up (`fireflyds/engine/deepspeed.py`): the optimizer is the caller's own AdamW."""
+    """ZeRO-2 as ours is set up (`fireflyds/zero/engine.py`): the optimizer is the caller's own AdamW."""
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": turn.accumulation,

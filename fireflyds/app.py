@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fireflyds import reference
+from fireflyds import option_reference as reference
 from fireflyds.config import VERBS
 from fireflyds.errors import UserError
 

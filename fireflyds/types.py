@@ -1,7 +1,7 @@
 """The values handed from step to step. Nothing here knows how they are made."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -103,6 +103,56 @@ class PackedBatch:
     domains: Any
     num_learned: int
 
+    @classmethod
+    def from_flat(
+        cls, input_ids: np.ndarray, labels: np.ndarray, lengths: np.ndarray, domains: np.ndarray | None = None
+    ) -> "PackedBatch":
+        """The one constructor: ids and labels `[T]` of documents of these lengths `[n]`, laid end to end."""
+        import torch  # types are imported where torch is not
+
+        bounds = np.concatenate([[0], np.cumsum(lengths)])
+        positions = np.arange(len(input_ids)) - np.repeat(bounds[:-1], lengths)
+        domain_of = np.zeros(len(lengths), np.int64) if domains is None else domains.astype(np.int64)
+        return cls(
+            input_ids=torch.from_numpy(input_ids.astype(np.int64, copy=False))[None],
+            labels=torch.from_numpy(labels.astype(np.int64, copy=False))[None],
+            position_ids=torch.from_numpy(positions)[None],
+            cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
+            max_seqlen=int(lengths.max()),
+            domains=torch.from_numpy(domain_of),
+            num_learned=int(np.count_nonzero(labels != IGNORE_INDEX)),
+        )
+
+    @classmethod
+    def from_documents(
+        cls, documents: Sequence[Sequence[int]], domains: Sequence[int] | None = None, *, learned: bool = True
+    ) -> "PackedBatch":
+        """Documents given by their ids. Every token after a document's first is a target, or with `learned=False` none."""
+        lengths = np.array([len(ids) for ids in documents])
+        flat = np.concatenate([np.asarray(ids, np.int64) for ids in documents])
+        labels = next_token_labels(flat, np.cumsum(lengths)) if learned else np.full_like(flat, IGNORE_INDEX)
+        return cls.from_flat(flat, labels, lengths, None if domains is None else np.asarray(domains))
+
+    def pin(self) -> "PackedBatch":
+        """In page-locked host memory, from which a copy to the GPU does not hold up the host."""
+        return replace(self, **{name: getattr(self, name).pin_memory() for name in _MODEL_TENSORS})
+
+    def model_inputs(self, device: Any) -> dict[str, Any]:
+        """The keyword arguments of the packed forward pass, on `device`."""
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in _MODEL_TENSORS}
+        return moved | {"max_seqlen": self.max_seqlen, "num_labels": self.num_learned}
+
+
+_MODEL_TENSORS = ("input_ids", "labels", "position_ids", "cu_seqlens")
+
+
+def next_token_labels(input_ids: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Position t is to predict token t + 1; the last of a document, before each of `ends` `[n]`, predicts nothing."""
+    labels = np.empty_like(input_ids)
+    labels[:-1] = input_ids[1:]
+    labels[ends - 1] = IGNORE_INDEX
+    return labels
+
 
 @dataclass(frozen=True, slots=True)
 class Family:
@@ -126,12 +176,12 @@ class Loaded:
 
 @dataclass(slots=True)
 class TrainState:
-    """Where a run stands. Position in the data is arithmetic: step s reads the batch of step `s + passed_over`."""
+    """Where a run stands. Position in the data is arithmetic: step s reads the batch of step `s + skipped_batches`."""
 
     step: int = 0
     tokens: int = 0
     learned_tokens: int = 0
-    passed_over: int = 0
+    skipped_batches: int = 0
     """Steps of data that were left out after spikes of the loss."""
     rollbacks: int = 0
     recent_losses: list[float] = field(default_factory=list)

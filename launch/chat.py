@@ -18,13 +18,13 @@ from fireflyds.errors import UserError
 def chat(config: ChatConfig) -> None:
     if not (Path(config.model) / "config.json").is_file():
         raise UserError(f"model={config.model}: no config.json there. Give the directory of a Hugging Face model")
-    from fireflyds.evaluation.dialogue import Dialogue
+    from fireflyds.inference.chat import ChatSession
 
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
-    dialogue = Dialogue(config)
+    session = ChatSession(config)
     if config.prompt:
-        dialogue.ask(config.prompt)
+        session.send(config.prompt)
         return
     print("/clear forgets, /exit leaves")
     while True:
@@ -35,9 +35,9 @@ def chat(config: ChatConfig) -> None:
         if said == "/exit":
             return
         if said == "/clear":
-            dialogue.clear()
+            session.clear()
         elif said:
-            dialogue.ask(said)
+            session.send(said)
 
 
 if __name__ == "__main__":

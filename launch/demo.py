@@ -12,13 +12,14 @@ import json
 from pathlib import Path
 
 from fireflyds import app
-from fireflyds.cluster.road import Road
 from fireflyds.config import DemoConfig
-from fireflyds.data.files import find_files
-from fireflyds.directories import write_whole
-from fireflyds.engine.metrics import plot_loss, read_metrics
+from fireflyds.data.read.files import find_files
 from fireflyds.errors import UserError
-from fireflyds.evaluation import road_report
+from fireflyds.fs import atomic_write_text
+from fireflyds.metrics.plots import plot_loss
+from fireflyds.pipelines import demo_report as road_report
+from fireflyds.pipelines.runner import RoadRunner
+from fireflyds.runs.jsonl import read_jsonl
 
 
 def demo(config: DemoConfig) -> None:
@@ -28,7 +29,7 @@ def demo(config: DemoConfig) -> None:
         config.road.stages[0].overrides.append(f"corpus={config.corpus}")
         for file in find_files(config.corpus):
             own.update(file.read_bytes())
-    road = Road(config.road, own.hexdigest())
+    road = RoadRunner(config.road, own.hexdigest())
     road.run()
 
     out = Path(config.road.out)
@@ -39,13 +40,15 @@ def demo(config: DemoConfig) -> None:
     curves = {}
     for stage in config.road.stages:
         if stage.verb == "train":
-            curves[stage.name] = list(read_metrics(out / stage.makes / "metrics.jsonl"))
+            curves[stage.name] = list(read_jsonl(out / stage.output / "metrics.jsonl"))
             stages[stage.name] |= road_report.training(curves[stage.name])
     figures = road_report.figures(out)
     checks = road_report.checks(figures, own_text=bool(config.corpus))
     plot_loss(curves, out / "loss.png")
-    write_whole(out / "report.md", road_report.report(stages, figures, checks))
-    write_whole(out / "summary.json", json.dumps({"stages": stages, "figures": figures}, indent=2, ensure_ascii=False))
+    atomic_write_text(out / "report.md", road_report.report(stages, figures, checks))
+    atomic_write_text(
+        out / "summary.json", json.dumps({"stages": stages, "figures": figures}, indent=2, ensure_ascii=False)
+    )
     print("", road_report.table(figures), "", sep="\n")
     for check in checks:
         print(f"{'passed' if check.passed else 'FAILED'}: {check.rule} ({check.value})")

@@ -20,11 +20,11 @@ import sys
 
 from fireflyds import app
 from fireflyds.config import DoctorConfig, PlanFormat
-from fireflyds.engine.doctor import patience
+from fireflyds.doctor import signal_guards as patience
 
 
 def doctor(config: DoctorConfig) -> None:
-    with patience.heeding_interrupts():
+    with patience.sigint_guard():
         code = examine(config)
     sys.exit(code)
 
@@ -33,38 +33,39 @@ def examine(config: DoctorConfig) -> int:
     """Prints the report, on rank 0. Returns the exit code."""
     import fireflyds_kernels
 
-    from fireflyds.engine import deepspeed, ranks
-    from fireflyds.engine.doctor import packing, report
-    from fireflyds.engine.doctor import ranks as examination
-    from fireflyds.engine.doctor.check import Verdict, red, worst
+    from fireflyds.distributed import launcher_env as ranks
+    from fireflyds.doctor import packing, report
+    from fireflyds.doctor import session as examination
+    from fireflyds.doctor.check import Severity, failed, worst
+    from fireflyds.zero import engine as deepspeed
 
     deepspeed.pick_accelerator()
-    me = ranks.discover(os.environ)
+    me = ranks.rank_from_environment(os.environ)
     if config.packing:
-        packing.refuse(config)
-    with report.alone_on_stdout() as out:
+        packing.validate_config(config)
+    with report.exclusive_stdout() as out:
         # Rank 0 tells what is known even when the launcher ends it because another rank has died.
         reports = me.rank == 0 and me.world_size > 1
-        with patience.heeding_termination() if reports else contextlib.nullcontext([]) as ended:
+        with patience.sigterm_guard() if reports else contextlib.nullcontext([]) as ended:
             examined = examination.examine(me, config)
         if examined is None:
             return 0
         checks, hosts = examined
         proof = ""
         if config.packing and ended:
-            checks.append(red("packing", "not tried: this rank was ended before", "see `ranks`"))
+            checks.append(failed("packing", "not tried: this rank was ended before", "see `ranks`"))
         elif config.packing:
-            check, proof = packing.prove(config)
+            check, proof = packing.check_packing(config)
             checks.append(check)
         kernels = fireflyds_kernels.describe()
         if config.format is PlanFormat.json:
-            print(report.as_json(checks, me.world_size, hosts, kernels.splitlines()), file=out, flush=True)
+            print(report.checks_to_json(checks, me.world_size, hosts, kernels.splitlines()), file=out, flush=True)
         else:
-            shown = report.table(checks, hosts, coloured=out.isatty() and "NO_COLOR" not in os.environ)
+            shown = report.format_checks(checks, hosts, coloured=out.isatty() and "NO_COLOR" not in os.environ)
             print(*filter(None, [kernels, proof, shown]), sep="\n\n", file=out, flush=True)
-    return 1 if worst(checks) is Verdict.red else 0
+    return 1 if worst(checks) is Severity.error else 0
 
 
 if __name__ == "__main__":
-    with patience.leaving():
+    with patience.exit_guard():
         app.main(doctor, __doc__)

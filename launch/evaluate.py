@@ -11,16 +11,16 @@ from pathlib import Path
 
 from fireflyds import app, registry
 from fireflyds.config import EvaluateConfig
-from fireflyds.directories import write_whole
+from fireflyds.fs import atomic_write_text
 
 TASKS = "fireflyds.evaluation.tasks"
 
 
 def evaluate(config: EvaluateConfig) -> None:
     tasks = {name: registry.find(TASKS, name) for name in config.tasks}
-    from fireflyds.evaluation.score import load_subject
+    from fireflyds.evaluation.scorer import load_evaluated_model
 
-    subject = load_subject(config)
+    subject = load_evaluated_model(config)
     scores: dict[str, dict[str, float]] = {}
     for name, task in tasks.items():
         scores[name] = task.evaluate(subject, config)
@@ -30,7 +30,7 @@ def evaluate(config: EvaluateConfig) -> None:
     out.mkdir(parents=True, exist_ok=True)
     prompt = "chat" if subject.chat is not None else "plain"
     document = {"model": config.model, "prompt": prompt, "scores": scores}
-    write_whole(out / "scores.json", json.dumps(document, ensure_ascii=False, indent=2))
+    atomic_write_text(out / "scores.json", json.dumps(document, ensure_ascii=False, indent=2))
     print(f"wrote {out / 'scores.json'}")
 
 

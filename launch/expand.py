@@ -16,19 +16,19 @@ from typing import Any
 
 from fireflyds import app
 from fireflyds.config import ExpandConfig, ReportMode, SourceConfig
-from fireflyds.data.sources import parts_of, read_texts
-from fireflyds.directories import Output, refuse_inputs_inside, write_aside
+from fireflyds.data.read.sources import read_texts, source_parts
 from fireflyds.errors import UserError
+from fireflyds.fs import Output, atomic_dir, refuse_inputs_inside
 from fireflyds.tokenizer.base import Base, load_base
-from fireflyds.tokenizer.directory import disagreement, read_proto
 from fireflyds.tokenizer.encoder import load_encoder, model_file
 from fireflyds.tokenizer.expansion import Expansion, describe, plan_expansion
+from fireflyds.tokenizer.hf_files import disagreement, read_proto
 from fireflyds.tokenizer.pieces import read_pieces
-from fireflyds.tokenizer.prove import Check, prove
-from fireflyds.tokenizer.report import compare
-from fireflyds.tokenizer.report_page import chart, comparison, page, summary
-from fireflyds.tokenizer.sample import Sample, draw, lines
+from fireflyds.tokenizer.report.page import format_comparison, format_report, format_summary, plot_report
+from fireflyds.tokenizer.report.stats import compare_tokenizers
+from fireflyds.tokenizer.sample import CorpusSample, draw_sample, lines
 from fireflyds.tokenizer.scripts import Scripts
+from fireflyds.tokenizer.verify import VerificationResult, verify_expansion
 
 # Lines of each text on which the promises are tried.
 PROOF_LINES = 20_000
@@ -36,14 +36,14 @@ PROOF_LINES = 20_000
 
 def expand(config: ExpandConfig) -> None:
     if config.report is ReportMode.only:
-        compare_tokenizers(config)
+        write_comparison(config)
         return
     base_path = Path(config.base)
     refuse_inputs_inside(
         Path(config.out), base=config.base, pieces=config.pieces, corpus=config.corpus, **_named(config.texts)
     )
     for path in config.texts.values():
-        parts_of(SourceConfig(path=path))
+        source_parts(SourceConfig(path=path))
     base, scripts = load_base(base_path, tied=not config.cure), Scripts(config.scripts)
     given = read_pieces(Path(config.pieces)) if config.pieces else []
     if (base_path / "config.json").is_file():
@@ -51,30 +51,33 @@ def expand(config: ExpandConfig) -> None:
 
         check_model(base_path, base.num_tokens)
     # The place is taken before the work begins: a target that cannot be written costs nobody an hour.
-    with write_aside(Path(config.out), Output("expand")) as out:
+    with atomic_dir(Path(config.out), Output("expand")) as out:
         sample = None
         if config.corpus:
-            sample = draw(read_texts(config.corpus), characters=config.sample_characters, seed=config.seed)
+            sample = draw_sample(read_texts(config.corpus), characters=config.sample_characters, seed=config.seed)
         found = plan_expansion(config, base, scripts, given, sample)
         base.write(found.plan.steps, out)
-        checks = prove(base, found.plan, scripts, out, proof_lines(config, sample))
+        checks = verify_expansion(base, found.plan, scripts, out, proof_lines(config, sample))
         refuse_broken(config, base, checks)
         report = describe(base, found, checks)
         report["measured"] = [
-            row.as_dict() for row in compare(base.encoder([]), load_encoder(out), measured_texts(config, sample))
+            row.as_dict()
+            for row in compare_tokenizers(base.encoder([]), load_encoder(out), measured_texts(config, sample))
         ]
         if (base_path / "config.json").is_file():
             report |= expand_rows(config, base, found, sample, out)
         (out / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=2), encoding="utf-8")
-        (out / "report.md").write_text(page(report), encoding="utf-8")
-        chart(report, out / "report.png")
-    print(summary(report))
+        (out / "report.md").write_text(format_report(report), encoding="utf-8")
+        plot_report(report, out / "report.png")
+    print(format_summary(report))
     if base.disagreement:
         print(f"note: {base.disagreement}; fireflyds encodes with SentencePiece")
     print(f"wrote {config.out}")
 
 
-def expand_rows(config: ExpandConfig, base: Base, found: Expansion, sample: Sample | None, out: Path) -> dict[str, Any]:
+def expand_rows(
+    config: ExpandConfig, base: Base, found: Expansion, sample: CorpusSample | None, out: Path
+) -> dict[str, Any]:
     from fireflyds.tokenizer.rows import NewRows, expand_model
     from fireflyds.tokenizer.select import shares
 
@@ -84,20 +87,20 @@ def expand_rows(config: ExpandConfig, base: Base, found: Expansion, sample: Samp
     return {"model": expand_model(Path(config.base), out, rows)}
 
 
-def proof_lines(config: ExpandConfig, sample: Sample | None) -> Iterator[str]:
+def proof_lines(config: ExpandConfig, sample: CorpusSample | None) -> Iterator[str]:
     yield from islice((sample.held_out + sample.learn) if sample else [], PROOF_LINES)
     for path in config.texts.values():
         yield from islice(lines(read_texts(path)), PROOF_LINES)
 
 
-def measured_texts(config: ExpandConfig, sample: Sample | None) -> Iterator[tuple[str, str]]:
+def measured_texts(config: ExpandConfig, sample: CorpusSample | None) -> Iterator[tuple[str, str]]:
     for domain, path in config.texts.items():
         yield from ((domain, text) for text in read_texts(path))
     if sample and not config.texts:
         yield from (("corpus", text) for text in sample.held_out)
 
 
-def refuse_broken(config: ExpandConfig, base: Base, checks: list[Check]) -> None:
+def refuse_broken(config: ExpandConfig, base: Base, checks: list[VerificationResult]) -> None:
     broken = [check for check in checks if not check.passed and not (check.of_auto_tokenizer and base.disagreement)]
     if config.cure and broken:
         raise UserError(
@@ -110,11 +113,11 @@ def _named(texts: dict[str, str]) -> dict[str, str]:
     return {f"texts.{domain}": path for domain, path in texts.items()}
 
 
-def compare_tokenizers(config: ExpandConfig) -> None:
+def write_comparison(config: ExpandConfig) -> None:
     texts = config.texts or {"corpus": config.corpus}
     pairs = ((domain, text) for domain, path in texts.items() for text in read_texts(path))
-    rows = [row.as_dict() for row in compare(load_encoder(config.base), load_encoder(config.other), pairs)]
-    table = "\n".join(comparison(rows, (config.base, config.other)))
+    rows = [row.as_dict() for row in compare_tokenizers(load_encoder(config.base), load_encoder(config.other), pairs)]
+    table = "\n".join(format_comparison(rows, (config.base, config.other)))
     print(table)
     for path in (config.base, config.other):
         file = model_file(path)
@@ -122,7 +125,7 @@ def compare_tokenizers(config: ExpandConfig) -> None:
             print(f"note: {path}: {reason}; fireflyds encodes with SentencePiece")
     if config.out:
         refuse_inputs_inside(Path(config.out), base=config.base, other=config.other, **_named(texts))
-        with write_aside(Path(config.out), Output("comparison of tokenizers")) as out:
+        with atomic_dir(Path(config.out), Output("comparison of tokenizers")) as out:
             (out / "comparison.md").write_text(f"# Two tokenizers\n\n{table}\n", encoding="utf-8")
             document = {"base": config.base, "other": config.other, "measured": rows}
             (out / "comparison.json").write_text(json.dumps(document, ensure_ascii=False, indent=2), encoding="utf-8")

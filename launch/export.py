@@ -2,68 +2,104 @@
 
     python launch/export.py run=demo/cpt
     python launch/export.py run=sft out=models/my-chinese-llama dtype=bf16
+    python launch/export.py run=sft what=adapter
     python launch/export.py run=sft artifact=true
 
-Adapters are merged in float32. What was written is loaded again with plain transformers and its logits compared.
+Adapters are merged in float32, one matrix at a time. What was written is loaded again with plain transformers and its
+logits compared. `what=adapter` writes the adapters alone, as PEFT reads them.
 """
 
 import json
 from pathlib import Path
+from typing import Any
 
 from fireflyds import app
-from fireflyds.config import ExportConfig, Precision, TrainConfig, TuningMethod, WandbMode
-from fireflyds.directories import Output, write_aside
-from fireflyds.engine import trackers
-from fireflyds.engine.run_names import find_run
+from fireflyds.config import ExportConfig, ExportWhat, Precision, TrainConfig, TuningMethod, WandbMode
 from fireflyds.errors import UserError
+from fireflyds.fs import Output, atomic_dir
+from fireflyds.metrics import trackers
+from fireflyds.runs import fingerprint
+from fireflyds.runs.find import find_run
 
 
 def export(config: ExportConfig) -> None:
     run_dir = find_run(config.runs, "run", config.run)
     trained = app.from_yaml(run_dir / "config.yaml", TrainConfig)
     if config.artifact:
-        trackers.check_artifact(trained.tracking, config.run)
-
-    # Heavy imports come after the checks above.
-    from fireflyds.engine import checkpoint, learnt, run
-    from fireflyds.models import publish, tuning
-    from fireflyds.models.load import read_config
-    from fireflyds.models.merge import merged_state_dict
-    from fireflyds.models.precision import DTYPES, resolve_precision
-    from fireflyds.tokenizer.directory import copy_tokenizer
-    from fireflyds.tokenizer.encoder import load_encoder
-
-    recorded = run.read_inputs(run_dir)
-    run.require_base(config.run, trained.model.path, recorded)
-    out = Path(config.out or run_dir / "export")
+        trackers.require_wandb_run(trained.tracking, config.run)
+    inputs = fingerprint.read_inputs(run_dir)
+    fingerprint.require_base(config.run, trained.model.path, inputs)
+    out = Path(config.out or run_dir / ("adapter" if config.what is ExportWhat.adapter else "export"))
     if trained.model.path and out.resolve() == Path(trained.model.path).resolve():
         raise UserError(f"out={out}: is the run's base itself. Give another folder")
-    step = checkpoint.find(run_dir, config.step)
+    # Heavy imports come after the checks above.
+    from fireflyds.checkpoint.restore import find_checkpoint
+
+    checkpoint = find_checkpoint(run_dir, config.step)
+    metadata: dict[str, Any] = {"run": config.run, "checkpoint": checkpoint.name, "template": inputs["template"]}
+    if config.what is ExportWhat.adapter:
+        write_adapter(config, trained, checkpoint, out)
+    else:
+        write_model(config, trained, checkpoint, out, metadata, inputs["languages"])
+    print(f"wrote {out}: {json.dumps(metadata)}")
+    if config.artifact:
+        name = trackers.log_model_artifact(trained.tracking, config.run, run_dir, out, metadata)
+        later = f"; send it with `wandb sync {run_dir}/wandb/offline-run-*`"
+        print(f"{out} is the artifact {name} of its W&B run{later * (trained.tracking.mode is WandbMode.offline)}")
+
+
+def write_model(
+    config: ExportConfig,
+    trained: TrainConfig,
+    checkpoint: Path,
+    out: Path,
+    metadata: dict[str, Any],
+    languages: list[str],
+) -> None:
+    """The merged model. In memory are the model and the matrix that is being written."""
+    from fireflyds.checkpoint.init_from import restore_weights
+    from fireflyds.export import publish
+    from fireflyds.export.merge import merged_entries
+    from fireflyds.models.load import read_config
+    from fireflyds.models.precision import DTYPES, resolve_precision
+    from fireflyds.models.tuning import load_tuned_model
+    from fireflyds.tokenizer.encoder import load_encoder
+    from fireflyds.tokenizer.hf_files import copy_tokenizer
+
     encoder = load_encoder(trained.model.tokenizer_path)
     hf_config = read_config(trained.model, encoder)
     trained_in = resolve_precision(trained.hardware)
     # Trained tensors are float32 in the checkpoint and stay so here; a quantised base is what it was in training.
     quantised = trained.tuning.method is TuningMethod.qlora
-    model = tuning.load_tuned(trained, hf_config, trained_in if quantised else Precision.fp32)
-    learnt.restore(model, run_dir, step)
-    weights = merged_state_dict(model)
-
+    model = load_tuned_model(trained, hf_config, trained_in if quantised else Precision.fp32)
+    restore_weights(model, Path(trained.run_dir), checkpoint)
     dtype = trained_in if config.dtype is Precision.auto else config.dtype
-    with write_aside(out, Output("export")) as folder:
-        publish.write_weights(folder, hf_config, weights, DTYPES[dtype])
+    metadata["dtype"] = dtype.name
+    with atomic_dir(out, Output("export")) as folder:
+        publish.write_weights(folder, hf_config, merged_entries(model, DTYPES[dtype]), DTYPES[dtype])
         copy_tokenizer(Path(trained.model.tokenizer_path), folder)
-        publish.write_chat_settings(folder, encoder, recorded["template"])
-        about = {"run": config.run, "checkpoint": step.name, "dtype": dtype.name, "template": recorded["template"]}
+        publish.write_chat_settings(folder, encoder, metadata["template"])
         if config.verify:
+            ids = publish.probe_ids(encoder.vocab_size)
+            logits = publish.packed_logits(model, ids)
+            del model
             coarser = dtype if not quantised or dtype is not Precision.fp32 else trained_in
-            about["reload_max_rel_diff"] = publish.reload_difference(folder, model, encoder, coarser)
-        publish.write_model_card(folder, trained, about, recorded["languages"])
-        (folder / "export.json").write_text(json.dumps(about, indent=2), encoding="utf-8")
-    print(f"wrote {out}: {json.dumps(about)}")
-    if config.artifact:
-        name = trackers.send_artifact(trained.tracking, config.run, run_dir, out, about)
-        later = f"; send it with `wandb sync {run_dir}/wandb/offline-run-*`"
-        print(f"{out} is the artifact {name} of its W&B run{later * (trained.tracking.mode is WandbMode.offline)}")
+            metadata["reload_max_rel_diff"] = publish.reload_difference(folder, ids, logits, coarser)
+        publish.write_model_card(folder, trained, metadata, languages)
+        (folder / "export.json").write_text(json.dumps(metadata, indent=2), encoding="utf-8")
+
+
+def write_adapter(config: ExportConfig, trained: TrainConfig, checkpoint: Path, out: Path) -> None:
+    from fireflyds.checkpoint.init_from import read_trainable_weights
+    from fireflyds.checkpoint.trainable_files import save_trainable_weights
+
+    trainable = read_trainable_weights(checkpoint)
+    if not trainable.adapters:
+        raise UserError(
+            f"what=adapter: the run {config.run} has none (tuning={trained.tuning.method.name}). Use what=merged"
+        )
+    with atomic_dir(out, Output("export of an adapter")) as folder:
+        save_trainable_weights(trainable, folder)
 
 
 if __name__ == "__main__":

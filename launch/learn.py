@@ -11,14 +11,14 @@ from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 
 from fireflyds import app
 from fireflyds.config import LearnConfig, TokenizerKind
-from fireflyds.data.sources import read_texts
-from fireflyds.directories import Output, write_aside
-from fireflyds.tokenizer.directory import write_byte_level, write_tokenizer
+from fireflyds.data.read.sources import read_texts
+from fireflyds.fs import Output, atomic_dir
+from fireflyds.tokenizer.hf_files import write_byte_level, write_tokenizer
 from fireflyds.tokenizer.learn import learn_bpe, learn_byte_level
 
 
 def learn(config: LearnConfig) -> None:
-    with write_aside(Path(config.out), Output("learn")) as out:
+    with atomic_dir(Path(config.out), Output("learn")) as out:
         texts = read_texts(config.corpus)
         size = {"vocab_size": config.vocab_size, "max_piece_length": config.max_piece_length}
         if config.kind is TokenizerKind.byte_level:

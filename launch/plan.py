@@ -17,33 +17,37 @@ from fireflyds.config import ModelConfig, ModelInit, PlanConfig, PlanFormat
 
 
 def plan(config: PlanConfig) -> None:
-    from fireflyds.engine import groups, optimizers
-    from fireflyds.engine.planning import plan as planned
-    from fireflyds.engine.planning.flops import step_flops
-    from fireflyds.engine.planning.shape import shape_of
+    from fireflyds.metrics.flops import step_flops
     from fireflyds.models import load, tuning
+    from fireflyds.optim import optimizers
+    from fireflyds.optim import param_groups as groups
+    from fireflyds.planner import report as planned
+    from fireflyds.planner.model_shape import model_shape
     from fireflyds.tokenizer.encoder import load_encoder
+    from fireflyds.zero.import_json import extra_settings
 
     config.cluster.require_machine()
-    precision = planned.precision_of(config)
-    notes = optimizers.check(config, precision)
+    precision = planned.cluster_precision(config)
+    notes = [*optimizers.check_optimizer(config, precision), *extra_settings(config)[1]]
     encoder = load_encoder(config.model.tokenizer_path) if _has_tokenizer(config.model) else None
     hf_config = load.architecture_of(config.model) if encoder is None else load.read_config(config.model, encoder)
     if encoder is None and config.model.init is ModelInit.scratch and "vocab_size" not in config.model.architecture:
         notes.append(f"note: no tokenizer at {config.model.tokenizer} yet: vocab_size={hf_config.vocab_size} was taken")
-    data = planned.data_of(config, None if encoder is None else encoder.fingerprint())
+    data = planned.summarize_data(config, None if encoder is None else encoder.fingerprint())
     family = load.family_of(hf_config.model_type)
     new_rows_from = load.base_vocab_size(config.model, hf_config)
-    model = tuning.apply(load.bare_model(hf_config), family, config.tuning, new_rows_from, config.seed)
-    rows = groups.rows_of_table(model, config, precision)
+    model = tuning.apply_tuning(load.bare_model(hf_config), family, config.tuning, new_rows_from, config.seed)
+    rows = groups.summarize_groups(model, config, precision)
     total, trainable = groups.count_parameters(model)
 
-    found = planned.make(config, shape_of(model, config), step_flops(model), precision, data)
+    found = planned.make_plan(config, model_shape(model, config), step_flops(model), precision, data)
     if config.format is PlanFormat.json:
         about = {"parameters": total, "trainable_parameters": trainable, "groups": [asdict(row) for row in rows]}
         print(json.dumps(about | planned.as_json(found, notes)))
         return
-    print(f"{trainable:,} of {total:,} parameters train\n{groups.table(rows)}\n{planned.report(found, notes)}")
+    print(
+        f"{trainable:,} of {total:,} parameters train\n{groups.format_groups(rows)}\n{planned.format_plan(found, notes)}"
+    )
 
 
 def _has_tokenizer(config: ModelConfig) -> bool:

@@ -17,11 +17,11 @@ from pathlib import Path
 from fireflyds import app, registry
 from fireflyds.config import PrepareConfig, StatsMode
 from fireflyds.data import show
-from fireflyds.data.build import finish, make_parts, provenance
-from fireflyds.data.parts import plan_tasks
-from fireflyds.data.store import MANIFEST, TokenStore, read_manifest
-from fireflyds.directories import Output, build_aside, refuse_inputs_inside
+from fireflyds.data.store.build import finish_store, make_parts, store_provenance
+from fireflyds.data.store.parts import plan_tasks
+from fireflyds.data.store.store import MANIFEST, TokenStore, read_manifest
 from fireflyds.errors import UserError
+from fireflyds.fs import Output, refuse_inputs_inside, resumable_dir
 from fireflyds.tokenizer.encoder import load_encoder
 
 
@@ -45,15 +45,15 @@ def prepare(config: PrepareConfig) -> None:
         raise UserError("out is empty and data.store too: give out=<folder>")
     refuse_overlap(config, out)
     tasks = plan_tasks(config, encoder.fingerprint())
-    made_from = provenance(config, encoder.fingerprint(), tasks)
+    made_from = store_provenance(config, encoder.fingerprint(), tasks)
     if (out / MANIFEST).exists() and read_manifest(out)["made_from"] == made_from:
         print(f"{out}: whole and made from the same sources, tokenizer and template; nothing to do")
         return
-    with build_aside(out, Output("prepare", caches=("plans", "stats.png")), pieces="parts") as folder:
+    with resumable_dir(out, Output("prepare", caches=("plans", "stats.png")), pieces="parts") as folder:
         load = functools.partial(load_encoder, config.tokenizer)
         infos = make_parts(config, tasks, load, folder / "parts", out / "parts")
-        manifest = finish(config, tasks, infos, encoder, folder, made_from)
-    print(show.table(manifest))
+        manifest = finish_store(config, tasks, infos, encoder, folder, made_from)
+    print(show.format_manifest(manifest))
     totals = manifest["totals"]
     print(
         f"wrote {out}: {totals['documents']:,} documents, {totals['tokens']:,} tokens, {totals['bytes']:,} bytes, "
@@ -74,9 +74,9 @@ def refuse_overlap(config: PrepareConfig, out: Path) -> None:
 
 def print_stats(out: Path) -> None:
     store = TokenStore(out)
-    print(show.table(store.manifest))
+    print(show.format_manifest(store.manifest))
     print(show.histogram(store))
-    show.chart(store, out / "stats.png")
+    show.plot_lengths(store, out / "stats.png")
     print(f"wrote {out / 'stats.png'}")
 
 

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from fireflyds import app
-from fireflyds.cluster import promises, report, road, script, slurm, submission
-from fireflyds.cluster.submission import Planned
+from fireflyds.cluster import input_checks as promises
+from fireflyds.cluster import report, script, slurm, submission
+from fireflyds.cluster.submission import PlannedJob
 from fireflyds.config import (
     VERBS,
     ClusterConfig,
@@ -29,8 +30,10 @@ from fireflyds.config import (
     SubmitConfig,
     TrainConfig,
 )
-from fireflyds.engine import changes, run_names
 from fireflyds.errors import UserError
+from fireflyds.pipelines import runner as road
+from fireflyds.runs import config_diff as changes
+from fireflyds.runs import find as run_names
 
 # These start jobs themselves, answer at once or talk with a person.
 NOT_JOBS = ("submit", "sweep", "demo", "plan", "chat")
@@ -68,7 +71,7 @@ def submit(config: SubmitConfig, rest: list[str]) -> None:
         print(f"  {command.format(f'action={action}')}   # {what}")
 
 
-def _verb(config: SubmitConfig, rest: list[str]) -> tuple[Path, list[Planned]]:
+def _verb(config: SubmitConfig, rest: list[str]) -> tuple[Path, list[PlannedJob]]:
     verb = config.verb
     if verb not in VERBS or verb in NOT_JOBS:
         known = ", ".join(name for name in VERBS if name not in NOT_JOBS)
@@ -85,10 +88,10 @@ def _verb(config: SubmitConfig, rest: list[str]) -> tuple[Path, list[Planned]]:
     _check(verb, composed, config.cluster)
     folder = Path(config.runs) / name
     run_dir = folder if isinstance(composed, TrainConfig) else None
-    return folder, [submission.plan(verb, name if run_dir else verb, folder, run_dir, app.to_yaml(composed))]
+    return folder, [submission.plan_job(verb, name if run_dir else verb, folder, run_dir, app.to_yaml(composed))]
 
 
-def _road(config: SubmitConfig, rest: list[str]) -> tuple[Path, list[Planned]]:
+def _road(config: SubmitConfig, rest: list[str]) -> tuple[Path, list[PlannedJob]]:
     file = app.option("road", config.road)
     if rest:
         raise UserError(f"{rest[0]}: no such key for submit. A road's stages have theirs in its file, {file}")
@@ -99,18 +102,18 @@ def _road(config: SubmitConfig, rest: list[str]) -> tuple[Path, list[Planned]]:
     for composed in all_composed:
         road.relocate(composed, stages, config.runs, run)
     texts = [app.to_yaml(composed) for composed in all_composed]
-    keys = road.keys(f"{stage.verb}\n{text}" for stage, text in zip(stages.stages, texts, strict=True))
-    planned: list[Planned] = []
+    keys = road.stage_keys(f"{stage.verb}\n{text}" for stage, text in zip(stages.stages, texts, strict=True))
+    planned: list[PlannedJob] = []
     promised: list[Path] = []
     for stage, composed, text, key in zip(stages.stages, all_composed, texts, keys, strict=True):
         run_dir = Path(composed.run_dir) if isinstance(composed, TrainConfig) else None
-        one = submission.plan(stage.verb, stage.name, folder, run_dir, text, key)
-        done, made = one.job.done, folder / stage.makes
+        one = submission.plan_job(stage.verb, stage.name, folder, run_dir, text, key)
+        done, made = one.job.done, folder / stage.output
         if done.exists() and done.read_text().strip() == key and made.exists():
             print(f"{stage.name}: whole, re-used")
             continue
         _check(stage.verb, composed, config.cluster, promised, stage.name)
-        promised += promises.made_by(composed, folder, stage.makes)
+        promised += promises.stage_outputs(composed, folder, stage.output)
         planned.append(one)
     return folder, planned
 
@@ -124,7 +127,7 @@ def _stage(file: Path, stage: StageConfig) -> Any:
 def _check(verb: str, composed: Any, cluster: ClusterConfig, promised: Sequence[Path] = (), stage: str = "") -> None:
     """What can be said without torch and without a GPU."""
     try:
-        promises.require_inputs(verb, composed, promised)
+        promises.require_input_paths(verb, composed, promised)
         if isinstance(composed, ExportConfig) and not promised:
             run_names.find_run(composed.runs, "run", composed.run)
         if isinstance(composed, TrainConfig):
@@ -133,7 +136,7 @@ def _check(verb: str, composed: Any, cluster: ClusterConfig, promised: Sequence[
                 promises.check_training_inputs(composed)
             if composed.init_from and not promised:
                 run_names.find_run(composed.runs, "init_from", composed.init_from)
-            changes.refuse_changes(Path(composed.run_dir), app.to_yaml(composed), composed.run)
+            changes.require_same_config(Path(composed.run_dir), app.to_yaml(composed), composed.run)
     except UserError as error:
         raise UserError(f"stage {stage}: {error}" if stage else str(error)) from error
 
@@ -142,7 +145,7 @@ def _ask(config: SubmitConfig, rest: list[str]) -> None:
     if rest:
         raise UserError(f"{rest[0]}: action={config.action.name} takes run= and runs= only")
     folder = Path(config.runs) / config.run
-    records = submission.records(folder)
+    records = submission.read_job_records(folder)
     if not records:
         raise UserError(
             f"run={config.run}: nothing was submitted under this name in {config.runs} (no {folder / submission.RECORDS})"

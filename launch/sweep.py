@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from fireflyds import app
-from fireflyds.cluster import ranges
 from fireflyds.cluster.launchers import launcher_of
-from fireflyds.cluster.ranges import Value
-from fireflyds.config import SweepConfig, Tracker
-from fireflyds.directories import write_whole
-from fireflyds.engine import changes
+from fireflyds.cluster.sweep import ranges
+from fireflyds.cluster.sweep.ranges import Value
+from fireflyds.config import SweepConfig, TrackerKind
 from fireflyds.errors import UserError
+from fireflyds.fs import atomic_write_text
+from fireflyds.runs import config_diff as changes
 
 # What may change while a study goes on.
 FREE = ("trials", "parallel", "poll_seconds", "retries", "pruner", "startup_trials", "warmup_steps", "reduction_factor")
@@ -31,15 +31,15 @@ def sweep(config: SweepConfig, rest: list[str]) -> None:
     if given := [word for word in rest if word.lstrip("+").startswith(("run=", "runs=", "tracking.group="))]:
         raise UserError(f"{given[0]}: trials get theirs from study={config.study} and runs={config.runs}. Leave it out")
     # Heavy imports wait until the configuration is good.
-    from fireflyds.cluster import results
-    from fireflyds.cluster.study import Study
-    from fireflyds.cluster.sweep import Sweep, only_one, run_name
+    from fireflyds.cluster.sweep import results
+    from fireflyds.cluster.sweep.runner import Sweep, only_one, run_name
+    from fireflyds.cluster.sweep.study import Study
 
     folder = Path(config.runs) / config.study
 
     def freeze(run: str, params: Mapping[str, Value]) -> str:
         composed = app.compose("train", [*rest, *ranges.words(params), f"run={run}", f"runs={config.runs}"])
-        if composed.tracking.kind is not Tracker.none:
+        if composed.tracking.kind is not TrackerKind.none:
             composed.tracking.group = config.study
         composed.accumulation_steps(config.cluster.world_size)
         return app.to_yaml(composed)
@@ -68,11 +68,11 @@ def _same_study(folder: Path, config: SweepConfig, rest: list[str]) -> None:
     search = app.plain(app.to_yaml(config))["sweep"]
     asked: dict[str, Any] = {"train": sorted(rest)} | {key: value for key, value in search.items() if key not in FREE}
     file = folder / "study.json"
-    if file.exists() and (changed := changes.differences(json.loads(file.read_text(encoding="utf-8")), asked)):
+    if file.exists() and (changed := changes.diff_configs(json.loads(file.read_text(encoding="utf-8")), asked)):
         raise UserError(
             f"study={config.study}: was begun with something else ({'; '.join(changed)}). Give another study=, or the same to go on"
         )
-    write_whole(file, json.dumps(asked, indent=2, ensure_ascii=False))
+    atomic_write_text(file, json.dumps(asked, indent=2, ensure_ascii=False))
 
 
 if __name__ == "__main__":

@@ -12,13 +12,13 @@ from pathlib import Path
 
 from fireflyds import app
 from fireflyds.config import SynthesizeConfig
-from fireflyds.data.sources import read_texts
+from fireflyds.data.read.sources import read_texts
 from fireflyds.data.synthetic.chinese import CHINESE
 from fireflyds.data.synthetic.corpus import dialogues, questions, split_facts, write_jsonl, write_language
 from fireflyds.data.synthetic.english import ENGLISH
 from fireflyds.data.synthetic.world import build_world
-from fireflyds.directories import Output, write_aside
 from fireflyds.errors import UserError
+from fireflyds.fs import Output, atomic_dir
 
 # One document in so many of a person's own text is held out.
 HELDOUT_EVERY = 20
@@ -37,7 +37,7 @@ def synthesize(config: SynthesizeConfig) -> None:
             f"corpus={config.corpus}: one document only; at least 2 are needed, to train on and to measure on. "
             "A .txt file holds one document a line"
         )
-    with write_aside(Path(config.out), Output("synthesize")) as out:
+    with atomic_dir(Path(config.out), Output("synthesize")) as out:
         for language, num_bytes in ((CHINESE, config.zh_bytes), (ENGLISH, config.en_bytes)):
             world = worlds[language.code]
             write_language(language, world, out, num_bytes=num_bytes, heldout=config.heldout_documents, rng=rng)

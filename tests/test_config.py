@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from fireflyds import app, config, reference
+from fireflyds import app, config
+from fireflyds import option_reference as reference
 from fireflyds.errors import UserError
 
 GOOD = ["run=x", "model=some/model", "data=some/store", "optim.steps=3"]

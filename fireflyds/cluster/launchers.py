@@ -23,10 +23,10 @@ class Launcher(Protocol):
     def start(self, run_dir: Path, slot: int) -> None:
         """Train what is frozen in the run's `config.yaml`; `slot` is the trial's place among those at the same time."""
 
-    def alive(self, run_dir: Path) -> bool:
+    def is_running(self, run_dir: Path) -> bool:
         """What was started for the run, by whomever, has not ended."""
 
-    def interrupt(self, run_dir: Path) -> bool:
+    def stop(self, run_dir: Path) -> bool:
         """Let it save and leave, when the study itself is stopped. False where it had better go on by itself."""
 
     def kill(self, run_dir: Path) -> None:
@@ -81,7 +81,7 @@ class LocalLauncher:
                 preexec_fn=lambda: os.sched_setaffinity(0, own or cores),
             )  # fmt: skip
 
-    def alive(self, run_dir: Path) -> bool:
+    def is_running(self, run_dir: Path) -> bool:
         if run_dir in self._started:
             return self._started[run_dir].poll() is None
         return self._process(run_dir) is not None
@@ -94,7 +94,7 @@ class LocalLauncher:
                 return found
         return None
 
-    def interrupt(self, run_dir: Path) -> bool:
+    def stop(self, run_dir: Path) -> bool:
         self._signal(run_dir, signal.SIGTERM)
         return True
 
@@ -126,7 +126,7 @@ class SlurmLauncher:
 
     def start(self, run_dir: Path, slot: int) -> None:
         config = (run_dir / "config.yaml").read_text(encoding="utf-8")
-        planned = submission.plan("train", self._name(run_dir), run_dir, run_dir, config)
+        planned = submission.plan_job("train", self._name(run_dir), run_dir, run_dir, config)
         submission.submit([planned], self._cluster, run_dir)
 
     def _name(self, run_dir: Path) -> str:
@@ -134,16 +134,16 @@ class SlurmLauncher:
 
     def _jobs(self, run_dir: Path) -> list[str]:
         """By its name as well: a job may have been queued by somebody who was killed before he could note its number."""
-        noted = [record.id for record in submission.records(run_dir)]
+        noted = [record.id for record in submission.read_job_records(run_dir)]
         states = slurm.states(noted)
         return [job for job in noted if states[job].active] or slurm.queued(
             {self._name(run_dir): run_dir / "submit.sh"}
         )
 
-    def alive(self, run_dir: Path) -> bool:
+    def is_running(self, run_dir: Path) -> bool:
         return bool(self._jobs(run_dir))
 
-    def interrupt(self, run_dir: Path) -> bool:
+    def stop(self, run_dir: Path) -> bool:
         return False
 
     def kill(self, run_dir: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fireflyds.cluster.script import code_file
 from fireflyds.cluster.slurm import JobState
-from fireflyds.cluster.submission import Record
+from fireflyds.cluster.submission import JobRecord
 
 # Why a job waits, in other words than Slurm's.
 _REASONS = {
@@ -27,7 +27,7 @@ _REASONS = {
 _TAIL = 1 << 16
 
 
-def status(records: Sequence[Record], states: Mapping[str, JobState]) -> str:
+def status(records: Sequence[JobRecord], states: Mapping[str, JobState]) -> str:
     """One line a job, and where a training run stands."""
     lines = []
     for record in records:
@@ -63,7 +63,7 @@ def _progress(folder: Path) -> list[str]:
     return said + ([found["message"]] if found["message"] else [])
 
 
-def logs(records: Sequence[Record], lines: int) -> str:
+def logs(records: Sequence[JobRecord], lines: int) -> str:
     """The last lines of each job's output."""
     parts = []
     for record in records:

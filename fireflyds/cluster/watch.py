@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fireflyds.cluster.launchers import LOG
-from fireflyds.config import Direction, SearchConfig, ValueAt
+from fireflyds.config import Direction, ObjectiveAt, SearchConfig
 
 STOP = "STOP"
 # Of a long run so many values are reported at most: a pruner compares few, and a study keeps them all.
@@ -16,7 +16,7 @@ _REPORTS = 200
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
+class RunOutcome:
     """How a run ended."""
 
     state: str
@@ -24,7 +24,7 @@ class Ended:
     message: str = ""
 
 
-def seen(run_dir: Path, metric: str) -> list[tuple[int, float, int]]:
+def metric_history(run_dir: Path, metric: str) -> list[tuple[int, float, int]]:
     """Step, value and trained tokens, wherever the metric was measured; NaN where it was no number."""
     tokens: dict[int, int] = {}
     found = []
@@ -37,18 +37,18 @@ def seen(run_dir: Path, metric: str) -> list[tuple[int, float, int]]:
     return found
 
 
-def known(run_dir: Path) -> list[str]:
+def metric_names(run_dir: Path) -> list[str]:
     """The metrics that a run has measured."""
     return sorted(
         {key for name in ("metrics", "validation") for row in _rows(run_dir / f"{name}.jsonl") for key in row}
     )
 
 
-def reports(run_dir: Path, search: SearchConfig) -> dict[int, float]:
+def pruner_reports(run_dir: Path, search: SearchConfig) -> dict[int, float]:
     """Values to compare with other trials, by step: the same steps in each."""
-    total = status(run_dir).get("total_steps", 0)
+    total = read_status(run_dir).get("total_steps", 0)
     every = max(1, math.ceil(total / _REPORTS))
-    found = seen(run_dir, search.metric)
+    found = metric_history(run_dir, search.metric)
     return {
         step: value
         for step, value, _ in found
@@ -56,46 +56,46 @@ def reports(run_dir: Path, search: SearchConfig) -> dict[int, float]:
     }
 
 
-def value(run_dir: Path, search: SearchConfig) -> float | None:
+def objective_value(run_dir: Path, search: SearchConfig) -> float | None:
     """What counts of a run; None where it was not measured, NaN where it was no number."""
-    found = seen(run_dir, search.metric)
-    if search.value is ValueAt.at_tokens:
+    found = metric_history(run_dir, search.metric)
+    if search.value is ObjectiveAt.at_tokens:
         found = [one for one in found if one[2] >= (search.tokens or 0)][:1]
     if not found:
         return None
-    if search.value is ValueAt.best:
+    if search.value is ObjectiveAt.best:
         numbers = [one for _, one, _ in found if math.isfinite(one)]
         return (min if search.direction is Direction.min else max)(numbers, default=math.nan)
     return found[-1][1]
 
 
-def status(run_dir: Path) -> dict[str, Any]:
+def read_status(run_dir: Path) -> dict[str, Any]:
     """The run's `status.json`; empty before there is one."""
     file = run_dir / "status.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
-def ended(run_dir: Path) -> Ended:
+def run_outcome(run_dir: Path) -> RunOutcome:
     """How a run ended whose processes are gone."""
-    found = status(run_dir)
+    found = read_status(run_dir)
     state, message = found.get("state"), found.get("message", "")
     if state == "failed" and found.get("lost"):
-        return Ended("died", message)
+        return RunOutcome("lost", message)
     if state == "failed":
-        return Ended(
+        return RunOutcome(
             "diverged" if "recovery.max_skipped" in message or "recovery.max_rollbacks" in message else "failed",
             message,
         )
     if state == "finished" or (state == "stopped" and found["exit_code"] == 76):
-        return Ended(str(state), message)
+        return RunOutcome(str(state), message)
     if state == "stopped":
-        return Ended("left", message)
-    if not found and (refusal := _refusal(run_dir)):
-        return Ended("failed", refusal)
-    return Ended("died", _last_line(run_dir))
+        return RunOutcome("interrupted", message)
+    if not found and (refusal := _error_line(run_dir)):
+        return RunOutcome("failed", refusal)
+    return RunOutcome("lost", _last_line(run_dir))
 
 
-def forget(run_dir: Path) -> None:
+def archive_output(run_dir: Path) -> None:
     """Set aside what a start has said, so that the next one is judged by its own words."""
     (run_dir / "status.json").unlink(missing_ok=True)
     for file in [run_dir / LOG, *(run_dir / "logs").glob("slurm-*.log")]:
@@ -103,7 +103,7 @@ def forget(run_dir: Path) -> None:
             file.rename(file.with_suffix(".refused"))
 
 
-def steps_of(run_dir: Path) -> tuple[int, int, float]:
+def training_totals(run_dir: Path) -> tuple[int, int, float]:
     """Steps, tokens and seconds of training."""
     rows = list(_rows(run_dir / "metrics.jsonl"))
     return (rows[-1]["step"], rows[-1]["tokens"], sum(row["seconds"] for row in rows)) if rows else (0, 0, 0.0)
@@ -129,7 +129,7 @@ def _output(run_dir: Path) -> list[str]:
     return files[-1].read_text(encoding="utf-8", errors="replace").splitlines() if files[-1].exists() else []
 
 
-def _refusal(run_dir: Path) -> str:
+def _error_line(run_dir: Path) -> str:
     """The message of a run that was refused before it began."""
     return next((line for line in reversed(_output(run_dir)) if line.startswith("error: ")), "")
 

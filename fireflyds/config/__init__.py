@@ -5,27 +5,14 @@ A field's docstring is its entry in the option reference (`conf/README.md`) and 
 
 from fireflyds.config.cluster import ClusterConfig
 from fireflyds.config.data import CleanConfig, DataConfig, PhaseConfig, PrepareConfig, SourceConfig
-from fireflyds.config.optim import GroupConfig, OptimConfig
-from fireflyds.config.submit import SubmitConfig
-from fireflyds.config.sweep import RangeConfig, SearchConfig, SweepConfig
-from fireflyds.config.training import (
-    CheckpointConfig,
-    HardwareConfig,
-    ModelConfig,
-    PlanConfig,
-    RecoveryConfig,
-    TrackingConfig,
-    TrainConfig,
-    ZeroConfig,
-)
-from fireflyds.config.tuning import TuningConfig
-from fireflyds.config.validation import ValidationConfig
-from fireflyds.config.values import (
+from fireflyds.config.enums import (
     Container,
     Direction,
     Duplicates,
+    ExportWhat,
     LossOn,
     ModelInit,
+    ObjectiveAt,
     Offload,
     Optimizer,
     PieceAlgorithm,
@@ -35,22 +22,37 @@ from fireflyds.config.values import (
     Pruner,
     ReportMode,
     RowInit,
-    Rows,
     Sampler,
     Schedule,
     Scheduler,
-    SizeBy,
     StatsMode,
     SubmitAction,
     TextSplit,
     TokenizerKind,
-    Tracker,
+    TrackerKind,
+    TrainableRows,
     TuningMethod,
     UnicodeForm,
-    ValueAt,
+    VocabSizeRule,
     WandbMode,
     require_at_least,
 )
+from fireflyds.config.optim import GroupConfig, OptimConfig
+from fireflyds.config.submit import SubmitConfig
+from fireflyds.config.sweep import RangeConfig, SearchConfig, SweepConfig
+from fireflyds.config.training import (
+    CheckpointConfig,
+    HardwareConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    PlanConfig,
+    RecoveryConfig,
+    TrackingConfig,
+    TrainConfig,
+    ZeroConfig,
+)
+from fireflyds.config.tuning import TuningConfig
+from fireflyds.config.validation import ValidationConfig
 from fireflyds.config.verbs import (
     ChatConfig,
     DemoConfig,
@@ -78,12 +80,15 @@ __all__ = [
     "EvaluateConfig",
     "ExpandConfig",
     "ExportConfig",
+    "ExportWhat",
     "GroupConfig",
     "HardwareConfig",
     "LearnConfig",
     "LossOn",
     "ModelConfig",
     "ModelInit",
+    "ObjectiveAt",
+    "ObjectiveConfig",
     "Offload",
     "OptimConfig",
     "Optimizer",
@@ -100,12 +105,10 @@ __all__ = [
     "ReportMode",
     "RoadConfig",
     "RowInit",
-    "Rows",
     "Sampler",
     "Schedule",
     "Scheduler",
     "SearchConfig",
-    "SizeBy",
     "SourceConfig",
     "StageConfig",
     "StatsMode",
@@ -115,14 +118,15 @@ __all__ = [
     "SynthesizeConfig",
     "TextSplit",
     "TokenizerKind",
-    "Tracker",
+    "TrackerKind",
     "TrackingConfig",
     "TrainConfig",
+    "TrainableRows",
     "TuningConfig",
     "TuningMethod",
     "UnicodeForm",
     "ValidationConfig",
-    "ValueAt",
+    "VocabSizeRule",
     "WandbMode",
     "ZeroConfig",
     "require_at_least",

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass, field
 
-from fireflyds.config.values import Container, Scheduler, require_at_least
+from fireflyds.config.enums import Container, Scheduler, require_at_least
 from fireflyds.errors import UserError
 
 # What `sbatch --time` understands, but for minutes alone: YAML reads 24:00:00 without quotes as the number 86400.

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from fireflyds.config.values import Duplicates, LossOn, StatsMode, TextSplit, UnicodeForm, require_at_least
+from fireflyds.config.enums import Duplicates, LossOn, StatsMode, TextSplit, UnicodeForm, require_at_least
 from fireflyds.errors import UserError
 
 

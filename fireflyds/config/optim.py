@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from fireflyds.config.values import Optimizer, Schedule
+from fireflyds.config.enums import Optimizer, Schedule
 from fireflyds.errors import UserError
 
 

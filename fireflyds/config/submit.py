@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from omegaconf import MISSING
 
 from fireflyds.config.cluster import ClusterConfig
-from fireflyds.config.values import SubmitAction, require_at_least
+from fireflyds.config.enums import SubmitAction, require_at_least
 from fireflyds.errors import UserError
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from fireflyds.config.cluster import ClusterConfig
-from fireflyds.config.values import Direction, Pruner, Sampler, ValueAt, require_at_least
+from fireflyds.config.enums import Direction, ObjectiveAt, Pruner, Sampler, require_at_least
 from fireflyds.errors import UserError
 
 
@@ -49,7 +49,7 @@ class SearchConfig:
     """A number of `metrics.jsonl` or `validation.jsonl`, such as `validation/bits_per_byte/zh`."""
     direction: Direction = Direction.min
     """Whether it is to be small or large."""
-    value: ValueAt = ValueAt.last
+    value: ObjectiveAt = ObjectiveAt.last
     """Which of a trial's values counts: the `last`, the `best`, or the first `at_tokens`."""
     tokens: int | None = None
     """`value=at_tokens`: trained tokens from which on the value counts."""
@@ -72,7 +72,7 @@ class SearchConfig:
     def __post_init__(self) -> None:
         require_at_least(self, "sweep.", trials=1, parallel=1, startup_trials=1, warmup_steps=0, reduction_factor=2)
         require_at_least(self, "sweep.", retries=0, poll_seconds=0.05, tokens=1)
-        if (self.value is ValueAt.at_tokens) != (self.tokens is not None):
+        if (self.value is ObjectiveAt.at_tokens) != (self.tokens is not None):
             raise UserError(
                 f"sweep.value={self.value.name}, sweep.tokens={self.tokens}: give both value=at_tokens and tokens, or neither"
             )

@@ -8,18 +8,10 @@ from omegaconf import MISSING
 
 from fireflyds.config.cluster import ClusterConfig
 from fireflyds.config.data import DataConfig
+from fireflyds.config.enums import ModelInit, Offload, PlanFormat, Precision, TrackerKind, WandbMode, require_at_least
 from fireflyds.config.optim import OptimConfig
 from fireflyds.config.tuning import TuningConfig
 from fireflyds.config.validation import ValidationConfig
-from fireflyds.config.values import (
-    ModelInit,
-    Offload,
-    PlanFormat,
-    Precision,
-    Tracker,
-    WandbMode,
-    require_at_least,
-)
 from fireflyds.errors import UserError
 
 
@@ -54,6 +46,12 @@ class ModelConfig:
                 "model.path is empty: a pretrained model needs its Hugging Face directory. Give model.path=<dir>"
             )
         return self.tokenizer or self.path
+
+
+@dataclass(kw_only=True, slots=True)
+class ObjectiveConfig:
+    name: str = MISSING
+    """Entry of `fireflyds/train/objectives`."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -128,7 +126,7 @@ class HardwareConfig:
 
 @dataclass(kw_only=True, slots=True)
 class TrackingConfig:
-    kind: Tracker = MISSING
+    kind: TrackerKind = MISSING
     """`none` (files only), `wandb` or `tensorboard` (rank 0 only)."""
     project: str = "fireflyds"
     """W&B project."""
@@ -199,6 +197,7 @@ class TrainConfig:
     """Folder that holds the runs."""
     model: ModelConfig = MISSING
     data: DataConfig = MISSING
+    objective: ObjectiveConfig = MISSING
     tuning: TuningConfig = MISSING
     zero: ZeroConfig = MISSING
     optim: OptimConfig = MISSING

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from fireflyds.config.values import Rows, TuningMethod
+from fireflyds.config.enums import TrainableRows, TuningMethod
 from fireflyds.errors import UserError
 
 
@@ -14,10 +14,10 @@ class TuningConfig:
     method: TuningMethod = MISSING
     """`full`, `freeze` (parameters named by `trainable` alone), `lora` (adapters on a 16/32-bit base) or `qlora`
     (adapters on a quantised base)."""
-    embeddings: Rows = MISSING
+    embeddings: TrainableRows = MISSING
     """Rows of the input embeddings that train, under any method: `frozen`, `new_rows` (those an expansion added) or
     `all`."""
-    head: Rows = MISSING
+    head: TrainableRows = MISSING
     """Rows of the output head that train, as `embeddings`; a tied head is the embeddings and says the same."""
     trainable: list[str] = field(default_factory=list)
     """Regular expressions of `freeze`: parameters whose name contains a match train."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from fireflyds.config.values import PlanFormat, Precision, PromptStyle, require_at_least
+from fireflyds.config.enums import ExportWhat, PlanFormat, Precision, PromptStyle, require_at_least
 from fireflyds.errors import UserError
 
 
@@ -36,6 +36,8 @@ class ExportConfig:
     """Folder that holds the runs."""
     out: str = ""
     """Hugging Face directory to write; empty: `<runs>/<run>/export`."""
+    what: ExportWhat = ExportWhat.merged
+    """`merged`: the whole model; `adapter`: what PEFT's `PeftModel.from_pretrained` reads, into `<runs>/<run>/adapter`."""
     step: int | None = None
     """Checkpoint to export; unset: the newest whole one."""
     dtype: Precision = Precision.auto
@@ -166,7 +168,7 @@ class StageConfig:
     """More than one: started by `deepspeed --num_gpus`."""
     overrides: list[str] = field(default_factory=list)
     """What is typed after the verb."""
-    makes: str = MISSING
+    output: str = MISSING
     """The file that stands when the stage is done."""
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from fireflyds.config.values import PieceAlgorithm, ReportMode, RowInit, SizeBy, TokenizerKind, require_at_least
+from fireflyds.config.enums import PieceAlgorithm, ReportMode, RowInit, TokenizerKind, VocabSizeRule, require_at_least
 from fireflyds.errors import UserError
 
 
@@ -44,7 +44,7 @@ class ExpandConfig:
     """How pieces are learnt: `bpe` goes on from the base's merges, `unigram` starts from the corpus alone."""
     num_pieces: int = 0
     """Most new rows to learn from `corpus`."""
-    size: SizeBy = SizeBy.fixed
+    size: VocabSizeRule = VocabSizeRule.fixed
     """`fixed`: as many rows as `num_pieces` allows; `knee`: up to where the curve of tokens saved bends; `alp`: where
     the curve of average log probability does."""
     max_piece_length: int = 8
@@ -101,7 +101,7 @@ class ExpandConfig:
             )
         if not self.cure and not self.pieces:
             raise UserError("cure=false appends given pieces as they are: give pieces=<.model or list>")
-        if self.size is not SizeBy.fixed and not self.corpus:
+        if self.size is not VocabSizeRule.fixed and not self.corpus:
             raise UserError(f"size={self.size.name} is read from a curve on text: give corpus=<file, folder or glob>")
         if self.init is RowInit.weighted and not self.corpus:
             raise UserError("init=weighted weighs by how often tokens occur: give corpus=<file, folder or glob>")

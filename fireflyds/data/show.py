@@ -10,17 +10,17 @@ from rich.console import Console
 from rich.text import Text
 
 from fireflyds.config import PrepareConfig
-from fireflyds.data.clean import Cleaner
+from fireflyds.data.clean.cleaner import Cleaner
 from fireflyds.data.encode import encode_sample
-from fireflyds.data.files import Rejected
-from fireflyds.data.sources import parts_of, read_part
-from fireflyds.data.store import TokenStore
+from fireflyds.data.read.files import RejectedRow
+from fireflyds.data.read.sources import read_part, source_parts
+from fireflyds.data.store.store import TokenStore
 from fireflyds.types import Encoder, Example, Sample
 
 _BAR = 40
 
 
-def table(manifest: dict[str, Any]) -> str:
+def format_manifest(manifest: dict[str, Any]) -> str:
     """What was read, kept, dropped and why, by domain."""
     head = (
         "domain",
@@ -81,7 +81,7 @@ def _by_length(store: TokenStore) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return 1 << np.arange(len(documents)), documents, tokens
 
 
-def chart(store: TokenStore, file: Path) -> None:
+def plot_lengths(store: TokenStore, file: Path) -> None:
     """Tokens by domain and by length."""
     import matplotlib
 
@@ -100,13 +100,13 @@ def chart(store: TokenStore, file: Path) -> None:
     pyplot.close(figure)
 
 
-def samples(config: PrepareConfig, encoder: Encoder) -> Iterator[tuple[str, Example | str]]:
+def format_samples(config: PrepareConfig, encoder: Encoder) -> Iterator[tuple[str, Example | str]]:
     """The first samples of each source as they would be stored, or why one would not be."""
     cleaner = Cleaner(config.clean)
     for source in config.data.sources:
-        items = (item for part in parts_of(source) for item in read_part(source, part))
+        items = (item for part in source_parts(source) for item in read_part(source, part))
         for item in islice(items, config.inspect):
-            if isinstance(item, Rejected):
+            if isinstance(item, RejectedRow):
                 yield f"{item.file}:{item.line}", f"rejected: {item.reason}"
                 continue
             cleaned = cleaner.clean(item.sample)
@@ -122,7 +122,7 @@ def samples(config: PrepareConfig, encoder: Encoder) -> Iterator[tuple[str, Exam
 def print_samples(config: PrepareConfig, encoder: Encoder) -> None:
     """Learned tokens in green, between ⟦ and ⟧, which stay where there are no colours."""
     console = Console(soft_wrap=True, highlight=False)
-    for name, example in samples(config, encoder):
+    for name, example in format_samples(config, encoder):
         console.rule(Text(name))
         if isinstance(example, str):
             console.print(Text(example, style="red"))

@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fireflyds import registry
 from fireflyds.config import ModelConfig, ModelInit, Precision
 from fireflyds.errors import UserError
-from fireflyds.models.positions import scale_positions
 from fireflyds.models.precision import DTYPES, inference_dtype
+from fireflyds.models.rope_scaling import apply_rope_scaling
 from fireflyds.types import Encoder, Family, Loaded
 
 # Published models pad their embeddings by a few hundred rows at most (Qwen2: 271).
@@ -30,7 +30,7 @@ def read_config(config: ModelConfig, encoder: Encoder) -> Any:
     if config.init is ModelInit.scratch:
         known = {"vocab_size": encoder.vocab_size, "bos_token_id": encoder.bos_id, "eos_token_id": encoder.eos_id}
         settings = known | config.architecture
-        return scale_positions(AutoConfig.for_model(settings.pop("model_type"), **settings), config)
+        return apply_rope_scaling(AutoConfig.for_model(settings.pop("model_type"), **settings), config)
     folder, loaded = Path(config.path), _from_directory(config)
     if not 0 <= loaded.vocab_size - encoder.vocab_size < MAX_PADDING:
         raise UserError(
@@ -38,7 +38,7 @@ def read_config(config: ModelConfig, encoder: Encoder) -> Any:
             f"{config.tokenizer_path} has {encoder.vocab_size} pieces; rows may exceed pieces by padding only. Name the "
             "tokenizer that belongs to the model, or give the model rows for a larger one with launch/expand.py"
         )
-    return scale_positions(loaded, config)
+    return apply_rope_scaling(loaded, config)
 
 
 def config_of(key: str, path: str) -> Any:
@@ -76,13 +76,13 @@ def architecture_of(config: ModelConfig) -> Any:
         UserError: neither is there, or the two disagree.
     """
     if config.path:
-        return scale_positions(_from_directory(config), config)
+        return apply_rope_scaling(_from_directory(config), config)
     settings = dict(config.architecture)
     if "model_type" not in settings:
         raise UserError(
             "model: neither model.path nor model.architecture is given. Give model=<path>, or an option of conf/model"
         )
-    return scale_positions(AutoConfig.for_model(settings.pop("model_type"), **settings), config)
+    return apply_rope_scaling(AutoConfig.for_model(settings.pop("model_type"), **settings), config)
 
 
 def base_vocab_size(config: ModelConfig, hf_config: Any) -> int | None:

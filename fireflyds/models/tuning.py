@@ -1,6 +1,7 @@
 """What trains: everything, parameters by name, adapters, adapters on a quantised base; the vocabulary's rows beside them."""
 
 import re
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -10,13 +11,13 @@ from fireflyds.config import Precision, TrainConfig, TuningConfig, TuningMethod
 from fireflyds.errors import UserError
 from fireflyds.models.load import base_vocab_size, load_model
 from fireflyds.models.precision import DTYPES
-from fireflyds.models.vocabulary import train_rows
+from fireflyds.models.split_embeddings import split_new_rows
 from fireflyds.types import Family
 
 ADAPTER = "default"
 
 
-def quantization(config: TuningConfig, precision: Precision, zero_stage: int) -> Any:
+def quantization_config(config: TuningConfig, precision: Precision, zero_stage: int) -> Any:
     """The loading option of QLoRA: NF4 with double quantisation (arXiv 2305.14314) or LLM.int8; None otherwise.
 
     Embeddings and head keep their number format: they may train. ZeRO-3 shards what is stored, so there 4-bit weights
@@ -38,15 +39,15 @@ def quantization(config: TuningConfig, precision: Precision, zero_stage: int) ->
     )
 
 
-def load_tuned(config: TrainConfig, hf_config: Any, precision: Precision) -> Any:
+def load_tuned_model(config: TrainConfig, hf_config: Any, precision: Precision) -> Any:
     """The model of a run: its weights in `precision`, quantised where that is asked, with what trains marked."""
-    options = quantization(config.tuning, precision, config.zero.stage)
+    options = quantization_config(config.tuning, precision, config.zero.stage)
     loaded = load_model(config.model, hf_config, precision, config.seed, options)
     rows = base_vocab_size(config.model, hf_config)
-    return apply(loaded.model, loaded.family, config.tuning, rows, config.seed)
+    return apply_tuning(loaded.model, loaded.family, config.tuning, rows, config.seed)
 
 
-def apply(model: Any, family: Family, config: TuningConfig, base_vocab_size: int | None, seed: int) -> Any:
+def apply_tuning(model: Any, family: Family, config: TuningConfig, base_vocab_size: int | None, seed: int) -> Any:
     """Mark what trains, and put adapters and split matrices in place. The model keeps its class.
 
     Raises:
@@ -65,7 +66,7 @@ def apply(model: Any, family: Family, config: TuningConfig, base_vocab_size: int
 
         torch.manual_seed(seed)
         inject_adapter_in_model(adapter_config(model, family, config), model, ADAPTER)
-    train_rows(model, config, base_vocab_size)
+    split_new_rows(model, config, base_vocab_size)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(
             f"tuning={config.method.name}: nothing would train. Give tuning.trainable=[<expression>], or rows of "
@@ -89,7 +90,7 @@ def adapter_config(model: nn.Module, family: Family, config: TuningConfig) -> An
     )
 
 
-def described(model: Any) -> Any:
+def adapter_config_of(model: Any) -> Any:
     """PEFT's description of the adapters in a model, or None."""
     return getattr(model, "peft_config", {}).get(ADAPTER)
 
@@ -157,3 +158,20 @@ def float_weight(layer: Any) -> Tensor:
     from peft.utils.integrations import dequantize_bnb_weight
 
     return dequantize_bnb_weight(weight, state=getattr(layer, "state", None)).float()  # type: ignore[no-any-return]
+
+
+def adapted_direction(layer: Any) -> Tensor:
+    a, b = layer.lora_A[ADAPTER].weight.float(), layer.lora_B[ADAPTER].weight.float()
+    return float_weight(layer.base_layer) + layer.scaling[ADAPTER] * (b @ a)
+
+
+@torch.no_grad()
+def reset_dora_magnitudes(model: nn.Module, but: Container[str]) -> None:
+    """Give DoRA's magnitudes the norms of the weights they stand on, where these came after the adapters.
+
+    `but`: magnitudes, by plain names, that were learnt.
+    """
+    for name, module in model.named_modules():
+        if ADAPTER in getattr(module, "lora_magnitude_vector", {}) and f"{name}.lora_magnitude_vector" not in but:
+            weight = adapted_direction(module)
+            module.lora_magnitude_vector[ADAPTER].weight.copy_(torch.linalg.norm(weight, dim=1))

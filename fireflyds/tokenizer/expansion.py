@@ -4,16 +4,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from fireflyds.config import ExpandConfig, SizeBy
+from fireflyds.config import ExpandConfig, VocabSizeRule
 from fireflyds.errors import UserError
 from fireflyds.tokenizer.base import Base
 from fireflyds.tokenizer.bpe import Step
 from fireflyds.tokenizer.learn import common_characters, count_words, learn_pieces
-from fireflyds.tokenizer.merge import Plan, drop_unreachable, fill, plan_merge
-from fireflyds.tokenizer.prove import Check
-from fireflyds.tokenizer.sample import Sample
+from fireflyds.tokenizer.merge import MergePlan, drop_unreachable, fill_missing_merges, plan_merge
+from fireflyds.tokenizer.sample import CorpusSample
 from fireflyds.tokenizer.scripts import Scripts
 from fireflyds.tokenizer.select import Point, by_saving, curve, knee, savings
+from fireflyds.tokenizer.verify import VerificationResult
 
 # Pieces that the report lists of either end.
 _LISTED = 40
@@ -23,7 +23,7 @@ _LISTED = 40
 class Expansion:
     """A plan, with what its size was chosen by. `saved` is by piece, on the sample; empty without a corpus."""
 
-    plan: Plan
+    plan: MergePlan
     asked: int
     saved: dict[str, int] = field(default_factory=dict)
     points: list[Point] = field(default_factory=list)
@@ -31,7 +31,7 @@ class Expansion:
 
 
 def plan_expansion(
-    config: ExpandConfig, base: Base, scripts: Scripts, given: list[str], sample: Sample | None
+    config: ExpandConfig, base: Base, scripts: Scripts, given: list[str], sample: CorpusSample | None
 ) -> Expansion:
     """The pieces that the configuration asks for, as rows behind the base's.
 
@@ -45,7 +45,7 @@ def plan_expansion(
     return _raw(config, base, scripts, given)
 
 
-def describe(base: Base, found: Expansion, checks: list[Check]) -> dict[str, Any]:
+def describe(base: Base, found: Expansion, checks: list[VerificationResult]) -> dict[str, Any]:
     """What was done, for the report."""
 
     def readable(pieces: Iterable[str]) -> list[str]:
@@ -74,7 +74,7 @@ def describe(base: Base, found: Expansion, checks: list[Check]) -> dict[str, Any
     }
 
 
-def _learnt(config: ExpandConfig, base: Base, scripts: Scripts, sample: Sample) -> Expansion:
+def _learnt(config: ExpandConfig, base: Base, scripts: Scripts, sample: CorpusSample) -> Expansion:
     """The pieces of the sample that save most, in as many rows as `num_pieces`, the curve and the multiple allow.
 
     Raises:
@@ -109,7 +109,9 @@ def _learnt(config: ExpandConfig, base: Base, scripts: Scripts, sample: Sample) 
     return found
 
 
-def _cured(config: ExpandConfig, base: Base, scripts: Scripts, texts: list[str], sample: Sample | None) -> Expansion:
+def _cured(
+    config: ExpandConfig, base: Base, scripts: Scripts, texts: list[str], sample: CorpusSample | None
+) -> Expansion:
     """Given pieces, cured; where there is a limit, those that save most (without a corpus: that stand first).
 
     Raises:
@@ -130,11 +132,15 @@ def _cured(config: ExpandConfig, base: Base, scripts: Scripts, texts: list[str],
     rows = _rows(config, base, most, upwards=True)
     order = by_saving(plan, found.saved) if found.saved else [step.piece for step in plan.steps]
     if rows < len(order):
-        limit = f"max_vocab_size={config.max_vocab_size}" if config.size is SizeBy.fixed else f"size={config.size.name}"
+        limit = (
+            f"max_vocab_size={config.max_vocab_size}"
+            if config.size is VocabSizeRule.fixed
+            else f"size={config.size.name}"
+        )
         plan.keep(set(order[:rows]), f"left out for {limit}" + (": others save more" if found.saved else ""))
     if found.saved:
         found.saved = {step.piece: found.saved[step.piece] for step in plan.steps}
-    fill(base, plan, scripts, base.num_tokens + rows)
+    fill_missing_merges(base, plan, scripts, base.num_tokens + rows)
     return found
 
 
@@ -146,7 +152,9 @@ def _raw(config: ExpandConfig, base: Base, scripts: Scripts, texts: list[str]) -
     """
     pieces = list(dict.fromkeys(base.spelled(text) for text in texts))
     new = [piece for piece in pieces if not base.knows(piece)]
-    plan = Plan(steps=[Step(piece, None) for piece in new], present=[piece for piece in pieces if base.knows(piece)])
+    plan = MergePlan(
+        steps=[Step(piece, None) for piece in new], present=[piece for piece in pieces if base.knows(piece)]
+    )
     if not new:
         raise UserError(f"pieces={config.pieces}: all {len(pieces):,} are in the base already. Give other pieces")
     if 0 < config.max_vocab_size < base.num_tokens + len(new):
@@ -154,11 +162,11 @@ def _raw(config: ExpandConfig, base: Base, scripts: Scripts, texts: list[str]) -
             f"max_vocab_size={config.max_vocab_size:,}: the base's {base.num_tokens:,} tokens and {len(new):,} new "
             "pieces are more, and cure=false leaves none out. Raise the limit, or let cure=true choose"
         )
-    fill(base, plan, scripts, base.num_tokens + _rows(config, base, len(new), upwards=True))
+    fill_missing_merges(base, plan, scripts, base.num_tokens + _rows(config, base, len(new), upwards=True))
     return Expansion(plan, len(texts))
 
 
-def _chosen_from(config: ExpandConfig, base: Base, plan: Plan, sample: Sample, *, least: int) -> Expansion:
+def _chosen_from(config: ExpandConfig, base: Base, plan: MergePlan, sample: CorpusSample, *, least: int) -> Expansion:
     """What each step saves, the curve of sizes, and its knees. Steps that save less than `least` go."""
     saved = savings(base, plan, sample.learn)
     plan.keep({piece for piece, count in saved.items() if count >= least}, f"saves fewer than {least} tokens")
@@ -167,7 +175,7 @@ def _chosen_from(config: ExpandConfig, base: Base, plan: Plan, sample: Sample, *
     points = curve(base, plan, by_saving(plan, saved)[:most], sample.held_out)
     if not saved:
         return Expansion(plan, 0)
-    knees = {by.name: knee(points, by).rows for by in (SizeBy.knee, SizeBy.alp)}
+    knees = {by.name: knee(points, by).rows for by in (VocabSizeRule.knee, VocabSizeRule.alp)}
     return Expansion(plan, 0, saved, points, knees)
 
 

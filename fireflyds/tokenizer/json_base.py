@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fireflyds.directories import read_json
 from fireflyds.errors import UserError
+from fireflyds.fs import read_json
 from fireflyds.tokenizer.bpe import Bpe, Step
-from fireflyds.tokenizer.directory import write_settings
 from fireflyds.tokenizer.encoder import FastEncoder, byte_values
+from fireflyds.tokenizer.hf_files import write_settings
 from fireflyds.tokenizer.settings import settings_of
 
 

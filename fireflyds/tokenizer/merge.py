@@ -15,7 +15,7 @@ _LONGEST = 64
 
 
 @dataclass(slots=True)
-class Plan:
+class MergePlan:
     """What is appended to a base, in merge order, and what became of the pieces asked for."""
 
     steps: list[Step] = field(default_factory=list)
@@ -36,7 +36,7 @@ class Plan:
         self.intermediates = [piece for piece in self.intermediates if piece in chosen]
 
 
-def plan_merge(base: Base, texts: Sequence[str], scripts: Scripts) -> Plan:
+def plan_merge(base: Base, texts: Sequence[str], scripts: Scripts) -> MergePlan:
     """Steps that reach every piece of `texts` that can be reached, characters first, then in the order given.
 
     BPE reaches a piece only through parts that are pieces. So every character of a piece is made a piece, and one
@@ -57,7 +57,7 @@ def plan_merge(base: Base, texts: Sequence[str], scripts: Scripts) -> Plan:
     return plan
 
 
-def _prune(plan: Plan) -> None:
+def _prune(plan: MergePlan) -> None:
     """Leave out intermediates whose piece could not be reached after all."""
     unasked, used = set(plan.intermediates), set[str]()
     for step in reversed(plan.steps):
@@ -66,7 +66,7 @@ def _prune(plan: Plan) -> None:
     plan.keep(used, "")
 
 
-def fill(base: Base, plan: Plan, scripts: Scripts, vocab_size: int) -> None:
+def fill_missing_merges(base: Base, plan: MergePlan, scripts: Scripts, vocab_size: int) -> None:
     """Reach `vocab_size` by further characters of the scripts, which else cost several tokens each, not by dead rows.
 
     Raises:
@@ -92,10 +92,10 @@ def fill(base: Base, plan: Plan, scripts: Scripts, vocab_size: int) -> None:
 class _Inserter:
     """Adds pieces to a plan, one by one."""
 
-    def __init__(self, base: Base, scripts: Scripts, plan: Plan | None = None) -> None:
+    def __init__(self, base: Base, scripts: Scripts, plan: MergePlan | None = None) -> None:
         self.base = base
         self.scripts = scripts
-        self.plan = plan or Plan()
+        self.plan = plan or MergePlan()
         self.bpe: Bpe = base.bpe()
         self._new = {step.piece for step in self.plan.steps}
         for step in self.plan.steps:
@@ -166,7 +166,7 @@ class _Inserter:
         return self.scripts.covers(text.removeprefix(" "))
 
 
-def unreachable(base: Base, plan: Plan, encoder: Encoder) -> list[str]:
+def unreachable(base: Base, plan: MergePlan, encoder: Encoder) -> list[str]:
     """The new pieces that a newline, the piece and a newline do not yield.
 
     A part of a character is asked for by the characters that begin with it.
@@ -180,7 +180,7 @@ def unreachable(base: Base, plan: Plan, encoder: Encoder) -> list[str]:
     return dead
 
 
-def drop_unreachable(base: Base, plan: Plan) -> None:
+def drop_unreachable(base: Base, plan: MergePlan) -> None:
     """Leave out pieces that text cannot yield although merges lead to them, as where a pre-tokenizer cuts them."""
     while dead := unreachable(base, plan, base.encoder(plan.steps)):
         gone = set()

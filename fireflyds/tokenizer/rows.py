@@ -16,10 +16,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from fireflyds.config import RowInit
-from fireflyds.directories import read_json
 from fireflyds.errors import UserError
-from fireflyds.tokenizer.directory import FILES
-from fireflyds.tokenizer.shards import Entry, save_streamed, shard_names
+from fireflyds.fs import read_json
+from fireflyds.tokenizer.hf_files import FILES
+from fireflyds.tokenizer.shards import Entry, save_streamed, shard_name, shard_names
 
 # The names transformers gives the two matrices: LLaMA's kind, InternLM2, Falcon and Bloom, GPT-2, GPT-NeoX.
 EMBEDDINGS = ("embed_tokens.weight", "tok_embeddings.weight", "word_embeddings.weight", "wte.weight", "embed_in.weight")
@@ -113,7 +113,7 @@ def expand_model(base: Path, out: Path, new: NewRows) -> dict[str, int]:
             entries[key] = Entry(shape, tensor.dtype, partial(new.grow, tensor) if grown else partial(_itself, tensor))
             seen.after += math.prod(shape)
             total += math.prod(shape) * tensor.element_size()
-        written = name if name.endswith(".safetensors") else _name(number, len(files))
+        written = name if name.endswith(".safetensors") else shard_name(number, len(files))
         save_streamed(out / written, entries)
         weight_map |= dict.fromkeys(entries, written)
     seen.finish()
@@ -275,10 +275,6 @@ def _read_pytorch(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
     # Mapped, not read: a tensor is in memory when it is used. Files of before 2020 cannot be mapped.
     mapped = zipfile.is_zipfile(file)
     yield from torch.load(file, map_location="cpu", mmap=mapped, weights_only=True).items()
-
-
-def _name(number: int, count: int) -> str:
-    return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
 def _copy_rest(base: Path, out: Path) -> None:

@@ -11,7 +11,7 @@ _HELD_OUT_EVERY = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class CorpusSample:
     """Lines drawn from a corpus. Pieces are learnt from `learn`; `held_out`, a twentieth, measures them."""
 
     learn: list[str]
@@ -20,7 +20,7 @@ class Sample:
     characters_read: int
 
 
-def draw(texts: Iterable[str], *, characters: int, seed: int) -> Sample:
+def draw_sample(texts: Iterable[str], *, characters: int, seed: int) -> CorpusSample:
     """At most `characters` of the corpus, each line with the same chance; all of it when it is no larger.
 
     Every line gets a random key and the smallest keys stay, so memory is bounded by `characters` and the corpus's
@@ -41,7 +41,7 @@ def draw(texts: Iterable[str], *, characters: int, seed: int) -> Sample:
     in_order = [line for _, _, line in sorted(kept, key=lambda item: item[1])]
     held_out = in_order[_HELD_OUT_EVERY - 1 :: _HELD_OUT_EVERY]
     learn = [line for number, line in enumerate(in_order, 1) if number % _HELD_OUT_EVERY]
-    return Sample(learn, held_out or learn, held, read)
+    return CorpusSample(learn, held_out or learn, held, read)
 
 
 def lines(texts: Iterable[str]) -> Iterator[str]:

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from fireflyds.config import SizeBy
+from fireflyds.config import VocabSizeRule
 from fireflyds.tokenizer.base import Base
-from fireflyds.tokenizer.merge import Plan
+from fireflyds.tokenizer.merge import MergePlan
 from fireflyds.types import Encoder
 
 _POINTS = 12
@@ -40,7 +40,7 @@ def shares(encoder: Encoder, texts: Iterable[str]) -> np.ndarray:
     return counts / max(1, counts.sum())
 
 
-def savings(base: Base, plan: Plan, texts: Iterable[str]) -> dict[str, int]:
+def savings(base: Base, plan: MergePlan, texts: Iterable[str]) -> dict[str, int]:
     """Tokens that each step saves on the texts, by piece.
 
     A merge saves one token each time it is made: where its piece is a token in the end, and where it is a part of
@@ -57,12 +57,12 @@ def savings(base: Base, plan: Plan, texts: Iterable[str]) -> dict[str, int]:
     return {piece: made[piece] * each[piece] for piece in made}
 
 
-def by_saving(plan: Plan, saved: dict[str, int]) -> list[str]:
+def by_saving(plan: MergePlan, saved: dict[str, int]) -> list[str]:
     """The plan's pieces, the most useful first; of equals the one that stands first."""
     return sorted((step.piece for step in plan.steps), key=lambda piece: -saved[piece])
 
 
-def curve(base: Base, plan: Plan, order: Sequence[str], texts: Sequence[str]) -> list[Point]:
+def curve(base: Base, plan: MergePlan, order: Sequence[str], texts: Sequence[str]) -> list[Point]:
     """Vocabularies of growing size, made of the best pieces, on the texts."""
     sizes = sorted({round(len(order) * part / _POINTS) for part in range(_POINTS + 1)})
     points = []
@@ -79,9 +79,9 @@ def average_log_probability(counts: np.ndarray, num_texts: int) -> float:
     return float((used * np.log(used / used.sum())).sum() / max(num_texts, 1))
 
 
-def knee(points: Sequence[Point], by: SizeBy) -> Point:
+def knee(points: Sequence[Point], by: VocabSizeRule) -> Point:
     """The point farthest above the straight line between the curve's ends (Satopaa et al. 2011, "Kneedle")."""
-    gains = [point.alp if by is SizeBy.alp else -float(point.tokens) for point in points]
+    gains = [point.alp if by is VocabSizeRule.alp else -float(point.tokens) for point in points]
     width, height = points[-1].rows - points[0].rows, gains[-1] - gains[0]
     if width == 0 or math.isclose(height, 0):
         return points[-1]

@@ -7,8 +7,8 @@ from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 
 from fireflyds.errors import UserError
 from fireflyds.tokenizer.bpe import Bpe, Step
-from fireflyds.tokenizer.directory import TIES, check_supported, disagreement, read_proto, write_tokenizer
 from fireflyds.tokenizer.encoder import SentencePieceEncoder
+from fireflyds.tokenizer.hf_files import TIES, check_supported, disagreement, read_proto, write_tokenizer
 from fireflyds.tokenizer.settings import NAMED, added_tokens, content, settings_of
 
 _PIECE = sp_pb2.ModelProto.SentencePiece

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from fireflyds.directories import read_json
+from fireflyds.fs import read_json
 
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 # What belongs to the class that a file was written for.

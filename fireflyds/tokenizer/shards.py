@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from fireflyds.directories import plain_file_name, read_json
 from fireflyds.errors import UserError
+from fireflyds.fs import plain_file_name, read_json
 
 _NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3",
@@ -37,6 +37,10 @@ class Entry:
     dtype: torch.dtype
     make: Callable[[], torch.Tensor]
 
+    @property
+    def num_bytes(self) -> int:
+        return int(torch.Size(self.shape).numel() * self.dtype.itemsize)
+
 
 def save_streamed(file: Path, entries: dict[str, Entry]) -> None:
     """Write a safetensors file (https://github.com/huggingface/safetensors, section Format): the length of the header
@@ -52,7 +56,7 @@ def save_streamed(file: Path, entries: dict[str, Entry]) -> None:
             raise UserError(
                 f"{file.name}: {name} is {entry.dtype}, which safetensors cannot hold. Save the model in another format"
             )
-        size = torch.Size(entry.shape).numel() * entry.dtype.itemsize
+        size = entry.num_bytes
         header[name] = {"dtype": _NAMES[entry.dtype], "shape": entry.shape, "data_offsets": [end, end + size]}
         end += size
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -62,3 +66,29 @@ def save_streamed(file: Path, entries: dict[str, Entry]) -> None:
         for entry in entries.values():
             tensor = entry.make().contiguous()
             stream.write(tensor.flatten().view(torch.uint8).numpy().data)
+
+
+def save_sharded(folder: Path, entries: dict[str, Entry], max_bytes: int) -> None:
+    """`model.safetensors`, or where the tensors take more than `max_bytes` several files and their index, as transformers
+    names them."""
+    shards: list[dict[str, Entry]] = [{}]
+    size = total = 0
+    for name, entry in entries.items():
+        if shards[-1] and size + entry.num_bytes > max_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = entry
+        size += entry.num_bytes
+        total += entry.num_bytes
+    names = [shard_name(number, len(shards)) for number in range(1, len(shards) + 1)]
+    for file, shard in zip(names, shards, strict=True):
+        save_streamed(folder / file, shard)
+    if len(shards) > 1:
+        weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def shard_name(number: int, count: int) -> str:
+    """Of file `number` of `count`, counted from 1."""
+    return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"

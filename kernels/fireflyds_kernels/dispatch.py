@@ -30,7 +30,7 @@ class CannotRunError(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
-class Where:
+class DispatchKey:
     """What a choice depends on. `capability` is 90 for sm_90, 0 off CUDA; `head_dim` 0 where there is none."""
 
     device: str
@@ -53,7 +53,7 @@ class Implementation:
     name: str
     module: str
     function: str
-    refuses: Callable[[Where], str | None]
+    refuses: Callable[[DispatchKey], str | None]
 
     def load(self) -> Callable[..., Any]:
         found: Callable[..., Any] = getattr(importlib.import_module(self.module), self.function)
@@ -68,11 +68,11 @@ class Kernel:
         self.implementations = {each.name: each for each in implementations}
         _KERNELS[name] = self
 
-    def refusals(self, where: Where) -> dict[str, str | None]:
+    def refusals(self, where: DispatchKey) -> dict[str, str | None]:
         """Every implementation with why it cannot run, None for those that can."""
         return {name: each.refuses(where) for name, each in self.implementations.items()}
 
-    def choose(self, where: Where) -> str:
+    def choose(self, where: DispatchKey) -> str:
         """The name of the implementation that runs.
 
         Raises:
@@ -177,7 +177,7 @@ def _decide(
     alibi: bool,
     settings: tuple[str, ...],
 ) -> str:
-    name = _KERNELS[kernel].choose(Where(device.type, capability_of(device), dtype, head_dim, window, alibi))
+    name = _KERNELS[kernel].choose(DispatchKey(device.type, capability_of(device), dtype, head_dim, window, alibi))
     _loaded[f"{kernel}.{name}"] = _KERNELS[kernel].implementations[name].load()
     return f"{kernel}.{name}"
 
@@ -189,12 +189,12 @@ def select(
     return _loaded[_select(kernel, tensor.device, tensor.dtype, head_dim, window, alibi)]
 
 
-def needs(
+def requires(
     *, capability: int = 0, dtypes: tuple[torch.dtype, ...] = (), package: str = ""
-) -> Callable[[Where], str | None]:
+) -> Callable[[DispatchKey], str | None]:
     """A rule: a CUDA device of at least this capability, one of these number formats, a package that is installed."""
 
-    def refuses(where: Where) -> str | None:
+    def refuses(where: DispatchKey) -> str | None:
         if where.device != "cuda" or not where.capability:
             return "needs an NVIDIA GPU"
         if where.capability < capability:
@@ -208,11 +208,11 @@ def needs(
     return refuses
 
 
-def needs_triton(capability: int) -> Callable[[Where], str | None]:
+def requires_triton(capability: int) -> Callable[[DispatchKey], str | None]:
     """A rule: Triton, on a GPU of at least this capability or in its interpreter (`TRITON_INTERPRET=1`)."""
-    on_gpu = needs(capability=capability, dtypes=HALF_OR_SINGLE, package="triton")
+    on_gpu = requires(capability=capability, dtypes=HALF_OR_SINGLE, package="triton")
 
-    def refuses(where: Where) -> str | None:
+    def refuses(where: DispatchKey) -> str | None:
         if where.device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1" and installed("triton"):
             return None if where.dtype in HALF_OR_SINGLE else f"does not take {where.dtype}"
         return on_gpu(where)
@@ -224,7 +224,7 @@ HALF = (torch.float16, torch.bfloat16)
 HALF_OR_SINGLE = (*HALF, torch.float32)
 
 
-def able(where: Where) -> str | None:
+def always(where: DispatchKey) -> str | None:
     """The rule of an implementation that runs everywhere."""
     return None
 
@@ -235,13 +235,13 @@ def installed(package: str) -> bool:
     return find_spec(package) is not None
 
 
-def runnable(kernel: str, where: Where) -> list[str]:
+def runnable(kernel: str, where: DispatchKey) -> list[str]:
     """The implementations that run there, best first. Triton's interpreter, on the CPU, runs only when named."""
     skipped = "triton" if where.device == "cpu" else None
     return [name for name, why in _KERNELS[kernel].refusals(where).items() if why is None and name != skipped]
 
 
-def refusals(kernel: str, where: Where) -> dict[str, str | None]:
+def refusals(kernel: str, where: DispatchKey) -> dict[str, str | None]:
     """Every implementation with why it cannot run there, None for those that can."""
     return _KERNELS[kernel].refusals(where)
 
@@ -256,14 +256,14 @@ def describe() -> str:
         lines.append(name + (f" (sm_{capability})" if capability else ""))
         for kernel in _KERNELS.values():
             for dtype in HALF_OR_SINGLE:
-                where = Where(device.type, capability, dtype, 128 if kernel.name == "packed_attention" else 0)
+                where = DispatchKey(device.type, capability, dtype, 128 if kernel.name == "packed_attention" else 0)
                 chosen, why = _explain(kernel, where)
                 kind = str(dtype).removeprefix("torch.")
                 lines.append(f"  {kernel.name:<21}{kind:<9} {chosen:<13} {why}".rstrip())
     return "\n".join(lines)
 
 
-def _explain(kernel: Kernel, where: Where) -> tuple[str, str]:
+def _explain(kernel: Kernel, where: DispatchKey) -> tuple[str, str]:
     """What runs, and what is said of those that would be better."""
     try:
         chosen = kernel.choose(where)

@@ -296,7 +296,7 @@ def test_a_queue_that_does_not_answer_is_given_up(fake: Fake, monkeypatch: pytes
 
 def _job_of(verb: str, name: str, folder: Path, run_dir: Path | None) -> script.Job:
     config = "{hardware: {start_timeout_minutes: 10}, recovery: {heartbeat_seconds: 60}}"
-    return submission.plan(verb, name, folder, run_dir, config).job
+    return submission.plan_job(verb, name, folder, run_dir, config).job
 
 
 def _job(folder: Path, **keys) -> Path:
@@ -333,7 +333,7 @@ def test_the_script_puts_back_what_can_go_on(fake: Fake, code: int, put_back: in
 def test_a_code_that_was_left_is_told_when_slurm_has_forgotten_the_job(fake: Fake) -> None:
     path = _job(fake.work)
     _start(fake, path, 2, None)
-    record = submission.Record("cpt", "export", "7", str(fake.work), str(path), "a.log", 0)
+    record = submission.JobRecord("cpt", "export", "7", str(fake.work), str(path), "a.log", 0)
     states = {"7": JobState("gone")}
     assert report.status([record], states) == "cpt: job 7 gone; no longer known to Slurm; left with 2"
 
@@ -415,7 +415,7 @@ def test_times_are_read_as_slurm_reads_them(time: str, seconds: int) -> None:
     ],
 )
 def test_how_a_job_stands_is_told_in_words(state: JobState, expected: str) -> None:
-    record = submission.Record("export", "export", "7", "runs/a", "a.sh", "a.log", 0)
+    record = submission.JobRecord("export", "export", "7", "runs/a", "a.sh", "a.log", 0)
     assert report.status([record], {"7": state}) == f"export: job 7 {expected}"
 
 

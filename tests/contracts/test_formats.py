@@ -3,7 +3,7 @@
 import pytest
 
 from fireflyds import registry
-from fireflyds.data.sources import detect
+from fireflyds.data.read.sources import detect_format
 from fireflyds.types import Sample
 
 FORMATS = "fireflyds.data.formats"
@@ -16,7 +16,7 @@ def test_format_reads_its_own_example_and_is_detected_by_it(name: str) -> None:
     assert isinstance(sample, Sample)
     assert bool(sample.text) != bool(sample.messages)
     assert layout.matches(layout.EXAMPLE)
-    assert detect(layout.EXAMPLE) is layout
+    assert detect_format(layout.EXAMPLE) is layout
 
 
 @pytest.mark.parametrize("name", registry.names(FORMATS))

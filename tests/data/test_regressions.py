@@ -9,17 +9,17 @@ import zstandard
 
 from fireflyds import registry
 from fireflyds.config import CleanConfig, SourceConfig
-from fireflyds.data.clean import Cleaner, contamination
-from fireflyds.data.files import Record, Rejected, read_records
-from fireflyds.data.sources import read_source
-from fireflyds.data.store import PartWriter, token_dtype
+from fireflyds.data.clean.cleaner import Cleaner, contamination
+from fireflyds.data.read.files import RawRecord, RejectedRow, read_records
+from fireflyds.data.read.sources import read_source
+from fireflyds.data.store.store import PartWriter, token_dtype
 from fireflyds.errors import UserError
 from fireflyds.types import BOS, Example, Message, Sample
 
 
-def rows(file: Path) -> tuple[list[dict], list[Rejected]]:
+def rows(file: Path) -> tuple[list[dict], list[RejectedRow]]:
     items = list(read_records(file))
-    return [i.fields for i in items if isinstance(i, Record)], [i for i in items if isinstance(i, Rejected)]
+    return [i.fields for i in items if isinstance(i, RawRecord)], [i for i in items if isinstance(i, RejectedRow)]
 
 
 def test_a_stray_carriage_return_costs_one_row_of_a_table(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_what_is_no_text_is_set_aside_before_it_is_cleaned(tmp_path: Path, row: 
     file = tmp_path / "a.jsonl"
     file.write_text(row + "\n")
     (item,) = read_source(SourceConfig(path=str(file)))
-    assert isinstance(item, Rejected)
+    assert isinstance(item, RejectedRow)
     assert item.line == 1
 
 

@@ -6,12 +6,12 @@ import fireflyds_kernels
 import pytest
 import torch
 from fireflyds_kernels import CannotRunError, dispatch, force, swiglu
-from fireflyds_kernels.dispatch import Where
+from fireflyds_kernels.dispatch import DispatchKey
 
 PACKAGES = {"triton", "flash_attn", "flash_attn_interface", "bitsandbytes"}
 
 
-def _chosen(monkeypatch, kernel: str, where: Where, packages=frozenset({"triton", "bitsandbytes"})) -> str:
+def _chosen(monkeypatch, kernel: str, where: DispatchKey, packages=frozenset({"triton", "bitsandbytes"})) -> str:
     monkeypatch.setattr(dispatch, "installed", lambda name: name in packages)
     return dispatch._KERNELS[kernel].choose(where)
 
@@ -43,12 +43,12 @@ def _chosen(monkeypatch, kernel: str, where: Where, packages=frozenset({"triton"
     ],
 )
 def test_attention_on_every_generation(monkeypatch, capability, dtype, extras, packages, expected) -> None:
-    where = Where("cuda", capability, dtype, **({"head_dim": 128} | extras))
+    where = DispatchKey("cuda", capability, dtype, **({"head_dim": 128} | extras))
     assert _chosen(monkeypatch, "packed_attention", where, packages) == expected
 
 
 def test_the_cpu_takes_the_reference(monkeypatch) -> None:
-    where = Where("cpu", 0, torch.float32, 128)
+    where = DispatchKey("cpu", 0, torch.float32, 128)
     assert _chosen(monkeypatch, "packed_attention", where, PACKAGES) == "reference"
     assert _chosen(monkeypatch, "linear_cross_entropy", where) == "chunked"
     assert _chosen(monkeypatch, "rms_norm", where) == "reference"
@@ -56,18 +56,18 @@ def test_the_cpu_takes_the_reference(monkeypatch) -> None:
 
 @pytest.mark.parametrize("kernel", ["rms_norm", "rope", "swiglu", "linear_cross_entropy"])
 def test_elementwise_triton_runs_on_a_v100(monkeypatch, kernel) -> None:
-    assert _chosen(monkeypatch, kernel, Where("cuda", 70, torch.float16)) == "triton"
-    assert _chosen(monkeypatch, kernel, Where("cuda", 70, torch.float16), frozenset()) != "triton"
+    assert _chosen(monkeypatch, kernel, DispatchKey("cuda", 70, torch.float16)) == "triton"
+    assert _chosen(monkeypatch, kernel, DispatchKey("cuda", 70, torch.float16), frozenset()) != "triton"
 
 
 def test_a_matrix_product_in_triton_is_never_taken_below_sm_80(monkeypatch) -> None:
     monkeypatch.setenv(dispatch.VARIABLE, "packed_attention=triton")
     with pytest.raises(CannotRunError, match="needs sm_80"):
-        _chosen(monkeypatch, "packed_attention", Where("cuda", 75, torch.float16, 128))
+        _chosen(monkeypatch, "packed_attention", DispatchKey("cuda", 75, torch.float16, 128))
 
 
 def test_the_environment_and_the_context_force(monkeypatch) -> None:
-    where = Where("cpu", 0, torch.float32)
+    where = DispatchKey("cpu", 0, torch.float32)
     monkeypatch.setattr(dispatch, "installed", lambda name: True)
     monkeypatch.setenv(dispatch.VARIABLE, "linear_cross_entropy=reference")
     assert dispatch._KERNELS["linear_cross_entropy"].choose(where) == "reference"
@@ -115,7 +115,7 @@ def test_the_description_says_what_was_forced_and_what_cannot_be(monkeypatch) ->
 
 
 def test_forces_nest() -> None:
-    kernel, where = dispatch._KERNELS["linear_cross_entropy"], Where("cpu", 0, torch.float32)
+    kernel, where = dispatch._KERNELS["linear_cross_entropy"], DispatchKey("cpu", 0, torch.float32)
     with force("reference"), force("chunked"):
         with force("reference"):
             assert kernel.choose(where) == "reference"

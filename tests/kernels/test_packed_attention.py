@@ -269,7 +269,7 @@ def test_every_implementation_on_this_gpu(dtype, dim, options) -> None:
     if options.pop("alibi", False):
         options["alibi_slopes"] = torch.linspace(0.01, 0.5, 8, device="cuda")
     capability = dispatch.capability_of(torch.device("cuda"))
-    where = dispatch.Where("cuda", capability, dtype, dim, "window" in options, "alibi_slopes" in options)
+    where = dispatch.DispatchKey("cuda", capability, dtype, dim, "window" in options, "alibi_slopes" in options)
     able = dispatch.runnable("packed_attention", where)
     assert "bucketed" in able
     for implementation in able:

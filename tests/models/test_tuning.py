@@ -9,15 +9,18 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fireflyds import app, registry
-from fireflyds.config import ModelConfig, ModelInit, Precision, Rows, TuningConfig, TuningMethod
+from fireflyds.checkpoint import trainable_files
+from fireflyds.checkpoint import trainable_weights as trained
+from fireflyds.config import ModelConfig, ModelInit, Precision, TrainableRows, TuningConfig, TuningMethod
 from fireflyds.errors import UserError
-from fireflyds.models import load, trained, tuning
-from fireflyds.models.merge import merged_state_dict, set_magnitudes
+from fireflyds.export.merge import merged_state_dict
+from fireflyds.models import load, tuning
+from fireflyds.models.tuning import reset_dora_magnitudes
 
 LLAMA = registry.find("fireflyds.models.families", "llama").FAMILY
-FROZEN = {"embeddings": Rows.frozen, "head": Rows.frozen}
-ALL = {"embeddings": Rows.all, "head": Rows.all}
-NEW = {"embeddings": Rows.new_rows, "head": Rows.new_rows}
+FROZEN = {"embeddings": TrainableRows.frozen, "head": TrainableRows.frozen}
+ALL = {"embeddings": TrainableRows.all, "head": TrainableRows.all}
+NEW = {"embeddings": TrainableRows.new_rows, "head": TrainableRows.new_rows}
 LORA = {"method": TuningMethod.lora, "r": 4, "dropout": 0.0}
 
 
@@ -27,11 +30,13 @@ def base(tmp_path: Path) -> Path:
 
 
 def tuned(base: Path, config: TuningConfig, *, zero_stage: int = 2, precision: Precision = Precision.fp32):
-    quantization = tuning.quantization(config, precision, zero_stage)
+    quantization = tuning.quantization_config(config, precision, zero_stage)
     hf_config = AutoConfig.from_pretrained(base)
     model_config = ModelConfig(init=ModelInit.pretrained, path=str(base))
     loaded = load.load_model(model_config, hf_config, precision, 0, quantization)
-    return tuning.apply(loaded.model, loaded.family, config, load.base_vocab_size(model_config, hf_config), seed=0)
+    return tuning.apply_tuning(
+        loaded.model, loaded.family, config, load.base_vocab_size(model_config, hf_config), seed=0
+    )
 
 
 def train_a_little(model, steps: int = 3) -> None:
@@ -119,7 +124,7 @@ def test_new_rows_alone_train_as_they_do_among_all_rows(tmp_path: Path, tied: bo
 
 
 def test_counts_and_trained_tensors_in_float32(base: Path) -> None:
-    from fireflyds.engine.groups import count_parameters
+    from fireflyds.optim.param_groups import count_parameters
 
     model = tuned(base, TuningConfig(**METHODS["qlora"], **ALL))
     total, trainable = count_parameters(model)
@@ -157,17 +162,19 @@ def test_what_fits_nothing_is_named(base: Path) -> None:
 def test_a_tied_head_says_what_the_embeddings_say(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", tie_word_embeddings=True, base_vocab_size=40)
     with pytest.raises(UserError, match="so both must say the same"):
-        tuned(base, TuningConfig(**LORA, embeddings=Rows.all, head=Rows.frozen))
+        tuned(base, TuningConfig(**LORA, embeddings=TrainableRows.all, head=TrainableRows.frozen))
     wrong = ModelConfig(init=ModelInit.pretrained, path=str(base), base_vocab_size=50)
     with pytest.raises(UserError, match=r"model.base_vocab_size=50: the model's config.json says 40"):
         load.base_vocab_size(wrong, AutoConfig.from_pretrained(base))
 
 
-def _saved(model, folder: Path, about: dict | None = None) -> trained.Trained:
+def _saved(model, folder: Path, about: dict | None = None) -> trained.TrainableWeights:
     live = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    found = trained.collect(model, live, tuning.described(model), about or {"base": "b"})
-    trained.save(found, folder)
-    trained.verify(folder, trained.trainable_shapes(model), updated=True)
+    found = trained.collect_trainable_weights(model, live, tuning.adapter_config_of(model), about or {"base": "b"})
+    trainable_files.save_trainable_weights(found, folder)
+    trainable_files.verify_saved_weights(
+        folder, trainable_files.stored_tensors(folder), trained.trainable_shapes(model), updated=True
+    )
     return found
 
 
@@ -179,14 +186,16 @@ def test_what_was_learnt_comes_back_through_the_one_door(tmp_path: Path, method:
     train_a_little(model)
     _saved(model, tmp_path / "learnt")
     again = tuned(base, config)
-    trained.restore(again, trained.load(tmp_path / "learnt"), "here", must_cover=True)
+    trained.load_into_model(again, trainable_files.load_trainable_weights(tmp_path / "learnt"), "here", must_cover=True)
     ids = torch.randint(0, 60, (1, 11))
     assert torch.equal(again(ids).logits, model(ids).logits)
     # Rows learnt alone find their place in a model that trains all rows, or none.
     if method != "qlora":
         for rows in (ALL, FROZEN):
             other = tuned(base, TuningConfig(**METHODS[method], **rows))
-            trained.restore(other, trained.load(tmp_path / "learnt"), "here", must_cover=False)
+            trained.load_into_model(
+                other, trainable_files.load_trainable_weights(tmp_path / "learnt"), "here", must_cover=False
+            )
             assert torch.equal(other(ids).logits, model(ids).logits)
 
 
@@ -204,47 +213,61 @@ def test_a_save_that_lost_something_is_not_taken_for_whole(base: Path, tmp_path:
     model = tuned(base, TuningConfig(**METHODS["lora"], **ALL))
     shapes = trained.trainable_shapes(model)
     live = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    untrained = trained.collect(model, live, tuning.described(model), {})
-    trained.save(untrained, tmp_path / "a")
-    trained.verify(tmp_path / "a", shapes, updated=False)
+    untrained = trained.collect_trainable_weights(model, live, tuning.adapter_config_of(model), {})
+    trainable_files.save_trainable_weights(untrained, tmp_path / "a")
+    trainable_files.verify_saved_weights(
+        tmp_path / "a", trainable_files.stored_tensors(tmp_path / "a"), shapes, updated=False
+    )
     with pytest.raises(UserError, match="saved as zeros only, so training did not reach it"):
-        trained.verify(tmp_path / "a", shapes, updated=True)
-    trained.save(trained.Trained(untrained.adapters), tmp_path / "b")
+        trainable_files.verify_saved_weights(
+            tmp_path / "a", trainable_files.stored_tensors(tmp_path / "a"), shapes, updated=True
+        )
+    trainable_files.save_trainable_weights(trained.TrainableWeights(untrained.adapters), tmp_path / "b")
     with pytest.raises(UserError, match=r"2 of 30 trained tensors were not saved whole.*missing"):
-        trained.verify(tmp_path / "b", shapes, updated=False)
-    untrained.weights["lm_head.weight"] = torch.zeros(60, 64)
-    trained.save(untrained, tmp_path / "c")
+        trainable_files.verify_saved_weights(
+            tmp_path / "b", trainable_files.stored_tensors(tmp_path / "b"), shapes, updated=False
+        )
+    untrained.weights = {**untrained.weights, "lm_head.weight": torch.zeros(60, 64)}
+    trainable_files.save_trainable_weights(untrained, tmp_path / "c")
     with pytest.raises(UserError, match=r"lm_head.weight was saved as zeros only"):
-        trained.verify(tmp_path / "c", shapes, updated=False)
-    untrained.weights["lm_head.weight"] = torch.ones(0, 64)  # what an unsharded save under ZeRO-3 would hold
-    trained.save(untrained, tmp_path / "d")
+        trainable_files.verify_saved_weights(
+            tmp_path / "c", trainable_files.stored_tensors(tmp_path / "c"), shapes, updated=False
+        )
+    # What an unsharded save under ZeRO-3 would hold.
+    untrained.weights = {**untrained.weights, "lm_head.weight": torch.ones(0, 64)}
+    trainable_files.save_trainable_weights(untrained, tmp_path / "d")
     with pytest.raises(UserError, match=r"1 of 30 trained tensors .*\(0, 64\), trained \(60, 64\)"):
-        trained.verify(tmp_path / "d", shapes, updated=False)
+        trainable_files.verify_saved_weights(
+            tmp_path / "d", trainable_files.stored_tensors(tmp_path / "d"), shapes, updated=False
+        )
 
 
 def test_restoring_what_does_not_belong_is_refused(base: Path, tmp_path: Path) -> None:
     model = tuned(base, TuningConfig(**METHODS["lora"], **ALL))
     whole = _saved_untrained(model)
     name = next(iter(whole.adapters))
-    less = trained.Trained({key: value for key, value in whole.adapters.items() if key != name}, whole.weights)
+    less = trained.TrainableWeights({key: value for key, value in whole.adapters.items() if key != name}, whole.weights)
     with pytest.raises(UserError, match=r"lacks 1 trained tensors"):
-        trained.restore(model, less, "step-1", must_cover=True)
+        trained.load_into_model(model, less, "step-1", must_cover=True)
     with pytest.raises(UserError, match="Its base changed since"):
-        trained.restore(
-            model, trained.Trained(whole.adapters | {name: torch.zeros(1, 1)}, whole.weights), "s", must_cover=True
+        trained.load_into_model(
+            model,
+            trained.TrainableWeights({**whole.adapters, name: torch.zeros(1, 1)}, whole.weights),
+            "s",
+            must_cover=True,
         )
     plain = tuned(base, TuningConfig(method=TuningMethod.full, **ALL))
     with pytest.raises(UserError, match=r"has no place in this model.*launch/export.py"):
-        trained.restore(plain, whole, "s", must_cover=False)
+        trained.load_into_model(plain, whole, "s", must_cover=False)
     quantised = tuned(base, TuningConfig(**METHODS["qlora"], **FROZEN))
-    body = trained.Trained(weights={"model.layers.0.mlp.up_proj.weight": torch.zeros(128, 64)})
+    body = trained.TrainableWeights(weights={"model.layers.0.mlp.up_proj.weight": torch.zeros(128, 64)})
     with pytest.raises(UserError, match="is quantised here. Export that run"):
-        trained.restore(quantised, body, "s", must_cover=False)
+        trained.load_into_model(quantised, body, "s", must_cover=False)
 
 
-def _saved_untrained(model) -> trained.Trained:
+def _saved_untrained(model) -> trained.TrainableWeights:
     live = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    return trained.collect(model, live, tuning.described(model), {})
+    return trained.collect_trainable_weights(model, live, tuning.adapter_config_of(model), {})
 
 
 def test_an_expanded_base_is_quantised_with_its_rows_in_sixteen_bit(tmp_path: Path) -> None:
@@ -274,8 +297,8 @@ def test_unknown_family_and_wrong_tokenizer_are_refused(base: Path, encoder) -> 
 
 def test_a_later_stage_lies_over_an_earlier_one() -> None:
     whole, rows = torch.arange(12.0).reshape(6, 2), -torch.ones(2, 2)
-    earlier = trained.Trained({"a": torch.ones(1)}, {"e.weight": whole, "n": torch.zeros(3)})
-    later = trained.Trained({"a": torch.zeros(1)}, {"e.weight": rows}, {"e.weight": 4})
+    earlier = trained.TrainableWeights({"a": torch.ones(1)}, {"e.weight": whole, "n": torch.zeros(3)})
+    later = trained.TrainableWeights({"a": torch.zeros(1)}, {"e.weight": rows}, {"e.weight": 4})
     both = later.over(earlier)
     assert torch.equal(both.weights["e.weight"], torch.cat([whole[:4], rows]))
     assert both.first_rows == {}
@@ -284,18 +307,20 @@ def test_a_later_stage_lies_over_an_earlier_one() -> None:
     again = earlier.over(later)
     assert torch.equal(again.weights["e.weight"], whole)
     assert again.first_rows == {}
-    assert later.over(trained.Trained(weights={"n": torch.ones(1)})).first_rows == {"e.weight": 4}
+    assert later.over(trained.TrainableWeights(weights={"n": torch.ones(1)})).first_rows == {"e.weight": 4}
 
 
 def test_a_tied_model_that_trained_whole_is_a_start_for_adapters(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", tie_word_embeddings=True, base_vocab_size=40)
     full = tuned(base, TuningConfig(method=TuningMethod.full, **ALL))
     train_a_little(full)
-    found = trained.Trained(weights=full.state_dict())
-    trained.save(found, tmp_path / "start")
-    assert len(trained.load(tmp_path / "start").weights) == len(found.weights) - 1
+    found = trained.TrainableWeights(weights=full.state_dict())
+    trainable_files.save_trainable_weights(found, tmp_path / "start")
+    assert len(trainable_files.load_trainable_weights(tmp_path / "start").weights) == len(found.weights) - 1
     model = tuned(base, TuningConfig(**METHODS["lora"], **NEW))
-    trained.restore(model, trained.load(tmp_path / "start"), "start", must_cover=False)
+    trained.load_into_model(
+        model, trainable_files.load_trainable_weights(tmp_path / "start"), "start", must_cover=False
+    )
     ids = torch.randint(0, 60, (1, 11))
     torch.testing.assert_close(model(ids).logits, full(ids).logits)
 
@@ -304,13 +329,13 @@ def test_dora_on_a_body_that_an_earlier_stage_trained_starts_as_that_body(base: 
     full = tuned(base, TuningConfig(method=TuningMethod.full, **ALL))
     train_a_little(full)
     model = tuned(base, TuningConfig(**METHODS["dora"], **FROZEN))
-    trained.restore(model, trained.Trained(weights=dict(full.state_dict())), "start", must_cover=False)
+    trained.load_into_model(model, trained.TrainableWeights(weights=dict(full.state_dict())), "start", must_cover=False)
     ids = torch.randint(0, 60, (1, 11))
     assert (model(ids).logits - full(ids).logits).abs().max() > 1e-4
     learnt = {name.removesuffix(".default.weight") for name, _ in model.named_parameters() if "magnitude" in name}
-    set_magnitudes(model, but=learnt)
+    reset_dora_magnitudes(model, but=learnt)
     assert (model(ids).logits - full(ids).logits).abs().max() > 1e-4
-    set_magnitudes(model, but=())
+    reset_dora_magnitudes(model, but=())
     torch.testing.assert_close(model(ids).logits, full(ids).logits)
 
 

@@ -16,8 +16,8 @@ import pytest
 from samples import ENGLISH
 from wandb_file import finished, history, records
 
-from fireflyds.engine import fragments
-from fireflyds.engine.ranks import free_port
+from fireflyds.checkpoint import shard_files as fragments
+from fireflyds.distributed.launcher_env import free_port
 
 ROOT = Path(__file__).parents[2]
 STEPS = 60
@@ -114,7 +114,7 @@ def ranks_of(process: subprocess.Popen[bytes]) -> list[int]:
 def damaged(tmp_path: Path) -> list[str]:
     """Checkpoints that bear their name and are not whole."""
     folder = tmp_path / "runs" / "killed" / "checkpoints"
-    return [wrong for path in folder.glob("step-*") if (wrong := fragments.damage(path))]
+    return [wrong for path in folder.glob("step-*") if (wrong := fragments.find_corruption(path))]
 
 
 @pytest.mark.chaos

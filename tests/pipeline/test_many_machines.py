@@ -158,7 +158,7 @@ def test_hosts_that_differ_or_do_not_come_are_told_apart(hosts: Hosts, between: 
     assert codes == [2, 2, 2, 2, 1, 1, 1], said
     for rank in "01":
         assert (
-            "error: rank 1 on host-b has another code than rank 0 on host-a: fireflyds/engine/loop.py. Bring"
+            "error: rank 1 on host-b has another code than rank 0 on host-a: fireflyds/train/loop.py. Bring"
             in said[f"code-{rank}"]
         )
         found = (

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from samples import CHINESE, ENGLISH
 
-from fireflyds.data import parts
-from fireflyds.data.store import TokenStore
+from fireflyds.data.store import parts
+from fireflyds.data.store.store import TokenStore
 
 ROOT = Path(__file__).parents[2]
 

@@ -101,8 +101,8 @@ def test_starting_from_what_does_not_fit_is_refused(verb, expanded: int, tmp_pat
         assert message in done.stderr
         assert "Traceback" not in done.stderr
         shutil.rmtree(tmp_path / "runs" / "next", ignore_errors=True)
-    learnt = next((tmp_path / "runs" / "lora" / "checkpoints").glob("step-*")) / "learnt"
-    about = json.loads((learnt / "trained.json").read_text())
+    learnt = next((tmp_path / "runs" / "lora" / "checkpoints").glob("step-*")) / "trainable"
+    about = json.loads((learnt / "trainable.json").read_text())
     assert about["vocab_size"] > expanded
     assert len(about["base"]) == len(about["tokenizer"]) == 64
 
@@ -134,15 +134,15 @@ def test_the_plan_of_published_recipes_counts_what_was_published(
     experiment: str, options: list[str], trainable: int, total: int
 ) -> None:
     from fireflyds import app
-    from fireflyds.engine import groups
     from fireflyds.models import load, tuning
+    from fireflyds.optim import param_groups as groups
 
     config = app.compose("plan", [f"experiment={experiment}", *options])
     hf_config = load.architecture_of(config.model)
     family, rows = load.family_of(hf_config.model_type), load.base_vocab_size(config.model, hf_config)
-    model = tuning.apply(load.bare_model(hf_config), family, config.tuning, rows, 0)
+    model = tuning.apply_tuning(load.bare_model(hf_config), family, config.tuning, rows, 0)
     assert groups.count_parameters(model) == (total, trainable)
-    table = groups.rows_of_table(model, config, config.hardware.precision)
+    table = groups.summarize_groups(model, config, config.hardware.precision)
     assert sum(row.parameters for row in table) == total
     assert sum(row.parameters for row in table[:-1]) == trainable
 

@@ -8,14 +8,14 @@ import pytest
 import sentencepiece
 
 from fireflyds.config import CleanConfig, DataConfig, PrepareConfig, SourceConfig
-from fireflyds.data.build import finish, make_parts, provenance
-from fireflyds.data.clean import contamination
-from fireflyds.data.loader import PackedLoader
-from fireflyds.data.mix import RowSequence
-from fireflyds.data.parts import plan_tasks
-from fireflyds.data.show import table
-from fireflyds.data.sources import read_texts
-from fireflyds.data.store import TokenStore
+from fireflyds.data.clean.cleaner import contamination
+from fireflyds.data.pack.loader import PackedLoader
+from fireflyds.data.pack.mixture import PackedRowSampler
+from fireflyds.data.read.sources import read_texts
+from fireflyds.data.show import format_manifest
+from fireflyds.data.store.build import finish_store, make_parts, store_provenance
+from fireflyds.data.store.parts import plan_tasks
+from fireflyds.data.store.store import TokenStore
 from fireflyds.tokenizer.encoder import load_encoder
 
 pytestmark = pytest.mark.data
@@ -41,10 +41,10 @@ def store(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> TokenS
     )
     encoder = load_encoder(model)
     tasks = plan_tasks(config, encoder.fingerprint())
-    made_from = provenance(config, encoder.fingerprint(), tasks)
+    made_from = store_provenance(config, encoder.fingerprint(), tasks)
     infos = make_parts(config, tasks, functools.partial(load_encoder, model), out / "parts", out / "none")
-    manifest = finish(config, tasks, infos, encoder, out, made_from)
-    print("\n" + table(manifest))
+    manifest = finish_store(config, tasks, infos, encoder, out, made_from)
+    print("\n" + format_manifest(manifest))
     return TokenStore(out)
 
 
@@ -67,17 +67,17 @@ def test_ids_are_those_of_sentencepiece(store: TokenStore, data_folder: Path) ->
 
 
 def test_the_mixture_is_kept_over_any_thousand_rows(store: TokenStore) -> None:
-    rows = RowSequence(store, 1024, 0, DataConfig())
+    rows = PackedRowSampler(store, 1024, 0, DataConfig())
     for first in (0, 2500):
         tokens = np.zeros(len(rows.pools))
         for number in range(first, first + 1000):
-            tokens[rows.locate(number)[0]] += sum(length for _, _, length in rows.row(number))
+            tokens[rows.locate(number)[0]] += int(rows.row(number).lengths.sum())
         shares = tokens / tokens.sum()
         assert np.abs(shares - np.array(list(WEIGHTS.values()))).max() < 0.005
 
 
 def test_every_batch_learns(store: TokenStore) -> None:
-    loader = PackedLoader(store, RowSequence(store, 1024, 0, DataConfig()), 4, 8, 0, 1)
+    loader = PackedLoader(store, PackedRowSampler(store, 1024, 0, DataConfig()), 4, 8, 0, 1)
     for number in range(100):
         for batch in loader.step(number):
             assert batch.num_learned > 0

@@ -10,15 +10,15 @@ import pytest
 from transformers import AutoTokenizer
 
 from fireflyds.config import ExpandConfig
-from fireflyds.data.sources import read_texts
+from fireflyds.data.read.sources import read_texts
 from fireflyds.tokenizer.base import Base, load_base
-from fireflyds.tokenizer.directory import write_byte_level
 from fireflyds.tokenizer.encoder import load_encoder
 from fireflyds.tokenizer.expansion import Expansion, plan_expansion
+from fireflyds.tokenizer.hf_files import write_byte_level
 from fireflyds.tokenizer.learn import learn_byte_level
 from fireflyds.tokenizer.merge import unreachable
 from fireflyds.tokenizer.pieces import read_pieces
-from fireflyds.tokenizer.sample import draw
+from fireflyds.tokenizer.sample import draw_sample
 from fireflyds.tokenizer.scripts import Scripts
 from fireflyds.types import Encoder
 
@@ -79,7 +79,7 @@ def byte_level(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 def learnt(base: Base, texts: list[str]) -> Expansion:
     config = ExpandConfig(base="base", corpus="zh.txt", out="out", num_pieces=12_000)
-    return plan_expansion(config, base, SCRIPTS, [], draw(texts, characters=config.sample_characters, seed=42))
+    return plan_expansion(config, base, SCRIPTS, [], draw_sample(texts, characters=config.sample_characters, seed=42))
 
 
 @pytest.fixture(scope="module", params=["llama2", "byte_level"])

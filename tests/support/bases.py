@@ -6,7 +6,7 @@ from pathlib import Path
 from samples import ENGLISH
 from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 
-from fireflyds.tokenizer.directory import write_byte_level, write_tokenizer
+from fireflyds.tokenizer.hf_files import write_byte_level, write_tokenizer
 from fireflyds.tokenizer.learn import learn_bpe, learn_byte_level
 
 # Llama-3's pre-tokenizer keeps a run of letters together with one other character before it.

@@ -60,7 +60,11 @@ def compiled(kernel: Any, dtype: torch.dtype, capability: int, constants: dict[s
 
 def attention_kernels(capability: int, head_dim: int, dtype: torch.dtype) -> dict[str, dict[str, int]]:
     found = {}
-    kernels = {"forward": attention.forward_kernel, "keys": attention.keys_kernel, "queries": attention.queries_kernel}
+    kernels = {
+        "forward": attention.forward_kernel,
+        "keys": attention.bwd_dkdv_kernel,
+        "queries": attention.bwd_dq_kernel,
+    }
     for name, kernel in kernels.items():
         for window, alibi in ((None, False), (64, True)):
             constants = attention.constants(4, 1, head_dim, dtype, True, window, alibi)
@@ -77,7 +81,7 @@ def elementwise_kernels(capability: int, dtype: torch.dtype) -> dict[str, dict[s
         "rope": compiled(rotation.rope_kernel, dtype, capability, rotation.constants(32, 8, 128, 128)),
         "swiglu": compiled(gate.forward_kernel, dtype, capability, dict(gate.LAUNCH)),
         "swiglu backward": compiled(gate.backward_kernel, dtype, capability, dict(gate.LAUNCH)),
-        "loss": compiled(loss.slopes_kernel, dtype, capability, {"BIAS": False, "SCALE": True, "SLOPES": True} | loss.LAUNCH),
+        "loss": compiled(loss.dlogits_kernel, dtype, capability, {"BIAS": False, "SCALE": True, "SLOPES": True} | loss.LAUNCH),
     }  # fmt: skip
 
 

@@ -1,15 +1,17 @@
 """A plan as `launch/plan.py` makes it, of an architecture without weights or data."""
 
 from fireflyds.config import PlanConfig
-from fireflyds.engine.planning import plan
-from fireflyds.engine.planning.flops import step_flops
-from fireflyds.engine.planning.shape import shape_of
+from fireflyds.metrics.flops import step_flops
 from fireflyds.models import load, tuning
+from fireflyds.planner import report as plan
+from fireflyds.planner.model_shape import model_shape
 
 
-def plan_of(config: PlanConfig) -> plan.Plan:
+def plan_of(config: PlanConfig) -> plan.TrainingPlan:
     hf_config = load.architecture_of(config.model)
     family, rows = load.family_of(hf_config.model_type), load.base_vocab_size(config.model, hf_config)
-    model = tuning.apply(load.bare_model(hf_config), family, config.tuning, rows, 0)
-    precision = plan.precision_of(config)
-    return plan.make(config, shape_of(model, config), step_flops(model), precision, plan.data_of(config, None))
+    model = tuning.apply_tuning(load.bare_model(hf_config), family, config.tuning, rows, 0)
+    precision = plan.cluster_precision(config)
+    return plan.make_plan(
+        config, model_shape(model, config), step_flops(model), precision, plan.summarize_data(config, None)
+    )

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from fireflyds.config import DataConfig, PrepareConfig, SourceConfig
-from fireflyds.data.build import finish
-from fireflyds.data.files import Part
-from fireflyds.data.parts import Task
-from fireflyds.data.store import PartWriter, TokenStore, token_dtype
+from fireflyds.data.read.files import FilePart
+from fireflyds.data.store.build import finish_store
+from fireflyds.data.store.parts import EncodeTask
+from fireflyds.data.store.store import PartWriter, TokenStore, token_dtype
 from fireflyds.types import Example
 
 
@@ -33,7 +33,7 @@ def write_store(
             writer.add(example)
         info = {"key": f"part{number}", "counts": writer.counts(), "dropped": {}, "formats": {}, "rejected": []}
         writer.close(info)
-        tasks.append(Task(number, Part("x"), 0, f"part{number}"))
+        tasks.append(EncodeTask(number, FilePart("x"), 0, f"part{number}"))
         infos.append(info)
-    finish(config, tasks, infos, Letters(vocab_size), folder, {"tokenizer": tokenizer})
+    finish_store(config, tasks, infos, Letters(vocab_size), folder, {"tokenizer": tokenizer})
     return TokenStore(folder)

@@ -9,25 +9,32 @@ import json
 import os
 import sys
 from dataclasses import replace
-from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from fireflyds import app
+from fireflyds.checkpoint import init_from as learnt
+from fireflyds.checkpoint import manager as checkpoint
+from fireflyds.checkpoint.restore import restore_latest
+from fireflyds.checkpoint.storage import LocalStorage
 from fireflyds.config import TrainConfig
-from fireflyds.engine import checkpoint, deepspeed, learnt, optimizers, ranks, stretches
-from fireflyds.engine.groups import parameter_groups
-from fireflyds.engine.loop import train_steps
-from fireflyds.engine.packed import packed_model
-from fireflyds.engine.planning.flops import step_flops
-from fireflyds.engine.statistics import Measured
+from fireflyds.distributed import collectives
+from fireflyds.distributed import launcher_env as ranks
 from fireflyds.errors import UserError
+from fireflyds.metrics.accumulator import MetricsContext
+from fireflyds.metrics.flops import step_flops
 from fireflyds.models import load, tuning
-from fireflyds.models.fuse import device_batch
 from fireflyds.models.precision import resolve_precision
-from fireflyds.types import IGNORE_INDEX, PackedBatch, TrainState
+from fireflyds.optim import optimizers
+from fireflyds.optim.param_groups import parameter_groups
+from fireflyds.train.loop import train_steps
+from fireflyds.train.objectives import load_objective
+from fireflyds.train.trainer import build_model
+from fireflyds.types import PackedBatch, TrainState
+from fireflyds.zero import engine as deepspeed
+from fireflyds.zero import partitions
 
 ROWS, LENGTHS = 4, (20, 1, 11)
 DOMAINS = ["zh", "en", "code"]
@@ -36,7 +43,7 @@ DOMAINS = ["zh", "en", "code"]
 class Batches:
     """The same rows for any number of ranks and micro-batches: documents that repeat, so that they can be learnt."""
 
-    def __init__(self, vocab_size: int, rows: int, micro_batch_size: int, me: ranks.Ranks) -> None:
+    def __init__(self, vocab_size: int, rows: int, micro_batch_size: int, me: ranks.RankInfo) -> None:
         self._vocab_size, self._rows = vocab_size, rows
         own = range(me.rank * micro_batch_size, rows, me.world_size * micro_batch_size)
         self._mine = [range(first, first + micro_batch_size) for first in own]
@@ -53,20 +60,11 @@ class Batches:
         for seed in seeds:
             generator = torch.Generator().manual_seed(seed)
             documents += [torch.randint(0, self._vocab_size, (length,), generator=generator) for length in LENGTHS]
-        end = torch.tensor([IGNORE_INDEX])
-        bounds = torch.tensor([0, *accumulate(len(ids) for ids in documents)], dtype=torch.int32)
-        return PackedBatch(
-            input_ids=torch.cat(documents)[None],
-            labels=torch.cat([torch.cat([ids[1:], end]) for ids in documents])[None],
-            position_ids=torch.cat([torch.arange(len(ids)) for ids in documents])[None],
-            cu_seqlens=bounds,
-            max_seqlen=max(LENGTHS),
-            domains=torch.tensor([domain for seed in seeds for domain in (0, 1, seed % 2)]),
-            num_learned=29 * len(seeds),
-        )
+        domains = [domain for seed in seeds for domain in (0, 1, seed % 2)]
+        return PackedBatch.from_documents([ids.tolist() for ids in documents], domains)
 
 
-def run_case(case: dict, me: ranks.Ranks) -> dict:
+def run_case(case: dict, me: ranks.RankInfo) -> dict:
     """A case that is refused anywhere gives its message as `error`."""
     try:
         return _train(case, me)
@@ -74,7 +72,7 @@ def run_case(case: dict, me: ranks.Ranks) -> dict:
         return {"error": str(error)}
 
 
-def _train(case: dict, me: ranks.Ranks) -> dict:
+def _train(case: dict, me: ranks.RankInfo) -> dict:
     rows = case.get("rows", ROWS)
     config: TrainConfig = app.compose(
         "train",
@@ -89,16 +87,17 @@ def _train(case: dict, me: ranks.Ranks) -> dict:
         ],
     )
     precision = resolve_precision(config.hardware)
-    optimizers.check(config, precision)
+    optimizers.check_optimizer(config, precision)
     hf_config = load.architecture_of(config.model)
-    model = packed_model(config, hf_config, precision)
+    model = build_model(config, hf_config, precision)
+    objective = load_objective(config.objective)
     names = [group.name for group in parameter_groups(model, config)]
     widths = np.full(hf_config.vocab_size, 3, np.int32)
-    measured = Measured(DOMAINS, widths, names, rows * 32, step_flops(model), 1e12)
+    measured = MetricsContext(DOMAINS, widths, names, rows * 32, step_flops(model), 1e12)
     engine = deepspeed.build_engine(model, config, precision, config.accumulation_steps(me.world_size))
     state = TrainState()
     if case.get("resume"):
-        state = checkpoint.load(engine, Path(case["resume"]), print)
+        state = restore_latest(engine, LocalStorage(Path(case["resume"])), print)
     kinds = ("losses", "scales", "skipped", "norms", "lrs", "parameters", "extra")
     found = {kind: [] for kind in kinds} | {"error": None}
 
@@ -121,7 +120,7 @@ def _train(case: dict, me: ranks.Ranks) -> dict:
         hidden.register_forward_hook(lambda module, inputs, output: output.register_hook(spoil_gradient) and None)
     end, batches = state.step + case["steps"], Batches(hf_config.vocab_size, rows, config.micro_batch_size, me)
     try:
-        for step in train_steps(engine, batches, state, config, end, device_batch, measured):
+        for step in train_steps(engine, objective, batches, state, config, end, measured):
             found["losses"].append(step.loss)
             found["extra"].append(step.extra)
             found["scales"].append(step.extra.get("loss_scale"))
@@ -140,27 +139,27 @@ def _train(case: dict, me: ranks.Ranks) -> dict:
     )
     if "run_dir" in case and found["error"] is None:
         about = {"base": "b", "tokenizer": "t", "vocab_size": hf_config.vocab_size}
-        keeper = learnt.Keeper(model, replace(config), tuning.described(model), about)
-        with checkpoint.Saver(engine, Path(case["run_dir"]), config.checkpoint, keeper) as saver:
-            saver.begin(state, step)
+        keeper = learnt.TrainableWeightsWriter(model, replace(config), tuning.adapter_config_of(model), about)
+        with checkpoint.CheckpointManager(engine, Path(case["run_dir"]), config.checkpoint, keeper) as manager:
+            manager.save(state, step)
     return found
 
 
 def _checksum(engine) -> float:
     """Of what this rank holds of the trained weights."""
-    return sum(float(stretch.master.double().abs().sum()) for _, stretch in stretches.owned(engine))
+    return sum(float(partition.master.double().abs().sum()) for _, partition in partitions.owned_partitions(engine))
 
 
 def main(cases: Path, out: Path) -> None:
     """Writes a line for every case as soon as it is done."""
-    me = ranks.discover(os.environ)
-    deepspeed.start(me, 5)
+    me = ranks.rank_from_environment(os.environ)
+    deepspeed.init_distributed(me, 5)
     for name, case in json.loads(cases.read_text()).items():
         result = run_case(case, me) | {"case": name}
         if me.rank == 0:
             with out.open("a") as stream:
                 stream.write(json.dumps(result) + "\n")
-    deepspeed.end(0)
+    collectives.exit_process(0)
 
 
 if __name__ == "__main__":

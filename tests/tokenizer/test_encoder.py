@@ -12,8 +12,8 @@ from transformers import AutoTokenizer
 
 from fireflyds.data.encode import encode_document
 from fireflyds.errors import UserError
-from fireflyds.tokenizer.directory import copy_tokenizer
 from fireflyds.tokenizer.encoder import FastEncoder, SentencePieceEncoder, load_encoder
+from fireflyds.tokenizer.hf_files import copy_tokenizer
 
 
 @pytest.fixture

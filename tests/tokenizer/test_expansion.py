@@ -7,12 +7,12 @@ import pytest
 from bases import KINDS
 from samples import CHINESE
 
-from fireflyds.config import ExpandConfig, SizeBy
+from fireflyds.config import ExpandConfig, VocabSizeRule
 from fireflyds.errors import UserError
 from fireflyds.tokenizer.base import Base, load_base
 from fireflyds.tokenizer.expansion import Expansion, plan_expansion
 from fireflyds.tokenizer.merge import unreachable
-from fireflyds.tokenizer.sample import draw
+from fireflyds.tokenizer.sample import draw_sample
 from fireflyds.tokenizer.scripts import Scripts
 
 SCRIPTS = Scripts(["Han", "CJK_Punctuation"])
@@ -28,7 +28,7 @@ def expansion(base: Base, *, given: list[str] | None = None, corpus: bool = True
     wanted = {"corpus": "zh.txt"} if corpus else {}
     wanted |= {"pieces": "list.txt"} if given else {"num_pieces": 70, "min_count": 1}
     config = ExpandConfig(base="base", out="out", **(wanted | {"vocab_multiple": 1} | options))
-    sample = draw(CHINESE, characters=config.sample_characters, seed=1) if corpus else None
+    sample = draw_sample(CHINESE, characters=config.sample_characters, seed=1) if corpus else None
     found = plan_expansion(config, base, SCRIPTS, given or [], sample)
     assert unreachable(base, found.plan, base.encoder(found.plan.steps)) == []
     return found
@@ -41,8 +41,8 @@ def test_a_fixed_size_is_kept_and_a_multiple_is_reached_from_below(base: Base) -
     assert 0 <= base.num_tokens + 70 - size < 32
 
 
-@pytest.mark.parametrize("by", [SizeBy.knee, SizeBy.alp])
-def test_the_curve_chooses_the_size(base: Base, by: SizeBy) -> None:
+@pytest.mark.parametrize("by", [VocabSizeRule.knee, VocabSizeRule.alp])
+def test_the_curve_chooses_the_size(base: Base, by: VocabSizeRule) -> None:
     found = expansion(base, size=by)
     assert len(found.plan.steps) == found.knees[by.name] == len(found.saved) < 70
     points = {point.rows: point.tokens for point in found.points}
@@ -102,7 +102,7 @@ def test_uncured_pieces_are_appended_as_they_are(tmp_path: Path) -> None:
         ({}, "give either pieces="),
         ({"num_pieces": 5}, "needs text to learn from"),
         ({"num_pieces": 5, "corpus": "c", "cure": False}, "cure=false appends given pieces"),
-        ({"pieces": "a", "size": SizeBy.knee}, "read from a curve on text"),
+        ({"pieces": "a", "size": VocabSizeRule.knee}, "read from a curve on text"),
         ({"pieces": "a", "other": "b"}, "only with report=only"),
         ({"pieces": "a", "out": ""}, "out is not set"),
     ],

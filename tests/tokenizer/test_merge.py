@@ -16,7 +16,7 @@ from fireflyds.errors import UserError
 from fireflyds.tokenizer.base import Base, load_base
 from fireflyds.tokenizer.encoder import load_encoder
 from fireflyds.tokenizer.learn import common_characters, count_words, learn_pieces
-from fireflyds.tokenizer.merge import Plan, fill, plan_merge, unreachable
+from fireflyds.tokenizer.merge import MergePlan, fill_missing_merges, plan_merge, unreachable
 from fireflyds.tokenizer.pieces import read_pieces
 from fireflyds.tokenizer.scripts import Scripts
 from fireflyds.types import Encoder
@@ -27,13 +27,15 @@ CHINESE_SCRIPTS = Scripts(["Han", "CJK_Punctuation"])
 @dataclass(frozen=True, slots=True)
 class Case:
     base: Base
-    plan: Plan
+    plan: MergePlan
     old: Encoder
     new: Encoder
     folder: Path
 
 
-def learnt(base: Base, algorithm: PieceAlgorithm = PieceAlgorithm.bpe, texts=CHINESE, scripts=CHINESE_SCRIPTS) -> Plan:
+def learnt(
+    base: Base, algorithm: PieceAlgorithm = PieceAlgorithm.bpe, texts=CHINESE, scripts=CHINESE_SCRIPTS
+) -> MergePlan:
     words = count_words(texts, scripts)
     characters = common_characters(words, scripts, 1)
     encoder = base.encoder(plan_merge(base, characters, scripts).steps)
@@ -118,7 +120,7 @@ def test_a_piece_without_a_path_gets_its_intermediate(case: Case) -> None:
 def test_filling_reaches_the_size_by_characters(case: Case) -> None:
     plan = plan_merge(case.base, ["河流"], CHINESE_SCRIPTS)
     size = case.base.num_tokens + len(plan.steps) + 50
-    fill(case.base, plan, CHINESE_SCRIPTS, size)
+    fill_missing_merges(case.base, plan, CHINESE_SCRIPTS, size)
     assert case.base.num_tokens + len(plan.steps) == size
     assert len(plan.filled) == 50
     assert unreachable(case.base, plan, case.base.encoder(plan.steps)) == []
@@ -211,7 +213,7 @@ def test_cured_scores_are_distinct_and_uncured_ones_tie(base_tokenizer: Path) ->
 def test_more_characters_than_there_are_is_refused(base_tokenizer: Path) -> None:
     base = load_base(base_tokenizer)
     with pytest.raises(UserError, match=r"Han have no more characters. Give a smaller multiple"):
-        fill(base, plan_merge(base, ["河流"], CHINESE_SCRIPTS), Scripts(["Han"]), 1_000_000)
+        fill_missing_merges(base, plan_merge(base, ["河流"], CHINESE_SCRIPTS), Scripts(["Han"]), 1_000_000)
 
 
 def test_a_list_with_a_piece_twice_names_both_lines(tmp_path: Path) -> None:

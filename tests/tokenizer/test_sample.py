@@ -1,11 +1,11 @@
 """A sample is bounded, even, and the same for the same seed."""
 
-from fireflyds.tokenizer.sample import draw, lines
+from fireflyds.tokenizer.sample import draw_sample, lines
 
 
 def test_a_small_corpus_is_taken_whole_and_a_twentieth_is_held_out() -> None:
     texts = [f"第{number}行" for number in range(100)]
-    sample = draw(texts, characters=10_000, seed=1)
+    sample = draw_sample(texts, characters=10_000, seed=1)
     assert len(sample.held_out) == 5
     assert sorted([*sample.learn, *sample.held_out]) == sorted(texts)
     assert sample.characters == sample.characters_read == sum(map(len, texts))
@@ -13,13 +13,13 @@ def test_a_small_corpus_is_taken_whole_and_a_twentieth_is_held_out() -> None:
 
 def test_a_large_corpus_is_sampled_evenly_within_the_bound() -> None:
     texts = (f"{number:08d}" for number in range(20_000))
-    sample = draw(texts, characters=16_000, seed=1)
+    sample = draw_sample(texts, characters=16_000, seed=1)
     assert sample.characters_read == 160_000
     assert 15_900 <= sample.characters <= 16_000
     drawn = [int(line) for line in [*sample.learn, *sample.held_out]]
     assert abs(sum(drawn) / len(drawn) - 10_000) < 500
-    assert sample == draw((f"{number:08d}" for number in range(20_000)), characters=16_000, seed=1)
-    assert sample != draw((f"{number:08d}" for number in range(20_000)), characters=16_000, seed=2)
+    assert sample == draw_sample((f"{number:08d}" for number in range(20_000)), characters=16_000, seed=1)
+    assert sample != draw_sample((f"{number:08d}" for number in range(20_000)), characters=16_000, seed=2)
 
 
 def test_lines_longer_than_the_trainer_bears_are_cut() -> None:
@@ -27,5 +27,5 @@ def test_lines_longer_than_the_trainer_bears_are_cut() -> None:
 
 
 def test_a_tiny_corpus_measures_what_it_learns_from() -> None:
-    sample = draw(["一行"], characters=1000, seed=1)
+    sample = draw_sample(["一行"], characters=1000, seed=1)
     assert sample.learn == sample.held_out == ["一行"]

@@ -7,7 +7,7 @@ import pytest
 from bases import KINDS
 from samples import CHINESE
 
-from fireflyds.config import SizeBy
+from fireflyds.config import VocabSizeRule
 from fireflyds.tokenizer.base import load_base
 from fireflyds.tokenizer.merge import plan_merge, unreachable
 from fireflyds.tokenizer.scripts import Scripts
@@ -61,9 +61,9 @@ def test_average_log_probability_is_that_of_the_unigrams() -> None:
 
 def test_the_knee_is_farthest_above_the_chord() -> None:
     points = [Point(0, 100, -10), Point(10, 40, -9), Point(20, 30, -2), Point(30, 25, -1), Point(40, 20, 0)]
-    assert knee(points, SizeBy.knee).rows == 10
-    assert knee(points, SizeBy.alp).rows == 20
-    assert knee([Point(0, 5, -1), Point(9, 5, -1)], SizeBy.knee).rows == 9
+    assert knee(points, VocabSizeRule.knee).rows == 10
+    assert knee(points, VocabSizeRule.alp).rows == 20
+    assert knee([Point(0, 5, -1), Point(9, 5, -1)], VocabSizeRule.knee).rows == 9
 
 
 def test_shares_sum_to_one(tmp_path: Path) -> None:

@@ -4,19 +4,19 @@ import math
 from itertools import islice
 
 from fireflyds.config import EvaluateConfig
-from fireflyds.data.sources import read_texts
+from fireflyds.data.read.sources import read_texts
 from fireflyds.errors import UserError
-from fireflyds.evaluation.score import Subject, token_losses
+from fireflyds.evaluation.scorer import EvaluatedModel, token_losses
 
 
-def evaluate(subject: Subject, config: EvaluateConfig) -> dict[str, float]:
+def evaluate(subject: EvaluatedModel, config: EvaluateConfig) -> dict[str, float]:
     """`{name: bits per byte}` for every entry of `texts`."""
     if not config.texts:
         raise UserError("texts is empty: bits_per_byte needs held-out text, e.g. texts.zh=heldout.jsonl")
     return {name: _bits_per_byte(subject, path, config.limit) for name, path in config.texts.items()}
 
 
-def _bits_per_byte(subject: Subject, path: str, limit: int | None) -> float:
+def _bits_per_byte(subject: EvaluatedModel, path: str, limit: int | None) -> float:
     sequences: list[list[int]] = []
     num_bytes = 0
     for text in islice(read_texts(path), limit):

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from fireflyds.config import EvaluateConfig
 from fireflyds.errors import UserError
-from fireflyds.evaluation.score import Subject, continuation_losses
+from fireflyds.evaluation.scorer import EvaluatedModel, continuation_losses
 
 LETTERS = "ABCD"
 
 
-def evaluate(subject: Subject, config: EvaluateConfig) -> dict[str, float]:
+def evaluate(subject: EvaluatedModel, config: EvaluateConfig) -> dict[str, float]:
     """Accuracy by subject, and `accuracy` over all questions."""
     folder = Path(config.cmmlu)
     known = sorted(path.stem for path in (folder / "test").glob("*.csv"))

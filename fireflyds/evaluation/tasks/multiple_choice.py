@@ -5,12 +5,12 @@ from itertools import islice
 from pathlib import Path
 
 from fireflyds.config import EvaluateConfig
-from fireflyds.data.files import Record, read_records
+from fireflyds.data.read.files import RawRecord, read_records
 from fireflyds.errors import UserError
-from fireflyds.evaluation.score import Subject, continuation_losses
+from fireflyds.evaluation.scorer import EvaluatedModel, continuation_losses
 
 
-def evaluate(subject: Subject, config: EvaluateConfig) -> dict[str, float]:
+def evaluate(subject: EvaluatedModel, config: EvaluateConfig) -> dict[str, float]:
     """`accuracy`, `chance` and `questions`."""
     questions = _read(config)
     correct = 0
@@ -31,7 +31,7 @@ def _read(config: EvaluateConfig) -> list[tuple[str, list[str], int]]:
         )
     rows = []
     for record in islice(read_records(path), config.limit):
-        fields = record.fields if isinstance(record, Record) else None
+        fields = record.fields if isinstance(record, RawRecord) else None
         match fields:
             case {"question": str(question), "choices": [_, _, *_] as choices, "answer": int(answer)} if (
                 0 <= answer < len(choices) and all(isinstance(choice, str) and choice for choice in choices)

@@ -6,7 +6,7 @@ from typing import Any, Literal, overload
 from torch import Tensor
 
 from fireflyds_kernels import dispatch
-from fireflyds_kernels.dispatch import Implementation, able, needs_triton
+from fireflyds_kernels.dispatch import Implementation, always, requires_triton
 
 
 @overload
@@ -105,7 +105,7 @@ def _check(
 _PLACE = "fireflyds_kernels.linear_cross_entropy"
 dispatch.Kernel(
     "linear_cross_entropy",
-    Implementation("triton", f"{_PLACE}.chunked", "with_triton", needs_triton(60)),
-    Implementation("chunked", f"{_PLACE}.chunked", "plain", able),
-    Implementation("reference", f"{_PLACE}.reference", "linear_cross_entropy", able),
+    Implementation("triton", f"{_PLACE}.chunked", "with_triton", requires_triton(60)),
+    Implementation("chunked", f"{_PLACE}.chunked", "plain", always),
+    Implementation("reference", f"{_PLACE}.reference", "linear_cross_entropy", always),
 )

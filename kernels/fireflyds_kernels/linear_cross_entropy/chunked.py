@@ -98,8 +98,8 @@ def _softmax(fused: bool) -> Any:
     if fused:
         from fireflyds_kernels.linear_cross_entropy import triton
 
-        return triton.losses_and_slopes
-    return softmax.losses_and_slopes
+        return triton.losses_and_dlogits
+    return softmax.losses_and_dlogits
 
 
 @torch.library.custom_op("fireflyds::linear_cross_entropy_sum", mutates_args=())

@@ -7,7 +7,7 @@ from torch import Tensor
 _ROWS = 16
 
 
-def losses_and_slopes(
+def losses_and_dlogits(
     logits: Tensor, labels: Tensor, bias: Tensor | None, scale: Tensor | None, lift: float, slopes: bool
 ) -> Tensor:
     """`-log softmax(logits + bias)[label]` of every row, `[c]` in float32 or wider.

@@ -13,7 +13,7 @@ BLOCK = 4096
 
 
 @triton.jit
-def slopes_kernel(
+def dlogits_kernel(
     logits_ptr, labels_ptr, bias_ptr, scale_ptr, losses_ptr, stride, vocab_size, lift,
     BIAS: tl.constexpr, SCALE: tl.constexpr, SLOPES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -58,13 +58,13 @@ LAUNCH: dict[str, Any] = {"BLOCK": BLOCK, "num_warps": 8, "enable_fp_fusion": Tr
 
 
 @on_its_device
-def losses_and_slopes(
+def losses_and_dlogits(
     logits: Tensor, labels: Tensor, bias: Tensor | None, scale: Tensor | None, lift: float, slopes: bool
 ) -> Tensor:
-    """As `softmax.losses_and_slopes`, in one launch."""
+    """As `softmax.losses_and_dlogits`, in one launch."""
     losses = logits.new_empty(len(labels), dtype=torch.float32)
     if len(labels):
-        slopes_kernel[(len(labels),)](
+        dlogits_kernel[(len(labels),)](
             logits, labels, losses if bias is None else bias, losses if scale is None else scale, losses,
             logits.stride(0), logits.shape[1], lift,
             BIAS=bias is not None, SCALE=scale is not None, SLOPES=slopes, **LAUNCH,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fireflyds_kernels import dispatch
-from fireflyds_kernels.dispatch import HALF, HALF_OR_SINGLE, Implementation, Where
+from fireflyds_kernels.dispatch import HALF, HALF_OR_SINGLE, DispatchKey, Implementation
 
 
 def packed_attention(
@@ -79,25 +79,25 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int | No
         )
 
 
-def _flash_attn_3(where: Where) -> str | None:
+def _flash_attn_3(where: DispatchKey) -> str | None:
     if where.alibi:
         return "FlashAttention-3 has no ALiBi"
     if where.capability and where.capability // 10 != 9:
         return "FlashAttention-3 is for Hopper (sm_90)"
     if where.head_dim % 8:
         return f"head_dim {where.head_dim} is no multiple of 8"
-    return _flash(where) or dispatch.needs(dtypes=HALF, package="flash_attn_interface")(where)
+    return _flash(where) or dispatch.requires(dtypes=HALF, package="flash_attn_interface")(where)
 
 
-def _flash_attn_2(where: Where) -> str | None:
-    return _flash(where) or dispatch.needs(capability=80, dtypes=HALF, package="flash_attn")(where)
+def _flash_attn_2(where: DispatchKey) -> str | None:
+    return _flash(where) or dispatch.requires(capability=80, dtypes=HALF, package="flash_attn")(where)
 
 
-def _flash(where: Where) -> str | None:
+def _flash(where: DispatchKey) -> str | None:
     return f"head_dim {where.head_dim} is over 256" if where.head_dim > 256 else None
 
 
-def _torch_varlen(where: Where) -> str | None:
+def _torch_varlen(where: DispatchKey) -> str | None:
     if find_spec("torch.nn.attention.varlen") is None:
         return "this torch has no torch.nn.attention.varlen (2.10 is the first)"
     if where.alibi:
@@ -109,17 +109,17 @@ def _torch_varlen(where: Where) -> str | None:
 
         if not flash.varlen_has_window():
             return "varlen_attn has no window before torch 2.11"
-    return _flash(where) or dispatch.needs(capability=80, dtypes=HALF)(where)
+    return _flash(where) or dispatch.requires(capability=80, dtypes=HALF)(where)
 
 
-def _triton(where: Where) -> str | None:
+def _triton(where: DispatchKey) -> str | None:
     if where.dtype is torch.float32 and where.head_dim > 128 and where.device == "cuda":
         return "float32 blocks of head_dim over 128 do not fit shared memory"
     # Below sm_80 Triton multiplies matrices on the plain cores, an order of magnitude slower.
-    return _flash(where) or dispatch.needs_triton(80)(where)
+    return _flash(where) or dispatch.requires_triton(80)(where)
 
 
-def _efficient(where: Where) -> str | None:
+def _efficient(where: DispatchKey) -> str | None:
     if where.window or where.alibi:
         return "takes neither a window nor ALiBi beside boundaries"
     if where.head_dim % 8:
@@ -128,7 +128,7 @@ def _efficient(where: Where) -> str | None:
         return "bfloat16 needs sm_80 or newer"
     if not hasattr(torch.ops.aten, "_efficient_attention_forward"):
         return "this torch has no aten::_efficient_attention_forward"
-    return dispatch.needs(capability=50, dtypes=HALF_OR_SINGLE)(where)
+    return dispatch.requires(capability=50, dtypes=HALF_OR_SINGLE)(where)
 
 
 _PLACE = "fireflyds_kernels.packed_attention"

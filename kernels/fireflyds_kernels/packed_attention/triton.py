@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from fireflyds_kernels.dispatch import capability_of, on_its_device
-from fireflyds_kernels.packed_attention.triton_backward import delta_kernel, keys_kernel, queries_kernel
+from fireflyds_kernels.packed_attention.triton_backward import bwd_dkdv_kernel, bwd_dq_kernel, delta_kernel
 from fireflyds_kernels.packed_attention.triton_forward import forward_kernel
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -155,11 +155,11 @@ def _backward(
     )
     strides = [stride for x in (q, k, v, grad) for stride in x.stride()[:2]]
     block = chosen("keys")
-    keys_kernel[(triton.cdiv(tokens, block.columns), kv_heads)](
+    bwd_dkdv_kernel[(triton.cdiv(tokens, block.columns), kv_heads)](
         q, k, v, grad, lse, delta, dk, dv, *shared, scale, window or 0, *strides, kv_heads, **fixed, **block.launch()
     )
     block = chosen("queries")
-    queries_kernel[(triton.cdiv(tokens, block.rows), heads)](
+    bwd_dq_kernel[(triton.cdiv(tokens, block.rows), heads)](
         q, k, v, grad, lse, delta, dq, *shared, scale, window or 0, *strides, heads, **fixed, **block.launch()
     )
     return dq, dk, dv

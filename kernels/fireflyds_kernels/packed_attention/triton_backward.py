@@ -29,7 +29,7 @@ def delta_kernel(
 
 # The number of documents differs from batch to batch; no kernel is compiled for it.
 @triton.jit(do_not_specialize=["n", "steps"])
-def keys_kernel(
+def bwd_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, boundaries, slopes, n, steps, tokens, scale,
     window, q_stride, q_head, k_stride, k_head, v_stride, v_head, grad_stride, grad_head, kv_heads,
     GROUP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, ALIBI: tl.constexpr, D: tl.constexpr,
@@ -76,7 +76,7 @@ def keys_kernel(
 
 
 @triton.jit
-def _keys(
+def _bwd_dkdv(
     dq, q, grad, lse, delta, k_base, v_base, k_stride, v_stride, rows, first, last, low, high, tokens, scale, slope,
     window,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, ALIBI: tl.constexpr, D: tl.constexpr,
@@ -99,7 +99,7 @@ def _keys(
 
 # The number of documents differs from batch to batch; no kernel is compiled for it.
 @triton.jit(do_not_specialize=["n", "steps"])
-def queries_kernel(
+def bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, dq_ptr, boundaries, slopes, n, steps, tokens, scale, window,
     q_stride, q_head, k_stride, k_head, v_stride, v_head, grad_stride, grad_head, heads,
     GROUP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, ALIBI: tl.constexpr, D: tl.constexpr,
@@ -120,15 +120,15 @@ def queries_kernel(
     k_base, v_base = k_ptr + head // GROUP * k_head, v_ptr + head // GROUP * v_head
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if WINDOW or CAUSAL == 0:
-        dq = _keys(
+        dq = _bwd_dkdv(
             dq, q, grad, lse, delta, k_base, v_base, k_stride, v_stride, rows, first, last, low, clear, tokens, scale,
             slope, window, True, CAUSAL, WINDOW, ALIBI, D, BLOCK_D, BLOCK_N, PRECISION, WIDEN,
         )  # fmt: skip
-    dq = _keys(
+    dq = _bwd_dkdv(
         dq, q, grad, lse, delta, k_base, v_base, k_stride, v_stride, rows, first, last, clear, edge, tokens, scale,
         slope, window, False, CAUSAL, WINDOW, ALIBI, D, BLOCK_D, BLOCK_N, PRECISION, WIDEN,
     )  # fmt: skip
-    dq = _keys(
+    dq = _bwd_dkdv(
         dq, q, grad, lse, delta, k_base, v_base, k_stride, v_stride, rows, first, last, edge, high, tokens, scale,
         slope, window, True, CAUSAL, WINDOW, ALIBI, D, BLOCK_D, BLOCK_N, PRECISION, WIDEN,
     )  # fmt: skip

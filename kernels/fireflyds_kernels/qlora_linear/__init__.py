@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fireflyds_kernels import dispatch
-from fireflyds_kernels.dispatch import Implementation, Where, able
+from fireflyds_kernels.dispatch import DispatchKey, Implementation, always
 
 
 def qlora_linear(
@@ -54,12 +54,12 @@ def qlora_linear(
     return found
 
 
-def _needs_bitsandbytes(where: Where) -> str | None:
+def _needs_bitsandbytes(where: DispatchKey) -> str | None:
     return None if dispatch.installed("bitsandbytes") else "the package bitsandbytes is not installed"
 
 
 dispatch.Kernel(
     "qlora_linear",
     Implementation("fused", "fireflyds_kernels.qlora_linear.fused", "qlora_linear", _needs_bitsandbytes),
-    Implementation("reference", "fireflyds_kernels.qlora_linear.reference", "qlora_linear", able),
+    Implementation("reference", "fireflyds_kernels.qlora_linear.reference", "qlora_linear", always),
 )

@@ -5,7 +5,7 @@ from typing import overload
 from torch import Tensor
 
 from fireflyds_kernels import dispatch
-from fireflyds_kernels.dispatch import Implementation, able, needs_triton
+from fireflyds_kernels.dispatch import Implementation, always, requires_triton
 
 
 @overload
@@ -38,13 +38,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     return found
 
 
-def _triton(where: dispatch.Where) -> str | None:
+def _triton(where: dispatch.DispatchKey) -> str | None:
     # One program holds a whole row.
-    return "rows over 32,768 do not fit a program" if where.head_dim > 32_768 else needs_triton(60)(where)
+    return "rows over 32,768 do not fit a program" if where.head_dim > 32_768 else requires_triton(60)(where)
 
 
 dispatch.Kernel(
     "rms_norm",
     Implementation("triton", "fireflyds_kernels.rms_norm.triton", "rms_norm", _triton),
-    Implementation("reference", "fireflyds_kernels.rms_norm.reference", "rms_norm", able),
+    Implementation("reference", "fireflyds_kernels.rms_norm.reference", "rms_norm", always),
 )

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from fireflyds_kernels import dispatch
-from fireflyds_kernels.dispatch import Implementation, able, needs_triton
+from fireflyds_kernels.dispatch import Implementation, always, requires_triton
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,6 +43,6 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
 
 dispatch.Kernel(
     "rope",
-    Implementation("triton", "fireflyds_kernels.rope.triton", "rope", needs_triton(60)),
-    Implementation("reference", "fireflyds_kernels.rope.reference", "rope", able),
+    Implementation("triton", "fireflyds_kernels.rope.triton", "rope", requires_triton(60)),
+    Implementation("reference", "fireflyds_kernels.rope.reference", "rope", always),
 )

@@ -11,7 +11,7 @@ from fireflyds_kernels.dispatch import on_its_device
 
 
 @triton.jit
-def _turn(
+def _rotate(
     x_ptr, out_ptr, stride, head_stride, cos, sin, sign,
     HEADS: tl.constexpr, ALL_HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
@@ -43,8 +43,8 @@ def rope_kernel(
     pairs = tl.arange(0, HALF)[None]
     cos = tl.load(cos_ptr + token * cos_stride + pairs, mask=pairs < R // 2, other=0.0).to(tl.float32)
     sin = tl.load(sin_ptr + token * sin_stride + pairs, mask=pairs < R // 2, other=0.0).to(tl.float32)
-    _turn(q_ptr, q_out_ptr, q_stride, q_head, cos, sin, sign, H, ALL_H, D, R, HALF, REST)
-    _turn(k_ptr, k_out_ptr, k_stride, k_head, cos, sin, sign, HK, ALL_HK, D, R, HALF, REST)
+    _rotate(q_ptr, q_out_ptr, q_stride, q_head, cos, sin, sign, H, ALL_H, D, R, HALF, REST)
+    _rotate(k_ptr, k_out_ptr, k_stride, k_head, cos, sin, sign, HK, ALL_HK, D, R, HALF, REST)
 
 
 def constants(q_heads: int, kv_heads: int, head_dim: int, turned: int) -> dict[str, Any]:
@@ -57,13 +57,13 @@ def constants(q_heads: int, kv_heads: int, head_dim: int, turned: int) -> dict[s
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    found: tuple[Tensor, Tensor] = _turned(q, k, cos, sin, 1.0)
+    found: tuple[Tensor, Tensor] = _rotated(q, k, cos, sin, 1.0)
     return found
 
 
 @torch.library.custom_op("fireflyds::rope", mutates_args=())
 @on_its_device
-def _turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: float) -> tuple[Tensor, Tensor]:
+def _rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: float) -> tuple[Tensor, Tensor]:
     q, k, cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, cos, sin))
     outputs = (
         torch.empty_like(q, memory_format=torch.contiguous_format),
@@ -77,7 +77,7 @@ def _turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: float) -> tupl
     return outputs
 
 
-@_turned.register_fake
+@_rotated.register_fake
 def _(q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))  # type: ignore[return-value]
 
@@ -88,7 +88,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _gradients(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_turned(dq, dk, *ctx.saved_tensors, -ctx.sign), None, None, None)
+    return (*_rotated(dq, dk, *ctx.saved_tensors, -ctx.sign), None, None, None)
 
 
-_turned.register_autograd(_gradients, setup_context=_save)
+_rotated.register_autograd(_gradients, setup_context=_save)

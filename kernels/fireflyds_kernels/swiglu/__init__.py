@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from fireflyds_kernels import dispatch
-from fireflyds_kernels.dispatch import Implementation, able, needs_triton
+from fireflyds_kernels.dispatch import Implementation, always, requires_triton
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -22,6 +22,6 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 dispatch.Kernel(
     "swiglu",
-    Implementation("triton", "fireflyds_kernels.swiglu.triton", "swiglu", needs_triton(60)),
-    Implementation("reference", "fireflyds_kernels.swiglu.reference", "swiglu", able),
+    Implementation("triton", "fireflyds_kernels.swiglu.triton", "swiglu", requires_triton(60)),
+    Implementation("reference", "fireflyds_kernels.swiglu.reference", "swiglu", always),
 )

@@ -1,0 +1,1 @@
+"""Checkpoints are saved, found, restored and pruned here."""

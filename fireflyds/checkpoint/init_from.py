@@ -1,0 +1,124 @@
+"""Trained weights of a checkpoint: described beside its shards, read by the export, and by a later run that starts from
+them (`init_from`)."""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fireflyds import app
+from fireflyds.checkpoint import trainable_files
+from fireflyds.checkpoint import trainable_weights as trained
+from fireflyds.checkpoint.restore import find_checkpoint
+from fireflyds.checkpoint.shard_files import ShardReader
+from fireflyds.checkpoint.trainable_weights import TrainableWeights
+from fireflyds.config import TrainConfig, TuningMethod
+from fireflyds.errors import UserError
+from fireflyds.fs import Output, atomic_dir
+from fireflyds.models.tuning import reset_dora_magnitudes
+from fireflyds.runs import layout
+from fireflyds.runs.find import find_run
+from fireflyds.runs.fingerprint import read_inputs
+
+TRAINABLE = "trainable"
+"""In a checkpoint: what is known of the trained tensors, which are in its shards."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainableWeightsWriter:
+    """Completes a checkpoint: describes what trained, and reads it back."""
+
+    model: Any
+    config: TrainConfig
+    adapter_config: Any
+    metadata: dict[str, Any]
+    """What it belongs to: hashes of base and tokenizer, vocabulary size."""
+
+    def write(self, folder: Path, step: int, skipped: int) -> None:
+        """On rank 0, into the folder of a checkpoint that is not yet in place.
+
+        Raises:
+            UserError: what was saved is not what trained.
+        """
+        shards = ShardReader(folder)
+        shards.require_complete(trained.trainable_shapes(self.model, by_base_name=False))
+        metadata = self.metadata | {"step": step}
+        described = trained.describe_trainable_weights(self.model, self.adapter_config, metadata)
+        trainable_files.save_metadata(described, folder / TRAINABLE)
+        if self.config.tuning.method is not TuningMethod.full:
+            tensors = ((trained.base_name(name), tensor) for name, tensor in shards.weights())
+            trainable_files.verify_saved_weights(
+                folder, tensors, trained.trainable_shapes(self.model), updated=step > skipped
+            )
+
+
+def read_trainable_weights(folder: Path) -> TrainableWeights:
+    """What a checkpoint holds, in float32. Tensors are read from its shards when they are asked for."""
+    shards = ShardReader(folder)
+    readers = {name: partial(_read_weight, shards, name) for name in shards.shapes}
+    return trained.with_tensors(trainable_files.load_metadata(folder / TRAINABLE), readers)
+
+
+def _read_weight(shards: ShardReader, name: str) -> Tensor:
+    return shards.weight(name).float()
+
+
+def restore_weights(model: Any, run_dir: Path, folder: Path | None = None) -> None:
+    """Give a freshly tuned model what its run took over from an earlier one, and what a checkpoint of it learnt."""
+    if (run_dir / layout.START).is_dir():
+        start = trainable_files.load_trainable_weights(run_dir / layout.START)
+        trained.load_into_model(model, start, run_dir / layout.START, must_cover=False)
+        reset_dora_magnitudes(model, but=start.adapters)
+    if folder is not None:
+        trained.load_into_model(model, read_trainable_weights(folder), folder, must_cover=True)
+
+
+def copy_initial_weights(config: TrainConfig, identity: dict[str, Any]) -> None:
+    """On rank 0: put what the run of `init_from` learnt into this run's folder, once.
+
+    Raises:
+        UserError: no such run, no checkpoint of it, another base or tokenizer, or adapters that differ.
+    """
+    start = Path(config.run_dir) / layout.START
+    if not config.init_from or start.is_dir():
+        return
+    earlier_dir = find_run(config.runs, "init_from", config.init_from)
+    newest = find_checkpoint(earlier_dir, None)
+    earlier = app.from_yaml(earlier_dir / "config.yaml", TrainConfig)
+    recorded = read_inputs(earlier_dir)
+    for key, remedy in (
+        ("base", f"Give model={earlier.model.path or 'as there'}, or export that run and give model=<its export>"),
+        ("tokenizer", f"Give model.tokenizer={earlier.model.tokenizer_path}"),
+        ("vocab_size", f"Give model={earlier.model.path or 'as there'}"),
+    ):
+        if recorded.get(key) != identity[key]:
+            raise UserError(
+                f"init_from={config.init_from}: that run's {key} is {_short(recorded.get(key))}, this one's {_short(identity[key])}. {remedy}"
+            )
+    found = read_trainable_weights(newest)
+    if (earlier_dir / layout.START).is_dir():
+        found = found.over(trainable_files.load_trainable_weights(earlier_dir / layout.START))
+    _check_adapters(config, earlier, found)
+    found.metadata = identity | {"run": config.init_from, "checkpoint": newest.name}
+    with atomic_dir(start, Output("start of a run")) as aside:
+        trainable_files.save_trainable_weights(found, aside)
+
+
+def _short(value: Any) -> str:
+    return str(value)[:12]
+
+
+def _check_adapters(config: TrainConfig, earlier: TrainConfig, found: TrainableWeights) -> None:
+    """Adapters go on only as what they were: with another scale they would mean something else."""
+    if not found.adapters:
+        return
+    before, now = earlier.tuning, config.tuning
+    for key in ("r", "alpha", "use_rslora", "use_dora", "target_modules"):
+        if not now.has_adapters or getattr(before, key) != getattr(now, key):
+            value = getattr(now, key) if now.has_adapters else f"none, tuning={now.method.name}"
+            raise UserError(
+                f"init_from={config.init_from}: that run has adapters with {key}={getattr(before, key)}, this one {value}. Use "
+                f"the same, or merge them: python launch/export.py run={config.init_from}, then model={earlier.run_dir}/export"
+            )

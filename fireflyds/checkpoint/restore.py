@@ -1,0 +1,90 @@
+"""The newest checkpoint that is whole: found by the export, and restored into the engine of any number of ranks."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from fireflyds.checkpoint.shard_files import FORMAT_VERSION, MANIFEST, ShardReader, find_corruption
+from fireflyds.checkpoint.storage import CheckpointStorage, LocalStorage
+from fireflyds.errors import UserError
+from fireflyds.fs import read_json
+from fireflyds.runs import layout
+from fireflyds.types import TrainState
+from fireflyds.zero import partitions
+from fireflyds.zero.engine import Engine
+
+
+def restore_latest(
+    engine: Engine, storage: CheckpointStorage, say: Callable[[str], None], corrupted: set[str] | None = None
+) -> TrainState:
+    """Restore the newest undamaged checkpoint into the engine; the start of a run when there is none.
+
+    It may have been written by any number of ranks and at any ZeRO stage. Damaged ones are added to `corrupted`.
+
+    Raises:
+        UserError: there are checkpoints, and none of them is undamaged or of this run.
+    """
+    corrupted = set() if corrupted is None else corrupted
+    # Rank 0's list: a network file system may show it to others a little later.
+    listed = [storage.list()]
+    dist.broadcast_object_list(listed)
+    for name in reversed(listed[0]):
+        folder = storage.open(name)
+        verdicts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(verdicts, find_corruption(folder, dist.get_rank(), dist.get_world_size()))
+        if wrong := next(filter(None, verdicts), None):
+            say(f"{folder} is damaged ({wrong}); the one before is used")
+            corrupted.add(name)
+            continue
+        corrupted.discard(name)
+        return _restore_from(engine, folder, say)
+    if listed[0]:
+        raise UserError(
+            f"{storage.open(listed[0][-1]).parent}: all {len(listed[0])} checkpoints are damaged. Restore one from a backup, or remove the folder to "
+            "start the run anew"
+        )
+    return TrainState()
+
+
+def _restore_from(engine: Engine, folder: Path, say: Callable[[str], None]) -> TrainState:
+    manifest = read_json(folder / MANIFEST)
+    if manifest["version"] != FORMAT_VERSION:
+        raise UserError(
+            f"{folder}: version {manifest['version']}, this code reads {FORMAT_VERSION}. Use the code that wrote it"
+        )
+    partitions.load_into_engine(engine, ShardReader(folder), manifest["scaler"])
+    state = TrainState(**manifest["train_state"])
+    engine.global_steps, engine.skipped_steps = state.step, manifest["skipped_steps"]
+    was, now = manifest["layout"], partitions.partition_layout(engine)
+    if was != now:
+        say(
+            f"{folder.name} was written by {was['world_size']} ranks at ZeRO-{was['stage']}; divided anew for "
+            f"{now['world_size']} at ZeRO-{now['stage']}"
+        )
+    return state
+
+
+def find_checkpoint(run_dir: Path, step: int | None) -> Path:
+    """The checkpoint of a step, or the newest that is undamaged.
+
+    Raises:
+        UserError: there is none; the message lists those there are.
+    """
+    storage = LocalStorage(run_dir)
+    known = storage.list()
+    if not known:
+        raise UserError(f"run: {run_dir} has no checkpoint. Train it first, or check the name")
+    candidates, names = known[::-1] if step is None else [layout.step_name(step)], ", ".join(known)
+    if step is not None and candidates[0] not in known:
+        raise UserError(f"step={step}: {run_dir} has no such checkpoint. It has: {names}")
+    for name in candidates:
+        folder = storage.open(name)
+        wrong = find_corruption(folder)
+        if wrong is None:
+            return folder
+        print(f"{folder} is damaged ({wrong}){'; the one before is used' if step is None else ''}", flush=True)
+    raise UserError(
+        f"{storage.open(candidates[0])}: is damaged, and no other fits. The run has: {names}. Give another step=, or train it again from there"
+    )

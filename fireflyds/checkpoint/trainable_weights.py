@@ -1,0 +1,192 @@
+"""What a run trained: adapters in PEFT's names, every other tensor by its name in the base model.
+
+A checkpoint holds the tensors once, in its shards, and beside them `trainable/trainable.json`. A directory that stands
+alone (the start of a run, an exported adapter) holds
+
+adapter_config.json, adapter_model.safetensors     what PeftModel.from_pretrained reads, where there are adapters
+weights.safetensors                                other trained tensors; of a split matrix its new rows alone
+trainable.json                                     hashes of base and tokenizer, vocabulary size, where new rows begin
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fireflyds.errors import UserError
+from fireflyds.models.split_embeddings import SplitEmbedding, SplitLMHead
+from fireflyds.models.tuning import ADAPTER, is_quantised
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """Tensors that are read when they are asked for, so that one at a time is in memory."""
+
+    def __init__(self, readers: dict[str, Callable[[], Tensor]]) -> None:
+        self._readers = readers
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._readers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._readers)
+
+    def __len__(self) -> int:
+        return len(self._readers)
+
+
+@dataclass(slots=True)
+class TrainableWeights:
+    """Tensors by the names of the base model. `first_rows`: where those that are the new rows of a matrix begin."""
+
+    adapters: Mapping[str, Tensor] = field(default_factory=dict)
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+    first_rows: dict[str, int] = field(default_factory=dict)
+    adapter_config: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        return chain(self.adapters.items(), self.weights.items())
+
+    def names(self) -> set[str]:
+        return {*self.adapters, *self.weights}
+
+    def over(self, earlier: "TrainableWeights") -> "TrainableWeights":
+        """These tensors, and of an earlier stage those that this one did not train."""
+        weights, rows = dict(earlier.weights), dict(earlier.first_rows)
+        for name, tensor in self.weights.items():
+            # New rows of a matrix whose old ones an earlier stage trained.
+            kept = self.first_rows.get(name, 0) - rows.get(name, 0) if name in weights else 0
+            weights[name] = torch.cat([weights[name][:kept], tensor]) if kept > 0 else tensor
+            first = self.first_rows.get(name, 0)
+            rows[name] = min(rows.get(name, 0), first) if kept > 0 else first
+        return TrainableWeights(
+            adapters={**earlier.adapters, **self.adapters},
+            weights=weights,
+            first_rows={name: first for name, first in rows.items() if first},
+            adapter_config=self.adapter_config or earlier.adapter_config,
+            metadata=self.metadata,
+        )
+
+
+def base_name(name: str) -> str:
+    """`...embed_tokens.trainable` is rows of `...embed_tokens.weight`; `lora_A.default.weight` is PEFT's `lora_A.weight`."""
+    if name.endswith(".trainable"):
+        return f"{name.removesuffix('.trainable')}.weight"
+    if "lora_magnitude_vector" in name:
+        return name.removesuffix(f".{ADAPTER}.weight")
+    return name.replace(f".{ADAPTER}.", ".").replace(".base_layer.", ".")
+
+
+def is_adapter(name: str) -> bool:
+    return ".lora_" in name
+
+
+def trainable_shapes(model: nn.Module, *, by_base_name: bool = True) -> dict[str, tuple[int, ...]]:
+    """Name and whole shape of every parameter that trains, sharded or not."""
+    return {
+        base_name(name) if by_base_name else name: tuple(getattr(parameter, "ds_shape", parameter.shape))
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def describe_trainable_weights(model: Any, adapter_config: Any, metadata: dict[str, Any]) -> TrainableWeights:
+    """Without tensors: where the new rows of split matrices begin, and PEFT's description of the adapters."""
+    split = [
+        (name, module) for name, module in model.named_modules() if isinstance(module, SplitEmbedding | SplitLMHead)
+    ]
+    described = TrainableWeights(
+        first_rows={f"{name}.weight": module.first for name, module in split}, metadata=metadata
+    )
+    if adapter_config is not None:
+        described.adapter_config = adapter_config.to_dict() | {
+            "target_modules": sorted(adapter_config.target_modules),
+            "base_model_name_or_path": model.config._name_or_path,
+            "inference_mode": True,
+        }
+    return described
+
+
+def collect_trainable_weights(
+    model: Any, tensors: Mapping[str, Tensor], adapter_config: Any, metadata: dict[str, Any]
+) -> TrainableWeights:
+    """Sort tensors, given by the names of the model's own parameters."""
+    collected = describe_trainable_weights(model, adapter_config, metadata)
+    return with_tensors(collected, {name: lambda tensor=tensor: tensor for name, tensor in tensors.items()})  # type: ignore[misc]
+
+
+def with_tensors(described: TrainableWeights, readers: Mapping[str, Callable[[], Tensor]]) -> TrainableWeights:
+    """The same, with tensors by the names of the model's own parameters, each read when it is asked for."""
+    named = {base_name(name): read for name, read in readers.items()}
+    described.adapters = LazyTensors({name: read for name, read in named.items() if is_adapter(name)})
+    described.weights = LazyTensors({name: read for name, read in named.items() if not is_adapter(name)})
+    described.first_rows = {name: first for name, first in described.first_rows.items() if name in described.weights}
+    return described
+
+
+def load_into_model(model: Any, trainable: TrainableWeights, source: Path | str, *, must_cover: bool) -> None:
+    """Put what was learnt into a model in whose place adapters and split matrices are already.
+
+    `must_cover`: everything that trains in the model must be there.
+
+    Raises:
+        UserError: another base, other adapters, a tensor that fits nothing here, or one that is missing.
+    """
+    places = {base_name(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
+    missing = [name for name in trainable_shapes(model) if name not in trainable.names()]
+    if must_cover and missing:
+        raise UserError(
+            f"{source}: lacks {len(missing)} trained tensors, {missing[0]} among them. The checkpoint is not of this run; give the run it "
+            "is of, or another step"
+        )
+    buffers = {name for name, _ in model.named_buffers()}
+    matrices = {
+        f"{name}.weight": module
+        for name, module in model.named_modules()
+        if isinstance(module, SplitEmbedding | SplitLMHead)
+    }
+    with torch.no_grad():
+        for name, tensor in trainable.items():
+            if name in matrices:
+                _load_split_rows(matrices[name], name, tensor, trainable.first_rows.get(name, 0), source)
+            elif name in buffers:
+                continue
+            elif name not in places:
+                raise UserError(
+                    f"{source}: {name} has no place in this model; the run was tuned in another way. Export it with "
+                    "launch/export.py and give the export as model="
+                )
+            else:
+                _load_parameter(places[name], name, tensor, trainable.first_rows.get(name, 0), source)
+
+
+def _load_parameter(parameter: Tensor, name: str, tensor: Tensor, first: int, source: Path | str) -> None:
+    if is_quantised(parameter):
+        raise UserError(
+            f"{source}: {name} was trained there and is quantised here. Export that run with launch/export.py and give "
+            "the export as model="
+        )
+    place = parameter[first:] if first else parameter
+    if place.shape != tensor.shape:
+        raise UserError(
+            f"{source}: {name} is {[*tensor.shape]}, the model has {[*place.shape]}. Its base changed since, or its "
+            "adapters differ: give the base and the tuning of that run"
+        )
+    place.copy_(tensor)
+
+
+def _load_split_rows(matrix: Any, name: str, tensor: Tensor, first: int, source: Path | str) -> None:
+    """A whole matrix, or its rows from `first` on, into old and new rows."""
+    rows = len(matrix.frozen) + len(matrix.trainable)
+    if first + len(tensor) != rows:
+        raise UserError(
+            f"{source}: {name} ends at row {first + len(tensor)}, the model's at {rows}. Its base changed since: "
+            "give the base of that run"
+        )
+    split = max(matrix.first - first, 0)
+    matrix.frozen[first : first + split].copy_(tensor[:split])
+    matrix.trainable[max(first - matrix.first, 0) :].copy_(tensor[split:])

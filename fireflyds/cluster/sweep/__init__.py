@@ -1,0 +1,1 @@
+"""Studies: trials drawn, started, watched and recorded."""

@@ -1,0 +1,83 @@
+"""What a study leaves to read: a table, the best values as an option file and as a command, charts."""
+
+import csv
+import io
+import shlex
+from collections.abc import Sequence
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fireflyds.cluster.sweep import ranges, study
+from fireflyds.cluster.sweep.study import Study
+from fireflyds.config import SearchConfig
+from fireflyds.fs import atomic_write_text
+
+
+def write(found: Study, search: SearchConfig, name: str, folder: Path, rest: Sequence[str]) -> str:
+    """Everything, from what has ended so far. Returns what is to be shown."""
+    keys = list(search.space)
+    header = ["trial", "outcome", *keys, search.metric, "steps", "tokens", "seconds", "run", "message"]
+    rows = [_row(trial, keys, name) for trial in found.trials]
+    stream = io.StringIO()
+    csv.writer(stream, lineterminator="\n").writerows([header, *rows])
+    atomic_write_text(folder / "trials.csv", stream.getvalue())
+    shown = _table(header[:-1], [row[:-1] for row in rows])
+    parts = [
+        f"# {name}",
+        "",
+        f"{search.sampler.name}, {search.pruner.name}, {search.direction.name} {search.value.name} {search.metric}",
+        "",
+        shown,
+    ]
+    best = found.best
+    if best is not None:
+        kept = [word for word in rest if word.partition("=")[0] not in best.params]
+        words = [*kept, *ranges.words(best.params)]
+        command = f"python launch/train.py {shlex.join(words)} run=<name>"
+        parts += ["", f"Best: trial {best.number}, {search.metric} {best.value:.5f}:", "", "```", command, "```"]
+        atomic_write_text(
+            folder / "best.yaml",
+            _option_file(best.params, f"Trial {best.number} of {name}: {search.metric} {best.value:.5f}."),
+        )
+        shown += f"\nbest: trial {best.number}, {search.metric} {best.value:.5f}\n  {command}\n  as options: {folder / 'best.yaml'}"
+        made = study.draw_charts(found, folder, search.metric)
+        parts += ["", *(f"![{path.stem}]({path.name})" for path in made)]
+    atomic_write_text(folder / "trials.md", "\n".join(parts) + "\n")
+    return f"{shown}\n  table and charts: {folder / 'trials.md'}"
+
+
+def _row(trial: Any, keys: Sequence[str], name: str) -> list[Any]:
+    facts = trial.user_attrs
+    value = facts.get("last_value")
+    return [
+        trial.number, facts.get("outcome", "running"), *(_short(trial.params[key]) for key in keys),
+        "" if value is None else f"{value:.5f}", facts.get("steps", ""), facts.get("tokens", ""), facts.get("seconds", ""),
+        f"{name}/trial-{trial.number:04d}", facts.get("message", ""),
+    ]  # fmt: skip
+
+
+def _short(value: Any) -> Any:
+    return f"{value:.4g}" if isinstance(value, float) else value
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def _option_file(params: dict[str, Any], about: str) -> str:
+    """For `conf/experiment/` or `conf/local/default.yaml`: only the swept keys."""
+    nested: dict[str, Any] = {}
+    for key, value in params.items():
+        if is_dataclass(ranges.type_of(key)):  # an option, such as optim=muon
+            nested.setdefault("defaults", []).append({f"override /{key}": value})
+            continue
+        *sections, last = key.split(".")
+        place = nested
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[last] = value
+    return f"# @package _global_\n# {about}\n{yaml.safe_dump(nested, sort_keys=False, allow_unicode=True)}"

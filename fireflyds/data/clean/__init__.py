@@ -1,0 +1,1 @@
+"""Cleaning of single documents, and duplicates over a whole store."""

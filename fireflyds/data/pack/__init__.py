@@ -1,0 +1,1 @@
+"""Documents packed into rows, rows mixed by domain, rows loaded as batches."""

@@ -1,0 +1,106 @@
+"""This rank's packed batches, by arithmetic on the step number alone."""
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fireflyds.data.pack.mixture import PackedRowSampler
+from fireflyds.data.pack.packing import DocumentSlices
+from fireflyds.data.store.store import TokenStore
+from fireflyds.types import IGNORE_INDEX, PackedBatch, next_token_labels
+
+# Steps that are made ready while the device computes.
+_AHEAD = 2
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLoader:
+    """Micro-batches of one rank.
+
+    Optimizer step s takes rows `[s * global_batch_size, (s + 1) * global_batch_size)` of the sequence; they are
+    dealt to ranks and micro-batches in order, so all world sizes see the same rows in the same step.
+    """
+
+    store: TokenStore
+    rows: PackedRowSampler
+    micro_batch_size: int
+    global_batch_size: int
+    rank: int
+    world_size: int
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches in a step."""
+        return self.global_batch_size // (self.micro_batch_size * self.world_size)
+
+    def step(self, number: int) -> list[PackedBatch]:
+        """The micro-batches of step `number`, counted from 0."""
+        batches = [collate(self.store, self._slices(number, micro)) for micro in range(self.accumulation)]
+        return [batch.pin() for batch in batches] if torch.cuda.is_available() else batches
+
+    def _slices(self, number: int, micro: int) -> DocumentSlices:
+        first = (micro * self.world_size + self.rank) * self.micro_batch_size + number * self.global_batch_size
+        return DocumentSlices.concatenate([self.rows.row(row) for row in range(first, first + self.micro_batch_size)])
+
+    def documents(self, number: int, micro: int) -> str:
+        """The documents of a micro-batch of step `number`, for people to find: numbers in the store, and tokens."""
+        slices = self._slices(number, micro).as_tuples()
+        some = ", ".join(f"{document} [{start}:{start + length}]" for document, start, length in slices[:8])
+        more = f" and {len(slices) - 8} more" if len(slices) > 8 else ""
+        return f"documents {some}{more} of {self.store.path}"
+
+    def require(self, steps: int) -> None:
+        """Raises `UserError` when the data end before so many steps of all ranks."""
+        self.rows.require(steps * self.global_batch_size)
+
+    def steps(self, first: int, end: int) -> Iterator[list[PackedBatch]]:
+        """Steps `first` to `end`, made ready by a thread while the caller works."""
+        ready: queue.Queue[list[PackedBatch] | BaseException | None] = queue.Queue(_AHEAD)
+        left = threading.Event()
+
+        def put(item: list[PackedBatch] | BaseException | None) -> None:
+            while not left.is_set():
+                try:
+                    return ready.put(item, timeout=0.1)
+                except queue.Full:
+                    continue
+
+        def work() -> None:
+            try:
+                for number in range(first, end):
+                    if left.is_set():
+                        return
+                    put(self.step(number))
+                put(None)
+            except BaseException as error:
+                put(error)
+
+        thread = threading.Thread(target=work, name="loader", daemon=True)
+        thread.start()
+        try:
+            while (item := ready.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            left.set()
+            thread.join()
+
+
+def collate(store: TokenStore, slices: DocumentSlices) -> PackedBatch:
+    """Lay slices of the store's documents end to end."""
+    documents, starts, lengths = slices.documents, slices.starts, slices.lengths.astype(np.int64)
+    ends = np.cumsum(lengths)
+    ids = np.concatenate([store.ids(*one) for one in slices.as_tuples()]).astype(np.int64)
+    labels = next_token_labels(ids, ends)
+    for index in np.flatnonzero(~store.is_document(documents)).tolist():
+        start, length = int(starts[index]), int(lengths[index])
+        learned = np.zeros(length, bool)
+        for first, end in store.spans_of(int(documents[index])).tolist():
+            learned[max(first - start, 1) - 1 : max(min(end - start, length) - 1, 0)] = True
+        labels[ends[index] - length : ends[index]][~learned] = IGNORE_INDEX
+    return PackedBatch.from_flat(ids, labels, lengths, store.domain_ids[documents])

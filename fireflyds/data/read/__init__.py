@@ -1,0 +1,1 @@
+"""Files, streams and saved data sets, read as records and samples."""

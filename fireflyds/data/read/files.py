@@ -1,0 +1,271 @@
+"""Raw files to records. What cannot be read is set aside with file, line and reason; nothing stops for it."""
+
+import csv
+import glob
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from fireflyds.config import TextSplit
+from fireflyds.data.read.streams import PACKED, open_bytes
+from fireflyds.errors import UserError
+
+SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+csv.field_size_limit(1 << 30)
+
+
+@dataclass(frozen=True, slots=True)
+class FilePart:
+    """A stretch of a file: the lines that begin in bytes `[start, end)`, the first being line `first_line`."""
+
+    file: str
+    start: int = 0
+    end: int | None = None
+    first_line: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class RejectedRow:
+    """A row that could not be used. `line` counts from 1; 0 is the file as a whole."""
+
+    file: str
+    line: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RawRecord:
+    """A row as it stands in a file: a dict of fields (plain text is `{"text": ...}`)."""
+
+    file: str
+    line: int
+    fields: dict[str, Any]
+
+
+def find_files(path: str) -> list[Path]:
+    """The files a source names: one file, all known files below a folder, or a glob.
+
+    Raises:
+        UserError: there are none, or a file has an ending that is not known.
+    """
+    place = Path(path)
+    if place.is_file():
+        files = [place]
+    elif place.is_dir():
+        files = sorted(file for file in place.rglob("*") if kind(file) in SUFFIXES and file.is_file())
+    else:
+        files = sorted(Path(name) for name in glob.glob(path, recursive=True) if Path(name).is_file())
+    if not files:
+        raise UserError(
+            f"{path}: no such file, folder or glob, or nothing in it ends in {' '.join(SUFFIXES)}. Check the path"
+        )
+    for file in files:
+        if kind(file) not in SUFFIXES:
+            raise UserError(
+                f"{file}: ending {file.suffix!r} is not known. Known: {' '.join(SUFFIXES)}, and these with {' '.join(PACKED)}"
+            )
+    return files
+
+
+def kind(file: Path) -> str:
+    """The ending that says how a file is read: `.jsonl` of `a.jsonl.gz`."""
+    suffix = file.suffix.lower()
+    return Path(file.stem).suffix.lower() if suffix in PACKED else suffix
+
+
+def read_records(file: Path | FilePart, split: TextSplit = TextSplit.line) -> Iterator[RawRecord | RejectedRow]:
+    """All rows of one file, or of a part of one, in order."""
+    part = file if isinstance(file, FilePart) else FilePart(str(file))
+    reader: Callable[[FilePart], Iterator[RawRecord | RejectedRow]] = {
+        ".txt": lambda part: _text(part, split),
+        ".jsonl": _json_lines,
+        ".json": _json,
+        ".csv": _table,
+        ".tsv": _table,
+        ".parquet": _parquet,
+        ".arrow": _arrow,
+    }[kind(Path(part.file))]
+    return _whole(part, reader(part))
+
+
+def _whole(part: FilePart, rows: Iterator[RawRecord | RejectedRow]) -> Iterator[RawRecord | RejectedRow]:
+    """The rows; a file that breaks off or is no such file is one row set aside."""
+    import zstandard
+
+    try:
+        yield from rows
+    except (EOFError, OSError, zlib.error, zstandard.ZstdError) as error:
+        yield RejectedRow(part.file, 0, f"cannot be read to its end: {error}")
+
+
+def _decoded_lines(part: FilePart) -> Iterator[tuple[int, str] | RejectedRow]:
+    with open_bytes(part.file) as stream:
+        at = part.start
+        if at:
+            stream.seek(at)
+        for number, raw in enumerate(stream, part.first_line):
+            if part.end is not None and at >= part.end:
+                break
+            at += len(raw)
+            try:
+                # A byte order mark is no text; form feeds and the like stay as they are.
+                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                reason = (
+                    f"not UTF-8: byte 0x{raw[error.start]:02x} at column {error.start + 1}; convert the file to UTF-8"
+                )
+                yield RejectedRow(part.file, number, reason)
+
+
+def _text(part: FilePart, split: TextSplit) -> Iterator[RawRecord | RejectedRow]:
+    file = part.file
+    if split is TextSplit.line:
+        for item in _decoded_lines(part):
+            if isinstance(item, RejectedRow):
+                yield item
+            elif item[1] and not item[1].isspace():
+                yield RawRecord(file, item[0], {"text": item[1]})
+        return
+    held: list[str] = []
+    start = 1
+    for item in _decoded_lines(part):
+        if isinstance(item, RejectedRow):
+            yield item
+            continue
+        number, line = item
+        ends = split is TextSplit.paragraph and not line.strip()
+        if not held:
+            start = number
+        if line.strip() or (split is TextSplit.file and held):
+            held.append(line)
+        if ends and held:
+            yield RawRecord(file, start, {"text": "\n".join(held)})
+            held = []
+    if held:
+        yield RawRecord(file, start, {"text": "\n".join(held)})
+
+
+def _json_lines(part: FilePart) -> Iterator[RawRecord | RejectedRow]:
+    file = part.file
+    for item in _decoded_lines(part):
+        if isinstance(item, RejectedRow):
+            yield item
+        elif item[1].strip():
+            number, line = item
+            try:
+                yield _record(file, number, json.loads(line))
+            except (ValueError, RecursionError) as error:
+                yield RejectedRow(file, number, f"not JSON: {error}")
+
+
+def _json(part: FilePart) -> Iterator[RawRecord | RejectedRow]:
+    file = part.file
+    try:
+        with open_bytes(file) as stream:
+            content = json.loads(stream.read().decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        yield RejectedRow(file, 0, f"not UTF-8 at byte {error.start}; convert the file to UTF-8")
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":  # JSON lines under another ending
+            yield from _json_lines(part)
+        else:
+            yield RejectedRow(file, error.lineno, f"not JSON: {error}")
+    except RecursionError as error:
+        yield RejectedRow(file, 0, f"not JSON: {error}")
+    else:
+        rows = content if isinstance(content, list) else [content]
+        for number, row in enumerate(rows, 1):
+            yield _record(file, number, row)
+
+
+def _table(part: FilePart) -> Iterator[RawRecord | RejectedRow]:
+    file = part.file
+    good: list[int] = []
+
+    def lines() -> Iterator[str]:
+        for item in _decoded_lines(part):
+            if isinstance(item, RejectedRow):
+                bad.append(item)
+            else:
+                good.append(item[0])
+                yield item[1] + "\n"
+
+    bad: list[RejectedRow] = []
+    # A tab-separated table has no quotation: a quotation mark in it is text.
+    tabs = kind(Path(file)) == ".tsv"
+    reader = csv.reader(lines(), delimiter="\t" if tabs else ",", quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL)
+    columns: list[str] = []
+    while True:
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            yield RejectedRow(file, good[-1] if good else 1, f"not a row of a table: {error}")
+            continue
+        if row is None:
+            break
+        if not columns:
+            columns = row if _is_header(row) else [f"column_{number}" for number in range(1, len(row) + 1)]
+            if columns == row:
+                continue
+        if len(row) > len(columns):
+            reason = f"{len(row)} cells for {len(columns)} columns; quote cells that hold the separator"
+            yield RejectedRow(file, good[-1], reason)
+            continue
+        fields = {key: value for key, value in zip(columns, row, strict=False) if key and value}
+        if fields:
+            yield RawRecord(file, good[-1], fields)
+    yield from bad
+
+
+def _is_header(row: list[str]) -> bool:
+    """Column names are single words; a table may begin with its data."""
+    return len(set(row)) == len(row) and all(
+        re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]{0,40}", cell) for cell in row if cell
+    )
+
+
+def _parquet(part: FilePart) -> Iterator[RawRecord | RejectedRow]:
+    import pyarrow.parquet
+
+    with open_bytes(part.file) as stream:
+        yield from _batches(part, "Parquet", lambda: pyarrow.parquet.ParquetFile(stream).iter_batches())
+
+
+def _arrow(part: FilePart) -> Iterator[RawRecord | RejectedRow]:
+    import pyarrow
+
+    def batches(stream: IO[bytes]) -> Iterator[Any]:
+        try:  # what `datasets` writes; other programs write the random-access form
+            yield from pyarrow.ipc.open_stream(stream)
+        except pyarrow.ArrowInvalid:
+            stream.seek(0)
+            file = pyarrow.ipc.open_file(stream)
+            yield from (file.get_batch(number) for number in range(file.num_record_batches))
+
+    with open_bytes(part.file) as stream:
+        yield from _batches(part, "Arrow", lambda: batches(stream))
+
+
+def _batches(part: FilePart, name: str, open_batches: Callable[[], Iterator[Any]]) -> Iterator[RawRecord | RejectedRow]:
+    import pyarrow
+
+    number = 0
+    try:
+        for batch in open_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield _record(part.file, number, row)
+    except (pyarrow.ArrowException, OSError) as error:
+        yield RejectedRow(part.file, number + 1, f"not {name}: {str(error).splitlines()[0]}")
+
+
+def _record(file: str, number: int, row: Any) -> RawRecord | RejectedRow:
+    if isinstance(row, str):
+        return RawRecord(file, number, {"text": row})
+    if isinstance(row, dict):
+        return RawRecord(file, number, row)
+    return RejectedRow(file, number, f"a row must be an object or a string, got {type(row).__name__}")

@@ -1,0 +1,1 @@
+"""The token store: written by `prepare`, mapped by training."""

@@ -1,0 +1,1 @@
+"""Who the ranks are, whether they agree before they join, and whether they live."""

@@ -1,0 +1,40 @@
+"""Work that may never return, such as a look at a dead network drive, waited for no longer than a given time."""
+
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+_threads: list[threading.Thread] = []
+
+
+def run_with_timeout(seconds: float, work: Callable[[], T]) -> T:
+    """What `work` returns or raises. It runs in a thread, so that Ctrl-C is noticed meanwhile.
+
+    Raises:
+        TimeoutError: it has not returned; its thread is left behind.
+    """
+    results: list[T] = []
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    _threads.append(thread)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    _threads.remove(thread)
+    if failures:
+        raise failures[0]
+    return results[0]
+
+
+def has_hanging_threads() -> bool:
+    """Whether work that timed out is still running: it would hold up an ordinary exit."""
+    return any(thread.is_alive() for thread in _threads)

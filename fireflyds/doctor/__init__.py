@@ -1,0 +1,1 @@
+"""Checks whether this machine and these inputs are fit to train."""

@@ -1,0 +1,60 @@
+"""A finding."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from enum import IntEnum
+from typing import Any
+
+
+class Severity(IntEnum):
+    """`warning` trains, but slower or with less than could be; `error` does not train, or not rightly."""
+
+    ok = 0
+    warning = 1
+    error = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One finding. `host` is empty where it is of all ranks together."""
+
+    name: str
+    severity: Severity
+    message: str
+    remedy: str = ""
+    host: str = ""
+    value: float | None = None
+    """The measured number, in the unit that `unit` names."""
+    unit: str = ""
+
+    def __post_init__(self) -> None:
+        if (self.severity is Severity.ok) == bool(self.remedy):
+            raise ValueError(f"{self.name}: a remedy belongs to yellow and red findings, and to all of them")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"severity": self.severity.name}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Check":
+        return cls(**{**values, "severity": Severity[values["severity"]]})
+
+
+def passed(name: str, message: str, value: float | None = None, unit: str = "") -> Check:
+    return Check(name, Severity.ok, message, "", "", value, unit)
+
+
+def warning(name: str, message: str, remedy: str, value: float | None = None, unit: str = "") -> Check:
+    return Check(name, Severity.warning, message, remedy, "", value, unit)
+
+
+def failed(name: str, message: str, remedy: str) -> Check:
+    return Check(name, Severity.error, message, remedy)
+
+
+def on_host(host: str, checks: Iterable[Check]) -> list[Check]:
+    """The same findings, of that host."""
+    return [replace(check, host=host) for check in checks]
+
+
+def worst(checks: Iterable[Check]) -> Severity:
+    return max((check.severity for check in checks), default=Severity.ok)

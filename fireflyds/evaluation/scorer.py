@@ -1,0 +1,104 @@
+"""Likelihoods of token sequences under a model directory, many sequences in one packed forward pass."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fireflyds.config import EvaluateConfig, PromptStyle
+from fireflyds.errors import UserError
+from fireflyds.models.load import config_of, family_of, load_for_inference
+from fireflyds.models.packed import head
+from fireflyds.models.packed.forward import fuse
+from fireflyds.tokenizer.encoder import load_encoder
+from fireflyds.types import Encoder, PackedBatch
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluatedModel:
+    """A model under evaluation."""
+
+    model: Any
+    encoder: Encoder
+    chat: Any
+    max_tokens: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def prefix(self) -> list[int]:
+        """What text begins with, so that its first token has something to be predicted from."""
+        first = self.encoder.bos_id if self.encoder.bos_id is not None else self.encoder.eos_id
+        return [] if first is None else [first]
+
+    @property
+    def max_length(self) -> int:
+        return min(self.max_tokens, getattr(self.model.config, "max_position_embeddings", self.max_tokens))
+
+    def prompt_ids(self, question: str) -> list[int]:
+        """A question, in the model's chat template when it is a chat model."""
+        if self.chat is None:
+            return self.prefix + self.encoder.encode(question)
+        message = [{"role": "user", "content": question}]
+        ids = self.chat.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
+        return list(ids)
+
+
+def load_evaluated_model(config: EvaluateConfig) -> EvaluatedModel:
+    """Load a Hugging Face directory.
+
+    Raises:
+        UserError: no model there, or `prompt=chat` without a chat template.
+    """
+    from transformers import AutoTokenizer
+
+    folder = Path(config.model)
+    family_of(config_of("model", config.model).model_type)
+    encoder = load_encoder(folder)
+    model = load_for_inference(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    has_template = tokenizer.chat_template is not None
+    if config.prompt is PromptStyle.chat and not has_template:
+        raise UserError(f"prompt=chat: {folder} has no chat template. Use prompt=plain")
+    wants_chat = has_template and config.prompt is not PromptStyle.plain
+    return EvaluatedModel(fuse(model), encoder, tokenizer if wants_chat else None, config.max_tokens)
+
+
+def token_losses(subject: EvaluatedModel, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    """For each sequence of n ids, the n - 1 losses (nats) of its tokens after the first, given those before."""
+    losses: list[np.ndarray] = []
+    at = 0
+    while at < len(sequences):
+        end, tokens = at, 0
+        while end < len(sequences) and (end == at or tokens + len(sequences[end]) <= subject.max_tokens):
+            tokens += len(sequences[end])
+            end += 1
+        losses += _packed_losses(subject, sequences[at:end])
+        at = end
+    return losses
+
+
+@torch.no_grad()
+def _packed_losses(subject: EvaluatedModel, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    lengths = [len(sequence) for sequence in sequences]
+    inputs = PackedBatch.from_documents(sequences).model_inputs(subject.device)
+    losses = subject.model(**inputs, compute=head.token_losses)
+    return [part[:-1].cpu().numpy() for part in losses.split(lengths)]
+
+
+def continuation_losses(subject: EvaluatedModel, prompt: list[int], continuations: Sequence[list[int]]) -> list[float]:
+    """The loss (nats) of each continuation after the prompt, which is cut on the left where too long."""
+    longest = max(map(len, continuations))
+    room = subject.max_length - longest
+    if room < 1:
+        raise UserError(
+            f"a choice of {longest} tokens does not fit into the model's {subject.max_length}. Leave it out"
+        )
+    kept = prompt if len(prompt) <= room else (subject.prefix + prompt[-(room - len(subject.prefix)) :])[-room:]
+    losses = token_losses(subject, [kept + continuation for continuation in continuations])
+    return [float(loss[len(kept) - 1 :].sum()) for loss in losses]

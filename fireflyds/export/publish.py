@@ -1,0 +1,134 @@
+"""A trained model as a Hugging Face directory: weights, tokenizer, chat template, generation settings, card."""
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from fireflyds import registry
+from fireflyds.config import Precision, TrainConfig
+from fireflyds.errors import UserError
+from fireflyds.models.load import bare_model, load_for_inference
+from fireflyds.models.packed.forward import fuse, hidden_states
+from fireflyds.models.precision import DTYPES, is_emulated
+from fireflyds.tokenizer.shards import Entry, save_sharded
+from fireflyds.types import EOS, Encoder, PackedBatch
+
+# A reloaded model computes the same logits, up to the rounding of its number format.
+MAX_SHARD_BYTES = 5 * 10**9
+TOLERANCE = {Precision.fp32: 1e-5, Precision.bf16: 5e-2, Precision.fp16: 1e-2}
+
+
+def write_weights(
+    folder: Path, hf_config: Any, entries: dict[str, Entry], dtype: torch.dtype, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """`config.json`, and safetensors of at most `max_shard_bytes` each (or one tensor), tensor by tensor.
+
+    Raises:
+        UserError: the weights are not those of the configured architecture.
+    """
+    plain_config = copy.deepcopy(hf_config)
+    if hasattr(plain_config, "quantization_config"):
+        del plain_config.quantization_config
+    plain_config.dtype = dtype
+    model = bare_model(plain_config)
+    plain_config.architectures = [type(model).__name__]
+    tied = set(model._tied_weights_keys or ()) if plain_config.tie_word_embeddings else set()
+    entries = {name: entry for name, entry in entries.items() if name not in tied}
+    expected = {name: [*tensor.shape] for name, tensor in model.state_dict().items()}
+    for name, entry in entries.items():
+        if expected.get(name) != entry.shape:
+            raise UserError(
+                f"the trained weights do not fit {plain_config.model_type}: {name} is {entry.shape}, the architecture has "
+                f"{expected.get(name, 'no such weight')}"
+            )
+    missing = expected.keys() - entries.keys() - tied
+    if missing:
+        raise UserError(f"the trained weights do not fit {plain_config.model_type}: {min(missing)} is missing")
+    plain_config.save_pretrained(folder)
+    save_sharded(folder, entries, max_shard_bytes)
+
+
+def write_chat_settings(folder: Path, encoder: Encoder, template: str | None) -> None:
+    """`generation_config.json`; with a template, its Jinja form too, and the token at which generation stops."""
+    stop = encoder.eos_id
+    if template is not None:
+        chat = registry.find("fireflyds.data.templates", template).CHAT
+        (folder / "chat_template.jinja").write_text(chat.jinja, encoding="utf-8")
+        stop = encoder.eos_id if chat.stop == EOS else encoder.token_id(chat.stop)
+    settings = GenerationConfig(bos_token_id=encoder.bos_id, eos_token_id=stop, pad_token_id=encoder.eos_id)
+    settings.save_pretrained(folder)
+
+
+def probe_ids(vocab_size: int) -> Tensor:
+    """64 random tokens `[1, 64]`, the same for every model of this vocabulary."""
+    return torch.randint(0, vocab_size, (1, 64), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def packed_logits(model: Any, ids: Tensor) -> Tensor:
+    """Logits `[1, 64, V]` of a tuned model in its packed forward pass, on the host. Its weights are cast in place."""
+    device, model = model.device, fuse(model.eval())
+    for module in model.modules():
+        # In evaluation mode 8-bit layers round their inputs too, which merged weights do not show.
+        if getattr(getattr(module, "weight", None), "dtype", None) is torch.int8 and not hasattr(module, "lora_A"):
+            module.train()
+    compute_in = torch.float32 if is_emulated(model.dtype) else model.dtype
+    for parameter in model.parameters():
+        if parameter.is_floating_point():  # float32 adapters beside a half-precision base
+            parameter.data = parameter.data.to(compute_in)
+    for module in model.modules():
+        if getattr(module, "compute_dtype", None) in DTYPES.values():  # 4-bit layers
+            module.compute_dtype = compute_in
+    inputs = PackedBatch.from_documents(ids.tolist(), learned=False).model_inputs(device)
+    names = ("input_ids", "position_ids", "cu_seqlens", "max_seqlen")
+    hidden = hidden_states(model, **{name: inputs[name] for name in names})
+    return model.get_output_embeddings()(hidden).float().cpu()  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def reload_difference(folder: Path, ids: Tensor, trained_logits: Tensor, dtype: Precision) -> float:
+    """Largest difference between the logits of the directory, loaded by plain transformers, and those of the trained model,
+    relative to the largest logit.
+
+    Raises:
+        UserError: it is larger than the number format explains.
+    """
+    model = load_for_inference(folder)
+    logits = model(ids.to(model.device)).logits.float().cpu()
+    difference = float((trained_logits - logits).abs().max() / trained_logits.abs().max())
+    if not difference <= TOLERANCE[dtype]:
+        raise UserError(
+            f"{folder}: logits differ from the trained model's by {difference:.1e}, more than {TOLERANCE[dtype]:.0e}. Nothing was written"
+        )
+    return difference
+
+
+def write_model_card(folder: Path, trained: TrainConfig, about: dict[str, Any], languages: Sequence[str]) -> None:
+    """`README.md` with the metadata that hubs read. `languages`: codes of what the run trained on, as its sources name them."""
+    base = trained.model.path or "none (from scratch)"
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        *([f"language: [{', '.join(languages)}]"] if languages else []),
+        *([f"base_model: {base}"] if trained.model.path else []),
+        "---",
+        "",
+        f"# {trained.run}",
+        "",
+        f"Trained with fireflyds from {base}: {trained.tuning.method.name}, learning rate {trained.optim.lr:g} "
+        f"({trained.optim.schedule.name}), {trained.global_batch_size} packed rows of {trained.seq_len} tokens a step, "
+        f"{about['checkpoint']}.",
+        "",
+        "```json",
+        json.dumps(about, indent=2),
+        "```",
+        "",
+    ]
+    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")

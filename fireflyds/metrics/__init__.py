@@ -1,0 +1,1 @@
+"""What a training step reports, and where that goes."""

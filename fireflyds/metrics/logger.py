@@ -1,0 +1,117 @@
+"""Every step of a run, told to all who listen: `metrics.jsonl`, the tracker, the progress bar, the log; at every save
+`trainer_state.json` and `loss.png`."""
+
+import contextlib
+import logging
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from fireflyds.metrics.console import format_steps, progress_bar
+from fireflyds.metrics.history import History
+from fireflyds.metrics.trackers import Tracker
+from fireflyds.runs.jsonl import MetricsFile, read_jsonl, without_nan
+from fireflyds.runs.status import EXIT_FAILED
+from fireflyds.types import StepMetrics
+
+
+class MetricsLogger:
+    """Used as a context. Files and bar are rank 0's; other ranks only log to their own file."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        tracker: Tracker,
+        log: logging.Logger,
+        rank: int,
+        done: int,
+        total_steps: int,
+        log_every: int,
+        steps_per_epoch: float,
+    ) -> None:
+        self._run_dir, self._tracker, self.log = run_dir, tracker, log
+        self._total_steps, self._log_every, self._steps_per_epoch = total_steps, log_every, steps_per_epoch
+        self._recent: list[StepMetrics] = []
+        self._file: MetricsFile | None = None
+        self._pending_plot: Future[None] | None = None
+        self._stack = contextlib.ExitStack()
+        try:
+            if rank == 0:
+                self._open(done)
+            # A picture takes longer than a step.
+            self._plot_executor = self._stack.enter_context(ThreadPoolExecutor(1, "journal"))
+            self._advance = self._stack.enter_context(progress_bar(total_steps, done, rank == 0))
+        except BaseException:
+            # The tracker was opened for this object, which nobody can leave now.
+            self._stack.close()
+            tracker.finish(EXIT_FAILED)
+            raise
+
+    def __enter__(self) -> "MetricsLogger":
+        return self
+
+    def _open(self, done: int) -> None:
+        self._file = MetricsFile(self._run_dir, done)
+        self._history = History(self._run_dir, self._total_steps, self._log_every, self._steps_per_epoch)
+        for row in self._file.kept:
+            self._history.add(row)
+        for row in read_jsonl(self._run_dir / "validation.jsonl"):
+            if row["step"] <= done:
+                self._history.add_validation(row)
+
+    def rollback(self, done: int) -> None:
+        """Forget the steps behind a checkpoint that the run went back to."""
+        self._recent.clear()
+        if self._file:
+            self._file.close()
+            self._open(done)
+        self._tracker.rollback(done)
+
+    def log_step(self, step: StepMetrics) -> None:
+        if self._file:
+            self._history.add(self._file.record(step))
+        self._tracker.log(step.as_dict())
+        self._advance(step)
+        self._recent.append(step)
+        if step.step % self._log_every == 0 or step.step == self._total_steps:
+            self.log.info(format_steps(self._recent, self._total_steps))
+            self._recent.clear()
+
+    def log_validation(self, row: Mapping[str, Any]) -> None:
+        """A row of `validation.jsonl`, on rank 0."""
+        self._history.add_validation(without_nan(row))
+        self._tracker.log(row)
+
+    def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
+        """What the model wrote to the fixed prompts: rows with `prompt` and `text`, on rank 0."""
+        self._tracker.log_samples(step, samples)
+
+    def log_checkpoint(self, step: int, stall: float) -> None:
+        """A checkpoint is being written; training waited `stall` seconds for the copy."""
+        self.log.info(f"checkpoint of step {step}: training waited {stall:.2f} s")
+        if self._file:
+            # A checkpoint outlives a crash of the machine, and so must the steps before it.
+            self._warn_on_failure("metrics.jsonl", self._file.sync)
+        if self._file and (self._pending_plot is None or self._pending_plot.done()):
+            self._pending_plot = self._plot_executor.submit(
+                self._warn_on_failure, "trainer_state.json or loss.png", self._history.save
+            )
+
+    def _warn_on_failure(self, what: str, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as error:  # a picture is no reason to end a run, nor to hide why it ends
+            self.log.warning(f"{self._run_dir}: {what} was not written ({str(error) or type(error).__name__})")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._stack.close()
+            if self._file:
+                self._warn_on_failure("trainer_state.json or loss.png", self._history.save)
+                self._warn_on_failure("metrics.jsonl", self._file.close)
+        finally:
+            self._tracker.finish(0 if error is None else EXIT_FAILED)

@@ -1,0 +1,247 @@
+"""The doors to W&B and TensorBoard. Rank 0 only. A tracker that fails says so in one line, and training goes on."""
+
+import importlib.util
+import json
+import logging
+import secrets
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from fireflyds.config import TrackerKind, TrackingConfig, TrainConfig, WandbMode
+from fireflyds.errors import UserError
+from fireflyds.fs import atomic_write_text, read_json
+
+ID_FILE = "wandb.json"
+_COLUMNS = ("step", "prompt", "text")
+
+
+class Tracker(Protocol):
+    """Takes rows as they stand in `metrics.jsonl` and `validation.jsonl`; each has its `step`."""
+
+    def log(self, row: Mapping[str, Any]) -> None: ...
+
+    def log_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None: ...
+
+    def rollback(self, step: int) -> None: ...
+
+    def finish(self, exit_code: int) -> None:
+        """0 where the run is well."""
+
+
+class NoTracker:
+    def log(self, row: Mapping[str, Any]) -> None: ...
+
+    def log_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None: ...
+
+    def rollback(self, step: int) -> None: ...
+
+    def finish(self, exit_code: int) -> None: ...
+
+
+class WandbTracker:
+    """One W&B run per fireflyds run: its id stands in the run's folder, so resuming goes on in the same one.
+
+    Rows carry their step themselves, so that steps which are told again after a resume take the place of the first.
+    """
+
+    def __init__(self, config: TrackingConfig, run: str, run_dir: Path, resolved: dict[str, Any]) -> None:
+        self._run = init_wandb(config, run, run_dir, resolved, config.finish_seconds)
+        self._run.define_metric("step", hidden=True)
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        self._run.log(dict(row))
+        if any(key.startswith("validation/") for key in row):
+            self._run.log({"step": row["step"], "validation_table": _domains_table(row)})
+
+    def log_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        import wandb
+
+        table = wandb.Table(columns=list(_COLUMNS), data=[[step, row["prompt"], row["text"]] for row in rows])
+        self._run.log({"step": step, "samples": table})
+
+    def rollback(self, step: int) -> None:
+        """Nothing: a step that is told again takes the place of the first."""
+
+    def finish(self, exit_code: int) -> None:
+        self._run.finish(exit_code=exit_code)
+
+
+class TensorBoardTracker:
+    """Event files in the run's folder `tensorboard`. On resuming and going back, later steps of before are hidden."""
+
+    def __init__(self, run_dir: Path, resumed_at: int) -> None:
+        self._folder = str(run_dir / "tensorboard")
+        self._writer = self._open(resumed_at)
+
+    def _open(self, done: int) -> Any:
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(self._folder, purge_step=done + 1)
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        for key, value in row.items():
+            if key != "step" and isinstance(value, int | float):
+                self._writer.add_scalar(key, value, row["step"])
+
+    def log_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        for number, row in enumerate(rows):
+            self._writer.add_text(f"samples/{number}", f"{row['prompt']}\n\n---\n\n{row['text']}", step)
+
+    def rollback(self, step: int) -> None:
+        self._writer.close()
+        self._writer = self._open(step)
+
+    def finish(self, exit_code: int) -> None:
+        self._writer.close()
+
+
+class FaultTolerantTracker:
+    """Stands before a tracker: the first failure is told and is the last thing asked of it."""
+
+    def __init__(self, tracker: Tracker, name: str, log: logging.Logger, finish_seconds: float) -> None:
+        self._tracker: Tracker = tracker
+        self._name, self._log, self._finish_seconds = name, log, finish_seconds
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        self._try(lambda: self._tracker.log(row))
+
+    def log_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        self._try(lambda: self._tracker.log_samples(step, rows))
+
+    def rollback(self, step: int) -> None:
+        self._try(lambda: self._tracker.rollback(step))
+
+    def finish(self, exit_code: int) -> None:
+        """Wait at most `finish_seconds`: what is stuck is left to its thread, which ends with the process."""
+        work = partial(self._try, lambda: self._tracker.finish(exit_code))
+        thread = threading.Thread(target=work, name="tracker", daemon=True)
+        thread.start()
+        thread.join(self._finish_seconds)
+        if thread.is_alive():
+            self._tracker = NoTracker()
+            self._log.warning(f"{self._name} did not finish within {self._finish_seconds:g} s and is left behind")
+
+    def _try(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as error:  # whatever a tracker raises, it is no reason to stop a training run
+            self._tracker = NoTracker()
+            self._log.warning(f"{self._name} failed ({_short(error)}); training goes on without it")
+
+
+def require_installed(config: TrackingConfig) -> None:
+    """Before anything heavy: raises `UserError` where the tracker's package is not installed."""
+    package = {TrackerKind.none: "", TrackerKind.wandb: "wandb", TrackerKind.tensorboard: "tensorboard"}[config.kind]
+    if package and importlib.util.find_spec(package) is None:
+        raise UserError(
+            f"tracking={config.kind.name}: {package} is not installed. Install it with pip install 'fireflyds[tracking]', or use "
+            "tracking=none"
+        )
+
+
+def open_tracker(
+    config: TrainConfig, resolved: dict[str, Any], rank: int, resumed_at: int, log: logging.Logger
+) -> Tracker:
+    """The tracker of this rank, which raises nothing."""
+    tracking, run_dir = config.tracking, Path(config.run_dir)
+    if rank != 0 or tracking.kind is TrackerKind.none:
+        return NoTracker()
+    if tracking.kind is TrackerKind.wandb and tracking.mode is WandbMode.disabled:
+        log.info("tracking.mode=disabled: W&B is not started, nothing is tracked")
+        return NoTracker()
+    name = {TrackerKind.wandb: "W&B", TrackerKind.tensorboard: "TensorBoard"}[tracking.kind]
+    try:
+        tracker: Tracker = (
+            WandbTracker(tracking, config.run, run_dir, resolved)
+            if tracking.kind is TrackerKind.wandb
+            else TensorBoardTracker(run_dir, resumed_at)
+        )
+    except Exception as error:
+        log.warning(f"{name} did not start ({_short(error)}); training goes on without it")
+        return NoTracker()
+    if tracking.kind is TrackerKind.wandb and tracking.mode is WandbMode.offline:
+        log.info(f"W&B is offline: send what it keeps later with `wandb sync {run_dir}/wandb/offline-run-*`")
+    return FaultTolerantTracker(tracker, name, log, tracking.finish_seconds)
+
+
+def init_wandb(
+    config: TrackingConfig, run: str, run_dir: Path, resolved: dict[str, Any] | None, finish_seconds: float
+) -> Any:
+    """The W&B run of a fireflyds run, begun or gone on with. It is left after `finish_seconds` at its end; 0: never."""
+    import wandb
+
+    group = run.rpartition("/")[0] if config.group is None else config.group
+    options: dict[str, Any] = {"entity": config.entity, "group": group or None, "tags": config.tags, "config": resolved}
+    options["mode"] = config.mode.name
+    return wandb.init(
+        project=config.project,
+        id=wandb_run_id(run_dir),
+        name=run.replace("/", "-"),
+        job_type=config.job_type,
+        resume="allow",
+        dir=str(run_dir),
+        settings=wandb.Settings(finish_timeout=finish_seconds),
+        **options,
+    )
+
+
+def wandb_run_id(run_dir: Path) -> str:
+    """The id that all starts of a run share. Not its name: a name may be used again for another run."""
+    file = run_dir / ID_FILE
+    if not file.exists():
+        atomic_write_text(file, json.dumps({"id": secrets.token_hex(4)}))
+    return str(read_json(file)["id"])
+
+
+def require_wandb_run(config: TrackingConfig, run: str) -> None:
+    """Raises `UserError` where the run is not tracked by W&B."""
+    if config.kind is not TrackerKind.wandb or config.mode is WandbMode.disabled:
+        raise UserError(
+            f"artifact=true: the run {run} is not tracked by W&B (tracking={config.kind.name}, tracking.mode={config.mode.name}). "
+            "Leave artifact=true out"
+        )
+    require_installed(config)
+
+
+def log_model_artifact(config: TrackingConfig, run: str, run_dir: Path, folder: Path, about: dict[str, Any]) -> str:
+    """Give an export to the W&B run it came from, as an artifact of type `model`. Returns its name, when all of it is there.
+
+    An offline run keeps it on the disk until it is synced.
+
+    Raises:
+        UserError: the run is not tracked by W&B, or W&B failed; the export itself is whole.
+    """
+    require_wandb_run(config, run)
+    import wandb
+
+    name = run.replace("/", "-")
+    try:
+        tracked = init_wandb(config, run, run_dir, None, finish_seconds=0)
+        artifact = wandb.Artifact(name, type="model", metadata=about)
+        artifact.add_dir(str(folder))
+        sent = tracked.log_artifact(artifact)
+        if config.mode is WandbMode.online:
+            sent.wait()
+        tracked.finish()
+    except Exception as error:
+        raise UserError(
+            f"artifact=true: W&B failed ({_short(error)}). The export in {folder} is whole; mend that and give the same command again"
+        ) from error
+    return name
+
+
+def _domains_table(row: Mapping[str, Any]) -> Any:
+    import wandb
+
+    prefix = "validation/loss/"
+    domains = [key.removeprefix(prefix) for key in row if key.startswith(prefix)]
+    data = [[row["step"], name, row[prefix + name], row.get(f"validation/bits_per_byte/{name}")] for name in domains]
+    return wandb.Table(columns=["step", "domain", "loss", "bits_per_byte"], data=data)
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,0 +1,174 @@
+"""The packed forward pass of one loaded instance: our attention over boundaries, our kernels, our loss through the head."""
+
+import types
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from fireflyds_kernels import dispatch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from fireflyds import registry
+from fireflyds.config import HardwareConfig, Precision
+from fireflyds.errors import UserError
+from fireflyds.models.packed import fused_modules as fused
+from fireflyds.models.packed.boundaries import PackedContext, SequenceBoundaries
+from fireflyds.models.packed.head import HeadFunction, HeadInputs, loss_sum
+from fireflyds.models.precision import DTYPES
+from fireflyds.models.split_embeddings import FusedLossHead, SplitLMHead
+
+ATTENTION = "fireflyds"
+# What some families do to their logits behind the head, which the fused loss would leave out.
+_LOGIT_CHANGES = {"final_logit_softcapping": None, "logit_scale": None, "logits_scaling": 1, "lm_head_multiplier": 1}
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    boundaries: SequenceBoundaries,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **rest: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: `[1, H, T, D]` in, `[1, T, H, D]` out."""
+    asked = [name for name in ("softcap", "s_aux") if rest.get(name) is not None] + ["dropout"] * bool(dropout)
+    if asked:
+        raise UserError(
+            f"{type(module).__name__} asks for attention with {', '.join(asked)}, which packed attention has not"
+        )
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    return boundaries.attention(q, k, v, scale=scaling, window=sliding_window, causal=causal)[None], None
+
+
+# Boundaries say all there is to mask. With no function in AttentionMaskInterface transformers makes no mask at all; with
+# one that returns None it would first look through the positions for documents, and wait for the device.
+AttentionInterface.register(ATTENTION, _attention)
+
+
+def fuse(model: Any) -> Any:
+    """Give this instance the packed forward pass; the class and other instances stay as they are.
+
+    Afterwards `model(input_ids, labels, position_ids, cu_seqlens, max_seqlen)` returns the sum of the token
+    losses, or with `compute` what that function of `packed/head.py` makes of the hidden states. Families with a table have their norms, rotary embeddings,
+    gates and attention on our kernels too; any other model that takes its attention from transformers' interface has
+    its attention and its loss there.
+
+    Raises:
+        UserError: a model whose attention or head cannot be replaced.
+    """
+    name, config = type(model).__name__, model.config
+    known = registry.names("fireflyds.models.families")
+    table = (
+        registry.find("fireflyds.models.families", config.model_type).FAMILY.fused if config.model_type in known else {}
+    )
+    _check(model, table)
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear:
+        head.__class__ = FusedLossHead
+    elif not isinstance(head, FusedLossHead | SplitLMHead):
+        raise UserError(
+            f"the head of {name} is a {type(head).__name__}, not a Linear: the fused loss cannot go through it"
+        )
+    config._attn_implementation = ATTENTION
+    packing = PackedContext()
+    for module in model.modules():
+        module.packing = packing
+        function = table.get(type(module).__name__)
+        if hasattr(module, "lora_A") and getattr(getattr(module.base_layer, "weight", None), "quant_state", None):
+            function = "four_bit_lora"
+        if getattr(module, "rope_type", None) == "dynamic":
+            function = "dynamic_rotary"
+        if function and not (function == "gated_mlp" and config.hidden_act not in ("silu", "swish")):
+            module.forward = types.MethodType(getattr(fused, function), module)
+    model.forward = types.MethodType(_forward, model)
+    return model
+
+
+def attention_dispatch_key(hf_config: Any, device: torch.device, dtype: torch.dtype) -> dispatch.DispatchKey:
+    """What a model asks of packed attention, as far as its configuration tells."""
+    head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
+    alibi = hf_config.model_type == "bloom" or bool(getattr(hf_config, "alibi", False))
+    window = bool(getattr(hf_config, "sliding_window", None))
+    return dispatch.DispatchKey(device.type, dispatch.capability_of(device), dtype, head_dim, window, alibi)
+
+
+def attention_override(config: HardwareConfig, hf_config: Any, precision: Precision) -> AbstractContextManager[None]:
+    """Inside, packed attention runs the implementation that `hardware.attention` names.
+
+    Raises:
+        UserError: nothing is called so, or it cannot run here; told before anything is loaded.
+    """
+    if config.attention == "auto":
+        return nullcontext()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    refusals = dispatch.refusals("packed_attention", attention_dispatch_key(hf_config, device, DTYPES[precision]))
+    able = ", ".join(["auto", *(name for name, why in refusals.items() if why is None)])
+    if config.attention not in refusals:
+        raise UserError(f"hardware.attention={config.attention}: no such implementation. Able here: {able}")
+    if why := refusals[config.attention]:
+        raise UserError(f"hardware.attention={config.attention}: cannot run here ({why}). Able here: {able}")
+    return dispatch.force(packed_attention=config.attention)
+
+
+def _check(model: Any, table: Any) -> None:
+    name, config = type(model).__name__, model.config
+    replaced = any("attention" in function for function in table.values())
+    if not replaced and not getattr(model, "_supports_attention_backend", False):
+        raise UserError(
+            f"{name} does not take its attention from transformers' AttentionInterface, and no family of fireflyds replaces it. "
+            f"Families: {', '.join(registry.names('fireflyds.models.families'))}"
+        )
+    dropout = getattr(config, "attention_dropout", 0.0)
+    if dropout:
+        raise UserError(
+            f"attention_dropout={dropout} in the model's config.json: packed attention has none. Set it to 0"
+        )
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds or any(isinstance(module, nn.Conv1d) for module in model.modules()):
+        raise UserError(
+            f"{name} has layers other than attention over whole documents or windows ({', '.join(kinds) or 'convolutions'}), "
+            "through which packed documents would see each other"
+        )
+    if any(getattr(module, "rope_type", None) == "longrope" for module in model.modules()):
+        raise UserError(
+            f"{name} has rope_type=longrope, whose frequencies change with the longest document of a row. Train it unpacked"
+        )
+    for key, neutral in _LOGIT_CHANGES.items():
+        if getattr(config, key, None) not in (None, neutral):
+            raise UserError(
+                f"{name} changes its logits ({key}={getattr(config, key)}), which the fused loss would leave out"
+            )
+
+
+def _forward(
+    self: Any,
+    input_ids: Tensor,
+    labels: Tensor,
+    position_ids: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    num_labels: int | None = None,
+    compute: HeadFunction = loss_sum,
+) -> Any:
+    hidden = hidden_states(self, input_ids, position_ids, cu_seqlens, max_seqlen)
+    return compute(self.get_output_embeddings(), hidden[0], HeadInputs(labels[0], num_labels, cu_seqlens))
+
+
+def hidden_states(model: Any, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    """The last hidden states `[1, T, d]` of a fused model."""
+    packing: PackedContext = model.packing
+    packing.batch = SequenceBoundaries(cu_seqlens, max_seqlen)
+    packing.recomputing = getattr(model, "is_gradient_checkpointing", False)
+    # What BLOOM does not know of, positions and boundaries, it passes over.
+    found = model.get_decoder()(
+        input_ids=input_ids, position_ids=position_ids, boundaries=packing.batch, use_cache=False
+    )
+    return found.last_hidden_state

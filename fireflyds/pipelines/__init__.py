@@ -1,0 +1,1 @@
+"""Verbs in order: roads, and the report of the demo's."""

@@ -1,0 +1,48 @@
+"""What may change between two starts of a run. Imports nothing heavy: `submit` asks too."""
+
+from pathlib import Path
+from typing import Any
+
+from fireflyds.app import plain
+from fireflyds.errors import UserError
+
+# Keys that may change between the start of a run and its resumption without making it another run.
+FREE_TO_CHANGE = (
+    "tracking", "checkpoint", "recovery", "validation", "log_every", "runs", "optim.steps", "optim.epochs", "zero",
+    "micro_batch_size", "hardware.timeout_minutes", "hardware.gradient_checkpointing", "hardware.peak_tflops",
+    "hardware.start_timeout_minutes", "hardware.network_interface", "hardware.local_cache",
+)  # fmt: skip
+
+
+def diff_configs(
+    old: dict[str, Any], new: dict[str, Any], prefix: str = "", free: tuple[str, ...] = FREE_TO_CHANGE
+) -> list[str]:
+    """Dotted keys whose values differ, but for those in `free`, with both values."""
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        if f"{prefix}{key}" in free:
+            continue
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += diff_configs(a, b, f"{prefix}{key}.", free)
+        elif a != b:
+            found.append(f"{prefix}{key}: {a} -> {b}")
+    return found
+
+
+def has_started(run_dir: Path) -> bool:
+    """Something was trained under this name."""
+    metrics = run_dir / "metrics.jsonl"
+    return any((run_dir / "checkpoints").glob("step-*")) or (metrics.exists() and metrics.stat().st_size > 0)
+
+
+def require_same_config(run_dir: Path, yaml_text: str, run: str, more: list[str] | None = None) -> None:
+    """Raises `UserError` where the run has begun with another configuration; `more`: further differences that were found."""
+    file = run_dir / "config.yaml"
+    if not (file.exists() and has_started(run_dir)):
+        return
+    changed = diff_configs(plain(file.read_text(encoding="utf-8")), plain(yaml_text)) + (more or [])
+    if changed:
+        raise UserError(
+            f"run={run}: {run_dir} was started with another configuration ({'; '.join(changed)}). Give another run=, or the same values to go on"
+        )

@@ -1,0 +1,46 @@
+"""A run's directory is made, or opened again, by one process at a time."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import IO, Any
+
+from fireflyds.config import TrainConfig
+from fireflyds.errors import UserError
+from fireflyds.fs import atomic_write_text, lock_file, read_json
+from fireflyds.runs import layout
+from fireflyds.runs.config_diff import diff_configs, has_started, require_same_config
+from fireflyds.runs.provenance import provenance
+
+
+def open_run(config: TrainConfig, yaml_text: str, inputs: dict[str, Any]) -> IO[str]:
+    """Make the run directory, or check that the one there is the same run. On rank 0 only.
+
+    `inputs` says what the run reads (the store's and the base's contents), which must be the same on resuming.
+    Returns the lock that keeps a second process out for as long as it is open.
+
+    Raises:
+        UserError: another process trains the run; or the name is taken by a run with another configuration or
+            other inputs, and the message lists the differences.
+    """
+    run_dir = Path(config.run_dir)
+    file = run_dir / "config.yaml"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        busy = f"run={config.run}: another process trains {run_dir} now. Wait for it, end it, or give another run="
+        lock = lock_file(run_dir / ".lock", busy)
+    except OSError as error:
+        raise UserError(
+            f"run={config.run}: {run_dir} cannot be written ({error.strerror}). Give another run= or runs="
+        ) from error
+    if file.exists() and has_started(run_dir):
+        other = diff_configs(read_json(run_dir / layout.INPUTS), inputs)
+        require_same_config(run_dir, yaml_text, config.run, other)
+        atomic_write_text(file, yaml_text)
+        return lock
+    # A start that was refused before its first step leaves the name free.
+    shutil.rmtree(run_dir / layout.START, ignore_errors=True)
+    atomic_write_text(run_dir / "provenance.json", json.dumps(provenance(), indent=2))
+    atomic_write_text(run_dir / layout.INPUTS, json.dumps(inputs, indent=2))
+    atomic_write_text(file, yaml_text)
+    return lock

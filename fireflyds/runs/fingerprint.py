@@ -1,0 +1,77 @@
+"""Which base and tokenizer a run belongs to, by contents."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fireflyds.config import TrainConfig
+from fireflyds.errors import UserError
+from fireflyds.fs import read_json
+from fireflyds.runs import layout
+
+
+def weights_hash(folder: Path) -> str:
+    """A hash of a model's weights: every file's name, size, first and last MiB, and of safetensors the last row of every
+    tensor, where rows that were added end."""
+    digest = hashlib.sha256()
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"]):
+        digest.update(f"{file.name} {file.stat().st_size}".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(1 << 20))
+            stream.seek(-min(1 << 20, file.stat().st_size), os.SEEK_END)
+            digest.update(stream.read())
+        if file.suffix == ".safetensors":
+            digest.update(b"".join(_last_rows(file)))
+    return digest.hexdigest()
+
+
+def _last_rows(file: Path) -> Iterator[bytes]:
+    """The bytes of the last row of every tensor of a safetensors file
+    (https://github.com/huggingface/safetensors, section Format: header length, header in JSON, tensors)."""
+    with file.open("rb") as stream:
+        try:
+            header_bytes = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(header_bytes))
+            header.pop("__metadata__", None)
+            for _, tensor in sorted(header.items()):
+                start, end = tensor["data_offsets"]
+                row_bytes = (end - start) // max(1, tensor["shape"][0] if tensor["shape"] else 1)
+                stream.seek(8 + header_bytes + end - row_bytes)
+                yield stream.read(row_bytes)
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            raise UserError(f"{file}: cannot be read as safetensors ({error}). Get the file again") from error
+
+
+def read_inputs(run_dir: Path) -> dict[str, Any]:
+    """What a run recorded of the things it reads.
+
+    Raises:
+        UserError: the record is missing, damaged, or of another version of fireflyds.
+    """
+    recorded = read_json(run_dir / layout.INPUTS)
+    if missing := {"base", "tokenizer", "vocab_size", "store", "template", "languages"} - recorded.keys():
+        raise UserError(
+            f"{run_dir / layout.INPUTS}: has no {min(missing)}. The file was edited or written by another version: restore it, or "
+            "train again under another run="
+        )
+    return recorded
+
+
+def require_base(run: str, path: str, recorded: dict[str, Any]) -> None:
+    """Raises `UserError` unless the base of a run, where it has one, is what it was when the run began."""
+    if not path:
+        return
+    remedy = "Restore the base, or train again under another run="
+    if not (Path(path) / "config.json").is_file():
+        raise UserError(f"run={run}: its base model.path={path} is gone (no config.json there). {remedy}")
+    if weights_hash(Path(path)) != recorded["base"]:
+        raise UserError(f"run={run}: its base model.path={path} has changed since. {remedy}")
+
+
+def base_identity(config: TrainConfig, tokenizer: str, vocab_size: int) -> dict[str, Any]:
+    """What everything learnt belongs to: the base's weights, the tokenizer (both as hashes) and the vocabulary's size."""
+    base = weights_hash(Path(config.model.path)) if config.model.path else None
+    return {"base": base, "tokenizer": tokenizer, "vocab_size": vocab_size}

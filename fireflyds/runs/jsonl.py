@@ -1,0 +1,69 @@
+"""JSON lines: a row for every step, cut back on resuming."""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from fireflyds.errors import UserError
+from fireflyds.fs import atomic_write_text
+from fireflyds.types import StepMetrics
+
+
+class JsonlFile:
+    """A JSON line for everything that happened at a step. On resume, lines after the checkpoint's step are cut away."""
+
+    def __init__(self, path: Path, resumed_at: int) -> None:
+        self.kept = [row for row in read_jsonl(path) if row["step"] <= resumed_at]
+        """What stood there before."""
+        atomic_write_text(path, "".join(_json(row) for row in self.kept))
+        self._stream = path.open("a", encoding="utf-8")
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        try:
+            self._stream.write(_json(row))
+            self._stream.flush()
+        except OSError as error:
+            raise UserError(
+                f"{self._stream.name}: cannot be written ({error.strerror}). Make room, and give the same command again"
+            ) from error
+
+    def sync(self) -> None:
+        """Wait for the disk."""
+        os.fsync(self._stream.fileno())
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+class MetricsFile(JsonlFile):
+    """`metrics.jsonl`: a line for every optimizer step. What is no number is null."""
+
+    def __init__(self, run_dir: Path, resumed_at: int) -> None:
+        super().__init__(run_dir / "metrics.jsonl", resumed_at)
+
+    def record(self, metrics: StepMetrics) -> dict[str, Any]:
+        row = without_nan(metrics.as_dict())
+        self.write(row)
+        return row
+
+
+def without_nan(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row for JSON, which has no word for what is no number: null."""
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+
+
+def _json(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a metrics file; a last line cut off by a kill is passed over."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as stream:
+        for line in stream:
+            if line.endswith("\n"):
+                yield json.loads(line)

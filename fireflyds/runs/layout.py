@@ -1,0 +1,76 @@
+"""Names of what a training run writes into its directory, and the exit codes it leaves with. They stand here alone."""
+
+import shutil
+from pathlib import Path
+
+from fireflyds.fs import remove_empty_folders
+
+CONFIG = "config.yaml"
+INPUTS = "inputs.json"
+PROVENANCE = "provenance.json"
+STATUS = "status.json"
+LOCK = ".lock"
+
+METRICS = "metrics.jsonl"
+VALIDATION = "validation.jsonl"
+SAMPLES = "samples.jsonl"
+TRAINER_STATE = "trainer_state.json"
+LOSS_PLOT = "loss.png"
+TRAIN_LOG = "train.log"
+LOGS = "logs"
+TENSORBOARD = "tensorboard"
+WANDB = "wandb"
+WANDB_ID = "wandb.json"
+
+CHECKPOINTS = "checkpoints"
+LATEST = "latest"
+"""In `checkpoints/`: the name of the newest checkpoint."""
+STEP_PREFIX = "step-"
+START = "start"
+"""Weights taken over from the run that `init_from` names."""
+EXPORT = "export"
+
+SAVE_FILE = "SAVE"
+"""Created by a person: the run saves a checkpoint after the current step."""
+STOP_FILE = "STOP"
+"""Created by a person: the run saves a checkpoint and leaves with `EXIT_STOPPED`."""
+
+JOBS = "jobs.json"
+JOBS_FOLDER = "jobs"
+SUBMIT_SCRIPT = "submit.sh"
+LAUNCHER_LOG = "logs/launcher.log"
+LAUNCHER_PID = "logs/launcher.pid"
+
+EXIT_FAILED = 1
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 75
+"""Saved and left after a signal: a scheduler may start the same command again."""
+EXIT_STOPPED = 76
+"""Saved and left because of `STOP_FILE`: a scheduler leaves the run alone."""
+EXIT_CTRL_C = 130
+
+FILES = (CONFIG, INPUTS, PROVENANCE, STATUS, LOCK, METRICS, VALIDATION, SAMPLES, TRAINER_STATE, LOSS_PLOT, TRAIN_LOG,
+         WANDB_ID, JOBS, SUBMIT_SCRIPT)  # fmt: skip
+FOLDERS = (CHECKPOINTS, START, LOGS, TENSORBOARD, WANDB, JOBS_FOLDER)
+
+
+def step_name(step: int) -> str:
+    """The folder of a checkpoint, such as `step-000100`."""
+    return f"{STEP_PREFIX}{step:06d}"
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / CONFIG).is_file() and (folder / PROVENANCE).is_file()
+
+
+def log_file(run_dir: Path, rank: int) -> Path:
+    return run_dir / LOGS / f"rank_{rank}.log"
+
+
+def remove_run(run_dir: Path) -> None:
+    """Remove what a training run wrote; other files in its directory stay."""
+    for name in FILES:
+        (run_dir / name).unlink(missing_ok=True)
+    for name in FOLDERS:
+        shutil.rmtree(run_dir / name, ignore_errors=True)
+    remove_empty_folders(run_dir)

@@ -1,0 +1,1 @@
+"""Statistics of a tokenizer on text, and the page of an expansion."""

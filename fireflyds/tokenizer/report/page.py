@@ -1,0 +1,169 @@
+"""An expansion's report for people: a page and a chart."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fireflyds.tokenizer.report.stats import CONTEXT
+
+# Mixed-precision Adam: weight and gradient in 16 bits, weight and two moments in 32 (arXiv 1910.02054, section 3.1).
+TRAINING_BYTES = 16
+
+
+def format_comparison(rows: Sequence[dict[str, Any]], names: tuple[str, str]) -> list[str]:
+    """The table of two tokenizers on texts."""
+    lines = [
+        f"`{names[0]}` → `{names[1]}`",
+        "",
+        f"| domain | language | characters | tokens | | characters per token | bytes per token | byte fallback | characters in {CONTEXT:,} tokens |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        old, new = row["before"], row["after"]
+        change = new["tokens"] / max(old["tokens"], 1) - 1
+        lines.append(
+            f"| {row['domain']} | {row['language']} | {old['characters']:,} | {old['tokens']:,} → {new['tokens']:,} "
+            f"| {change:+.1%} | {old['characters_per_token']:.2f} → {new['characters_per_token']:.2f} "
+            f"| {old['bytes_per_token']:.2f} → {new['bytes_per_token']:.2f} "
+            f"| {old['byte_fallback_rate']:.1%} → {new['byte_fallback_rate']:.1%} "
+            f"| {old['characters_in_context']:,.0f} → {new['characters_in_context']:,.0f} |"
+        )
+    return lines
+
+
+def format_summary(report: dict[str, Any]) -> str:
+    """What the verb prints."""
+    pieces = report["pieces"]
+    lines = [
+        f"vocabulary: {report['vocab_size_before']:,} -> {report['vocab_size_after']:,} tokens; {pieces['added']:,} pieces, "
+        f"{len(pieces['intermediates']):,} intermediates and {len(pieces['filled']):,} characters added; "
+        f"{pieces['present']:,} were there already, {len(pieces['dropped']):,} left out"
+    ]
+    lines += [
+        f"{'does not hold' if check['failed'] else 'holds'}: {check['promise']} ({check['tried'] - check['failed']:,} of {check['tried']:,})"
+        for check in report["checks"]
+    ]
+    for row in report["measured"]:
+        old, new = row["before"], row["after"]
+        change = new["tokens"] / max(1, old["tokens"]) - 1
+        lines.append(
+            f"{row['domain']}, {row['language']}: tokens per character {old['tokens_per_character']:.4f} -> "
+            f"{new['tokens_per_character']:.4f} ({change:+.2%})"
+        )
+    return "\n".join(lines)
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """`report.md`."""
+    pieces = report["pieces"]
+    lines = [
+        "# Vocabulary expansion",
+        "",
+        f"{report['vocab_size_before']:,} → {report['vocab_size_after']:,} tokens: {pieces['added']:,} of "
+        f"{pieces['asked']:,} candidates, {len(pieces['intermediates']):,} intermediates, {len(pieces['filled']):,} "
+        f"characters to fill. {pieces['present']:,} were in the base already, {len(pieces['dropped']):,} could not be added.",
+        "",
+        f"Dead pieces: {len(report['dead'])}.",
+        "",
+        "| promise | tried | failed |",
+        "|---|---:|---:|",
+        *(f"| {check['promise']} | {check['tried']:,} | {check['failed']:,} |" for check in report["checks"]),
+        "",
+        "## Fit",
+        "",
+        *(
+            format_comparison(report["measured"], ("base", "expanded"))
+            if report["measured"]
+            else ["No text was given to measure."]
+        ),
+        "",
+        "## Cost of the new rows",
+        "",
+        _costs(report),
+    ]
+    if report["curve"]:
+        lines += ["", "## How many pieces", "", *_curve(report)]
+    if report["most_useful"]:
+        lines += [
+            "",
+            "## Pieces",
+            "",
+            "Tokens saved in the sample by the most useful: " + _listed(report["most_useful"]),
+        ]
+        lines += ["", "By the rarest: " + _listed(report["rarest"])]
+    if pieces["intermediates"]:
+        lines += ["", "Intermediates: " + " ".join(_quoted(piece) for piece in pieces["intermediates"])]
+    if pieces["dropped"]:
+        lines += ["", "Left out:", "", *_dropped(pieces["dropped"])]
+    return "\n".join(lines) + "\n"
+
+
+def _costs(report: dict[str, Any]) -> str:
+    rows = report["vocab_size_after"] - report["vocab_size_before"]
+    model = report["model"]
+    if not model:
+        return f"{rows:,} rows in the embeddings and, unless tied, in the head (the base has no weights beside it)."
+    head = "embeddings and head" if model["matrices"] == 2 else "the embeddings, to which the head is tied"
+    parameters = rows * model["hidden_size"] * model["matrices"]
+    mib = 2**20
+    return (
+        f"{rows:,} rows of {model['hidden_size']:,} in {head}: {parameters:,} parameters, {2 * parameters / mib:,.1f} MiB "
+        f"in 16 bits, {TRAINING_BYTES * parameters / mib:,.1f} MiB in full training with Adam ({TRAINING_BYTES} bytes each). "
+        f"The model: {model['parameters_before']:,} → {model['parameters_after']:,} parameters."
+    )
+
+
+def _curve(report: dict[str, Any]) -> list[str]:
+    marks: dict[int, str] = {}
+    for name, rows in report["knees"].items():
+        marks[rows] = f"{marks[rows]}, {name}" if rows in marks else name
+    lines = ["| new rows | tokens on held-out lines | average log probability | |", "|---:|---:|---:|---|"]
+    lines += [
+        f"| {point['rows']:,} | {point['tokens']:,} | {point['alp']:.1f} | {marks.get(point['rows'], '')} |"
+        for point in report["curve"]
+    ]
+    return [*lines, "", "`knee`: farthest above the chord of tokens saved; `alp`: of average log probability."]
+
+
+def _listed(pieces: Sequence[Sequence[Any]]) -> str:
+    return ", ".join(f"{_quoted(piece)} {count:,}" for piece, count in pieces)
+
+
+def _dropped(dropped: dict[str, str]) -> list[str]:
+    by_reason: dict[str, list[str]] = {}
+    for piece, reason in dropped.items():
+        by_reason.setdefault(reason.split(": ")[0], []).append(piece)
+    return [
+        f"- {reason} ({len(pieces):,}): {' '.join(map(_quoted, pieces[:100]))}" for reason, pieces in by_reason.items()
+    ]
+
+
+def _quoted(piece: str) -> str:
+    return f"`{piece}`" if "`" not in piece else piece
+
+
+def plot_report(report: dict[str, Any], file: Path) -> None:
+    """`report.png`: the curve of sizes, and characters per token by domain."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    rows = [point["rows"] for point in report["curve"]]
+    left.plot(rows, [point["tokens"] for point in report["curve"]], marker="o")
+    for name, at in report["knees"].items():
+        left.axvline(at, linestyle=":", color="gray")
+        left.annotate(name, (at, left.get_ylim()[1]), rotation=90, va="top", ha="right")
+    left.set(xlabel="new rows", ylabel="tokens on held-out lines", title="tokens saved against rows added")
+    measured = report["measured"][:-1]
+    for shift, name in ((-0.2, "before"), (0.2, "after")):
+        widths = [row[name]["characters_per_token"] for row in measured]
+        right.barh([place + shift for place in range(len(measured))], widths, 0.4, label=name)
+    right.set_yticks(range(len(measured)), [f"{row['domain']}, {row['language']}" for row in measured])
+    right.set(xlabel="characters per token", title="fit")
+    right.invert_yaxis()
+    if measured:
+        right.legend()
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)

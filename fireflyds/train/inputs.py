@@ -1,0 +1,82 @@
+"""What a run reads, opened and checked before the ranks join: all that can be refused without loading weights."""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+from fireflyds.config import Precision, TrainConfig
+from fireflyds.data.pack.mixture import PackedRowSampler, count_steps
+from fireflyds.data.store.store import TokenStore, open_store
+from fireflyds.metrics import trackers
+from fireflyds.models.load import read_config
+from fireflyds.models.packed.forward import attention_override
+from fireflyds.models.precision import emulation_notes, resolve_precision
+from fireflyds.models.rope_scaling import check_max_positions
+from fireflyds.optim.optimizers import check_optimizer
+from fireflyds.runs.fingerprint import base_identity
+from fireflyds.tokenizer.encoder import load_encoder
+from fireflyds.train.objectives import Objective, load_objective
+from fireflyds.train.validation import Validator, open_validator
+from fireflyds.types import Encoder
+from fireflyds.zero.import_json import extra_settings
+
+
+@dataclass(frozen=True, slots=True)
+class RunInputs:
+    """`accumulation`: micro-batches of one rank in a step; `attention`: the context in which packed attention runs as
+    `hardware.attention` says; `notes`: for the log."""
+
+    config: TrainConfig
+    encoder: Encoder
+    hf_config: Any
+    store: TokenStore
+    rows: PackedRowSampler
+    objective: Objective
+    validator: Validator
+    precision: Precision
+    accumulation: int
+    total_steps: int
+    attention: AbstractContextManager[None]
+    notes: list[str]
+
+    @classmethod
+    def open(cls, config: TrainConfig, world_size: int) -> "RunInputs":
+        """Raises `UserError` where anything does not fit together; nothing has been written or loaded then."""
+        precision = resolve_precision(config.hardware)
+        notes = [*check_optimizer(config, precision), *extra_settings(config)[1], *emulation_notes(precision)]
+        trackers.require_installed(config.tracking)
+        accumulation = config.accumulation_steps(world_size)
+        objective = load_objective(config.objective)
+        encoder = load_encoder(config.model.tokenizer_path)
+        hf_config = read_config(config.model, encoder)
+        check_max_positions(hf_config, "seq_len", config.seq_len)
+        store = open_store("data.store", config.data.store, encoder.fingerprint(), config.model.tokenizer_path)
+        rows = PackedRowSampler(store, config.seq_len, config.seed, config.data)
+        total_steps = count_steps(config, rows)
+        return cls(
+            config=config,
+            encoder=encoder,
+            hf_config=hf_config,
+            store=store,
+            rows=rows,
+            objective=objective,
+            validator=open_validator(config, encoder, store, hf_config, total_steps),
+            precision=precision,
+            accumulation=accumulation,
+            total_steps=total_steps,
+            attention=attention_override(config.hardware, hf_config, precision),
+            notes=notes,
+        )
+
+    @property
+    def steps_per_epoch(self) -> float:
+        return self.rows.rows_per_epoch / self.config.global_batch_size
+
+    def compared(self) -> dict[str, Any]:
+        """What must be the same on every rank, by contents."""
+        tokenizer = self.encoder.fingerprint()
+        return self.store.identity() | {"tokenizer": tokenizer, "total_steps": self.total_steps}
+
+    def base_identity(self) -> dict[str, Any]:
+        """What everything trained belongs to: hashes of base and tokenizer, and the vocabulary's size."""
+        return base_identity(self.config, self.encoder.fingerprint(), self.hf_config.vocab_size)

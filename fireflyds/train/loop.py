@@ -1,0 +1,147 @@
+"""The training loop: a generator, one optimizer step per `yield`."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from fireflyds.config import TrainConfig
+from fireflyds.errors import UserError
+from fireflyds.metrics.accumulator import MetricsContext, StepMetricsAccumulator
+from fireflyds.optim.lr_schedule import lr_factor
+from fireflyds.train.nonfinite import NonFiniteDetector, SkippedSteps
+from fireflyds.train.objectives import Objective
+from fireflyds.types import PackedBatch, StepMetrics, TrainState
+from fireflyds.zero.engine import Engine, LossScaleError, loss_scale, optimizer_step, set_learning_rates
+
+
+class Loader(Protocol):
+    """Micro-batches of this rank, by the number of the optimizer step."""
+
+    def steps(self, first: int, end: int) -> Iterator[list[PackedBatch]]:
+        """The micro-batches of steps `first` to `end`."""
+
+    def documents(self, number: int, micro: int) -> str:
+        """The documents of a micro-batch, for people to find."""
+
+    def require(self, steps: int) -> None:
+        """Raises `UserError` when the data end before so many steps."""
+
+
+@dataclass(slots=True)
+class _Step:
+    """One optimizer step in progress. `num_targets`: what its loss is divided by, over all ranks."""
+
+    engine: Engine
+    objective: Objective
+    batches: list[PackedBatch]
+    num_targets: int
+    detector: NonFiniteDetector
+    documents: Callable[[int], str]
+    """The documents of a micro-batch, for people to find."""
+
+    def run(self, accumulator: StepMetricsAccumulator, *, watching: bool) -> tuple[float, float]:
+        """Forward, backward and update. Returns the normalised loss and the gradient norm before clipping."""
+        # DeepSpeed averages gradients over ranks and divides the loss by the accumulation; both are undone.
+        scale = dist.get_world_size() * len(self.batches) / max(self.num_targets, 1)
+        norm = 0.0
+        for number, batch in enumerate(self.batches):
+            with self.detector.watch(number) if watching else nullcontext():
+                with accumulator.time_forward():
+                    inputs = batch.model_inputs(self.engine.device)
+                    loss_sum, token_losses = self.engine(**inputs, compute=self.objective)
+                accumulator.add_micro_batch(number, loss_sum, token_losses)
+                self.engine.backward(loss_sum * scale)
+            if self.engine.is_gradient_accumulation_boundary():
+                norm = self._update(watching)
+            else:
+                self.engine.step()
+        return float(accumulator.reduce()) / max(self.num_targets, 1), norm
+
+    def _update(self, watching: bool) -> float:
+        try:
+            return optimizer_step(self.engine)
+        except LossScaleError as error:
+            if not watching:
+                raise
+            raise UserError(
+                f"a gradient overflows float16 at the least loss scale ({loss_scale(self.engine):g}); "
+                f"{self.detector.report(self.documents)}. The newest checkpoint is whole. Lower optim.lr, look at that batch, or "
+                "train where there is bf16"
+            ) from error
+
+    def describe_non_finite(self, loss: float, norm: float, in_row: int) -> str:
+        """The cause, looked for in one more forward pass, with the weights and the random numbers of the first."""
+        if not math.isfinite(loss):
+            self.detector.reset()
+            with torch.no_grad():
+                for number, batch in enumerate(self.batches):
+                    with self.detector.watch(number):
+                        self.engine.module(**batch.model_inputs(self.engine.device), compute=self.objective)
+        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradients' norm is {norm}"
+        return (
+            f"{what}, the {in_row}. step in a row that is not finite (recovery.max_skipped); "
+            f"{self.detector.report(self.documents)}. These steps changed no weights and the newest checkpoint is whole. Lower "
+            "optim.lr, or look at the data"
+        )
+
+
+def train_steps(
+    engine: Engine,
+    objective: Objective,
+    loader: Loader,
+    state: TrainState,
+    config: TrainConfig,
+    total_steps: int,
+    metrics_context: MetricsContext,
+) -> Iterator[StepMetrics]:
+    """Steps `state.step` to `total_steps`; `state` is advanced before each yield.
+
+    The loss of a step is the sum over all targets of all ranks and micro-batches, divided by their number: the whole
+    step's batches are read first, and their count summed over the ranks. A step whose loss or gradients are not finite
+    changes nothing and is counted.
+
+    Raises:
+        UserError: `max_skipped` such steps in a row, or under fp16 a gradient that is not finite at the least loss
+            scale; the message names the first tensor that is not, and the documents.
+    """
+    engine.train()
+    detector = NonFiniteDetector(engine.module)
+    accumulator = StepMetricsAccumulator(metrics_context, objective.count, engine.device, total_steps)
+    skips = SkippedSteps(engine, config.recovery.max_skipped)
+    batches_of_steps = loader.steps(state.step + state.skipped_batches, total_steps + state.skipped_batches)
+    for number in range(state.step, total_steps):
+        started = time.perf_counter()
+        batches = next(batches_of_steps)
+        waited = time.perf_counter() - started
+        # Dropout is a function of the step, so a resumed run drops what an undisturbed one would have.
+        reseed = partial(torch.manual_seed, config.seed * 1_000_003 + number * dist.get_world_size() + dist.get_rank())
+        reseed()
+        num_targets, tokens = accumulator.start_step(batches, waited)
+        factor, scale = lr_factor(number, total_steps, config.optim), loss_scale(engine)
+        rates = set_learning_rates(engine, factor)
+        detector.reset()
+        documents = partial(loader.documents, number + state.skipped_batches)
+        step = _Step(engine, objective, batches, num_targets, detector, documents)
+        try:
+            loss, norm = step.run(accumulator, watching=skips.begin_step())
+            if skips.end_step(loss):
+                reseed()
+                raise UserError(step.describe_non_finite(loss, norm, skips.in_row))
+        except UserError as error:
+            raise UserError(f"step {number + 1}: {error}") from error
+        state.step, state.tokens = number + 1, state.tokens + tokens
+        state.learned_tokens += accumulator.learned_tokens
+        seconds = time.perf_counter() - started
+        extra = {"skipped_steps": float(engine.skipped_steps)} | ({} if scale is None else {"loss_scale": scale})
+        extra |= accumulator.finish_step(state.step, seconds, rates)
+        yield StepMetrics(
+            step=state.step, loss=loss, lr=config.optim.lr * factor, grad_norm=norm, tokens=state.tokens,
+            learned_tokens=state.learned_tokens, tokens_per_second=tokens / seconds, seconds=seconds, extra=extra,
+        )  # fmt: skip

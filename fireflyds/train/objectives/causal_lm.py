@@ -1,0 +1,20 @@
+"""Next-token prediction: the sum of the token losses over the global count of learned tokens."""
+
+from torch import Tensor, nn
+
+from fireflyds.models.packed.head import HeadInputs, loss_sum_and_token_losses
+from fireflyds.train.objectives import ObjectiveLoss
+from fireflyds.types import PackedBatch
+
+
+class CausalLM:
+    requires = ("labels",)
+
+    def count(self, batch: PackedBatch) -> int:
+        return batch.num_learned
+
+    def __call__(self, head: nn.Module, hidden: Tensor, inputs: HeadInputs) -> ObjectiveLoss:
+        return loss_sum_and_token_losses(head, hidden, inputs)
+
+
+OBJECTIVE = CausalLM()

@@ -1,0 +1,37 @@
+"""What a run is about to do, in words and numbers."""
+
+from typing import Any
+
+from fireflyds.optim.param_groups import format_groups, summarize_groups
+from fireflyds.train.inputs import RunInputs
+from fireflyds.types import TrainState
+
+
+def describe_run(inputs: RunInputs, model: Any, world_size: int) -> str:
+    """What is about to happen, in two lines and a table."""
+    config, store, rows = inputs.config, inputs.store, inputs.rows
+    groups = summarize_groups(model, config, inputs.precision)
+    total = sum(group.parameters for group in groups)
+    trainable = total - groups[-1].parameters
+    truncated, dropped = rows.length_losses
+    notes = ""
+    if truncated or dropped:
+        notes += f", {truncated} dialogues shortened and {dropped} left out for seq_len={config.seq_len}"
+    mixed = [name for name in rows.names if name != "all"]
+    if mixed and (unmixed := sorted(set(store.domains) - set(mixed))):
+        notes += f"; without weight, so not trained on: {', '.join(unmixed)}"
+    return (
+        f"{config.run}: {config.tuning.method.name}, {trainable:,} of {total:,} parameters train, ZeRO-{config.zero.stage}, "
+        f"{inputs.precision.name}\n"
+        f"{len(store):,} documents, {store.num_tokens:,} tokens, {rows.rows_per_epoch:,} rows an epoch{notes}; "
+        f"{inputs.total_steps:,} steps of {config.global_batch_size} rows = {world_size} ranks x {config.micro_batch_size} x "
+        f"{inputs.accumulation} accumulated\n{format_groups(groups)}"
+    )
+
+
+def describe_start(state: TrainState, steps: int) -> str:
+    """Where a run takes up its work."""
+    if not state.step:
+        return f"starts at the first of {steps} steps"
+    rest = "" if state.step < steps else "; nothing left to do"
+    return f"resumed at step {state.step} of {steps} ({state.tokens:,} tokens){rest}"

@@ -1,0 +1,255 @@
+"""A training run on one rank: built from its configuration, then followed step by step with what happens between steps."""
+
+import contextlib
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from fireflyds import app
+from fireflyds.checkpoint import init_from
+from fireflyds.checkpoint.manager import CheckpointManager
+from fireflyds.config import Precision, TrainConfig
+from fireflyds.data.pack.loader import PackedLoader
+from fireflyds.distributed.collectives import run_on_rank_zero
+from fireflyds.distributed.heartbeat import Heartbeat
+from fireflyds.distributed.launcher_env import RankInfo, rank_from_environment
+from fireflyds.distributed.local_cache import stage_inputs
+from fireflyds.distributed.preflight import check_ranks_agree
+from fireflyds.distributed.signals import StopSignals
+from fireflyds.errors import UserError
+from fireflyds.metrics.accumulator import MetricsContext, build_metrics_context
+from fireflyds.metrics.console import configure_logging
+from fireflyds.metrics.logger import MetricsLogger
+from fireflyds.metrics.trackers import open_tracker
+from fireflyds.models.neftune import add_embedding_noise
+from fireflyds.models.packed.forward import fuse
+from fireflyds.models.tuning import adapter_config_of, load_tuned_model
+from fireflyds.planner import memory
+from fireflyds.runs.directory import open_run
+from fireflyds.runs.layout import EXIT_INTERRUPTED, EXIT_STOPPED
+from fireflyds.runs.status import Status
+from fireflyds.train import loss_spike
+from fireflyds.train.inputs import RunInputs
+from fireflyds.train.loop import Loader, train_steps
+from fireflyds.train.objectives import Objective
+from fireflyds.train.summary import describe_run, describe_start
+from fireflyds.train.validation import Validator
+from fireflyds.types import StepMetrics, TrainState
+from fireflyds.zero.engine import Engine, build_engine, init_distributed
+
+
+@dataclass(slots=True)
+class Trainer:
+    """All ranks call the same methods in the same order and decide the same. `state` is where the run stands."""
+
+    config: TrainConfig
+    engine: Engine
+    objective: Objective
+    loader: Loader
+    metrics_context: MetricsContext
+    validator: Validator
+    checkpoints: CheckpointManager
+    logger: MetricsLogger
+    signals: StopSignals
+    status: Status
+    state: TrainState
+    total_steps: int
+    memory_plan: str = ""
+    """The planned peak memory, logged again beside the measured one at the end."""
+    resident_before: int = 0
+    """Bytes of this process before the model was loaded: what the libraries need."""
+    _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    _warned_metrics: set[str] = field(default_factory=set, init=False)
+
+    @classmethod
+    def build(cls, config: TrainConfig) -> "Trainer":
+        """Join the other ranks, claim the run's directory, build model and engine, and read the newest whole checkpoint.
+
+        Raises:
+            UserError: what the run reads does not fit together, ranks differ, or the run's name is taken.
+        """
+        rank = rank_from_environment(os.environ)
+        inputs = RunInputs.open(config, rank.world_size)
+        text = app.to_yaml(config)
+        # The channel's store is the ranks' own until they have joined.
+        _channel, notes = check_ranks_agree(rank, config, text, inputs.compared())
+        init_distributed(rank, config.hardware.timeout_minutes)
+        del _channel
+        with contextlib.ExitStack() as stack:
+            trainer = cls._build(rank, inputs, text, notes, stack)
+            trainer._stack = stack.pop_all()
+        return trainer
+
+    @classmethod
+    def _build(
+        cls, rank: RankInfo, inputs: RunInputs, text: str, notes: list[str], stack: contextlib.ExitStack
+    ) -> "Trainer":
+        config, run_dir, total_steps = inputs.config, Path(inputs.config.run_dir), inputs.total_steps
+        identity = inputs.base_identity()
+        lock = run_on_rank_zero(lambda: open_run(config, text, identity | inputs.store.identity()))
+        if lock is not None:
+            stack.enter_context(lock)
+        status = stack.enter_context(Status(run_dir, rank.rank, total_steps))
+        stack.enter_context(Heartbeat(rank, run_dir, config.recovery.heartbeat_seconds, status))
+        run_on_rank_zero(lambda: init_from.copy_initial_weights(config, identity))
+        log = configure_logging(run_dir, rank.rank)
+        local_config, store = stage_inputs(config, identity["base"], inputs.store, log.info)
+
+        resident_before = memory.resident_bytes()
+        model = build_model(local_config, inputs.hf_config, inputs.precision)
+        memory_plan = memory.format_memory(model, config, inputs.precision, rank.world_size, inputs.accumulation)
+        log.info("\n".join([describe_run(inputs, model, rank.world_size), memory_plan, *inputs.notes, *notes]))
+        # Before the engine is built: ZeRO-3 takes the parameters' shapes away.
+        metrics_context = build_metrics_context(config, model, store, inputs.encoder, inputs.precision)
+        adapter_config = adapter_config_of(model)
+        engine = build_engine(model, config, inputs.precision, inputs.accumulation)
+
+        writer = init_from.TrainableWeightsWriter(model, config, adapter_config, identity)
+        checkpoints = stack.enter_context(CheckpointManager(engine, run_dir, config.checkpoint, writer))
+        state = checkpoints.restore_latest(log.warning)
+        log.info(describe_start(state, total_steps))
+        tracker = open_tracker(config, app.plain(text), rank.rank, state.step, log)
+        stack.enter_context(inputs.attention)
+        logger = stack.enter_context(
+            MetricsLogger(
+                run_dir, tracker, log, rank.rank, state.step, total_steps, config.log_every, inputs.steps_per_epoch
+            )
+        )
+        batches = (config.micro_batch_size, config.global_batch_size)
+        return cls(
+            config=config,
+            engine=engine,
+            objective=inputs.objective,
+            loader=PackedLoader(store, inputs.rows, *batches, rank.rank, rank.world_size),
+            metrics_context=metrics_context,
+            validator=inputs.validator,
+            checkpoints=checkpoints,
+            logger=logger,
+            signals=StopSignals(run_dir),
+            status=status,
+            state=state,
+            total_steps=total_steps,
+            memory_plan=memory_plan,
+            resident_before=resident_before,
+        )
+
+    def fit(self) -> int:
+        """Train to the end, or until asked to stop. Returns the exit code: 0 at the end.
+
+        Raises:
+            UserError: the loss does not recover, a guarded domain gets worse, or a checkpoint cannot be written.
+        """
+        with self._stack:
+            exit_code = self._fit()
+            if self.memory_plan:
+                self.logger.log.info(f"{self.memory_plan}; {memory.format_peak(self.resident_before)}")
+        return exit_code
+
+    def _fit(self) -> int:
+        self.status.step = self.state.step
+        self.status.write("running")
+        while self.state.step < self.total_steps:
+            if risen := self.validator.begin(self.engine, self.logger, self.state.step):
+                raise UserError(f"validation.stop=true: {risen}")
+            for step in self._steps():
+                if loss_spike.is_spike(self.state, step.loss, self.config.recovery) and self._rollback(step):
+                    break
+                self.logger.log_step(step)
+                self.status.step = step.step
+                if exit_code := self._after_step(step):
+                    return exit_code
+        self.checkpoints.wait()
+        self.status.write("finished", 0)
+        return 0
+
+    def _steps(self) -> Any:
+        return train_steps(
+            self.engine, self.objective, self.loader, self.state, self.config, self.total_steps, self.metrics_context
+        )
+
+    def _after_step(self, step: StepMetrics) -> int:
+        """Save, validate, stop. The exit code where the run is to stop before its end, or 0."""
+        is_last = step.step == self.total_steps
+        request = self.signals.poll(self.engine.device, self.checkpoints.failed)
+        if request.failed:
+            self.checkpoints.wait()
+        stopping = request.stop and not is_last
+        risen = None if stopping else self.validator.after(self.engine, self.logger, step.step)
+        if stopping or request.save or risen or is_last or step.step % self.config.checkpoint.every == 0:
+            self._save(step)
+        if risen:
+            self.checkpoints.wait()
+            raise UserError(f"validation.stop=true: {risen}. A checkpoint was saved")
+        if not stopping:
+            return 0
+        self.checkpoints.wait()
+        self.logger.log.info(
+            f"stopped at step {step.step} ({self.signals.reason or 'asked on another rank'}), checkpoint saved; the same "
+            "command goes on from here"
+        )
+        exit_code = EXIT_STOPPED if request.no_requeue else EXIT_INTERRUPTED
+        self.status.write("stopped", exit_code, self.signals.reason)
+        return exit_code
+
+    def _save(self, step: StepMetrics) -> None:
+        """With the numbers of this step's validation, where there was one: `checkpoint.best_metric` may name them."""
+        newest = self.validator.newest
+        validated = {key: value for key, value in newest.items() if key.startswith("validation/") and value is not None}
+        metrics = replace(step, extra=step.extra | validated) if newest.get("step") == step.step else step
+        wanted = self.config.checkpoint.best_metric
+        if wanted and wanted not in metrics.as_dict() and wanted not in self._warned_metrics and dist.get_rank() == 0:
+            self._warned_metrics.add(wanted)
+            self.logger.log.warning(
+                f"checkpoint.best_metric={wanted}: not measured at step {step.step}, so this checkpoint cannot be the best. "
+                f"Measured at steps: {', '.join(step.as_dict())}; at validations: {', '.join(validated) or 'nothing'}"
+            )
+        self.logger.log_checkpoint(step.step, self.checkpoints.save(self.state, metrics))
+
+    def _rollback(self, step: StepMetrics) -> bool:
+        """Back to the newest checkpoint, leaving out the data since. False where there is none: the run goes on.
+
+        Raises:
+            UserError: this has happened too often, or the data do not last for what is left out.
+        """
+        self.checkpoints.wait()
+        spoilt, saved = self.state, self.checkpoints.restore_latest(self.logger.log.warning)
+        if not saved.step:
+            self.logger.log.warning(
+                f"step {step.step}: loss {step.loss:.4f} is a spike, and there is no checkpoint to go back to"
+            )
+            # From now on it is among those that a spike stands out of.
+            spoilt.recent_losses.append(step.loss)
+            return False
+        loss_spike.rollback(spoilt, saved, self.config.recovery)
+        # Asked here, where all ranks are: the loaders of some would come to the end of the data before those of others.
+        try:
+            self.loader.require(self.total_steps + saved.skipped_batches)
+        except UserError as error:
+            raise UserError(
+                f"step {spoilt.step}: loss {step.loss:.4f} is a spike (recovery.rollback_above), and with "
+                f"{saved.skipped_batches} steps of data left out the rest are too few: {error}"
+            ) from error
+        self.logger.log.warning(
+            f"step {step.step}: loss {step.loss:.4f} is a spike (recovery.rollback_above); back to step {saved.step}, the data "
+            f"of {spoilt.step - saved.step} steps is left out"
+        )
+        self.logger.rollback(saved.step)
+        self.state = saved
+        return True
+
+
+def build_model(config: TrainConfig, hf_config: Any, precision: Precision) -> Any:
+    """The model in its packed forward pass, what trains marked, and what an earlier run trained in place.
+
+    DeepSpeed makes its 32-bit masters from the model's own number format: what an earlier run trained is rounded to 16 bit
+    once where this one trains in 16 bit.
+    """
+    model = fuse(load_tuned_model(config, hf_config, precision))
+    init_from.restore_weights(model, Path(config.run_dir))
+    add_embedding_noise(model, config.optim.neftune_noise_alpha)
+    if config.hardware.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model

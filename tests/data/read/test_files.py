@@ -1,0 +1,170 @@
+"""Raw files: what is read, what is set aside, and in which words."""
+
+import csv
+import gzip
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fireflyds.config import SourceConfig, TextSplit
+from fireflyds.data.read.files import FilePart, RawRecord, RejectedRow, find_files, read_records
+from fireflyds.data.read.sources import read_source, read_texts
+from fireflyds.errors import UserError
+from fireflyds.types import Sample
+
+ROWS = [{"text": "白日依山尽"}, {"text": "黄河入海流"}]
+
+
+def write(folder: Path, name: str) -> Path:
+    file = folder / name
+    match file.suffix:
+        case ".txt":
+            file.write_text("白日依山尽\n\n黄河入海流\n", encoding="utf-8")
+        case ".jsonl":
+            file.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+        case ".json":
+            file.write_text(json.dumps(ROWS), encoding="utf-8")
+        case ".csv" | ".tsv":
+            with file.open("w", encoding="utf-8", newline="") as stream:
+                writer = csv.DictWriter(stream, ["text"], delimiter="\t" if file.suffix == ".tsv" else ",")
+                writer.writeheader()
+                writer.writerows(ROWS)
+        case ".parquet":
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), file)
+        case ".arrow":
+            made = pyarrow.Table.from_pylist(ROWS)
+            open_file = pyarrow.ipc.new_stream if name.startswith("s") else pyarrow.ipc.new_file
+            with open_file(str(file), made.schema) as writer:
+                writer.write_table(made)
+        case ".gz":
+            file.write_bytes(gzip.compress(write(folder, file.stem).read_bytes()))
+            (folder / file.stem).unlink()
+        case ".zst":
+            file.write_bytes(zstandard.compress(write(folder, file.stem).read_bytes()))
+            (folder / file.stem).unlink()
+    return file
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a.txt",
+        "a.jsonl",
+        "a.json",
+        "a.csv",
+        "a.tsv",
+        "a.parquet",
+        "a.arrow",
+        "s.arrow",
+        "a.txt.gz",
+        "a.jsonl.zst",
+        "a.parquet.gz",
+    ],
+)
+def test_every_kind_of_file_gives_the_same_documents(tmp_path: Path, name: str) -> None:
+    write(tmp_path, name)
+    expected = ["白日依山尽", "黄河入海流"]
+    assert list(read_texts(str(tmp_path / name))) == expected
+    assert list(read_texts(str(tmp_path))) == expected
+    assert list(read_texts(str(tmp_path / "*.*"))) == expected
+
+
+def test_text_is_split_by_line_paragraph_or_file(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("一\n二\n\n三\n", encoding="utf-8")
+    split = {
+        how: [row.fields["text"] for row in read_records(file, how) if isinstance(row, RawRecord)] for how in TextSplit
+    }
+    assert split == {
+        TextSplit.line: ["一", "二", "三"],
+        TextSplit.paragraph: ["一\n二", "三"],
+        TextSplit.file: ["一\n二\n\n三"],
+    }
+
+
+def test_broken_rows_are_set_aside_with_file_line_and_reason(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b'{"text": "ok"}\n{broken\n{"text": "\xff"}\n[1]\n{"other": 1}\n{"text": " "}\n"bare"\n')
+    items = list(read_source(SourceConfig(path=str(file))))
+    assert [item.text for item in items if isinstance(item, Sample)] == ["ok", "bare"]
+    found = {item.line: item.reason for item in items if isinstance(item, RejectedRow)}
+    assert sorted(found) == [2, 3, 4, 5, 6]
+    assert "not JSON" in found[2]
+    assert "not UTF-8: byte 0xff at column 11" in found[3]
+    assert "got list" in found[4]
+    assert "no known layout has the fields other" in found[5]
+    assert "empty" in found[6]
+
+
+def test_a_file_in_another_encoding_is_set_aside(tmp_path: Path) -> None:
+    for name, content in (
+        ("a.txt", "中文\n".encode("gb18030")),
+        ("b.json", b'{"text": "\xd6\xd0"}'),
+        ("c.parquet", b"no"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        items = list(read_records(tmp_path / name))
+        assert len(items) == 1
+        assert isinstance(items[0], RejectedRow)
+
+
+def test_missing_empty_and_unknown_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "a.doc").write_text("x")
+    with pytest.raises(UserError, match="no documents"):
+        list(read_texts(str(tmp_path / "empty.txt")))
+    with pytest.raises(UserError, match=r"ending '.doc' is not known"):
+        find_files(str(tmp_path / "a.doc"))
+    with pytest.raises(UserError, match="no such file"):
+        find_files(str(tmp_path / "nothing"))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.binary(max_size=300),
+    st.sampled_from([".txt", ".jsonl", ".json", ".csv", ".parquet", ".arrow", ".txt.gz", ".jsonl.zst"]),
+)
+def test_no_bytes_make_a_traceback(tmp_path_factory: pytest.TempPathFactory, content: bytes, suffix: str) -> None:
+    file = tmp_path_factory.mktemp("fuzz") / f"x{suffix}"
+    file.write_bytes(content)
+    for item in read_source(SourceConfig(path=str(file))):
+        assert isinstance(item, Sample | RejectedRow)
+
+
+def test_parts_of_a_file_give_its_rows_once_with_their_lines(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    lines = [json.dumps({"text": "字" * (number % 7 + 1)}, ensure_ascii=False) for number in range(50)]
+    lines[20] = "{broken"
+    file.write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
+    whole = [(row.line, isinstance(row, RawRecord)) for row in read_records(file)]
+    raw = file.read_bytes()
+    cuts = [0, raw.index(b"\n", 100) + 1, raw.index(b"\n", 400) + 1, len(raw)]
+    parts = [FilePart(str(file), a, b, 1 + raw[:a].count(b"\n")) for a, b in pairwise(cuts)]
+    assert [(row.line, isinstance(row, RawRecord)) for part in parts for row in read_records(part)] == whole
+    assert (21, False) in whole
+
+
+def test_a_table_without_column_names_begins_with_its_data(tmp_path: Path) -> None:
+    (tmp_path / "pairs.tsv").write_text("Good morning, all.\t早上好。\nThank you.\t谢谢。\n", encoding="utf-8")
+    texts = [item.text for item in read_source(SourceConfig(path=str(tmp_path))) if isinstance(item, Sample)]
+    assert sorted(tuple(sorted(text.split("\n"))) for text in texts) == [
+        ("Good morning, all.", "早上好。"),
+        ("Thank you.", "谢谢。"),
+    ]
+
+
+def test_a_packed_file_that_breaks_off_keeps_what_it_gave(tmp_path: Path) -> None:
+    file = write(tmp_path, "a.jsonl.gz")
+    many = gzip.compress(b'{"text": "x"}\n' * 50_000)
+    file.write_bytes(many[: len(many) // 2])
+    items = list(read_records(file))
+    assert isinstance(items[-1], RejectedRow)
+    assert "cannot be read to its end" in items[-1].reason
+    assert all(isinstance(item, RawRecord) for item in items[:-1])

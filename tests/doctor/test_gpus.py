@@ -1,0 +1,123 @@
+"""What is said of GPUs, from their capability, this torch's kernels and the tools around."""
+
+import pytest
+
+from fireflyds.doctor import gpus
+from fireflyds.doctor.check import Severity
+from fireflyds.doctor.gpus import Gpu, TorchBuild
+
+CU126 = ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90")
+CU130 = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120")
+V100, A100, H200 = (Gpu(n, c, m, m - 0.5) for n, c, m in (("V100", 70, 32), ("A100", 80, 80), ("H200", 90, 139)))
+
+
+@pytest.mark.parametrize(
+    ("capability", "archs", "able"),
+    [
+        (70, CU126, True),
+        (70, CU130, False),
+        (89, CU130, True),  # sm_86 serves 8.9
+        (80, ("sm_86",), False),
+        (103, CU130, True),
+        (103, ("sm_100a",), False),
+        (90, ("sm_90a",), True),
+        (130, CU130, True),  # from PTX
+        (121, ("sm_90",), False),
+    ],
+)
+def test_kernels_serve_their_major_version_and_ptx_all_newer(capability: int, archs, able: bool) -> None:
+    assert gpus.has_kernels(capability, archs) is able
+
+
+def test_a_torch_without_volta_is_red_on_v100_and_says_which_wheel_has_it() -> None:
+    assert gpus.check_kernels_for(TorchBuild("2.14.0", "12.6", CU126), [V100]).severity is Severity.ok
+    check = gpus.check_kernels_for(TorchBuild("2.15.0", "13.0", CU130), [V100, H200])
+    assert check.severity is Severity.error
+    assert "none for sm_70" in check.message
+    assert "'torch<=2.14' --index-url https://download.pytorch.org/whl/cu126" in check.remedy
+    newer = gpus.check_kernels_for(TorchBuild("2.10", "12.6", CU126), [Gpu("B200", 100, 180, 180)])
+    assert newer.severity is Severity.error
+    assert "cu126" not in newer.remedy
+
+
+def test_v100_is_told_what_it_lacks_and_ampere_what_it_has() -> None:
+    old = gpus.check_ability([H200, V100])
+    assert old.severity is Severity.warning
+    assert old.message == "sm_70: no bf16, no FlashAttention-2; packed attention runs on efficient"
+    assert "fp16" in old.remedy
+    new = gpus.check_ability([A100])
+    assert new.severity is Severity.ok
+    assert "bf16 and FlashAttention-2" in new.message
+
+
+def test_too_many_ranks_mixed_kinds_and_taken_memory_are_noticed() -> None:
+    assert gpus.check_gpus([H200] * 8, 8).severity is Severity.ok
+    assert gpus.check_gpus([H200] * 8, 8).message == "8 x H200, 139 GiB, 138 GiB free"
+    crowded = gpus.check_gpus([H200], 2)
+    assert crowded.severity is Severity.error
+    assert crowded.remedy == "start 1 ranks on this host"
+    assert gpus.check_gpus([H200, A100], 2).severity is Severity.warning
+    taken = gpus.check_gpus([A100, Gpu("A100", 80, 80, 40)], 2)
+    assert taken.severity is Severity.warning
+    assert "memory of GPU 1" in taken.message
+
+
+def test_a_gpu_that_torch_does_not_see_is_explained() -> None:
+    cpu, cuda = TorchBuild("2.13.0+cpu", "", ()), TorchBuild("2.13.0", "13.0", CU130)
+    assert gpus.check_none(cpu, False, None, "").severity is Severity.ok
+    assert "CPU build" in gpus.check_none(cpu, True, None, "").message
+    assert gpus.check_none(cpu, True, None, "").severity is Severity.error
+    assert gpus.check_none(cuda, True, "", "").severity is Severity.warning
+    old_driver = gpus.check_none(cuda, True, None, "The NVIDIA driver on your system is too old")
+    assert old_driver.severity is Severity.error
+    assert "too old" in old_driver.message
+    assert "CUDA 13.0" in old_driver.remedy
+
+
+def test_gpus_of_the_hosts_are_compared() -> None:
+    hosts = ["n1", "n1", "n2"]
+    alike = gpus.check_same([["H200"] * 2, ["H200"] * 2, ["H200"] * 2], hosts)
+    assert (alike.severity, alike.message) == (Severity.ok, "H200 on all 2 hosts")
+    gone = gpus.check_same([["H200"], ["H200"], []], hosts)
+    assert (gone.severity, gone.message) == (Severity.error, "none for rank 2 on n2, others have them")
+    mixed = gpus.check_same([["H200"], ["H200"], ["V100"]], hosts)
+    assert (mixed.severity, mixed.message) == (Severity.warning, "H200 on n1, V100 on n2")
+    assert mixed.remedy.startswith("set hardware.precision yourself")
+    assert gpus.check_same([[], [], []], hosts).severity is Severity.ok
+
+
+def test_a_container_may_have_another_card_than_the_first(tmp_path) -> None:
+    for name in ("nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    assert not gpus.has_card(tmp_path)
+    (tmp_path / "nvidia3").touch()
+    assert gpus.has_card(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "cuda", "severity"),
+    [
+        (["libbitsandbytes_cpu.so", "libbitsandbytes_cuda126.so"], "12.6", Severity.ok),
+        (["libbitsandbytes_cpu.so", "libbitsandbytes_cuda128.so"], "12.9", Severity.warning),
+        (["libbitsandbytes_cpu.so", "libbitsandbytes_cuda126.so"], "13.0", Severity.error),
+        (["libbitsandbytes_cpu.so"], "12.6", Severity.error),
+    ],
+)
+def test_bitsandbytes_needs_its_library_for_this_cuda(files, cuda: str, severity: Severity) -> None:
+    assert gpus.check_bitsandbytes(files, cuda).severity is severity
+
+
+@pytest.mark.parametrize(
+    ("cuda", "ninja", "compiler", "nvcc", "severity"),
+    [
+        ("", True, True, None, Severity.ok),  # no GPU, no nvcc needed
+        ("", False, True, None, Severity.warning),
+        ("13.0", True, True, "13.0", Severity.ok),
+        ("12.6", True, True, "12.9", Severity.ok),
+        ("13.0", True, True, "12.9", Severity.warning),
+        ("13.0", True, True, None, Severity.warning),
+        ("13.0", True, False, "13.0", Severity.warning),
+    ],
+)
+def test_cpu_adam_needs_ninja_a_compiler_and_a_fitting_nvcc(cuda, ninja, compiler, nvcc, severity) -> None:
+    assert gpus.check_build_tools(cuda, ninja, compiler, nvcc).severity is severity

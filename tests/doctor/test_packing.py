@@ -1,0 +1,157 @@
+"""The doctor proves what is so, and says so when it is not."""
+
+import pytest
+import torch
+from fireflyds_kernels import packed_attention
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from fireflyds.config import DoctorConfig, Precision
+from fireflyds.doctor import packing
+from fireflyds.doctor.check import Severity
+from fireflyds.errors import UserError
+from fireflyds.models.packed import boundaries
+
+
+@pytest.fixture
+def model_folder(tmp_path):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=60, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def _examine(folder, **options):
+    config = DoctorConfig(packing=True, model=str(folder), documents=[7, 1, 30, 12], **options)
+    model = packing.load_model(config, Precision.fp32)
+    return list(packing.compare_implementations(model, config.documents, config.seed)), model
+
+
+def test_a_sound_model_is_proven(model_folder) -> None:
+    findings, model = _examine(model_folder, layers=2)
+    assert model.config.num_hidden_layers == len(model.model.layers) == 2
+    assert findings
+    for finding in findings:
+        assert finding.proven
+        assert finding.loss < 1e-6
+        assert 0 < finding.gradients < 1e-5
+        assert finding.leakage == 0
+    assert packing.table(findings).count("proven") == len(findings)
+
+
+def test_an_attention_that_crosses_documents_is_caught(model_folder, monkeypatch) -> None:
+    def leaky(q, k, v, cu_seqlens, *, max_seqlen, **options):
+        whole = torch.tensor([0, len(q)], dtype=torch.int32)
+        return packed_attention(q, k, v, whole, max_seqlen=len(q), **options)
+
+    monkeypatch.setattr(boundaries, "packed_attention", leaky)
+    findings, _ = _examine(model_folder)
+    assert not any(finding.proven for finding in findings)
+    assert min(finding.leakage for finding in findings) > 1e-4
+    assert min(finding.gradients for finding in findings) > 1e-3
+    assert "NOT EQUAL" in packing.table(findings)
+
+
+def test_an_attention_that_is_a_little_wrong_is_caught(model_folder, monkeypatch) -> None:
+    def weak(*arguments, **options):
+        return packed_attention(*arguments, **options) * 1.01
+
+    monkeypatch.setattr(boundaries, "packed_attention", weak)
+    findings, _ = _examine(model_folder)
+    assert not any(finding.proven for finding in findings)
+    assert all(finding.leakage == 0 for finding in findings)
+
+
+def test_what_cannot_be_examined_is_named(model_folder, tmp_path) -> None:
+    with pytest.raises(UserError, match="packing=true needs a model"):
+        DoctorConfig(packing=True)
+    with pytest.raises(UserError, match=r"documents=\[3, 0\]"):
+        DoctorConfig(documents=[3, 0])
+    with pytest.raises(UserError, match="no config.json there"):
+        packing.load_model(DoctorConfig(packing=True, model=str(tmp_path / "nothing")), Precision.fp32)
+    with pytest.raises(UserError, match="device=tpu: not on this machine. Known: cpu"):
+        packing.load_model(DoctorConfig(packing=True, model=str(model_folder), device="tpu"), Precision.fp32)
+    model = packing.load_model(DoctorConfig(packing=True, model=str(model_folder)), Precision.fp32)
+    with pytest.raises(UserError, match="documents: the longest=65: the model has 64 positions"):
+        list(packing.compare_implementations(model, [65], 0))
+    small = packing.load_model(DoctorConfig(packing=True, model=str(model_folder), layers=9), Precision.fp32)
+    assert small.config.num_hidden_layers == 3
+
+
+def test_the_proof_is_a_finding_like_others(model_folder, monkeypatch) -> None:
+    config = DoctorConfig(packing=True, model=str(model_folder), documents=[5, 9], precision=Precision.fp32)
+    check, shown = packing.check_packing(config)
+    assert check.severity is Severity.ok
+    assert "reference" in check.message
+    assert "LlamaForCausalLM" in shown
+    assert "proven" in shown
+
+    def weak(*arguments, **options):
+        return packed_attention(*arguments, **options) * 1.01
+
+    monkeypatch.setattr(boundaries, "packed_attention", weak)
+    check, shown = packing.check_packing(config)
+    assert check.severity is Severity.error
+    assert "NOT EQUAL" in shown
+    assert "FIREFLYDS_KERNELS" in check.remedy
+
+
+@pytest.mark.parametrize(
+    ("error", "words", "remedy"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "no memory left", "layers="),
+        (RuntimeError("weights are broken\nmore"), "RuntimeError: weights are broken", "see `weights`"),
+        (UserError("model=x: cannot be fused. Give another"), "model=x: cannot be fused", "Give another"),
+    ],
+)
+def test_what_keeps_it_from_being_proven_is_a_finding(
+    model_folder, monkeypatch, error, words: str, remedy: str
+) -> None:
+    def fails(*arguments):
+        raise error
+
+    monkeypatch.setattr(packing, "fuse", fails)
+    check, _ = packing.check_packing(DoctorConfig(packing=True, model=str(model_folder), documents=[5, 9]))
+    assert check.severity is Severity.error
+    assert words in check.message
+    assert remedy in check.remedy
+
+
+def test_nothing_proven_is_red(model_folder, monkeypatch) -> None:
+    monkeypatch.setattr(packing, "_implementations", lambda model, device: [])
+    check, _ = packing.check_packing(DoctorConfig(packing=True, model=str(model_folder), documents=[5, 9]))
+    assert check.severity is Severity.error
+    with pytest.raises(UserError, match=r"documents=\[1, 1\]: one token has none after it"):
+        DoctorConfig(documents=[1, 1])
+
+
+def test_what_cannot_be_proven_is_refused_before_anything_is_tried(model_folder) -> None:
+    def refuse(**options):
+        packing.validate_config(
+            DoctorConfig(packing=True, **{"model": str(model_folder), "documents": [64], **options})
+        )
+
+    refuse()
+    with pytest.raises(UserError, match="model=elsewhere: no config.json there"):
+        refuse(model="elsewhere")
+    with pytest.raises(UserError, match="device=tpu: not on this machine"):
+        refuse(device="tpu")
+    with pytest.raises(UserError, match="documents: the longest=65: the model has 64 positions"):
+        refuse(documents=[65])
+
+
+def test_a_kernel_that_does_not_exist_is_one_line(model_folder, verb) -> None:
+    done = verb(
+        "doctor",
+        "packing=true",
+        f"model={model_folder}",
+        "documents=[5,9]",
+        "disk_mib=1",
+        check=False,
+        env={"FIREFLYDS_KERNELS": "foo"},
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("error: FIREFLYDS_KERNELS: no implementation of any kernel")
+    assert "Traceback" not in done.stderr

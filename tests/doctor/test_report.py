@@ -1,0 +1,193 @@
+"""The report of the doctor, for people and for programs, and the verb as a person starts it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fireflyds.config import DoctorConfig
+from fireflyds.distributed.timeouts import run_with_timeout
+from fireflyds.doctor import report
+from fireflyds.doctor import signal_guards as patience
+from fireflyds.doctor.check import Check, Severity, failed, on_host, passed, warning, worst
+from fireflyds.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+HOSTS = ["n1", "n2", "n3"]
+
+
+def _checks() -> list[Check]:
+    disks = [
+        on_host(host, [passed("disk", f"{speed} MiB/s", speed, "MiB/s")])[0]
+        for host, speed in zip(HOSTS, (5, 6, 7), strict=True)
+    ]
+    cores = [on_host(host, [warning("cores", "1 of 8", "ask for more")])[0] for host in HOSTS]
+    gpus = [*on_host("n1", [passed("gpus", "8 x H200")]), *on_host("n2", [failed("gpus", "none", "see nvidia-smi")])]
+    return [*disks, *cores, *gpus, passed("ports", "open")]
+
+
+def test_hosts_are_put_together_and_the_worst_stands_first() -> None:
+    assert report.format_checks(_checks(), HOSTS, coloured=False).splitlines() == [
+        "disk               ok      n1 (as good on 2 more): 5 MiB/s",
+        "cores              warning all hosts: 1 of 8",
+        "                           -> ask for more",
+        "gpus               error   n2: none",
+        "                           -> see nvidia-smi",
+        "gpus               ok      n1: 8 x H200",
+        "ports              ok      open",
+        "5 ok, 3 warnings, 1 errors",
+    ]
+
+
+def test_green_findings_are_put_together_only_where_they_differ_in_numbers_alone() -> None:
+    found = {"n1": "8 x A100, 80 GiB", "n2": "8 x A100, 79 GiB", "n3": "none; training runs on the CPU"}
+    checks = [on_host(host, [passed("gpus", text)])[0] for host, text in found.items()]
+    assert report.format_checks(checks, HOSTS, coloured=False).splitlines()[:-1] == [
+        "gpus               ok      n1 (as good on 1 more): 8 x A100, 80 GiB",
+        "gpus               ok      n3: none; training runs on the CPU",
+    ]
+
+
+def test_a_termination_is_raised_once_and_not_heard_again() -> None:
+    def is_ended() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    before = signal.getsignal(signal.SIGTERM)
+    heeding = patience.sigterm_guard()
+    try:
+        asked = heeding.__enter__()
+        with pytest.raises(patience.TerminatedError):
+            is_ended()
+        heeding.__exit__(None, None, None)
+        assert asked == [signal.SIGTERM]
+        os.kill(os.getpid(), signal.SIGTERM)  # while the report is being printed
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    with patience.sigterm_guard():
+        pass
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(("end", "code"), [(lambda: sys.exit(2), 2), (lambda: sys.exit(), 0), (lambda: 1 // 0, 1)])
+def test_every_end_leaves_what_hangs_behind(monkeypatch, end, code: int) -> None:
+    left = []
+    monkeypatch.setattr(patience, "exit_now", left.append)
+    with patience.exit_guard():
+        end()
+    assert left == [code]
+
+
+def test_colours_are_for_terminals_and_lines_no_longer_than_the_page() -> None:
+    long = [warning("cores", "word " * 60, "more " * 60)]
+    plain = report.format_checks(long, ["n1"], coloured=False)
+    assert max(map(len, plain.splitlines())) <= report.WIDTH
+    assert "\033" not in plain
+    assert "\033[33mwarning\033[0m" in report.format_checks(long, ["n1"], coloured=True)
+
+
+def test_json_holds_every_finding_of_every_host_in_one_line() -> None:
+    text = report.checks_to_json(_checks(), 24, HOSTS, ["CPU"])
+    assert "\n" not in text
+    found = json.loads(text)
+    assert (found["severity"], found["ranks"], found["hosts"], found["kernels"]) == ("error", 24, HOSTS, ["CPU"])
+    assert [Check.from_dict(check) for check in found["checks"]] == _checks()
+
+
+def test_the_worst_finding_decides() -> None:
+    assert worst([]) is Severity.ok
+    assert worst([passed("a", "b"), warning("a", "b", "c")]) is Severity.warning
+    assert worst(_checks()) is Severity.error
+
+
+def test_a_finding_that_is_not_green_has_a_remedy() -> None:
+    with pytest.raises(ValueError, match="disk: a remedy belongs"):
+        failed("disk", "full", "")
+    with pytest.raises(ValueError, match="disk: a remedy belongs"):
+        Check("disk", Severity.ok, "fine", "buy another")
+
+
+def test_patience_ends_and_passes_on_what_work_returns_or_raises() -> None:
+    assert run_with_timeout(5, lambda: 7) == 7
+    with pytest.raises(ZeroDivisionError):
+        run_with_timeout(5, lambda: 1 // 0)
+    started = time.monotonic()
+    with pytest.raises(TimeoutError, match="no answer within 0.1 s"):
+        run_with_timeout(0.1, lambda: time.sleep(0.5))
+    assert time.monotonic() - started < 0.4
+
+
+def test_an_interrupt_is_one_even_where_a_library_makes_another_error_of_it() -> None:
+    def swallows() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        except BaseException as error:
+            raise ImportError("could not import") from error
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), patience.sigint_guard():
+        swallows()
+    with pytest.raises(ImportError), patience.sigint_guard():
+        raise ImportError("really")
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"timeout": 0.5}, "timeout=0.5: must be at least 1"),
+        ({"all_reduce_mib": 0}, "all_reduce_mib=0: must be at least 1"),
+        ({"disk_mib": -1}, "disk_mib=-1: must be at least 1"),
+        ({"max_clock_skew": -1.0}, "max_clock_skew=-1.0: must be at least 0"),
+        ({"runs": ""}, "runs='': give the folder"),
+    ],
+)
+def test_wrong_values_are_named(values, words: str) -> None:
+    with pytest.raises(UserError) as refused:
+        DoctorConfig(**values)
+    assert words in str(refused.value)
+
+
+def test_what_libraries_print_does_not_get_into_the_report(capfd) -> None:
+    with report.exclusive_stdout() as out:
+        os.write(1, b"from C\n")
+        print("the report", file=out)
+    print("later")
+    stdout, stderr = capfd.readouterr()
+    assert stdout == "the report\nlater\n"
+    assert stderr == "from C\n"
+
+
+def test_the_verb_prints_kernels_and_findings_and_exits_1_where_one_is_red(verb, tmp_path: Path) -> None:
+    done = verb("doctor", "disk_mib=1", "runs=a/b", "data=nowhere", check=False)
+    assert done.returncode == 1
+    assert "packed_attention     float32" in done.stdout
+    for name in ("versions", "gpus", "disk", "variables", "ranks", "ports"):
+        assert f"\n{name:<18} " in done.stdout
+    assert f"\n{'store':<18} error   data=nowhere: no token store there" in done.stdout
+    assert "1 errors" in done.stdout.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0.4, 1.0, 2.0, 4.0, 7.0])
+def test_an_interrupt_prints_no_traceback(tmp_path: Path, seconds: float) -> None:
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "launch" / "doctor.py"), "disk_mib=2048"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert "Traceback" not in err
+    # Before Python itself is up it ends by the signal.
+    assert process.returncode in (130, -signal.SIGINT, 0)
+    assert process.returncode != 130 or "interrupted" in err
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,134 @@
+"""FLOPs of a step against formulas taken by hand and against torch's own counter; peaks of devices."""
+
+import numpy as np
+import pytest
+import torch
+from tiny import documents, packed, tiny
+from torch.utils.flop_counter import FlopCounterMode
+
+from fireflyds import app, registry
+from fireflyds.config import Precision
+from fireflyds.errors import UserError
+from fireflyds.metrics.flops import known_gpus, peak_flops, step_flops, visible_pairs
+from fireflyds.models import load, tuning
+from fireflyds.models.packed.forward import fuse
+
+
+def _bare(*overrides: str):
+    config = app.compose("plan", ["experiment=firefly_llama2_7b_ext_cpt_qlora", *overrides])
+    hf_config = load.architecture_of(config.model)
+    family, rows = load.family_of(hf_config.model_type), load.base_vocab_size(config.model, hf_config)
+    return tuning.apply_tuning(load.bare_model(hf_config), family, config.tuning, rows, 0)
+
+
+# LLaMA-2-7B with 55,296 tokens: 32 blocks of 4 x 4096² + 3 x 4096 x 11008, and a head.
+BODY, HEAD, WIDTH = 32 * (4 * 4096**2 + 3 * 4096 * 11008), 55_296 * 4096, 4096
+
+
+def test_llama_costs_six_flops_a_weight_and_token_and_attention_by_the_documents() -> None:
+    flops = step_flops(_bare("tuning=full", "tuning.embeddings=all", "tuning.head=all"))
+    lengths, labelled = [1024, 3000, 72], 4096 - 3
+    pairs = sum(n * (n + 1) / 2 for n in lengths)
+    # Two products of 4,096 forward and four backward for each pair, in each of 32 blocks.
+    assert flops.count(lengths, labelled) == 6 * BODY * 4096 + 6 * HEAD * labelled + 32 * 12 * WIDTH * pairs
+    assert flops.count([4096], 0) > flops.count([1024] * 4, 0)
+    # Documents may be added up, over batches and ranks too.
+    assert flops.count(lengths, labelled) == pytest.approx(
+        flops.count([1024], 100) + flops.count([3000, 72], labelled - 100)
+    )
+
+
+def test_adapters_leave_out_the_gradients_of_frozen_weights() -> None:
+    adapters = 159_907_840
+    flops = step_flops(_bare())
+    assert flops.per_token == 4 * BODY + 6 * adapters
+    assert flops.per_label == 6 * HEAD
+    # With frozen embeddings nothing below the first queries, keys and values needs a gradient: neither of the base's
+    # three matrices nor of their A.
+    frozen = step_flops(_bare("tuning.embeddings=frozen", "tuning.head=frozen"))
+    assert frozen.per_token == flops.per_token - 3 * (2 * WIDTH**2 + 2 * WIDTH * 64)
+    assert frozen.per_label == 4 * HEAD
+    rows = step_flops(_bare("tuning.embeddings=new_rows", "tuning.head=new_rows"))
+    assert rows.per_label == 4 * HEAD + 2 * 23_296 * WIDTH
+
+
+def test_a_head_that_trains_alone_costs_no_backward_pass_below() -> None:
+    flops = step_flops(_bare("tuning=freeze", "tuning.embeddings=frozen", "tuning.head=all"))
+    assert (flops.per_token, flops.per_label) == (2 * BODY, 4 * HEAD)
+    assert flops.per_pair == ((None, 32 * 4 * WIDTH),)
+
+
+@pytest.mark.parametrize("model_type", registry.names("fireflyds.models.families"))
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["tuning=full"],
+        ["tuning=lora", "tuning.dropout=0", "tuning.r=4"],
+        ["tuning=lora", "tuning.dropout=0", "tuning.r=4", "tuning.embeddings=all"],
+        ["tuning=freeze", r"tuning.trainable=['\.1\.']"],
+        ["tuning=freeze", "tuning.embeddings=frozen", "tuning.head=all"],
+    ],
+)
+def test_the_count_is_that_of_torch_s_own_counter(model_type: str, overrides: list[str]) -> None:
+    config = app.compose("train", ["run=x", "model=a/b", "data=c/d", "optim.steps=1", *overrides])
+    family = registry.find("fireflyds.models.families", model_type).FAMILY
+    own = {"falcon": {"alibi": False}, "bloom": {}}.get(model_type, {"num_key_value_heads": 2})
+    model = tuning.apply_tuning(tiny(model_type, tie_word_embeddings=False, **own), family, config.tuning, None, 0)
+    model.config._attn_implementation = "eager"
+    flops = step_flops(model)
+    tokens = 11
+    # A batch and heads of its own, so that attention's products are batched ones and nothing else is.
+    with FlopCounterMode(display=False) as counter:
+        model(torch.arange(3, 3 + tokens)[None]).logits.sum().backward()
+    counted = {str(kind): number for kind, number in counter.get_flop_counts()["Global"].items()}
+    attention = sum(counted.pop(kind, 0) for kind in ("aten.bmm", "aten.baddbmm"))
+    assert sum(counted.values()) == flops.count([], tokens) + flops.per_token * tokens
+    head_dim = getattr(model.config, "head_dim", None) or model.config.hidden_size // 4
+    # The rotary table is a product too: of positions and frequencies.
+    rotary = 0 if model_type == "bloom" else tokens * head_dim
+    assert attention - rotary == sum(cost for _, cost in flops.per_pair) * tokens**2
+
+
+def test_fusing_changes_nothing() -> None:
+    model = tiny("llama", tie_word_embeddings=False)
+    before = step_flops(model)
+    batch = packed(documents())
+    lengths = batch["cu_seqlens"].diff()
+    assert step_flops(fuse(model)) == before
+    assert before.count(lengths, 19) == before.count([7, 1, 12, 3], 19)
+
+
+def test_a_window_bounds_what_a_token_sees() -> None:
+    def seen(n: int, window: int) -> int:
+        return sum(j <= i and i - j < window for i in range(n) for j in range(n))
+
+    assert visible_pairs([3, 9, 20], 5) == sum(seen(n, 5) for n in (3, 9, 20))
+    assert visible_pairs(np.array([3, 9]), None) == 6 + 45
+    assert step_flops(tiny("mistral", num_key_value_heads=2, sliding_window=4)).per_pair[0][0] == 4
+
+
+def test_peaks_are_found_by_the_device_s_name() -> None:
+    for name, precision, tflops in (
+        ("NVIDIA H200", Precision.bf16, 989),
+        ("NVIDIA A100-SXM4-80GB", Precision.fp32, 19.5),
+        ("Tesla V100-SXM2-32GB", Precision.fp16, 125),
+        ("Tesla V100-PCIE-16GB", Precision.fp16, 112),
+        ("NVIDIA H100 PCIe", Precision.bf16, 756),
+        ("NVIDIA H100 80GB HBM3", Precision.bf16, 989),
+        ("NVIDIA GeForce RTX 4090", Precision.bf16, 165.2),
+        ("NVIDIA A10", Precision.bf16, 125),
+        ("NVIDIA GH200 480GB", Precision.bf16, 989),
+    ):
+        assert peak_flops(name, precision, None) == tflops * 1e12, name
+    for name in known_gpus():
+        assert peak_flops(name, Precision.fp16, None) > peak_flops(name, Precision.fp32, None)
+    # No guess: not for what V100 cannot do, nor for what is not known.
+    assert peak_flops("Tesla V100-SXM2-32GB", Precision.bf16, None) is None
+    assert peak_flops("NVIDIA A10G", Precision.bf16, None) is None
+    assert peak_flops("cpu", Precision.fp32, None) is None
+    assert peak_flops("cpu", Precision.fp32, 0.2) == 0.2e12
+
+
+def test_a_peak_must_be_a_number_above_zero() -> None:
+    with pytest.raises(UserError, match=r"hardware.peak_tflops=0.0: must be a number greater than 0, or null"):
+        app.compose("train", ["run=x", "model=a/b", "data=c/d", "optim.steps=1", "hardware.peak_tflops=0"])

@@ -1,0 +1,252 @@
+"""The packed forward pass equals the model's own, document by document, in loss, gradients and training."""
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from fireflyds_kernels import dispatch
+from tiny import documents, loss_one_by_one, packed, tiny
+from torch import nn
+
+from fireflyds import registry
+from fireflyds.config import TrainableRows, TuningConfig, TuningMethod
+from fireflyds.errors import UserError
+from fireflyds.models import tuning
+from fireflyds.models.packed import fused_modules as fused
+from fireflyds.models.packed import head
+from fireflyds.models.packed.forward import fuse
+
+FAMILIES = "fireflyds.models.families"
+LLAMA = {"num_key_value_heads": 2}
+# Every family, and every branch of the functions that compute it.
+MODELS = {
+    "llama": ("llama", LLAMA),
+    "llama tied": ("llama", LLAMA | {"tie_word_embeddings": True}),
+    "internlm as llama": ("llama", {"attention_bias": True}),
+    "llama with NTK": ("llama", LLAMA | {"max_position_embeddings": 8, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}),
+    "llama with gelu": ("llama", LLAMA | {"hidden_act": "gelu"}),
+    "qwen2": ("qwen2", LLAMA),
+    "qwen2 with windows": ("qwen2", LLAMA | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+    "qwen3": ("qwen3", LLAMA | {"head_dim": 16}),
+    "mistral": ("mistral", LLAMA | {"sliding_window": 5}),
+    "mistral without a window": ("mistral", LLAMA | {"sliding_window": None}),
+    "bloom": ("bloom", {"n_head": 4, "n_layer": 2}),
+    "bloom of 6 heads": ("bloom", {"n_head": 6, "n_layer": 2, "hidden_size": 24}),
+    "falcon": ("falcon", {"alibi": False}),
+    "falcon with ALiBi": ("falcon", {"alibi": True, "multi_query": False}),
+    "falcon of groups": ("falcon", {"alibi": False, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    # No family of ours: transformers' attention interface and our loss.
+    "gemma": ("gemma", LLAMA | {"head_dim": 8}),
+    "gpt-neox": ("gpt_neox", {}),
+}  # fmt: skip
+
+
+def test_every_family_is_here() -> None:
+    assert set(registry.names(FAMILIES)) <= {model_type for model_type, _ in MODELS.values()}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_packed_equals_one_by_one(name: str) -> None:
+    model_type, changes = MODELS[name]
+    plain, ours = tiny(model_type, **changes), fuse(tiny(model_type, **changes))
+    expected = loss_one_by_one(plain, documents())
+    expected.backward()
+    batch = packed(documents())
+    loss = ours(**batch)
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    for (name, a), (_, b) in zip(ours.named_parameters(), plain.named_parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5, msg=name)
+    torch.testing.assert_close(ours(**batch, compute=head.token_losses).sum(), loss)
+    nexts = torch.cat([plain(ids[None]).logits[:, -1] for ids in documents()])
+    torch.testing.assert_close(ours(**batch, compute=head.next_token_logits), nexts, rtol=1e-4, atol=1e-5)
+    total, each = ours(**batch, compute=head.loss_sum_and_token_losses)
+    assert torch.equal(total, loss)
+    torch.testing.assert_close(each, ours(**batch, compute=head.token_losses).detach())
+    torch.testing.assert_close(ours(**batch, num_labels=sum(len(ids) - 1 for ids in documents())), loss)
+
+
+@pytest.mark.parametrize("family", registry.names(FAMILIES))
+def test_twenty_steps_of_training_end_at_the_same_weights(family: str) -> None:
+    """Losses within 1e-4 of each other and weights within 2e-4 of their size, float32, SGD with momentum."""
+    changes = next(changes for model_type, changes in MODELS.values() if model_type == family)
+    plain, ours = tiny(family, **changes), fuse(tiny(family, **changes))
+    steps = [torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9) for model in (plain, ours)]
+    first = last = None
+    for number in range(20):
+        docs = documents(seed=number % 4)
+        losses = [loss_one_by_one(plain, docs) / 19, ours(**packed(docs)) / 19]
+        for loss, step in zip(losses, steps, strict=True):
+            step.zero_grad()
+            loss.backward()
+            step.step()
+        assert abs(losses[0].item() - losses[1].item()) < 1e-4, number
+        first, last = first or losses[1].item(), losses[1].item()
+    assert last < first - 0.3
+    for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
+        assert (a - b).norm() <= 2e-4 * b.norm() + 1e-6
+
+
+@pytest.mark.parametrize("family", registry.names(FAMILIES))
+def test_the_table_s_modules_run_on_our_kernels(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = registry.find(FAMILIES, family).FAMILY.fused
+    changes = next(changes for model_type, changes in MODELS.values() if model_type == family)
+    model = fuse(tiny(family, **changes))
+    swapped = {type(m).__name__: m.forward.__func__.__name__ for m in model.modules() if "forward" in vars(m)}
+    swapped.pop(type(model).__name__)
+    assert swapped == dict(table)
+    chosen: list[str] = []
+    select = dispatch._select
+    monkeypatch.setattr(dispatch, "_select", lambda kernel, *rest: chosen.append(kernel) or select(kernel, *rest))
+    model(**packed(documents()))
+    expected = {"norm": "rms_norm", "gated_mlp": "swiglu", "rotary_attention": "rope", "mistral_attention": "rope"}
+    wanted = {expected[function] for function in table.values() if function in expected}
+    assert wanted | {"packed_attention", "linear_cross_entropy"} <= set(chosen)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("family", ["llama", "bloom", "falcon"])
+def test_gradient_checkpointing_changes_nothing(family: str, reentrant: bool) -> None:
+    changes = next(changes for model_type, changes in MODELS.values() if model_type == family)
+    plain, ours = fuse(tiny(family, **changes)).train(), fuse(tiny(family, **changes)).train()
+    for model in (plain, ours):
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+    ours.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    ours.enable_input_require_grads()
+    plain(**packed(documents())).backward()
+    ours(**packed(documents())).backward()
+    for (name, a), (_, b) in zip(ours.named_parameters(), plain.named_parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_two_batches_may_go_forward_before_one_goes_backward() -> None:
+    """Recomputation uses the boundaries of the batch it recomputes."""
+    plain, ours = (fuse(tiny("llama", **LLAMA)).train() for _ in range(2))
+    ours.gradient_checkpointing_enable({"use_reentrant": False})
+    batches = packed(documents((7, 5))), packed(documents((5, 7)))
+    for model in (plain, ours):
+        losses = [model(**batch) for batch in batches]
+        losses[0].backward()
+        losses[1].backward()
+    for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_nothing_looks_through_the_positions_for_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers would find them again, waiting for the device."""
+    from transformers import masking_utils
+
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda *_: pytest.fail("called"))
+    for name in ("llama", "qwen2 with windows", "mistral", "bloom", "falcon"):
+        fuse(tiny(MODELS[name][0], **MODELS[name][1]))(**packed(documents()))
+
+
+def test_torch_compile_takes_a_fused_model() -> None:
+    model, batch = fuse(tiny("llama", **LLAMA)), packed(documents())
+    wanted = model(**batch)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(model, backend="aot_eager")(**batch), wanted)
+
+
+def _qlora(checkpointing: bool, dropout: float = 0.0):
+    config = TuningConfig(
+        method=TuningMethod.qlora, embeddings=TrainableRows.frozen, head=TrainableRows.frozen, r=4, dropout=dropout
+    )
+    model = tiny("llama", hidden_size=64, intermediate_size=128, **LLAMA)
+    for name, module in list(model.model.named_modules()):
+        if isinstance(module, nn.Linear):
+            layer = Linear4bit(module.in_features, module.out_features, bias=False, compute_dtype=torch.float32)
+            layer.load_state_dict({"weight": module.weight})
+            model.model.set_submodule(name, layer.to("cpu"))
+    # What loading a quantised model leaves behind; PEFT picks its 4-bit layer by it.
+    model.is_loaded_in_4bit = True
+    tuning.apply_tuning(model, registry.find(FAMILIES, "llama").FAMILY, config, None, seed=0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(name)), std=0.1)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_adapters_on_a_four_bit_base_equal_peft_s_own(checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[bool] = []
+    original = fused.qlora_linear
+    monkeypatch.setattr(
+        fused, "qlora_linear", lambda *a, **options: calls.append(options["keep_weight"]) or original(*a, **options)
+    )
+    plain, ours = _qlora(False), fuse(_qlora(checkpointing))
+    wanted = loss_one_by_one(plain, documents())
+    wanted.backward()
+    loss = ours(**packed(documents()))
+    loss.backward()
+    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-5)
+    assert calls == [checkpointing] * 14 * (2 if checkpointing else 1)
+    trained = [(n, p) for n, p in plain.named_parameters() if p.requires_grad]
+    assert len(trained) == 28
+    for name, parameter in trained:
+        torch.testing.assert_close(ours.get_parameter(name).grad, parameter.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_dropout_in_front_of_an_adapter_is_that_module_s_own() -> None:
+    model = fuse(_qlora(False, dropout=0.5))
+    layer, x = model.model.layers[0].self_attn.q_proj, torch.randn(1, 5, 64)
+    assert not torch.equal(layer(x), layer(x))
+    layer.lora_dropout.eval()
+    assert torch.equal(layer(x), layer(x))
+
+
+def test_a_disabled_adapter_is_left_to_peft() -> None:
+    model = fuse(_qlora(False))
+    layer = model.model.layers[0].self_attn.q_proj
+    x = torch.randn(1, 5, 64)
+    with_adapter = layer(x)
+    layer.enable_adapters(False)
+    without = layer(x)
+    torch.testing.assert_close(without, layer.base_layer(x))
+    assert not torch.allclose(with_adapter, without)
+
+
+def test_other_instances_of_the_class_stay_as_they_are() -> None:
+    fuse(tiny("llama", **LLAMA))
+    untouched = tiny("llama", **LLAMA)
+    assert untouched(torch.randint(0, 50, (1, 5))).logits.shape == (1, 5, 50)
+    assert not [module for module in untouched.modules() if "forward" in vars(module) or hasattr(module, "packing")]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "message"),
+    [
+        ("codegen", {"n_embd": 32, "n_head": 4, "n_layer": 1, "rotary_dim": 8}, "AttentionInterface.*Families: bloom"),
+        ("llama", LLAMA | {"attention_dropout": 0.1}, "attention_dropout=0.1.*Set it to 0"),
+        ("cohere", LLAMA, "logit_scale=0.0625"),
+        ("gemma2", LLAMA | {"head_dim": 8}, "final_logit_softcapping"),
+        ("lfm2", LLAMA | {"layer_types": ["conv", "full_attention"]}, "see each other"),
+        (
+            "phi3",
+            LLAMA
+            | {
+                "original_max_position_embeddings": 16,
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "rope_theta": 1e4,
+                    "short_factor": [1.0] * 4,
+                    "long_factor": [2.0] * 4,
+                    "original_max_position_embeddings": 16,
+                },
+            },
+            "longrope",
+        ),
+    ],
+)
+def test_what_would_be_computed_wrongly_is_refused(model_type: str, changes: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        fuse(tiny(model_type, **changes))
+
+
+def test_a_fused_model_is_called_by_its_packed_forward_pass() -> None:
+    model = fuse(tiny("llama", **LLAMA))
+    with pytest.raises(TypeError, match="boundaries"):
+        model.model(input_ids=torch.zeros(1, 3, dtype=torch.long))

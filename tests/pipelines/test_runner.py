@@ -1,0 +1,105 @@
+"""A road goes on where it stopped, re-uses what is whole, and does again what a change touches."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from fireflyds.config import RoadConfig, StageConfig
+from fireflyds.errors import UserError
+from fireflyds.pipelines import runner as road_module
+from fireflyds.pipelines.runner import RoadRunner
+
+
+@pytest.fixture
+def walk(tmp_path: Path, monkeypatch):
+    """Stages that append their name to a journal, and fail while a file `broken` exists."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "r").mkdir(parents=True)
+    script = "import sys, pathlib as p; out, name = map(p.Path, sys.argv[1:3]); (out / 'journal').open('a').write(f'{name} '); "
+    script += "sys.exit(3) if (out / f'broken-{name}').exists() else ((out / name).mkdir(exist_ok=True), (out / name / 'made').touch())"
+    monkeypatch.setattr(
+        road_module,
+        "stage_command",
+        lambda stage: [sys.executable, "-c", script, str(tmp_path / "runs" / "r"), stage.name, *stage.overrides],
+    )
+
+    def run(second: str = "", seed: str = "k") -> str:
+        stages = [
+            StageConfig(name=name, verb="x", output=f"{name}/made", overrides=[second] if name == "b" else [])
+            for name in "abc"
+        ]
+        before = _journal(tmp_path / "runs" / "r")
+        RoadRunner(RoadConfig(name="r", stages=stages), seed).run()
+        return _journal(tmp_path / "runs" / "r")[len(before) :].strip()
+
+    return run
+
+
+def _journal(folder: Path) -> str:
+    file = folder / "journal"
+    return file.read_text() if file.exists() else ""
+
+
+def test_a_whole_road_is_reused(walk) -> None:
+    assert walk() == "a b c"
+    assert walk() == ""
+
+
+def test_a_changed_stage_does_itself_and_the_later_ones_again(walk) -> None:
+    walk()
+    assert walk(second="other") == "b c"
+    assert walk(second="other", seed="new") == "a b c"
+
+
+def test_a_failed_stage_stops_the_road_and_is_started_again(walk, tmp_path: Path) -> None:
+    (tmp_path / "runs" / "r" / "broken-b").touch()
+    with pytest.raises(UserError, match=r"b: .* left with exit code 3"):
+        walk()
+    (tmp_path / "runs" / "r" / "broken-b").unlink()
+    assert walk() == "b c"
+
+
+def test_what_was_deleted_is_made_again(walk, tmp_path: Path) -> None:
+    walk()
+    (tmp_path / "runs" / "r" / "b" / "made").unlink()
+    assert walk() == "b"
+
+
+def test_two_walkers_do_not_meet(walk, tmp_path: Path) -> None:
+    import fcntl
+
+    with (tmp_path / "runs" / "r" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process walks this road"):
+            walk()
+
+
+def test_a_folder_that_no_stage_made_is_left_alone(walk, tmp_path: Path) -> None:
+    thesis = tmp_path / "runs" / "r" / "a" / "thesis.txt"
+    thesis.parent.mkdir()
+    thesis.write_text("years of work")
+    walk()
+    assert thesis.read_text() == "years of work"
+
+
+def test_an_interrupt_reaches_the_stage_and_lets_it_save(tmp_path: Path) -> None:
+    import os
+    import signal
+    import subprocess
+    import time
+
+    stage = "import signal, sys, time; signal.signal(signal.SIGINT, lambda *_: (print('saved', flush=True), sys.exit(75))); print('ready', flush=True); time.sleep(60)"
+    code = (
+        "import sys; from pathlib import Path; from fireflyds.pipelines.runner import _execute\n"
+        f"try:\n    _execute([sys.executable, '-c', {stage!r}], Path('log'), lambda: None)\n"
+        "except KeyboardInterrupt:\n    sys.exit(130)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, start_new_session=True)
+    until = time.monotonic() + 30
+    while not (tmp_path / "log").exists() or "ready" not in (tmp_path / "log").read_text():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(20) == 130
+    assert (tmp_path / "log").read_text().split() == ["ready", "saved"]

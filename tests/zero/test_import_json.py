@@ -1,0 +1,163 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from fireflyds import app
+from fireflyds.config import Precision
+from fireflyds.errors import UserError
+from fireflyds.zero import ds_config
+from fireflyds.zero import import_json as deepspeed_json
+
+# As found in projects that train with the Hugging Face Trainer.
+COPIED = {
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": 16,
+    "gradient_clipping": 1.0,
+    "steps_per_print": 200,
+    "bfloat16": {"enabled": "auto"},
+    "fp16": {"enabled": False, "loss_scale": 0, "initial_scale_power": 16},
+    "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}},
+    "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}},
+    "elasticity": {"enabled": False},
+    "communication_data_type": "fp32",
+    "zero_optimization": {
+        "stage": 3,
+        "offload_optimizer": {"device": "cpu", "pin_memory": True},
+        "contiguous_gradients": True,
+        "stage3_max_live_parameters": 1e9,
+        "stage3_gather_fp16_weights_on_model_save": True,
+    },
+}
+
+
+def _config(tmp_path: Path, document: dict, *overrides: str):
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps(document))
+    return app.compose(
+        "train", ["run=x", "model=a/b", "data=c/d", "optim.steps=3", "zero=stage3", "zero.offload_optimizer=cpu", f"zero.json={file}", *overrides]
+    )  # fmt: skip
+
+
+def test_what_says_the_same_is_left_out_and_the_rest_is_passed_on(tmp_path: Path) -> None:
+    document = COPIED | {"scheduler": "auto"}
+    made = ds_config.build_ds_config(_config(tmp_path, document), Precision.fp32, 4)
+    assert made["communication_data_type"] == "fp32"
+    zero = made["zero_optimization"]
+    assert zero["stage3_gather_16bit_weights_on_model_save"] is True
+    assert zero["contiguous_gradients"] is True
+    assert zero["stage3_max_live_parameters"] == 1e9
+    assert zero["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
+    assert not {"optimizer", "scheduler", "elasticity", "bfloat16"} & made.keys()
+    assert made["gradient_accumulation_steps"] == 4
+    notes = deepspeed_json.extra_settings(_config(tmp_path, document))[1]
+    assert any("gradient_accumulation_steps is left out: it follows from global_batch_size" in note for note in notes)
+    assert any("elasticity is left out: DeepSpeed no longer has it, and it was off" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"scheduler": {"type": "WarmupLR"}}, "scheduler: not taken over; give optim.schedule"),
+        ({"elasticity": {"enabled": True}}, "elasticity: not taken over; a run resumes on any number of GPUs"),
+        ({"amp": {"enabled": True}}, "amp: not taken over; use hardware.precision"),
+        ({"curriculum_learning": {"enabled": True}}, "curriculum_learning: not taken over; use data.curriculum"),
+        ({"gradient_clipping": 0.3}, "gradient_clipping=0.3, but optim.max_grad_norm=1.0. Give optim.max_grad_norm=0.3"),
+        ({"train_micro_batch_size_per_gpu": 4}, "train_micro_batch_size_per_gpu=4, but micro_batch_size=1"),
+        ({"fp16": {"enabled": True}}, "fp16.enabled=True, but hardware.precision=fp32"),
+        ({"fp16": {"loss_scale": 128}}, "fp16.loss_scale=128: fireflyds sets that section itself"),
+        ({"optimizer": {"type": "Lamb"}}, "optimizer.type=Lamb, but optim.name=adamw"),
+        ({"optimizer": {"params": {"lr": 1e-3}}}, "optimizer.params.lr=0.001, but optim.lr=0.0002"),
+        ({"zero_optimization": {"stage": 2}}, "zero_optimization.stage=2, but zero.stage=3. Give zero.stage=2"),
+        ({"zero_optimization": {"mics_shard_size": 8}}, "mics_shard_size: not taken over; use zero_hpz_partition_size"),
+        ({"zero_optimization": {"cpu_offload": True}}, "cpu_offload: not taken over; give zero.offload_optimizer=cpu"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "device=nvme, but zero.offload_optimizer=cpu"),
+    ],
+)  # fmt: skip
+def test_what_differs_or_is_gone_is_refused_by_its_key(tmp_path: Path, change: dict, said: str) -> None:
+    config = _config(tmp_path, COPIED | {"scheduler": "auto"} | change, "hardware.precision=fp32")
+    with pytest.raises(UserError) as refused:
+        deepspeed_json.extra_settings(config)
+    assert said in str(refused.value)
+    assert str(tmp_path / "ds.json") in str(refused.value)
+
+
+def test_every_key_that_deepspeed_refuses_is_refused_before_it() -> None:
+    from deepspeed.runtime import config as theirs
+
+    removed = [
+        *theirs._REMOVED_TOP_LEVEL_CONFIG_KEYS,
+        *(f"zero_optimization.{key}" for key in theirs._REMOVED_ZERO_CONFIG_KEYS),
+    ]
+    assert len(removed) > 10
+    assert set(removed) <= deepspeed_json._REMOVED.keys()
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    config = _config(tmp_path, {})
+    (tmp_path / "ds.json").unlink()
+    with pytest.raises(UserError, match="ds.json: cannot be read as JSON"):
+        deepspeed_json.extra_settings(config)
+
+
+# Sections as the documentations of DeepSpeed, transformers, LLaMA-Factory and Firefly show them.
+WARMUP_DECAY = {
+    "type": "WarmupDecayLR",
+    "params": {"total_num_steps": 1000, "warmup_num_steps": 10, "last_batch_iteration": -1},
+}
+AUTO_WARMUP = {
+    "type": "WarmupLR",
+    "params": {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto"},
+}
+ELASTICITY = {
+    "enabled": True,
+    "max_train_batch_size": 2000,
+    "micro_batch_sizes": [2, 4, 6],
+    "min_gpus": 1,
+    "max_gpus": 10000,
+}
+COMPRESSION = {
+    "weight_quantization": {"shared_parameters": {"enabled": True}, "different_groups": {"wq1": {"modules": ["a"]}}}
+}
+EFFICIENCY = {
+    "enabled": True,
+    "seed": 1234,
+    "data_sampling": {"enabled": True, "curriculum_learning": {"enabled": True}},
+}
+CURRICULUM = {"enabled": True, "curriculum_type": "seqlen", "schedule_config": {"total_curriculum_step": 40000}}
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "said"),
+    [
+        ("scheduler", WARMUP_DECAY, "scheduler: not taken over; give optim.schedule and optim.warmup_steps"),
+        ("elasticity", ELASTICITY, "elasticity: not taken over; a run resumes on any number of GPUs"),
+        ("compression_training", COMPRESSION, "compression_training: not taken over; quantise after training"),
+        ("data_efficiency", EFFICIENCY, "data_efficiency: not taken over; use data.weights and data.curriculum"),
+        ("curriculum_learning", CURRICULUM, "curriculum_learning: not taken over; use data.curriculum"),
+    ],
+)
+def test_sections_with_lists_and_sections_in_them_are_refused_by_name(
+    tmp_path: Path, section: str, value: dict, said: str
+) -> None:
+    with pytest.raises(UserError) as refused:
+        deepspeed_json.extra_settings(_config(tmp_path, COPIED | {"scheduler": "auto", section: value}))
+    assert said in str(refused.value)
+
+
+def test_the_same_sections_switched_off_or_left_to_auto_are_left_out_with_a_note(tmp_path: Path) -> None:
+    document = COPIED | {
+        "scheduler": AUTO_WARMUP,
+        "elasticity": ELASTICITY | {"enabled": False},
+        "data_efficiency": EFFICIENCY | {"enabled": False},
+    }
+    passed_on, notes = deepspeed_json.extra_settings(_config(tmp_path, document))
+    assert not {"scheduler", "elasticity", "data_efficiency"} & passed_on.keys()
+    assert any("scheduler is left out: auto is what this configuration says" in note for note in notes)
+
+
+def test_the_json_of_a_hugging_face_project_is_taken_over_as_it_is(tmp_path: Path) -> None:
+    """Its optimizer, scheduler and batch sizes are left to the Trainer's arguments there, and to ours here."""
+    passed_on, _ = deepspeed_json.extra_settings(_config(tmp_path, COPIED | {"scheduler": AUTO_WARMUP}))
+    assert set(passed_on) == {"communication_data_type", "zero_optimization"}
