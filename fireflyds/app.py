@@ -20,17 +20,10 @@ CONF = Path(__file__).parents[1] / "conf"
 
 C = TypeVar("C")
 
-# `group=<path>` is short for the option that takes a path, and the path.
-_TRAIN = {"model": ("at_path", "model.path={}"), "data": ("at_path", "data.store={}")}
-PATH_OPTIONS = {
-    "train": _TRAIN,
-    "plan": _TRAIN,
-    "prepare": {"data": ("at_path", "data.sources=[{{path:{}}}]")},
-}
-
 # Sections whose keys are the user's own; Hydra wants such keys announced with ++.
 OPEN_SECTIONS = (
     "texts",
+    "bits_per_byte.texts",
     "cluster.environment",
     "data.weights",
     "data.max_epochs",
@@ -119,18 +112,18 @@ def compose(verb: str, overrides: list[str]) -> Any:
     from omegaconf import OmegaConf, open_dict
     from omegaconf.errors import OmegaConfBaseException
 
-    ConfigStore.instance().store(name=f"{verb}_schema", node=VERBS[verb])
+    ConfigStore.instance().store(name=f"{verb}_schema", node=VERBS[verb].config)
     plain = dict(override.split("=", 1) for override in overrides if _is_text(verb, override))
     rest = [part for override in overrides if not _is_text(verb, override) for part in _rewrite(verb, override)]
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
             composed = hydra_compose(config_name=verb, overrides=rest)
         for key, value in plain.items():
-            section, dot, name = key.partition(".")
+            section, in_texts, name = key.partition("texts.")
             text = value.replace("${", "\\${")
-            if dot:
+            if in_texts:
                 with open_dict(composed):
-                    OmegaConf.select(composed, section)[name] = text
+                    OmegaConf.select(composed, f"{section}texts")[name] = text
             else:
                 OmegaConf.update(composed, key, text)
         missing = sorted(OmegaConf.missing_keys(composed))
@@ -195,7 +188,7 @@ def options_hash() -> str:
 
 def split(verb: str, arguments: list[str]) -> tuple[list[str], list[str]]:
     """The arguments whose keys the verb has itself, and those that it passes on to another verb."""
-    own = {field.name for field in dataclasses.fields(VERBS[verb])}
+    own = {field.name for field in dataclasses.fields(VERBS[verb].config)}
     mine = [bool(own & {re.split(r"[.=@]", argument.lstrip("+~"))[0]}) for argument in arguments]
     return (
         [argument for argument, is_mine in zip(arguments, mine, strict=True) if is_mine],
@@ -219,16 +212,17 @@ def _frozen(verb: str, file: str, arguments: list[str]) -> Any:
         raise UserError(f"{arguments[0]}: --config {file} is the whole configuration. Leave the key out, or the file")
     if not Path(file).is_file():
         raise UserError(f"--config {file}: no such file. Give a configuration that was written whole, as `config.yaml`")
-    return from_yaml(Path(file), VERBS[verb])
+    return from_yaml(Path(file), VERBS[verb].config)
 
 
 def _is_text(verb: str, override: str) -> bool:
     """`prompt=Hi!`: a key whose value is text is taken as typed. Hydra's grammar would read some of its characters,
     and would take `model=<dir>` for an option of `conf/model`."""
     key, equals, _ = override.partition("=")
-    types = {field.name: field.type for field in dataclasses.fields(VERBS[verb])}
+    types = {field.name: field.type for field in dataclasses.fields(VERBS[verb].config)}
     # A domain is a name of the user's own, in whatever script.
-    return bool(equals) and ((key.startswith("texts.") and "texts" in types) or types.get(key) is str)
+    in_texts = any(key.startswith(f"{section}.") for section in OPEN_SECTIONS if section.endswith("texts"))
+    return bool(equals) and ((in_texts and key.partition(".")[0] in types) or types.get(key) is str)
 
 
 def _rewrite(verb: str, override: str) -> list[str]:
@@ -243,7 +237,7 @@ def _rewrite(verb: str, override: str) -> list[str]:
         return [f"++sweep.space={{{key.removeprefix('sweep.space.')}: {one}}}"]
     if key == "zero" and value in tuple("0123"):  # Hydra takes no number for an option
         return [f"zero=stage{value}"]
-    is_open = key.partition(".")[0] in {field.name for field in dataclasses.fields(VERBS[verb])} and any(
+    is_open = key.partition(".")[0] in {field.name for field in dataclasses.fields(VERBS[verb].config)} and any(
         key == section or key.startswith(f"{section}.") for section in OPEN_SECTIONS
     )
     if value[:1] in tuple("[{'\""):
@@ -252,20 +246,22 @@ def _rewrite(verb: str, override: str) -> list[str]:
     quoted = "'" + value.replace("\\", "\\\\").replace("'", "\\'").replace("${", "\\${") + "'" if special else value
     if is_open:
         return [f"++{key}={quoted}"]
-    if key not in PATH_OPTIONS.get(verb, {}) or (CONF / key / f"{value}.yaml").exists():
+    if key not in VERBS[verb].path_options or (CONF / key / f"{value}.yaml").exists():
         return [f"{key}={quoted}"]
     if not (os.sep in value or os.path.exists(value) or set("*?.") & set(value)):
         known = sorted(p.stem for p in (CONF / key).glob("*.yaml"))
         raise UserError(
             f"{key}={value}: neither a file or folder nor an option of conf/{key}. Known: {', '.join(known)}"
         )
-    option, field = PATH_OPTIONS[verb][key]
-    return [f"{key}={option}", field.format(quoted)]
+    short = VERBS[verb].path_options[key]
+    return [f"{key}={short.option}", short.override.format(quoted)]
 
 
 def unknown_key(verb: str, key: str) -> str:
     """What to say of a key that a verb does not have."""
-    near = difflib.get_close_matches(key, [name for name, _, _ in reference.options(VERBS[verb])], n=3, cutoff=0.5)
+    near = difflib.get_close_matches(
+        key, [name for name, _, _ in reference.options(VERBS[verb].config)], n=3, cutoff=0.5
+    )
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
     return f"{key}: no such key for {verb}.{hint} `python launch/{verb}.py -h` lists all keys"
 
@@ -274,7 +270,7 @@ def _readable(verb: str, error: Exception) -> str:
     """Hydra's message with what it leaves out: the nearest known keys, and where to look."""
     text = str(error.__cause__ or error).split("\nConfig search path")[0]
     if "You must specify" in text:
-        text += f" (or a path: {verb} takes <group>=<path> too)" if verb in PATH_OPTIONS else ""
+        text += f" (or a path: {verb} takes <group>=<path> too)" if VERBS[verb].path_options else ""
     found = re.search(r"[Kk]ey '([^']+)'", text)
     if found and ("not in" in text or "not exist" in text):
         full = re.search(r"full_key: (\S+)", text)

@@ -54,7 +54,7 @@ def choices(conf: Path, schema: type) -> dict[str, list[str]]:
 
 def help_text(verb: str, about: str, conf: Path) -> str:
     """What `-h` prints."""
-    schema = config.VERBS[verb]
+    schema = config.VERBS[verb].config
     lines = [about.strip(), "", "Keys (key=value; `--cfg job` prints the composed configuration):"]
     rows = list(options(schema))
     width = max(len(key) for key, _, _ in rows)
@@ -72,7 +72,8 @@ def markdown(conf: Path) -> str:
         "",
         "Written by `python -m fireflyds.option_reference`; a test keeps it in step with `fireflyds/config`.",
     ]
-    for verb, schema in config.VERBS.items():
+    for verb, record in config.VERBS.items():
+        schema = record.config
         parts += ["", f"## `launch/{verb}.py`", "", "| key | default | meaning |", "|---|---|---|"]
         parts += [
             f"| `{key}` | `{default}` | {meaning} |".replace("| ``", "| `") for key, default, meaning in options(schema)

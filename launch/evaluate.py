@@ -1,37 +1,48 @@
 """Evaluate a Hugging Face directory: bits per byte of held-out text, multiple choice by likelihood, CMMLU.
 
-    python launch/evaluate.py model=runs/demo/sft/export tasks=[bits_per_byte] texts.zh=zh.jsonl texts.en=en.jsonl
-    python launch/evaluate.py model=models/my-llama tasks=[cmmlu] cmmlu=cmmlu/ subjects=[anatomy,astronomy]
+    python launch/evaluate.py model=runs/demo/sft/export bits_per_byte.texts.zh=zh.jsonl bits_per_byte.texts.en=en.jsonl
+    python launch/evaluate.py model=models/my-llama tasks=[cmmlu] cmmlu.data=cmmlu/ cmmlu.subjects=[anatomy,astronomy]
 
-Writes `scores.json` into `out` (default `<model>/eval`).
+Appends a result for every task to `scores.json` in `out` (default `<model>/eval`), with protocol, options and versions.
 """
 
-import json
+from dataclasses import asdict
 from pathlib import Path
 
-from fireflyds import app, registry
+from fireflyds import app
 from fireflyds.config import EvaluateConfig
-from fireflyds.fs import atomic_write_text
-
-TASKS = "fireflyds.evaluation.tasks"
 
 
 def evaluate(config: EvaluateConfig) -> None:
-    tasks = {name: registry.find(TASKS, name) for name in config.tasks}
+    # Heavy imports wait until the configuration is good.
+    from fireflyds.evaluation.results import FILE, EvaluationResult, append_result, versions
     from fireflyds.evaluation.scorer import load_evaluated_model
+    from fireflyds.evaluation.tasks import load_task, task_options
 
-    subject = load_evaluated_model(config)
-    scores: dict[str, dict[str, float]] = {}
-    for name, task in tasks.items():
-        scores[name] = task.evaluate(subject, config)
-        for figure, value in scores[name].items():
-            print(f"{name}.{figure}: {value:.4f}")
+    tasks = {name: load_task(name) for name in config.tasks}
+    model = load_evaluated_model(config)
     out = Path(config.out or Path(config.model) / "eval")
-    out.mkdir(parents=True, exist_ok=True)
-    prompt = "chat" if subject.chat is not None else "plain"
-    document = {"model": config.model, "prompt": prompt, "scores": scores}
-    atomic_write_text(out / "scores.json", json.dumps(document, ensure_ascii=False, indent=2))
-    print(f"wrote {out / 'scores.json'}")
+    prompt = "plain" if model.chat_tokenizer is None else "chat"
+    for name, task in tasks.items():
+        options = task_options(name, config)
+        figures = task.evaluate(model, options, config.limit)
+        shared = {"limit": config.limit, "max_tokens": config.max_tokens, "prompt": prompt}
+        result = EvaluationResult(
+            task=name,
+            model=config.model,
+            protocol=task.protocol,
+            source=task.source,
+            figures=figures,
+            options=asdict(options) | shared,
+            complete=config.limit is None and task.covers_all(options),
+            versions=versions(),
+        )
+        append_result(out, result)
+        for figure, value in figures.items():
+            print(f"{name}.{figure}: {value:.4f}")
+        if not result.complete:
+            print(f"note: {name} was evaluated on a part of its data: not comparable with published figures")
+    print(f"wrote {out / FILE}")
 
 
 if __name__ == "__main__":

@@ -14,12 +14,12 @@ from pathlib import Path
 
 from fireflyds import app
 from fireflyds.config import ModelConfig, ModelInit, PlanConfig, PlanFormat
+from fireflyds.optim.compatibility import check_compatibility
 
 
 def plan(config: PlanConfig) -> None:
     from fireflyds.metrics.flops import step_flops
     from fireflyds.models import load, tuning
-    from fireflyds.optim import optimizers
     from fireflyds.optim import param_groups as groups
     from fireflyds.planner import report as planned
     from fireflyds.planner.model_shape import model_shape
@@ -28,7 +28,7 @@ def plan(config: PlanConfig) -> None:
 
     config.cluster.require_machine()
     precision = planned.cluster_precision(config)
-    notes = [*optimizers.check_optimizer(config, precision), *extra_settings(config)[1]]
+    notes = [*check_compatibility(config, precision), *extra_settings(config)[1]]
     encoder = load_encoder(config.model.tokenizer_path) if _has_tokenizer(config.model) else None
     hf_config = load.architecture_of(config.model) if encoder is None else load.read_config(config.model, encoder)
     if encoder is None and config.model.init is ModelInit.scratch and "vocab_size" not in config.model.architecture:

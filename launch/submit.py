@@ -35,9 +35,6 @@ from fireflyds.pipelines import runner as road
 from fireflyds.runs import config_diff as changes
 from fireflyds.runs import find as run_names
 
-# These start jobs themselves, answer at once or talk with a person.
-NOT_JOBS = ("submit", "sweep", "demo", "plan", "chat")
-
 
 def submit(config: SubmitConfig, rest: list[str]) -> None:
     if config.action is not SubmitAction.submit:
@@ -73,12 +70,12 @@ def submit(config: SubmitConfig, rest: list[str]) -> None:
 
 def _verb(config: SubmitConfig, rest: list[str]) -> tuple[Path, list[PlannedJob]]:
     verb = config.verb
-    if verb not in VERBS or verb in NOT_JOBS:
-        known = ", ".join(name for name in VERBS if name not in NOT_JOBS)
+    if verb not in VERBS or not VERBS[verb].submittable:
+        known = ", ".join(name for name, record in VERBS.items() if record.submittable)
         raise UserError(
             f"verb={verb}: is not submitted. Known: {known}" + ("; road=demo does" if verb == "demo" else "")
         )
-    fields = VERBS[verb].__dataclass_fields__
+    fields = VERBS[verb].config.__dataclass_fields__
     given = [f"run={config.run}"] if config.run and "run" in fields else []
     given += [f"runs={config.runs}"] if config.runs != "runs" and "runs" in fields else []
     composed = app.compose(verb, [*rest, *given])
@@ -119,7 +116,7 @@ def _road(config: SubmitConfig, rest: list[str]) -> tuple[Path, list[PlannedJob]
 
 
 def _stage(file: Path, stage: StageConfig) -> Any:
-    if stage.verb not in VERBS or stage.verb in NOT_JOBS:
+    if stage.verb not in VERBS or not VERBS[stage.verb].submittable:
         raise UserError(f"{file}: stage {stage.name}: verb={stage.verb} is not submitted")
     return app.compose(stage.verb, stage.overrides)
 

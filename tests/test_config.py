@@ -73,7 +73,7 @@ def test_paths_with_spaces_and_chinese_are_taken_as_they_are() -> None:
 
 def test_model_is_plain_text_for_verbs_without_a_model_group() -> None:
     assert app.compose("chat", ["model=some/dir", "prompt=你好，世界？"]).prompt == "你好，世界？"
-    assert app.compose("evaluate", ["model=x/y", "texts.zh=a.txt"]).texts == {"zh": "a.txt"}
+    assert app.compose("evaluate", ["model=x/y", "bits_per_byte.texts.zh=a.txt"]).bits_per_byte.texts == {"zh": "a.txt"}
 
 
 @pytest.mark.parametrize(

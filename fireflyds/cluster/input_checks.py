@@ -5,23 +5,12 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from fireflyds.config import TrainConfig
+from fireflyds.config import VERBS, TrainConfig
 from fireflyds.data.pack.mixture import refuse_unknown_domains
 from fireflyds.data.store.store import open_store
 from fireflyds.errors import UserError
 from fireflyds.fs import read_json
 from fireflyds.tokenizer.encoder import load_encoder
-
-# Keys that name a file or folder which must be there when the verb begins.
-INPUTS = {
-    "expand": ("base", "corpus", "pieces", "texts", "other"),
-    "learn": ("corpus",),
-    "prepare": ("tokenizer", "data.sources"),
-    "train": ("model.path", "model.tokenizer", "data.store", "validation.store", "zero.json"),
-    "evaluate": ("model", "texts", "questions", "cmmlu"),
-    "doctor": ("model", "tokenizer", "data"),
-    "synthesize": ("corpus",),
-}
 
 
 def stage_outputs(config: Any, out: Path, makes: str) -> list[Path]:
@@ -39,7 +28,7 @@ def require_input_paths(verb: str, config: Any, promised: Iterable[Path] = ()) -
         UserError: a file or folder is not there and nobody makes it.
     """
     made = [place.absolute() for place in promised]
-    for key in INPUTS.get(verb, ()):
+    for key in VERBS[verb].inputs:
         for text in _paths(attrgetter(key)(config)):
             place = Path(text).absolute()
             known = not text or set("*?[:") & set(text) or place.exists()

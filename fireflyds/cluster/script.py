@@ -6,14 +6,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from fireflyds.config import ClusterConfig, Container
+from fireflyds.config import VERBS, ClusterConfig, Container, Resources
 from fireflyds.errors import UserError
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 # Options that only jobs with GPUs get.
 _OF_GPUS = ("--gres=", "--gpus", "--gpu-bind")
-# Verbs that run on all nodes and GPUs, one rank each, and those that use one GPU; others need none.
-_ON_ALL_GPUS, _ON_ONE_GPU = ("train", "doctor"), ("evaluate", "export")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +66,9 @@ def text(job: Job, cluster: ClusterConfig) -> str:
 
 
 def _options(job: Job, cluster: ClusterConfig) -> list[str]:
-    whole = job.verb in _ON_ALL_GPUS
-    gpus = cluster.gpus_per_node if whole else 1 if job.verb in _ON_ONE_GPU else 0
+    resources = VERBS[job.verb].resources
+    whole = resources is Resources.all_gpus
+    gpus = cluster.gpus_per_node if whole else 1 if resources is Resources.one_gpu else 0
     on_gpu = bool(gpus) and not cluster.on_cpu
     further = [option for option in cluster.sbatch.split() if on_gpu or not option.startswith(_OF_GPUS)]
     if cluster.on_cpu or "--gres=" in cluster.sbatch:
@@ -121,7 +120,7 @@ def _before(job: Job, cluster: ClusterConfig) -> list[str]:
     lines += [f"module load {module}" for module in cluster.modules.split()]
     lines += cluster.setup
     lines += [f"export {name}={shlex.quote(value)}" for name, value in cluster.environment.items()]
-    if "MASTER_ADDR" not in cluster.environment and job.verb in _ON_ALL_GPUS:
+    if "MASTER_ADDR" not in cluster.environment and VERBS[job.verb].resources is Resources.all_gpus:
         lines += ["# Rank 0 runs on the first node, where this script runs too.", "export MASTER_ADDR=$(hostname)"]
     lines += [
         "# A step does not take over the job's cores by itself.",

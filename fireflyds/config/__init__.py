@@ -3,8 +3,10 @@
 A field's docstring is its entry in the option reference (`conf/README.md`) and in `-h`.
 """
 
+from fireflyds.config.chat import ChatConfig
 from fireflyds.config.cluster import ClusterConfig
 from fireflyds.config.data import CleanConfig, DataConfig, PhaseConfig, PrepareConfig, SourceConfig
+from fireflyds.config.doctor import DoctorConfig
 from fireflyds.config.enums import (
     Container,
     Direction,
@@ -14,7 +16,6 @@ from fireflyds.config.enums import (
     ModelInit,
     ObjectiveAt,
     Offload,
-    Optimizer,
     PieceAlgorithm,
     PlanFormat,
     Precision,
@@ -37,9 +38,13 @@ from fireflyds.config.enums import (
     WandbMode,
     require_at_least,
 )
+from fireflyds.config.evaluate import BitsPerByteConfig, CmmluConfig, EvaluateConfig, MultipleChoiceConfig
+from fireflyds.config.export import ExportConfig
 from fireflyds.config.optim import GroupConfig, OptimConfig
+from fireflyds.config.pipeline import DemoConfig, RoadConfig, StageConfig
 from fireflyds.config.submit import SubmitConfig
 from fireflyds.config.sweep import RangeConfig, SearchConfig, SweepConfig
+from fireflyds.config.synthesize import SynthesizeConfig
 from fireflyds.config.training import (
     CheckpointConfig,
     HardwareConfig,
@@ -53,24 +58,17 @@ from fireflyds.config.training import (
 )
 from fireflyds.config.tuning import TuningConfig
 from fireflyds.config.validation import ValidationConfig
-from fireflyds.config.verbs import (
-    ChatConfig,
-    DemoConfig,
-    DoctorConfig,
-    EvaluateConfig,
-    ExportConfig,
-    RoadConfig,
-    StageConfig,
-    SynthesizeConfig,
-)
+from fireflyds.config.verbs import VERBS, Resources, Verb
 from fireflyds.config.vocabulary import ExpandConfig, LearnConfig
 
 __all__ = [
     "VERBS",
+    "BitsPerByteConfig",
     "ChatConfig",
     "CheckpointConfig",
     "CleanConfig",
     "ClusterConfig",
+    "CmmluConfig",
     "Container",
     "DataConfig",
     "DemoConfig",
@@ -87,11 +85,11 @@ __all__ = [
     "LossOn",
     "ModelConfig",
     "ModelInit",
+    "MultipleChoiceConfig",
     "ObjectiveAt",
     "ObjectiveConfig",
     "Offload",
     "OptimConfig",
-    "Optimizer",
     "PhaseConfig",
     "PieceAlgorithm",
     "PlanConfig",
@@ -103,6 +101,7 @@ __all__ = [
     "RangeConfig",
     "RecoveryConfig",
     "ReportMode",
+    "Resources",
     "RoadConfig",
     "RowInit",
     "Sampler",
@@ -126,24 +125,9 @@ __all__ = [
     "TuningMethod",
     "UnicodeForm",
     "ValidationConfig",
+    "Verb",
     "VocabSizeRule",
     "WandbMode",
     "ZeroConfig",
     "require_at_least",
 ]
-
-VERBS: dict[str, type] = {
-    "synthesize": SynthesizeConfig,
-    "learn": LearnConfig,
-    "expand": ExpandConfig,
-    "prepare": PrepareConfig,
-    "plan": PlanConfig,
-    "train": TrainConfig,
-    "export": ExportConfig,
-    "evaluate": EvaluateConfig,
-    "chat": ChatConfig,
-    "doctor": DoctorConfig,
-    "submit": SubmitConfig,
-    "sweep": SweepConfig,
-    "demo": DemoConfig,
-}

@@ -22,13 +22,6 @@ class Schedule(Enum):
     wsd = 5
 
 
-class Optimizer(Enum):
-    adamw = 0
-    paged_adamw_32bit = 1
-    adamw_8bit = 2
-    muon = 3
-
-
 class ModelInit(Enum):
     pretrained = 0
     scratch = 1

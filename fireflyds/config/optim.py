@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from fireflyds.config.enums import Optimizer, Schedule
+from fireflyds.config.enums import Schedule
 from fireflyds.errors import UserError
 
 
@@ -19,9 +19,9 @@ class GroupConfig:
 
 @dataclass(kw_only=True, slots=True)
 class OptimConfig:
-    name: Optimizer = MISSING
-    """`adamw` (fused on a GPU; DeepSpeed's CPU Adam where `zero.offload_optimizer` is on), `paged_adamw_32bit`,
-    `adamw_8bit` (both bitsandbytes; on a CPU nothing is paged) or `muon` (matrices of the body; AdamW for the rest)."""
+    name: str = MISSING
+    """Entry of `fireflyds/optim/optimizers`: `adamw` (fused on a GPU; DeepSpeed's CPU Adam where `zero.offload_optimizer`
+    is on), `paged_adamw_32bit`, `adamw_8bit` (both bitsandbytes) or `muon` (matrices of the body; AdamW for the rest)."""
     steps: int | None = None
     """Optimizer steps. Goes before `epochs`."""
     epochs: float | None = None

@@ -23,7 +23,8 @@ class EvaluatedModel:
 
     model: Any
     encoder: Encoder
-    chat: Any
+    chat_tokenizer: Any
+    """The transformers tokenizer whose chat template wraps questions; None: they are given plain."""
     max_tokens: int
 
     @property
@@ -42,10 +43,12 @@ class EvaluatedModel:
 
     def prompt_ids(self, question: str) -> list[int]:
         """A question, in the model's chat template when it is a chat model."""
-        if self.chat is None:
+        if self.chat_tokenizer is None:
             return self.prefix + self.encoder.encode(question)
         message = [{"role": "user", "content": question}]
-        ids = self.chat.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
+        ids = self.chat_tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)[
+            "input_ids"
+        ]
         return list(ids)
 
 
@@ -69,36 +72,34 @@ def load_evaluated_model(config: EvaluateConfig) -> EvaluatedModel:
     return EvaluatedModel(fuse(model), encoder, tokenizer if wants_chat else None, config.max_tokens)
 
 
-def token_losses(subject: EvaluatedModel, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
+def token_losses(model: EvaluatedModel, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
     """For each sequence of n ids, the n - 1 losses (nats) of its tokens after the first, given those before."""
     losses: list[np.ndarray] = []
     at = 0
     while at < len(sequences):
         end, tokens = at, 0
-        while end < len(sequences) and (end == at or tokens + len(sequences[end]) <= subject.max_tokens):
+        while end < len(sequences) and (end == at or tokens + len(sequences[end]) <= model.max_tokens):
             tokens += len(sequences[end])
             end += 1
-        losses += _packed_losses(subject, sequences[at:end])
+        losses += _packed_losses(model, sequences[at:end])
         at = end
     return losses
 
 
 @torch.no_grad()
-def _packed_losses(subject: EvaluatedModel, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
+def _packed_losses(model: EvaluatedModel, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
     lengths = [len(sequence) for sequence in sequences]
-    inputs = PackedBatch.from_documents(sequences).model_inputs(subject.device)
-    losses = subject.model(**inputs, compute=head.token_losses)
+    inputs = PackedBatch.from_documents(sequences).model_inputs(model.device)
+    losses = model.model(**inputs, compute=head.token_losses)
     return [part[:-1].cpu().numpy() for part in losses.split(lengths)]
 
 
-def continuation_losses(subject: EvaluatedModel, prompt: list[int], continuations: Sequence[list[int]]) -> list[float]:
+def continuation_losses(model: EvaluatedModel, prompt: list[int], continuations: Sequence[list[int]]) -> list[float]:
     """The loss (nats) of each continuation after the prompt, which is cut on the left where too long."""
     longest = max(map(len, continuations))
-    room = subject.max_length - longest
+    room = model.max_length - longest
     if room < 1:
-        raise UserError(
-            f"a choice of {longest} tokens does not fit into the model's {subject.max_length}. Leave it out"
-        )
-    kept = prompt if len(prompt) <= room else (subject.prefix + prompt[-(room - len(subject.prefix)) :])[-room:]
-    losses = token_losses(subject, [kept + continuation for continuation in continuations])
+        raise UserError(f"a choice of {longest} tokens does not fit into the model's {model.max_length}. Leave it out")
+    kept = prompt if len(prompt) <= room else (model.prefix + prompt[-(room - len(model.prefix)) :])[-room:]
+    losses = token_losses(model, [kept + continuation for continuation in continuations])
     return [float(loss[len(kept) - 1 :].sum()) for loss in losses]

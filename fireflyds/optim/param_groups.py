@@ -1,33 +1,16 @@
 """Parameters by what they are, each group with its own learning rate and weight decay; and the table of what trains."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from fireflyds.config import OptimConfig, Optimizer, Precision, TrainConfig, TuningMethod
+from fireflyds.config import OptimConfig, Precision, TrainConfig, TuningMethod
 from fireflyds.errors import UserError
+from fireflyds.optim.optimizers import ParamGroup, load_optimizer_spec
 
-# Bytes of optimizer state for one parameter; 16-bit weights have a 32-bit master beside.
-_STATE_BYTES = {Optimizer.adamw: 8, Optimizer.paged_adamw_32bit: 8, Optimizer.adamw_8bit: 2, Optimizer.muon: 8}
-_MUON_STATE_BYTES = 4
 # NF4: blocks of 64 with an 8-bit scale, and a 32-bit scale for 256 of these (QLoRA's 4.127 bits).
 QUANTISED_BYTES = {4: 0.5 + (1 + 4 / 256) / 64, 8: 1.0}
-
-
-@dataclass(slots=True)
-class ParamGroup:
-    """`lr` is the peak; every group follows the same schedule below its own."""
-
-    name: str
-    lr: float
-    weight_decay: float
-    use_muon: bool = False
-    parameters: list[nn.Parameter] = field(default_factory=list)
-
-    @property
-    def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.parameters)
 
 
 def parameter_groups(model: Any, config: TrainConfig) -> list[ParamGroup]:
@@ -38,9 +21,10 @@ def parameter_groups(model: Any, config: TrainConfig) -> list[ParamGroup]:
     Raises:
         UserError: a setting of a group in which nothing trains.
     """
-    optim, muon = config.optim, config.optim.name is Optimizer.muon
+    optim = config.optim
+    matrices_apart = load_optimizer_spec(optim.name).treats_matrices_apart
     groups = [
-        ParamGroup("matrices", optim.muon_lr if muon else optim.lr, optim.weight_decay, muon),
+        ParamGroup("matrices", optim.muon_lr if matrices_apart else optim.lr, optim.weight_decay, matrices_apart),
         ParamGroup("lora_A", optim.lr, optim.weight_decay),
         ParamGroup("lora_B", optim.lr * config.tuning.loraplus_lr_ratio, optim.weight_decay),
         ParamGroup("lora_magnitude", optim.lr, 0.0),
@@ -53,8 +37,8 @@ def parameter_groups(model: Any, config: TrainConfig) -> list[ParamGroup]:
         if parameter.requires_grad:
             in_embeddings, in_head = id(parameter) in embeddings, id(parameter) in head
             by_name[_group_name(name, parameter, in_embeddings, in_head)].parameters.append(parameter)
-    if muon and not by_name["matrices"].parameters:
-        raise UserError("optim=muon: no matrix of the body trains, so Muon would train nothing. Use optim=adamw")
+    if matrices_apart and not by_name["matrices"].parameters:
+        raise UserError(f"optim={optim.name}: no matrix of the body trains, so it would train nothing. Use optim=adamw")
     _refuse_unused(optim, by_name)
     return [group for group in groups if group.parameters]
 
@@ -109,7 +93,7 @@ def summarize_groups(model: Any, config: TrainConfig, precision: Precision) -> l
     wide = 4 if precision is Precision.fp32 else 2
     rows = []
     for group in parameter_groups(model, config):
-        state = state_bytes(group, config)
+        state = load_optimizer_spec(config.optim.name).state_bytes_of(group)
         # In float32 ZeRO keeps a copy of the weights as masters too.
         masters = 4 if wide == 2 or config.zero.stage else 0
         each = 2 * wide + masters + state
@@ -117,11 +101,6 @@ def summarize_groups(model: Any, config: TrainConfig, precision: Precision) -> l
         rows.append(ParamGroupSummary(group.name, number, group.lr, group.weight_decay, precision.name, each * number))
     rows.append(_frozen(model, config, precision.name, wide))
     return rows
-
-
-def state_bytes(group: ParamGroup, config: TrainConfig) -> int:
-    """Bytes of optimizer state for one parameter of a group."""
-    return _MUON_STATE_BYTES if group.use_muon else _STATE_BYTES[config.optim.name]
 
 
 def _frozen(model: Any, config: TrainConfig, precision: str, wide: int) -> ParamGroupSummary:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fireflyds.evaluation.results import latest_figures
+
 MODELS = ("base", "unexpanded", "cpt", "sft")
 
 
@@ -19,7 +21,12 @@ class DemoCheck:
 
 def figures(out: Path) -> dict[str, float]:
     """The road's figures, from the files its stages left."""
-    scores = {name: _json(out / name / "export" / "eval" / "scores.json")["scores"] for name in MODELS}
+    scores = {
+        name: {
+            task: latest_figures(out / name / "export" / "eval", task) for task in ("bits_per_byte", "multiple_choice")
+        }
+        for name in MODELS
+    }
     fit = _json(out / "expanded" / "report.json")["measured"][-1]
     found = {
         "tokens_per_char_zh_before": fit["before"]["tokens_per_character"],

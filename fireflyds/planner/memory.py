@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from fireflyds.config import Offload, Optimizer, Precision, TrainConfig, TuningMethod
+from fireflyds.config import Offload, Precision, TrainConfig, TuningMethod
+from fireflyds.optim.optimizers import load_optimizer_spec
 from fireflyds.planner import activations
 from fireflyds.planner.activations import ForwardSpec
 from fireflyds.planner.model_shape import ModelShape, model_shape
@@ -125,7 +126,8 @@ class _MemoryModel:
         self.trained = shape.trained
         self.each = self.trained / self.shards
         # Fused AdamW of a GPU needs nothing; on the CPU it holds a root and a quotient of a tensor. bitsandbytes is fused.
-        self.stepping = 2 if device == "cpu" and config.optim.name is Optimizer.adamw else 0
+        spec = load_optimizer_spec(config.optim.name)
+        self.stepping = spec.cpu_step_copies if device == "cpu" else 0
 
     def weights(self) -> float:
         whole = self.trained * self.wide + self.shape.frozen * self.wide + self.shape.quantised_bytes
@@ -215,7 +217,7 @@ class _MemoryModel:
 
     def orthogonalising(self) -> float:
         """Muon's momentum and update beside the old ones, until it is known that no gradient overflows."""
-        if self.config.optim.name is not Optimizer.muon or self.where.stage == 0:
+        if not load_optimizer_spec(self.config.optim.name).treats_matrices_apart or self.where.stage == 0:
             return 0.0
         matrices = max(sum(sizes) for sizes, _ in self.shape.groups) / self.shards
         return matrices * (4 + self.wide)

@@ -9,6 +9,7 @@ from torch import nn
 from fireflyds.config import TrainConfig, TuningMethod
 from fireflyds.metrics.flops import attention_windows, block_order, is_parallel
 from fireflyds.optim import param_groups as groups
+from fireflyds.optim.optimizers import load_optimizer_spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +106,7 @@ def model_shape(model: Any, config: TrainConfig) -> ModelShape:
         form=_form(model),
         blocks=_blocks(model, packed, config),
         groups=tuple(
-            (tuple(p.numel() for p in group.parameters), groups.state_bytes(group, config))
+            (tuple(p.numel() for p in group.parameters), load_optimizer_spec(config.optim.name).state_bytes_of(group))
             for group in groups.parameter_groups(model, config)
         ),
         frozen=sum(groups.logical_numel(p) for p in frozen) - quantised,

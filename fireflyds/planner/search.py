@@ -6,7 +6,7 @@ from typing import Any
 from fireflyds.config import ClusterConfig, Offload, PlanConfig, Precision
 from fireflyds.errors import UserError
 from fireflyds.metrics.flops import StepFlops, visible_pairs
-from fireflyds.optim import optimizers
+from fireflyds.optim.compatibility import check_compatibility
 from fireflyds.planner import memory
 from fireflyds.planner.memory import GIB, MemoryEstimate, Placement
 from fireflyds.planner.model_shape import ModelShape
@@ -133,7 +133,7 @@ def _allowed(config: PlanConfig, precision: Precision, stage: int, offload: bool
         offload_param=Offload.none,
     )
     try:
-        optimizers.check_optimizer(replace(config, zero=zero), precision)
+        check_compatibility(replace(config, zero=zero), precision)
     except UserError:
         return False
     return True

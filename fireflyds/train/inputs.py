@@ -12,7 +12,7 @@ from fireflyds.models.load import read_config
 from fireflyds.models.packed.forward import attention_override
 from fireflyds.models.precision import emulation_notes, resolve_precision
 from fireflyds.models.rope_scaling import check_max_positions
-from fireflyds.optim.optimizers import check_optimizer
+from fireflyds.optim.compatibility import check_compatibility
 from fireflyds.runs.fingerprint import base_identity
 from fireflyds.tokenizer.encoder import load_encoder
 from fireflyds.train.objectives import Objective, load_objective
@@ -43,7 +43,7 @@ class RunInputs:
     def open(cls, config: TrainConfig, world_size: int) -> "RunInputs":
         """Raises `UserError` where anything does not fit together; nothing has been written or loaded then."""
         precision = resolve_precision(config.hardware)
-        notes = [*check_optimizer(config, precision), *extra_settings(config)[1], *emulation_notes(precision)]
+        notes = [*check_compatibility(config, precision), *extra_settings(config)[1], *emulation_notes(precision)]
         trackers.require_installed(config.tracking)
         accumulation = config.accumulation_steps(world_size)
         objective = load_objective(config.objective)

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from fireflyds.config import Offload, Optimizer, Precision, TrainConfig
-from fireflyds.optim import optimizers
+from fireflyds.config import Offload, Precision, TrainConfig
+from fireflyds.optim.optimizers import gradient_clipping, load_optimizer_spec
 from fireflyds.zero import import_json as deepspeed_json
 
 
@@ -13,10 +13,8 @@ def build_ds_config(config: TrainConfig, precision: Precision, accumulation: int
         "stage": config.zero.stage,
         "reduce_bucket_size": config.zero.reduce_bucket_size,
         "overlap_comm": config.zero.overlap_comm,
+        **load_optimizer_spec(config.optim.name).zero_optimization,
     }
-    if config.optim.name is Optimizer.muon:
-        # Muon needs whole gradients of matrices.
-        zero["reduce_scatter"] = False
     if config.zero.offload_optimizer is not Offload.none:
         zero["offload_optimizer"] = {"device": config.zero.offload_optimizer.name}
     if config.zero.offload_param is not Offload.none:
@@ -28,7 +26,7 @@ def build_ds_config(config: TrainConfig, precision: Precision, accumulation: int
     return {
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": optimizers.gradient_clipping(config.optim),
+        "gradient_clipping": gradient_clipping(config),
         "bf16": {"enabled": precision is Precision.bf16},
         "fp16": {
             "enabled": precision is Precision.fp16,

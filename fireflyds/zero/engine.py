@@ -11,10 +11,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fireflyds.config import Optimizer, Precision, TrainConfig
+from fireflyds.config import Precision, TrainConfig
 from fireflyds.distributed.launcher_env import RankInfo
 from fireflyds.errors import UserError
-from fireflyds.optim import optimizers
+from fireflyds.optim.optimizers import build_optimizer, load_optimizer_spec, reset_step_counts
 from fireflyds.optim.param_groups import parameter_groups
 from fireflyds.zero.ds_config import build_ds_config
 
@@ -119,10 +119,10 @@ def build_engine(model: nn.Module, config: TrainConfig, precision: Precision, ac
     import deepspeed
     from deepspeed.runtime import compiler
 
-    if config.optim.name is not Optimizer.muon:
+    if not load_optimizer_spec(config.optim.name).compiles:
         # It marks its Muon for torch.compile wherever ZeRO is used, which loads a compiler at every start.
         compiler.compile = lambda *_, **__: lambda function: function
-    optimizer = optimizers.build_optimizer(parameter_groups(model, config), config)
+    optimizer = build_optimizer(parameter_groups(model, config), config)
     # At stage 0 DeepSpeed's 16-bit wrapper takes a real step with zero gradients when it is made: it must move nothing
     # and leave no trace in the states.
     for group in optimizer.param_groups:
@@ -136,7 +136,7 @@ def build_engine(model: nn.Module, config: TrainConfig, precision: Precision, ac
             dist_init_required=False,
         )
     if config.zero.stage == 0:
-        optimizers.reset_step_counts(optimizer)
+        reset_step_counts(optimizer)
     return engine
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from fireflyds.config import TrainConfig
 from fireflyds.errors import UserError
 from fireflyds.fs import read_json
+from fireflyds.optim.optimizers import load_optimizer_spec
 
 # What fireflyds says to DeepSpeed itself, by the key that a user gives.
 _CONFIG_KEYS = {
@@ -129,8 +130,8 @@ def _reason_to_leave_out(where: str, key: str, value: Any, config: TrainConfig) 
     if key == "fp16.loss_scale" and value == 0:
         return "the loss scale is dynamic"
     if key == "optimizer.type":
-        name = config.optim.name.name
-        if str(value).lower() not in ("adam", "adamw") or not name.startswith(("adamw", "paged_adamw")):
+        name = config.optim.name
+        if str(value).lower() not in ("adam", "adamw") or not load_optimizer_spec(name).is_adam:
             _refuse_difference(where, key, value, "optim.name", name)
         return f"it is optim.name={name}"
     if key in ("zero_optimization.offload_optimizer", "zero_optimization.offload_param"):

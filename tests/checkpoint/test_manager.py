@@ -317,7 +317,13 @@ def test_a_step_that_is_saved_again_over_a_damaged_checkpoint_is_kept(group, tmp
 
 
 def test_a_manifest_that_was_damaged_since_is_not_the_best_and_stops_nothing(group, tmp_path: Path) -> None:
-    save_at(tmp_path, 100, keep=2)
-    spoil(tmp_path, 100, "manifest.json")
-    save_at(tmp_path, 110, 120, keep=1, best_metric="loss")
+    engine, state = make_engine(), TrainState()
+    config = CheckpointConfig(keep=1, best_metric="loss")
+    with checkpoint.CheckpointManager(engine, tmp_path, config, Keeper()) as manager:
+        for step in (100, 110, 120):
+            state.step = step - 1
+            manager.save(state, take_step(engine, state))
+            manager.wait()
+            if step == 100:
+                spoil(tmp_path, 100, "manifest.json")
     assert steps_of(tmp_path) == [110, 120]

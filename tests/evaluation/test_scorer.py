@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from fireflyds import app
 from fireflyds.errors import UserError
 from fireflyds.evaluation.scorer import load_evaluated_model
-from fireflyds.evaluation.tasks import bits_per_byte, cmmlu, multiple_choice
+from fireflyds.evaluation.tasks import load_task, task_options
 from fireflyds.tokenizer.encoder import load_encoder
 
 
@@ -37,6 +37,10 @@ def model(base_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def _config(model: Path, *overrides: str):
     return app.compose("evaluate", [f"model={model}", *overrides])
+
+
+def run_task(name: str, config) -> dict[str, float]:
+    return load_task(name).evaluate(load_evaluated_model(config), task_options(name, config), config.limit)
 
 
 def _log_likelihood(model: Path, prompt: list[int], continuation: list[int]) -> float:
@@ -63,8 +67,8 @@ def test_bits_per_byte_is_minus_log2_p_over_utf8_bytes(model: Path, tmp_path: Pa
         for start in range(0, len(ids) - 1, 63):  # windows of 64 tokens that share one
             window = ids[start : start + 64]
             nats -= _log_likelihood(model, window[:1], window[1:])
-    config = _config(model, f"texts.all={tmp_path / 't.jsonl'}", "max_tokens=100")
-    found = bits_per_byte.evaluate(load_evaluated_model(config), config)["all"]
+    config = _config(model, f"bits_per_byte.texts.all={tmp_path / 't.jsonl'}", "max_tokens=100")
+    found = run_task("bits_per_byte", config)["all"]
     assert found == pytest.approx(nats / math.log(2) / sum(len(text.encode()) for text in texts), rel=1e-4)
 
 
@@ -79,8 +83,8 @@ def test_multiple_choice_takes_the_likeliest_text(model: Path, tmp_path: Path) -
         expected += scores.index(max(scores)) == answer
         rows.append({"question": ENGLISH[number], "choices": choices, "answer": answer})
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = _config(model, f"questions={tmp_path / 'q.jsonl'}")
-    found = multiple_choice.evaluate(load_evaluated_model(config), config)
+    config = _config(model, f"multiple_choice.questions={tmp_path / 'q.jsonl'}")
+    found = run_task("multiple_choice", config)
     assert found == {"accuracy": expected / 12, "chance": pytest.approx(1 / 3), "questions": 12}
 
 
@@ -89,9 +93,9 @@ def test_broken_questions_are_named_by_line(model: Path, tmp_path: Path) -> None
     file.write_text(
         '{"question": "a", "choices": ["b", "c"], "answer": 0}\n{"question": "a", "choices": ["b", "c"], "answer": 2}\n'
     )
-    config = _config(model, f"questions={file}")
+    config = _config(model, f"multiple_choice.questions={file}")
     with pytest.raises(UserError, match=r"q.jsonl:2: .* answer \(index\)"):
-        multiple_choice.evaluate(load_evaluated_model(config), config)
+        run_task("multiple_choice", config)
 
 
 def test_cmmlu_counts_right_letters(model: Path, tmp_path: Path) -> None:
@@ -101,14 +105,18 @@ def test_cmmlu_counts_right_letters(model: Path, tmp_path: Path) -> None:
             f"问{number},甲,乙,丙,丁,{letter}" for number, letter in enumerate("ABCD")
         ]
         (tmp_path / part / "anatomy.csv").write_text("\n".join(lines), encoding="utf-8")
-    config = _config(model, f"cmmlu={tmp_path}", "num_shots=2")
-    found = cmmlu.evaluate(load_evaluated_model(config), config)
+    config = _config(model, f"cmmlu.data={tmp_path}", "cmmlu.num_shots=2")
+    found = run_task("cmmlu", config)
     assert found["questions"] == 4
-    assert found["anatomy"] == found["accuracy"]
-    config = _config(model, f"cmmlu={tmp_path}", "subjects=[law]")
-    subject = load_evaluated_model(config)
-    with pytest.raises(UserError, match=r"no 'law' in .*Known: anatomy"):
-        cmmlu.evaluate(subject, config)
+    assert found["anatomy"] == found["accuracy"] == found["accuracy_mean_of_subjects"]
+    (tmp_path / "dev" / "law.csv").write_text("Question,A,B,C,D,Answer\n问,甲,乙,丙,丁,B", encoding="utf-8")
+    (tmp_path / "test" / "law.csv").write_text("Question,A,B,C,D,Answer\n问,甲,乙,丙,丁,A", encoding="utf-8")
+    found = run_task("cmmlu", config)
+    assert found["accuracy"] == pytest.approx((4 * found["anatomy"] + found["law"]) / 5)
+    assert found["accuracy_mean_of_subjects"] == pytest.approx((found["anatomy"] + found["law"]) / 2)
+    config = _config(model, f"cmmlu.data={tmp_path}", "cmmlu.subjects=[physics]")
+    with pytest.raises(UserError, match=r"no 'physics' in .*Known: anatomy, law"):
+        run_task("cmmlu", config)
 
 
 def test_chat_without_a_template_is_refused(model: Path) -> None:

@@ -2,10 +2,10 @@ import dataclasses
 
 import pytest
 
-from fireflyds.config import OptimConfig, Optimizer, Schedule
+from fireflyds.config import OptimConfig, Schedule
 from fireflyds.optim.lr_schedule import lr_factor
 
-BASE = OptimConfig(name=Optimizer.adamw, steps=100, lr=2.0, warmup_steps=10, min_lr_ratio=0.1)
+BASE = OptimConfig(name="adamw", steps=100, lr=2.0, warmup_steps=10, min_lr_ratio=0.1)
 
 
 def _rates(**changes) -> list[float]:

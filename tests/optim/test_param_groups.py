@@ -10,8 +10,9 @@ from fireflyds.errors import UserError
 from fireflyds.models import tuning
 from fireflyds.models.neftune import add_embedding_noise
 from fireflyds.models.packed.forward import fuse
-from fireflyds.optim import optimizers
 from fireflyds.optim import param_groups as groups
+from fireflyds.optim.compatibility import check_compatibility
+from fireflyds.optim.optimizers import gradient_clipping
 
 
 def _config(*overrides: str):
@@ -43,7 +44,7 @@ def test_a_tied_head_is_the_embeddings() -> None:
 
 def test_muon_takes_the_body_s_matrices_alone() -> None:
     found = _groups("llama", "optim=muon", "optim.muon_lr=0.03", tie_word_embeddings=False)
-    assert {name: (group.use_muon, group.lr) for name, group in found.items()} == {
+    assert {name: (group.as_matrices, group.lr) for name, group in found.items()} == {
         "matrices": (True, 0.03), "embeddings": (False, 2e-4), "head": (False, 2e-4), "norms": (False, 2e-4),
     }  # fmt: skip
 
@@ -85,7 +86,7 @@ def test_the_table_counts_bytes_of_weights_gradients_masters_and_states() -> Non
 )  # fmt: skip
 def test_combinations_that_cannot_work_are_refused_with_the_nearest(overrides: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        optimizers.check_optimizer(_config(*overrides), Precision.fp16)
+        check_compatibility(_config(*overrides), Precision.fp16)
 
 
 def test_a_rate_for_a_group_in_which_nothing_trains_is_refused() -> None:
@@ -94,18 +95,18 @@ def test_a_rate_for_a_group_in_which_nothing_trains_is_refused() -> None:
     ):
         _groups("llama", "optim.head.lr=0.5", tie_word_embeddings=True)
     with pytest.raises(UserError, match="optim=muon with tuning=lora: no matrix of the body trains"):
-        optimizers.check_optimizer(_config("optim=muon", "tuning=lora"), Precision.fp32)
+        check_compatibility(_config("optim=muon", "tuning=lora"), Precision.fp32)
 
 
 def test_what_is_changed_or_strange_is_said_aloud() -> None:
     muon = _config("optim=muon", "optim.max_grad_norm=1")
-    assert "optim.max_grad_norm=1 is taken as 0" in optimizers.check_optimizer(muon, Precision.fp32)[0]
-    assert optimizers.gradient_clipping(muon.optim) == 0
+    assert "optim.max_grad_norm=1 is taken as 0" in check_compatibility(muon, Precision.fp32)[0]
+    assert gradient_clipping(muon) == 0
     assert (
         "can be read but not written"
-        in optimizers.check_optimizer(_config("tuning=lora", "tuning.embeddings=all"), Precision.fp32)[0]
+        in check_compatibility(_config("tuning=lora", "tuning.embeddings=all"), Precision.fp32)[0]
     )
-    assert optimizers.check_optimizer(_config(), Precision.fp32) == []
+    assert check_compatibility(_config(), Precision.fp32) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

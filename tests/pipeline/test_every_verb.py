@@ -102,10 +102,17 @@ def test_every_verb_in_a_row(verb, base: Path, tmp_path: Path) -> None:
     assert about["template"] == "firefly"
 
     write(tmp_path, "q.jsonl", [{"question": "青岭镇的特产是什么？", "choices": ["蜂蜜。", "清水河。"], "answer": 0}])
-    verb("evaluate", "model=chat", "tasks=[bits_per_byte,multiple_choice]", "texts.zh=zh.jsonl", "questions=q.jsonl")
-    scores = json.loads((tmp_path / "chat" / "eval" / "scores.json").read_text())
-    assert scores["prompt"] == "chat"
-    assert 0 < scores["scores"]["bits_per_byte"]["zh"] < 20
+    verb(
+        "evaluate",
+        "model=chat",
+        "tasks=[bits_per_byte,multiple_choice]",
+        "bits_per_byte.texts.zh=zh.jsonl",
+        "multiple_choice.questions=q.jsonl",
+    )
+    results = json.loads((tmp_path / "chat" / "eval" / "scores.json").read_text())["results"]
+    assert [result["task"] for result in results] == ["bits_per_byte", "multiple_choice"]
+    assert {result["options"]["prompt"] for result in results} == {"chat"}
+    assert 0 < results[0]["figures"]["zh"] < 20
     answer = verb("chat", "model=chat", "prompt=青岭镇的特产是什么？", "max_new_tokens=8", "temperature=0").stdout
     assert answer.strip()
 

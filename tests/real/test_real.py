@@ -51,16 +51,18 @@ def test_the_road_on_real_text(verb, data_folder: Path, tmp_path: Path) -> None:
         first, last = (statistics.mean(row["loss"] for row in part) for part in (rows[:5], rows[-5:]))
         print(f"{run}: mean loss of five steps {first:.3f} -> {last:.3f}, {rows[-1]['tokens']:,} tokens")
         assert last < first
-    cmmlu = [f"cmmlu={data_folder / 'evaluation' / 'cmmlu'}", "subjects=[anatomy,astronomy]", "limit=40"]
+    cmmlu = [f"cmmlu.data={data_folder / 'evaluation' / 'cmmlu'}", "cmmlu.subjects=[anatomy,astronomy]", "limit=40"]
     done = verb(
         "evaluate",
         "model=runs/sft/export",
         "tasks=[cmmlu,bits_per_byte]",
-        "texts.zh=clue_corpus_small_sample_zh.txt",
+        "bits_per_byte.texts.zh=clue_corpus_small_sample_zh.txt",
         "limit=40",
         *cmmlu,
     )
     print(done.stdout)
-    scores = json.loads((tmp_path / "runs" / "sft" / "export" / "eval" / "scores.json").read_text())["scores"]
-    assert scores["cmmlu"]["questions"] == 80
-    assert 0 < scores["bits_per_byte"]["zh"] < 12
+    scores = json.loads((tmp_path / "runs" / "sft" / "export" / "eval" / "scores.json").read_text())["results"]
+    figures = {score["task"]: score["figures"] for score in scores}
+    assert figures["cmmlu"]["questions"] == 80
+    assert not any(score["complete"] for score in scores)
+    assert 0 < figures["bits_per_byte"]["zh"] < 12

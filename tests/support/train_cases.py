@@ -27,7 +27,7 @@ from fireflyds.metrics.accumulator import MetricsContext
 from fireflyds.metrics.flops import step_flops
 from fireflyds.models import load, tuning
 from fireflyds.models.precision import resolve_precision
-from fireflyds.optim import optimizers
+from fireflyds.optim.compatibility import check_compatibility
 from fireflyds.optim.param_groups import parameter_groups
 from fireflyds.train.loop import train_steps
 from fireflyds.train.objectives import load_objective
@@ -87,7 +87,7 @@ def _train(case: dict, me: ranks.RankInfo) -> dict:
         ],
     )
     precision = resolve_precision(config.hardware)
-    optimizers.check_optimizer(config, precision)
+    check_compatibility(config, precision)
     hf_config = load.architecture_of(config.model)
     model = build_model(config, hf_config, precision)
     objective = load_objective(config.objective)

@@ -1,1 +1,42 @@
-"""Evaluation tasks. One file is one task: `evaluate(subject, config)`."""
+"""Evaluation tasks: one file is one entry, and exports `TASK`. Its options are the section of its name in `EvaluateConfig`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fireflyds import registry
+from fireflyds.config import EvaluateConfig
+from fireflyds.evaluation.scorer import EvaluatedModel
+
+PACKAGE = "fireflyds.evaluation.tasks"
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationTask:
+    """`evaluate(model, options, limit)` gives the figures by name; `options` is an instance of `config`."""
+
+    config: type
+    inputs: tuple[str, ...]
+    """Fields of `config` that name files or folders."""
+    protocol: str
+    """What the figures may be compared with."""
+    source: str
+    """Where the protocol is described."""
+    evaluate: Callable[[EvaluatedModel, Any, int | None], dict[str, float]]
+    covers_all: Callable[[Any], bool] = lambda options: True
+    """Whether these options ask for all of the task's data."""
+
+
+def load_task(name: str) -> EvaluationTask:
+    """The task of that name.
+
+    Raises:
+        UserError: there is none.
+    """
+    task: EvaluationTask = registry.find(PACKAGE, name).TASK
+    return task
+
+
+def task_options(name: str, config: EvaluateConfig) -> Any:
+    """The section of a task."""
+    return getattr(config, name)

@@ -3,27 +3,39 @@
 import math
 from itertools import islice
 
-from fireflyds.config import EvaluateConfig
+from fireflyds.config import BitsPerByteConfig
 from fireflyds.data.read.sources import read_texts
 from fireflyds.errors import UserError
 from fireflyds.evaluation.scorer import EvaluatedModel, token_losses
+from fireflyds.evaluation.tasks import EvaluationTask
 
 
-def evaluate(subject: EvaluatedModel, config: EvaluateConfig) -> dict[str, float]:
+def evaluate(model: EvaluatedModel, options: BitsPerByteConfig, limit: int | None) -> dict[str, float]:
     """`{name: bits per byte}` for every entry of `texts`."""
-    if not config.texts:
-        raise UserError("texts is empty: bits_per_byte needs held-out text, e.g. texts.zh=heldout.jsonl")
-    return {name: _bits_per_byte(subject, path, config.limit) for name, path in config.texts.items()}
+    if not options.texts:
+        raise UserError(
+            "bits_per_byte.texts is empty: the task needs held-out text, e.g. bits_per_byte.texts.zh=heldout.jsonl"
+        )
+    return {name: _bits_per_byte(model, path, limit) for name, path in options.texts.items()}
 
 
-def _bits_per_byte(subject: EvaluatedModel, path: str, limit: int | None) -> float:
+def _bits_per_byte(model: EvaluatedModel, path: str, limit: int | None) -> float:
     sequences: list[list[int]] = []
     num_bytes = 0
     for text in islice(read_texts(path), limit):
         num_bytes += len(text.encode())
-        ids = subject.prefix + subject.encoder.encode(text)
+        ids = model.prefix + model.encoder.encode(text)
         # Windows share one token, so that every token is predicted exactly once.
-        step = subject.max_length - 1
+        step = model.max_length - 1
         sequences += [ids[start : start + step + 1] for start in range(0, max(len(ids) - 1, 1), step)]
-    nats = sum(float(losses.sum()) for losses in token_losses(subject, sequences))
+    nats = sum(float(losses.sum()) for losses in token_losses(model, sequences))
     return nats / math.log(2) / num_bytes
+
+
+TASK = EvaluationTask(
+    config=BitsPerByteConfig,
+    inputs=("texts",),
+    protocol="bits_per_byte_windows",
+    source="windows of the model's length that share one token",
+    evaluate=evaluate,
+)

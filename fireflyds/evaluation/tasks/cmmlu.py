@@ -1,43 +1,61 @@
-"""CMMLU in its official protocol (haonan-li/CMMLU): the likeliest of A, B, C, D as the next token."""
+"""CMMLU with the prompts of haonan-li/CMMLU: the likeliest of A, B, C, D as the next token.
+
+Not the official protocol: a prompt that is too long is cut at its left here, and whole shots are dropped there.
+"""
 
 import csv
 from itertools import islice
 from pathlib import Path
 
-from fireflyds.config import EvaluateConfig
+from fireflyds.config import CmmluConfig
 from fireflyds.errors import UserError
 from fireflyds.evaluation.scorer import EvaluatedModel, continuation_losses
+from fireflyds.evaluation.tasks import EvaluationTask
 
 LETTERS = "ABCD"
 
 
-def evaluate(subject: EvaluatedModel, config: EvaluateConfig) -> dict[str, float]:
-    """Accuracy by subject, and `accuracy` over all questions."""
-    folder = Path(config.cmmlu)
-    known = sorted(path.stem for path in (folder / "test").glob("*.csv"))
-    if not known:
-        raise UserError(f"cmmlu={config.cmmlu!r}: no test/*.csv there. Give the folder of CMMLU with dev/ and test/")
-    unknown = sorted(set(config.subjects) - set(known))
-    if unknown:
-        raise UserError(f"subjects: no {unknown[0]!r} in {folder}. Known: {', '.join(known)}")
-    # A letter after the last colon of the prompt, as the model would write it.
-    letters = [subject.encoder.encode(letter, continues=subject.chat is None) for letter in LETTERS]
-    figures, correct, total = {}, 0, 0
-    for name in config.subjects or known:
-        header = f"以下是关于{NAMES.get(name, name)}的单项选择题，请直接给出正确答案的选项。\n\n"
-        shots = "".join(
-            f"{_ask(row)}{row['Answer']}\n\n" for row in islice(_rows(folder / "dev" / f"{name}.csv"), config.num_shots)
+def evaluate(model: EvaluatedModel, options: CmmluConfig, limit: int | None) -> dict[str, float]:
+    """Accuracy by subject; `accuracy` over all questions and `accuracy_mean_of_subjects`, as published figures are."""
+    folder = Path(options.data)
+    names = sorted(path.stem for path in (folder / "test").glob("*.csv"))
+    if not names:
+        raise UserError(
+            f"cmmlu.data={options.data!r}: no test/*.csv there. Give the folder of CMMLU with dev/ and test/"
         )
-        right = asked = 0
-        for row in islice(_rows(folder / "test" / f"{name}.csv"), config.limit):
-            losses = continuation_losses(subject, subject.prompt_ids(header + shots + _ask(row)), letters)
-            right += LETTERS[losses.index(min(losses))] == row["Answer"]
-            asked += 1
-        if asked == 0:
-            raise UserError(f"{folder}/test/{name}.csv: no question in it")
-        figures[name] = right / asked
-        correct, total = correct + right, total + asked
-    return figures | {"accuracy": correct / total, "chance": 1 / len(LETTERS), "questions": total}
+    unknown = sorted(set(options.subjects) - set(names))
+    if unknown:
+        raise UserError(f"cmmlu.subjects: no {unknown[0]!r} in {folder}. Known: {', '.join(names)}")
+    results = {
+        name: _score_subject(model, folder, name, options.num_shots, limit) for name in options.subjects or names
+    }
+    correct, total = (sum(result[index] for result in results.values()) for index in (0, 1))
+    accuracies = {name: right / questions for name, (right, questions) in results.items()}
+    return accuracies | {
+        "accuracy": correct / total,
+        "accuracy_mean_of_subjects": sum(accuracies.values()) / len(accuracies),
+        "chance": 1 / len(LETTERS),
+        "questions": total,
+    }
+
+
+def _score_subject(
+    model: EvaluatedModel, folder: Path, name: str, num_shots: int, limit: int | None
+) -> tuple[int, int]:
+    """Right answers and questions."""
+    # A letter after the last colon of the prompt, as the model would write it.
+    letters = [model.encoder.encode(letter, continues=model.chat_tokenizer is None) for letter in LETTERS]
+    header = f"以下是关于{NAMES.get(name, name)}的单项选择题，请直接给出正确答案的选项。\n\n"
+    examples = islice(_rows(folder / "dev" / f"{name}.csv"), num_shots)
+    shots = "".join(f"{_ask(row)}{row['Answer']}\n\n" for row in examples)
+    right = questions = 0
+    for row in islice(_rows(folder / "test" / f"{name}.csv"), limit):
+        losses = continuation_losses(model, model.prompt_ids(header + shots + _ask(row)), letters)
+        right += LETTERS[losses.index(min(losses))] == row["Answer"]
+        questions += 1
+    if questions == 0:
+        raise UserError(f"{folder}/test/{name}.csv: no question in it")
+    return right, questions
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
@@ -122,4 +140,14 @@ NAMES = dict(
         "world_history:世界历史",
         "world_religions:世界宗教",
     ]
+)
+
+
+TASK = EvaluationTask(
+    config=CmmluConfig,
+    inputs=("data",),
+    protocol="cmmlu_letter_likelihood_left_cut",
+    source="prompts of https://github.com/haonan-li/CMMLU; prompts that are too long are cut at their left",
+    evaluate=evaluate,
+    covers_all=lambda options: not options.subjects,
 )

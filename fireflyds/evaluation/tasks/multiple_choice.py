@@ -4,33 +4,36 @@ import json
 from itertools import islice
 from pathlib import Path
 
-from fireflyds.config import EvaluateConfig
+from fireflyds.config import MultipleChoiceConfig
 from fireflyds.data.read.files import RawRecord, read_records
 from fireflyds.errors import UserError
 from fireflyds.evaluation.scorer import EvaluatedModel, continuation_losses
+from fireflyds.evaluation.tasks import EvaluationTask
 
 
-def evaluate(subject: EvaluatedModel, config: EvaluateConfig) -> dict[str, float]:
+def evaluate(model: EvaluatedModel, options: MultipleChoiceConfig, limit: int | None) -> dict[str, float]:
     """`accuracy`, `chance` and `questions`."""
-    questions = _read(config)
+    questions = _read(options, limit)
     correct = 0
     for question, choices, answer in questions:
-        prompt = subject.prompt_ids(question)
-        continues = subject.chat is None
-        losses = continuation_losses(subject, prompt, [subject.encoder.encode(c, continues=continues) for c in choices])
+        prompt = model.prompt_ids(question)
+        continues = model.chat_tokenizer is None
+        losses = continuation_losses(
+            model, prompt, [model.encoder.encode(choice, continues=continues) for choice in choices]
+        )
         correct += losses.index(min(losses)) == answer
     chance = sum(1 / len(choices) for _, choices, _ in questions) / len(questions)
     return {"accuracy": correct / len(questions), "chance": chance, "questions": len(questions)}
 
 
-def _read(config: EvaluateConfig) -> list[tuple[str, list[str], int]]:
-    path = Path(config.questions)
+def _read(options: MultipleChoiceConfig, limit: int | None) -> list[tuple[str, list[str], int]]:
+    path = Path(options.questions)
     if not path.is_file():
         raise UserError(
-            f"questions={config.questions!r}: no such file. multiple_choice needs JSON lines with question, choices, answer"
+            f"multiple_choice.questions={options.questions!r}: no such file. The task needs JSON lines with question, choices, answer"
         )
     rows = []
-    for record in islice(read_records(path), config.limit):
+    for record in islice(read_records(path), limit):
         fields = record.fields if isinstance(record, RawRecord) else None
         match fields:
             case {"question": str(question), "choices": [_, _, *_] as choices, "answer": int(answer)} if (
@@ -43,5 +46,14 @@ def _read(config: EvaluateConfig) -> list[tuple[str, list[str], int]]:
                     f"{record.file}:{record.line}: {shown}: a row needs question (text), choices (two or more) and answer (index)"
                 )
     if not rows:
-        raise UserError(f"questions={path}: no question in it")
+        raise UserError(f"multiple_choice.questions={path}: no question in it")
     return rows
+
+
+TASK = EvaluationTask(
+    config=MultipleChoiceConfig,
+    inputs=("questions",),
+    protocol="choice_text_likelihood",
+    source="sum of the token log-likelihoods of each choice's text, not normalised by its length",
+    evaluate=evaluate,
+)

@@ -1,0 +1,57 @@
+"""`evaluate`: which tasks on which model, and a section of its own for every task."""
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+from fireflyds.config.enums import PromptStyle, require_at_least
+from fireflyds.errors import UserError
+
+
+@dataclass(kw_only=True, slots=True)
+class BitsPerByteConfig:
+    texts: dict[str, str] = field(default_factory=dict)
+    """Held-out text: name to file, folder or glob."""
+
+
+@dataclass(kw_only=True, slots=True)
+class MultipleChoiceConfig:
+    questions: str = ""
+    """JSON lines with `question`, `choices` and `answer` (an index)."""
+
+
+@dataclass(kw_only=True, slots=True)
+class CmmluConfig:
+    data: str = ""
+    """Folder of CMMLU with `dev/` and `test/`."""
+    subjects: list[str] = field(default_factory=list)
+    """Names of subjects; empty: all."""
+    num_shots: int = 0
+    """Worked examples before each question."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, "cmmlu.", num_shots=0)
+
+
+@dataclass(kw_only=True, slots=True)
+class EvaluateConfig:
+    model: str = MISSING
+    """Hugging Face directory."""
+    tasks: list[str] = field(default_factory=lambda: ["bits_per_byte"])
+    """Entries of `fireflyds/evaluation/tasks`; each reads the section of its name."""
+    out: str = ""
+    """Folder for `scores.json`, to which results are appended; empty: `<model>/eval`."""
+    limit: int | None = None
+    """At most this many documents or questions per task (per subject where a task has subjects)."""
+    prompt: PromptStyle = PromptStyle.auto
+    """`chat` wraps questions in the model's chat template, `plain` does not, `auto`: chat where there is one."""
+    max_tokens: int = 4096
+    """Tokens in one forward pass."""
+    bits_per_byte: BitsPerByteConfig = field(default_factory=BitsPerByteConfig)
+    multiple_choice: MultipleChoiceConfig = field(default_factory=MultipleChoiceConfig)
+    cmmlu: CmmluConfig = field(default_factory=CmmluConfig)
+
+    def __post_init__(self) -> None:
+        require_at_least(self, max_tokens=2, limit=1)
+        if not self.tasks:
+            raise UserError("tasks=[]: nothing to do. Name entries of fireflyds/evaluation/tasks")

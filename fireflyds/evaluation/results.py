@@ -1,0 +1,73 @@
+"""`scores.json`: every evaluation of a model, with all that its figures depend on, appended to those before."""
+
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import fireflyds
+from fireflyds.errors import UserError
+from fireflyds.fs import atomic_write_text, read_json
+
+FILE = "scores.json"
+_LIBRARIES = ("torch", "transformers", "tokenizers", "sentencepiece")
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationResult:
+    """One task on one model. `complete`: on all of its data, neither limited nor on some subjects alone."""
+
+    task: str
+    model: str
+    protocol: str
+    source: str
+    figures: dict[str, float]
+    options: dict[str, Any]
+    """The task's own section, and `limit`, `max_tokens` and the prompt style that was used."""
+    complete: bool
+    versions: dict[str, str]
+    time: float = field(default_factory=time.time)
+
+
+def versions() -> dict[str, str]:
+    """Of what figures may depend on."""
+    return {"fireflyds": fireflyds.__version__} | {name: metadata.version(name) for name in _LIBRARIES}
+
+
+def read_results(folder: Path) -> list[EvaluationResult]:
+    """The results in a folder, oldest first.
+
+    Raises:
+        UserError: `scores.json` is damaged, or of another version.
+    """
+    file = folder / FILE
+    if not file.is_file():
+        return []
+    try:
+        return [EvaluationResult(**row) for row in read_json(file)["results"]]
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{file}: is not a list of results ({error}). Another version wrote it, or it was edited: move it elsewhere"
+        ) from error
+
+
+def append_result(folder: Path, result: EvaluationResult) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [asdict(each) for each in [*read_results(folder), result]]
+    atomic_write_text(folder / FILE, json.dumps({"results": rows}, ensure_ascii=False, indent=2))
+
+
+def latest_figures(folder: Path, task: str) -> dict[str, float]:
+    """Of the newest complete result of a task.
+
+    Raises:
+        UserError: there is none.
+    """
+    for result in reversed(read_results(folder)):
+        if result.task == task and result.complete:
+            return result.figures
+    raise UserError(
+        f"{folder / FILE}: no complete result of {task}. Evaluate it with tasks=[{task}] and without limit="
+    )

@@ -1,0 +1,51 @@
+"""Muon for the matrices of the body (momentum 0.95), AdamW for the rest."""
+
+from collections.abc import Sequence
+
+import torch
+
+from fireflyds.config import TrainConfig
+from fireflyds.errors import UserError
+from fireflyds.optim.optimizers import OptimizerSpec, ParamGroup
+
+
+def check(config: TrainConfig) -> list[str]:
+    if config.tuning.has_adapters:
+        raise UserError(
+            f"optim=muon with tuning={config.tuning.method.name}: no matrix of the body trains, so Muon would train nothing. "
+            "Nearest: optim=adamw, or tuning=full"
+        )
+    if not config.optim.max_grad_norm:
+        return []
+    return [
+        "note: optim=muon: gradients would be clipped behind Muon's orthogonalisation, so "
+        f"optim.max_grad_norm={config.optim.max_grad_norm:g} is taken as 0"
+    ]
+
+
+def build(groups: Sequence[ParamGroup], config: TrainConfig) -> torch.optim.Optimizer:
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    adam = {"betas": (config.optim.betas[0], config.optim.betas[1]), "eps": config.optim.eps}
+    settings = []
+    for group in groups:
+        settings.append(
+            group.settings() | {"use_muon": group.as_matrices} | ({"momentum": 0.95} if group.as_matrices else adam)
+        )
+        for parameter in group.parameters:
+            parameter.use_muon = group.as_matrices  # type: ignore[attr-defined]
+    optimizer: torch.optim.Optimizer = MuonWithAuxAdam(settings)
+    return optimizer
+
+
+OPTIMIZER = OptimizerSpec(
+    build,
+    state_bytes=8,
+    matrix_state_bytes=4,
+    check=check,
+    clips=False,
+    # Muon needs whole gradients of matrices.
+    zero_optimization={"reduce_scatter": False},
+    is_adam=False,
+    compiles=True,
+)

@@ -1,0 +1,20 @@
+"""bitsandbytes' AdamW whose states may leave the GPU when memory is short; on a CPU nothing is paged."""
+
+from collections.abc import Sequence
+
+import torch
+
+from fireflyds.config import TrainConfig
+from fireflyds.optim.compatibility import refuse_offload
+from fireflyds.optim.optimizers import OptimizerSpec, ParamGroup
+
+
+def build(groups: Sequence[ParamGroup], config: TrainConfig) -> torch.optim.Optimizer:
+    import bitsandbytes.optim
+
+    settings, betas = [group.settings() for group in groups], (config.optim.betas[0], config.optim.betas[1])
+    optimizer: torch.optim.Optimizer = bitsandbytes.optim.PagedAdamW32bit(settings, betas=betas, eps=config.optim.eps)
+    return optimizer
+
+
+OPTIMIZER = OptimizerSpec(build, state_bytes=8, check=refuse_offload)

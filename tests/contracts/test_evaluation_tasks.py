@@ -1,0 +1,49 @@
+"""Every evaluation task has a section of its name, names its protocol, and declares its inputs."""
+
+import dataclasses
+
+import pytest
+
+from fireflyds import app, registry
+from fireflyds.cluster.input_checks import require_input_paths
+from fireflyds.config import EvaluateConfig
+from fireflyds.errors import UserError
+from fireflyds.evaluation.tasks import PACKAGE, load_task, task_options
+
+TASKS = registry.names(PACKAGE)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_has_a_section_and_says_what_its_figures_may_be_compared_with(name: str) -> None:
+    task = load_task(name)
+    options = task_options(name, app.compose("evaluate", ["model=x/y", f"tasks=[{name}]"]))
+    assert isinstance(options, task.config)
+    assert task.protocol
+    assert task.source
+    assert task.covers_all(options)
+    assert set(task.inputs) <= {field.name for field in dataclasses.fields(task.config)}
+
+
+def test_every_section_is_that_of_a_task() -> None:
+    sections = {field.name for field in dataclasses.fields(EvaluateConfig) if dataclasses.is_dataclass(field.type)}
+    assert sections == set(TASKS)
+
+
+def test_protocols_are_told_apart() -> None:
+    assert len({load_task(name).protocol for name in TASKS}) == len(TASKS)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_inputs_of_a_task_are_looked_at_before_its_job_is_queued(name: str, tmp_path) -> None:
+    for field in load_task(name).inputs:
+        key = f"{name}.{field}.zh" if field == "texts" else f"{name}.{field}"
+        config = app.compose("evaluate", [f"model={tmp_path}", f"tasks=[{name}]", f"{key}=nowhere/at/all"])
+        with pytest.raises(UserError, match=rf"{name}\.{field}=nowhere/at/all: is not there"):
+            require_input_paths("evaluate", config)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_without_its_inputs_is_refused_by_its_key(name: str) -> None:
+    task = load_task(name)
+    with pytest.raises(UserError, match=rf"{name}\.{task.inputs[0]}"):
+        task.evaluate(None, task.config(), None)  # type: ignore[arg-type]

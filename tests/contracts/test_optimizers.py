@@ -1,0 +1,44 @@
+"""Every optimizer entry builds over the groups of a tiny model, moves them, and holds the bytes of state that it declares."""
+
+import pytest
+import torch
+from tiny import tiny
+
+from fireflyds import app, registry
+from fireflyds.optim.optimizers import PACKAGE, build_optimizer, load_optimizer_spec
+from fireflyds.optim.param_groups import parameter_groups
+
+
+@pytest.mark.parametrize("name", registry.names(PACKAGE))
+def test_an_entry_has_an_option_of_its_name_and_declares_its_state(name: str) -> None:
+    config = app.compose("train", ["run=x", "model=a/b", "data=c/d", "optim.steps=3", f"optim={name}", "optim.lr=1e-2"])
+    assert config.optim.name == name
+    spec = load_optimizer_spec(name)
+    model = tiny("llama", hidden_size=64, intermediate_size=256, vocab_size=128)
+    groups = parameter_groups(model, config)
+    assert all(group.as_matrices == (spec.treats_matrices_apart and group.name == "matrices") for group in groups)
+    if name == "muon":  # it takes part in a process group
+        return
+    optimizer = build_optimizer(groups, config)
+    before = [parameter.detach().clone() for group in groups for parameter in group.parameters]
+    model(torch.arange(16)[None], labels=torch.arange(16)[None]).loss.backward()
+    optimizer.step()
+    after = [parameter for group in groups for parameter in group.parameters]
+    assert all(not torch.equal(old, new) for old, new in zip(before, after, strict=True) if new.dim() > 1)
+    for group, settings in zip(groups, optimizer.param_groups, strict=True):
+        assert settings["initial_lr"] == group.lr
+        for parameter in group.parameters:
+            # bitsandbytes keeps four bytes for parameters of fewer than 4096 numbers, and a scale for each block of 256.
+            if parameter.numel() >= 4096:
+                state = optimizer.state[parameter]
+                held = sum(t.numel() * t.element_size() for t in state.values() if torch.is_tensor(t) and t.dim())
+                declared = spec.state_bytes_of(group) * parameter.numel()
+                assert declared <= held <= declared * 1.02 + 5000
+
+
+def test_the_bytes_of_muons_matrices_are_its_own() -> None:
+    config = app.compose("train", ["run=x", "model=a/b", "data=c/d", "optim.steps=3", "optim=muon"])
+    groups = {group.name: group for group in parameter_groups(tiny("llama"), config)}
+    spec = load_optimizer_spec("muon")
+    assert spec.state_bytes_of(groups["matrices"]) == 4
+    assert spec.state_bytes_of(groups["norms"]) == spec.state_bytes_of(groups["embeddings"]) == 8
