@@ -122,7 +122,7 @@ def test_every_attribute_of_the_schema_is_a_documented_field() -> None:
         if dataclasses.is_dataclass(schema) and isinstance(schema, type):
             names = {field.name for field in dataclasses.fields(schema)}
             assert names == {name for base in schema.__mro__[:-1] for name in base.__annotations__}
-    for schema in config.VERBS.values():
+    for schema in (verb.config for verb in config.VERBS.values()):
         for key, _, meaning in reference.options(schema):
             assert meaning, key
 

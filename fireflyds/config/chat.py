@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
-from fireflyds.config import require_at_least
+from fireflyds.config.enums import require_at_least
 
 
 @dataclass(kw_only=True, slots=True)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from fireflyds.config import PlanFormat, Precision, require_at_least
+from fireflyds.config.enums import PlanFormat, Precision, require_at_least
 from fireflyds.errors import UserError
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
-from fireflyds.config import ExportWhat, Precision
+from fireflyds.config.enums import ExportWhat, Precision
 
 
 @dataclass(kw_only=True, slots=True)

@@ -1,1 +1,1 @@
-"""Vocabulary: pieces learnt from a corpus, merged into a base tokenizer, with embedding rows for them."""
+"""Vocabulary expansion: learns pieces from a corpus, merges them into a base tokenizer, adds embedding rows."""

@@ -1,4 +1,4 @@
-"""A tokenizer as a base to merge pieces into, whichever of the two ways it is kept."""
+"""Base tokenizers, which new pieces are merged into: SentencePiece models and `tokenizer.json` files."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,46 +13,50 @@ from fireflyds.types import Encoder
 
 
 class Base(Protocol):
-    """What a merge needs to know of a tokenizer, and what it does to it."""
+    """Interface of a base tokenizer, as used for planning and writing a merge."""
 
     num_tokens: int
-    """Ids in use, added tokens included: the id of the first new piece."""
+    """Number of ids in use, including added tokens; equals the id of the first new piece."""
     has_fragments: bool
-    """Pieces are bytes, so that a new one may be a part of a character."""
+    """True where pieces are byte sequences (byte-level BPE), so that a new piece may be an incomplete character."""
 
     disagreement: str | None
-    """Why `AutoTokenizer` cannot give the same ids for every text, where it cannot."""
+    """The reason why `AutoTokenizer` cannot return the same ids for every text; None where it can."""
 
-    def bpe(self) -> Bpe: ...
+    def bpe(self) -> Bpe:
+        """Returns a copy of the base's merges, for planning."""
 
     def spelled(self, text: str) -> str:
-        """A text as pieces spell it: `▁` or `Ġ` for a space."""
+        """Converts text to the spelling of pieces, with `▁` or `Ġ` for a space."""
 
     def text(self, piece: str) -> str | None:
-        """The text of a piece; None for a part of a character."""
+        """Returns the text of a piece; None where its bytes are an incomplete character."""
 
     def as_bytes(self, piece: str) -> bytes:
-        """The UTF-8 of a piece, which may be a part of a character."""
+        """Returns the UTF-8 bytes of a piece, which may be an incomplete character."""
 
-    def knows(self, piece: str) -> bool: ...
+    def knows(self, piece: str) -> bool:
+        """True where the piece is in the base's vocabulary."""
 
     def old_ids(self, piece: str) -> list[int]:
-        """The base's ids of a piece's text alone: without BOS and without the dummy prefix."""
+        """Returns the base's ids of the text of a piece, without BOS and without the dummy prefix."""
 
     def encoder(self, steps: Sequence[Step]) -> Encoder:
-        """The base with steps, in memory."""
+        """Returns an in-memory encoder of the base with the steps appended."""
 
     def write(self, steps: Sequence[Step], out: Path) -> None:
-        """The base with steps, as a directory that `AutoTokenizer` loads."""
+        """Writes the base with the steps appended, as a directory that `AutoTokenizer` loads."""
 
 
 def load_base(path: Path, *, tied: bool = False) -> Base:
-    """The base at `path`: a `.model`, or a directory with `tokenizer.model` or `tokenizer.json`.
+    """Loads the base tokenizer at `path`.
 
-    `tied`: new pieces all get the score 0 and need no way to be reached, as published vocabularies were made.
+    Args:
+        path: a SentencePiece `.model` file, or a directory with `tokenizer.model` or `tokenizer.json`.
+        tied: all new pieces get the score 0 and may be unreachable, as in published vocabularies.
 
     Raises:
-        UserError: nothing there that is a tokenizer, or one of a kind that cannot be merged into.
+        UserError: there is no tokenizer at `path`, or pieces cannot be merged into a tokenizer of its type.
     """
     if not path.exists():
         raise UserError(f"base={path}: no such file or directory. Give a Hugging Face directory or a .model file")
@@ -62,11 +66,11 @@ def load_base(path: Path, *, tied: bool = False) -> Base:
     if (path / "tokenizer.json").is_file():
         if tied:
             raise UserError(
-                f"cure=false: {path} keeps its merges in tokenizer.json, where pieces without merges are never reached. "
-                "Leave cure=true"
+                f"cure=false: {path} stores its merges in tokenizer.json, where pieces without merges are unreachable. "
+                "Use cure=true"
             )
         return JsonBase(path)
     raise UserError(
-        f"base={path}: no tokenizer there to expand (neither tokenizer.model nor tokenizer.json). "
-        "Give a directory that has one, or a .model"
+        f"base={path}: no tokenizer found (neither tokenizer.model nor tokenizer.json). "
+        "Give a directory that has one, or a .model file"
     )

@@ -1,6 +1,7 @@
-"""Byte-pair encoding of single pieces, for planning a merge: which parts a piece falls into, step by step.
+"""Byte-pair encoding of single pieces, for planning merges: the parts that a piece is split into.
 
-Texts are encoded by the real libraries; this exists because they cannot add a merge and try again 20,000 times.
+Texts are encoded by the tokenizer libraries; those have no fast way to add or remove single merges, which planning does
+about 20,000 times.
 """
 
 from dataclasses import dataclass
@@ -12,9 +13,9 @@ Pair = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One new row: a piece in the base's own spelling, and the two parts that merge into it.
+    """One new row: a piece in the base's spelling, and the two parts that merge into it.
 
-    A character that SentencePiece knows from then on is no merge and has no parts.
+    `parts` is None for a single character in SentencePiece, which needs no merge.
     """
 
     piece: str
@@ -22,22 +23,23 @@ class Step:
 
 
 class Bpe:
-    """Merges over single-character symbols; the pair of the smallest rank goes first, the leftmost of equals.
+    """Merges over single-character symbols: the pair of the smallest rank is merged first, the leftmost in a tie.
 
     Args:
-        ranks: rank by merged text (`by_text`: SentencePiece merges whatever two parts make up a piece), or by the
-            pair of parts (the merge list of a `tokenizer.json`).
+        ranks: the rank of each merge, by merged text (`by_text`, as in SentencePiece, which merges any two parts that
+            form a piece) or by the pair of parts (as in the merge list of a `tokenizer.json`).
+        by_text: the keys of `ranks` are merged texts, not pairs.
     """
 
     def __init__(self, ranks: dict[Any, float], *, by_text: bool) -> None:
         self._ranks = ranks
         self._by_text = by_text
-        # Runs of spaces rank beyond everything in LLaMA; new merges need not go behind them.
+        # Pieces of several spaces have ranks above 1e8 in LLaMA; new merges need not rank after them.
         self._last = max((rank for rank in ranks.values() if rank < 1e8), default=0.0)
         self._pushed: list[Any] = []
 
     def split(self, piece: str) -> list[str]:
-        """The parts into which the piece is encoded when nothing stands beside it."""
+        """Returns the parts that the piece alone, without adjacent text, is encoded as."""
         parts = list(piece)
         while len(parts) > 1:
             ranked = [(self._rank(pair), index) for index, pair in enumerate(pairwise(parts))]
@@ -48,14 +50,14 @@ class Bpe:
         return parts
 
     def push(self, pair: Pair) -> None:
-        """Add a merge behind all others. Merges that stood before it go before it, so nothing they reach is lost."""
+        """Adds a merge with the lowest priority. Earlier merges apply first, so that their pieces stay reachable."""
         key = self._key(pair)
         self._last += 1
         self._ranks[key] = self._last
         self._pushed.append(key)
 
     def pop(self, count: int) -> None:
-        """Take back the last `count` merges."""
+        """Removes the last `count` pushed merges."""
         for _ in range(count):
             del self._ranks[self._pushed.pop()]
 

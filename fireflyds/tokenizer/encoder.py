@@ -1,4 +1,4 @@
-"""One interface over SentencePiece `.model` files and `tokenizer.json`, the two ways a tokenizer is kept."""
+"""Encoders for the two tokenizer file formats: SentencePiece `.model` and `tokenizer.json`."""
 
 import hashlib
 import re
@@ -16,7 +16,7 @@ from fireflyds.types import Encoder
 
 
 class SentencePieceEncoder:
-    """Encodes with SentencePiece itself: what transformers derives from a `.model` may break ties differently."""
+    """Encodes with the SentencePiece library; the conversion in transformers may break ties differently."""
 
     def __init__(self, model: bytes, added_tokens: dict[str, int] | None = None, *, adds_bos: bool = True) -> None:
         self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -26,7 +26,7 @@ class SentencePieceEncoder:
         self.bos_id = self._model.bos_id() if self._model.bos_id() >= 0 else None
         self.eos_id = self._model.eos_id() if self._model.eos_id() >= 0 else None
         self.adds_bos = adds_bos
-        # A newline is a byte piece everywhere, so text after it is encoded without the dummy prefix.
+        # A newline is always a byte piece, so that text after it is encoded without the dummy prefix.
         self._newline: list[int] = self._model.encode("\n")
 
     def encode(self, text: str, *, continues: bool = False) -> list[int]:
@@ -70,7 +70,7 @@ class SentencePieceEncoder:
 
 
 class FastEncoder:
-    """Encodes with `tokenizers`, for directories that have only a `tokenizer.json`. `document` is that file's text."""
+    """Encodes with `tokenizers`, for directories that have only a `tokenizer.json`, whose text is `document`."""
 
     def __init__(
         self, document: str, *, bos_id: int | None = None, eos_id: int | None = None, adds_bos: bool = True
@@ -78,7 +78,7 @@ class FastEncoder:
         from tokenizers import Tokenizer
 
         self._model = Tokenizer.from_str(document)
-        # Text that spells a special token is text.
+        # The text of a special token in a document is encoded as ordinary text.
         self._model.encode_special_tokens = True
         self._has_dummy_prefix = self._model.encode("a", add_special_tokens=False).tokens[0].startswith("▁")
         self.vocab_size: int = max(self._model.get_vocab().values()) + 1
@@ -94,7 +94,7 @@ class FastEncoder:
         return list(self._model.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [each.ids for each in self._model.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [encoding.ids for encoding in self._model.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def token_id(self, token: str) -> int | None:
         index = self._model.token_to_id(token)
@@ -120,16 +120,16 @@ class FastEncoder:
 
     def _num_bytes(self, token: str) -> int:
         if self._bytes is not None and all(character in self._bytes for character in token):
-            return len(token)  # a character a byte
+            return len(token)  # one character per byte
         text = self._text(token)
         return 1 if text is None else len(text.encode())
 
     def _text(self, token: str) -> str | None:
-        """What a token spells; None for bytes that are no whole characters."""
+        """Returns the text of a token; None where its bytes are an incomplete character."""
         if self._bytes is None:
             return None if re.fullmatch("<0x[0-9A-F]{2}>", token) else token.replace("▁", " ")
         values = [self._bytes.get(character) for character in token]
-        if None in values:  # an added token, spelt as it is
+        if None in values:  # an added token, which is not byte-encoded
             return token
         try:
             return bytes(value for value in values if value is not None).decode()
@@ -142,25 +142,25 @@ class FastEncoder:
 
 @cache
 def byte_values() -> dict[str, int]:
-    """The byte each character stands for in byte-level BPE (GPT-2's table): printable Latin-1 for itself, the others
-    in order from U+0100."""
+    """Returns the byte of each character in byte-level BPE (GPT-2's table): printable Latin-1 characters map to
+    their own code, the other bytes are numbered from U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
 
 
 def model_file(path: str | Path) -> Path | None:
-    """The SentencePiece file at `path` (a `.model`, or a directory with `tokenizer.model`), if there is one."""
+    """Returns the SentencePiece file at `path` (a `.model`, or a directory with `tokenizer.model`); None if absent."""
     path = Path(path)
     file = path / "tokenizer.model" if path.is_dir() else path
     return file if file.suffix == ".model" and file.is_file() else None
 
 
 def load_encoder(path: str | Path) -> Encoder:
-    """The encoder of a `.model` file or of a Hugging Face directory.
+    """Loads the encoder of a `.model` file or of a Hugging Face directory.
 
     Raises:
-        UserError: nothing there, or nothing that is a tokenizer.
+        UserError: the path does not exist, or there is no readable tokenizer.
     """
     path = Path(path)
     if not path.exists():
@@ -176,13 +176,13 @@ def load_encoder(path: str | Path) -> Encoder:
         from transformers import AutoTokenizer
 
         try:
-            names: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         except (ValueError, OSError) as error:
             raise UserError(
-                f"tokenizer {path}: {str(error).splitlines()[0]}. Code that comes with a tokenizer is not run: give one "
-                "that this version of transformers knows"
+                f"tokenizer {path}: {str(error).splitlines()[0]}. Custom tokenizer code is not executed: give a "
+                "tokenizer that this version of transformers supports"
             ) from error
         document = (path / "tokenizer.json").read_text(encoding="utf-8")
-        begins = names("a")["input_ids"][:1] == [names.bos_token_id]
-        return FastEncoder(document, bos_id=names.bos_token_id, eos_id=names.eos_token_id, adds_bos=begins)
-    raise UserError(f"tokenizer {path}: neither tokenizer.model nor tokenizer.json is there. Give another directory")
+        has_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+        return FastEncoder(document, bos_id=tokenizer.bos_token_id, eos_id=tokenizer.eos_token_id, adds_bos=has_bos)
+    raise UserError(f"tokenizer {path}: neither tokenizer.model nor tokenizer.json found. Give another directory")

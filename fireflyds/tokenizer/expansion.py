@@ -1,4 +1,4 @@
-"""From a corpus or a list of pieces to the rows that are added, and how many."""
+"""Planning of an expansion: selects the pieces to add and their number, from a corpus or a list of pieces."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -15,13 +15,17 @@ from fireflyds.tokenizer.scripts import Scripts
 from fireflyds.tokenizer.select import Point, by_saving, curve, knee, savings
 from fireflyds.tokenizer.verify import VerificationResult
 
-# Pieces that the report lists of either end.
-_LISTED = 40
+# Number of pieces in each of the report's two lists (most useful, rarest).
+_NUM_LISTED = 40
 
 
 @dataclass(slots=True)
 class Expansion:
-    """A plan, with what its size was chosen by. `saved` is by piece, on the sample; empty without a corpus."""
+    """A merge plan and the measurements behind its size.
+
+    `asked` is the number of candidate pieces. `saved` maps each piece to the tokens it saves on the sample, `points` is
+    the curve of vocabulary sizes, and `knees` maps each size rule to its number of rows; all empty without a corpus.
+    """
 
     plan: MergePlan
     asked: int
@@ -33,20 +37,20 @@ class Expansion:
 def plan_expansion(
     config: ExpandConfig, base: Base, scripts: Scripts, given: list[str], sample: CorpusSample | None
 ) -> Expansion:
-    """The pieces that the configuration asks for, as rows behind the base's.
+    """Plans the rows to append to the base: pieces learned from the sample, or the `given` ones.
 
     Raises:
-        UserError: see the three ways below.
+        UserError: no piece can be added, or the size limits cannot be satisfied.
     """
     if sample and not given:
-        return _learnt(config, base, scripts, sample)
+        return _plan_learned(config, base, scripts, sample)
     if config.cure:
-        return _cured(config, base, scripts, given, sample)
-    return _raw(config, base, scripts, given)
+        return _plan_given(config, base, scripts, given, sample)
+    return _plan_without_merges(config, base, scripts, given)
 
 
 def describe(base: Base, found: Expansion, checks: list[VerificationResult]) -> dict[str, Any]:
-    """What was done, for the report."""
+    """Returns the expansion's part of `report.json`."""
 
     def readable(pieces: Iterable[str]) -> list[str]:
         return [text if (text := base.text(piece)) is not None else base.as_bytes(piece).hex(" ") for piece in pieces]
@@ -68,84 +72,87 @@ def describe(base: Base, found: Expansion, checks: list[VerificationResult]) -> 
         "dead": readable(checks[0].failures),
         "curve": [point.as_dict() for point in found.points],
         "knees": found.knees,
-        "most_useful": [[base.text(piece), found.saved[piece]] for piece in ranked[:_LISTED]],
-        "rarest": [[base.text(piece), found.saved[piece]] for piece in ranked[-_LISTED:]],
+        "most_useful": [[base.text(piece), found.saved[piece]] for piece in ranked[:_NUM_LISTED]],
+        "rarest": [[base.text(piece), found.saved[piece]] for piece in ranked[-_NUM_LISTED:]],
         "model": {},
     }
 
 
-def _learnt(config: ExpandConfig, base: Base, scripts: Scripts, sample: CorpusSample) -> Expansion:
-    """The pieces of the sample that save most, in as many rows as `num_pieces`, the curve and the multiple allow.
+def _plan_learned(config: ExpandConfig, base: Base, scripts: Scripts, sample: CorpusSample) -> Expansion:
+    """Plans the learned pieces that save the most tokens, limited by `num_pieces`, the size rule and the multiple.
 
     Raises:
-        UserError: no text of the scripts, or no row left.
+        UserError: the corpus has no text of the scripts, or the limits allow no new row.
     """
     words = count_words(sample.learn, scripts)
     characters = common_characters(words, scripts, config.min_count)
-    learnt = learn_pieces(
+    learned = learn_pieces(
         words,
         base.encoder(plan_merge(base, characters, scripts).steps),
         algorithm=config.algorithm,
         num_pieces=config.num_pieces,
         max_piece_length=config.max_piece_length,
     )
-    plan = plan_merge(base, characters + learnt, scripts)
+    plan = plan_merge(base, characters + learned, scripts)
     drop_unreachable(base, plan)
-    # Nobody asked for these by name; only characters that cannot be pieces are worth a word in the report.
-    given_up = {piece: reason for piece, reason in plan.dropped.items() if len(base.text(piece) or "") == 1}
-    found = _chosen_from(config, base, plan, sample, least=config.min_count)
-    if not found.saved:
+    # Learned pieces were not requested by the user: the report lists only single characters that cannot be pieces.
+    rejected = {piece: reason for piece, reason in plan.dropped.items() if len(base.text(piece) or "") == 1}
+    expansion = _measure(config, base, plan, sample, min_saved=config.min_count)
+    if not expansion.saved:
         raise UserError(
             f"corpus={config.corpus}: no piece of {', '.join(scripts.names)} saves min_count={config.min_count} tokens in the "
-            f"{sample.characters:,} characters sampled ({len(given_up):,} characters cannot be pieces of this base). "
+            f"{sample.characters:,} characters sampled ({len(rejected):,} characters cannot be pieces of this base). "
             "Give more text of these scripts, a larger sample_characters, or a smaller min_count"
         )
-    found.asked = len(set(characters + learnt))
-    most = found.knees.get(config.size.name, config.num_pieces)
-    rows = _rows(config, base, min(most, len(found.saved)), upwards=False)
-    plan.keep(set(by_saving(plan, found.saved)[:rows]), "")
-    plan.dropped = given_up
-    found.saved = {step.piece: found.saved[step.piece] for step in plan.steps}
-    return found
+    expansion.asked = len(set(characters + learned))
+    max_rows = expansion.knees.get(config.size.name, config.num_pieces)
+    rows = _num_new_rows(config, base, min(max_rows, len(expansion.saved)), upwards=False)
+    plan.keep(set(by_saving(plan, expansion.saved)[:rows]), "")
+    plan.dropped = rejected
+    expansion.saved = {step.piece: expansion.saved[step.piece] for step in plan.steps}
+    return expansion
 
 
-def _cured(
+def _plan_given(
     config: ExpandConfig, base: Base, scripts: Scripts, texts: list[str], sample: CorpusSample | None
 ) -> Expansion:
-    """Given pieces, cured; where there is a limit, those that save most (without a corpus: that stand first).
+    """Plans the given pieces with the merges they need; under a limit, those that save the most tokens.
+
+    Without a corpus, the first pieces of the list are kept.
 
     Raises:
-        UserError: nothing would be added, or the limit leaves no row.
+        UserError: nothing would be added, or the limits allow no new row.
     """
     plan = plan_merge(base, texts, scripts)
     drop_unreachable(base, plan)
     if not plan.steps:
         piece, reason = next(iter(plan.dropped.items()), ("", ""))
-        why = f", the first {base.text(piece)!r}: {reason}" if reason else ""
+        first_reason = f", the first {base.text(piece)!r}: {reason}" if reason else ""
         raise UserError(
             f"pieces={config.pieces}: of {len(texts):,} pieces {len(plan.present):,} are in the base already and "
-            f"{len(plan.dropped):,} cannot be merged{why}. Give other pieces, or other scripts"
+            f"{len(plan.dropped):,} cannot be merged{first_reason}. Give different pieces or scripts"
         )
-    found = _chosen_from(config, base, plan, sample, least=0) if sample else Expansion(plan, 0)
-    found.asked = len(texts)
-    most = found.knees.get(config.size.name, len(plan.steps))
-    rows = _rows(config, base, most, upwards=True)
-    order = by_saving(plan, found.saved) if found.saved else [step.piece for step in plan.steps]
+    expansion = _measure(config, base, plan, sample, min_saved=0) if sample else Expansion(plan, 0)
+    expansion.asked = len(texts)
+    max_rows = expansion.knees.get(config.size.name, len(plan.steps))
+    rows = _num_new_rows(config, base, max_rows, upwards=True)
+    order = by_saving(plan, expansion.saved) if expansion.saved else [step.piece for step in plan.steps]
     if rows < len(order):
         limit = (
             f"max_vocab_size={config.max_vocab_size}"
             if config.size is VocabSizeRule.fixed
             else f"size={config.size.name}"
         )
-        plan.keep(set(order[:rows]), f"left out for {limit}" + (": others save more" if found.saved else ""))
-    if found.saved:
-        found.saved = {step.piece: found.saved[step.piece] for step in plan.steps}
+        plan.keep(set(order[:rows]), f"left out for {limit}" + (": others save more" if expansion.saved else ""))
+    if expansion.saved:
+        expansion.saved = {step.piece: expansion.saved[step.piece] for step in plan.steps}
     fill_missing_merges(base, plan, scripts, base.num_tokens + rows)
-    return found
+    return expansion
 
 
-def _raw(config: ExpandConfig, base: Base, scripts: Scripts, texts: list[str]) -> Expansion:
-    """Given pieces as they are: what the base does not have is appended in order, reachable or not.
+def _plan_without_merges(config: ExpandConfig, base: Base, scripts: Scripts, texts: list[str]) -> Expansion:
+    """Plans the given pieces without merges (`cure=false`): those new to the base are appended in order, even if
+    unreachable.
 
     Raises:
         UserError: nothing would be added, or more than the limit allows.
@@ -156,40 +163,44 @@ def _raw(config: ExpandConfig, base: Base, scripts: Scripts, texts: list[str]) -
         steps=[Step(piece, None) for piece in new], present=[piece for piece in pieces if base.knows(piece)]
     )
     if not new:
-        raise UserError(f"pieces={config.pieces}: all {len(pieces):,} are in the base already. Give other pieces")
+        raise UserError(f"pieces={config.pieces}: all {len(pieces):,} are already in the base. Give different pieces")
     if 0 < config.max_vocab_size < base.num_tokens + len(new):
         raise UserError(
             f"max_vocab_size={config.max_vocab_size:,}: the base's {base.num_tokens:,} tokens and {len(new):,} new "
-            "pieces are more, and cure=false leaves none out. Raise the limit, or let cure=true choose"
+            "pieces exceed it, and cure=false drops none. Raise the limit, or set cure=true to select"
         )
-    fill_missing_merges(base, plan, scripts, base.num_tokens + _rows(config, base, len(new), upwards=True))
+    fill_missing_merges(base, plan, scripts, base.num_tokens + _num_new_rows(config, base, len(new), upwards=True))
     return Expansion(plan, len(texts))
 
 
-def _chosen_from(config: ExpandConfig, base: Base, plan: MergePlan, sample: CorpusSample, *, least: int) -> Expansion:
-    """What each step saves, the curve of sizes, and its knees. Steps that save less than `least` go."""
+def _measure(config: ExpandConfig, base: Base, plan: MergePlan, sample: CorpusSample, *, min_saved: int) -> Expansion:
+    """Measures the tokens saved by each step, the curve of sizes and its knees; drops steps below `min_saved`."""
     saved = savings(base, plan, sample.learn)
-    plan.keep({piece for piece, count in saved.items() if count >= least}, f"saves fewer than {least} tokens")
+    plan.keep({piece for piece, count in saved.items() if count >= min_saved}, f"saves fewer than {min_saved} tokens")
     saved = {step.piece: saved[step.piece] for step in plan.steps}
-    most = config.num_pieces or len(saved)
-    points = curve(base, plan, by_saving(plan, saved)[:most], sample.held_out)
+    max_rows = config.num_pieces or len(saved)
+    points = curve(base, plan, by_saving(plan, saved)[:max_rows], sample.held_out)
     if not saved:
         return Expansion(plan, 0)
     knees = {by.name: knee(points, by).rows for by in (VocabSizeRule.knee, VocabSizeRule.alp)}
     return Expansion(plan, 0, saved, points, knees)
 
 
-def _rows(config: ExpandConfig, base: Base, most: int, *, upwards: bool) -> int:
-    """New rows so that the vocabulary is a multiple, and no larger than allowed."""
+def _num_new_rows(config: ExpandConfig, base: Base, count: int, *, upwards: bool) -> int:
+    """Returns the number of new rows that makes the vocabulary size a multiple and at most `max_vocab_size`.
+
+    Raises:
+        UserError: no such number is positive.
+    """
     multiple = config.vocab_multiple
-    size = base.num_tokens + most
+    size = base.num_tokens + count
     size += -size % multiple if upwards else -(size % multiple)
     if config.max_vocab_size:
         size = min(size, config.max_vocab_size - config.max_vocab_size % multiple)
     if size <= base.num_tokens:
         limit = f"max_vocab_size={config.max_vocab_size:,}, " if config.max_vocab_size else ""
         raise UserError(
-            f"{limit}vocab_multiple={multiple}: the base has {base.num_tokens:,} tokens and {most:,} would be added; "
+            f"{limit}vocab_multiple={multiple}: the base has {base.num_tokens:,} tokens and {count:,} would be added; "
             f"no multiple of {multiple} lies between, the next is {(base.num_tokens // multiple + 1) * multiple:,}. "
             "Ask for more pieces, a larger limit or a smaller multiple"
         )

@@ -1,4 +1,4 @@
-"""Tokenizer files of a Hugging Face directory, written so that `AutoTokenizer` gives SentencePiece's ids."""
+"""Writes the tokenizer files of a Hugging Face directory such that `AutoTokenizer` returns SentencePiece's ids."""
 
 import json
 import shutil
@@ -23,19 +23,25 @@ FILES = (
 )
 
 TIES = (
-    "pieces share scores (as in published Chinese-LLaMA vocabularies, or with cure=false), and AutoTokenizer cannot break "
-    "such ties as SentencePiece does"
+    "pieces share scores (as in published Chinese-LLaMA vocabularies, or with cure=false), and AutoTokenizer does not "
+    "break such ties in SentencePiece's order"
 )
-CUTS = "it has user-defined pieces and a dummy prefix, and AutoTokenizer puts no prefix before text that begins with a space"
+CUTS = (
+    "the model has user-defined pieces and a dummy prefix, and AutoTokenizer adds no prefix to text that begins with a "
+    "space"
+)
 
 _PIECE = sp_pb2.ModelProto.SentencePiece
 
 
 def write_tokenizer(proto: sp_pb2.ModelProto, out: Path, source: Path | None = None) -> None:
-    """Write `tokenizer.model`, `tokenizer.json` and `tokenizer_config.json`, with the settings of `source`.
+    """Writes `tokenizer.model`, `tokenizer.json` and `tokenizer_config.json`, with the settings of `source`.
 
-    The JSON is made here because `LlamaTokenizer` of transformers 5 rebuilds its tokenizer and loses the
-    merge order; `PreTrainedTokenizerFast` takes the JSON as it is.
+    The JSON is generated here because `LlamaTokenizer` of transformers 5 rebuilds its tokenizer and loses the
+    merge order; `PreTrainedTokenizerFast` loads the JSON unchanged.
+
+    Raises:
+        UserError: `tokenizer.json` cannot express the model.
     """
     check_supported(proto)
     out.mkdir(parents=True, exist_ok=True)
@@ -49,7 +55,7 @@ def write_tokenizer(proto: sp_pb2.ModelProto, out: Path, source: Path | None = N
         "bos_token": proto.pieces[spec.bos_id].piece,
         "eos_token": proto.pieces[spec.eos_id].piece,
         "unk_token": proto.pieces[spec.unk_id].piece,
-        # Padding never carries loss or attention here; the field's habit for LLaMA bases is the end token.
+        # Padding has neither loss nor attention here; for LLaMA base models, EOS is the usual padding token.
         "pad_token": proto.pieces[spec.eos_id].piece,
         "model_max_length": 1_000_000_000,
         "clean_up_tokenization_spaces": False,
@@ -58,7 +64,7 @@ def write_tokenizer(proto: sp_pb2.ModelProto, out: Path, source: Path | None = N
 
 
 def write_byte_level(document: dict[str, Any], out: Path) -> None:
-    """Write a learnt byte-level tokenizer: its first two tokens are BOS and EOS."""
+    """Writes a learned byte-level tokenizer, whose first two added tokens are BOS and EOS."""
     bos, eos = (token["content"] for token in document["added_tokens"][:2])
     (out / "tokenizer.json").write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
     settings = {"bos_token": bos, "eos_token": eos, "pad_token": eos, "model_max_length": 1_000_000_000}
@@ -66,7 +72,7 @@ def write_byte_level(document: dict[str, Any], out: Path) -> None:
 
 
 def write_settings(out: Path, settings: dict[str, Any], source: Path | None) -> None:
-    """`tokenizer_config.json` for the class that takes `tokenizer.json` as it is, and the chat template."""
+    """Writes `tokenizer_config.json` for `PreTrainedTokenizerFast`, and copies the chat template of `source`."""
     settings = settings | {"tokenizer_class": "PreTrainedTokenizerFast"}
     (out / "tokenizer_config.json").write_text(json.dumps(settings, ensure_ascii=False, indent=2), encoding="utf-8")
     if source and (source / "chat_template.jinja").is_file():
@@ -74,9 +80,9 @@ def write_settings(out: Path, settings: dict[str, Any], source: Path | None) -> 
 
 
 def copy_tokenizer(source: Path, out: Path) -> None:
-    """The tokenizer of a directory or of a bare `.model`, as a directory that `AutoTokenizer` loads.
+    """Copies the tokenizer of a directory or of a `.model` file to a directory that `AutoTokenizer` loads.
 
-    Without a `tokenizer.json` transformers would build a tokenizer of its own, with other ids, so one is written.
+    If there is no `tokenizer.json`, one is written: the conversion in transformers may return other ids.
     """
     if source.is_dir():
         for name in FILES:
@@ -90,58 +96,62 @@ def copy_tokenizer(source: Path, out: Path) -> None:
     try:
         write_tokenizer(proto, out)
     except UserError as error:
-        print(f"note: no tokenizer.json is written ({error}); transformers may give other ids than SentencePiece")
+        print(f"note: tokenizer.json is not written ({error}); transformers may return other ids than SentencePiece")
         return
     if reason := disagreement(proto):
         print(f"note: {reason}; fireflyds encodes with SentencePiece")
 
 
 def check_supported(proto: sp_pb2.ModelProto) -> None:
-    """Raises `UserError` for a SentencePiece model that `tokenizer.json` cannot express in the way written here."""
+    """Checks that `tokenizer.json` can express a SentencePiece model.
+
+    Raises:
+        UserError: the model is not a BPE model in the style of LLaMA.
+    """
     spec, normalizer = proto.trainer_spec, proto.normalizer_spec
     rules = {
         f"model_type is {spec.ModelType.Name(spec.model_type)}, not BPE": spec.model_type != spec.BPE,
         f"normalisation is {normalizer.name!r}, not identity": bool(normalizer.precompiled_charsmap),
         "it removes extra white space": normalizer.remove_extra_whitespaces,
         "it has no BOS or no EOS": min(spec.bos_id, spec.eos_id) < 0,
-        "its space marks stand behind words": spec.treat_whitespace_as_suffix or not normalizer.escape_whitespaces,
+        "its space marks follow words": spec.treat_whitespace_as_suffix or not normalizer.escape_whitespaces,
     }
-    broken = [rule for rule, applies in rules.items() if applies]
-    if broken:
+    violations = [rule for rule, applies in rules.items() if applies]
+    if violations:
         raise UserError(
-            f"tokenizer.model: {broken[0]}; this kind of SentencePiece model cannot be a base here. Use a LLaMA-style one"
+            f"tokenizer.model: {violations[0]}; this type of model is not supported as a base. Use a LLaMA-style one"
         )
 
 
 def disagreement(proto: sp_pb2.ModelProto) -> str | None:
-    """Why `AutoTokenizer` cannot give SentencePiece's ids for every text, where it cannot."""
+    """Returns the reason why `AutoTokenizer` cannot return SentencePiece's ids for every text; None where it can."""
     if proto.trainer_spec.model_type != proto.trainer_spec.BPE:
         return None
     merged = [piece for piece in proto.pieces if piece.type == _PIECE.NORMAL and len(piece.piece) > 1]
-    # LLaMA's runs of spaces share the score -1e9 without harm: any way of merging them gives the same run.
+    # LLaMA's pieces of several spaces share the score -1e9; this is harmless, as any merge order yields the same piece.
     scores = [piece.score for piece in merged if piece.score > -1e8]
     if len(set(scores)) < len(scores):
-        # SentencePiece then merges the leftmost first, which the ranks of `tokenizer.json` cannot say.
+        # SentencePiece then merges the leftmost pair first, which the ranks of `tokenizer.json` cannot express.
         return TIES
-    return CUTS if _cuts_behind_prefix(proto) else None
+    return CUTS if _splits_after_prefix(proto) else None
 
 
 def read_proto(file: Path) -> sp_pb2.ModelProto:
-    """A `.model` as it is.
+    """Reads a SentencePiece `.model` file.
 
     Raises:
-        UserError: it is none.
+        UserError: the file cannot be read or is not a SentencePiece model.
     """
     proto = sp_pb2.ModelProto()
     try:
         proto.ParseFromString(file.read_bytes())
     except (DecodeError, OSError) as error:
-        raise UserError(f"{file}: not a SentencePiece model ({error}). Give a tokenizer.model of that kind") from error
+        raise UserError(f"{file}: not a SentencePiece model ({error}). Give a SentencePiece tokenizer.model") from error
     return proto
 
 
-def _cuts_behind_prefix(proto: sp_pb2.ModelProto) -> bool:
-    """A user-defined piece cuts the text, and a normalizer would put the prefix behind every cut."""
+def _splits_after_prefix(proto: sp_pb2.ModelProto) -> bool:
+    """True where user-defined pieces split the text; a `Prepend` normalizer would add a prefix after every split."""
     defined = any(piece.type == _PIECE.USER_DEFINED for piece in proto.pieces)
     return proto.normalizer_spec.add_dummy_prefix and defined
 
@@ -149,23 +159,23 @@ def _cuts_behind_prefix(proto: sp_pb2.ModelProto) -> bool:
 def _fast_tokenizer(
     proto: sp_pb2.ModelProto, settings: dict[str, Any], added: dict[str, dict[str, Any]]
 ) -> dict[str, object]:
-    """The document of `tokenizer.json`: SentencePiece's BPE in the terms of `tokenizers`."""
+    """Returns the contents of `tokenizer.json`: SentencePiece's BPE expressed with the components of `tokenizers`."""
     prefix = proto.normalizer_spec.add_dummy_prefix
-    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-    back = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
-    normalizers = [*([{"type": "Prepend", "prepend": "▁"}] if prefix else []), spaces]
+    escape = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    unescape = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+    normalizers = [*([{"type": "Prepend", "prepend": "▁"}] if prefix else []), escape]
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
-    cut = _cuts_behind_prefix(proto)
-    once = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+    splits_text = _splits_after_prefix(proto)
+    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": _added_tokens(proto, added),
-        "normalizer": None if cut else {"type": "Sequence", "normalizers": normalizers},
-        "pre_tokenizer": once if cut else None,
+        "normalizer": None if splits_text else {"type": "Sequence", "normalizers": normalizers},
+        "pre_tokenizer": metaspace if splits_text else None,
         "post_processor": _post_processor(proto, settings),
-        "decoder": {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
+        "decoder": {"type": "Sequence", "decoders": [unescape, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
         "model": {
             "type": "BPE",
             "dropout": None,
@@ -181,14 +191,14 @@ def _fast_tokenizer(
     }
 
 
-def _added_tokens(proto: sp_pb2.ModelProto, known: dict[str, dict[str, Any]]) -> list[dict[str, object]]:
-    """Control and user-defined pieces, with the flags they had in the base."""
+def _added_tokens(proto: sp_pb2.ModelProto, base_tokens: dict[str, dict[str, Any]]) -> list[dict[str, object]]:
+    """Returns the control, unknown and user-defined pieces as added tokens, with their flags in the base."""
     special = {_PIECE.CONTROL: True, _PIECE.UNKNOWN: True, _PIECE.USER_DEFINED: False}
     return [
         {
             "id": index,
             "content": piece.piece,
-            **{flag: known.get(piece.piece, {}).get(flag, False) for flag in FLAGS},
+            **{flag: base_tokens.get(piece.piece, {}).get(flag, False) for flag in FLAGS},
             "special": special[piece.type],
         }
         for index, piece in enumerate(proto.pieces)
@@ -197,7 +207,7 @@ def _added_tokens(proto: sp_pb2.ModelProto, known: dict[str, dict[str, Any]]) ->
 
 
 def _merges(proto: sp_pb2.ModelProto) -> list[list[str]]:
-    """All two-piece splits of every piece, in the order of the merged piece's score (SentencePiece's own priority)."""
+    """Returns all splits of pieces into two pieces, by descending score of the merged piece (SentencePiece's order)."""
     index = {piece.piece: number for number, piece in enumerate(proto.pieces) if piece.type == _PIECE.NORMAL}
     ranked = sorted((piece for piece in proto.pieces if piece.type == _PIECE.NORMAL), key=lambda piece: -piece.score)
     merges = []
@@ -211,13 +221,13 @@ def _merges(proto: sp_pb2.ModelProto) -> list[list[str]]:
 
 
 def _post_processor(proto: sp_pb2.ModelProto, settings: dict[str, Any]) -> dict[str, object] | None:
-    """BOS in front, as LLaMA's tokenizers do by default, or as `add_bos_token` and `add_eos_token` say."""
+    """Returns the template that adds BOS and EOS as in `add_bos_token` (default: true) and `add_eos_token` (false)."""
     spec = proto.trainer_spec
     ids = {proto.pieces[index].piece: index for index in (spec.bos_id, spec.eos_id)}
     bos, eos = ids
     before = [{"SpecialToken": {"id": bos, "type_id": 0}}] if settings.get("add_bos_token", True) else []
     after = [{"SpecialToken": {"id": eos, "type_id": 0}}] if settings.get("add_eos_token", False) else []
-    first, second = ({"Sequence": {"id": name, "type_id": kind}} for name, kind in (("A", 0), ("B", 1)))
+    first, second = ({"Sequence": {"id": name, "type_id": type_id}} for name, type_id in (("A", 0), ("B", 1)))
     return {
         "type": "TemplateProcessing",
         "single": [*before, first, *after],

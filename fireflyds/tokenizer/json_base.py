@@ -1,4 +1,4 @@
-"""A `tokenizer.json` as a base: byte-level BPE (Llama-3, Qwen, Falcon), and SentencePiece-like BPE kept only so."""
+"""Base tokenizers in `tokenizer.json`: byte-level BPE (Llama-3, Qwen, Falcon), or BPE with byte fallback."""
 
 import copy
 import json
@@ -16,7 +16,7 @@ from fireflyds.tokenizer.settings import settings_of
 
 
 class JsonBase:
-    """Pieces go behind the last id in use, their merges behind the last merge; nothing else in the file changes."""
+    """A `tokenizer.json` file. New pieces are numbered after the last id in use; new merges follow the last merge."""
 
     disagreement: str | None = None
 
@@ -38,11 +38,11 @@ class JsonBase:
                 "Give a base with byte-level BPE, or BPE with byte fallback"
             )
         self._merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in merges]
-        # tokenizers numbers added tokens anew unless the model knows them, and new pieces come behind them.
+        # `tokenizers` renumbers added tokens that are not in the model's vocabulary; new pieces follow them.
         self._vocab |= {row["content"]: row["id"] for row in self._document.get("added_tokens", [])}
         self.num_tokens = max(self._vocab.values()) + 1
         self._bytes = byte_values()
-        self._own = self.bpe()
+        self._base_bpe = self.bpe()
         self._characters = {byte: character for character, byte in self._bytes.items()}
 
     def bpe(self) -> Bpe:
@@ -71,9 +71,9 @@ class JsonBase:
 
     def old_ids(self, piece: str) -> list[int]:
         ids: list[int] = []
-        for part in self._own.split(piece):
-            known = self._vocab.get(part)
-            ids += [known] if known is not None else [self._vocab[f"<0x{byte:02X}>"] for byte in part.encode()]
+        for part in self._base_bpe.split(piece):
+            part_id = self._vocab.get(part)
+            ids += [part_id] if part_id is not None else [self._vocab[f"<0x{byte:02X}>"] for byte in part.encode()]
         return ids
 
     def encoder(self, steps: Sequence[Step]) -> FastEncoder:

@@ -1,4 +1,4 @@
-"""Learn from text: pieces for a base tokenizer, or a whole tokenizer."""
+"""Learns from text: pieces for a base tokenizer, or a complete tokenizer."""
 
 import io
 import json
@@ -17,37 +17,37 @@ from fireflyds.tokenizer.scripts import Scripts
 from fireflyds.types import Encoder
 
 CHARACTER_COVERAGE = 0.9995
-# Stand-ins for tokens in the trainer's text: one letter each, from the ideographs and the private planes.
+# Code points that represent tokens in the trainer's input, one per token: ideographs, Hangul, private-use plane 15.
 _LETTERS = [*range(0x4E00, 0xA000), *range(0xAC00, 0xD7A4), *range(0xF0000, 0xFFFFE)]
 BYTE_LEVEL_SPECIAL = ("<|begin_of_text|>", "<|end_of_text|>")
 
 
 def count_words(texts: Iterable[str], scripts: Scripts) -> Counter[str]:
-    """How often each stretch occurs that pieces may be cut from.
+    """Counts the words of the scripts, i.e. the runs of characters that no piece extends beyond.
 
     Raises:
-        UserError: there is none.
+        UserError: the texts have no word of the scripts.
     """
     words: Counter[str] = Counter()
     for text in texts:
         words.update(scripts.words(text))
     if not words:
         raise UserError(
-            f"corpus: no {' or '.join(scripts.names)} text in it to learn pieces from. Give such text, or other scripts"
+            f"corpus: no {' or '.join(scripts.names)} text in it to learn pieces from. Give such text, or set scripts"
         )
     return words
 
 
 def common_characters(words: Counter[str], scripts: Scripts, min_count: int) -> list[str]:
-    """The commonest characters that make up CHARACTER_COVERAGE of the words and occur `min_count` times."""
+    """Returns the most common characters, up to CHARACTER_COVERAGE of the text; each occurs `min_count` times or more."""
     counts: Counter[str] = Counter()
     for word, count in words.items():
         for character in word:
             counts[character] += count
-    enough = CHARACTER_COVERAGE * counts.total()
+    target_count = CHARACTER_COVERAGE * counts.total()
     chosen, covered = [], 0
     for character, count in counts.most_common():
-        if covered >= enough or count < min_count:
+        if covered >= target_count or count < min_count:
             break
         if scripts.covers(character):
             chosen.append(character)
@@ -63,37 +63,38 @@ def learn_pieces(
     num_pieces: int,
     max_piece_length: int,
 ) -> list[str]:
-    """About `num_pieces` texts of pieces, of at least two of the base's tokens each, the most useful first.
+    """Returns the texts of about `num_pieces` pieces, best score first.
 
-    `bpe` goes on where the base's own merges end: words are what `encoder` makes of them, and each of its tokens
-    is one letter to SentencePiece's trainer, so that every merge found can be made behind the base's. `unigram`
-    learns from the words' characters, as the published Chinese-LLaMA vocabularies did.
+    `bpe` continues the base's merges: words are encoded with `encoder`, and each token is represented by one letter
+    in the input of SentencePiece's trainer, so that every learned merge can be appended to the base's; pieces have
+    at least two of the base's tokens. `unigram` learns from the characters of the words, as for the published
+    Chinese-LLaMA vocabularies.
     """
-    # The space before a word is a letter to the trainer, and not part of the length to a person.
-    longest = max_piece_length + any(word.startswith(" ") for word in words)
+    # The trainer counts the space before a word as a letter; `max_piece_length` excludes it.
+    max_length = max_piece_length + any(word.startswith(" ") for word in words)
     if algorithm is PieceAlgorithm.unigram:
-        model = _train(_weighted(words), num_pieces, "unigram", max_piece_length=longest, input_format="tsv")
+        model = _train(_weighted(words), num_pieces, "unigram", max_piece_length=max_length, input_format="tsv")
         return [piece for piece in pieces_by_score(model) if 1 < len(piece.strip()) <= max_piece_length]
     fragments = encoder.fragments()
     letters: dict[int, str] = {}
-    spelled: Counter[str] = Counter()
+    encoded: Counter[str] = Counter()
     for word, count in words.items():
-        stretch: list[int] = []
+        ids: list[int] = []
         for index in [*encoder.encode(word, continues=True), None]:
             if index is not None and index not in fragments:
-                stretch.append(index)
+                ids.append(index)
                 continue
-            # A rare character stays in bytes: no piece crosses it.
-            if len(stretch) > 1:
-                spelled["".join(letters.setdefault(each, chr(_LETTERS[len(letters)])) for each in stretch)] += count
-            stretch = []
-    if not spelled:
+            # Rare characters are encoded as bytes; no piece extends across them.
+            if len(ids) > 1:
+                encoded["".join(letters.setdefault(token_id, chr(_LETTERS[len(letters)])) for token_id in ids)] += count
+            ids = []
+    if not encoded:
         return []
     model = _train(
-        _weighted(spelled),
+        _weighted(encoded),
         num_pieces + len(letters),
         "bpe",
-        max_piece_length=longest,
+        max_piece_length=max_length,
         input_format="tsv",
         split_by_unicode_script=False,
         split_by_number=False,
@@ -104,9 +105,10 @@ def learn_pieces(
 
 
 def learn_bpe(texts: Iterable[str], *, vocab_size: int, max_piece_length: int) -> bytes:
-    """A SentencePiece BPE tokenizer in the LLaMA-2 style: byte fallback, split digits, identity normalisation.
+    """Trains a SentencePiece BPE tokenizer in LLaMA-2's style: byte fallback, split digits, identity normalisation.
 
-    Returns the serialised model, of at most `vocab_size` pieces (fewer when the text has no more).
+    Returns:
+        The serialised model, of at most `vocab_size` pieces (fewer where the text has too few candidates).
 
     Raises:
         UserError: there is no text, or `vocab_size` is too small for its characters.
@@ -126,7 +128,7 @@ def learn_bpe(texts: Iterable[str], *, vocab_size: int, max_piece_length: int) -
 
 
 def learn_byte_level(texts: Iterable[str], *, vocab_size: int, max_piece_length: int) -> dict[str, Any]:
-    """A byte-level BPE tokenizer in GPT-2's style, as the document of a `tokenizer.json`."""
+    """Trains a byte-level BPE tokenizer in the style of GPT-2; returns the contents of its `tokenizer.json`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     bos, eos = BYTE_LEVEL_SPECIAL
@@ -148,7 +150,7 @@ def learn_byte_level(texts: Iterable[str], *, vocab_size: int, max_piece_length:
 
 
 def pieces_by_score(model: bytes) -> list[str]:
-    """The normal pieces of a serialised model, the best first."""
+    """Returns the normal pieces of a serialised SentencePiece model, by descending score."""
     proto = sp_pb2.ModelProto()
     proto.ParseFromString(model)
     normal = [piece for piece in proto.pieces if piece.type == sp_pb2.ModelProto.SentencePiece.NORMAL]
@@ -163,8 +165,8 @@ def _train(sentences: Iterator[str], vocab_size: int, model_type: str, **options
     first = next(sentences, None)
     if first is None:
         raise UserError("corpus: no text in it to learn from. Give files with text")
-    asked = vocab_size
-    # The trainer counts its own <unk>, <s> and </s> among the pieces.
+    requested_size = vocab_size
+    # The trainer's vocabulary size includes <unk>, <s> and </s>.
     vocab_size += 3 - int(options.pop("special", 0))
     model = io.BytesIO()
     options = {"add_dummy_prefix": False, "character_coverage": 1.0} | options
@@ -182,16 +184,16 @@ def _train(sentences: Iterator[str], vocab_size: int, model_type: str, **options
             **options,
         )
     except RuntimeError as error:
-        needed = re.search(r"smaller than required_chars\. (\d+) vs (\d+)", str(error))
-        if needed:
+        match = re.search(r"smaller than required_chars\. (\d+) vs (\d+)", str(error))
+        if match:
             raise UserError(
-                f"{asked} pieces are too few: the text's characters alone need {needed.group(2)}. "
+                f"{requested_size} pieces are too few: the characters of the text require at least {match.group(2)}. "
                 "Raise vocab_size (learn) or num_pieces (expand)"
             ) from error
         raise UserError(f"learning pieces from the corpus failed: {error}") from error
     return model.getvalue()
 
 
-def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
+def _chain(first: str, remaining: Iterator[str]) -> Iterator[str]:
     yield first
-    yield from rest
+    yield from remaining

@@ -1,4 +1,4 @@
-"""Lists of pieces that somebody made, to be merged."""
+"""Readers for lists of pieces to merge."""
 
 import json
 from pathlib import Path
@@ -11,14 +11,14 @@ from fireflyds.tokenizer.encoder import byte_values
 
 
 def read_pieces(path: Path) -> list[str]:
-    """Texts of pieces to merge: of a `.model`, of a byte-level `tokenizer.json`, or of a text file, one a line.
+    """Returns the texts of pieces to merge: of a `.model`, a `tokenizer.json`, or a text file with one piece per line.
 
     Raises:
-        UserError: the file is not there, not readable as any, or has a piece twice.
+        UserError: the file does not exist, has none of these formats, or has no piece or a duplicate one.
     """
     if not path.is_file():
         raise UserError(
-            f"pieces={path}: no such file. Give a SentencePiece .model, a tokenizer.json or a list with one piece a line"
+            f"pieces={path}: no such file. Give a SentencePiece .model, tokenizer.json or list with one piece per line"
         )
     try:
         if path.suffix == ".model":
@@ -32,18 +32,18 @@ def read_pieces(path: Path) -> list[str]:
         raise UserError(
             f"pieces={path}: not UTF-8 ({error.reason} at byte {error.start}). Save the list as UTF-8"
         ) from error
-    first_seen: dict[str, int] = {}
+    first_lines: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
         piece = line.replace("▁", " ")
-        if line and first_seen.setdefault(piece, number) != number:
-            raise UserError(f"{path}:{number}: piece {line!r} stands already in line {first_seen[piece]}. Remove one")
-    if not first_seen:
-        raise UserError(f"pieces={path}: there is no piece in it. Write one piece a line")
-    return list(first_seen)
+        if line and first_lines.setdefault(piece, number) != number:
+            raise UserError(f"{path}:{number}: piece {line!r} is already in line {first_lines[piece]}. Remove one")
+    if not first_lines:
+        raise UserError(f"pieces={path}: there is no piece in it. Write one piece per line")
+    return list(first_lines)
 
 
 def normal_pieces(model: bytes) -> list[str]:
-    """The texts of a serialised SentencePiece model's pieces, in order, without special and byte pieces."""
+    """Returns the texts of a serialised SentencePiece model's pieces, in order, without special and byte pieces."""
     proto = sp_pb2.ModelProto()
     proto.ParseFromString(model)
     normal = sp_pb2.ModelProto.SentencePiece.NORMAL

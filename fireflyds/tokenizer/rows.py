@@ -1,4 +1,4 @@
-"""New embedding and head rows for new pieces, written shard by shard beside the rest of the model."""
+"""Embedding and output-head rows for new pieces; rewrites a Hugging Face model shard by shard."""
 
 import json
 import math
@@ -21,19 +21,19 @@ from fireflyds.fs import read_json
 from fireflyds.tokenizer.hf_files import FILES
 from fireflyds.tokenizer.shards import Entry, save_streamed, shard_name, shard_names
 
-# The names transformers gives the two matrices: LLaMA's kind, InternLM2, Falcon and Bloom, GPT-2, GPT-NeoX.
+# Names of the two matrices in transformers: LLaMA and similar models, InternLM2, Falcon and Bloom, GPT-2, GPT-NeoX.
 EMBEDDINGS = ("embed_tokens.weight", "tok_embeddings.weight", "word_embeddings.weight", "wte.weight", "embed_in.weight")
 HEADS = ("lm_head.weight", "lm_head.bias", "output.weight", "embed_out.weight")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
-# Smooth inverse frequency (Arora et al. 2017, "A simple but tough-to-beat baseline for sentence embeddings").
-_SIF = 1e-3
+# Constant a of smooth inverse frequency (Arora et al. 2017, "A simple but tough-to-beat baseline for sentence embeddings").
+_SIF_A = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
 class NewRows:
-    """How rows for new pieces are made: row i follows the base's `num_tokens` rows and stands for `old_ids[i]`.
+    """Initialisation of rows for new pieces: new row i, at index `num_tokens + i`, is computed from `old_ids[i]`.
 
-    `frequency`, `[num_tokens]`: the share of each old token in text, for `weighted`.
+    `frequency`, `[num_tokens]`: the relative frequency of each old token in text, for `weighted`.
     """
 
     num_tokens: int
@@ -43,12 +43,12 @@ class NewRows:
     frequency: np.ndarray | None = None
 
     def make(self, weight: torch.Tensor) -> torch.Tensor:
-        """`[len(old_ids), D]` rows for `weight` `[V, D]` (or `[len(old_ids)]` for a bias `[V]`), in its dtype.
+        """Returns new rows `[len(old_ids), D]` for `weight` `[V, D]` (`[len(old_ids)]` for a bias `[V]`), in its dtype.
 
-        `mean`: the mean of the piece's old rows (Linly and Ziya initialise so; the published script of HIT lets `<s>`
-        and `▁` into every mean, which `old_ids` keeps out). `weighted`: the same with weights a / (a + p), p being
-        the token's share of the text, so that byte tokens that half the text is made of count less. `random`: a
-        normal with the old rows' mean and covariance. All are computed in float32.
+        `mean`: the mean of the piece's old rows (as in Linly and Ziya; the published script of HIT includes `<s>` and
+        `▁` in every mean, which `old_ids` excludes). `weighted`: the weighted mean with weights a / (a + p), where p is
+        the relative frequency of the token, so that very frequent byte tokens have smaller weights. `random`: samples
+        of a normal distribution with the old rows' mean and covariance. All are computed in float32.
         """
         old = weight[: self.num_tokens]
         if self.init is RowInit.random:
@@ -56,19 +56,19 @@ class NewRows:
         return torch.stack([self._mean(old, list(ids)) for ids in self.old_ids]).to(weight.dtype)
 
     def grow(self, weight: torch.Tensor) -> torch.Tensor:
-        """The rows of the base's tokens and the new ones: `[num_tokens + len(old_ids), ...]`."""
+        """Returns the rows of the base's tokens followed by the new rows: `[num_tokens + len(old_ids), ...]`."""
         return torch.cat([weight[: self.num_tokens], self.make(weight)])
 
     def _mean(self, old: torch.Tensor, ids: list[int]) -> torch.Tensor:
         rows = old[ids].float()
         if self.init is RowInit.mean or self.frequency is None:
             return rows.mean(0)
-        weights = torch.from_numpy(_SIF / (_SIF + self.frequency[ids])).float()
+        weights = torch.from_numpy(_SIF_A / (_SIF_A + self.frequency[ids])).float()
         return torch.tensordot(weights / weights.sum(), rows, dims=1)
 
 
 def _normal_like(old: torch.Tensor, count: int, seed: int) -> torch.Tensor:
-    """`count` draws from the normal with the mean and the covariance of the rows of `old`."""
+    """Returns `count` samples of the normal distribution with the mean and covariance of the rows of `old`."""
     generator = torch.Generator().manual_seed(seed)
     columns = old if old.dim() == 2 else old[:, None]
     width = columns.shape[1]
@@ -78,27 +78,30 @@ def _normal_like(old: torch.Tensor, count: int, seed: int) -> torch.Tensor:
         centred = chunk.float() - mean
         covariance += centred.T @ centred
     covariance /= len(columns)
-    # Fewer rows than columns leave the covariance without full rank; the jitter is far below its spread.
+    # With fewer rows than columns the covariance is singular; the jitter is negligible against its diagonal.
     jitter = 1e-6 * covariance.diagonal().mean() + 1e-30
-    root = torch.linalg.cholesky(covariance + jitter * torch.eye(width))
-    drawn = mean + torch.randn(count, width, generator=generator) @ root.T
-    return drawn if old.dim() == 2 else drawn[:, 0]
+    cholesky = torch.linalg.cholesky(covariance + jitter * torch.eye(width))
+    samples = mean + torch.randn(count, width, generator=generator) @ cholesky.T
+    return samples if old.dim() == 2 else samples[:, 0]
 
 
 def expand_model(base: Path, out: Path, new: NewRows) -> dict[str, int]:
-    """Copy a Hugging Face directory with new rows.
+    """Copies a Hugging Face model directory and adds rows to its embeddings and head.
 
-    Rows of the base beyond its tokens are padding, which the new rows take the place of. Weights are mapped and written
-    tensor by tensor, so that the embeddings alone are in memory; `.bin` shards become safetensors. Returns the parameter counts before and after, and the row width.
+    Rows of the base beyond its tokens are padding and are replaced by the new rows. Weights are memory-mapped and
+    written tensor by tensor, so that only the embeddings are held in memory; `.bin` shards become safetensors.
+
+    Returns:
+        `parameters_before`, `parameters_after`, `hidden_size` (width of a row) and `matrices` (1 where tied, else 2).
 
     Raises:
-        UserError: no weights, fewer rows than tokens, no embeddings under a known name, or a head that contradicts
-            `tie_word_embeddings`.
+        UserError: there are no weights, fewer rows than tokens, no embeddings under a supported name, or a head that
+            contradicts `tie_word_embeddings`.
     """
     config, tied = _read_config(base)
     rows = config["vocab_size"]
     check_model(base, new.num_tokens)
-    seen = _Seen(base, rows, tied)
+    tracker = _MatrixTracker(base, rows, tied)
     out.mkdir(parents=True, exist_ok=True)
     weight_map: dict[str, str] = {}
     total = 0
@@ -106,39 +109,39 @@ def expand_model(base: Path, out: Path, new: NewRows) -> dict[str, int]:
     for number, (name, read) in enumerate(files, 1):
         entries: dict[str, Entry] = {}
         for key, tensor in read():
-            grown, is_copy = seen.check(key, tensor)
-            if is_copy:  # tied models keep one matrix
+            grown, is_copy = tracker.check(key, tensor)
+            if is_copy:  # tied models store one matrix
                 continue
             shape = [new.num_tokens + len(new.old_ids), *tensor.shape[1:]] if grown else [*tensor.shape]
-            entries[key] = Entry(shape, tensor.dtype, partial(new.grow, tensor) if grown else partial(_itself, tensor))
-            seen.after += math.prod(shape)
+            entries[key] = Entry(shape, tensor.dtype, partial(new.grow, tensor) if grown else partial(_as_is, tensor))
+            tracker.after += math.prod(shape)
             total += math.prod(shape) * tensor.element_size()
-        written = name if name.endswith(".safetensors") else shard_name(number, len(files))
-        save_streamed(out / written, entries)
-        weight_map |= dict.fromkeys(entries, written)
-    seen.finish()
-    _copy_rest(base, out)
+        shard = name if name.endswith(".safetensors") else shard_name(number, len(files))
+        save_streamed(out / shard, entries)
+        weight_map |= dict.fromkeys(entries, shard)
+    tracker.finish()
+    _copy_other_files(base, out)
     if len(files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
     config |= {"vocab_size": new.num_tokens + len(new.old_ids), "tie_word_embeddings": tied}
-    # Transformers carries what it does not know along, so whoever trains the model finds where its new rows begin.
+    # Transformers preserves unknown keys; training reads the index of the first new row from this one.
     config["base_vocab_size"] = new.num_tokens
     (out / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
     return {
-        "parameters_before": seen.before,
-        "parameters_after": seen.after,
-        "hidden_size": seen.width,
+        "parameters_before": tracker.before,
+        "parameters_after": tracker.after,
+        "hidden_size": tracker.width,
         "matrices": 1 if tied else 2,
     }
 
 
-def _itself(tensor: torch.Tensor) -> torch.Tensor:
+def _as_is(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-class _Seen:
-    """What has passed by of a model's weights: the two matrices, and whether they are one."""
+class _MatrixTracker:
+    """Records the embedding and head matrices while a model's tensors are read, and checks that they are consistent."""
 
     def __init__(self, base: Path, rows: int, tied: bool) -> None:
         self.base = base
@@ -150,7 +153,14 @@ class _Seen:
         self.before = self.after = self.width = 0
 
     def check(self, name: str, tensor: torch.Tensor) -> tuple[bool, bool]:
-        """Note a tensor: whether it has one row for each token, and whether it is the tied head's copy."""
+        """Records a tensor.
+
+        Returns:
+            Two flags: it has one row per token; it is the redundant head of a tied model.
+
+        Raises:
+            UserError: its number of rows differs from `vocab_size`.
+        """
         is_embeddings, is_head = name.endswith(EMBEDDINGS), name in HEADS
         if not (is_embeddings or is_head):
             self.before += tensor.numel()
@@ -158,7 +168,7 @@ class _Seen:
         if tensor.shape[0] != self.rows:
             raise UserError(
                 f"base={self.base}: {name} has {tensor.shape[0]} rows but config.json says vocab_size={self.rows}. "
-                "Correct config.json, or use a whole copy of the model"
+                "Correct config.json, or use a complete copy of the model"
             )
         if is_embeddings:
             self.embeddings, self.width = tensor, tensor.shape[1]
@@ -171,29 +181,33 @@ class _Seen:
         return True, False
 
     def finish(self) -> None:
-        """Refuse what would not load as it trained."""
+        """Checks the matrices after the last tensor.
+
+        Raises:
+            UserError: transformers would load the model with other weights than it was trained with.
+        """
         if self.embeddings is None:
             raise UserError(
                 f"base={self.base}: no embeddings among its weights (a name ending in {', '.join(EMBEDDINGS)}). "
-                "This layout is not known"
+                "This architecture is not supported"
             )
         if self.head is not None and not torch.equal(self.head, self.embeddings):
             raise UserError(
                 f"base={self.base}: tie_word_embeddings is true, but the head's weights differ from the embeddings. "
-                "Set it to false in config.json if the head is real, or remove the head if it is not"
+                "Set it to false in config.json if the head is in use, or remove the head if it is not"
             )
         if not (self.tied or self.has_head):
             raise UserError(
                 f"base={self.base}: tie_word_embeddings is false, but there is no head ({', '.join(HEADS)}). "
-                "Set it to true in config.json if the head is the embeddings"
+                "Set it to true in config.json if the head shares the embeddings"
             )
 
 
 def _read_config(base: Path) -> tuple[dict[str, Any], bool]:
-    """`config.json`, and whether the head is the embeddings."""
+    """Returns the contents of `config.json`, and True where the head is tied to the embeddings."""
     config = read_json(base / "config.json")
     if "vocab_size" not in config:
-        raise UserError(f"base={base}: config.json has no vocab_size at its top. Give the language model alone")
+        raise UserError(f"base={base}: config.json has no top-level vocab_size. Give the language model only")
     if "tie_word_embeddings" in config:
         return config, bool(config["tie_word_embeddings"])
     from transformers import AutoConfig
@@ -202,22 +216,22 @@ def _read_config(base: Path) -> tuple[dict[str, Any], bool]:
         return config, bool(AutoConfig.from_pretrained(base).tie_word_embeddings)
     except (ValueError, KeyError, OSError) as error:
         raise UserError(
-            f"base={base}: config.json does not say tie_word_embeddings, and its model type is not known here "
+            f"base={base}: config.json has no tie_word_embeddings, and transformers has no default for its model type "
             f"({str(error).splitlines()[0]}). Add the key"
         ) from error
 
 
 def check_model(base: Path, num_tokens: int) -> None:
-    """Refuse, before anything is learnt, a model that could not be given rows.
+    """Checks, before pieces are learned, that rows can be added to a model.
 
     Raises:
-        UserError: no weights, fewer rows than tokens, or special tokens that the tokenizer does not have.
+        UserError: there are no weights, fewer rows than tokens, or special tokens that the tokenizer does not have.
     """
     config, _ = _read_config(base)
     if config["vocab_size"] < num_tokens:
         raise UserError(
             f"base={base}: config.json says vocab_size={config['vocab_size']}, fewer than the tokenizer's {num_tokens} "
-            "tokens. The two do not belong together"
+            "tokens. Give the tokenizer and the weights of the same model"
         )
     for file in (base / "config.json", base / "generation_config.json"):
         settings = read_json(file) if file.is_file() else {}
@@ -227,7 +241,7 @@ def check_model(base: Path, num_tokens: int) -> None:
                 if isinstance(index, int) and index >= num_tokens:
                     raise UserError(
                         f"{file}: {name} is {index}, but the tokenizer has no such token (it has {num_tokens}); a new piece "
-                        "would take its place. Correct the file, or add the token to the tokenizer"
+                        "would get this id. Correct the file, or add the token to the tokenizer"
                     )
     for _, read in _shards(base):
         next(read(), None)
@@ -237,7 +251,11 @@ Reader = Callable[[], Iterator[tuple[str, torch.Tensor]]]
 
 
 def _shards(base: Path) -> list[tuple[str, Reader]]:
-    """Weight files with a reader each: those of the index, safetensors before PyTorch's own."""
+    """Returns the weight files (from the index if there is one), each with a reader; safetensors take precedence.
+
+    Raises:
+        UserError: there are no weights, or a file of the index is missing.
+    """
     for stem, suffix, read in (("model", ".safetensors", _read_safetensors), ("pytorch_model", ".bin", _read_pytorch)):
         index = base / f"{stem}{suffix}.index.json"
         if index.is_file():
@@ -249,14 +267,14 @@ def _shards(base: Path) -> list[tuple[str, Reader]]:
         if missing:
             raise UserError(f"base={base}: {missing[0]} is missing, which {index.name} names. Get the file again")
         if names:
-            return [(name, partial(_readable, read, base / name)) for name in names]
+            return [(name, partial(_read_checked, read, base / name)) for name in names]
     raise UserError(
         f"base={base}: no weights there (model*.safetensors or pytorch_model*.bin). "
-        "Give a whole model, or its tokenizer alone (without config.json)"
+        "Give a complete model, or only its tokenizer (without config.json)"
     )
 
 
-def _readable(
+def _read_checked(
     read: Callable[[Path], Iterator[tuple[str, torch.Tensor]]], file: Path
 ) -> Iterator[tuple[str, torch.Tensor]]:
     try:
@@ -266,19 +284,19 @@ def _readable(
 
 
 def _read_safetensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    with safe_open(file, "pt") as opened:
-        for name in opened.keys():  # noqa: SIM118 - not a dict
-            yield name, opened.get_tensor(name)
+    with safe_open(file, "pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118 - not a dict
+            yield name, tensors.get_tensor(name)
 
 
 def _read_pytorch(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    # Mapped, not read: a tensor is in memory when it is used. Files of before 2020 cannot be mapped.
-    mapped = zipfile.is_zipfile(file)
-    yield from torch.load(file, map_location="cpu", mmap=mapped, weights_only=True).items()
+    # Memory-mapped: tensors are loaded on use. Files in the format before PyTorch 1.6 (2020) cannot be mapped.
+    can_mmap = zipfile.is_zipfile(file)
+    yield from torch.load(file, map_location="cpu", mmap=can_mmap, weights_only=True).items()
 
 
-def _copy_rest(base: Path, out: Path) -> None:
-    """Everything but weights, their index and the tokenizer."""
+def _copy_other_files(base: Path, out: Path) -> None:
+    """Copies all files except the weights, their index and the tokenizer."""
     for file in base.iterdir():
         if file.is_file() and file.suffix not in _WEIGHTS and file.name not in FILES and ".index.json" not in file.name:
             shutil.copy2(file, out / file.name)

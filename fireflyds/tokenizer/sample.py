@@ -1,18 +1,22 @@
-"""A bounded, even sample of a corpus of any size, read once as a stream."""
+"""Uniform sampling of corpus lines in one streaming pass, with bounded memory."""
 
 import heapq
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-# A line without a break is cut here: trainers are quadratic in the length of what they cannot split.
+# Maximum line length in characters; longer lines are split, as trainer time is quadratic in the length of a line.
 _LONGEST_LINE = 1000
+# One of this many lines is held out.
 _HELD_OUT_EVERY = 20
 
 
 @dataclass(frozen=True, slots=True)
 class CorpusSample:
-    """Lines drawn from a corpus. Pieces are learnt from `learn`; `held_out`, a twentieth, measures them."""
+    """Lines sampled from a corpus: `learn` for learning pieces, `held_out` (one line of twenty) for measuring them.
+
+    `characters` is the total length of the sample, `characters_read` that of the corpus.
+    """
 
     learn: list[str]
     held_out: list[str]
@@ -21,31 +25,31 @@ class CorpusSample:
 
 
 def draw_sample(texts: Iterable[str], *, characters: int, seed: int) -> CorpusSample:
-    """At most `characters` of the corpus, each line with the same chance; all of it when it is no larger.
+    """Samples at most `characters` of the corpus, with equal probability for each line; all of it where it is smaller.
 
-    Every line gets a random key and the smallest keys stay, so memory is bounded by `characters` and the corpus's
-    size need not be known.
+    Each line gets a random key, and the lines with the smallest keys are kept. Memory is bounded by `characters`, and
+    the size of the corpus need not be known in advance.
     """
-    keys = random.Random(seed)
-    kept: list[tuple[float, int, str]] = []
-    held = read = 0
+    generator = random.Random(seed)
+    heap: list[tuple[float, int, str]] = []
+    num_sampled = num_read = 0
     for number, line in enumerate(lines(texts)):
-        read += len(line)
-        key = -keys.random()
-        if held + len(line) > characters and kept and key < kept[0][0]:
+        num_read += len(line)
+        key = -generator.random()
+        if num_sampled + len(line) > characters and heap and key < heap[0][0]:
             continue
-        heapq.heappush(kept, (key, number, line))
-        held += len(line)
-        while held > characters and len(kept) > 1:
-            held -= len(heapq.heappop(kept)[2])
-    in_order = [line for _, _, line in sorted(kept, key=lambda item: item[1])]
-    held_out = in_order[_HELD_OUT_EVERY - 1 :: _HELD_OUT_EVERY]
-    learn = [line for number, line in enumerate(in_order, 1) if number % _HELD_OUT_EVERY]
-    return CorpusSample(learn, held_out or learn, held, read)
+        heapq.heappush(heap, (key, number, line))
+        num_sampled += len(line)
+        while num_sampled > characters and len(heap) > 1:
+            num_sampled -= len(heapq.heappop(heap)[2])
+    sampled = [line for _, _, line in sorted(heap, key=lambda item: item[1])]
+    held_out = sampled[_HELD_OUT_EVERY - 1 :: _HELD_OUT_EVERY]
+    learn = [line for number, line in enumerate(sampled, 1) if number % _HELD_OUT_EVERY]
+    return CorpusSample(learn, held_out or learn, num_sampled, num_read)
 
 
 def lines(texts: Iterable[str]) -> Iterator[str]:
-    """The lines of documents, long ones cut."""
+    """Yields the lines of documents; lines longer than `_LONGEST_LINE` characters are split."""
     for text in texts:
         for line in text.splitlines():
             for start in range(0, len(line), _LONGEST_LINE):

@@ -1,4 +1,4 @@
-"""How many new pieces, and which: by what each saves on real text."""
+"""Selection of new pieces and of their number, by the tokens that each piece saves on text."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -11,12 +11,13 @@ from fireflyds.tokenizer.base import Base
 from fireflyds.tokenizer.merge import MergePlan
 from fireflyds.types import Encoder
 
+# Number of intervals of the curve of vocabulary sizes.
 _POINTS = 12
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A vocabulary of `rows` new rows on held-out text. `alp` is the average log probability of a line in nats."""
+    """Held-out text with a vocabulary of `rows` new rows; `alp`: average log probability of a line, in nats."""
 
     rows: int
     tokens: int
@@ -27,7 +28,7 @@ class Point:
 
 
 def count_tokens(encoder: Encoder, texts: Iterable[str]) -> np.ndarray:
-    """Uses of every id, int64 `[vocab_size]`."""
+    """Returns the number of occurrences of every id, int64 `[vocab_size]`."""
     counts = np.zeros(encoder.vocab_size, np.int64)
     for text in texts:
         np.add.at(counts, encoder.encode(text), 1)
@@ -35,36 +36,36 @@ def count_tokens(encoder: Encoder, texts: Iterable[str]) -> np.ndarray:
 
 
 def shares(encoder: Encoder, texts: Iterable[str]) -> np.ndarray:
-    """The share of every id in the tokens of the texts, float64 `[vocab_size]`."""
+    """Returns the relative frequency of every id in the texts, float64 `[vocab_size]`."""
     counts = count_tokens(encoder, texts)
     return counts / max(1, counts.sum())
 
 
 def savings(base: Base, plan: MergePlan, texts: Iterable[str]) -> dict[str, int]:
-    """Tokens that each step saves on the texts, by piece.
+    """Returns the number of tokens that each step saves on the texts, by piece.
 
-    A merge saves one token each time it is made: where its piece is a token in the end, and where it is a part of
-    one. So what a piece saves is never more than what its parts save, and the best `n` steps need no others.
+    A merge saves one token each time it is applied: where its piece is a final token, and where it is part of one.
+    So a piece never saves more than its parts, and the best `n` steps do not depend on any others.
     """
     counts = count_tokens(base.encoder(plan.steps), texts)
-    made = {step.piece: int(counts[index]) for index, step in enumerate(plan.steps, base.num_tokens)}
+    uses = {step.piece: int(counts[index]) for index, step in enumerate(plan.steps, base.num_tokens)}
     for step in reversed(plan.steps):
         for part in step.parts or ():
-            if part in made:
-                made[part] += made[step.piece]
-    # A character that SentencePiece did not know took as many tokens as it has bytes.
-    each = {step.piece: 1 if step.parts else max(1, len(base.old_ids(step.piece)) - 1) for step in plan.steps}
-    return {piece: made[piece] * each[piece] for piece in made}
+            if part in uses:
+                uses[part] += uses[step.piece]
+    # A character without a SentencePiece piece is encoded as one token per byte.
+    tokens_per_use = {step.piece: 1 if step.parts else max(1, len(base.old_ids(step.piece)) - 1) for step in plan.steps}
+    return {piece: uses[piece] * tokens_per_use[piece] for piece in uses}
 
 
 def by_saving(plan: MergePlan, saved: dict[str, int]) -> list[str]:
-    """The plan's pieces, the most useful first; of equals the one that stands first."""
+    """Returns the pieces of the plan by descending saving; ties are in the order of the plan."""
     return sorted((step.piece for step in plan.steps), key=lambda piece: -saved[piece])
 
 
 def curve(base: Base, plan: MergePlan, order: Sequence[str], texts: Sequence[str]) -> list[Point]:
-    """Vocabularies of growing size, made of the best pieces, on the texts."""
-    sizes = sorted({round(len(order) * part / _POINTS) for part in range(_POINTS + 1)})
+    """Measures vocabularies of increasing size, each of the first pieces of `order`, on the texts."""
+    sizes = sorted({round(len(order) * interval / _POINTS) for interval in range(_POINTS + 1)})
     points = []
     for rows in sizes:
         best = set(order[:rows])
@@ -74,19 +75,19 @@ def curve(base: Base, plan: MergePlan, order: Sequence[str], texts: Sequence[str
 
 
 def average_log_probability(counts: np.ndarray, num_texts: int) -> float:
-    """ALP: the mean over texts of the sum of their tokens' log unigram probabilities (arXiv 2109.07306, eq. 1)."""
+    """Mean over texts of the sum of their tokens' log unigram probabilities (ALP; arXiv 2109.07306, eq. 1)."""
     used = counts[counts > 0].astype(np.float64)
     return float((used * np.log(used / used.sum())).sum() / max(num_texts, 1))
 
 
 def knee(points: Sequence[Point], by: VocabSizeRule) -> Point:
-    """The point farthest above the straight line between the curve's ends (Satopaa et al. 2011, "Kneedle")."""
+    """Returns the point farthest above the line between the ends of the curve (Satopaa et al. 2011, "Kneedle")."""
     gains = [point.alp if by is VocabSizeRule.alp else -float(point.tokens) for point in points]
     width, height = points[-1].rows - points[0].rows, gains[-1] - gains[0]
     if width == 0 or math.isclose(height, 0):
         return points[-1]
-    above = [
+    distances = [
         (gain - gains[0]) / height - (point.rows - points[0].rows) / width
         for point, gain in zip(points, gains, strict=True)
     ]
-    return points[int(np.argmax(above))]
+    return points[int(np.argmax(distances))]

@@ -1,4 +1,4 @@
-"""SentencePiece BPE as a base: LLaMA-1/2, Mistral, Baichuan, InternLM and their like."""
+"""Base tokenizers in the SentencePiece BPE format: LLaMA-1/2, Mistral, Baichuan, InternLM and similar."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ _SPACE = "▁"
 
 
 class SentencePieceBase:
-    """A `tokenizer.model`. Tokens that its directory adds behind the pieces become pieces of the same id."""
+    """A `tokenizer.model` file. Added tokens of its directory, which follow its pieces, become pieces of the same id."""
 
     has_fragments = False
 
@@ -59,10 +59,13 @@ class SentencePieceBase:
         write_tokenizer(self.merged(steps), out, source=self._folder)
 
     def merged(self, steps: Sequence[Step]) -> sp_pb2.ModelProto:
-        """The base with pieces appended: scores distinct and below all of the base's, in merge order (or all 0)."""
+        """Returns the base with the pieces of the steps appended.
+
+        Their scores decrease in merge order and are below all of the base's (all 0 where tied).
+        """
         proto = sp_pb2.ModelProto()
         proto.CopyFrom(self._proto)
-        # Runs of spaces have the score -1e9 in LLaMA; merges of other text need not go below that.
+        # Pieces of several spaces have the score -1e9 in LLaMA; new pieces need not be below them.
         lowest = min(piece.score for piece in proto.pieces if piece.type == _PIECE.NORMAL and piece.score > -1e8)
         for rank, step in enumerate(steps, 1):
             proto.pieces.add(piece=step.piece, score=0.0 if self._tied else lowest - rank, type=_PIECE.NORMAL)
@@ -72,15 +75,15 @@ class SentencePieceBase:
 
 def _append_added_tokens(proto: sp_pb2.ModelProto, folder: Path) -> None:
     pieces = {piece.piece for piece in proto.pieces}
-    behind = sorted((row for row in added_tokens(folder) if row["content"] not in pieces), key=lambda row: row["id"])
-    for row in behind:
+    tokens = sorted((row for row in added_tokens(folder) if row["content"] not in pieces), key=lambda row: row["id"])
+    for row in tokens:
         if row["id"] != len(proto.pieces):
             raise UserError(
-                f"base={folder}: the added token {row['content']!r} has id {row['id']}, but the next free id behind the "
+                f"base={folder}: the added token {row['content']!r} has id {row['id']}, but the next free id after the "
                 f"pieces of tokenizer.model is {len(proto.pieces)}. Use a base whose added tokens follow its pieces"
             )
-        kind = _PIECE.CONTROL if row.get("special", True) else _PIECE.USER_DEFINED
-        proto.pieces.add(piece=row["content"], score=0.0, type=kind)
+        piece_type = _PIECE.CONTROL if row.get("special", True) else _PIECE.USER_DEFINED
+        proto.pieces.add(piece=row["content"], score=0.0, type=piece_type)
 
 
 def _refuse_unknown_names(proto: sp_pb2.ModelProto, folder: Path) -> None:
@@ -89,6 +92,6 @@ def _refuse_unknown_names(proto: sp_pb2.ModelProto, folder: Path) -> None:
         token = content(settings_of(folder).get(name))
         if token is not None and token not in pieces:
             raise UserError(
-                f"base={folder}: {name} is {token!r}, which has no id; a new piece would get the one it is given in use. "
-                f"Add it to the base (tokenizer and rows), or name another {name}"
+                f"base={folder}: {name} is {token!r}, which has no id; a new piece would take the id it gets on loading. "
+                f"Add it to the base (tokenizer and rows), or set another {name}"
             )

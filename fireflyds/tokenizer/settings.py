@@ -1,4 +1,4 @@
-"""What a Hugging Face directory says of its tokenizer beside the pieces: settings, and tokens added behind them."""
+"""Tokenizer settings and added tokens of a Hugging Face directory."""
 
 from pathlib import Path
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 from fireflyds.fs import read_json
 
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
-# What belongs to the class that a file was written for.
-_OF_THE_CLASS = {
+# Keys that apply only to the tokenizer class that wrote the file.
+_CLASS_SPECIFIC = {
     "tokenizer_class",
     "auto_map",
     "added_tokens_decoder",
@@ -20,43 +20,44 @@ FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 
 
 def settings_of(folder: Path | None) -> dict[str, Any]:
-    """`tokenizer_config.json` and `special_tokens_map.json` of a directory, without what belongs to a class."""
+    """Returns `tokenizer_config.json` merged with `special_tokens_map.json`, without class-specific keys and nulls."""
     if folder is None:
         return {}
     settings = _read(folder / "special_tokens_map.json") | _read(folder / "tokenizer_config.json")
     if str(settings.get("tokenizer_class", "")).startswith("Llama"):
-        settings.setdefault("padding_side", "left")  # that class's default
+        settings.setdefault("padding_side", "left")  # default of this class
     document = _read(folder / "tokenizer.json")
     if document and not document.get("post_processor"):
         settings.setdefault("add_bos_token", False)
-    return {key: value for key, value in settings.items() if key not in _OF_THE_CLASS and value is not None}
+    return {key: value for key, value in settings.items() if key not in _CLASS_SPECIFIC and value is not None}
 
 
 def adds_bos(folder: Path) -> bool:
-    """Whether the tokenizer of a SentencePiece directory begins with BOS: LLaMA's do unless their settings say not."""
+    """True where the tokenizer of a SentencePiece directory adds BOS: `add_bos_token`, by default true as in LLaMA."""
     return bool(settings_of(folder).get("add_bos_token", True))
 
 
 def added_tokens(folder: Path) -> list[dict[str, Any]]:
-    """Tokens that a directory adds to its pieces, by id: `content`, `id`, `special` and FLAGS of each.
+    """Returns the added tokens of a directory, ordered by id, each with `content`, `id`, `special` and FLAGS.
 
-    They stand in `tokenizer.json`, in `added_tokens_decoder` of `tokenizer_config.json`, or in `added_tokens.json`.
+    Sources, in increasing priority: `added_tokens.json`, `added_tokens_decoder` of `tokenizer_config.json`,
+    `added_tokens` of `tokenizer.json`.
     """
     defaults = {"special": True, **dict.fromkeys(FLAGS, False)}
-    found: dict[int, dict[str, Any]] = {}
+    tokens_by_id: dict[int, dict[str, Any]] = {}
     for content, index in _read(folder / "added_tokens.json").items():
-        found[index] = defaults | {"content": content, "id": index}
+        tokens_by_id[index] = defaults | {"content": content, "id": index}
     for index, row in _read(folder / "tokenizer_config.json").get("added_tokens_decoder", {}).items():
-        found[int(index)] = defaults | row | {"id": int(index)}
+        tokens_by_id[int(index)] = defaults | row | {"id": int(index)}
     for row in _read(folder / "tokenizer.json").get("added_tokens", []):
-        found[row["id"]] = defaults | row
-    return [found[index] for index in sorted(found)]
+        tokens_by_id[row["id"]] = defaults | row
+    return [tokens_by_id[index] for index in sorted(tokens_by_id)]
 
 
 def content(token: Any) -> str | None:
-    """A token as settings name it: a string, or an object with its flags."""
-    found = token.get("content") if isinstance(token, dict) else token
-    return found if isinstance(found, str) else None
+    """Returns the text of a token in the settings, which is a string or an object with flags; None if there is none."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
 
 
 def _read(file: Path) -> dict[str, Any]:

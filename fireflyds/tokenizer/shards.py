@@ -1,4 +1,4 @@
-"""Safetensors files written tensor by tensor. The library's own writer needs the whole file in memory."""
+"""Writes safetensors files tensor by tensor; the writer of the library needs the complete file in memory."""
 
 import json
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import torch
 from fireflyds.errors import UserError
 from fireflyds.fs import plain_file_name, read_json
 
-_NAMES = {
+_DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2", torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
     torch.uint8: "U8", torch.bool: "BOOL",
@@ -18,10 +18,10 @@ _NAMES = {
 
 
 def shard_names(index: Path) -> list[str]:
-    """The files that a model's index (`*.index.json`) names, each once, in order.
+    """Returns the distinct file names in a model's index (`*.index.json`), sorted.
 
     Raises:
-        UserError: the index cannot be read, or names something else than files beside it.
+        UserError: the index cannot be read, or has a name that is not a plain file name in its directory.
     """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
@@ -31,7 +31,7 @@ def shard_names(index: Path) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A tensor to be written: what it will be, and how to get it when its turn comes."""
+    """A tensor to be written: its shape and dtype, and a function that creates it when it is written."""
 
     shape: list[int]
     dtype: torch.dtype
@@ -43,34 +43,34 @@ class Entry:
 
 
 def save_streamed(file: Path, entries: dict[str, Entry]) -> None:
-    """Write a safetensors file (https://github.com/huggingface/safetensors, section Format): the length of the header
-    as a little-endian 64-bit number, the header in JSON, padded to eight bytes, and the tensors one after the other.
+    """Writes a safetensors file (https://github.com/huggingface/safetensors, section Format): the length of the header
+    as a little-endian 64-bit integer, the header in JSON, padded to a multiple of eight bytes, and the tensor data.
 
     Raises:
-        UserError: a number format that safetensors does not have.
+        UserError: safetensors does not support the dtype of a tensor.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
+    offset = 0
     for name, entry in entries.items():
-        if entry.dtype not in _NAMES:
+        if entry.dtype not in _DTYPES:
             raise UserError(
-                f"{file.name}: {name} is {entry.dtype}, which safetensors cannot hold. Save the model in another format"
+                f"{file.name}: {name} is {entry.dtype}, not supported by safetensors. Save the model in another dtype"
             )
         size = entry.num_bytes
-        header[name] = {"dtype": _NAMES[entry.dtype], "shape": entry.shape, "data_offsets": [end, end + size]}
-        end += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+        header[name] = {"dtype": _DTYPES[entry.dtype], "shape": entry.shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    header_bytes = json.dumps(header, separators=(",", ":")).encode()
+    header_bytes += b" " * (-len(header_bytes) % 8)
     with file.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.write(len(header_bytes).to_bytes(8, "little") + header_bytes)
         for entry in entries.values():
             tensor = entry.make().contiguous()
             stream.write(tensor.flatten().view(torch.uint8).numpy().data)
 
 
 def save_sharded(folder: Path, entries: dict[str, Entry], max_bytes: int) -> None:
-    """`model.safetensors`, or where the tensors take more than `max_bytes` several files and their index, as transformers
-    names them."""
+    """Writes `model.safetensors` or, where the tensors exceed `max_bytes`, several files and their index, named as in
+    transformers."""
     shards: list[dict[str, Entry]] = [{}]
     size = total = 0
     for name, entry in entries.items():
@@ -90,5 +90,5 @@ def save_sharded(folder: Path, entries: dict[str, Entry], max_bytes: int) -> Non
 
 
 def shard_name(number: int, count: int) -> str:
-    """Of file `number` of `count`, counted from 1."""
+    """Returns the name of file `number` of `count`, counted from 1."""
     return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"

@@ -1,4 +1,4 @@
-"""What an expansion promises, checked on real text before anything is handed over."""
+"""Verification of an expanded tokenizer on real text, before the output directory is committed."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -11,7 +11,7 @@ from fireflyds.tokenizer.merge import MergePlan, unreachable
 from fireflyds.tokenizer.scripts import Scripts
 from fireflyds.types import Encoder
 
-# What breaks tokenizers: white space of all kinds, code, digits, rare planes, marks, joined emoji.
+# Difficult inputs: all kinds of white space, code, digits, supplementary planes, combining marks, joined emoji.
 HARD_LINES = (
     "def f(x):\n    return  x ** 2  # 注释\n\n\n\tif a:\n\t\tb = 1\r\n",
     "  two  leading, three   inside, and trailing  ",
@@ -22,13 +22,16 @@ HARD_LINES = (
     "👩‍👩‍👧‍👦 🏳️‍🌈 é ñ ﷽ שלום привет こんにちは 안녕",
     "“引号”—破折号…《书名》「引文」（括号）、～",
 )
-# Every so manyth token of the base is a line to try, so that there is old text whatever the corpus.
-_EVERY_TOKEN = 7
+# Stride over the base's tokens whose texts are tested, so that old text is covered with any corpus.
+_TOKEN_STRIDE = 7
 
 
 @dataclass(frozen=True, slots=True)
 class VerificationResult:
-    """One promise: on how many things it was tried, and those on which it failed."""
+    """The result of one check: the property, the number of cases, and the cases that failed.
+
+    `of_auto_tokenizer`: the check compares with `AutoTokenizer`, which may differ for known reasons.
+    """
 
     promise: str
     tried: int
@@ -46,24 +49,28 @@ class VerificationResult:
 def verify_expansion(
     base: Base, plan: MergePlan, scripts: Scripts, folder: Path, lines: Iterable[str]
 ) -> list[VerificationResult]:
-    """Try every promise on the tokenizer in `folder`, with the lines and with HARD_LINES.
+    """Runs all checks on the tokenizer in `folder`, with `lines`, HARD_LINES and texts of the base's tokens.
 
-    Lines that spell an added token are left out: `AutoTokenizer` takes them for the token.
+    Lines that contain the text of an added token are excluded, as `AutoTokenizer` encodes it as that token.
     """
     old, new = base.encoder([]), load_encoder(folder)
-    auto = _auto_encode(folder)
-    own = (text for index in range(0, base.num_tokens, _EVERY_TOKEN) if (text := old.token(index)))
-    tried = [line for line in (*HARD_LINES, *own, *lines) if line and not any(token in line for token in auto.tokens)]
-    encoded = [new.encode(line) for line in tried]
-    dead = unreachable(base, plan, new)
-    kept = [(line, ids == old.encode(line)) for line, ids in zip(tried, encoded, strict=True) if not scripts.has(line)]
-    given_back = [(line, _comes_back(line, ids, old, new)) for line, ids in zip(tried, encoded, strict=True)]
-    agree = [(line, ids == auto.encode(line)) for line, ids in zip(tried, encoded, strict=True)]
+    auto = _load_auto_tokenizer(folder)
+    base_texts = (text for index in range(0, base.num_tokens, _TOKEN_STRIDE) if (text := old.token(index)))
+    texts = [
+        line for line in (*HARD_LINES, *base_texts, *lines) if line and not any(token in line for token in auto.tokens)
+    ]
+    encoded = [new.encode(line) for line in texts]
+    dead_pieces = unreachable(base, plan, new)
+    unchanged = [
+        (line, ids == old.encode(line)) for line, ids in zip(texts, encoded, strict=True) if not scripts.has(line)
+    ]
+    round_trips = [(line, _round_trips(line, ids, old, new)) for line, ids in zip(texts, encoded, strict=True)]
+    agreements = [(line, ids == auto.encode(line)) for line, ids in zip(texts, encoded, strict=True)]
     return [
-        VerificationResult("every new piece is reached", len(plan.steps), dead),
-        _check("text without new characters keeps its ids", kept),
-        _check("decoding gives the text back", given_back),
-        replace(_check("AutoTokenizer gives the same ids", agree), of_auto_tokenizer=True),
+        VerificationResult("every new piece is reached", len(plan.steps), dead_pieces),
+        _check("text without new characters keeps its ids", unchanged),
+        _check("decoding gives the text back", round_trips),
+        replace(_check("AutoTokenizer gives the same ids", agreements), of_auto_tokenizer=True),
     ]
 
 
@@ -71,22 +78,22 @@ def _check(promise: str, outcomes: list[tuple[str, bool]]) -> VerificationResult
     return VerificationResult(promise, len(outcomes), [line for line, passed in outcomes if not passed])
 
 
-def _comes_back(line: str, ids: list[int], old: Encoder, new: Encoder) -> bool:
-    """The text itself, or what the base gives back for it (U+2581 comes back as a space)."""
-    back = new.decode(ids)
-    return back == line or back == old.decode(old.encode(line))
+def _round_trips(line: str, ids: list[int], old: Encoder, new: Encoder) -> bool:
+    """True where decoding returns the text, or the same as the base's decoding of it (U+2581 decodes to a space)."""
+    decoded = new.decode(ids)
+    return decoded == line or decoded == old.decode(old.encode(line))
 
 
 @dataclass(frozen=True, slots=True)
-class _Auto:
+class _AutoTokenizer:
     encode: Callable[[str], list[int]]
     tokens: tuple[str, ...]
 
 
-def _auto_encode(folder: Path) -> _Auto:
+def _load_auto_tokenizer(folder: Path) -> _AutoTokenizer:
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    return _Auto(
+    return _AutoTokenizer(
         lambda text: list(tokenizer.encode(text, add_special_tokens=False)), tuple(tokenizer.get_added_vocab())
     )

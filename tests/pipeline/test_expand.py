@@ -56,9 +56,9 @@ def test_two_tokenizers_are_compared_and_nothing_is_merged(verb, tmp_path: Path,
         (["base=nothing", "pieces=zh_pieces.txt"], "base=nothing: no such file or directory"),
         (
             ["base=empty", "pieces=zh_pieces.txt"],
-            "no tokenizer there to expand (neither tokenizer.model nor tokenizer.json)",
+            "no tokenizer found (neither tokenizer.model nor tokenizer.json)",
         ),
-        (["base=BASE", "pieces=double.txt"], "double.txt:2: piece '河' stands already in line 1"),
+        (["base=BASE", "pieces=double.txt"], "double.txt:2: piece '河' is already in line 1"),
         (
             ["base=BASE", "pieces=english.txt"],
             "2 cannot be merged, the first 'xyzzy': no character of Han, CJK_Punctuation",

@@ -86,7 +86,7 @@ def test_user_defined_pieces_cut_the_text_in_both(merged: Path, tmp_path: Path, 
         (lambda proto: setattr(proto.normalizer_spec, "precompiled_charsmap", b"x"), "not identity"),
         (lambda proto: setattr(proto.normalizer_spec, "remove_extra_whitespaces", True), "removes extra white space"),
         (lambda proto: setattr(proto.trainer_spec, "bos_id", -1), "has no BOS"),
-        (lambda proto: setattr(proto.trainer_spec, "treat_whitespace_as_suffix", True), "stand behind words"),
+        (lambda proto: setattr(proto.trainer_spec, "treat_whitespace_as_suffix", True), "space marks follow words"),
     ],
 )
 def test_models_that_tokenizer_json_cannot_express_are_refused(merged: Path, tmp_path: Path, change, message) -> None:

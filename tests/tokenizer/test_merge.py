@@ -219,7 +219,7 @@ def test_more_characters_than_there_are_is_refused(base_tokenizer: Path) -> None
 def test_a_list_with_a_piece_twice_names_both_lines(tmp_path: Path) -> None:
     file = tmp_path / "pieces.txt"
     file.write_text("河流\n山川\n河流\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"pieces.txt:3: piece '河流' stands already in line 1"):
+    with pytest.raises(UserError, match=r"pieces.txt:3: piece '河流' is already in line 1"):
         read_pieces(file)
 
 

@@ -1,1 +1,1 @@
-"""Statistics of a tokenizer on text, and the page of an expansion."""
+"""Tokenizer statistics on text, and the report of an expansion."""

@@ -1,4 +1,4 @@
-"""An expansion's report for people: a page and a chart."""
+"""Formats the report of an expansion: `report.md`, `report.png` and the summary on the console."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,12 +6,12 @@ from typing import Any
 
 from fireflyds.tokenizer.report.stats import CONTEXT
 
-# Mixed-precision Adam: weight and gradient in 16 bits, weight and two moments in 32 (arXiv 1910.02054, section 3.1).
+# Bytes per parameter, mixed-precision Adam: 16-bit weight and gradient, 32-bit weight and two moments (arXiv 1910.02054, section 3.1).
 TRAINING_BYTES = 16
 
 
 def format_comparison(rows: Sequence[dict[str, Any]], names: tuple[str, str]) -> list[str]:
-    """The table of two tokenizers on texts."""
+    """Returns the lines of a Markdown table that compares two tokenizers on texts."""
     lines = [
         f"`{names[0]}` → `{names[1]}`",
         "",
@@ -32,12 +32,12 @@ def format_comparison(rows: Sequence[dict[str, Any]], names: tuple[str, str]) ->
 
 
 def format_summary(report: dict[str, Any]) -> str:
-    """What the verb prints."""
+    """Returns the summary that the command prints."""
     pieces = report["pieces"]
     lines = [
         f"vocabulary: {report['vocab_size_before']:,} -> {report['vocab_size_after']:,} tokens; {pieces['added']:,} pieces, "
         f"{len(pieces['intermediates']):,} intermediates and {len(pieces['filled']):,} characters added; "
-        f"{pieces['present']:,} were there already, {len(pieces['dropped']):,} left out"
+        f"{pieces['present']:,} were already in the base, {len(pieces['dropped']):,} dropped"
     ]
     lines += [
         f"{'does not hold' if check['failed'] else 'holds'}: {check['promise']} ({check['tried'] - check['failed']:,} of {check['tried']:,})"
@@ -54,18 +54,18 @@ def format_summary(report: dict[str, Any]) -> str:
 
 
 def format_report(report: dict[str, Any]) -> str:
-    """`report.md`."""
+    """Returns the text of `report.md`."""
     pieces = report["pieces"]
     lines = [
         "# Vocabulary expansion",
         "",
         f"{report['vocab_size_before']:,} → {report['vocab_size_after']:,} tokens: {pieces['added']:,} of "
         f"{pieces['asked']:,} candidates, {len(pieces['intermediates']):,} intermediates, {len(pieces['filled']):,} "
-        f"characters to fill. {pieces['present']:,} were in the base already, {len(pieces['dropped']):,} could not be added.",
+        f"filler characters. {pieces['present']:,} were already in the base, {len(pieces['dropped']):,} could not be added.",
         "",
         f"Dead pieces: {len(report['dead'])}.",
         "",
-        "| promise | tried | failed |",
+        "| check | cases | failed |",
         "|---|---:|---:|",
         *(f"| {check['promise']} | {check['tried']:,} | {check['failed']:,} |" for check in report["checks"]),
         "",
@@ -74,7 +74,7 @@ def format_report(report: dict[str, Any]) -> str:
         *(
             format_comparison(report["measured"], ("base", "expanded"))
             if report["measured"]
-            else ["No text was given to measure."]
+            else ["No text to measure was given."]
         ),
         "",
         "## Cost of the new rows",
@@ -88,13 +88,13 @@ def format_report(report: dict[str, Any]) -> str:
             "",
             "## Pieces",
             "",
-            "Tokens saved in the sample by the most useful: " + _listed(report["most_useful"]),
+            "Tokens saved in the sample, most useful pieces: " + _piece_counts(report["most_useful"]),
         ]
-        lines += ["", "By the rarest: " + _listed(report["rarest"])]
+        lines += ["", "Rarest pieces: " + _piece_counts(report["rarest"])]
     if pieces["intermediates"]:
         lines += ["", "Intermediates: " + " ".join(_quoted(piece) for piece in pieces["intermediates"])]
     if pieces["dropped"]:
-        lines += ["", "Left out:", "", *_dropped(pieces["dropped"])]
+        lines += ["", "Dropped:", "", *_dropped_by_reason(pieces["dropped"])]
     return "\n".join(lines) + "\n"
 
 
@@ -102,13 +102,13 @@ def _costs(report: dict[str, Any]) -> str:
     rows = report["vocab_size_after"] - report["vocab_size_before"]
     model = report["model"]
     if not model:
-        return f"{rows:,} rows in the embeddings and, unless tied, in the head (the base has no weights beside it)."
+        return f"{rows:,} rows in the embeddings and, unless tied, in the head (the base has no model weights)."
     head = "embeddings and head" if model["matrices"] == 2 else "the embeddings, to which the head is tied"
     parameters = rows * model["hidden_size"] * model["matrices"]
     mib = 2**20
     return (
         f"{rows:,} rows of {model['hidden_size']:,} in {head}: {parameters:,} parameters, {2 * parameters / mib:,.1f} MiB "
-        f"in 16 bits, {TRAINING_BYTES * parameters / mib:,.1f} MiB in full training with Adam ({TRAINING_BYTES} bytes each). "
+        f"in 16 bits, {TRAINING_BYTES * parameters / mib:,.1f} MiB in full training with Adam ({TRAINING_BYTES} bytes per parameter). "
         f"The model: {model['parameters_before']:,} → {model['parameters_after']:,} parameters."
     )
 
@@ -122,14 +122,14 @@ def _curve(report: dict[str, Any]) -> list[str]:
         f"| {point['rows']:,} | {point['tokens']:,} | {point['alp']:.1f} | {marks.get(point['rows'], '')} |"
         for point in report["curve"]
     ]
-    return [*lines, "", "`knee`: farthest above the chord of tokens saved; `alp`: of average log probability."]
+    return [*lines, "", "`knee`: point farthest above the chord, by tokens saved; `alp`: by average log probability."]
 
 
-def _listed(pieces: Sequence[Sequence[Any]]) -> str:
+def _piece_counts(pieces: Sequence[Sequence[Any]]) -> str:
     return ", ".join(f"{_quoted(piece)} {count:,}" for piece, count in pieces)
 
 
-def _dropped(dropped: dict[str, str]) -> list[str]:
+def _dropped_by_reason(dropped: dict[str, str]) -> list[str]:
     by_reason: dict[str, list[str]] = {}
     for piece, reason in dropped.items():
         by_reason.setdefault(reason.split(": ")[0], []).append(piece)
@@ -143,27 +143,27 @@ def _quoted(piece: str) -> str:
 
 
 def plot_report(report: dict[str, Any], file: Path) -> None:
-    """`report.png`: the curve of sizes, and characters per token by domain."""
+    """Writes `report.png`: the curve of vocabulary sizes, and characters per token by domain."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure, (curve_axes, bar_axes) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
     rows = [point["rows"] for point in report["curve"]]
-    left.plot(rows, [point["tokens"] for point in report["curve"]], marker="o")
-    for name, at in report["knees"].items():
-        left.axvline(at, linestyle=":", color="gray")
-        left.annotate(name, (at, left.get_ylim()[1]), rotation=90, va="top", ha="right")
-    left.set(xlabel="new rows", ylabel="tokens on held-out lines", title="tokens saved against rows added")
+    curve_axes.plot(rows, [point["tokens"] for point in report["curve"]], marker="o")
+    for name, position in report["knees"].items():
+        curve_axes.axvline(position, linestyle=":", color="gray")
+        curve_axes.annotate(name, (position, curve_axes.get_ylim()[1]), rotation=90, va="top", ha="right")
+    curve_axes.set(xlabel="new rows", ylabel="tokens on held-out lines", title="tokens saved against rows added")
     measured = report["measured"][:-1]
-    for shift, name in ((-0.2, "before"), (0.2, "after")):
+    for offset, name in ((-0.2, "before"), (0.2, "after")):
         widths = [row[name]["characters_per_token"] for row in measured]
-        right.barh([place + shift for place in range(len(measured))], widths, 0.4, label=name)
-    right.set_yticks(range(len(measured)), [f"{row['domain']}, {row['language']}" for row in measured])
-    right.set(xlabel="characters per token", title="fit")
-    right.invert_yaxis()
+        bar_axes.barh([index + offset for index in range(len(measured))], widths, 0.4, label=name)
+    bar_axes.set_yticks(range(len(measured)), [f"{row['domain']}, {row['language']}" for row in measured])
+    bar_axes.set(xlabel="characters per token", title="fit")
+    bar_axes.invert_yaxis()
     if measured:
-        right.legend()
+        bar_axes.legend()
     figure.savefig(file, dpi=120)
     pyplot.close(figure)

@@ -1,4 +1,4 @@
-"""How well tokenizers fit texts, by domain and language."""
+"""Compression statistics of tokenizers on texts, by domain and language."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -9,7 +9,7 @@ import regex
 from fireflyds.types import Encoder
 
 CONTEXT = 4096
-# A text's language is told from its script; Japanese alone mixes several.
+# The language of a text is derived from its scripts; only Japanese combines several.
 _LANGUAGES = {
     "Hiragana": "Japanese",
     "Katakana": "Japanese",
@@ -27,7 +27,7 @@ _LANGUAGES = {
 
 @dataclass(slots=True)
 class TokenizerStats:
-    """Sizes of texts under one tokenizer. `fallback` counts tokens that are bytes and no whole characters."""
+    """Sizes of texts with one tokenizer. `fallback`: number of tokens that are bytes of an incomplete character."""
 
     documents: int = 0
     characters: int = 0
@@ -55,7 +55,7 @@ class TokenizerStats:
 
 @dataclass(slots=True)
 class ComparisonRow:
-    """Texts of one domain in one language, under two tokenizers."""
+    """Statistics of the texts of one domain and language, with two tokenizers."""
 
     domain: str
     language: str
@@ -79,30 +79,30 @@ class TokenizerMeter:
         self._fragments = encoder.fragments()
 
     def measure(self, text: str) -> TokenizerStats:
-        """Of plain text, without BOS and EOS."""
+        """Returns the statistics of plain text, without BOS and EOS."""
         ids = self.encoder.encode(text)
         fallback = sum(index in self._fragments for index in ids)
         return TokenizerStats(1, len(text), len(text.encode()), len(ids), fallback)
 
 
 def compare_tokenizers(old: Encoder, new: Encoder, texts: Iterable[tuple[str, str]]) -> list[ComparisonRow]:
-    """Two tokenizers on `(domain, text)` pairs: a row for each domain and language, and one for everything."""
-    scales = TokenizerMeter(old), TokenizerMeter(new)
+    """Compares two tokenizers on `(domain, text)` pairs: one row per domain and language, and one for all texts."""
+    meters = TokenizerMeter(old), TokenizerMeter(new)
     rows: dict[tuple[str, str], ComparisonRow] = {}
     total = ComparisonRow("all", "all", TokenizerStats(), TokenizerStats())
     for domain, text in texts:
         key = (domain, language(text))
         row = rows.setdefault(key, ComparisonRow(*key, TokenizerStats(), TokenizerStats()))
-        before, after = (scale.measure(text) for scale in scales)
-        for each in (row, total):
-            each.before.add(before)
-            each.after.add(after)
+        before, after = (meter.measure(text) for meter in meters)
+        for comparison in (row, total):
+            comparison.before.add(before)
+            comparison.after.add(after)
     by_size = sorted(rows.values(), key=lambda row: (row.domain, -row.before.characters))
     return [*by_size, total] if rows else []
 
 
 def language(text: str) -> str:
-    """The language whose script most letters of the text's first 2,000 characters belong to."""
+    """Returns the language of the script with the most letters in the first 2,000 characters of the text."""
     counts: dict[str, int] = {}
     for name, count in _letters(text[:2000]):
         counts[_LANGUAGES[name]] = counts.get(_LANGUAGES[name], 0) + count
@@ -112,8 +112,8 @@ def language(text: str) -> str:
 
 
 def _letters(text: str) -> Sequence[tuple[str, int]]:
-    found = ((name, len(pattern.findall(text))) for name, pattern in _patterns())
-    return [(name, count) for name, count in found if count]
+    matches = ((name, len(pattern.findall(text))) for name, pattern in _patterns())
+    return [(name, count) for name, count in matches if count]
 
 
 @cache
