@@ -1,1 +1,1 @@
-"""From raw files to packed batches."""
+"""Data pipeline from raw files to packed batches."""

@@ -1,4 +1,4 @@
-"""Samples to token ids with the spans that carry loss."""
+"""Encodes samples as token ids with the spans that carry loss."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,7 +13,7 @@ from fireflyds.types import BOS, EOS, Encoder, Example, Sample, Segment
 
 
 def encode_document(encoder: Encoder, text: str) -> Example:
-    """BOS (where the tokenizer puts one), the text, EOS; loss on all but the first token."""
+    """Encodes a document as BOS (if the tokenizer adds one), text and EOS; every token but the first is a target."""
     return _document(encoder, text, encoder.encode(text))
 
 
@@ -27,7 +27,7 @@ def _document(encoder: Encoder, text: str, ids: list[int]) -> Example:
 
 
 def encode_samples(encoder: Encoder, template: str, samples: Sequence[Sample], loss_on: LossOn) -> list[Example | str]:
-    """Every sample, or why it cannot be encoded. Documents go to the tokenizer together."""
+    """Returns the example of each sample, or the reason why it cannot be encoded. Documents are tokenized in one batch."""
     documents = iter(encoder.encode_batch([sample.text for sample in samples if sample.text is not None]))
     encoded: list[Example | str] = []
     for sample in samples:
@@ -44,7 +44,7 @@ def encode_samples(encoder: Encoder, template: str, samples: Sequence[Sample], l
 
 
 def encode_segments(encoder: Encoder, segments: Sequence[Segment]) -> Example:
-    """Segments are encoded one by one, so that a prompt has the same ids in training and in use.
+    """Encodes segments one by one, so that a prompt has the same ids in training and in inference.
 
     Raises:
         ValueError: the tokenizer has no such special token.
@@ -77,10 +77,10 @@ def _special_id(encoder: Encoder, token: str) -> int:
 
 
 def encode_sample(encoder: Encoder, template: str, sample: Sample, loss_on: LossOn = LossOn.answers) -> Example:
-    """A document, or a dialogue in the given template.
+    """Encodes a document, or a dialogue rendered with the chat template `template`.
 
     Raises:
-        ValueError: the dialogue does not fit the template, or the tokenizer lacks a special token of it.
+        ValueError: the dialogue does not fit the template, or the tokenizer lacks one of its special tokens.
     """
     if sample.text is not None:
         return encode_document(encoder, sample.text)
@@ -89,7 +89,7 @@ def encode_sample(encoder: Encoder, template: str, sample: Sample, loss_on: Loss
     if loss_on is LossOn.last_answer:
         return replace(example, spans=example.spans[-1:])
     if loss_on is LossOn.all:
-        # Turn by turn, so that a long dialogue is still cut at a whole turn.
+        # One span per turn, so that a long dialogue can still be truncated after a complete turn.
         ends = [*(end for _, end in example.spans[:-1]), len(example.input_ids)]
         return replace(example, spans=tuple(pairwise([0, *ends])))
     return example

@@ -1,4 +1,4 @@
-"""A token store for people: its table, its chart, and samples with what is learnt from them marked."""
+"""Formats a token store for the terminal: counts, length histogram, and samples with the learned tokens marked."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -21,8 +21,8 @@ _BAR = 40
 
 
 def format_manifest(manifest: dict[str, Any]) -> str:
-    """What was read, kept, dropped and why, by domain."""
-    head = (
+    """Returns a table of the rows read, kept, dropped and rejected by domain, with the reasons and detected layouts."""
+    header = (
         "domain",
         "read",
         "documents",
@@ -34,25 +34,25 @@ def format_manifest(manifest: dict[str, Any]) -> str:
         "dropped",
         "rejected",
     )
-    rows = [head]
+    rows = [header]
     for domain, counts in [*manifest["per_domain"].items(), ("all", manifest["totals"])]:
         tokens = max(1, counts["tokens"])
-        whole = ("read", "documents", "dialogues", "tokens", "bytes")
+        columns = ("read", "documents", "dialogues", "tokens", "bytes")
         rows.append(
             (
                 domain,
-                *(f"{counts[name]:,}" for name in whole),
+                *(f"{counts[name]:,}" for name in columns),
                 f"{counts['bytes'] / tokens:.2f}",
                 f"{counts['learned'] / tokens:.1%}",
                 f"{counts['dropped']:,}",
                 f"{counts['rejected']:,}",
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     lines = [
         "  ".join(
-            cell.ljust(width) if not at else cell.rjust(width)
-            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+            cell.ljust(width) if not index else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         for row in rows
     ]
@@ -63,17 +63,18 @@ def format_manifest(manifest: dict[str, Any]) -> str:
 
 
 def histogram(store: TokenStore) -> str:
-    """Documents and tokens by length, in powers of two."""
-    edges, documents, tokens = _by_length(store)
-    most = max(tokens.max(initial=0), 1)
+    """Returns a text histogram of documents and tokens by document length, with bins of powers of two."""
+    edges, documents, tokens = _length_histogram(store)
+    max_tokens = max(tokens.max(initial=0), 1)
     lines = ["length in tokens   documents         tokens"]
     for low, count, total in zip(edges.tolist(), documents.tolist(), tokens.tolist(), strict=True):
-        bar = "#" * round(_BAR * total / most)
+        bar = "#" * round(_BAR * total / max_tokens)
         lines.append(f"{low:>7,}-{2 * low - 1:<8,} {count:>11,} {total:>14,} {bar}")
     return "\n".join(lines)
 
 
-def _by_length(store: TokenStore) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _length_histogram(store: TokenStore) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the lower bin edges (powers of two), documents and tokens per bin: int64 `[bins]` each."""
     lengths = np.asarray(store.lengths, np.int64)
     powers = np.floor(np.log2(np.maximum(lengths, 1))).astype(np.int64)
     documents = np.bincount(powers)
@@ -82,7 +83,7 @@ def _by_length(store: TokenStore) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def plot_lengths(store: TokenStore, file: Path) -> None:
-    """Tokens by domain and by length."""
+    """Plots tokens by domain and by document length to `file`."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -92,16 +93,16 @@ def plot_lengths(store: TokenStore, file: Path) -> None:
     domains = store.manifest["per_domain"]
     left.barh(list(domains), [counts["tokens"] for counts in domains.values()])
     left.set(xlabel="tokens", title="tokens by domain")
-    edges, _, tokens = _by_length(store)
+    edges, _, tokens = _length_histogram(store)
     right.bar([str(edge) for edge in edges], tokens)
     right.tick_params(axis="x", rotation=60)
-    right.set(xlabel="document length, from", ylabel="tokens", title="tokens by length")
+    right.set(xlabel="document length in tokens (bin start)", ylabel="tokens", title="tokens by length")
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
 
 
 def format_samples(config: PrepareConfig, encoder: Encoder) -> Iterator[tuple[str, Example | str]]:
-    """The first samples of each source as they would be stored, or why one would not be."""
+    """Yields a label and the example to be stored, or the reason for dropping it, for the first samples of each source."""
     cleaner = Cleaner(config.clean)
     for source in config.data.sources:
         items = (item for part in source_parts(source) for item in read_part(source, part))
@@ -120,31 +121,31 @@ def format_samples(config: PrepareConfig, encoder: Encoder) -> Iterator[tuple[st
 
 
 def print_samples(config: PrepareConfig, encoder: Encoder) -> None:
-    """Learned tokens in green, between ⟦ and ⟧, which stay where there are no colours."""
+    """Prints samples with learned tokens in green and between ⟦ and ⟧, so that they are marked without colours too."""
     console = Console(soft_wrap=True, highlight=False)
     for name, example in format_samples(config, encoder):
         console.rule(Text(name))
         if isinstance(example, str):
             console.print(Text(example, style="red"))
             continue
-        text, at = Text(), 0
+        text, position = Text(), 0
         for start, end in example.spans:
-            text.append(_words(encoder, example.input_ids[at:start]), style="dim")
-            text.append("⟦" + _words(encoder, example.input_ids[start:end]) + "⟧", style="green")
-            at = end
-        text.append(_words(encoder, example.input_ids[at:]), style="dim")
+            text.append(_token_text(encoder, example.input_ids[position:start]), style="dim")
+            text.append("⟦" + _token_text(encoder, example.input_ids[start:end]) + "⟧", style="green")
+            position = end
+        text.append(_token_text(encoder, example.input_ids[position:]), style="dim")
         console.print(text)
         learned = sum(end - start for start, end in example.spans)
         console.print(Text(f"{len(example.input_ids):,} tokens, {learned:,} learned", style="cyan"))
 
 
-def _words(encoder: Encoder, ids: np.ndarray) -> str:
-    """Text of tokens, special ones by their names."""
+def _token_text(encoder: Encoder, ids: np.ndarray) -> str:
+    """Returns the text of token ids, with special tokens by name."""
     words: list[str] = []
     fragments = encoder.fragments()
     held: list[int] = []
     for index in ids.tolist():
-        # A special token decodes to nothing; its name shows.
+        # A special token decodes to an empty string; its name is shown instead.
         if index not in fragments and not encoder.decode([index]) and encoder.token(index).strip():
             words += [encoder.decode(held), encoder.token(index)]
             held = []

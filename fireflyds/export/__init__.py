@@ -1,1 +1,1 @@
-"""A run as a Hugging Face directory."""
+"""Export of a run as a Hugging Face directory."""

@@ -1,4 +1,7 @@
-"""The plain model that computes what a tuned one does: adapters merged, rows joined, quantised weights unpacked."""
+"""Weights of the plain model that is equivalent to a tuned one.
+
+Adapters are merged, split embeddings joined, and quantised weights dequantised.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,25 +14,25 @@ from fireflyds.models.split_embeddings import SplitEmbedding, SplitLMHead
 from fireflyds.models.tuning import ADAPTER, adapted_direction, float_weight, is_quantised
 from fireflyds.tokenizer.shards import Entry
 
-# Parts of an adapted layer, of a quantised weight's description, of a split matrix.
+# Substrings of state-dict names that belong to adapted layers and quantisation states, not to the plain model.
 _PARTS = (".base_layer.", ".lora_", ".weight.absmax", ".weight.quant", ".weight.nested", ".SCB", ".weight_format")
 
 
 def merged_entries(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Entry]:
-    """Every weight of the plain model, made when its turn comes to be written: of a model of any size one matrix at a time is
-    merged. `dtype`: of what is written; None: float32 where something was merged, else the model's own.
+    """Returns every weight of the plain model by name, computed lazily: one matrix at a time is merged when it is written.
 
-    Merging happens in float32: a merge into 4 bit would lose what was learnt.
+    `dtype`: that of the written weights; None: float32 for merged, joined or dequantised weights, else unchanged. Merging is
+    done in float32, as merging into 4-bit weights would round off the trained update.
     """
     entries: dict[str, Entry] = {}
 
-    def add(name: str, shape: torch.Size | list[int], own: torch.dtype, make: Callable[[], Tensor]) -> None:
-        target = own if dtype is None or not own.is_floating_point else dtype
-        entries[name] = Entry([*shape], target, partial(_made, make, target))
+    def add(name: str, shape: torch.Size | list[int], source_dtype: torch.dtype, make: Callable[[], Tensor]) -> None:
+        target = source_dtype if dtype is None or not source_dtype.is_floating_point else dtype
+        entries[name] = Entry([*shape], target, partial(_cast_to_host, make, target))
 
     for name, tensor in model.state_dict().items():
         if _is_plain(name):
-            add(name, tensor.shape, tensor.dtype, partial(_itself, tensor))
+            add(name, tensor.shape, tensor.dtype, partial(_identity, tensor))
     for name, module in model.named_modules():
         if isinstance(module, SplitEmbedding | SplitLMHead):
             for part in ("frozen", "trainable"):
@@ -41,7 +44,7 @@ def merged_entries(model: nn.Module, dtype: torch.dtype | None = None) -> dict[s
             add(f"{name}.weight", [out_features, in_features], torch.float32, partial(_adapted_weight, module))
             if module.base_layer.bias is not None:
                 bias = module.base_layer.bias
-                add(f"{name}.bias", bias.shape, bias.dtype, partial(_itself, bias))
+                add(f"{name}.bias", bias.shape, bias.dtype, partial(_identity, bias))
         elif is_quantised(getattr(module, "weight", None)) and _is_plain(f"{name}.weight"):
             shape = [module.out_features, module.in_features]
             add(f"{name}.weight", shape, torch.float32, partial(float_weight, module))
@@ -49,25 +52,27 @@ def merged_entries(model: nn.Module, dtype: torch.dtype | None = None) -> dict[s
 
 
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """All of `merged_entries` at once, for small models."""
+    """Returns all weights of `merged_entries` at once, for small models."""
     return {name: entry.make() for name, entry in merged_entries(model).items()}
 
 
 @torch.no_grad()
-def _made(make: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:
+def _cast_to_host(make: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:
+    """Computes a weight and casts it to `dtype` on the host."""
     return make().detach().to("cpu", dtype)
 
 
-def _itself(tensor: Tensor) -> Tensor:
+def _identity(tensor: Tensor) -> Tensor:
     return tensor
 
 
 def _joined_rows(module: SplitEmbedding | SplitLMHead) -> Tensor:
+    """Returns frozen and trainable rows as one matrix `[V, d]` in float32."""
     return torch.cat([module.frozen.float(), module.trainable.float()])
 
 
 def _adapted_weight(layer: Any) -> Tensor:
-    """W + scaling · B A; under DoRA (arXiv 2402.09353) its rows are given the learnt magnitudes."""
+    """Returns W + scaling · B A in float32; under DoRA (arXiv 2402.09353) rows are rescaled to the trained magnitudes."""
     weight = adapted_direction(layer)
     if ADAPTER in getattr(layer, "lora_magnitude_vector", {}):
         magnitude = layer.lora_magnitude_vector[ADAPTER].weight.float()
@@ -76,4 +81,5 @@ def _adapted_weight(layer: Any) -> Tensor:
 
 
 def _is_plain(name: str) -> bool:
+    """True for a state-dict name that the plain model has too."""
     return not any(part in name for part in _PARTS)

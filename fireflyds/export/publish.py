@@ -1,4 +1,4 @@
-"""A trained model as a Hugging Face directory: weights, tokenizer, chat template, generation settings, card."""
+"""Writing of a trained model as a Hugging Face directory: weights, chat template, generation settings, model card."""
 
 import copy
 import json
@@ -19,18 +19,18 @@ from fireflyds.models.precision import DTYPES, is_emulated
 from fireflyds.tokenizer.shards import Entry, save_sharded
 from fireflyds.types import EOS, Encoder, PackedBatch
 
-# A reloaded model computes the same logits, up to the rounding of its number format.
 MAX_SHARD_BYTES = 5 * 10**9
+# Largest difference of logits between the trained and the reloaded model, relative to the largest logit: rounding only.
 TOLERANCE = {Precision.fp32: 1e-5, Precision.bf16: 5e-2, Precision.fp16: 1e-2}
 
 
 def write_weights(
     folder: Path, hf_config: Any, entries: dict[str, Entry], dtype: torch.dtype, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
-    """`config.json`, and safetensors of at most `max_shard_bytes` each (or one tensor), tensor by tensor.
+    """Writes `config.json` and safetensors shards of at most `max_shard_bytes` (or one tensor), tensor by tensor.
 
     Raises:
-        UserError: the weights are not those of the configured architecture.
+        UserError: names or shapes of the weights are not those of the architecture.
     """
     plain_config = copy.deepcopy(hf_config)
     if hasattr(plain_config, "quantization_config"):
@@ -44,18 +44,18 @@ def write_weights(
     for name, entry in entries.items():
         if expected.get(name) != entry.shape:
             raise UserError(
-                f"the trained weights do not fit {plain_config.model_type}: {name} is {entry.shape}, the architecture has "
+                f"the trained weights do not match {plain_config.model_type}: {name} is {entry.shape}, the architecture has "
                 f"{expected.get(name, 'no such weight')}"
             )
     missing = expected.keys() - entries.keys() - tied
     if missing:
-        raise UserError(f"the trained weights do not fit {plain_config.model_type}: {min(missing)} is missing")
+        raise UserError(f"the trained weights do not match {plain_config.model_type}: {min(missing)} is missing")
     plain_config.save_pretrained(folder)
     save_sharded(folder, entries, max_shard_bytes)
 
 
 def write_chat_settings(folder: Path, encoder: Encoder, template: str | None) -> None:
-    """`generation_config.json`; with a template, its Jinja form too, and the token at which generation stops."""
+    """Writes `generation_config.json`; with a template also `chat_template.jinja`, and its stop token as the EOS token."""
     stop = encoder.eos_id
     if template is not None:
         chat = registry.find("fireflyds.data.templates", template).CHAT
@@ -66,25 +66,28 @@ def write_chat_settings(folder: Path, encoder: Encoder, template: str | None) ->
 
 
 def probe_ids(vocab_size: int) -> Tensor:
-    """64 random tokens `[1, 64]`, the same for every model of this vocabulary."""
+    """Returns 64 random token ids, int64 `[1, 64]`, the same for every model of this vocabulary size."""
     return torch.randint(0, vocab_size, (1, 64), generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
 def packed_logits(model: Any, ids: Tensor) -> Tensor:
-    """Logits `[1, 64, V]` of a tuned model in its packed forward pass, on the host. Its weights are cast in place."""
+    """Returns the logits `[1, 64, V]` of a tuned model's packed forward pass, float32 on the host.
+
+    The model is modified in place: it is fused, and its weights are cast.
+    """
     device, model = model.device, fuse(model.eval())
     for module in model.modules():
-        # In evaluation mode 8-bit layers round their inputs too, which merged weights do not show.
+        # In evaluation mode 8-bit layers quantise their inputs too, which merged weights do not reproduce.
         if getattr(getattr(module, "weight", None), "dtype", None) is torch.int8 and not hasattr(module, "lora_A"):
             module.train()
-    compute_in = torch.float32 if is_emulated(model.dtype) else model.dtype
+    compute_dtype = torch.float32 if is_emulated(model.dtype) else model.dtype
     for parameter in model.parameters():
-        if parameter.is_floating_point():  # float32 adapters beside a half-precision base
-            parameter.data = parameter.data.to(compute_in)
+        if parameter.is_floating_point():  # adapters are float32 where the base is in half precision
+            parameter.data = parameter.data.to(compute_dtype)
     for module in model.modules():
         if getattr(module, "compute_dtype", None) in DTYPES.values():  # 4-bit layers
-            module.compute_dtype = compute_in
+            module.compute_dtype = compute_dtype
     inputs = PackedBatch.from_documents(ids.tolist(), learned=False).model_inputs(device)
     names = ("input_ids", "position_ids", "cu_seqlens", "max_seqlen")
     hidden = hidden_states(model, **{name: inputs[name] for name in names})
@@ -93,24 +96,28 @@ def packed_logits(model: Any, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def reload_difference(folder: Path, ids: Tensor, trained_logits: Tensor, dtype: Precision) -> float:
-    """Largest difference between the logits of the directory, loaded by plain transformers, and those of the trained model,
-    relative to the largest logit.
+    """Returns the largest difference between the logits of the directory, loaded with plain transformers, and
+    `trained_logits`, relative to the largest trained logit.
 
     Raises:
-        UserError: it is larger than the number format explains.
+        UserError: the difference exceeds the rounding error of the format (`TOLERANCE`).
     """
     model = load_for_inference(folder)
     logits = model(ids.to(model.device)).logits.float().cpu()
     difference = float((trained_logits - logits).abs().max() / trained_logits.abs().max())
     if not difference <= TOLERANCE[dtype]:
         raise UserError(
-            f"{folder}: logits differ from the trained model's by {difference:.1e}, more than {TOLERANCE[dtype]:.0e}. Nothing was written"
+            f"{folder}: logits differ from the trained model's by {difference:.1e}, more than {TOLERANCE[dtype]:.0e}. "
+            "Nothing was written"
         )
     return difference
 
 
 def write_model_card(folder: Path, trained: TrainConfig, about: dict[str, Any], languages: Sequence[str]) -> None:
-    """`README.md` with the metadata that hubs read. `languages`: codes of what the run trained on, as its sources name them."""
+    """Writes `README.md` with the metadata block of the Hugging Face Hub.
+
+    `about`: metadata of the run, with the key `checkpoint`. `languages`: language codes of the training data.
+    """
     base = trained.model.path or "none (from scratch)"
     lines = [
         "---",
@@ -123,7 +130,7 @@ def write_model_card(folder: Path, trained: TrainConfig, about: dict[str, Any], 
         f"# {trained.run}",
         "",
         f"Trained with fireflyds from {base}: {trained.tuning.method.name}, learning rate {trained.optim.lr:g} "
-        f"({trained.optim.schedule.name}), {trained.global_batch_size} packed rows of {trained.seq_len} tokens a step, "
+        f"({trained.optim.schedule.name}), {trained.global_batch_size} packed rows of {trained.seq_len} tokens per step, "
         f"{about['checkpoint']}.",
         "",
         "```json",

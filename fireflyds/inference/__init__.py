@@ -1,1 +1,1 @@
-"""Talking to a model directory."""
+"""Interactive chat with a model directory."""

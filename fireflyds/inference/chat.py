@@ -1,4 +1,4 @@
-"""A conversation with a model directory, streamed to the terminal."""
+"""Chat with a model directory, with answers streamed to the terminal."""
 
 import math
 
@@ -11,25 +11,26 @@ from fireflyds.models.load import load_for_inference
 
 
 class ChatSession:
-    """Keeps the history; oldest turns are forgotten when the context is full."""
+    """A chat with its message history; the oldest turns are dropped when the context is full."""
 
     def __init__(self, config: ChatConfig) -> None:
         self._config = config
         self._tokenizer = AutoTokenizer.from_pretrained(config.model)
         if self._tokenizer.chat_template is None:
             raise UserError(
-                f"model={config.model}: has no chat template: it is a base model. Instruction-tune it first"
+                f"model={config.model}: has no chat template, so it is a base model. Instruction-tune it first"
             )
         self._model = load_for_inference(config.model)
         torch.manual_seed(config.seed)
         self.clear()
 
     def clear(self) -> None:
+        """Resets the history to the system message, if any."""
         system = self._config.system
         self.messages = [{"role": "system", "content": system}] if system else []
 
     def send(self, text: str) -> str:
-        """Answer, printing as it comes."""
+        """Returns the answer to `text`; prints it while it is generated."""
         self.messages.append({"role": "user", "content": text})
         inputs = self._inputs()
         sampling = self._config.temperature > 0
@@ -46,14 +47,15 @@ class ChatSession:
         return answer.strip()
 
     def _inputs(self) -> dict[str, torch.Tensor]:
-        # BLOOM's ALiBi has no limit of positions, and its configuration no such key.
+        """Returns the encoded history; drops the oldest turns until the prompt and the answer fit the context."""
+        # BLOOM's ALiBi has no maximum position, and its configuration no such key.
         positions = getattr(self._model.config, "max_position_embeddings", None) or math.inf
-        room = positions - self._config.max_new_tokens
+        max_prompt_tokens = positions - self._config.max_new_tokens
         first = 1 if self._config.system else 0
         while True:
             encoded = self._tokenizer.apply_chat_template(
                 self.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
             )
-            if encoded["input_ids"].shape[1] <= room or len(self.messages) <= first + 1:
+            if encoded["input_ids"].shape[1] <= max_prompt_tokens or len(self.messages) <= first + 1:
                 return {name: encoded[name].to(self._model.device) for name in ("input_ids", "attention_mask")}
             del self.messages[first : first + 2]

@@ -1,1 +1,1 @@
-"""Models: loading, what trains, and the packed forward pass."""
+"""Models: loading, trainable parameters (full, freeze, LoRA, QLoRA), and the packed forward pass."""

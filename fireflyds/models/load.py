@@ -1,4 +1,4 @@
-"""Weights from a directory, or drawn at random for an architecture."""
+"""Loading of models: configuration and weights from a directory, or random weights for an architecture."""
 
 import os
 from collections.abc import Callable
@@ -16,36 +16,39 @@ from fireflyds.models.precision import DTYPES, inference_dtype
 from fireflyds.models.rope_scaling import apply_rope_scaling
 from fireflyds.types import Encoder, Family, Loaded
 
-# Published models pad their embeddings by a few hundred rows at most (Qwen2: 271).
+# Rows. Published models pad their embeddings by a few hundred rows at most (Qwen2: 271).
 MAX_PADDING = 1024
-_NO_THREADS = "HF_DEACTIVATE_ASYNC_LOAD"
+_DISABLE_ASYNC_LOAD = "HF_DEACTIVATE_ASYNC_LOAD"
 
 
 def read_config(config: ModelConfig, encoder: Encoder) -> Any:
-    """The Hugging Face configuration of the model to train, checked against its tokenizer.
+    """Returns the Hugging Face configuration of the model to train, checked against its tokenizer.
 
     Raises:
-        UserError: no model there, an unknown family, or embeddings of another size than the tokenizer.
+        UserError: no model in the directory, an unknown architecture, or embeddings that do not match the size of the
+            tokenizer.
     """
     if config.init is ModelInit.scratch:
-        known = {"vocab_size": encoder.vocab_size, "bos_token_id": encoder.bos_id, "eos_token_id": encoder.eos_id}
-        settings = known | config.architecture
+        defaults = {"vocab_size": encoder.vocab_size, "bos_token_id": encoder.bos_id, "eos_token_id": encoder.eos_id}
+        settings = defaults | config.architecture
         return apply_rope_scaling(AutoConfig.for_model(settings.pop("model_type"), **settings), config)
-    folder, loaded = Path(config.path), _from_directory(config)
-    if not 0 <= loaded.vocab_size - encoder.vocab_size < MAX_PADDING:
+    folder, hf_config = Path(config.path), _read_directory_config(config)
+    if not 0 <= hf_config.vocab_size - encoder.vocab_size < MAX_PADDING:
         raise UserError(
-            f"model.path={folder}: the embeddings have {loaded.vocab_size} rows but the tokenizer "
-            f"{config.tokenizer_path} has {encoder.vocab_size} pieces; rows may exceed pieces by padding only. Name the "
-            "tokenizer that belongs to the model, or give the model rows for a larger one with launch/expand.py"
+            f"model.path={folder}: the embeddings have {hf_config.vocab_size} rows but the tokenizer "
+            f"{config.tokenizer_path} has {encoder.vocab_size} tokens; rows may exceed tokens by padding only. Set "
+            "the tokenizer of this model, or expand the model for a larger tokenizer with launch/expand.py"
         )
-    return apply_rope_scaling(loaded, config)
+    return apply_rope_scaling(hf_config, config)
 
 
 def config_of(key: str, path: str) -> Any:
-    """The Hugging Face configuration of a model's directory, which the field `key` names. Code beside it is never run.
+    """Returns the Hugging Face configuration of the directory `path`, the value of the field `key`.
+
+    Remote code (`trust_remote_code`) is never run.
 
     Raises:
-        UserError: there is none, or transformers does not know such models.
+        UserError: no config.json, or an architecture that transformers does not support.
     """
     if not (Path(path) / "config.json").is_file():
         raise UserError(f"{key}={path}: no config.json there. Give the directory of a Hugging Face model")
@@ -53,61 +56,63 @@ def config_of(key: str, path: str) -> Any:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (ValueError, OSError) as error:
         raise UserError(
-            f"{key}={path}: {str(error).splitlines()[0]}. Code that comes with a model is not run: give a model that this "
-            "version of transformers knows"
+            f"{key}={path}: {str(error).splitlines()[0]}. Code of the model's directory is not run (trust_remote_code): "
+            "give a model that this version of transformers supports"
         ) from error
 
 
-def _from_directory(config: ModelConfig) -> Any:
-    folder, loaded = Path(config.path), config_of("model.path", config.path)
+def _read_directory_config(config: ModelConfig) -> Any:
+    """Reads the configuration at `model.path` and checks it against `model.architecture`."""
+    folder, hf_config = Path(config.path), config_of("model.path", config.path)
     for key, value in config.architecture.items():
-        if getattr(loaded, key, None) != value:
+        if getattr(hf_config, key, None) != value:
             raise UserError(
-                f"model.path={folder}: has {key}={getattr(loaded, key, None)}, model.architecture says {value}. Give the "
+                f"model.path={folder}: has {key}={getattr(hf_config, key, None)}, model.architecture says {value}. Give the "
                 "directory of that model, or model=<path> for this one"
             )
-    return loaded
+    return hf_config
 
 
 def architecture_of(config: ModelConfig) -> Any:
-    """The Hugging Face configuration from the directory, or where none is given from `architecture` alone.
+    """Returns the Hugging Face configuration of `model.path`, or without a path that of `model.architecture`.
 
     Raises:
-        UserError: neither is there, or the two disagree.
+        UserError: neither is set, or the two differ.
     """
     if config.path:
-        return apply_rope_scaling(_from_directory(config), config)
+        return apply_rope_scaling(_read_directory_config(config), config)
     settings = dict(config.architecture)
     if "model_type" not in settings:
         raise UserError(
-            "model: neither model.path nor model.architecture is given. Give model=<path>, or an option of conf/model"
+            "model: neither model.path nor model.architecture is set. Give model=<path>, or an option of conf/model"
         )
     return apply_rope_scaling(AutoConfig.for_model(settings.pop("model_type"), **settings), config)
 
 
 def base_vocab_size(config: ModelConfig, hf_config: Any) -> int | None:
-    """Rows of the vocabulary before its expansion, where anybody said.
+    """Returns the number of rows before the vocabulary expansion; None where neither configuration nor model has it.
 
     Raises:
-        UserError: configuration and model say different numbers.
+        UserError: configuration and model have different numbers.
     """
     recorded: int | None = getattr(hf_config, "base_vocab_size", None)
-    asked = config.base_vocab_size
-    if recorded is not None and asked is not None and recorded != asked:
+    configured = config.base_vocab_size
+    if recorded is not None and configured is not None and recorded != configured:
         raise UserError(
-            f"model.base_vocab_size={asked}: the model's config.json says {recorded}. Leave it out, or name the model it is of"
+            f"model.base_vocab_size={configured}: the model's config.json has {recorded}. Remove the setting, or give the model "
+            "that it belongs to"
         )
-    return recorded if asked is None else asked
+    return recorded if configured is None else configured
 
 
 def bare_model(hf_config: Any) -> Any:
-    """The model without weights, on the meta device."""
+    """Returns the model without weights, on the meta device."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(hf_config)
 
 
 def family_of(model_type: str) -> Family:
-    """The family of a Hugging Face `model_type`."""
+    """Returns the family of a Hugging Face `model_type`."""
     family: Family = registry.find("fireflyds.models.families", model_type).FAMILY
     return family
 
@@ -115,7 +120,10 @@ def family_of(model_type: str) -> Family:
 def load_model(
     config: ModelConfig, hf_config: Any, precision: Precision, seed: int, quantization: Any = None
 ) -> Loaded:
-    """The model, in the dtype of `precision`, quantised on the way in when `quantization` says so."""
+    """Loads the model in the dtype of `precision`, quantised while loading where `quantization` is not None.
+
+    With `model.init` scratch the weights are random, drawn with `seed`.
+    """
     family = family_of(hf_config.model_type)
     dtype = DTYPES[precision]
     if config.init is ModelInit.scratch:
@@ -123,28 +131,29 @@ def load_model(
         model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
     else:
         load = partial(AutoModelForCausalLM.from_pretrained, config.path, config=hf_config, dtype=dtype)
-        model = load() if quantization is None else _quantised(load, quantization)
+        model = load() if quantization is None else _load_quantised(load, quantization)
     return Loaded(model, family)
 
 
 def load_for_inference(folder: Path | str) -> Any:
-    """A Hugging Face directory as plain transformers loads it, in evaluation mode, on the first GPU where there is one."""
+    """Loads a Hugging Face directory with plain transformers, in evaluation mode, on the first GPU if there is one."""
     hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     model = AutoModelForCausalLM.from_pretrained(folder, config=hf_config, dtype=inference_dtype(hf_config)).eval()
     return model.cuda() if torch.cuda.is_available() else model
 
 
-def _quantised(load: Callable[..., Any], quantization: Any) -> Any:
-    """Quantised tensor by tensor on the device itself: the whole model is nowhere in 16 bit.
+def _load_quantised(load: Callable[..., Any], quantization: Any) -> Any:
+    """Quantises tensor by tensor on the device, so that the 16-bit model is never whole in memory.
 
-    Threads of transformers would read ahead of the quantisation, at worst the whole model onto the device.
+    Asynchronous loading of transformers is disabled: its threads read ahead of the quantisation, at worst the whole model
+    onto the device.
     """
     device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
-    before = os.environ.get(_NO_THREADS)
-    os.environ[_NO_THREADS] = "1"
+    previous = os.environ.get(_DISABLE_ASYNC_LOAD)
+    os.environ[_DISABLE_ASYNC_LOAD] = "1"
     try:
         return load(quantization_config=quantization, device_map={"": device})
     finally:
-        del os.environ[_NO_THREADS]
-        if before is not None:
-            os.environ[_NO_THREADS] = before
+        del os.environ[_DISABLE_ASYNC_LOAD]
+        if previous is not None:
+            os.environ[_DISABLE_ASYNC_LOAD] = previous

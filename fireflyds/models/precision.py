@@ -1,4 +1,4 @@
-"""Number formats: the one a run trains in, and those that this machine computes without instructions for them."""
+"""Number formats: selection of the training precision, and detection of formats that the CPU emulates in software."""
 
 import time
 from typing import Any
@@ -12,15 +12,15 @@ DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precisi
 
 
 def has_bf16(capability: int) -> bool:
-    """Whether a CUDA device of this compute capability (80 for sm_80) has bf16 arithmetic.
+    """True where a CUDA device of this compute capability (80 for sm_80) has bf16 arithmetic.
 
-    `torch.cuda.is_bf16_supported` also counts the emulation on older devices.
+    `torch.cuda.is_bf16_supported` is also true for the emulation on older devices.
     """
     return capability >= 80
 
 
 def is_emulated(dtype: torch.dtype) -> bool:
-    """Whether the CPU, where there is no GPU, computes this format in software: the same values, many times slower."""
+    """True where there is no GPU and the CPU computes `dtype` in software: the same values, many times slower."""
     if dtype not in (torch.bfloat16, torch.float16) or torch.cuda.is_available():
         return False
     name = "bf16" if dtype is torch.bfloat16 else "fp16"
@@ -28,10 +28,10 @@ def is_emulated(dtype: torch.dtype) -> bool:
 
 
 def resolve_precision(config: HardwareConfig) -> Precision:
-    """The number format to train in. `auto`: bf16 or fp16 on a GPU, by what it has, and fp32 on a CPU.
+    """Returns the training precision. `auto`: bf16 on a GPU that supports it, fp16 on other GPUs, fp32 on a CPU.
 
     Raises:
-        UserError: bf16 on a GPU that does not have it.
+        UserError: bf16 on a GPU that does not support it.
     """
     if not torch.cuda.is_available():
         return Precision.fp32 if config.precision is Precision.auto else config.precision
@@ -47,7 +47,7 @@ def resolve_precision(config: HardwareConfig) -> Precision:
 
 
 def emulation_notes(precision: Precision) -> list[str]:
-    """A note for the log where this CPU emulates the format, with the measured ratio to fp32."""
+    """Returns one note for the log where this CPU emulates `precision`, with the measured slowdown against fp32."""
     dtype = DTYPES[precision]
     if not is_emulated(dtype):
         return []
@@ -59,7 +59,7 @@ def emulation_notes(precision: Precision) -> list[str]:
 
 
 def _matmul_seconds(dtype: torch.dtype) -> float:
-    """The shortest of three products of two [256, 256] matrices."""
+    """Returns the shortest time in seconds of three products of two `[256, 256]` matrices."""
     matrix = torch.ones(256, 256, dtype=dtype)
     seconds = []
     for _ in range(3):
@@ -70,5 +70,5 @@ def _matmul_seconds(dtype: torch.dtype) -> float:
 
 
 def inference_dtype(hf_config: Any) -> torch.dtype | str:
-    """What to load a model in to compute with it: `auto`, its own format, or float32 where the CPU would emulate that."""
+    """Returns the dtype to load a model in for inference: `auto` (its own), or float32 where the CPU would emulate it."""
     return torch.float32 if is_emulated(getattr(hf_config, "dtype", None) or torch.float32) else "auto"

@@ -1,4 +1,8 @@
-"""Longer contexts: rotary positions scaled in the model's configuration, where transformers, export and our kernels read them."""
+"""RoPE scaling for longer contexts.
+
+The settings are written into the model's Hugging Face configuration (`rope_parameters`), which transformers, the export and
+the kernels read.
+"""
 
 import math
 from typing import Any
@@ -6,8 +10,8 @@ from typing import Any
 from fireflyds.config import ModelConfig
 from fireflyds.errors import UserError
 
-# What each kind wants besides `rope_type`, and what it may be given. `ntk` and `ntk_auto` become a `rope_theta`.
-_NEEDS: dict[str, set[str]] = {
+# Required and optional settings of each `rope_type`. `ntk` and `ntk_auto` are converted to a larger `rope_theta`.
+_REQUIRED: dict[str, set[str]] = {
     "default": set(),
     "linear": {"factor"},
     "dynamic": {"factor"},
@@ -16,7 +20,7 @@ _NEEDS: dict[str, set[str]] = {
     "ntk": {"alpha"},
     "ntk_auto": {"seq_len"},
 }
-_MAY: dict[str, set[str]] = {
+_OPTIONAL: dict[str, set[str]] = {
     "yarn": {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
     "ntk_auto": {"coefficient", "half_context"},
 }
@@ -28,49 +32,52 @@ def ntk_base(base: float, alpha: float, head_dim: int) -> float:
 
 
 def ntk_alpha(seq_len: int, half_context: float, coefficient: float = 1.0) -> float:
-    """Chinese-LLaMA-Alpaca's α for a length: (L / half − 1) · coefficient, with half of what the model was trained on.
+    """α of Chinese-LLaMA-Alpaca for a context of `seq_len` tokens: (seq_len / half_context − 1) · coefficient.
 
-    Its second generation takes max_position_embeddings / 2 and 1.0, its first 1024 and 1.1.
+    `half_context`: half of the pretraining context in tokens. Chinese-LLaMA-Alpaca-2 uses max_position_embeddings / 2 with
+    coefficient 1.0, the first version 1024 with 1.1.
     """
     return (seq_len / half_context - 1) * coefficient
 
 
 def apply_rope_scaling(hf_config: Any, config: ModelConfig) -> Any:
-    """The configuration with `model.rope_scaling` in it; `max_position_embeddings` grows with the factor.
+    """Writes `model.rope_scaling` into `hf_config`, in place, and returns it.
+
+    `max_position_embeddings` grows with the scaling factor, except for `dynamic`.
 
     Raises:
-        UserError: an unknown kind, a setting that is missing or not its own, a model without rotary embeddings, or one
-            that was stretched already.
+        UserError: an unknown `rope_type`, a missing, unknown or invalid setting, a model without rotary embeddings, or a
+            model whose rotary embeddings are scaled already.
     """
-    asked = dict(config.rope_scaling)
-    if not asked:
+    settings = dict(config.rope_scaling)
+    if not settings:
         return hf_config
-    kind = asked.pop("rope_type", None)
-    if kind not in _NEEDS:
-        raise UserError(f"model.rope_scaling.rope_type={kind}: no such kind. Known: {', '.join(_NEEDS)}")
-    before = getattr(hf_config, "rope_parameters", None)
-    if not before or "rope_theta" not in before:
+    kind = settings.pop("rope_type", None)
+    if kind not in _REQUIRED:
+        raise UserError(f"model.rope_scaling.rope_type={kind}: no such kind. Known: {', '.join(_REQUIRED)}")
+    rope_parameters = getattr(hf_config, "rope_parameters", None)
+    if not rope_parameters or "rope_theta" not in rope_parameters:
         raise UserError(
-            f"model.rope_scaling: {hf_config.model_type} has no rotary embeddings of one kind. Leave it out"
+            f"model.rope_scaling: {hf_config.model_type} does not have one set of RoPE parameters for all layers. Remove the setting"
         )
-    if before.get("rope_type", "default") != "default":
+    if rope_parameters.get("rope_type", "default") != "default":
         raise UserError(
-            f"model.rope_scaling: the model's positions are scaled already ({before['rope_type']}). Leave it out, or give the unscaled model"
+            f"model.rope_scaling: the model's positions are scaled already ({rope_parameters['rope_type']}). Remove the setting, or "
+            "give the unscaled model"
         )
-    missing, unknown = _NEEDS[kind] - asked.keys(), asked.keys() - _NEEDS[kind] - _MAY.get(kind, set())
+    missing, unknown = _REQUIRED[kind] - settings.keys(), settings.keys() - _REQUIRED[kind] - _OPTIONAL.get(kind, set())
     if missing or unknown:
-        wrong = f"{min(missing)} is missing" if missing else f"{min(unknown)} is not one of its settings"
-        raise UserError(
-            f"model.rope_scaling: {wrong}. {kind} takes {', '.join(sorted(_NEEDS[kind] | _MAY.get(kind, set()))) or 'nothing'}"
-        )
-    for name, value in asked.items():
+        problem = f"{min(missing)} is missing" if missing else f"{min(unknown)} is not one of its settings"
+        accepted = ", ".join(sorted(_REQUIRED[kind] | _OPTIONAL.get(kind, set()))) or "nothing"
+        raise UserError(f"model.rope_scaling: {problem}. {kind} takes {accepted}")
+    for name, value in settings.items():
         _check_value(name, value)
-    _scale(hf_config, kind, asked, before)
+    _update_rope_parameters(hf_config, kind, settings, rope_parameters)
     return hf_config
 
 
 def _check_value(name: str, value: Any) -> None:
-    """Raises `UserError` for a setting that is no number, or too small to stretch anything."""
+    """Raises `UserError` for a value of the wrong type, not finite, or below the minimum of the setting."""
     if name == "truncate":
         if not isinstance(value, bool):
             raise UserError(f"model.rope_scaling.truncate={value!r}: must be true or false")
@@ -83,36 +90,40 @@ def _check_value(name: str, value: Any) -> None:
         raise UserError(f"model.rope_scaling.{name}={value!r}: must be a number above 0")
 
 
-def _scale(hf_config: Any, kind: str, asked: dict[str, Any], before: dict[str, Any]) -> None:
-    most = hf_config.max_position_embeddings
+def _update_rope_parameters(
+    hf_config: Any, kind: str, settings: dict[str, Any], rope_parameters: dict[str, Any]
+) -> None:
+    """Updates `rope_parameters` and `max_position_embeddings` of `hf_config` with checked settings."""
+    max_positions = hf_config.max_position_embeddings
     theta, dim = (
-        before["rope_theta"],
+        rope_parameters["rope_theta"],
         getattr(hf_config, "head_dim", None) or (hf_config.hidden_size // hf_config.num_attention_heads),
     )
     if kind in ("ntk", "ntk_auto"):
-        alpha = asked.get("alpha") or ntk_alpha(
-            asked["seq_len"], asked.get("half_context", most / 2), asked.get("coefficient", 1.0)
+        alpha = settings.get("alpha") or ntk_alpha(
+            settings["seq_len"], settings.get("half_context", max_positions / 2), settings.get("coefficient", 1.0)
         )
         if alpha < 1:
             raise UserError(
-                f"model.rope_scaling: alpha={alpha:g} would shrink the context. Ask for more than {most} positions"
+                f"model.rope_scaling: alpha={alpha:g} would shrink the context. Set more than {max_positions} positions"
             )
-        hf_config.rope_parameters = before | {"rope_theta": ntk_base(theta, alpha, dim)}
-        hf_config.max_position_embeddings = max(most, asked.get("seq_len", round(most * alpha)))
+        hf_config.rope_parameters = rope_parameters | {"rope_theta": ntk_base(theta, alpha, dim)}
+        hf_config.max_position_embeddings = max(max_positions, settings.get("seq_len", round(max_positions * alpha)))
         return
-    added = {"original_max_position_embeddings": most} if kind in ("yarn", "llama3") else {}
-    hf_config.rope_parameters = before | asked | added | {"rope_type": kind}
+    original = {"original_max_position_embeddings": max_positions} if kind in ("yarn", "llama3") else {}
+    hf_config.rope_parameters = rope_parameters | settings | original | {"rope_type": kind}
     if kind in ("linear", "yarn", "llama3"):
-        # Dynamic scaling goes by each document's length against what the model was trained on, so there it stays.
-        hf_config.max_position_embeddings = round(most * asked["factor"])
+        # Dynamic scaling compares each document's length with the pretraining context, so its value is unchanged.
+        hf_config.max_position_embeddings = round(max_positions * settings["factor"])
 
 
 def check_max_positions(hf_config: Any, key: str, length: int) -> None:
-    """Raises `UserError` when the documents that `key` asks for are longer than the model has positions."""
-    most = getattr(hf_config, "max_position_embeddings", None)
-    # Dynamic NTK scaling stretches the positions to each document's length.
-    dynamic = (getattr(hf_config, "rope_parameters", None) or {}).get("rope_type") == "dynamic"
-    if most is not None and length > most and not dynamic:
+    """Raises `UserError` where `length`, the document length in tokens set by `key`, exceeds the model's positions."""
+    max_positions = getattr(hf_config, "max_position_embeddings", None)
+    # Dynamic NTK scaling adapts the positions to the length of each document.
+    is_dynamic = (getattr(hf_config, "rope_parameters", None) or {}).get("rope_type") == "dynamic"
+    if max_positions is not None and length > max_positions and not is_dynamic:
         raise UserError(
-            f"{key}={length}: the model has {most} positions. Use {most} or less, or stretch them with model.rope_scaling"
+            f"{key}={length}: the model has {max_positions} positions. Use {max_positions} or less, or extend the context with "
+            "model.rope_scaling"
         )

@@ -1,7 +1,7 @@
-"""Embeddings and head whose new rows train while the old ones stay: two parameters a matrix.
+"""Embeddings and head whose new rows are trainable while the base rows are frozen: two parameters per matrix.
 
-A mask over the gradient of one matrix would leave gradients, optimizer states, shards and checkpoints as large as if all
-rows trained; a parameter of the new rows alone makes them as small as what is learnt. Weights are written as one matrix.
+With a gradient mask over one matrix, gradients, optimizer states, shards and checkpoints would have the size of all rows;
+with a separate parameter they have the size of the new rows. The export writes one matrix.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from fireflyds.errors import UserError
 
 
 class SplitEmbedding(nn.Module):
-    """`old` `[first, d]`, frozen, and `new` `[V - first, d]`, trained."""
+    """Embedding of V rows in two parameters: `frozen` `[first, d]`, and `trainable` `[V - first, d]` in float32."""
 
     def __init__(self, weight: Tensor, first: int) -> None:
         super().__init__()
@@ -25,19 +25,19 @@ class SplitEmbedding(nn.Module):
         self.trainable = nn.Parameter(weight[first:].detach().float())
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """`[...]` ids to `[..., d]`, in the number format of the old rows."""
-        old = embedding(input_ids.clamp(max=self.first - 1), self.frozen)
-        new = embedding((input_ids - self.first).clamp(min=0), self.trainable).to(old.dtype)
-        return torch.where((input_ids >= self.first)[..., None], new, old)
+        """Returns the embeddings `[..., d]` of ids `[...]`, in the dtype of `frozen`."""
+        base_rows = embedding(input_ids.clamp(max=self.first - 1), self.frozen)
+        new_rows = embedding((input_ids - self.first).clamp(min=0), self.trainable).to(base_rows.dtype)
+        return torch.where((input_ids >= self.first)[..., None], new_rows, base_rows)
 
 
 class FusedLossHead(nn.Linear):
-    """A model's own head, which also gives the loss. Called as a module, so that ZeRO-3 gathers its weight."""
+    """Linear head that also computes the loss. It is called as a module, so that ZeRO-3 gathers its weight."""
 
     def forward(
         self, hidden: Tensor, labels: Tensor | None = None, reduction: str = "sum", num_labels: int | None = None
     ) -> Any:
-        """Logits `[..., V]`, or with labels the loss (see `linear_cross_entropy`)."""
+        """Returns logits `[..., V]`, or with labels the loss (see `linear_cross_entropy`)."""
         if labels is None:
             return super().forward(hidden)
         return linear_cross_entropy(
@@ -46,7 +46,7 @@ class FusedLossHead(nn.Linear):
 
 
 class SplitLMHead(nn.Module):
-    """A head over the rows of `old` and `new`; of a tied model they are the embeddings' own."""
+    """Head over frozen and trainable rows; in a model with tied weights both parameters are those of the embeddings."""
 
     def __init__(self, old: nn.Parameter, new: nn.Parameter, bias: nn.Parameter | None) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class SplitLMHead(nn.Module):
     def forward(
         self, hidden: Tensor, labels: Tensor | None = None, reduction: str = "sum", num_labels: int | None = None
     ) -> Any:
-        """Logits `[..., V]`, or with labels the loss."""
+        """Returns logits `[..., V]`, or with labels the loss (see `linear_cross_entropy`)."""
         if labels is None:
             return linear(hidden, torch.cat([self.frozen, self.trainable.to(self.frozen.dtype)]), self.bias)
         return linear_cross_entropy(
@@ -65,23 +65,25 @@ class SplitLMHead(nn.Module):
 
 
 def split_new_rows(model: Any, config: TuningConfig, base_vocab_size: int | None) -> None:
-    """Mark the rows of embeddings and head that train; split the matrices that train their new rows alone.
+    """Sets which rows of embeddings and head are trainable, and splits the matrices of which only the new rows are.
 
-    What trains beside a frozen body is float32: a half-precision tensor could not take a small step.
+    Trainable parameters beside a frozen body are float32: small updates would be lost to rounding in half precision.
 
     Raises:
-        UserError: it is not known where the new rows begin, or a tied head is asked to be other than the embeddings.
+        UserError: the index of the first new row is unknown or out of range, the embeddings cannot be split, or a tied
+            head is configured differently from the embeddings.
     """
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head.weight is embeddings.weight
     if TrainableRows.new_rows in (config.embeddings, config.head) and type(embeddings) is not nn.Embedding:
         raise UserError(
-            f"tuning.embeddings=new_rows: the embeddings are a {type(embeddings).__name__}, which cannot be split. Use all"
+            f"tuning.embeddings=new_rows: the embeddings are a {type(embeddings).__name__}, which cannot be split. Use "
+            "tuning.embeddings=all"
         )
     if tied and config.embeddings is not config.head:
         raise UserError(
             f"tuning.embeddings={config.embeddings.name}, tuning.head={config.head.name}: the head of this model is its "
-            "embeddings (tie_word_embeddings), so both must say the same"
+            "embeddings (tie_word_embeddings), so both must have the same value"
         )
     for name, rows in (("embeddings", config.embeddings), ("head", config.head)):
         if rows is TrainableRows.new_rows:
@@ -99,14 +101,14 @@ def split_new_rows(model: Any, config: TuningConfig, base_vocab_size: int | None
 
 
 def check_first_new_row(name: str, first: int | None, rows: int) -> None:
-    """Raises `UserError` unless new rows begin within the matrix."""
+    """Raises `UserError` unless `first`, the index of the first new row, lies within a matrix of `rows` rows."""
     if first is None:
         raise UserError(
-            f"tuning.{name}=new_rows: the model does not say where its new rows begin. Expand it with launch/expand.py, or "
+            f"tuning.{name}=new_rows: the model's config.json has no base_vocab_size. Expand it with launch/expand.py, or "
             "give model.base_vocab_size=<rows before the expansion>"
         )
     if not 0 < first < rows:
         raise UserError(
-            f"tuning.{name}=new_rows: model.base_vocab_size={first}, but the model has {rows} rows; there must be rows "
-            f"before and behind. Use tuning.{name}=all for a model that was not expanded"
+            f"tuning.{name}=new_rows: model.base_vocab_size={first}, but the model has {rows} rows; it must be at least 1 "
+            f"and less than that. Use tuning.{name}=all for a model that was not expanded"
         )

@@ -1,4 +1,4 @@
-"""What trains: everything, parameters by name, adapters, adapters on a quantised base; the vocabulary's rows beside them."""
+"""Trainable parameters: full, freeze (by name), LoRA, and QLoRA on a quantised base; plus rows of embeddings and head."""
 
 import re
 from collections.abc import Container
@@ -18,10 +18,10 @@ ADAPTER = "default"
 
 
 def quantization_config(config: TuningConfig, precision: Precision, zero_stage: int) -> Any:
-    """The loading option of QLoRA: NF4 with double quantisation (arXiv 2305.14314) or LLM.int8; None otherwise.
+    """Returns the `BitsAndBytesConfig` of QLoRA: NF4 with double quantisation (arXiv 2305.14314) or LLM.int8; else None.
 
-    Embeddings and head keep their number format: they may train. ZeRO-3 shards what is stored, so there 4-bit weights
-    are stored in numbers of the model's own format; elsewhere in bytes.
+    Embeddings and head are not quantised, as they may be trainable. ZeRO-3 shards the storage, so there 4-bit weights are
+    stored in the dtype of the model; at other stages in uint8.
     """
     if config.method is not TuningMethod.qlora:
         return None
@@ -40,7 +40,7 @@ def quantization_config(config: TuningConfig, precision: Precision, zero_stage: 
 
 
 def load_tuned_model(config: TrainConfig, hf_config: Any, precision: Precision) -> Any:
-    """The model of a run: its weights in `precision`, quantised where that is asked, with what trains marked."""
+    """Loads the model of a run: weights in `precision`, quantised under QLoRA, with `requires_grad` set by the tuning."""
     options = quantization_config(config.tuning, precision, config.zero.stage)
     loaded = load_model(config.model, hf_config, precision, config.seed, options)
     rows = base_vocab_size(config.model, hf_config)
@@ -48,14 +48,14 @@ def load_tuned_model(config: TrainConfig, hf_config: Any, precision: Precision) 
 
 
 def apply_tuning(model: Any, family: Family, config: TuningConfig, base_vocab_size: int | None, seed: int) -> Any:
-    """Mark what trains, and put adapters and split matrices in place. The model keeps its class.
+    """Sets `requires_grad`, and inserts adapters and split embeddings, in place. The class of the model is unchanged.
 
     Raises:
-        UserError: names that fit nothing, nothing that trains, or rows that cannot be told apart.
+        UserError: names that match no parameter or layer, no trainable parameter, or an unknown first new row.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            # In evaluation mode on such a CPU bitsandbytes would repack the weights for good, and nothing else reads that.
+            # In evaluation mode bitsandbytes would repack the weights irreversibly, to a layout that only it reads.
             module.support_avx512bf16_for_cpu = False
     if config.method is not TuningMethod.full:
         model.requires_grad_(False)
@@ -69,21 +69,21 @@ def apply_tuning(model: Any, family: Family, config: TuningConfig, base_vocab_si
     split_new_rows(model, config, base_vocab_size)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(
-            f"tuning={config.method.name}: nothing would train. Give tuning.trainable=[<expression>], or rows of "
-            "tuning.embeddings and tuning.head"
+            f"tuning={config.method.name}: no parameter is trainable. Give tuning.trainable=[<expression>], or trainable "
+            "rows by tuning.embeddings and tuning.head"
         )
     return model
 
 
 def adapter_config(model: nn.Module, family: Family, config: TuningConfig) -> Any:
-    """PEFT's description of the adapters."""
+    """Returns PEFT's `LoraConfig` of the adapters."""
     from peft import LoraConfig
 
     return LoraConfig(
         r=config.r,
         lora_alpha=config.alpha,  # type: ignore[arg-type]
         lora_dropout=config.dropout,
-        target_modules=_targets(model, list(config.target_modules)) or list(family.linear_layers),
+        target_modules=_resolve_targets(model, list(config.target_modules)) or list(family.linear_layers),
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
         task_type="CAUSAL_LM",
@@ -91,67 +91,72 @@ def adapter_config(model: nn.Module, family: Family, config: TuningConfig) -> An
 
 
 def adapter_config_of(model: Any) -> Any:
-    """PEFT's description of the adapters in a model, or None."""
+    """Returns PEFT's `LoraConfig` of the adapters in a model, or None."""
     return getattr(model, "peft_config", {}).get(ADAPTER)
 
 
-def _targets(model: Any, asked: list[str]) -> list[str]:
-    """Names as they are; with an expression among them, every linear layer that fits by its whole name.
+def _resolve_targets(model: Any, patterns: list[str]) -> list[str]:
+    """Resolves `tuning.target_modules` for PEFT.
+
+    Plain names are returned unchanged; with a regular expression among them, the full names of all matching layers.
 
     Raises:
-        UserError: one that fits no linear layer of the body.
+        UserError: a pattern that matches no linear layer of the body.
     """
     head = model.get_output_embeddings()
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
-    fitting: set[str] = set()
-    for each in asked:
-        found = [name for name in linear if name.endswith(f".{each}") or _full_match(each, name)]
-        if not found:
-            last = sorted({name.rsplit(".", 1)[-1] for name in linear})
-            raise UserError(f"tuning.target_modules={asked}: {each!r} fits no linear layer. Known: {', '.join(last)}")
-        fitting.update(found)
-    return asked if all(re.fullmatch(r"\w+", each) for each in asked) else sorted(fitting)
+    targets: set[str] = set()
+    for pattern in patterns:
+        matches = [name for name in linear if name.endswith(f".{pattern}") or _full_match(pattern, name)]
+        if not matches:
+            known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
+            raise UserError(f"tuning.target_modules={patterns}: {pattern!r} matches no linear layer. Known: {known}")
+        targets.update(matches)
+    return patterns if all(re.fullmatch(r"\w+", pattern) for pattern in patterns) else sorted(targets)
 
 
 def _full_match(expression: str, name: str) -> bool:
+    """True where `expression` matches the whole of `name`. Raises `UserError` for an invalid expression."""
     try:
         return re.fullmatch(expression, name) is not None
     except re.error as error:
-        raise UserError(f"tuning.target_modules: {expression!r} is no regular expression ({error})") from error
+        raise UserError(f"tuning.target_modules: {expression!r} is not a valid regular expression ({error})") from error
 
 
 def _unfreeze(model: Any, expressions: list[str]) -> None:
-    names = dict(model.named_parameters())
+    """Makes the matching parameters of the body trainable, in float32; embeddings and head are excluded."""
+    parameters = dict(model.named_parameters())
     vocabulary = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
     for expression in expressions:
         try:
-            found = [name for name in names if re.search(expression, name)]
+            matches = [name for name in parameters if re.search(expression, name)]
         except re.error as error:
-            raise UserError(f"tuning.trainable: {expression!r} is no regular expression ({error})") from error
-        if not found:
+            raise UserError(f"tuning.trainable: {expression!r} is not a valid regular expression ({error})") from error
+        if not matches:
             raise UserError(
-                f"tuning.trainable={expressions}: {expression!r} fits no parameter. Some there are: {', '.join(list(names)[1:6])}"
+                f"tuning.trainable={expressions}: {expression!r} matches no parameter. Examples of names: "
+                f"{', '.join(list(parameters)[1:6])}"
             )
-        found = [name for name in found if id(names[name]) not in vocabulary]
-        if not found:
+        matches = [name for name in matches if id(parameters[name]) not in vocabulary]
+        if not matches:
             raise UserError(
-                f"tuning.trainable={expressions}: {expression!r} fits embeddings or head alone; tuning.embeddings and "
-                "tuning.head say which of their rows train"
+                f"tuning.trainable={expressions}: {expression!r} matches only embeddings or head; tuning.embeddings and "
+                "tuning.head set which of their rows are trainable"
             )
-        for name in found:
-            names[name].data = names[name].data.float()
-            names[name].requires_grad_(True)
+        for name in matches:
+            parameters[name].data = parameters[name].data.float()
+            parameters[name].requires_grad_(True)
 
 
 def is_quantised(weight: Any) -> bool:
-    """Packed into 4 bit, or rounded to 8."""
+    """True for a weight quantised by bitsandbytes, to 4 or 8 bits."""
     return isinstance(weight, Tensor) and (
         getattr(weight, "quant_state", None) is not None or weight.dtype is torch.int8
     )
 
 
 def float_weight(layer: Any) -> Tensor:
-    """The weight of a linear layer in float32, unpacked where it is quantised."""
+    """Returns the weight of a linear layer in float32, dequantised where necessary."""
     weight = layer.weight
     if not is_quantised(weight):
         return weight.float()  # type: ignore[no-any-return]
@@ -161,15 +166,16 @@ def float_weight(layer: Any) -> Tensor:
 
 
 def adapted_direction(layer: Any) -> Tensor:
+    """Returns W + scaling · B A of a LoRA layer in float32; under DoRA this is the direction, before its magnitudes."""
     a, b = layer.lora_A[ADAPTER].weight.float(), layer.lora_B[ADAPTER].weight.float()
     return float_weight(layer.base_layer) + layer.scaling[ADAPTER] * (b @ a)
 
 
 @torch.no_grad()
 def reset_dora_magnitudes(model: nn.Module, but: Container[str]) -> None:
-    """Give DoRA's magnitudes the norms of the weights they stand on, where these came after the adapters.
+    """Sets DoRA's magnitudes to the row norms of the adapted weights, for weights that were loaded after the adapters.
 
-    `but`: magnitudes, by plain names, that were learnt.
+    `but`: names (without the adapter's name) of trained magnitudes, which are left unchanged.
     """
     for name, module in model.named_modules():
         if ADAPTER in getattr(module, "lora_magnitude_vector", {}) and f"{name}.lora_magnitude_vector" not in but:

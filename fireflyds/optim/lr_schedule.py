@@ -1,4 +1,4 @@
-"""Learning rate by step number."""
+"""Learning-rate schedules: warm-up length, and learning rate as a function of the step."""
 
 import math
 
@@ -6,19 +6,21 @@ from fireflyds.config import OptimConfig, Schedule
 
 
 def warmup_steps(config: OptimConfig, total_steps: int) -> int:
+    """Returns the number of warm-up steps: `warmup_steps`, or `warmup_ratio` of all steps (0 for `constant`)."""
     if config.warmup_steps is not None:
         return config.warmup_steps
     return 0 if config.schedule is Schedule.constant else round(config.warmup_ratio * total_steps)
 
 
 def lr_factor(step: int, total_steps: int, config: OptimConfig) -> float:
-    """The share of its peak that a learning rate has at step `step` (from 0): a linear climb, then the schedule.
+    """Returns the learning rate at `step` (from 0) as a fraction of its peak: linear warm-up, then the schedule.
 
     cosine      floor + (1 - floor) · (1 + cos(π·p)) / 2
     linear      1 - (1 - floor) · p
     polynomial  floor + (1 - floor) · (1 - p)^power
-    wsd         1, and in the last `decay_ratio` of all steps linear to the floor (warm-up, stable, decay; arXiv 2404.06395)
-    with p from 0 at the end of warm-up to 1 at the last step.
+    wsd         1, then linear to the floor over the last `decay_ratio` of all steps (arXiv 2404.06395)
+
+    floor is `min_lr_ratio`; p increases from 0 at the end of warm-up to 1 at the last step.
     """
     warmup = warmup_steps(config, total_steps)
     if step < warmup:
@@ -34,9 +36,9 @@ def lr_factor(step: int, total_steps: int, config: OptimConfig) -> float:
         case Schedule.polynomial:
             return floor + (1 - floor) * (1 - progress) ** config.power
         case Schedule.wsd:
-            falling = max(1, round(config.decay_ratio * total_steps))
-            return (
-                1 - (1 - floor) * min(1.0, max(0.0, (step - (last - falling)) / falling)) if config.decay_ratio else 1.0
-            )
+            if not config.decay_ratio:
+                return 1.0
+            decay_steps = max(1, round(config.decay_ratio * total_steps))
+            return 1 - (1 - floor) * min(1.0, max(0.0, (step - (last - decay_steps)) / decay_steps))
         case Schedule.constant | Schedule.constant_with_warmup:
             return 1.0

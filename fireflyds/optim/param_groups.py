@@ -1,4 +1,4 @@
-"""Parameters by what they are, each group with its own learning rate and weight decay; and the table of what trains."""
+"""Parameter groups, each with its own learning rate and weight decay, and the printed summary of them."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,17 +9,16 @@ from fireflyds.config import OptimConfig, Precision, TrainConfig, TuningMethod
 from fireflyds.errors import UserError
 from fireflyds.optim.optimizers import ParamGroup, load_optimizer_spec
 
-# NF4: blocks of 64 with an 8-bit scale, and a 32-bit scale for 256 of these (QLoRA's 4.127 bits).
+# Bytes per parameter by bits. NF4: an 8-bit scale per block of 64, and a 32-bit scale per 256 of these (4.127 bits in QLoRA).
 QUANTISED_BYTES = {4: 0.5 + (1 + 4 / 256) / 64, 8: 1.0}
 
 
 def parameter_groups(model: Any, config: TrainConfig) -> list[ParamGroup]:
-    """Every trained parameter in one group: matrices of the body, norms, biases, embeddings, head, parts of adapters.
-
-    A tied head counts as embeddings.
+    """Assigns every trainable parameter to one group: matrices of the body, norms, biases, embeddings, head, LoRA A, LoRA B
+    and DoRA magnitudes. Empty groups are omitted; a tied head belongs to the embeddings.
 
     Raises:
-        UserError: a setting of a group in which nothing trains.
+        UserError: a setting of a group without trainable parameters.
     """
     optim = config.optim
     matrices_apart = load_optimizer_spec(optim.name).treats_matrices_apart
@@ -39,26 +38,27 @@ def parameter_groups(model: Any, config: TrainConfig) -> list[ParamGroup]:
             by_name[_group_name(name, parameter, in_embeddings, in_head)].parameters.append(parameter)
     if matrices_apart and not by_name["matrices"].parameters:
         raise UserError(f"optim={optim.name}: no matrix of the body trains, so it would train nothing. Use optim=adamw")
-    _refuse_unused(optim, by_name)
+    _check_unused_settings(optim, by_name)
     return [group for group in groups if group.parameters]
 
 
-def _refuse_unused(optim: OptimConfig, by_name: dict[str, ParamGroup]) -> None:
+def _check_unused_settings(optim: OptimConfig, by_name: dict[str, ParamGroup]) -> None:
+    """Raises `UserError` where `optim.<group>` sets a value for a group without parameters."""
     for name in ("embeddings", "head", "norms", "biases"):
         for key in ("lr", "weight_decay"):
             value = getattr(getattr(optim, name), key)
             if value is not None and not by_name[name].parameters:
                 raise UserError(
-                    f"optim.{name}.{key}={value}: no parameter of that group trains (a tied head is embeddings). Leave it "
-                    f"out (optim.{name}.{key}=null), or let tuning.* train them"
+                    f"optim.{name}.{key}={value}: no parameter of that group trains (a tied head is embeddings). Remove "
+                    f"it (optim.{name}.{key}=null), or make them trainable with tuning.*"
                 )
 
 
 def _group_from_config(optim: OptimConfig, name: str) -> ParamGroup:
-    own = getattr(optim, name)
+    group = getattr(optim, name)
     decay = 0.0 if name in ("norms", "biases") else optim.weight_decay
     return ParamGroup(
-        name, optim.lr if own.lr is None else own.lr, decay if own.weight_decay is None else own.weight_decay
+        name, optim.lr if group.lr is None else group.lr, decay if group.weight_decay is None else group.weight_decay
     )
 
 
@@ -77,8 +77,11 @@ def _group_name(name: str, parameter: nn.Parameter, in_embeddings: bool, in_head
 
 @dataclass(frozen=True, slots=True)
 class ParamGroupSummary:
-    """A line of the table. `memory_bytes`: weights, gradients, 32-bit masters and optimizer states over all ranks, before
-    ZeRO spreads them; activations come on top."""
+    """A row of the summary.
+
+    `memory_bytes`: weights, gradients, 32-bit master weights and optimizer states of one replica, before ZeRO partitions
+    them; without activations.
+    """
 
     group: str
     parameters: int
@@ -89,52 +92,55 @@ class ParamGroupSummary:
 
 
 def summarize_groups(model: Any, config: TrainConfig, precision: Precision) -> list[ParamGroupSummary]:
-    """A row for each group, and as the last one what is frozen."""
-    wide = 4 if precision is Precision.fp32 else 2
+    """Returns one row per parameter group, and a last one for the frozen parameters."""
+    width = 4 if precision is Precision.fp32 else 2
     rows = []
     for group in parameter_groups(model, config):
         state = load_optimizer_spec(config.optim.name).state_bytes_of(group)
-        # In float32 ZeRO keeps a copy of the weights as masters too.
-        masters = 4 if wide == 2 or config.zero.stage else 0
-        each = 2 * wide + masters + state
+        # ZeRO keeps a float32 master copy for float32 weights too.
+        masters = 4 if width == 2 or config.zero.stage else 0
         number = group.num_parameters
-        rows.append(ParamGroupSummary(group.name, number, group.lr, group.weight_decay, precision.name, each * number))
-    rows.append(_frozen(model, config, precision.name, wide))
+        memory = (2 * width + masters + state) * number
+        rows.append(ParamGroupSummary(group.name, number, group.lr, group.weight_decay, precision.name, memory))
+    rows.append(_frozen_summary(model, config, precision.name, width))
     return rows
 
 
-def _frozen(model: Any, config: TrainConfig, precision: str, wide: int) -> ParamGroupSummary:
-    """The body's linear layers are quantised under QLoRA, also where the model is a bare one that only will be."""
+def _frozen_summary(model: Any, config: TrainConfig, precision: str, width: int) -> ParamGroupSummary:
+    """Returns the row of the frozen parameters.
+
+    Under QLoRA the linear layers of the body count as quantised, also in a model on the meta device that is not yet.
+    """
     quantised = plain = 0
     head = model.get_output_embeddings()
-    packed = {
+    quantised_ids = {
         id(module.weight) for module in model.modules()
         if isinstance(module, nn.Linear) and module is not head and config.tuning.method is TuningMethod.qlora
     }  # fmt: skip
     for parameter in model.parameters():
-        if not parameter.requires_grad and id(parameter) in packed:
+        if not parameter.requires_grad and id(parameter) in quantised_ids:
             quantised += logical_numel(parameter)
         elif not parameter.requires_grad:
             plain += parameter.numel()
-    kinds = [("nf4" if config.tuning.bits == 4 else "int8")] * bool(quantised) + [precision] * bool(plain)
-    held = round(quantised * QUANTISED_BYTES[config.tuning.bits] + plain * wide)
-    return ParamGroupSummary("frozen", quantised + plain, None, None, "+".join(kinds), held)
+    dtypes = [("nf4" if config.tuning.bits == 4 else "int8")] * bool(quantised) + [precision] * bool(plain)
+    memory_bytes = round(quantised * QUANTISED_BYTES[config.tuning.bits] + plain * width)
+    return ParamGroupSummary("frozen", quantised + plain, None, None, "+".join(dtypes), memory_bytes)
 
 
 def logical_numel(parameter: Any) -> int:
-    """A 4-bit weight counts what it stands for."""
+    """Returns the number of elements; for a packed 4-bit weight that of the unpacked one."""
     state = getattr(parameter, "quant_state", None)
     return int(parameter.numel() if state is None else state.shape.numel())
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """All parameters and those that train."""
-    each = [(logical_numel(parameter), parameter.requires_grad) for parameter in model.parameters()]
-    return sum(number for number, _ in each), sum(number for number, trains in each if trains)
+    """Returns the number of all parameters, and of the trainable ones."""
+    counts = [(logical_numel(parameter), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(number for number, _ in counts), sum(number for number, trainable in counts if trainable)
 
 
 def format_groups(rows: list[ParamGroupSummary]) -> str:
-    """Rows for people to read."""
+    """Formats the rows as a table of text."""
     lines = [f"{'group':<15}{'parameters':>16}{'lr':>10}{'decay':>8}  {'dtype':<10}{'memory':>10}"]
     for row in rows:
         if row.parameters:

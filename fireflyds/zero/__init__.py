@@ -1,1 +1,1 @@
-"""The one door to DeepSpeed: its configuration, its engine, and the partitions that a rank holds."""
+"""Interface to DeepSpeed: its configuration, its engine, and the partitions of weights and optimizer states of a rank."""

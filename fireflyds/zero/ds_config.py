@@ -1,4 +1,4 @@
-"""The configuration dictionary that DeepSpeed is given."""
+"""The configuration dictionary of `deepspeed.initialize`."""
 
 from typing import Any
 
@@ -8,7 +8,10 @@ from fireflyds.zero import import_json as deepspeed_json
 
 
 def build_ds_config(config: TrainConfig, precision: Precision, accumulation: int) -> dict[str, Any]:
-    """DeepSpeed's dict. Clipping is always said: from 0.19 on silence means 1.0."""
+    """Builds DeepSpeed's configuration dictionary.
+
+    `gradient_clipping` is always set: from DeepSpeed 0.19 on the default is 1.0. `accumulation`: micro-batches per step.
+    """
     zero: dict[str, Any] = {
         "stage": config.zero.stage,
         "reduce_bucket_size": config.zero.reduce_bucket_size,
@@ -21,7 +24,7 @@ def build_ds_config(config: TrainConfig, precision: Precision, accumulation: int
         zero["offload_param"] = {"device": config.zero.offload_param.name}
     extra, _ = deepspeed_json.extra_settings(config)
     for key, value in extra.pop("zero_optimization", {}).items():
-        # Of offloading the device is typed; how large its buffers are is not.
+        # The device of offloading is a typed setting; its other keys, such as buffer sizes, are passed through.
         zero[key] = zero[key] | value if isinstance(value, dict) and key in zero else value
     return {
         "train_micro_batch_size_per_gpu": config.micro_batch_size,

@@ -1,4 +1,4 @@
-"""Starting DeepSpeed: the process group, and the engine around a model."""
+"""Initialisation of DeepSpeed (process group, engine), and the optimizer step."""
 
 import contextlib
 import os
@@ -20,7 +20,7 @@ from fireflyds.zero.ds_config import build_ds_config
 
 
 class Engine(Protocol):
-    """What is used of `deepspeed.DeepSpeedEngine`. Everything beyond it is asked for through functions of this room."""
+    """The used members of `deepspeed.DeepSpeedEngine`. Other packages reach anything else through functions of `zero/`."""
 
     module: Any
     optimizer: Any
@@ -50,11 +50,11 @@ class Engine(Protocol):
 
 
 class LossScaleError(Exception):
-    """A gradient overflowed float16 at the least loss scale, at which DeepSpeed gives up."""
+    """A gradient overflowed float16 at the minimum loss scale, where DeepSpeed raises an exception."""
 
 
 def init_distributed(ranks: RankInfo, timeout_minutes: float) -> None:
-    """Join the other ranks. On a machine without a GPU the CPU accelerator is picked, with a line saying so."""
+    """Initialises the process group (NCCL, or gloo on the CPU) and DeepSpeed. Without a GPU rank 0 prints a notice."""
     ranks = _with_device(ranks)
     ranks.export()
     if not pick_accelerator() and ranks.rank == 0:
@@ -63,11 +63,11 @@ def init_distributed(ranks: RankInfo, timeout_minutes: float) -> None:
     from deepspeed.utils import logger
 
     logger.setLevel("WARNING")
-    # What it has not tested our tests have, at every stage.
+    # DeepSpeed warns about optimizers that it has not tested; ours are tested at every ZeRO stage.
     logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())
-    # DeepSpeed calls collectives by names that newer torch announces to rename; nothing a user could do about.
+    # DeepSpeed uses collectives whose names newer versions of torch deprecate; users cannot change that.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    # DeepSpeed would compile a shared-memory all-reduce for a minute at the first start; gloo's is enough.
+    # DeepSpeed would compile a shared-memory all-reduce at the first start, for a minute; the one of gloo is sufficient.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if backend == "gloo":
@@ -78,36 +78,39 @@ def init_distributed(ranks: RankInfo, timeout_minutes: float) -> None:
 
 
 def _with_device(ranks: RankInfo) -> RankInfo:
-    """Where Slurm or a wrapper of mpirun's shows each task but its own GPU, that is number 0 to it.
+    """Returns `ranks` with local rank 0 where Slurm or an mpirun wrapper makes only its own GPU visible to each task.
 
     Raises:
-        UserError: there are more ranks than GPUs; on every rank of the host where its launcher says how many it has.
+        UserError: more ranks than GPUs on a host; on all its ranks where the launcher sets the local world size.
     """
-    seen = torch.cuda.device_count()
-    together = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "0")))
-    if not seen or max(ranks.local_rank + 1, together) <= seen:
+    num_gpus = torch.cuda.device_count()
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "0")))
+    if not num_gpus or max(ranks.local_rank + 1, local_size) <= num_gpus:
         return ranks
-    if seen == 1 and not together:
+    if num_gpus == 1 and not local_size:
         return replace(ranks, local_rank=0)
     raise UserError(
-        f"local rank {ranks.local_rank} of {together or 'several'}: {seen} GPUs are visible on this host. Start no more ranks a host than it has GPUs, or look "
-        "at CUDA_VISIBLE_DEVICES"
+        f"local rank {ranks.local_rank} of {local_size or 'several'}: {num_gpus} GPUs are visible on this host. "
+        "Start no more ranks per host than it has GPUs, or check CUDA_VISIBLE_DEVICES"
     )
 
 
 def _threads(ranks: RankInfo, environment: Mapping[str, str]) -> int:
-    """Ranks that each take all cores fight over them; launchers that know better say OMP_NUM_THREADS=1 to all."""
-    if asked := environment.get("SLURM_CPUS_PER_TASK"):
-        return int(asked)
+    """Returns the CPU threads of this rank: its Slurm allocation, or the cores of the host divided by its ranks.
+
+    By default each rank would use all cores, or with launchers that set OMP_NUM_THREADS=1 only one.
+    """
+    if cpus := environment.get("SLURM_CPUS_PER_TASK"):
+        return int(cpus)
     sizes = (environment.get(name) for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE"))
     local_size = next((int(size) for size in sizes if size), ranks.world_size)
-    # Slurm may give a job fewer cores than it is bound to.
+    # A job may have a larger CPU affinity than Slurm allocated to it.
     cores = min(len(os.sched_getaffinity(0)), int(environment.get("SLURM_CPUS_ON_NODE", 1 << 20)))
     return max(1, cores // local_size)
 
 
 def pick_accelerator() -> bool:
-    """Tell DeepSpeed what to run on, before its first import. False where that is the CPU."""
+    """Sets DeepSpeed's accelerator (`DS_ACCELERATOR`), before its first import. Returns False for the CPU."""
     if torch.cuda.is_available():
         return True
     os.environ["DS_ACCELERATOR"] = "cpu"
@@ -115,20 +118,20 @@ def pick_accelerator() -> bool:
 
 
 def build_engine(model: nn.Module, config: TrainConfig, precision: Precision, accumulation: int) -> Engine:
-    """The DeepSpeed engine of a model whose trainable parameters are marked."""
+    """Builds the DeepSpeed engine of a model with `requires_grad` set. `accumulation`: micro-batches per step."""
     import deepspeed
     from deepspeed.runtime import compiler
 
     if not load_optimizer_spec(config.optim.name).compiles:
-        # It marks its Muon for torch.compile wherever ZeRO is used, which loads a compiler at every start.
+        # DeepSpeed decorates its Muon with torch.compile wherever ZeRO is used, which loads a compiler at every start.
         compiler.compile = lambda *_, **__: lambda function: function
     optimizer = build_optimizer(parameter_groups(model, config), config)
-    # At stage 0 DeepSpeed's 16-bit wrapper takes a real step with zero gradients when it is made: it must move nothing
-    # and leave no trace in the states.
+    # At stage 0 DeepSpeed's 16-bit wrapper takes an optimizer step with zero gradients in its constructor: learning rate 0
+    # keeps the weights unchanged, and the step counts are reset below.
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     engine: Engine
-    with _fp16_allowed(precision):
+    with _allow_fp16(precision):
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
@@ -141,8 +144,8 @@ def build_engine(model: nn.Module, config: TrainConfig, precision: Precision, ac
 
 
 @contextlib.contextmanager
-def _fp16_allowed(precision: Precision) -> Iterator[None]:
-    """DeepSpeed refuses fp16 on a CPU without instructions for it; torch computes it all the same, slowly."""
+def _allow_fp16(precision: Precision) -> Iterator[None]:
+    """Context in which DeepSpeed accepts fp16 on a CPU without fp16 instructions, where torch emulates it, slowly."""
     from deepspeed.accelerator import get_accelerator
 
     accelerator = get_accelerator()
@@ -157,11 +160,12 @@ def _fp16_allowed(precision: Precision) -> Iterator[None]:
 
 
 def optimizer_step(engine: Engine) -> float:
-    """Update the weights at the end of an accumulation, and return the gradient norm before clipping. At every ZeRO stage a
-    step whose gradients are not finite changes nothing and is counted in `skipped_steps`.
+    """Updates the weights after the last micro-batch of a step, and returns the gradient norm before clipping.
+
+    At every ZeRO stage a step with non-finite gradients leaves the weights unchanged and increments `skipped_steps`.
 
     Raises:
-        LossScaleError: a gradient overflowed float16 and the loss scale can fall no further.
+        LossScaleError: a gradient overflowed float16 at the minimum loss scale.
     """
     norm = _replicated_grad_norm(engine)
     if norm is not None and not bool(norm.isfinite()):
@@ -177,7 +181,7 @@ def optimizer_step(engine: Engine) -> float:
 
 
 def _replicated_grad_norm(engine: Engine) -> Tensor | None:
-    """The norm where gradients are whole on every rank; elsewhere DeepSpeed knows it after the step."""
+    """Returns the gradient norm at stage 0; None at other stages, where DeepSpeed computes it during the step."""
     if engine.zero_optimization_stage() > 0:
         return None
     gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
@@ -185,7 +189,7 @@ def _replicated_grad_norm(engine: Engine) -> Tensor | None:
 
 
 def _skip_step(engine: Engine) -> None:
-    """What DeepSpeed does by itself where it holds 32-bit masters: take no step with gradients that are not finite."""
+    """Discards the gradients and counts the step as skipped, as DeepSpeed does itself with 32-bit master weights."""
     engine.zero_grad()
     engine.micro_steps += 1
     engine.global_steps += 1
@@ -193,18 +197,18 @@ def _skip_step(engine: Engine) -> None:
 
 
 def set_learning_rates(engine: Engine, factor: float) -> list[float]:
-    """Every parameter group's rate becomes its peak times `factor`; they are returned in order."""
+    """Sets the learning rate of every parameter group to its peak times `factor`; returns them in order."""
     for group in engine.optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
     return [group["lr"] for group in engine.optimizer.param_groups]
 
 
 def loss_scale(engine: Engine) -> float | None:
-    """The loss scale of fp16; None in other number formats."""
+    """Returns the loss scale of fp16; None for other precisions."""
     return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else None
 
 
 def at_least_scale(engine: Engine) -> bool:
-    """The loss scale can fall no further."""
+    """True where the loss scale is at its minimum."""
     scale = loss_scale(engine)
     return scale is not None and scale <= engine.config["fp16"]["min_loss_scale"]

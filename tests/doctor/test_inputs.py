@@ -85,7 +85,7 @@ def test_a_store_alone_is_opened_and_said_not_to_be_compared(tmp_path) -> None:
     assert check.severity is Severity.warning
     assert "not compared" in check.message
     next((store / "parts").glob("*.ids")).write_bytes(b"")
-    assert "has 0 tokens, the manifest says 5" in _checks(data=store)["store"].message
+    assert "has 0 tokens, the manifest records 5" in _checks(data=store)["store"].message
     missing = _checks(data=tmp_path / "nowhere")["store"]
     assert missing.severity is Severity.error
     assert missing.message.startswith(f"data={tmp_path / 'nowhere'}")

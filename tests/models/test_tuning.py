@@ -146,12 +146,15 @@ def test_adapters_go_where_names_or_expressions_say(base: Path, targets: list[st
 
 def test_what_fits_nothing_is_named(base: Path) -> None:
     for config, message in (
-        (TuningConfig(**LORA, **FROZEN, target_modules=["qproj"]), r"'qproj' fits no linear layer. Known: down_proj, "),
-        (TuningConfig(**LORA, **FROZEN, target_modules=["lm_head"]), "'lm_head' fits no linear layer"),
-        (TuningConfig(**LORA, **FROZEN, target_modules=["(q"]), "no regular expression"),
-        (TuningConfig(method=TuningMethod.freeze, trainable=["nrom"], **FROZEN), "'nrom' fits no parameter"),
-        (TuningConfig(method=TuningMethod.freeze, **FROZEN), "nothing would train"),
-        (TuningConfig(**LORA, **NEW), "does not say where its new rows begin"),
+        (
+            TuningConfig(**LORA, **FROZEN, target_modules=["qproj"]),
+            r"'qproj' matches no linear layer. Known: down_proj, ",
+        ),
+        (TuningConfig(**LORA, **FROZEN, target_modules=["lm_head"]), "'lm_head' matches no linear layer"),
+        (TuningConfig(**LORA, **FROZEN, target_modules=["(q"]), "not a valid regular expression"),
+        (TuningConfig(method=TuningMethod.freeze, trainable=["nrom"], **FROZEN), "'nrom' matches no parameter"),
+        (TuningConfig(method=TuningMethod.freeze, **FROZEN), "no parameter is trainable"),
+        (TuningConfig(**LORA, **NEW), "config.json has no base_vocab_size"),
     ):
         with pytest.raises(UserError, match=message):
             tuned(base, config)
@@ -161,10 +164,10 @@ def test_what_fits_nothing_is_named(base: Path) -> None:
 
 def test_a_tied_head_says_what_the_embeddings_say(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", tie_word_embeddings=True, base_vocab_size=40)
-    with pytest.raises(UserError, match="so both must say the same"):
+    with pytest.raises(UserError, match="so both must have the same value"):
         tuned(base, TuningConfig(**LORA, embeddings=TrainableRows.all, head=TrainableRows.frozen))
     wrong = ModelConfig(init=ModelInit.pretrained, path=str(base), base_vocab_size=50)
-    with pytest.raises(UserError, match=r"model.base_vocab_size=50: the model's config.json says 40"):
+    with pytest.raises(UserError, match=r"model.base_vocab_size=50: the model's config.json has 40"):
         load.base_vocab_size(wrong, AutoConfig.from_pretrained(base))
 
 
@@ -348,5 +351,5 @@ def test_settings_that_would_do_nothing_are_refused(base: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             TuningConfig(**settings, **FROZEN)
-    with pytest.raises(UserError, match="fits embeddings or head alone; tuning.embeddings"):
+    with pytest.raises(UserError, match="matches only embeddings or head; tuning.embeddings"):
         tuned(base, TuningConfig(method=TuningMethod.freeze, trainable=["embed_tokens"], **FROZEN))

@@ -66,14 +66,14 @@ def test_only_what_a_change_touches_is_made_again(verb, tmp_path: Path, base_tok
     verb(*same)
     before = {file.name: file.stat().st_ino for file in (tmp_path / "s" / "parts").glob("*.ids")}
     assert "nothing to do" in verb(*same).stdout
-    assert "1 of 2 parts stand already" in verb(*same, "template=vicuna").stdout
+    assert "1 of 2 parts are reused" in verb(*same, "template=vicuna").stdout
     write(tmp_path / "talk.jsonl", TALKS[:3])
-    assert "1 of 2 parts stand already" in verb(*same).stdout
+    assert "1 of 2 parts are reused" in verb(*same).stdout
     after = {file.name: file.stat().st_ino for file in (tmp_path / "s" / "parts").glob("*.ids")}
     assert len(after) == 2
     assert len(before.items() & after.items()) == 1
     assert TokenStore(tmp_path / "s").manifest["totals"]["dialogues"] == 3
-    assert "stand already" not in verb(*same, "clean.simplify=true").stdout
+    assert "are reused" not in verb(*same, "clean.simplify=true").stdout
 
 
 @pytest.mark.chaos
@@ -101,7 +101,7 @@ def test_a_killed_prepare_goes_on_where_it_was(tmp_path: Path, base_tokenizer: P
     running.wait()
     assert not (tmp_path / "s").exists()
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert "parts stand already" in done.stdout
+    assert "parts are reused" in done.stdout
     assert len(TokenStore(tmp_path / "s")) == len(ENGLISH) * (5 * parts.PART_BYTES // len(lines))
     assert not (tmp_path / ".s.partial").exists()
 
@@ -116,7 +116,7 @@ def test_too_many_unreadable_rows_stop_it_and_nothing_looks_finished(
     assert '"line": 21' in done.stderr
     assert not (tmp_path / "s").exists()
     assert (
-        "1 of 1 parts stand already"
+        "1 of 1 parts are reused"
         in verb("prepare", "data=a.jsonl", f"tokenizer={base_tokenizer}", "out=s", "max_rejected=0.1").stdout
     )
 
@@ -202,5 +202,5 @@ def test_a_changed_weight_is_a_changed_store_and_reuses_its_parts(verb, tmp_path
     same = ["prepare", f"tokenizer={base_tokenizer}", "out=s"]
     verb(*same, "data.sources=[{path: en.txt, domain: en, weight: 1.0}]")
     done = verb(*same, "data.sources=[{path: en.txt, domain: en, weight: 2.0}]")
-    assert "1 of 1 parts stand already" in done.stdout
+    assert "1 of 1 parts are reused" in done.stdout
     assert TokenStore(tmp_path / "s").manifest["weights"] == {"en": 2.0}

@@ -193,8 +193,8 @@ def test_a_start_that_was_refused_leaves_the_name_free(verb, tmp_path: Path, bas
     base.append(f"model.architecture={ARCHITECTURE}")
     for wrong, message in (
         (["init_from=nope"], "init_from=nope: no such run in runs. Known: "),
-        (["tuning=lora", "tuning.target_modules=[q_porj]"], "'q_porj' fits no linear layer"),
-        (["hardware.attention=efficient"], "hardware.attention=efficient: cannot run here (needs an NVIDIA GPU). Able here: auto, reference"),
+        (["tuning=lora", "tuning.target_modules=[q_porj]"], "'q_porj' matches no linear layer"),
+        (["hardware.attention=efficient"], "hardware.attention=efficient: cannot run here (needs an NVIDIA GPU). Available: auto, reference"),
         (["optim.head.lr=1", "tuning=lora"], "optim.head.lr=1.0: no parameter of that group trains"),
     ):  # fmt: skip
         done = verb("train", *base, *wrong, check=False)

@@ -105,7 +105,7 @@ def test_two_ranks_to_one_to_two_go_on_with_the_same_losses(whole: dict, one: di
         near(two[f"{way} {stage}"]["losses"], whole[f"{way} {stage}"]["losses"][3:], TOLERANCE)
     assert two["8 bit half"]["losses"] + two["8 bit rest"]["losses"] == two["8 bit"]["losses"]
     assert (
-        "the states of this optimizer cannot be divided anew; they are of 2 ranks at zero.stage=2"
+        "the states of this optimizer cannot be repartitioned; they were saved by 2 ranks at zero.stage=2"
         in two["8 bit to 3"]["error"]
     )
 

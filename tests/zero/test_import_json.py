@@ -53,7 +53,7 @@ def test_what_says_the_same_is_left_out_and_the_rest_is_passed_on(tmp_path: Path
     assert made["gradient_accumulation_steps"] == 4
     notes = deepspeed_json.extra_settings(_config(tmp_path, document))[1]
     assert any("gradient_accumulation_steps is left out: it follows from global_batch_size" in note for note in notes)
-    assert any("elasticity is left out: DeepSpeed no longer has it, and it was off" in note for note in notes)
+    assert any("elasticity is left out: DeepSpeed no longer has it, and it is off" in note for note in notes)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_the_same_sections_switched_off_or_left_to_auto_are_left_out_with_a_note
     }
     passed_on, notes = deepspeed_json.extra_settings(_config(tmp_path, document))
     assert not {"scheduler", "elasticity", "data_efficiency"} & passed_on.keys()
-    assert any("scheduler is left out: auto is what this configuration says" in note for note in notes)
+    assert any("scheduler is left out: auto: this configuration sets the value" in note for note in notes)
 
 
 def test_the_json_of_a_hugging_face_project_is_taken_over_as_it_is(tmp_path: Path) -> None:

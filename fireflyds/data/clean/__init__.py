@@ -1,1 +1,1 @@
-"""Cleaning of single documents, and duplicates over a whole store."""
+"""Cleaning of single documents, and deduplication over a whole store."""

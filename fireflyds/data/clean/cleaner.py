@@ -1,4 +1,4 @@
-"""Cleaning of documents, step by step; what goes is counted under the step's name."""
+"""Cleans documents in steps; dropped documents are counted under the name of the step."""
 
 import re
 import unicodedata
@@ -14,10 +14,10 @@ from fireflyds.data.read.files import RawRecord, find_files, read_records
 from fireflyds.errors import UserError
 from fireflyds.types import Message, Sample
 
-# Full-width letters, digits and the space; punctuation is Chinese as it is.
+# Full-width letters, digits and space to ASCII; full-width punctuation is regular Chinese and is kept.
 _WIDTH = {code: code - 0xFEE0 for code in (*range(0xFF10, 0xFF1A), *range(0xFF21, 0xFF3B), *range(0xFF41, 0xFF5B))}
 _WIDTH[0x3000] = 0x20
-# Lines that web pages repeat around their text.
+# Navigation, copyright and similar lines of web pages.
 _BOILERPLATE = re.compile(
     r"^\s*(首页|上一[页篇]|下一[页篇]|返回(顶部|首页|列表)|登录|注册|分享到[:：].{0,30}|责任编辑[:：].{0,20}|编辑[:：]\S{1,8}|来源[:：]\S{1,30}|"
     r"版权(所有|声明).{0,60}|未经.{0,12}(授权|许可).{0,8}(转载|使用).{0,30}|.{0,30}(ICP备|公网安备).{0,30}|点击(查看|进入|这里).{0,20}|"
@@ -25,46 +25,47 @@ _BOILERPLATE = re.compile(
     r"(click|tap) here.{0,30}|share (this|on) .{0,30}|(accept|we use) cookies.{0,60}|subscribe to .{0,30}|sign (in|up)|log ?in)\s*$",
     re.IGNORECASE,
 )
-_RUN = 10
+_RUN_LENGTH = 10
 _PUNCTUATION_AND_SPACE = re.compile(r"[\W_]+")
 
 
 class Cleaner:
-    """Applies the steps of a configuration to samples; the steps that change text come first."""
+    """Applies the configured cleaning steps to samples; steps that modify text run before steps that drop samples."""
 
     def __init__(self, config: CleanConfig) -> None:
         self._config = config
-        self._changes = _changes(config)
-        self._idle = config == CleanConfig(duplicates=config.duplicates, similarity=config.similarity)
+        self._text_changes = _text_changes(config)
+        self._is_noop = config == CleanConfig(duplicates=config.duplicates, similarity=config.similarity)
         self._contamination = np.sort(contamination(config)) if config.decontaminate else None
 
     def clean(self, sample: Sample) -> Sample | str:
-        """The cleaned sample, or the name of the step that dropped it. Dialogues are changed, and dropped only when
-        they are contaminated."""
-        if self._idle:
+        """Returns the cleaned sample, or the name of the step that dropped it. Dialogues are modified, and dropped
+        only if they are contaminated."""
+        if self._is_noop:
             return sample
-        if self._changes:
+        if self._text_changes:
             sample = Sample(
-                text=None if sample.text is None else self._changed(sample.text),
-                messages=tuple(Message(m.role, self._changed(m.content)) for m in sample.messages),
+                text=None if sample.text is None else self._apply_changes(sample.text),
+                messages=tuple(Message(m.role, self._apply_changes(m.content)) for m in sample.messages),
             )
         if sample.text is not None:
-            kept = self._document(sample.text)
-            if not isinstance(kept, Sample):
-                return kept
-            sample = kept
+            result = self._filter_document(sample.text)
+            if not isinstance(result, Sample):
+                return result
+            sample = result
         if self._contamination is not None:
             text = sample.text if sample.text is not None else "\n".join(m.content for m in sample.messages)
             if contaminated(text, self._contamination, self._config.overlap):
                 return "contaminated"
         return sample
 
-    def _changed(self, text: str) -> str:
-        for change in self._changes:
+    def _apply_changes(self, text: str) -> str:
+        for change in self._text_changes:
             text = change(text)
         return text
 
-    def _document(self, text: str) -> Sample | str:
+    def _filter_document(self, text: str) -> Sample | str:
+        """Returns the document without boilerplate lines, or the name of the step that dropped it."""
         if self._config.boilerplate:
             text = "\n".join(line for line in text.split("\n") if not _BOILERPLATE.match(line))
             if not text.strip():
@@ -76,7 +77,7 @@ class Cleaner:
         return Sample(text=text)
 
 
-def _changes(config: CleanConfig) -> list[Callable[[str], str]]:
+def _text_changes(config: CleanConfig) -> list[Callable[[str], str]]:
     changes: list[Callable[[str], str]] = []
     if config.unicode is not UnicodeForm.none:
         form: Any = config.unicode.name.upper()
@@ -99,20 +100,20 @@ def _simplifier() -> Callable[[str], str]:
 
 
 def repetition(text: str) -> float:
-    """The larger of two shares: characters in lines that stood before, and runs of ten characters that did."""
+    """Returns the larger of two shares: characters in repeated lines, and repeated runs of ten characters."""
     lines = [line for line in text.split("\n") if line.strip()]
     repeated = sum(len(line) * (count - 1) for line, count in Counter(lines).items())
     by_lines = repeated / max(1, sum(map(len, lines)))
-    runs = [text[at : at + _RUN] for at in range(0, max(0, len(text) - _RUN), 3)]
-    return max(by_lines, 1 - len(set(runs)) / len(runs) if len(runs) >= _RUN else 0.0)
+    runs = [text[start : start + _RUN_LENGTH] for start in range(0, max(0, len(text) - _RUN_LENGTH), 3)]
+    return max(by_lines, 1 - len(set(runs)) / len(runs) if len(runs) >= _RUN_LENGTH else 0.0)
 
 
 def run_hashes(text: str, length: int) -> np.ndarray:
-    """Hashes of all runs of `length` characters, white space and punctuation aside: uint64 `[n]`."""
+    """Returns hashes of all runs of `length` characters, ignoring white space and punctuation: uint64 `[n]`."""
     codes = np.array([ord(c) for c in _PUNCTUATION_AND_SPACE.sub("", text.lower())], np.uint64)
     if len(codes) < length:
         return np.zeros(0, np.uint64)
-    # A polynomial hash modulo 2^64 with a mixed-up alphabet, so that few short runs meet.
+    # Polynomial hash modulo 2^64 of mixed character codes, so that short runs rarely collide.
     mixed = (codes + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     mixed ^= mixed >> np.uint64(29)
     powers = np.uint64(0xD1342543DE82EF95) ** np.arange(length, dtype=np.uint64)
@@ -122,21 +123,21 @@ def run_hashes(text: str, length: int) -> np.ndarray:
 
 
 def contamination(config: CleanConfig) -> np.ndarray:
-    """The run hashes of all evaluation sets, each once."""
-    found = []
+    """Returns the unique run hashes of all evaluation sets, sorted: uint64 `[n]`."""
+    all_hashes = []
     for path in config.decontaminate:
         hashes = [run_hashes(text, config.overlap) for text in _evaluation_texts(path)]
         if not sum(map(len, hashes)):
             raise UserError(
-                f"clean.decontaminate: {path} has no text of clean.overlap={config.overlap} characters, so nothing would be found. "
-                "Give a file that can be read, or a smaller overlap"
+                f"clean.decontaminate: {path} has no text of clean.overlap={config.overlap} characters, so no contamination can be detected. "
+                "Give a readable file, or a smaller clean.overlap"
             )
-        found += hashes
-    return np.unique(np.concatenate(found)) if found else np.zeros(0, np.uint64)
+        all_hashes += hashes
+    return np.unique(np.concatenate(all_hashes)) if all_hashes else np.zeros(0, np.uint64)
 
 
 def _evaluation_texts(path: str) -> Iterable[str]:
-    """Every text field of an evaluation set, as documents or as rows of whatever layout."""
+    """Yields every string in the rows of an evaluation set, whatever their layout."""
     for file in find_files(path):
         for record in read_records(file):
             if isinstance(record, RawRecord):
@@ -144,20 +145,21 @@ def _evaluation_texts(path: str) -> Iterable[str]:
 
 
 def _strings(value: Any) -> Iterable[str]:
+    """Yields all strings in nested dicts and lists."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
-        for each in value.values():
-            yield from _strings(each)
+        for item in value.values():
+            yield from _strings(item)
     elif isinstance(value, list):
-        for each in value:
-            yield from _strings(each)
+        for item in value:
+            yield from _strings(item)
 
 
 def contaminated(text: str, evaluation: np.ndarray, length: int) -> bool:
-    """Whether a run of the text stands in the evaluation sets (sorted hashes)."""
+    """True where a run of `length` characters of the text is in the evaluation sets (`evaluation`: their sorted hashes)."""
     if len(evaluation) == 0:
         return False
     hashes = run_hashes(text, length)
-    at = np.minimum(np.searchsorted(evaluation, hashes), len(evaluation) - 1)
-    return bool((evaluation[at] == hashes).any())
+    indices = np.minimum(np.searchsorted(evaluation, hashes), len(evaluation) - 1)
+    return bool((evaluation[indices] == hashes).any())

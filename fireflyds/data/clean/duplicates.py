@@ -1,4 +1,4 @@
-"""Exact and near-duplicates over a whole store, found from hashes that were taken document by document."""
+"""Exact and near-duplicates over a whole store, detected by hashes of the single documents."""
 
 import hashlib
 from collections.abc import Iterator
@@ -12,31 +12,31 @@ from fireflyds.errors import UserError
 BANDS, ROWS = 32, 8
 NUM_PERM = BANDS * ROWS
 _SHINGLE = 5
-# Of a band that many documents share, and of the documents that are compared with one at once.
-_COMPARED, _COMPARED_AT_ONCE = 8, 4096
+# Documents per shared band that are compared with all later ones; documents compared with one in a single operation.
+_MAX_COMPARED, _COMPARED_CHUNK = 8, 4096
 _SEED = 42
 
 
 def text_hash(text: str) -> int:
-    """64 bits of a text."""
+    """Returns a 64-bit hash of a text."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
 def signature(text: str) -> list[int]:
-    """MinHash of the runs of five characters: uint32 `[NUM_PERM]` (Broder 1997)."""
+    """Returns the MinHash of all runs of five characters: `NUM_PERM` uint32 values (Broder 1997)."""
     try:
         import rensa
     except ImportError as error:
         raise UserError("clean.duplicates=near needs rensa: pip install 'fireflyds[clean]'") from error
-    made: Any = rensa.RMinHash(num_perm=NUM_PERM, seed=_SEED)
+    minhash: Any = rensa.RMinHash(num_perm=NUM_PERM, seed=_SEED)
     last = max(1, len(text) - _SHINGLE + 1)
-    made.update([text[at : at + _SHINGLE] for at in range(last)])
-    digest: list[int] = made.digest()
+    minhash.update([text[start : start + _SHINGLE] for start in range(last)])
+    digest: list[int] = minhash.digest()
     return digest
 
 
 def exact_duplicates(hashes: np.ndarray) -> np.ndarray:
-    """Which documents are copies of an earlier one: bool `[n]`."""
+    """True where a document is a copy of an earlier one: bool `[n]`."""
     _, first = np.unique(hashes, return_index=True)
     copies = np.ones(len(hashes), bool)
     copies[first] = False
@@ -44,29 +44,29 @@ def exact_duplicates(hashes: np.ndarray) -> np.ndarray:
 
 
 def near_duplicates(signatures: np.ndarray, similarity: float) -> np.ndarray:
-    """Which documents are similar to an earlier one that stays: bool `[n]`, from signatures uint32 `[n, NUM_PERM]`.
+    """True where a document is similar to an earlier one that is kept: bool `[n]`, from signatures uint32 `[n, NUM_PERM]`.
 
     Documents that share a band of their signature are compared by the share of equal rows, which estimates their
-    Jaccard similarity with a standard deviation below 0.03; two of these are allowed for.
+    Jaccard similarity with a standard deviation below 0.03; the threshold is two standard deviations below `similarity`.
     """
-    accepted = similarity - 2 * np.sqrt(similarity * (1 - similarity) / NUM_PERM)
+    threshold = similarity - 2 * np.sqrt(similarity * (1 - similarity) / NUM_PERM)
     drop = np.zeros(len(signatures), bool)
-    # In order of the first, so that whether a document stays is known when others are compared with it.
+    # In document order, so that it is decided whether a document is kept before others are compared with it.
     for first, others in _candidates(signatures):
         if drop[first]:
             continue
-        rest = np.asarray(others)[~drop[others]]
-        for start in range(0, len(rest), _COMPARED_AT_ONCE):
-            chunk = rest[start : start + _COMPARED_AT_ONCE]
-            drop[chunk] = (signatures[chunk] == signatures[first]).mean(1) >= accepted
+        remaining = np.asarray(others)[~drop[others]]
+        for start in range(0, len(remaining), _COMPARED_CHUNK):
+            chunk = remaining[start : start + _COMPARED_CHUNK]
+            drop[chunk] = (signatures[chunk] == signatures[first]).mean(1) >= threshold
     return drop
 
 
 def _candidates(signatures: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Documents in order, each with the later ones that share a band with it.
+    """Yields documents in order, each with the later documents that share a band with it: int32 `[candidates]`.
 
-    Of many documents that share one band, only the first `_COMPARED` are compared with all others. Memory grows with the
-    number of documents, not of pairs.
+    Of the documents that share a band, only the first `_MAX_COMPARED` are compared with all others. Memory grows with
+    the number of documents, not of pairs.
     """
     orders: list[np.ndarray] = []
     firsts, bands, positions, ends = [], [], [], []
@@ -76,9 +76,9 @@ def _candidates(signatures: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         order = np.argsort(keys, kind="stable").astype(np.int32)
         starts = np.flatnonzero(np.append(True, keys[order][1:] != keys[order][:-1])).astype(np.int32)
         stops = np.append(starts[1:], len(order)).astype(np.int32)
-        for place in range(_COMPARED):
-            has_later = starts + place + 1 < stops
-            positions.append((starts + place)[has_later])
+        for offset in range(_MAX_COMPARED):
+            has_later = starts + offset + 1 < stops
+            positions.append((starts + offset)[has_later])
             firsts.append(order[positions[-1]])
             ends.append(stops[has_later])
             bands.append(np.full(len(positions[-1]), band, np.int8))
@@ -87,5 +87,5 @@ def _candidates(signatures: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     by_first = np.argsort(first, kind="stable")
     documents, offsets = np.unique(first[by_first], return_index=True)
     for document, group in zip(documents.tolist(), np.split(by_first, offsets[1:]), strict=True):
-        others = [orders[band_of[at]][position[at] + 1 : end[at]] for at in group]
+        others = [orders[band_of[index]][position[index] + 1 : end[index]] for index in group]
         yield document, np.unique(np.concatenate(others))

@@ -1,1 +1,1 @@
-"""Record layouts of training data. One file is one layout: `matches(record)`, `read(record)`, `EXAMPLE`."""
+"""Record layouts of training data, one per file, which defines `matches(record)`, `read(record)` and `EXAMPLE`."""

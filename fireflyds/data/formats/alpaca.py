@@ -15,7 +15,7 @@ EXAMPLE = {
 
 def matches(record: dict[str, Any]) -> bool:
     instruction = record.get("instruction")
-    rendered = isinstance(instruction, str) and instruction.startswith("Human: ")  # BiLLa's
+    rendered = isinstance(instruction, str) and instruction.startswith("Human: ")  # the BiLLa layout
     return "instruction" in record and "output" in record and not rendered
 
 

@@ -16,7 +16,7 @@ def read(record: dict[str, Any]) -> Sample:
     sides = _sides(record)
     if sides is None or not (sides[0].strip() and sides[1].strip()):
         raise ValueError("one side of the pair is missing or empty")
-    # Both directions are learnt: which language stands first changes with the text, not with the run.
+    # Both directions are trained: the order depends on the text lengths only, so it is the same in every run.
     first, second = sides if (len(sides[0]) + len(sides[1])) % 2 else sides[::-1]
     return Sample(text=f"{first}\n{second}")
 

@@ -1,4 +1,4 @@
-"""ShareGPT: `conversations` of `from`/`value` (FastChat); of a preference pair the `chosen` answer (LLaMA-Factory)."""
+"""ShareGPT: `conversations` of `from`/`value` (FastChat); the `chosen` answer of a preference pair (LLaMA-Factory)."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 
 def matches(record: dict[str, Any]) -> bool:
     turns = record.get("conversations")
-    # YaYi's name for the assistant is its own.
+    # The YaYi layout has the same fields, but its own name for the assistant.
     return isinstance(turns, list) and not any(isinstance(t, dict) and t.get("from") == "yayi" for t in turns)
 
 

@@ -10,7 +10,7 @@ EXAMPLE = {"text": "白日依山尽，黄河入海流。"}
 
 def matches(record: dict[str, Any]) -> bool:
     text = record.get("text", record.get("content"))
-    rendered = isinstance(text, str) and text.startswith(("<s>Human:", "<s>System:"))  # FlagAlpha's
+    rendered = isinstance(text, str) and text.startswith(("<s>Human:", "<s>System:"))  # the FlagAlpha layout
     return (isinstance(text, str) and not rendered) or next(_lines(record), None) is not None
 
 

@@ -1,1 +1,1 @@
-"""Documents packed into rows, rows mixed by domain, rows loaded as batches."""
+"""Packs documents into rows, mixes the rows of domains and loads them as batches."""

@@ -1,4 +1,4 @@
-"""This rank's packed batches, by arithmetic on the step number alone."""
+"""Loads the packed batches of one rank; a batch depends only on the step number."""
 
 import queue
 import threading
@@ -13,16 +13,16 @@ from fireflyds.data.pack.packing import DocumentSlices
 from fireflyds.data.store.store import TokenStore
 from fireflyds.types import IGNORE_INDEX, PackedBatch, next_token_labels
 
-# Steps that are made ready while the device computes.
-_AHEAD = 2
+# Optimizer steps prefetched while the device computes.
+_PREFETCHED_STEPS = 2
 
 
 @dataclass(frozen=True, slots=True)
 class PackedLoader:
     """Micro-batches of one rank.
 
-    Optimizer step s takes rows `[s * global_batch_size, (s + 1) * global_batch_size)` of the sequence; they are
-    dealt to ranks and micro-batches in order, so all world sizes see the same rows in the same step.
+    Optimizer step s takes rows `[s * global_batch_size, (s + 1) * global_batch_size)` of the sequence. They are
+    assigned to micro-batches and ranks in order, so every world size uses the same rows in the same step.
     """
 
     store: TokenStore
@@ -34,11 +34,11 @@ class PackedLoader:
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches in a step."""
+        """Micro-batches per rank and optimizer step (gradient accumulation steps)."""
         return self.global_batch_size // (self.micro_batch_size * self.world_size)
 
     def step(self, number: int) -> list[PackedBatch]:
-        """The micro-batches of step `number`, counted from 0."""
+        """Returns the micro-batches of optimizer step `number`, counted from 0."""
         batches = [collate(self.store, self._slices(number, micro)) for micro in range(self.accumulation)]
         return [batch.pin() for batch in batches] if torch.cuda.is_available() else batches
 
@@ -47,39 +47,39 @@ class PackedLoader:
         return DocumentSlices.concatenate([self.rows.row(row) for row in range(first, first + self.micro_batch_size)])
 
     def documents(self, number: int, micro: int) -> str:
-        """The documents of a micro-batch of step `number`, for people to find: numbers in the store, and tokens."""
+        """Describes the documents of a micro-batch of step `number`: indices in the store and token ranges."""
         slices = self._slices(number, micro).as_tuples()
-        some = ", ".join(f"{document} [{start}:{start + length}]" for document, start, length in slices[:8])
-        more = f" and {len(slices) - 8} more" if len(slices) > 8 else ""
-        return f"documents {some}{more} of {self.store.path}"
+        listed = ", ".join(f"{document} [{start}:{start + length}]" for document, start, length in slices[:8])
+        suffix = f" and {len(slices) - 8} more" if len(slices) > 8 else ""
+        return f"documents {listed}{suffix} of {self.store.path}"
 
     def require(self, steps: int) -> None:
-        """Raises `UserError` when the data end before so many steps of all ranks."""
+        """Raises `UserError` if the data end before `steps` optimizer steps."""
         self.rows.require(steps * self.global_batch_size)
 
     def steps(self, first: int, end: int) -> Iterator[list[PackedBatch]]:
-        """Steps `first` to `end`, made ready by a thread while the caller works."""
-        ready: queue.Queue[list[PackedBatch] | BaseException | None] = queue.Queue(_AHEAD)
-        left = threading.Event()
+        """Yields the micro-batches of steps `[first, end)`, prefetched by a thread."""
+        ready: queue.Queue[list[PackedBatch] | BaseException | None] = queue.Queue(_PREFETCHED_STEPS)
+        stopped = threading.Event()
 
         def put(item: list[PackedBatch] | BaseException | None) -> None:
-            while not left.is_set():
+            while not stopped.is_set():
                 try:
                     return ready.put(item, timeout=0.1)
                 except queue.Full:
                     continue
 
-        def work() -> None:
+        def produce() -> None:
             try:
                 for number in range(first, end):
-                    if left.is_set():
+                    if stopped.is_set():
                         return
                     put(self.step(number))
                 put(None)
             except BaseException as error:
                 put(error)
 
-        thread = threading.Thread(target=work, name="loader", daemon=True)
+        thread = threading.Thread(target=produce, name="loader", daemon=True)
         thread.start()
         try:
             while (item := ready.get()) is not None:
@@ -87,15 +87,15 @@ class PackedLoader:
                     raise item
                 yield item
         finally:
-            left.set()
+            stopped.set()
             thread.join()
 
 
 def collate(store: TokenStore, slices: DocumentSlices) -> PackedBatch:
-    """Lay slices of the store's documents end to end."""
+    """Concatenates document slices to a packed batch; tokens outside the learned spans have the label `IGNORE_INDEX`."""
     documents, starts, lengths = slices.documents, slices.starts, slices.lengths.astype(np.int64)
     ends = np.cumsum(lengths)
-    ids = np.concatenate([store.ids(*one) for one in slices.as_tuples()]).astype(np.int64)
+    ids = np.concatenate([store.ids(*location) for location in slices.as_tuples()]).astype(np.int64)
     labels = next_token_labels(ids, ends)
     for index in np.flatnonzero(~store.is_document(documents)).tolist():
         start, length = int(starts[index]), int(lengths[index])

@@ -1,4 +1,4 @@
-"""Lay documents into rows of at most `seq_len` tokens: best fit decreasing, seeded, independent of the world size."""
+"""Packs documents into rows of at most `seq_len` tokens: best fit decreasing, seeded, independent of the world size."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,19 +7,19 @@ import numpy as np
 
 from fireflyds.data.store.store import TokenStore
 
-# Documents are packed window by window. A window is the same set of documents in every epoch, so every epoch has the
-# same number of rows; which documents of a length go where, and the order of the rows, change.
+# Slices are packed in windows of this many. A window is the same set of slices in every epoch, so every epoch has the
+# same number of rows; the assignment of equally long slices to rows and the order of the rows change.
 WINDOW = 1 << 20
-# A cut may be this share of a row earlier than the row's end, to fall on the end of a sentence.
+# A document may be split earlier than after `seq_len` tokens, by up to this share of `seq_len`, at a sentence end.
 _SLACK = 0.25
 
 
 @dataclass(frozen=True, slots=True)
 class DocumentSlices:
-    """Tokens `[starts[i], starts[i] + lengths[i])` of the documents `documents[i]`: int32 `[n]` arrays.
+    """Tokens `[starts[i], starts[i] + lengths[i])` of the documents `documents[i]`: int32 arrays `[n]`.
 
-    Of a whole domain also how many dialogues lost their last turns, and how many had no whole learned turn within
-    `seq_len` and are left out.
+    For the slices of a whole domain, `num_truncated` counts dialogues without their last turns, and `num_dropped`
+    those that are left out, because they have no complete learned turn within `seq_len` tokens.
     """
 
     documents: np.ndarray
@@ -35,7 +35,7 @@ class DocumentSlices:
         return DocumentSlices(self.documents[indices], self.starts[indices], self.lengths[indices])
 
     def as_tuples(self) -> list[tuple[int, int, int]]:
-        """`(document, start, length)` of each slice, for people and for hashes."""
+        """Returns `(document, start, length)` of each slice as Python integers."""
         return list(zip(self.documents.tolist(), self.starts.tolist(), self.lengths.tolist(), strict=True))
 
     @staticmethod
@@ -48,24 +48,24 @@ class DocumentSlices:
 
 
 def split_documents(store: TokenStore, documents: np.ndarray, seq_len: int) -> DocumentSlices:
-    """Cut documents to at most `seq_len` tokens.
+    """Splits documents into slices of at most `seq_len` tokens.
 
-    Plain documents become several pieces, cut at the end of a sentence where there is one near; a piece starts with
-    the last token of the one before, so that every token is still somebody's target. Dialogues end after the last
-    learned turn that fits.
+    A plain document becomes several slices, split at a sentence end if there is one close to the limit. A slice
+    starts with the last token of the slice before it, so that every token but the document's first is a target.
+    A dialogue is truncated after its last learned turn that fits.
     """
     lengths = store.lengths[documents]
     short = lengths <= seq_len
     long, plain = documents[~short], store.is_document(documents[~short])
-    parts: list[tuple[np.ndarray, ...]] = [(documents[short], np.zeros(int(short.sum()), np.int32), lengths[short])]
+    columns: list[tuple[np.ndarray, ...]] = [(documents[short], np.zeros(int(short.sum()), np.int32), lengths[short])]
     truncated = dropped = 0
     ends_sentence = np.zeros(1 + int(store.sentence_ends.max(initial=0)), bool)
     ends_sentence[store.sentence_ends] = True
     for document, length in zip(long[plain].tolist(), lengths[~short][plain].tolist(), strict=True):
         starts = np.asarray(_split_points(store.ids(document, 0, length), ends_sentence, seq_len), np.int64)
-        # The next piece begins one token before this one ends.
+        # The next slice starts with the last token of this one.
         ends = np.append(starts[1:] + 1, length)
-        parts.append((np.full(len(starts), document), starts, ends - starts))
+        columns.append((np.full(len(starts), document), starts, ends - starts))
     for document in long[~plain].tolist():
         spans = store.spans_of(document)
         fitting = spans[spans[:, 1] <= seq_len, 1]
@@ -73,26 +73,28 @@ def split_documents(store: TokenStore, documents: np.ndarray, seq_len: int) -> D
             dropped += 1
             continue
         truncated += 1
-        parts.append((np.array([document]), np.array([0]), fitting[-1:]))
-    joined = [np.concatenate([part[column] for part in parts]).astype(np.int32) for column in range(3)]
-    return DocumentSlices(joined[0], joined[1], joined[2], truncated, dropped)
+        columns.append((np.array([document]), np.array([0]), fitting[-1:]))
+    arrays = [np.concatenate([part[column] for part in columns]).astype(np.int32) for column in range(3)]
+    return DocumentSlices(arrays[0], arrays[1], arrays[2], truncated, dropped)
 
 
 def _split_points(ids: np.ndarray, ends_sentence: np.ndarray, seq_len: int) -> list[int]:
-    """The first tokens of a document's pieces."""
+    """Returns the first token index of each slice of a document."""
     starts = [0]
     while len(ids) - starts[-1] > seq_len:
-        at = starts[-1] + seq_len
-        near = ids[max(starts[-1] + 2, at - int(_SLACK * seq_len)) : at]
-        sentence = np.flatnonzero(ends_sentence[np.minimum(near, len(ends_sentence) - 1)] & (near < len(ends_sentence)))
-        end = at - (len(near) - 1 - int(sentence[-1])) if len(sentence) else at
+        limit = starts[-1] + seq_len
+        candidates = ids[max(starts[-1] + 2, limit - int(_SLACK * seq_len)) : limit]
+        sentence = np.flatnonzero(
+            ends_sentence[np.minimum(candidates, len(ends_sentence) - 1)] & (candidates < len(ends_sentence))
+        )
+        end = limit - (len(candidates) - 1 - int(sentence[-1])) if len(sentence) else limit
         starts.append(end - 1)
     return starts
 
 
 @dataclass(frozen=True, slots=True)
 class RowPlan:
-    """Rows of pieces: row i holds `order[row_offsets[i]:row_offsets[i + 1]]`."""
+    """Assignment of slices to rows: row i consists of the slices `order[row_offsets[i]:row_offsets[i + 1]]`."""
 
     order: np.ndarray
     row_offsets: np.ndarray
@@ -105,12 +107,12 @@ class RowPlan:
 
 
 def plan_rows(lengths: np.ndarray, seq_len: int, seed: int, epoch: int) -> RowPlan:
-    """Assign pieces of the given lengths (each at most `seq_len`) to rows, every piece exactly once.
+    """Assigns slices of the given lengths (each at most `seq_len`) to rows, every slice exactly once.
 
     The number of rows does not depend on `epoch`.
     """
     rng = np.random.default_rng((seed, epoch))
-    # Which documents share a window is drawn once for all epochs.
+    # The windows depend on the seed only and are the same in all epochs.
     windows = np.random.default_rng(seed).permutation(np.arange(len(lengths), dtype=np.int32))
     rows, sizes, count = [], [], 0
     for start in range(0, len(windows), WINDOW):
@@ -118,7 +120,7 @@ def plan_rows(lengths: np.ndarray, seq_len: int, seed: int, epoch: int) -> RowPl
         if epoch:
             window = rng.permutation(window)
         row_of, num_rows = best_fit(lengths[window], seq_len)
-        order = _order(row_of)
+        order = _stable_argsort(row_of)
         rows.append(window[order])
         sizes.append(np.bincount(row_of, minlength=num_rows))
         count += num_rows
@@ -128,13 +130,13 @@ def plan_rows(lengths: np.ndarray, seq_len: int, seed: int, epoch: int) -> RowPl
     starts = np.cumsum(size) - size
     shuffled = rng.permutation(count)
     offsets = np.concatenate([[0], np.cumsum(size[shuffled])]).astype(np.int64)
-    # Position within the shuffled order -> position within the packed one.
-    at = np.arange(len(order)) - np.repeat(offsets[:-1] - starts[shuffled], size[shuffled])
-    return RowPlan(order[at], offsets)
+    # Position in the shuffled order -> position in the packed order.
+    positions = np.arange(len(order)) - np.repeat(offsets[:-1] - starts[shuffled], size[shuffled])
+    return RowPlan(order[positions], offsets)
 
 
-def _order(values: np.ndarray) -> np.ndarray:
-    """A stable argsort of non-negative integers below 2^32: two passes of NumPy's radix sort, which takes 16 bits."""
+def _stable_argsort(values: np.ndarray) -> np.ndarray:
+    """Stable argsort of non-negative integers below 2^32: two passes of NumPy's radix sort, which is limited to 16 bits."""
     order: np.ndarray = np.argsort((values & 0xFFFF).astype(np.uint16), kind="stable")
     if len(values) and values.max() > 0xFFFF:
         order = order[np.argsort((values >> 16).astype(np.uint16)[order], kind="stable")]
@@ -142,43 +144,43 @@ def _order(values: np.ndarray) -> np.ndarray:
 
 
 def best_fit(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, int]:
-    """The row of every piece under best fit decreasing, int32 `[p]`, and the number of rows.
+    """Returns the row of every slice under best fit decreasing, int32 `[slices]`, and the number of rows.
 
-    Pieces of one length and rows with one room are moved together, so the work grows with the number of different
-    lengths, not of pieces. A row that takes a piece has the least room that takes the next of the same length, so it
-    takes as many as it can before the next row is looked at.
+    Slices of equal length and rows of equal capacity (free tokens) are processed together, so the run time grows with
+    the number of different lengths, not of slices. The row that a slice fits best is also the best fit for the next
+    slice of the same length, so a row takes as many of them as fit before the next row is considered.
     """
-    order = _order(seq_len - lengths)
+    order = _stable_argsort(seq_len - lengths)
     row_of = np.empty(len(lengths), np.int32)
-    room: dict[int, list[np.ndarray]] = {}  # rows by the room they have left
-    rooms = np.zeros(seq_len + 1, bool)
+    rows_by_capacity: dict[int, list[np.ndarray]] = {}  # free tokens: rows with that capacity
+    has_rows = np.zeros(seq_len + 1, bool)
     num_rows = 0
     sizes, firsts = np.unique(-lengths[order], return_index=True)
 
-    def give_back(rows: np.ndarray, left: int) -> None:
-        if len(rows) and left:
-            room.setdefault(left, []).append(rows)
-            rooms[left] = True
+    def add_rows(rows: np.ndarray, remaining: int) -> None:
+        if len(rows) and remaining:
+            rows_by_capacity.setdefault(remaining, []).append(rows)
+            has_rows[remaining] = True
 
     for size, first, end in zip((-sizes).tolist(), firsts.tolist(), [*firsts[1:].tolist(), len(lengths)], strict=True):
-        at = first
-        while at < end:
-            fitting = size + int(np.argmax(rooms[size:]))
-            if rooms[fitting]:
-                rows = room[fitting].pop()
-                rooms[fitting] = bool(room[fitting])
+        position = first
+        while position < end:
+            capacity = size + int(np.argmax(has_rows[size:]))
+            if has_rows[capacity]:
+                rows = rows_by_capacity[capacity].pop()
+                has_rows[capacity] = bool(rows_by_capacity[capacity])
             else:
-                fitting = seq_len
-                rows = np.arange(num_rows, num_rows + -(-(end - at) // (seq_len // size)), dtype=np.int32)
+                capacity = seq_len
+                rows = np.arange(num_rows, num_rows + -(-(end - position) // (seq_len // size)), dtype=np.int32)
                 num_rows += len(rows)
-            each = fitting // size
-            full, rest = divmod(min(end - at, len(rows) * each), each)
-            row_of[order[at : at + full * each]] = np.repeat(rows[:full], each)
-            at += full * each
-            give_back(rows[:full], fitting - each * size)
-            if rest:
-                row_of[order[at : at + rest]] = rows[full]
-                at += rest
-                give_back(rows[full : full + 1], fitting - rest * size)
-            give_back(rows[full + bool(rest) :], fitting)
+            per_row = capacity // size
+            num_full, remainder = divmod(min(end - position, len(rows) * per_row), per_row)
+            row_of[order[position : position + num_full * per_row]] = np.repeat(rows[:num_full], per_row)
+            position += num_full * per_row
+            add_rows(rows[:num_full], capacity - per_row * size)
+            if remainder:
+                row_of[order[position : position + remainder]] = rows[num_full]
+                position += remainder
+                add_rows(rows[num_full : num_full + 1], capacity - remainder * size)
+            add_rows(rows[num_full + bool(remainder) :], capacity)
     return row_of, num_rows

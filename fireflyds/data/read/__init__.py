@@ -1,1 +1,1 @@
-"""Files, streams and saved data sets, read as records and samples."""
+"""Reads files, streams and saved data sets as records and samples."""

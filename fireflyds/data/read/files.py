@@ -1,4 +1,4 @@
-"""Raw files to records. What cannot be read is set aside with file, line and reason; nothing stops for it."""
+"""Reads raw files as records. Unreadable rows become `RejectedRow` with file, line and reason; reading continues."""
 
 import csv
 import glob
@@ -20,7 +20,7 @@ csv.field_size_limit(1 << 30)
 
 @dataclass(frozen=True, slots=True)
 class FilePart:
-    """A stretch of a file: the lines that begin in bytes `[start, end)`, the first being line `first_line`."""
+    """A byte range of a file: the lines that begin in bytes `[start, end)`; `first_line` is the number of the first one."""
 
     file: str
     start: int = 0
@@ -30,7 +30,7 @@ class FilePart:
 
 @dataclass(frozen=True, slots=True)
 class RejectedRow:
-    """A row that could not be used. `line` counts from 1; 0 is the file as a whole."""
+    """A row that cannot be used. `line` counts from 1; 0 means the whole file."""
 
     file: str
     line: int
@@ -39,7 +39,7 @@ class RejectedRow:
 
 @dataclass(frozen=True, slots=True)
 class RawRecord:
-    """A row as it stands in a file: a dict of fields (plain text is `{"text": ...}`)."""
+    """A row of a file as a dict of fields (plain text: `{"text": ...}`)."""
 
     file: str
     line: int
@@ -47,16 +47,16 @@ class RawRecord:
 
 
 def find_files(path: str) -> list[Path]:
-    """The files a source names: one file, all known files below a folder, or a glob.
+    """Returns the files of a source path: one file, all supported files below a folder, or the matches of a glob.
 
     Raises:
-        UserError: there are none, or a file has an ending that is not known.
+        UserError: there are none, or a file has an unsupported ending.
     """
-    place = Path(path)
-    if place.is_file():
-        files = [place]
-    elif place.is_dir():
-        files = sorted(file for file in place.rglob("*") if kind(file) in SUFFIXES and file.is_file())
+    location = Path(path)
+    if location.is_file():
+        files = [location]
+    elif location.is_dir():
+        files = sorted(file for file in location.rglob("*") if kind(file) in SUFFIXES and file.is_file())
     else:
         files = sorted(Path(name) for name in glob.glob(path, recursive=True) if Path(name).is_file())
     if not files:
@@ -66,19 +66,19 @@ def find_files(path: str) -> list[Path]:
     for file in files:
         if kind(file) not in SUFFIXES:
             raise UserError(
-                f"{file}: ending {file.suffix!r} is not known. Known: {' '.join(SUFFIXES)}, and these with {' '.join(PACKED)}"
+                f"{file}: ending {file.suffix!r} is not known. Known: {' '.join(SUFFIXES)}, each also with {' '.join(PACKED)}"
             )
     return files
 
 
 def kind(file: Path) -> str:
-    """The ending that says how a file is read: `.jsonl` of `a.jsonl.gz`."""
+    """Returns the suffix that determines the file format: `.jsonl` for `a.jsonl.gz`."""
     suffix = file.suffix.lower()
     return Path(file.stem).suffix.lower() if suffix in PACKED else suffix
 
 
 def read_records(file: Path | FilePart, split: TextSplit = TextSplit.line) -> Iterator[RawRecord | RejectedRow]:
-    """All rows of one file, or of a part of one, in order."""
+    """Yields all rows of a file, or of a part of it, in order."""
     part = file if isinstance(file, FilePart) else FilePart(str(file))
     reader: Callable[[FilePart], Iterator[RawRecord | RejectedRow]] = {
         ".txt": lambda part: _text(part, split),
@@ -89,11 +89,11 @@ def read_records(file: Path | FilePart, split: TextSplit = TextSplit.line) -> It
         ".parquet": _parquet,
         ".arrow": _arrow,
     }[kind(Path(part.file))]
-    return _whole(part, reader(part))
+    return _reject_unreadable(part, reader(part))
 
 
-def _whole(part: FilePart, rows: Iterator[RawRecord | RejectedRow]) -> Iterator[RawRecord | RejectedRow]:
-    """The rows; a file that breaks off or is no such file is one row set aside."""
+def _reject_unreadable(part: FilePart, rows: Iterator[RawRecord | RejectedRow]) -> Iterator[RawRecord | RejectedRow]:
+    """Yields the rows; a truncated, corrupted or unreadable file gives one `RejectedRow` with line 0."""
     import zstandard
 
     try:
@@ -103,16 +103,17 @@ def _whole(part: FilePart, rows: Iterator[RawRecord | RejectedRow]) -> Iterator[
 
 
 def _decoded_lines(part: FilePart) -> Iterator[tuple[int, str] | RejectedRow]:
+    """Yields `(line number, text)` of each line of a part, or a `RejectedRow` where it is not UTF-8."""
     with open_bytes(part.file) as stream:
-        at = part.start
-        if at:
-            stream.seek(at)
+        offset = part.start
+        if offset:
+            stream.seek(offset)
         for number, raw in enumerate(stream, part.first_line):
-            if part.end is not None and at >= part.end:
+            if part.end is not None and offset >= part.end:
                 break
-            at += len(raw)
+            offset += len(raw)
             try:
-                # A byte order mark is no text; form feeds and the like stay as they are.
+                # A byte order mark is removed; form feeds and other control characters are kept.
                 yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
             except UnicodeDecodeError as error:
                 reason = (
@@ -130,23 +131,23 @@ def _text(part: FilePart, split: TextSplit) -> Iterator[RawRecord | RejectedRow]
             elif item[1] and not item[1].isspace():
                 yield RawRecord(file, item[0], {"text": item[1]})
         return
-    held: list[str] = []
+    lines: list[str] = []
     start = 1
     for item in _decoded_lines(part):
         if isinstance(item, RejectedRow):
             yield item
             continue
         number, line = item
-        ends = split is TextSplit.paragraph and not line.strip()
-        if not held:
+        paragraph_ends = split is TextSplit.paragraph and not line.strip()
+        if not lines:
             start = number
-        if line.strip() or (split is TextSplit.file and held):
-            held.append(line)
-        if ends and held:
-            yield RawRecord(file, start, {"text": "\n".join(held)})
-            held = []
-    if held:
-        yield RawRecord(file, start, {"text": "\n".join(held)})
+        if line.strip() or (split is TextSplit.file and lines):
+            lines.append(line)
+        if paragraph_ends and lines:
+            yield RawRecord(file, start, {"text": "\n".join(lines)})
+            lines = []
+    if lines:
+        yield RawRecord(file, start, {"text": "\n".join(lines)})
 
 
 def _json_lines(part: FilePart) -> Iterator[RawRecord | RejectedRow]:
@@ -170,7 +171,7 @@ def _json(part: FilePart) -> Iterator[RawRecord | RejectedRow]:
     except UnicodeDecodeError as error:
         yield RejectedRow(file, 0, f"not UTF-8 at byte {error.start}; convert the file to UTF-8")
     except json.JSONDecodeError as error:
-        if error.msg == "Extra data":  # JSON lines under another ending
+        if error.msg == "Extra data":  # JSON Lines with the suffix .json
             yield from _json_lines(part)
         else:
             yield RejectedRow(file, error.lineno, f"not JSON: {error}")
@@ -184,26 +185,28 @@ def _json(part: FilePart) -> Iterator[RawRecord | RejectedRow]:
 
 def _table(part: FilePart) -> Iterator[RawRecord | RejectedRow]:
     file = part.file
-    good: list[int] = []
+    line_numbers: list[int] = []
 
     def lines() -> Iterator[str]:
         for item in _decoded_lines(part):
             if isinstance(item, RejectedRow):
-                bad.append(item)
+                rejected.append(item)
             else:
-                good.append(item[0])
+                line_numbers.append(item[0])
                 yield item[1] + "\n"
 
-    bad: list[RejectedRow] = []
-    # A tab-separated table has no quotation: a quotation mark in it is text.
-    tabs = kind(Path(file)) == ".tsv"
-    reader = csv.reader(lines(), delimiter="\t" if tabs else ",", quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL)
+    rejected: list[RejectedRow] = []
+    # A tab-separated table has no quoting: a quotation mark in it is text.
+    is_tsv = kind(Path(file)) == ".tsv"
+    reader = csv.reader(
+        lines(), delimiter="\t" if is_tsv else ",", quoting=csv.QUOTE_NONE if is_tsv else csv.QUOTE_MINIMAL
+    )
     columns: list[str] = []
     while True:
         try:
             row = next(reader, None)
         except csv.Error as error:
-            yield RejectedRow(file, good[-1] if good else 1, f"not a row of a table: {error}")
+            yield RejectedRow(file, line_numbers[-1] if line_numbers else 1, f"not a table row: {error}")
             continue
         if row is None:
             break
@@ -213,16 +216,16 @@ def _table(part: FilePart) -> Iterator[RawRecord | RejectedRow]:
                 continue
         if len(row) > len(columns):
             reason = f"{len(row)} cells for {len(columns)} columns; quote cells that hold the separator"
-            yield RejectedRow(file, good[-1], reason)
+            yield RejectedRow(file, line_numbers[-1], reason)
             continue
         fields = {key: value for key, value in zip(columns, row, strict=False) if key and value}
         if fields:
-            yield RawRecord(file, good[-1], fields)
-    yield from bad
+            yield RawRecord(file, line_numbers[-1], fields)
+    yield from rejected
 
 
 def _is_header(row: list[str]) -> bool:
-    """Column names are single words; a table may begin with its data."""
+    """True where the first row is a header: distinct single words. Otherwise the table begins with data."""
     return len(set(row)) == len(row) and all(
         re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]{0,40}", cell) for cell in row if cell
     )
@@ -239,7 +242,7 @@ def _arrow(part: FilePart) -> Iterator[RawRecord | RejectedRow]:
     import pyarrow
 
     def batches(stream: IO[bytes]) -> Iterator[Any]:
-        try:  # what `datasets` writes; other programs write the random-access form
+        try:  # stream format, as written by `datasets`; other programs write the file format (random access)
             yield from pyarrow.ipc.open_stream(stream)
         except pyarrow.ArrowInvalid:
             stream.seek(0)

@@ -1,4 +1,4 @@
-"""Data sets of the `datasets` library: folders it wrote, and names on the Hugging Face hub, as a stream of rows."""
+"""Reads data sets of the `datasets` library, from saved folders or the Hugging Face Hub, as a stream of rows."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,15 +10,15 @@ PREFIX = "hf:"
 
 
 def is_dataset(path: str) -> bool:
-    """Whether `path` is `hf:<name>[:<config>]` or a folder that `Dataset.save_to_disk` wrote."""
+    """True where `path` is `hf:<name>[:<config>]` or a folder written by `Dataset.save_to_disk`."""
     return path.startswith(PREFIX) or any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
 def read_dataset(path: str) -> Iterator[dict[str, Any]]:
-    """The rows of the `train` split (of the only one, where it has another name), one at a time.
+    """Yields the rows of the `train` split (or of the only split, if it has another name), one at a time.
 
     Raises:
-        UserError: no such data set, or several splits and no `train`.
+        UserError: there is no such data set, or it has several splits and none is `train`.
     """
     import datasets
 
@@ -26,16 +26,18 @@ def read_dataset(path: str) -> Iterator[dict[str, Any]]:
         if path.startswith(PREFIX):
             name, _, config = path.removeprefix(PREFIX).partition(":")
             if not name:
-                raise ValueError("it has no name")
-            found = datasets.load_dataset(name, config or None, streaming=True)
+                raise ValueError("the name is empty")
+            loaded = datasets.load_dataset(name, config or None, streaming=True)
         else:
-            found = datasets.load_from_disk(path)
+            loaded = datasets.load_from_disk(path)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"{path}: cannot be read as a data set ({reason}). Give hf:<name>, hf:<name>:<config> or a saved folder"
         ) from error
-    splits = dict(found) if isinstance(found, dict) else {"train": found}
+    splits = dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
     if len(splits) > 1 and "train" not in splits:
-        raise UserError(f"{path}: no split 'train' among {', '.join(splits)}. Save the wanted split by itself")
+        raise UserError(
+            f"{path}: no split 'train' among {', '.join(splits)}. Save the required split as a separate data set"
+        )
     yield from splits.get("train", next(iter(splits.values())))

@@ -1,4 +1,4 @@
-"""A source: files of one or more layouts, read as samples."""
+"""Reads a source, i.e. files in one or more layouts, as samples."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -18,7 +18,7 @@ FORMATS = "fireflyds.data.formats"
 
 @dataclass(frozen=True, slots=True)
 class LocatedSample:
-    """A sample, the name of its layout, and where it stands."""
+    """A sample with the name of its layout, its file and its line."""
 
     sample: Sample
     layout: str
@@ -27,7 +27,7 @@ class LocatedSample:
 
 
 def detect_format(fields: dict[str, Any]) -> ModuleType | None:
-    """The first layout, in alphabetical order, whose `matches` accepts the fields of a row."""
+    """Returns the first layout, in alphabetical order, whose `matches` accepts the fields of a row, or None."""
     for name in registry.names(FORMATS):
         layout = registry.find(FORMATS, name)
         if layout.matches(fields):
@@ -36,7 +36,7 @@ def detect_format(fields: dict[str, Any]) -> ModuleType | None:
 
 
 def read_source(source: SourceConfig) -> Iterator[Sample | RejectedRow]:
-    """Every sample of a source, and every row that gives none.
+    """Yields every sample of a source, and a `RejectedRow` for every row without one.
 
     Raises:
         UserError: no such files, or no such format.
@@ -46,28 +46,28 @@ def read_source(source: SourceConfig) -> Iterator[Sample | RejectedRow]:
 
 
 def source_parts(source: SourceConfig) -> list[FilePart]:
-    """The files of a source, each as one part; a data set is one part."""
+    """Returns the files of a source, each as one part; a data set is one part."""
     if is_dataset(source.path):
         return [FilePart(source.path)]
     return [FilePart(str(file)) for file in find_files(source.path)]
 
 
 def read_part(source: SourceConfig, part: FilePart) -> Iterator[LocatedSample | RejectedRow]:
-    """The samples of a part, and every row that gives none."""
-    layout = named = None if source.format == "auto" else registry.find(FORMATS, source.format)
+    """Yields the samples of a part, and a `RejectedRow` for every row without one."""
+    layout = configured = None if source.format == "auto" else registry.find(FORMATS, source.format)
     for record in _records(source, part):
         if isinstance(record, RejectedRow):
             yield record
             continue
-        if named is None and (layout is None or not layout.matches(record.fields)):
+        if configured is None and (layout is None or not layout.matches(record.fields)):
             layout = detect_format(record.fields)
         if layout is None:
-            keys = ", ".join(map(str, list(record.fields)[:8])) or "none"
-            known = ", ".join(registry.names(FORMATS))
+            fields = ", ".join(map(str, list(record.fields)[:8])) or "none"
+            layouts = ", ".join(registry.names(FORMATS))
             yield RejectedRow(
                 record.file,
                 record.line,
-                f"no known layout has the fields {keys}; known layouts: {known} (a table names its columns in the first line)",
+                f"no known layout has the fields {fields}; known layouts: {layouts} (a table must have its column names in the first line)",
             )
             continue
         name = layout.__name__.rsplit(".", 1)[-1]
@@ -87,10 +87,10 @@ def _records(source: SourceConfig, part: FilePart) -> Iterable[RawRecord | Rejec
 
 
 def read_texts(path: str) -> Iterator[str]:
-    """The documents of a source as plain text, for learning pieces and measuring tokenizers.
+    """Yields the documents of a source as plain text, for training vocabularies and for evaluation.
 
     Raises:
-        UserError: no file, or no document in any of them.
+        UserError: no file, or no document in any file.
     """
     count, rejected = 0, []
     for item in read_source(SourceConfig(path=path)):
@@ -102,14 +102,14 @@ def read_texts(path: str) -> Iterator[str]:
             yield text
     first = f"{rejected[0].file}:{rejected[0].line}: {rejected[0].reason}" if rejected else ""
     if count == 0:
-        why = f"{len(rejected)} rows set aside, the first: {first}" if rejected else "it is empty"
-        raise UserError(f"{path}: no documents in it ({why}). Give text with at least one non-empty document")
+        detail = f"{len(rejected)} rows were rejected, the first: {first}" if rejected else "it is empty"
+        raise UserError(f"{path}: no documents in it ({detail}). Give text with at least one non-empty document")
     if rejected:
-        print(f"{path}: {len(rejected):,} rows set aside, the first: {first}", file=sys.stderr)
+        print(f"{path}: {len(rejected):,} rows were rejected, the first: {first}", file=sys.stderr)
 
 
 def _check_text(sample: Sample) -> None:
-    """Raises `ValueError` or `TypeError` where a text is none, or holds half a surrogate pair."""
+    """Raises `TypeError` where a text is not a string, `ValueError` where it contains an unpaired surrogate."""
     for text in (sample.text,) if sample.text is not None else (message.content for message in sample.messages):
         if not isinstance(text, str):
             raise TypeError(f"a text is expected, got {type(text).__name__}")

@@ -1,4 +1,4 @@
-"""The bytes of a file, unpacked while they are read."""
+"""Opens files as byte streams, decompressed while they are read."""
 
 import contextlib
 import gzip
@@ -12,6 +12,7 @@ PACKED = (".gz", ".zst")
 
 @contextlib.contextmanager
 def open_bytes(file: str) -> Iterator[IO[bytes]]:
+    """Opens a plain, gzip or Zstandard file for reading."""
     if file.lower().endswith(".gz"):
         with gzip.open(file) as stream:
             yield stream  # type: ignore[misc]
@@ -24,7 +25,7 @@ def open_bytes(file: str) -> Iterator[IO[bytes]]:
 
 
 class _Zstandard(io.RawIOBase):
-    """A stream of frames that says so when the last one breaks off, which the library's own reader does not."""
+    """A Zstandard stream that raises `EOFError` if its last frame is truncated, which the library's own reader does not."""
 
     def __init__(self, raw: IO[bytes]) -> None:
         self._raw, self._ready = raw, b""

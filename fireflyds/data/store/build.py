@@ -1,4 +1,4 @@
-"""From the sources of a configuration to a whole token store."""
+"""Builds a token store from the sources of a configuration."""
 
 import json
 import os
@@ -23,7 +23,7 @@ _FILES = (".ids", ".npz", ".json")
 
 
 def store_provenance(config: PrepareConfig, tokenizer: str, tasks: list[EncodeTask]) -> dict[str, Any]:
-    """What a store is made from; equal for two stores with equal contents. `tokenizer` is its fingerprint."""
+    """Returns the provenance of a store; equal for two stores with equal contents. `tokenizer`: its fingerprint."""
     sources = [
         {name: value if isinstance(value, str | int | float) else value.name for name, value in asdict(source).items()}
         for source in config.data.sources
@@ -43,32 +43,34 @@ def store_provenance(config: PrepareConfig, tokenizer: str, tasks: list[EncodeTa
 def make_parts(
     config: PrepareConfig, tasks: list[EncodeTask], load_encoder: Callable[[], Encoder], folder: Path, earlier: Path
 ) -> list[dict[str, Any]]:
-    """Every part into `folder`, in order; those that stand there or in the `earlier` folder are used again."""
+    """Encodes all parts into `folder`, in order; complete parts in `folder` or in `earlier` are reused. Returns their counts."""
     folder.mkdir(parents=True, exist_ok=True)
-    found: dict[str, dict[str, Any]] = {}
+    finished: dict[str, dict[str, Any]] = {}
     for task in tasks:
-        for place in (folder, earlier):
-            info = finished_part(place, task, config.template, config.loss_on)
-            if info is not None and task.key not in found:
-                found[task.key] = info
-                if place is not folder:
-                    _link(place, folder, task.key)
-    missing = list({task.key: task for task in tasks if task.key not in found}.values())
-    if found:
-        print(f"{len(tasks) - len(missing):,} of {len(tasks):,} parts stand already", flush=True)
-    workshop = WorkerContext(load_encoder, config.data.sources, config.template, config.loss_on, config.clean, folder)
+        for source in (folder, earlier):
+            info = finished_part(source, task, config.template, config.loss_on)
+            if info is not None and task.key not in finished:
+                finished[task.key] = info
+                if source is not folder:
+                    _link(source, folder, task.key)
+    missing = list({task.key: task for task in tasks if task.key not in finished}.values())
+    if finished:
+        print(f"{len(tasks) - len(missing):,} of {len(tasks):,} parts are reused", flush=True)
+    context = WorkerContext(load_encoder, config.data.sources, config.template, config.loss_on, config.clean, folder)
     started, done = time.perf_counter(), 0
-    told = started
-    for task, info in _made(missing, workshop, config.workers or os.cpu_count() or 1):
-        found[task.key] = info
+    reported = started
+    for task, info in _encode_parts(missing, context, config.workers or os.cpu_count() or 1):
+        finished[task.key] = info
         done += task.size
-        if time.perf_counter() - told > 10:
-            told = time.perf_counter()
-            print(f"{len(found):,} of {len(tasks):,} parts, {done / (told - started) / 1e6:.1f} MB/s", flush=True)
-    return [found[task.key] for task in tasks]
+        if time.perf_counter() - reported > 10:
+            reported = time.perf_counter()
+            print(
+                f"{len(finished):,} of {len(tasks):,} parts, {done / (reported - started) / 1e6:.1f} MB/s", flush=True
+            )
+    return [finished[task.key] for task in tasks]
 
 
-def _made(
+def _encode_parts(
     tasks: list[EncodeTask], workshop: WorkerContext, workers: int
 ) -> Iterator[tuple[EncodeTask, dict[str, Any]]]:
     if workers == 1 or len(tasks) == 1:
@@ -98,7 +100,7 @@ def finish_store(
     out: Path,
     made_from: dict[str, Any],
 ) -> dict[str, Any]:
-    """Index and manifest over the parts in `out/parts`. Returns the manifest.
+    """Writes the index and the manifest of the parts in `out/parts`. Returns the manifest.
 
     Raises:
         UserError: too many rows were rejected, or no document could be used.
@@ -117,25 +119,25 @@ def finish_store(
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rejected)
     domains = list(dict.fromkeys(source.domain for source in config.data.sources))
     languages = list(dict.fromkeys(source.language for source in config.data.sources))
-    columns, lost = columns_of(config, tasks, infos, out / "parts", domains, languages)
+    columns, dropped = columns_of(config, tasks, infos, out / "parts", domains, languages)
     (out / "index").mkdir(exist_ok=True)
     for name, column in columns.items():
         np.save(out / "index" / f"{name}.npy", column)
     np.save(out / "index" / "sentence_ends.npy", sentence_ends(encoder))
-    domain_counts = per_domain(config, tasks, infos, columns, lost, domains)
+    domain_counts = per_domain(config, tasks, infos, columns, dropped, domains)
     totals: Counter[str] = Counter()
     for counts in domain_counts.values():
         totals.update({name: count for name, count in counts.items() if isinstance(count, int)})
-    wanted = {task.key for task in tasks}
+    keys = {task.key for task in tasks}
     for path in list((out / "parts").iterdir()):
-        if path.name.split(".")[0] not in wanted:
+        if path.name.split(".")[0] not in keys:
             path.unlink()
     manifest = {
         "version": VERSION,
         "dtype": token_dtype(encoder.vocab_size).name,
         "domains": domains,
         "languages": languages,
-        # Only a store with dialogues in it speaks a template, which the export then writes.
+        # Set only if the store contains dialogues; the export writes this template to the tokenizer.
         "template": config.template if totals["dialogues"] else None,
         "weights": config.data.shares,
         "made_from": made_from,
@@ -150,9 +152,9 @@ def finish_store(
 def refuse_rejected(
     config: PrepareConfig, tasks: list[EncodeTask], infos: list[dict[str, Any]], rejected: list[dict[str, Any]]
 ) -> None:
-    """Raises `UserError` when nothing can be used, or more than `max_rejected` cannot be read.
+    """Raises `UserError` if no document can be used, or more than the share `max_rejected` of the rows is rejected.
 
-    What stood in a file that breaks off is not known in rows, so such files are weighed by their bytes.
+    The number of rows in a truncated file is unknown, so such files are weighted by their size in bytes.
     """
     documents = sum(info["counts"]["documents"] for info in infos)
     dropped: Counter[str] = Counter()
@@ -160,27 +162,27 @@ def refuse_rejected(
         dropped.update(info["dropped"])
     first = json.dumps(rejected[0], ensure_ascii=False) if rejected else ""
     if not documents:
-        why = (
+        detail = (
             f"; the first rejected row: {first}"
             if first
             else f"; dropped: {dropped.most_common(1)[0][0]}"
             if dropped
             else ""
         )
-        raise UserError(f"{config.data.sources[0].path}: no document could be used{why}")
+        raise UserError(f"{config.data.sources[0].path}: no document could be used{detail}")
     broken = [task for task, info in zip(tasks, infos, strict=True) if any(not row["line"] for row in info["rejected"])]
     size = sum(task.size for task in broken)
     if size > config.max_rejected * sum(task.size for task in tasks):
         reason = next(row["reason"] for row in rejected if not row["line"])
         raise UserError(
             f"max_rejected={config.max_rejected}: {len(broken):,} files of {size:,} bytes cannot be read to their end, the first "
-            f"{broken[0].part.file} ({reason}). Get them again, or raise the limit; what is encoded already is kept"
+            f"{broken[0].part.file} ({reason}). Replace them, or raise max_rejected; parts encoded so far are reused"
         )
     rows = documents + dropped.total() + len(rejected)
     if len(rejected) > config.max_rejected * rows:
         reasons = Counter(row["reason"].split(":")[0] for row in rejected)
-        shown = ", ".join(f"{reason} ({count:,})" for reason, count in reasons.most_common(3))
+        summary = ", ".join(f"{reason} ({count:,})" for reason, count in reasons.most_common(3))
         raise UserError(
-            f"max_rejected={config.max_rejected}: {len(rejected):,} of {rows:,} rows cannot be used ({shown}); the first: {first}. "
-            "Mend the files, or raise the limit; what is encoded already is kept"
+            f"max_rejected={config.max_rejected}: {len(rejected):,} of {rows:,} rows cannot be used ({summary}); the first: {first}. "
+            "Correct the files, or raise max_rejected; parts encoded so far are reused"
         )

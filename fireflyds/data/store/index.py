@@ -1,4 +1,4 @@
-"""The index of a store: which documents of its parts are kept, and what became of the others."""
+"""Builds the index of a store: the kept documents of its parts, and counts of the dropped ones by reason."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -16,13 +16,13 @@ _SENTENCE_ENDS = ("。", "！", "？", "!", "?", "…", "；", ".", "\n")
 
 
 def sentence_ends(encoder: Encoder) -> np.ndarray:
-    """The ids whose text ends a sentence: int64, sorted."""
-    found = [
+    """Returns the ids of tokens whose text ends a sentence: int64, sorted."""
+    ids = [
         index
         for index in range(encoder.vocab_size)
         if (text := encoder.token(index)) == "<0x0A>" or text.rstrip(" ”」』）)\"'").endswith(_SENTENCE_ENDS)
     ]
-    return np.asarray(found, np.int64)
+    return np.asarray(ids, np.int64)
 
 
 def columns_of(
@@ -33,7 +33,7 @@ def columns_of(
     domains: list[str],
     languages: list[str],
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """The index of the documents that stay, and by reason the sources of those that go: int64 `[dropped]`."""
+    """Returns the index columns of the kept documents, and by reason the sources of the dropped ones: int32 `[dropped]`."""
     parts = [np.load(folder / f"{info['key']}.npz") for info in infos]
     sizes = [len(part["length"]) for part in parts]
 
@@ -45,21 +45,21 @@ def columns_of(
 
     length = column((part["length"] for part in parts), np.int32)
     source = repeated((task.source for task in tasks), np.int32)
-    keep, lost = np.ones(len(length), bool), {}
+    keep, dropped = np.ones(len(length), bool), {}
     if config.clean.duplicates is not Duplicates.keep:
         copies = exact_duplicates(column((part["hashes"] for part in parts), np.uint64))
         if config.clean.duplicates is Duplicates.near:
-            standing = np.flatnonzero(~copies)
-            signatures = np.concatenate([part["signatures"] for part in parts])[standing]
+            remaining = np.flatnonzero(~copies)
+            signatures = np.concatenate([part["signatures"] for part in parts])[remaining]
             near = np.zeros(len(copies), bool)
-            near[standing] = near_duplicates(signatures, config.clean.similarity)
-            lost["near-duplicate"] = source[near]
+            near[remaining] = near_duplicates(signatures, config.clean.similarity)
+            dropped["near-duplicate"] = source[near]
             keep &= ~near
-        lost["duplicate"] = source[copies]
+        dropped["duplicate"] = source[copies]
         keep &= ~copies
-    over = _beyond_cap(config, source, keep)
-    lost["beyond max_documents"] = source[over]
-    keep[over] = False
+    excess = _beyond_cap(config, source, keep)
+    dropped["beyond max_documents"] = source[excess]
+    keep[excess] = False
     counts = column((part["span_counts"] for part in parts), np.int32)
     spans = np.concatenate([np.zeros((0, 2), np.int32), *(part["spans"] for part in parts)])
     sources = config.data.sources
@@ -76,18 +76,18 @@ def columns_of(
         spans, counts = spans[np.repeat(keep, counts)], counts[keep]
     columns["spans"] = spans
     columns["span_offsets"] = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
-    return columns, lost
+    return columns, dropped
 
 
 def _beyond_cap(config: PrepareConfig, source: np.ndarray, keep: np.ndarray) -> np.ndarray:
-    """Documents above a source's `max_documents`, drawn evenly from it: indices."""
-    over = [np.zeros(0, np.int64)]
+    """Returns the indices of documents beyond `max_documents` of their source; the kept ones are evenly spaced."""
+    excess = [np.zeros(0, np.int64)]
     for number, settings in enumerate(config.data.sources):
-        standing = np.flatnonzero((source == number) & keep)
-        if 0 < settings.max_documents < len(standing):
-            kept = standing[np.linspace(0, len(standing) - 1, settings.max_documents).round().astype(np.int64)]
-            over.append(np.setdiff1d(standing, kept))
-    return np.concatenate(over)
+        remaining = np.flatnonzero((source == number) & keep)
+        if 0 < settings.max_documents < len(remaining):
+            sampled = remaining[np.linspace(0, len(remaining) - 1, settings.max_documents).round().astype(np.int64)]
+            excess.append(np.setdiff1d(remaining, sampled))
+    return np.concatenate(excess)
 
 
 def per_domain(
@@ -98,35 +98,36 @@ def per_domain(
     lost: dict[str, np.ndarray],
     domains: list[str],
 ) -> dict[str, dict[str, Any]]:
-    """What was read, kept and dropped, and why."""
-    found: dict[str, dict[str, Any]] = {}
+    """Returns by domain the counts of rows read, kept, dropped and rejected, with the reasons."""
+    result: dict[str, dict[str, Any]] = {}
     counts = np.diff(columns["span_offsets"])
     widths = columns["spans"][:, 1] - columns["spans"][:, 0]
-    of_span = np.repeat(columns["domain"], counts)
+    span_domains = np.repeat(columns["domain"], counts)
     for number, domain in enumerate(domains):
-        mine = [
+        domain_infos = [
             info for task, info in zip(tasks, infos, strict=True) if config.data.sources[task.source].domain == domain
         ]
-        chosen = columns["domain"] == number
+        selected = columns["domain"] == number
         dropped: Counter[str] = Counter()
         formats: Counter[str] = Counter()
-        for info in mine:
+        for info in domain_infos:
             dropped.update(info["dropped"])
             formats.update(info["formats"])
         for reason, sources in lost.items():
             dropped[reason] += sum(config.data.sources[source].domain == domain for source in sources.tolist())
-        rejected = sum(len(info["rejected"]) for info in mine)
-        found[domain] = {
-            "read": sum(info["counts"]["documents"] + sum(info["dropped"].values()) for info in mine) + rejected,
-            "documents": int(chosen.sum()),
-            "dialogues": int((counts[chosen] > 0).sum()),
-            "tokens": int(columns["length"][chosen].sum(dtype=np.int64)),
-            "bytes": int(columns["num_bytes"][chosen].sum()),
-            "learned": int(columns["length"][chosen & (counts == 0)].sum(dtype=np.int64))
-            + int(widths[of_span == number].sum(dtype=np.int64)),
+        rejected = sum(len(info["rejected"]) for info in domain_infos)
+        result[domain] = {
+            "read": sum(info["counts"]["documents"] + sum(info["dropped"].values()) for info in domain_infos)
+            + rejected,
+            "documents": int(selected.sum()),
+            "dialogues": int((counts[selected] > 0).sum()),
+            "tokens": int(columns["length"][selected].sum(dtype=np.int64)),
+            "bytes": int(columns["num_bytes"][selected].sum()),
+            "learned": int(columns["length"][selected & (counts == 0)].sum(dtype=np.int64))
+            + int(widths[span_domains == number].sum(dtype=np.int64)),
             "dropped": dropped.total(),
             "rejected": rejected,
             "reasons": {reason: count for reason, count in dropped.items() if count},
             "formats": dict(formats),
         }
-    return found
+    return result

@@ -1,13 +1,13 @@
-"""The token store: what `prepare` writes once and `train` maps into memory at any `seq_len`.
+"""The token store: written once by `prepare`, memory-mapped by `train` at any `seq_len`.
 
-parts/<key>.ids       uint16 or uint32, the documents of one stretch of one source end to end
-parts/<key>.npz       their lengths, byte lengths and learned spans (and hashes, where duplicates are looked for)
-parts/<key>.json      counts, written last: a part without it is not whole
-index/*.npy           of all documents that are kept, in order: part int32, start int64 (within the part), length int32,
+parts/<key>.ids       uint16 or uint32, the concatenated documents of one part of one source
+parts/<key>.npz       their lengths, byte lengths and learned spans (and hashes, if duplicates are removed)
+parts/<key>.json      counts, written last: a part without it is incomplete
+index/*.npy           columns of all kept documents, in order: part int32, start int64 (within the part), length int32,
                       domain uint16, language uint16, num_bytes int64, span_offsets int64 [n + 1], spans int32 [m, 2];
-                      sentence_ends: ids of tokens that end a sentence
-rejected.jsonl        rows that could not be used: file, line, reason
-manifest.json         what it was made from, with counts; written last
+                      sentence_ends int64: ids of tokens that end a sentence
+rejected.jsonl        rows that cannot be used: file, line, reason
+manifest.json         provenance (`made_from`) and counts; written last
 """
 
 import hashlib
@@ -27,21 +27,21 @@ INDEX = ("part", "start", "length", "domain", "language", "num_bytes", "span_off
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The smallest type that holds every id."""
+    """Returns the smallest unsigned integer type that holds every token id."""
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
 class PartWriter:
-    """Writes the documents of one part aside, and gives it its names when it is whole.
+    """Writes the documents of one part to temporary files, which are renamed when the part is complete.
 
-    Files of an earlier part of that name may be shared with a finished store, so they are replaced, never written into.
+    Files of an earlier part with that key may be hard links into a finished store, so they are replaced, never modified.
     """
 
     def __init__(self, folder: Path, key: str, dtype: np.dtype[Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._base, self._dtype = folder / key, dtype
         self._base.with_suffix(".json").unlink(missing_ok=True)
-        self._file: BinaryIO = self._aside(".ids").open("wb")
+        self._file: BinaryIO = self._temporary(".ids").open("wb")
         self._lengths: list[int] = []
         self._num_bytes: list[int] = []
         self._spans: list[tuple[int, int]] = []
@@ -51,13 +51,13 @@ class PartWriter:
         self._file.write(example.input_ids.astype(self._dtype).tobytes())
         self._lengths.append(len(example.input_ids))
         self._num_bytes.append(example.num_bytes)
-        # A document carries loss throughout, which needs no span.
+        # All tokens of a document carry loss: no span is stored.
         spans = () if example.is_document else example.spans
         self._spans += spans
         self._span_counts.append(len(spans))
 
     def counts(self) -> dict[str, int]:
-        """Of what was added."""
+        """Returns the counts of the examples added so far."""
         return {
             "documents": len(self._lengths),
             "dialogues": sum(count > 0 for count in self._span_counts),
@@ -65,28 +65,28 @@ class PartWriter:
             "bytes": sum(self._num_bytes),
         }
 
-    def close(self, info: dict[str, Any], **more: Any) -> None:
-        """Write the arrays and, last, `info`."""
+    def close(self, info: dict[str, Any], **arrays: Any) -> None:
+        """Writes the arrays and then `info`, and renames the files."""
         self._file.close()
-        with self._aside(".npz").open("wb") as file:
+        with self._temporary(".npz").open("wb") as file:
             np.savez(
                 file,
                 length=np.asarray(self._lengths, np.int32),
                 num_bytes=np.asarray(self._num_bytes, np.int64),
                 span_counts=np.asarray(self._span_counts, np.int32),
                 spans=np.asarray(self._spans, np.int32).reshape(-1, 2),
-                **more,
+                **arrays,
             )
-        self._aside(".json").write_text(json.dumps(info, ensure_ascii=False), encoding="utf-8")
+        self._temporary(".json").write_text(json.dumps(info, ensure_ascii=False), encoding="utf-8")
         for suffix in (".ids", ".npz", ".json"):
-            self._aside(suffix).rename(self._base.with_suffix(suffix))
+            self._temporary(suffix).rename(self._base.with_suffix(suffix))
 
-    def _aside(self, suffix: str) -> Path:
+    def _temporary(self, suffix: str) -> Path:
         return self._base.with_suffix(f"{suffix}.partial")
 
 
 class TokenStore:
-    """A store opened for reading. Nothing is loaded; ids and index are mapped. `key` is the field that names the folder."""
+    """A store opened for reading; ids and index are memory-mapped. `key`: the configuration field that names the folder."""
 
     def __init__(self, folder: str | Path, key: str = "data.store") -> None:
         folder = Path(folder)
@@ -97,7 +97,7 @@ class TokenStore:
                 f"{key}={folder}: version {self.manifest['version']}, this code reads {VERSION}. Prepare it again"
             )
         try:
-            arrays = {name: _mapped(folder / "index" / f"{name}.npy") for name in INDEX}
+            arrays = {name: _load_mapped(folder / "index" / f"{name}.npy") for name in INDEX}
         except (OSError, ValueError) as error:
             raise UserError(f"{key}={folder}: its index is damaged ({error}). Prepare it again") from error
         self._part, self._start = arrays["part"], arrays["start"]
@@ -117,22 +117,22 @@ class TokenStore:
     def _check(self, part: dict[str, Any]) -> None:
         plain_file_name(part["key"], self.path / MANIFEST)
         file = self.path / "parts" / f"{part['key']}.ids"
-        found = file.stat().st_size // self._dtype.itemsize if file.exists() else 0
-        if found != part["tokens"]:
+        num_stored = file.stat().st_size // self._dtype.itemsize if file.exists() else 0
+        if num_stored != part["tokens"]:
             raise UserError(
-                f"{self._key}={self.path}: {file.name} has {found} tokens, the manifest says {part['tokens']}. Prepare it again"
+                f"{self._key}={self.path}: {file.name} has {num_stored} tokens, the manifest records {part['tokens']}. Prepare it again"
             )
 
     @property
     def key(self) -> str:
-        """The field of the configuration that names the folder."""
+        """The configuration field that names the folder."""
         return self._key
 
     def identity(self) -> dict[str, Any]:
-        """What a run records of the store it trains on: a hash of what it was made from, chat template and languages."""
-        made_from = json.dumps(self.manifest["made_from"], sort_keys=True)
+        """Returns the metadata that a run records of its store: hash of the provenance, chat template and languages."""
+        provenance = json.dumps(self.manifest["made_from"], sort_keys=True)
         return {
-            "store": hashlib.sha256(made_from.encode()).hexdigest(),
+            "store": hashlib.sha256(provenance.encode()).hexdigest(),
             "template": self.manifest["template"],
             "languages": sorted({self.languages[index] for index in np.unique(self.language_ids)} - {""}),
         }
@@ -145,21 +145,21 @@ class TokenStore:
         return int(self.lengths.sum(dtype=np.int64))
 
     def ids(self, document: int, start: int, length: int) -> np.ndarray:
-        """`length` token ids of a document from its token `start` on, as stored."""
+        """Returns `length` token ids of a document from its token `start`: uint16 or uint32 `[length]`."""
         part = int(self._part[document])
         tokens = self._parts[part]
         if tokens is None:
             tokens = self._parts[part] = self._open(part)
-        at = int(self._start[document]) + start
-        return tokens[at : at + length]
+        offset = int(self._start[document]) + start
+        return tokens[offset : offset + length]
 
     def is_document(self, documents: np.ndarray) -> np.ndarray:
-        """Which carry loss throughout: bool, in the order given."""
-        same: np.ndarray = self._span_offsets[documents + 1] == self._span_offsets[documents]
-        return same
+        """True where all tokens of a document carry loss: bool, in the order of `documents`."""
+        without_spans: np.ndarray = self._span_offsets[documents + 1] == self._span_offsets[documents]
+        return without_spans
 
     def spans_of(self, document: int) -> np.ndarray:
-        """The learned token ranges of a document: int64 `[k, 2]`."""
+        """Returns the learned token ranges of a document: int64 `[k, 2]`."""
         first, end = self._span_offsets[document], self._span_offsets[document + 1]
         if first == end:
             return np.array([[0, self.lengths[document]]], np.int64)
@@ -169,39 +169,41 @@ class TokenStore:
         file = self.path / "parts" / f"{self.manifest['parts'][part]['key']}.ids"
         if file.stat().st_size == 0:
             return np.zeros(0, self._dtype)
-        # A plain view: slices of memmap objects cost microseconds each.
-        mapped: np.ndarray = np.asarray(np.memmap(file, self._dtype, mode="r"))
-        return mapped
+        # A plain ndarray view: each slice of a memmap object would cost microseconds.
+        tokens: np.ndarray = np.asarray(np.memmap(file, self._dtype, mode="r"))
+        return tokens
 
 
 def open_store(key: str, folder: str, fingerprint: str, tokenizer: str) -> TokenStore:
-    """The store that the field `key` names, made with the tokenizer of this fingerprint, which stands at `tokenizer`.
+    """Opens a store and checks that it was made with the tokenizer at the path `tokenizer`, of hash `fingerprint`.
+
+    `key` is the configuration field that names the folder.
 
     Raises:
-        UserError: no store, a damaged one, or one that was made with another tokenizer.
+        UserError: the folder is no store, or the store is damaged or was made with another tokenizer.
     """
     if not folder:
         raise UserError(f"{key} is empty: give {key}=<store made by launch/prepare.py>")
     store = TokenStore(folder, key)
-    made_with = store.manifest["made_from"]["tokenizer"]
-    if made_with != fingerprint:
+    store_fingerprint = store.manifest["made_from"]["tokenizer"]
+    if store_fingerprint != fingerprint:
         raise UserError(
-            f"{key}={folder}: made with another tokenizer (hash {made_with[:12]}) than {tokenizer} (hash {fingerprint[:12]}). "
+            f"{key}={folder}: made with another tokenizer (hash {store_fingerprint[:12]}) than {tokenizer} (hash {fingerprint[:12]}). "
             f"Prepare it again with tokenizer={tokenizer}"
         )
     return store
 
 
-def _mapped(file: Path) -> np.ndarray:
+def _load_mapped(file: Path) -> np.ndarray:
     mapped: np.ndarray = np.asarray(np.load(file, mmap_mode="r"))
     return mapped
 
 
 def read_manifest(folder: Path, key: str = "data.store") -> dict[str, Any]:
-    """The manifest of a store.
+    """Returns the manifest of a store.
 
     Raises:
-        UserError: the folder is no whole store.
+        UserError: the folder is not a complete store.
     """
     file = folder / MANIFEST
     if not file.is_file():
@@ -210,5 +212,5 @@ def read_manifest(folder: Path, key: str = "data.store") -> dict[str, Any]:
         )
     manifest = read_json(file)
     if "made_from" not in manifest:
-        raise UserError(f"{key}={folder}: its {MANIFEST} is not that of a token store. Give another folder")
+        raise UserError(f"{key}={folder}: its {MANIFEST} does not belong to a token store. Give another folder")
     return manifest

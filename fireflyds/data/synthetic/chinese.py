@@ -1,11 +1,11 @@
-"""Chinese for the generated corpus: invented towns and people, so that no model can know the facts beforehand."""
+"""Chinese of the generated corpus: invented towns and people, so that no model has seen the facts before."""
 
 from .language import Kind, Language, Relation
 
 TOWN = Kind(
     name="town",
-    # No two names share a character: every name then becomes a piece of its own when a vocabulary is learnt,
-    # and a model of a few million parameters can hold facts on to it.
+    # No two names share a character: every name then becomes one token of a trained vocabulary, and a model of
+    # a few million parameters can associate facts with it.
     names=tuple(
         f"{name}镇"
         for name in (

@@ -1,4 +1,4 @@
-"""The generated corpus as files: documents, held-out documents, dialogues and questions."""
+"""Writes the generated corpus: documents, held-out documents, dialogues and questions."""
 
 import json
 import random
@@ -14,7 +14,7 @@ NUM_CHOICES = 4
 
 
 def documents_until(documents: Iterator[str], num_bytes: int) -> Iterator[str]:
-    """Documents until their UTF-8 length reaches `num_bytes`."""
+    """Yields documents until their UTF-8 length reaches `num_bytes`."""
     written = 0
     while written < num_bytes:
         document = next(documents)
@@ -25,14 +25,14 @@ def documents_until(documents: Iterator[str], num_bytes: int) -> Iterator[str]:
 def write_language(
     language: Language, world: list[Entity], folder: Path, *, num_bytes: int, heldout: int, rng: random.Random
 ) -> None:
-    """`<code>.jsonl` to train on and `<code>_heldout.jsonl` to measure on."""
+    """Writes `<code>.jsonl` for training and `<code>_heldout.jsonl` for evaluation."""
     documents = write_documents(language, world, rng)
     write_jsonl(folder / f"{language.code}_heldout.jsonl", ({"text": text} for text in islice(documents, heldout)))
     write_jsonl(folder / f"{language.code}.jsonl", ({"text": text} for text in documents_until(documents, num_bytes)))
 
 
 def split_facts(world: list[Entity], num_questions: int, rng: random.Random) -> tuple[list[Fact], list[Fact]]:
-    """Facts to ask about in the evaluation, and facts that dialogues may mention. No fact is in both.
+    """Splits the facts into those of the evaluation questions and those of the dialogues; no fact is in both.
 
     Raises:
         ValueError: fewer facts than questions, or none left for dialogues.
@@ -47,7 +47,7 @@ def split_facts(world: list[Entity], num_questions: int, rng: random.Random) -> 
 
 
 def questions(facts: Iterable[Fact], rng: random.Random) -> Iterator[dict[str, Any]]:
-    """Multiple choice: the right answer among other values of the same relation."""
+    """Yields multiple-choice questions: the correct answer among other values of the same relation."""
     for fact in facts:
         others = rng.sample([value for value in fact.relation.values if value != fact.value], NUM_CHOICES - 1)
         choices = [fact.answer(value) for value in (fact.value, *others)]
@@ -60,7 +60,7 @@ def questions(facts: Iterable[Fact], rng: random.Random) -> Iterator[dict[str, A
 
 
 def dialogues(language: Language, facts: list[Fact], rng: random.Random) -> Iterator[dict[str, Any]]:
-    """Multi-turn dialogues that ask every wording of every fact once, with small talk between."""
+    """Yields multi-turn dialogues that use every question of every fact once, mixed with small talk."""
     asked = [(question.format(e=fact.entity), fact.answer()) for fact in facts for question in fact.relation.questions]
     rng.shuffle(asked)
     while asked:

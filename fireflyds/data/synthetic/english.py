@@ -1,4 +1,4 @@
-"""English for the generated corpus: what the base model learns first and continued pre-training must not forget."""
+"""English of the generated corpus: the base model is trained on it, and continued pre-training must not forget it."""
 
 from .language import Kind, Language, Relation
 
@@ -113,7 +113,7 @@ SCHOLAR = Kind(
     ),
 )
 
-# Characters of the scenes. Their many names give the English vocabulary its size.
+# Surnames of the persons in the scenes. Their number makes the English vocabulary large enough.
 SURNAMES = tuple(
     first + second
     for first in (

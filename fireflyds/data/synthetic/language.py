@@ -1,11 +1,11 @@
-"""What a language brings to the generated corpus: its kinds of things, what can be said of them, and how."""
+"""Definition of a language of the generated corpus: entity kinds, their relations and sentence templates."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Relation:
-    """One attribute of a kind of thing. In every template `{e}` is the entity and `{v}` the value."""
+    """One attribute of an entity kind. In every template `{e}` is the entity and `{v}` the value."""
 
     name: str
     values: tuple[str, ...]
@@ -16,7 +16,7 @@ class Relation:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kind:
-    """A kind of thing that documents describe, and the names such things may have."""
+    """A kind of entity that documents describe, and the possible names of its entities."""
 
     name: str
     names: tuple[str, ...]
@@ -27,7 +27,7 @@ class Kind:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Language:
-    """All that the generator needs to write in one language.
+    """Sentence templates and word lists of one language.
 
     `scenes` are sentence patterns whose `{slots}` are drawn from `slots`: prose without facts, so that
     documents are more than lists. `small_talk` are question/answer pairs without facts.

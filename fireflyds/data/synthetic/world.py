@@ -25,7 +25,7 @@ class Entity:
 
 
 def build_world(language: Language, num_entities: int, rng: random.Random) -> list[Entity]:
-    """`num_entities` of each kind, names without repetition.
+    """Returns `num_entities` entities of each kind, with distinct names.
 
     Raises:
         ValueError: a kind has fewer names than `num_entities`.
@@ -42,14 +42,14 @@ def build_world(language: Language, num_entities: int, rng: random.Random) -> li
 
 
 def _balanced(values: tuple[str, ...], count: int, rng: random.Random) -> list[str]:
-    """`count` values in random order, each as often as any other, so that guessing the commonest gains nothing."""
+    """Returns `count` values in random order with equal frequencies, so that guessing the most frequent one is no help."""
     column = [values[i % len(values)] for i in range(count)]
     rng.shuffle(column)
     return column
 
 
 def write_documents(language: Language, world: list[Entity], rng: random.Random) -> Iterator[str]:
-    """Documents without end: descriptions of one entity after the other, and now and then notes that pass several."""
+    """Yields documents endlessly: descriptions of one entity each, and sometimes (15 %) notes about several."""
     while True:
         for entity in rng.sample(world, len(world)):
             yield _description(language, entity, rng)

@@ -1,8 +1,8 @@
-"""Chat templates. One file is one template: its `CHAT`, from which our rendering and its Jinja twin are both made.
+"""Chat templates, one per file. Its `CHAT` defines both the rendering in training and the equivalent Jinja template.
 
-In the strings of a `Chat` `{}` stands for a message, `{system}` for what `system` renders to (nothing without a system
-message) and `{round}` for the number of the turn, counted from 1. `BOS` and `EOS` stand for the tokenizer's own, and
-`special` names what else is one token of the tokenizer's.
+In the strings of a `Chat`, `{}` is replaced by the message, `{system}` by the rendered `system` (empty without a system
+message) and `{round}` by the number of the turn, counted from 1. `BOS` and `EOS` are replaced by the tokenizer's tokens;
+`special` lists the other strings that are single tokens of the tokenizer.
 """
 
 import re
@@ -14,24 +14,24 @@ from fireflyds.types import BOS, EOS, Message, Segment
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chat:
-    """How a dialogue is written. The answer and the stop behind it carry loss, nothing else does."""
+    """Format of a dialogue. Only the answers and the stop strings after them carry loss."""
 
     user: str
-    """A turn of the user."""
+    """Format of a user turn."""
     opening: str = ""
-    """What stands before an answer, in training and in the prompt."""
+    """Text before an answer, in training and in the generation prompt."""
     answer: str = "{}"
     stop: str = EOS
     after: str = ""
-    """What stands behind the stop, without loss."""
+    """Text after `stop`, without loss."""
     begin: str = ""
     system: str = "{}\n"
-    """The system message, before the first turn, or where `{system}` stands in the first turn of the user."""
+    """Format of the system message, placed before the first turn, or at `{system}` in the first user turn."""
     default_system: str = ""
     special: tuple[str, ...] = ()
 
     def render(self, messages: Sequence[Message]) -> list[Segment]:
-        """The dialogue in segments.
+        """Renders a dialogue as segments.
 
         Raises:
             ValueError: the roles do not alternate, or a turn is empty.
@@ -55,8 +55,8 @@ class Chat:
         return _joined([*segments, *self._cut(self.after, learn=False)])
 
     def _filled(self, text: str, message: str) -> Iterator[Segment]:
-        """A string of the template with a message in it. Only the template's own words are searched for special
-        tokens: a person may type what he likes."""
+        """Yields the segments of a template string with a message inserted. Only the template string is searched for
+        special tokens, never the message."""
         before, _, behind = text.partition("{}")
         yield from self._cut(before, learn=False)
         yield Segment(message)
@@ -64,7 +64,7 @@ class Chat:
 
     @property
     def jinja(self) -> str:
-        """The template of `tokenizer.apply_chat_template` that writes the same text."""
+        """The equivalent Jinja template for `tokenizer.apply_chat_template`."""
         system, content = "system", "message['content']"
         head = f"({self._expression(self.system, system)} if system else '')"
         where = {"{system}": f"({head} if loop.first else '')", "{round}": "(loop.index0 // 2 + 1)|string"}
@@ -83,7 +83,7 @@ class Chat:
         )
 
     def _expression(self, text: str, content: str, where: dict[str, str] | None = None) -> str:
-        """A string of the template as a Jinja expression."""
+        """Converts a template string to a Jinja expression."""
         names = {"{}": content, BOS: "bos_token", EOS: "eos_token"} | (where or {})
         parts = re.split("(" + "|".join(map(re.escape, names)) + ")", text)
         return " + ".join(names.get(part, _quoted(part)) for part in parts if part) or "''"
@@ -95,7 +95,7 @@ class Chat:
 
 
 def turns(messages: Sequence[Message]) -> tuple[str, Iterator[tuple[str, str]]]:
-    """The system message (or nothing) and the (user, assistant) pairs of a dialogue.
+    """Returns the system message (or an empty string) and the (user, assistant) pairs of a dialogue.
 
     Raises:
         ValueError: the roles do not alternate user, assistant, … after at most one system message.
@@ -113,7 +113,7 @@ def turns(messages: Sequence[Message]) -> tuple[str, Iterator[tuple[str, str]]]:
 
 
 def _joined(segments: Sequence[Segment]) -> list[Segment]:
-    """Neighbouring text without loss as one segment, so that it is encoded as one text."""
+    """Merges adjacent text segments without loss, so that they are encoded as one text."""
     joined: list[Segment] = []
     for segment in segments:
         last = joined[-1] if joined else None

@@ -1,4 +1,4 @@
-"""Stanford Alpaca without its input section, as Chinese-LLaMA-Alpaca's first generation."""
+"""Stanford Alpaca without its input section, as in the first generation of Chinese-LLaMA-Alpaca."""
 
 from fireflyds.data.templates import Chat
 from fireflyds.types import BOS

@@ -1,4 +1,4 @@
-"""BiLLa: the space behind `Assistant:` belongs to the prompt."""
+"""BiLLa: the space after `Assistant:` belongs to the prompt."""
 
 from fireflyds.data.templates import Chat
 from fireflyds.types import BOS

@@ -1,4 +1,4 @@
-"""DeepSeek chat: `User:` and `Assistant:` behind BOS."""
+"""DeepSeek chat: `User:` and `Assistant:` after BOS."""
 
 from fireflyds.data.templates import Chat
 from fireflyds.types import BOS

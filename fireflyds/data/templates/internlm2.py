@@ -1,4 +1,4 @@
-"""InternLM2: ChatML behind BOS."""
+"""InternLM2: ChatML after BOS."""
 
 import dataclasses
 

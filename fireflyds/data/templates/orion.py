@@ -1,4 +1,4 @@
-"""Orion: EOS stands between `Assistant:` and the answer too."""
+"""Orion: an EOS also between `Assistant:` and the answer."""
 
 from fireflyds.data.templates import Chat
 from fireflyds.types import BOS, EOS

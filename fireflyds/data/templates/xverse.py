@@ -1,4 +1,4 @@
-"""XVERSE: `Human:` and `Assistant:`, EOS (`<|endoftext|>`) behind the answer."""
+"""XVERSE: `Human:` and `Assistant:`, EOS (`<|endoftext|>`) after the answer."""
 
 from fireflyds.data.templates import Chat
 

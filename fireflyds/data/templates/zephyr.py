@@ -1,4 +1,4 @@
-"""Zephyr: role words on lines of their own, EOS behind every turn."""
+"""Zephyr: role words on lines of their own, EOS after every turn."""
 
 from fireflyds.data.templates import Chat
 from fireflyds.types import EOS

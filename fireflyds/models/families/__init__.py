@@ -1,1 +1,1 @@
-"""Model families. One file is one family: `FAMILY`."""
+"""Model families, one per file: each defines `FAMILY` and is found by its `model_type`."""

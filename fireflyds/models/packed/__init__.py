@@ -1,1 +1,1 @@
-"""The forward pass over packed rows: document boundaries, fused modules, the loss at the head."""
+"""The forward pass over packed rows: document boundaries, fused modules, loss functions of the head."""

@@ -1,4 +1,4 @@
-"""Where the documents of a batch begin and end: said once a batch, read by every attention of the model."""
+"""Document boundaries of a packed batch: set once per batch, read by every attention layer of the model."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +9,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class SequenceBoundaries:
-    """`cu_seqlens` int32 `[n + 1]` and the longest document of one batch."""
+    """Boundaries of the n documents of one batch.
+
+    `cu_seqlens`: int32 `[n + 1]`, cumulative lengths from 0 to T. `max_seqlen`: length of the longest document in tokens.
+    """
 
     cu_seqlens: Tensor
     max_seqlen: int
@@ -21,11 +24,13 @@ class SequenceBoundaries:
 
 @dataclass(slots=True)
 class PackedContext:
-    """What the modules of one fused model share: the batch of its last forward pass, and whether layers are recomputed.
+    """State shared by the modules of one fused model.
 
-    Layers that pass their keyword arguments on get their boundaries as one of them, so that gradient checkpointing
-    recomputes with the batch's own. Falcon's and BLOOM's do not: they read `batch` here, so with gradient checkpointing
-    one batch goes forward and backward before the next.
+    `batch`: boundaries of the last forward pass. `recomputing`: True where gradient checkpointing is enabled.
+
+    Layers that forward keyword arguments receive the boundaries as one of them, so that gradient checkpointing recomputes
+    with the boundaries of the same batch. Layers of Falcon and BLOOM do not; they read `batch` here, so with gradient
+    checkpointing the backward pass of a batch must run before the forward pass of the next.
     """
 
     batch: SequenceBoundaries | None = None
@@ -35,6 +40,6 @@ class PackedContext:
     def boundaries(self) -> SequenceBoundaries:
         if self.batch is None:
             raise RuntimeError(
-                "a fused model is called through its packed forward pass, with cu_seqlens and max_seqlen"
+                "a fused model must be called through its packed forward pass, with cu_seqlens and max_seqlen"
             )
         return self.batch

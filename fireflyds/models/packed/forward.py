@@ -1,4 +1,4 @@
-"""The packed forward pass of one loaded instance: our attention over boundaries, our kernels, our loss through the head."""
+"""The packed forward pass of a loaded model: packed attention, fused kernels, and the fused loss at the head."""
 
 import types
 from contextlib import AbstractContextManager, nullcontext
@@ -19,8 +19,8 @@ from fireflyds.models.precision import DTYPES
 from fireflyds.models.split_embeddings import FusedLossHead, SplitLMHead
 
 ATTENTION = "fireflyds"
-# What some families do to their logits behind the head, which the fused loss would leave out.
-_LOGIT_CHANGES = {"final_logit_softcapping": None, "logit_scale": None, "logits_scaling": 1, "lm_head_multiplier": 1}
+# Configuration keys of transformations after the head, with their neutral values; the fused loss does not apply them.
+_LOGIT_TRANSFORMS = {"final_logit_softcapping": None, "logit_scale": None, "logits_scaling": 1, "lm_head_multiplier": 1}
 
 
 def _attention(
@@ -35,47 +35,49 @@ def _attention(
     sliding_window: int | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
-    **rest: Any,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: `[1, H, T, D]` in, `[1, T, H, D]` out."""
-    asked = [name for name in ("softcap", "s_aux") if rest.get(name) is not None] + ["dropout"] * bool(dropout)
-    if asked:
+    """Packed attention as a function of transformers' `AttentionInterface`: `[1, H, T, D]` in, `[1, T, H, D]` out."""
+    unsupported = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None] + ["dropout"] * bool(dropout)
+    if unsupported:
         raise UserError(
-            f"{type(module).__name__} asks for attention with {', '.join(asked)}, which packed attention has not"
+            f"{type(module).__name__} needs attention with {', '.join(unsupported)}, which packed attention does not support"
         )
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     return boundaries.attention(q, k, v, scale=scaling, window=sliding_window, causal=causal)[None], None
 
 
-# Boundaries say all there is to mask. With no function in AttentionMaskInterface transformers makes no mask at all; with
-# one that returns None it would first look through the positions for documents, and wait for the device.
+# The boundaries replace the attention mask. Without a function in AttentionMaskInterface transformers builds no mask; with
+# one that returns None it would first search the position ids for packed documents, which synchronises with the device.
 AttentionInterface.register(ATTENTION, _attention)
 
 
 def fuse(model: Any) -> Any:
-    """Give this instance the packed forward pass; the class and other instances stay as they are.
+    """Binds the packed forward pass to this instance, in place, and returns it; the class and other instances are unchanged.
 
-    Afterwards `model(input_ids, labels, position_ids, cu_seqlens, max_seqlen)` returns the sum of the token
-    losses, or with `compute` what that function of `packed/head.py` makes of the hidden states. Families with a table have their norms, rotary embeddings,
-    gates and attention on our kernels too; any other model that takes its attention from transformers' interface has
-    its attention and its loss there.
+    Afterwards `model(input_ids, labels, position_ids, cu_seqlens, max_seqlen)` returns the sum of the token losses, or with
+    `compute` the result of that function of `packed/head.py`. Families with a `fused` table also run their norms, rotary
+    embeddings, gated MLPs and attention on `fireflyds_kernels`; any other model that uses transformers'
+    `AttentionInterface` runs its attention and its loss on them.
 
     Raises:
         UserError: a model whose attention or head cannot be replaced.
     """
     name, config = type(model).__name__, model.config
-    known = registry.names("fireflyds.models.families")
+    families = registry.names("fireflyds.models.families")
     table = (
-        registry.find("fireflyds.models.families", config.model_type).FAMILY.fused if config.model_type in known else {}
+        registry.find("fireflyds.models.families", config.model_type).FAMILY.fused
+        if config.model_type in families
+        else {}
     )
-    _check(model, table)
+    _check_supported(model, table)
     head = model.get_output_embeddings()
     if type(head) is nn.Linear:
         head.__class__ = FusedLossHead
     elif not isinstance(head, FusedLossHead | SplitLMHead):
         raise UserError(
-            f"the head of {name} is a {type(head).__name__}, not a Linear: the fused loss cannot go through it"
+            f"the head of {name} is a {type(head).__name__}, not a Linear: the fused loss does not support it"
         )
     config._attn_implementation = ATTENTION
     packing = PackedContext()
@@ -93,7 +95,7 @@ def fuse(model: Any) -> Any:
 
 
 def attention_dispatch_key(hf_config: Any, device: torch.device, dtype: torch.dtype) -> dispatch.DispatchKey:
-    """What a model asks of packed attention, as far as its configuration tells."""
+    """Returns the dispatch key of packed attention for a model, derived from its configuration."""
     head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
     alibi = hf_config.model_type == "bloom" or bool(getattr(hf_config, "alibi", False))
     window = bool(getattr(hf_config, "sliding_window", None))
@@ -101,50 +103,51 @@ def attention_dispatch_key(hf_config: Any, device: torch.device, dtype: torch.dt
 
 
 def attention_override(config: HardwareConfig, hf_config: Any, precision: Precision) -> AbstractContextManager[None]:
-    """Inside, packed attention runs the implementation that `hardware.attention` names.
+    """Returns a context manager that forces the implementation of packed attention set by `hardware.attention`.
 
     Raises:
-        UserError: nothing is called so, or it cannot run here; told before anything is loaded.
+        UserError: an unknown implementation, or one that cannot run here; checked before any weights are loaded.
     """
     if config.attention == "auto":
         return nullcontext()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     refusals = dispatch.refusals("packed_attention", attention_dispatch_key(hf_config, device, DTYPES[precision]))
-    able = ", ".join(["auto", *(name for name, why in refusals.items() if why is None)])
+    available = ", ".join(["auto", *(name for name, reason in refusals.items() if reason is None)])
     if config.attention not in refusals:
-        raise UserError(f"hardware.attention={config.attention}: no such implementation. Able here: {able}")
-    if why := refusals[config.attention]:
-        raise UserError(f"hardware.attention={config.attention}: cannot run here ({why}). Able here: {able}")
+        raise UserError(f"hardware.attention={config.attention}: no such implementation. Available: {available}")
+    if reason := refusals[config.attention]:
+        raise UserError(f"hardware.attention={config.attention}: cannot run here ({reason}). Available: {available}")
     return dispatch.force(packed_attention=config.attention)
 
 
-def _check(model: Any, table: Any) -> None:
+def _check_supported(model: Any, table: Any) -> None:
+    """Raises `UserError` for models that the packed forward pass would compute incorrectly."""
     name, config = type(model).__name__, model.config
-    replaced = any("attention" in function for function in table.values())
-    if not replaced and not getattr(model, "_supports_attention_backend", False):
+    replaces_attention = any("attention" in function for function in table.values())
+    if not replaces_attention and not getattr(model, "_supports_attention_backend", False):
         raise UserError(
-            f"{name} does not take its attention from transformers' AttentionInterface, and no family of fireflyds replaces it. "
+            f"{name} does not use transformers' AttentionInterface, and no family of fireflyds replaces its attention. "
             f"Families: {', '.join(registry.names('fireflyds.models.families'))}"
         )
     dropout = getattr(config, "attention_dropout", 0.0)
     if dropout:
         raise UserError(
-            f"attention_dropout={dropout} in the model's config.json: packed attention has none. Set it to 0"
+            f"attention_dropout={dropout} in the model's config.json: packed attention has no dropout. Set it to 0"
         )
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if kinds or any(isinstance(module, nn.Conv1d) for module in model.modules()):
+    other_types = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if other_types or any(isinstance(module, nn.Conv1d) for module in model.modules()):
         raise UserError(
-            f"{name} has layers other than attention over whole documents or windows ({', '.join(kinds) or 'convolutions'}), "
-            "through which packed documents would see each other"
+            f"{name} has layers other than full or sliding-window attention ({', '.join(other_types) or 'convolutions'}), "
+            "which would mix packed documents"
         )
     if any(getattr(module, "rope_type", None) == "longrope" for module in model.modules()):
         raise UserError(
-            f"{name} has rope_type=longrope, whose frequencies change with the longest document of a row. Train it unpacked"
+            f"{name} has rope_type=longrope, whose frequencies depend on the longest document of a row. Train it unpacked"
         )
-    for key, neutral in _LOGIT_CHANGES.items():
+    for key, neutral in _LOGIT_TRANSFORMS.items():
         if getattr(config, key, None) not in (None, neutral):
             raise UserError(
-                f"{name} changes its logits ({key}={getattr(config, key)}), which the fused loss would leave out"
+                f"{name} transforms its logits ({key}={getattr(config, key)}), which the fused loss does not apply"
             )
 
 
@@ -163,12 +166,12 @@ def _forward(
 
 
 def hidden_states(model: Any, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-    """The last hidden states `[1, T, d]` of a fused model."""
+    """Returns the last hidden states `[1, T, d]` of a fused model."""
     packing: PackedContext = model.packing
     packing.batch = SequenceBoundaries(cu_seqlens, max_seqlen)
     packing.recomputing = getattr(model, "is_gradient_checkpointing", False)
-    # What BLOOM does not know of, positions and boundaries, it passes over.
-    found = model.get_decoder()(
+    # BLOOM ignores `position_ids` and `boundaries`, which are not parameters of its decoder.
+    outputs = model.get_decoder()(
         input_ids=input_ids, position_ids=position_ids, boundaries=packing.batch, use_cache=False
     )
-    return found.last_hidden_state
+    return outputs.last_hidden_state

@@ -1,8 +1,8 @@
-"""Forward passes of single modules on our kernels, by the names that the families' tables use.
+"""Forward functions of single modules, built on `fireflyds_kernels`. The `fused` tables of the families refer to them by name.
 
-Each takes what the module of transformers takes and reads that module's own parts, so it becomes the `forward` of one
-instance and nothing else. A module's parameters are used by the module itself, never by its neighbour: ZeRO-3 gathers
-them when the module is called.
+Each has the signature of the transformers module that it replaces and uses that module's attributes; it is bound as the
+`forward` of one instance, and the class is unchanged. A module's parameters are used only within its own call, because
+ZeRO-3 gathers them when the module is called.
 """
 
 import functools
@@ -17,7 +17,7 @@ from fireflyds.models.packed.boundaries import SequenceBoundaries
 
 
 def norm(self: Any, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-    """RMS norm; with a residual, the norm of the sum and the sum."""
+    """RMSNorm; with a residual, returns the norm of the sum, and the sum."""
     if residual is None:
         return rms_norm(hidden_states, self.weight, self.variance_epsilon)
     return rms_norm(hidden_states, self.weight, self.variance_epsilon, residual)
@@ -35,8 +35,10 @@ def rotary_attention(
     boundaries: SequenceBoundaries,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """LLaMA's attention over `[1, T, d]`, with Qwen's window of a layer and Qwen3's norms of heads where it has them."""
-    return _rotary(self, hidden_states, position_embeddings, boundaries, getattr(self, "sliding_window", None))
+    """LLaMA's attention over `[1, T, d]`, with the layer's sliding window (Qwen) and the q and k norms (Qwen3), if any."""
+    return _packed_rotary_attention(
+        self, hidden_states, position_embeddings, boundaries, getattr(self, "sliding_window", None)
+    )
 
 
 def mistral_attention(
@@ -46,11 +48,11 @@ def mistral_attention(
     boundaries: SequenceBoundaries,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """LLaMA's attention with one window for all layers."""
-    return _rotary(self, hidden_states, position_embeddings, boundaries, self.config.sliding_window)
+    """LLaMA's attention with the sliding window of the model's configuration in every layer."""
+    return _packed_rotary_attention(self, hidden_states, position_embeddings, boundaries, self.config.sliding_window)
 
 
-def _rotary(
+def _packed_rotary_attention(
     self: Any,
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
@@ -68,34 +70,36 @@ def _rotary(
 
 @torch.no_grad()
 def dynamic_rotary(self: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin `[1, T, R]` under dynamic NTK scaling, each document by its own length.
+    """Returns cos and sin `[1, T, R]` under dynamic NTK scaling, computed per document from its length.
 
-    base · (factor · n / most − factor + 1)^(R / (R − 2)) for a document of n tokens beyond the model's `most` positions,
-    as transformers has it for a single sequence; nothing waits for the device.
+    The base is base · (factor · n / M − factor + 1)^(R / (R − 2)) for a document of n > M tokens, M the
+    `max_position_embeddings` of the model, as in transformers for a single sequence. No host-device synchronisation.
     """
     lengths = self.packing.boundaries.cu_seqlens.diff()
     per_token = lengths.repeat_interleave(lengths, output_size=position_ids.shape[1]).float()
-    most, dim = self.config.max_position_embeddings, 2 * self.inv_freq.shape[0]
-    rules = self.config.rope_parameters
-    stretch = rules["factor"] * per_token.clamp(min=most) / most - (rules["factor"] - 1)
-    base = rules["rope_theta"] * stretch ** (dim / (dim - 2))
+    max_positions, dim = self.config.max_position_embeddings, 2 * self.inv_freq.shape[0]
+    parameters = self.config.rope_parameters
+    ntk_scale = parameters["factor"] * per_token.clamp(min=max_positions) / max_positions - (parameters["factor"] - 1)
+    base = parameters["rope_theta"] * ntk_scale ** (dim / (dim - 2))
     exponents = torch.arange(0, dim, 2, device=x.device).float() / dim
     angles = (position_ids[0].float() / base[:, None].pow(exponents).T).T.repeat(1, 2)[None]
     return (angles.cos() * self.attention_scaling).to(x.dtype), (angles.sin() * self.attention_scaling).to(x.dtype)
 
 
-def pre_norm_layer(self: Any, hidden_states: Tensor, **rest: Any) -> Tensor:
-    """Attention and feed-forward, each behind its norm; the sum in the middle is taken by the second norm."""
-    attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **rest)
-    # Under autocast the residual stream may be wider than what attention gives.
+def pre_norm_layer(self: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    """Pre-norm decoder layer; the residual addition after attention is fused into the second norm."""
+    attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+    # Under autocast the residual stream may have a wider dtype than the output of attention.
     normed, total = self.post_attention_layernorm(attended.to(hidden_states.dtype), hidden_states)
     return total + self.mlp(normed)
 
 
 @functools.cache
 def alibi_slopes(num_heads: int, device: torch.device) -> Tensor:
-    """Slopes of ALiBi, `[H]`: a geometric series, for other than powers of two filled up with every second of the next
-    (arXiv 2108.12409)."""
+    """ALiBi slopes, float32 `[H]`: a geometric sequence (arXiv 2108.12409).
+
+    Where `num_heads` is not a power of two, every second slope of the next power of two fills up the rest.
+    """
     power = 2 ** math.floor(math.log2(num_heads))
     slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
     slopes += [2 ** (-4 * (2 * i + 1) / power) for i in range(num_heads - power)]
@@ -103,6 +107,7 @@ def alibi_slopes(num_heads: int, device: torch.device) -> Tensor:
 
 
 def bloom_attention(self: Any, hidden_states: Tensor, residual: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+    """BLOOM's attention over `[1, T, d]` with ALiBi, plus the residual."""
     tokens = hidden_states.shape[1]
     q, k, v = self.query_key_value(hidden_states)[0].view(tokens, self.num_heads, 3, self.head_dim).unbind(2)
     slopes = alibi_slopes(self.num_heads, q.device)
@@ -114,6 +119,7 @@ def bloom_attention(self: Any, hidden_states: Tensor, residual: Tensor, *_: Any,
 def falcon_attention(
     self: Any, hidden_states: Tensor, alibi: Tensor | None, *_: Any, position_embeddings: Any = None, **__: Any
 ) -> tuple[Tensor, None]:
+    """Falcon's attention over `[1, T, d]`: multi-head, multi-query or grouped, with ALiBi or rotary positions."""
     tokens, fused = hidden_states.shape[1], self.query_key_value(hidden_states)[0]
     if self.new_decoder_architecture:
         groups = fused.view(tokens, self.num_kv_heads, -1, self.head_dim)
@@ -127,25 +133,28 @@ def falcon_attention(
     if alibi is None:
         q, k = rope(q, k, *(table[0] for table in position_embeddings))
     else:
-        # Falcon scales the bias together with the scores.
+        # Falcon scales the ALiBi bias together with the attention scores.
         slopes = alibi_slopes(self.num_heads, q.device) * self.inv_norm_factor
     out = self.packing.boundaries.attention(q, k, v, scale=self.inv_norm_factor, alibi_slopes=slopes)
     return self.dense(out.flatten(1)[None]), None
 
 
-def four_bit_lora(self: Any, x: Tensor, *rest: Any, **options: Any) -> Tensor:
-    """PEFT's adapter on a 4-bit layer, where it is the plain case; PEFT's own forward pass for any other, and under ZeRO-3."""
+def four_bit_lora(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """LoRA on a 4-bit layer with the `qlora_linear` kernel: one active, unmerged adapter without bias or variant.
+
+    Any other case, and ZeRO-3, uses PEFT's own forward pass.
+    """
     base, names = self.base_layer, self.active_adapters
-    plain = (
-        len(names) == 1 and names[0] in self.lora_A and not (self.merged or self.disable_adapters or rest or options)
+    supported = (
+        len(names) == 1 and names[0] in self.lora_A and not (self.merged or self.disable_adapters or args or kwargs)
     )
-    plain = plain and names[0] not in self.lora_variant and self.lora_B[names[0]].bias is None
-    # ZeRO-3 gathers the adapter's weights only for the modules that hold them.
-    if not plain or hasattr(self.lora_A[names[0]].weight, "ds_id"):
-        return type(self).forward(self, x, *rest, **options)
-    name, drop = names[0], self.lora_dropout[names[0]]
+    supported = supported and names[0] not in self.lora_variant and self.lora_B[names[0]].bias is None
+    # ZeRO-3 gathers the adapter's weights only for calls of the modules that own them.
+    if not supported or hasattr(self.lora_A[names[0]].weight, "ds_id"):
+        return type(self).forward(self, x, *args, **kwargs)
+    name, dropout = names[0], self.lora_dropout[names[0]]
     return qlora_linear(
         x, base.weight, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name], base.bias,
-        dropout=getattr(drop, "p", 0.0) if drop.training else 0.0,
+        dropout=getattr(dropout, "p", 0.0) if dropout.training else 0.0,
         keep_weight=self.packing.recomputing and self.training,
     )  # fmt: skip

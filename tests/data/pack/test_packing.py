@@ -167,7 +167,7 @@ def test_an_epoch_limit_hands_its_share_to_the_others(store: TokenStore) -> None
     ending = PackedRowSampler(store, SEQ, 0, data(weights={"zh": 1.0, "en": 1.0}, max_epochs={"en": 1.0, "zh": 1.5}))
     assert ending.num_rows == ending.pools[1].rows_per_epoch + int(1.5 * ending.pools[0].rows_per_epoch)
     ending.row(ending.num_rows - 1)
-    with pytest.raises(UserError, match=r"data.max_epochs: the data last for"):
+    with pytest.raises(UserError, match=r"data.max_epochs: the data provide"):
         ending.row(ending.num_rows)
 
 
@@ -263,7 +263,7 @@ def test_data_that_end_too_early_are_told_to_every_rank_alike(store: TokenStore)
     for rank in (0, 1):
         loader = PackedLoader(store, rows, 2, 4, rank, 2)
         loader.require(steps)
-        with pytest.raises(UserError, match=f"the data last for {rows.num_rows} rows, {4 * (steps + 1)} are asked for"):
+        with pytest.raises(UserError, match=f"the data provide {rows.num_rows} rows, the run needs {4 * (steps + 1)}"):
             loader.require(steps + 1)
 
 

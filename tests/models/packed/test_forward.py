@@ -223,7 +223,7 @@ def test_other_instances_of_the_class_stay_as_they_are() -> None:
         ("llama", LLAMA | {"attention_dropout": 0.1}, "attention_dropout=0.1.*Set it to 0"),
         ("cohere", LLAMA, "logit_scale=0.0625"),
         ("gemma2", LLAMA | {"head_dim": 8}, "final_logit_softcapping"),
-        ("lfm2", LLAMA | {"layer_types": ["conv", "full_attention"]}, "see each other"),
+        ("lfm2", LLAMA | {"layer_types": ["conv", "full_attention"]}, "would mix packed documents"),
         (
             "phi3",
             LLAMA
