@@ -39,7 +39,7 @@ def count_words(texts: Iterable[str], scripts: Scripts) -> Counter[str]:
 
 
 def common_characters(words: Counter[str], scripts: Scripts, min_count: int) -> list[str]:
-    """Returns the most common characters, up to CHARACTER_COVERAGE of the text; each occurs `min_count` times or more."""
+    """Returns the most common characters, up to CHARACTER_COVERAGE, with at least `min_count` occurrences."""
     counts: Counter[str] = Counter()
     for word, count in words.items():
         for character in word:

@@ -160,7 +160,7 @@ class _Inserter:
         self._new.add(step.piece)
 
     def _is_safe_merge(self, pair: Pair) -> bool:
-        """True where the merged pair is not yet a piece and has only new characters, so that other text is unaffected."""
+        """True where the merged pair is not a piece and has only new characters, so that other text is unaffected."""
         merged = pair[0] + pair[1]
         if merged in self._new or self.base.knows(merged):
             return False

@@ -25,7 +25,7 @@ from fireflyds.tokenizer.shards import Entry, save_streamed, shard_name, shard_n
 EMBEDDINGS = ("embed_tokens.weight", "tok_embeddings.weight", "word_embeddings.weight", "wte.weight", "embed_in.weight")
 HEADS = ("lm_head.weight", "lm_head.bias", "output.weight", "embed_out.weight")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
-# Constant a of smooth inverse frequency (Arora et al. 2017, "A simple but tough-to-beat baseline for sentence embeddings").
+# The a of smooth inverse frequency (Arora et al. 2017, "A simple but tough-to-beat baseline for sentence embeddings").
 _SIF_A = 1e-3
 
 
@@ -167,7 +167,7 @@ class _MatrixTracker:
             return False, False
         if tensor.shape[0] != self.rows:
             raise UserError(
-                f"base={self.base}: {name} has {tensor.shape[0]} rows but config.json says vocab_size={self.rows}. "
+                f"base={self.base}: {name} has {tensor.shape[0]} rows but config.json has vocab_size={self.rows}. "
                 "Correct config.json, or use a complete copy of the model"
             )
         if is_embeddings:
@@ -230,7 +230,7 @@ def check_model(base: Path, num_tokens: int) -> None:
     config, _ = _read_config(base)
     if config["vocab_size"] < num_tokens:
         raise UserError(
-            f"base={base}: config.json says vocab_size={config['vocab_size']}, fewer than the tokenizer's {num_tokens} "
+            f"base={base}: config.json has vocab_size={config['vocab_size']}, fewer than the tokenizer's {num_tokens} "
             "tokens. Give the tokenizer and the weights of the same model"
         )
     for file in (base / "config.json", base / "generation_config.json"):

@@ -16,7 +16,7 @@ _SPACE = "▁"
 
 
 class SentencePieceBase:
-    """A `tokenizer.model` file. Added tokens of its directory, which follow its pieces, become pieces of the same id."""
+    """A `tokenizer.model` file. Added tokens of its directory become pieces of the same id, after its own."""
 
     has_fragments = False
 
@@ -92,6 +92,6 @@ def _refuse_unknown_names(proto: sp_pb2.ModelProto, folder: Path) -> None:
         token = content(settings_of(folder).get(name))
         if token is not None and token not in pieces:
             raise UserError(
-                f"base={folder}: {name} is {token!r}, which has no id; a new piece would take the id it gets on loading. "
+                f"base={folder}: {name} is {token!r}, which has no id; a new piece would get its id on loading. "
                 f"Add it to the base (tokenizer and rows), or set another {name}"
             )

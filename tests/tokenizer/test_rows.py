@@ -140,7 +140,7 @@ def test_rows_that_disagree_with_the_config_are_refused(tmp_path: Path) -> None:
     file = llama(tmp_path) / "config.json"
     text = file.read_text()
     file.write_text(text.replace('"vocab_size": 40', '"vocab_size": 41'))
-    with pytest.raises(UserError, match=r"has 40 rows but config.json says vocab_size=41"):
+    with pytest.raises(UserError, match=r"has 40 rows but config.json has vocab_size=41"):
         expand_model(tmp_path, tmp_path / "out", rows())
     file.write_text(text.replace('"vocab_size": 40', '"vocab_size": 39'))
     with pytest.raises(UserError, match=r"vocab_size=39, fewer than the tokenizer's 40 tokens"):

@@ -6,7 +6,8 @@ from typing import Any
 
 from fireflyds.tokenizer.report.stats import CONTEXT
 
-# Bytes per parameter, mixed-precision Adam: 16-bit weight and gradient, 32-bit weight and two moments (arXiv 1910.02054, section 3.1).
+# Bytes per parameter in mixed-precision Adam: 16-bit weight and gradient,
+# 32-bit weight and two moments (arXiv 1910.02054, section 3.1).
 TRAINING_BYTES = 16
 
 
@@ -61,7 +62,7 @@ def format_report(report: dict[str, Any]) -> str:
         "",
         f"{report['vocab_size_before']:,} → {report['vocab_size_after']:,} tokens: {pieces['added']:,} of "
         f"{pieces['asked']:,} candidates, {len(pieces['intermediates']):,} intermediates, {len(pieces['filled']):,} "
-        f"filler characters. {pieces['present']:,} were already in the base, {len(pieces['dropped']):,} could not be added.",
+        f"filler characters. {pieces['present']:,} were already in the base, {len(pieces['dropped']):,} were dropped.",
         "",
         f"Dead pieces: {len(report['dead'])}.",
         "",
@@ -108,7 +109,7 @@ def _costs(report: dict[str, Any]) -> str:
     mib = 2**20
     return (
         f"{rows:,} rows of {model['hidden_size']:,} in {head}: {parameters:,} parameters, {2 * parameters / mib:,.1f} MiB "
-        f"in 16 bits, {TRAINING_BYTES * parameters / mib:,.1f} MiB in full training with Adam ({TRAINING_BYTES} bytes per parameter). "
+        f"in 16 bits, {TRAINING_BYTES * parameters / mib:,.1f} MiB in full training with Adam ({TRAINING_BYTES} bytes each). "
         f"The model: {model['parameters_before']:,} → {model['parameters_after']:,} parameters."
     )
 
