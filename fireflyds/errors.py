@@ -1,13 +1,13 @@
-"""The error a person can mend. It is shown as one message, without a traceback."""
+"""Errors that the user can correct. They are shown as one message, without a traceback."""
 
 
 class UserError(ValueError):
-    """The user's mistake. The message names the field or file and line, the value, the rule and the remedy."""
+    """Invalid input or environment. The message contains the field or file and line, the value, the rule and the remedy."""
 
     exit_code = 2
 
 
 class LostRankError(UserError):
-    """Another rank or its machine is gone: nothing that a user wrote is wrong, and the same command goes on."""
+    """Another rank or its host failed. The user's input is valid, and the same command resumes the run."""
 
     exit_code = 1

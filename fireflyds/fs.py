@@ -1,4 +1,4 @@
-"""Files and directories are whole or absent: written under another name and renamed when done."""
+"""Atomic files and directories: written under a temporary name and renamed when complete."""
 
 import contextlib
 import fcntl
@@ -13,61 +13,63 @@ from typing import IO, Any
 from fireflyds.errors import UserError
 
 MARKER = ".fireflyds.json"
-"""In a finished output folder: that fireflyds wrote it, what it is, and the files it holds."""
+"""Marker file of a finished output folder: records fireflyds as its writer, its kind and its files."""
 PARTIAL = ".fireflyds.partial"
-"""In a folder that is being written."""
+"""Marker file of a folder that is not yet complete."""
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Returns the object in a JSON file.
 
     Raises:
-        UserError: it cannot be read, is no JSON, or is something else than an object.
+        UserError: the file cannot be read, is not valid JSON, or does not contain an object.
     """
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read as JSON ({error}). Mend the file, or get it again") from error
+        raise UserError(f"{file}: cannot be read as JSON ({error}). Repair the file, or get it again") from error
     if not isinstance(document, dict):
-        raise UserError(f"{file}: an object was expected, it holds a {type(document).__name__}. Get the file again")
+        raise UserError(
+            f"{file}: an object was expected, but it contains a {type(document).__name__}. Get the file again"
+        )
     return document
 
 
 def plain_file_name(name: Any, source: Path) -> str:
-    """`name`, which stands in the file `source` and is to be joined to a folder.
+    """Validates `name`, read from the file `source`, before it is joined to a folder. Returns `name`.
 
     Raises:
-        UserError: it is no plain file name, so that the joined path could lie outside the folder.
+        UserError: `name` is not a plain file name, so the joined path could be outside the folder.
     """
     if not isinstance(name, str) or Path(name).name != name or name in ("", ".", "..") or {"\\", "\0"} & set(name):
         raise UserError(
-            f"{source}: names the file {name!r}, which is no plain file name and could lie outside the folder. Correct "
+            f"{source}: names the file {name!r}, which is no plain file name and could be outside the folder. Correct "
             "the file, or get it again"
         )
     return name
 
 
 def refuse_inputs_inside(out: Path, **inputs: str) -> None:
-    """Raises `UserError` when `out`, which will be replaced, is or holds one of the named inputs."""
+    """Raises `UserError` where `out`, which will be replaced, is or contains one of the named inputs."""
     out = out.resolve()
     for name, path in inputs.items():
-        place = Path(path).resolve() if path and not any(c in path for c in "*?[") else None
-        if place is not None and (place == out or out in place.parents):
-            raise UserError(f"out={out}: {name}={path} stands there and would be replaced. Give another folder")
+        resolved = Path(path).resolve() if path and not any(c in path for c in "*?[") else None
+        if resolved is not None and (resolved == out or out in resolved.parents):
+            raise UserError(f"out={out}: {name}={path} is in this folder and would be replaced. Give another folder")
 
 
 def lock_file(file: Path, busy: str, *, wait: bool = False) -> IO[str]:
-    """A lock on `file`, held until what is returned is closed. `wait`: for another process to give it up.
+    """Locks `file` until the returned stream is closed. `wait`: block until another process releases the lock.
 
     Raises:
-        UserError: another process holds it; the message is `busy`.
+        UserError: another process holds the lock; the message is `busy`.
         OSError: the file cannot be opened.
     """
     while True:
         lock = file.open("w")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            # Its holder may have removed the file between the opening and the locking.
+            # The previous holder may have removed the file between open() and flock().
             if os.path.samestat(file.stat(), os.fstat(lock.fileno())):
                 return lock
         except BlockingIOError as error:
@@ -79,8 +81,8 @@ def lock_file(file: Path, busy: str, *, wait: bool = False) -> IO[str]:
 
 
 @contextlib.contextmanager
-def _only_writer(out: Path) -> Iterator[None]:
-    """Keep a second process out of the same place."""
+def _exclusive_writer(out: Path) -> Iterator[None]:
+    """Locks `out` against a second process that writes the same folder."""
     file = out.with_name(f".{out.name}.lock")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +90,7 @@ def _only_writer(out: Path) -> Iterator[None]:
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        reason = getattr(error, "strerror", None) or "it is no place for a folder"
+        reason = getattr(error, "strerror", None) or "it is not a valid path of a folder"
         raise UserError(f"out={out}: cannot be written ({reason}). Give another folder") from error
     with lock:
         try:
@@ -99,26 +101,26 @@ def _only_writer(out: Path) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """A folder that a verb writes: its `kind`, and the top-level `caches` that later verbs keep in it.
+    """An output folder of a command: its `kind`, and the top-level `caches` that later commands write into it.
 
-    A finished folder holds `MARKER`, which says the kind and lists every file that was written. Only a folder with such
-    a marker is replaced, and of it only the listed files and the caches: any other file stays.
+    A finished folder contains `MARKER`, which records the kind and all written files. Only a folder with such a marker is
+    replaced, and only its listed files and caches: other files are kept.
     """
 
     kind: str
     caches: tuple[str, ...] = ()
 
     def sign(self, folder: Path) -> None:
-        """Write the marker over all files that are in `folder` now."""
+        """Writes the marker, which lists all files currently in `folder`."""
         files = sorted(str(path.relative_to(folder)) for path in _files(folder))
         content = {"written_by": "fireflyds", "kind": self.kind, "files": [name for name in files if name != MARKER]}
         (folder / MARKER).write_text(json.dumps(content, indent=0, ensure_ascii=False), encoding="utf-8")
 
     def foreign_files(self, folder: Path) -> list[Path]:
-        """Paths, relative to a finished folder, of the files in it that this output did not write.
+        """Returns the files of a finished folder that this output did not write, as relative paths.
 
         Raises:
-            UserError: the folder is not empty and is no output of this kind.
+            UserError: the folder is not empty and is not an output of this kind.
         """
         present = list(_files(folder)) if folder.exists() else []
         if not present:
@@ -147,7 +149,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def remove_output(folder: Path) -> None:
-    """Remove the files that a finished folder's marker lists; others stay, and so does a folder without a marker."""
+    """Removes the files listed in the marker of a finished folder and keeps other files. Does nothing without a marker."""
     try:
         written = read_json(folder / MARKER)["files"]
     except (UserError, KeyError):
@@ -160,7 +162,7 @@ def remove_output(folder: Path) -> None:
 
 
 def remove_empty_folders(folder: Path) -> None:
-    """Remove every folder in which no file is, `folder` itself too."""
+    """Removes all folders without files, including `folder` itself."""
     for path in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
         with contextlib.suppress(OSError):
             path.rmdir()
@@ -170,79 +172,79 @@ def remove_empty_folders(folder: Path) -> None:
 
 @contextlib.contextmanager
 def resumable_dir(out: Path, output: Output, *, pieces: str) -> Iterator[Path]:
-    """As `write_aside`, but what stands in its folder `pieces` outlives a failure, and the next attempt finds it.
+    """Like `atomic_dir`, but the contents of the subfolder `pieces` are kept after a failure for the next attempt.
 
     Raises:
-        UserError: the place cannot be written, or holds other things.
+        UserError: the folder cannot be written, or contains other files.
     """
     out = out.resolve()
-    with _only_writer(out):
-        aside = _place_aside(out, output, fresh=False)
-        (aside / pieces).mkdir(exist_ok=True)
+    with _exclusive_writer(out):
+        staging = _prepare_staging(out, output, fresh=False)
+        (staging / pieces).mkdir(exist_ok=True)
         try:
-            yield aside
-            _replace(out, aside, output)
+            yield staging
+            _replace(out, staging, output)
         finally:
-            if aside.exists() and not any((aside / pieces).iterdir()):
-                shutil.rmtree(aside, ignore_errors=True)
+            if staging.exists() and not any((staging / pieces).iterdir()):
+                shutil.rmtree(staging, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def atomic_dir(out: Path, output: Output) -> Iterator[Path]:
-    """Yield a fresh sibling folder to write into; on success it takes the place of `out`, on failure it goes.
+    """Yields an empty sibling folder to write into; it replaces `out` on success and is removed on failure.
 
     Raises:
-        UserError: the place cannot be written, or holds other things.
+        UserError: the folder cannot be written, or contains other files.
     """
     out = out.resolve()
-    with _only_writer(out):
-        aside = _place_aside(out, output, fresh=True)
+    with _exclusive_writer(out):
+        staging = _prepare_staging(out, output, fresh=True)
         try:
-            yield aside
-            _replace(out, aside, output)
+            yield staging
+            _replace(out, staging, output)
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(staging, ignore_errors=True)
 
 
-def _place_aside(out: Path, output: Output, *, fresh: bool) -> Path:
-    """The sibling folder to write into, when `out` may be replaced."""
+def _prepare_staging(out: Path, output: Output, *, fresh: bool) -> Path:
+    """Creates the sibling folder to write into, after checking that `out` may be replaced."""
     if out.is_file():
         raise UserError(f"out={out}: cannot be written (a file of that name is there). Give another folder")
-    aside, old = (out.with_name(f".{out.name}.{suffix}") for suffix in ("partial", "old"))
-    if old.exists() and not out.exists():  # a replacement was cut short between its two renames
+    staging, old = (out.with_name(f".{out.name}.{suffix}") for suffix in ("partial", "old"))
+    if old.exists() and not out.exists():  # a replacement was interrupted between its two renames
         old.rename(out)
     output.foreign_files(out)
-    if (aside.exists() and any(aside.iterdir())) and not (aside / PARTIAL).exists():
+    if (staging.exists() and any(staging.iterdir())) and not (staging / PARTIAL).exists():
         raise UserError(
-            f"out={out}: {aside} holds other things and is not overwritten. Move it, or give another folder"
+            f"out={out}: {staging} holds other things and is not overwritten. Move it, or give another folder"
         )
     try:
         if fresh:
-            shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True, exist_ok=not fresh)
-        (aside / PARTIAL).touch()
+            shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True, exist_ok=not fresh)
+        (staging / PARTIAL).touch()
     except OSError as error:
         raise UserError(f"out={out}: cannot be written ({error.strerror}). Give another folder") from error
-    return aside
+    return staging
 
 
-def _replace(out: Path, aside: Path, output: Output) -> None:
-    (aside / PARTIAL).unlink()
-    output.sign(aside)
+def _replace(out: Path, staging: Path, output: Output) -> None:
+    (staging / PARTIAL).unlink()
+    output.sign(staging)
     if not out.exists():
-        aside.rename(out)
+        staging.rename(out)
         return
     for name in output.foreign_files(out):
-        if (aside / name).exists():
+        if (staging / name).exists():
             raise UserError(f"out={out}: {name} was not written by fireflyds and would be replaced. Move it elsewhere")
-        (aside / name).parent.mkdir(parents=True, exist_ok=True)
-        _link_or_copy(out / name, aside / name)
+        (staging / name).parent.mkdir(parents=True, exist_ok=True)
+        _link_or_copy(out / name, staging / name)
     old = out.with_name(f".{out.name}.old")
     if old.exists():
-        output.foreign_files(old)  # refused where it is not what an earlier replacement left
+        output.foreign_files(old)  # raises unless it is left over from an earlier replacement
         shutil.rmtree(old)
     out.rename(old)
-    aside.rename(out)
+    staging.rename(out)
     shutil.rmtree(old)
 
 
@@ -254,15 +256,15 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 
 def atomic_write_text(path: Path, text: str) -> None:
-    """Write a text file aside, on the disk, then rename it into place."""
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(text, encoding="utf-8")
-    fsync(aside)
-    os.replace(aside, path)
+    """Writes a text file atomically: to a temporary file, which is synced to disk and renamed."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    fsync(partial)
+    os.replace(partial, path)
 
 
 def fsync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Flushes a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""A folder is a registry: one file is one entry, and the file's name is the entry's name."""
+"""Registries: every module of a package is one entry, and the module's name is the entry's name."""
 
 import functools
 import importlib
@@ -16,13 +16,13 @@ def names(package: str) -> tuple[str, ...]:
 
 
 def find(package: str, name: str) -> ModuleType:
-    """The entry called `name`.
+    """Returns the module of the entry `name`.
 
     Raises:
-        UserError: there is none; the message lists those there are.
+        UserError: there is no such entry; the message lists the existing ones.
     """
-    known = names(package)
-    if name not in known:
+    entries = names(package)
+    if name not in entries:
         kind = package.rsplit(".", 1)[-1]
-        raise UserError(f"{kind}: no entry {name!r}. Known: {', '.join(known)}")
+        raise UserError(f"{kind}: no entry {name!r}. Known: {', '.join(entries)}")
     return importlib.import_module(f"{package}.{name}")

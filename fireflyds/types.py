@@ -1,4 +1,4 @@
-"""The values handed from step to step. Nothing here knows how they are made."""
+"""Data types shared by the packages of fireflyds. Imports none of these packages."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -8,14 +8,14 @@ import numpy as np
 
 IGNORE_INDEX = -100
 
-# Stand for the tokenizer's own begin and end tokens in a chat template's segments.
+# Placeholders for the tokenizer's BOS and EOS tokens in the segments of a chat template.
 BOS = "<|fireflyds:bos|>"
 EOS = "<|fireflyds:eos|>"
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn: `role` is `system`, `user` or `assistant`."""
+    """One turn of a dialogue: `role` is `system`, `user` or `assistant`."""
 
     role: str
     content: str
@@ -23,7 +23,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One record in words: either a document (`text`) or a dialogue (`messages`)."""
+    """One text record: either a document (`text`) or a dialogue (`messages`)."""
 
     text: str | None = None
     messages: tuple[Message, ...] = ()
@@ -31,7 +31,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A stretch of a rendered dialogue. `special` text is one token, never split; `learn` text carries loss."""
+    """A substring of a rendered dialogue. `special`: the text is a single token, never split; `learn`: it carries loss."""
 
     text: str
     learn: bool = False
@@ -40,7 +40,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One record in tokens.
+    """One tokenized record.
 
     `spans` are the `[start, end)` token ranges that carry loss, in order; `num_bytes` is the UTF-8 length of
     the text, the denominator of bits per byte.
@@ -50,23 +50,23 @@ class Example:
     spans: tuple[tuple[int, int], ...]
     num_bytes: int
     is_document: bool = False
-    """Plain text: loss on everything, and it may be cut anywhere."""
+    """True for plain text: all tokens carry loss, and it may be split at any position."""
 
 
 class Encoder(Protocol):
-    """A tokenizer reduced to what data and evaluation need."""
+    """The tokenizer interface of data preparation, training and evaluation."""
 
     vocab_size: int
     bos_id: int | None
     eos_id: int | None
     adds_bos: bool
-    """Documents begin with BOS: what the tokenizer does by itself."""
+    """True where the tokenizer itself prepends BOS, so that documents begin with BOS."""
 
     def encode(self, text: str, *, continues: bool = False) -> list[int]:
-        """Ids of plain text, no special tokens. `continues`: the text goes on from other text (no dummy prefix)."""
+        """Token ids of plain text, without special tokens. `continues`: the text follows other text (no dummy prefix)."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The same as `encode` of each, in less time."""
+        """Encodes several texts; faster than calling `encode` for each, with the same result."""
 
     def token_id(self, token: str) -> int | None:
         """The id of a special token, or None."""
@@ -74,25 +74,26 @@ class Encoder(Protocol):
     def decode(self, ids: Sequence[int]) -> str: ...
 
     def fragments(self) -> frozenset[int]:
-        """Ids that spell bytes and no whole character: byte fallback."""
+        """Ids of tokens that decode to bytes of an incomplete character (byte fallback)."""
 
     def token(self, index: int) -> str:
-        """What a token spells, for people to read."""
+        """The human-readable text of a token."""
 
     def token_bytes(self) -> np.ndarray:
-        """UTF-8 bytes of text that each token stands for: int32 `[vocab_size]`, 0 for special tokens."""
+        """Number of UTF-8 bytes of text per token: int32 `[vocab_size]`, 0 for special tokens."""
 
     def fingerprint(self) -> str:
-        """A hash that two tokenizers share when they map the same text to the same ids."""
+        """A hash that is equal for two tokenizers that map the same text to the same ids."""
 
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """Rows of documents laid end to end, without padding and without a 2-D mask.
+    """Packed (concatenated) documents, without padding and without a 2-D mask.
 
     `input_ids`, `labels`, `position_ids`: int64 `[1, T]`; `labels[0, t]` is the target of position t (already
     shifted; -100 where there is none, as at the end of every document). `cu_seqlens`: int32 `[n + 1]`, the
-    documents' boundaries; `max_seqlen`: the longest document; `domains`: int64 `[n]`.
+    document boundaries; `max_seqlen`: length of the longest document; `domains`: int64 `[n]`, domain index of every
+    document; `num_learned`: number of labels other than -100.
     """
 
     input_ids: Any
@@ -107,8 +108,8 @@ class PackedBatch:
     def from_flat(
         cls, input_ids: np.ndarray, labels: np.ndarray, lengths: np.ndarray, domains: np.ndarray | None = None
     ) -> "PackedBatch":
-        """The one constructor: ids and labels `[T]` of documents of these lengths `[n]`, laid end to end."""
-        import torch  # types are imported where torch is not
+        """Builds a batch from ids and labels `[T]` of concatenated documents with `lengths` `[n]`. Used by all constructors."""
+        import torch  # this module is also imported by code that must not load torch
 
         bounds = np.concatenate([[0], np.cumsum(lengths)])
         positions = np.arange(len(input_ids)) - np.repeat(bounds[:-1], lengths)
@@ -127,14 +128,14 @@ class PackedBatch:
     def from_documents(
         cls, documents: Sequence[Sequence[int]], domains: Sequence[int] | None = None, *, learned: bool = True
     ) -> "PackedBatch":
-        """Documents given by their ids. Every token after a document's first is a target, or with `learned=False` none."""
+        """Builds a batch from token ids. All tokens except a document's first are targets; with `learned=False` none is."""
         lengths = np.array([len(ids) for ids in documents])
         flat = np.concatenate([np.asarray(ids, np.int64) for ids in documents])
         labels = next_token_labels(flat, np.cumsum(lengths)) if learned else np.full_like(flat, IGNORE_INDEX)
         return cls.from_flat(flat, labels, lengths, None if domains is None else np.asarray(domains))
 
     def pin(self) -> "PackedBatch":
-        """In page-locked host memory, from which a copy to the GPU does not hold up the host."""
+        """Returns a copy in page-locked host memory, so that copies to the GPU are asynchronous."""
         return replace(self, **{name: getattr(self, name).pin_memory() for name in _MODEL_TENSORS})
 
     def model_inputs(self, device: Any) -> dict[str, Any]:
@@ -147,7 +148,7 @@ _MODEL_TENSORS = ("input_ids", "labels", "position_ids", "cu_seqlens")
 
 
 def next_token_labels(input_ids: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Position t is to predict token t + 1; the last of a document, before each of `ends` `[n]`, predicts nothing."""
+    """Labels `[T]`: token t + 1 at position t, -100 at a document's last. `ends` `[n]`: exclusive ends of the documents."""
     labels = np.empty_like(input_ids)
     labels[:-1] = input_ids[1:]
     labels[ends - 1] = IGNORE_INDEX
@@ -156,9 +157,10 @@ def next_token_labels(input_ids: np.ndarray, ends: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """What differs between model families: the names of things.
+    """The names of modules and classes that differ between model families.
 
-    `fused` maps the classes of its modules to the functions of `models/fused.py` that compute the same with our kernels.
+    `linear_layers`: module names of the linear layers in a block. `fused` maps class names of modules to the functions of
+    `models/packed/fused_modules.py` that compute the same with fused kernels.
     """
 
     model_type: str
@@ -176,16 +178,16 @@ class Loaded:
 
 @dataclass(slots=True)
 class TrainState:
-    """Where a run stands. Position in the data is arithmetic: step s reads the batch of step `s + skipped_batches`."""
+    """Progress of a run. The data position is computed, not stored: step s reads global batch `s + skipped_batches`."""
 
     step: int = 0
     tokens: int = 0
     learned_tokens: int = 0
     skipped_batches: int = 0
-    """Steps of data that were left out after spikes of the loss."""
+    """Number of global batches skipped after loss spikes."""
     rollbacks: int = 0
     recent_losses: list[float] = field(default_factory=list)
-    """Of the last steps, by which a spike is known."""
+    """Losses of the last steps, the baseline of spike detection."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -193,7 +195,7 @@ class TrainState:
 
 @dataclass(frozen=True, slots=True)
 class StepMetrics:
-    """One optimizer step, over all ranks and micro-batches. One line of `metrics.jsonl`."""
+    """Metrics of one optimizer step, over all ranks and micro-batches: one row of `metrics.jsonl`."""
 
     step: int
     loss: float

@@ -1,1 +1,1 @@
-"""What a training step reports, and where that goes."""
+"""Training metrics: computation, logging, plots and experiment trackers."""

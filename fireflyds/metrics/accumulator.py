@@ -1,8 +1,8 @@
-"""What a step says beside its loss: by domain, by parameter group, by second, by rank.
+"""Metrics of a training step beside its loss: by domain, by parameter group, throughput, and timing by rank.
 
-Counts that the host knows go with the one sum over ranks that the loop takes before the step, sums of losses with the one
-it takes after the last backward pass; the ranks' times are gathered once, when the step is over. The device is waited for
-no more often than the loop itself waits.
+Counts known on the host are part of the all-reduce before the step, loss sums of the all-reduce after the last backward
+pass; the timings of the ranks are all-gathered once at the end of the step. None of this adds a device synchronization to
+those of the training loop.
 """
 
 import math
@@ -25,39 +25,41 @@ from fireflyds.metrics.flops import peak_flops, step_flops
 from fireflyds.optim.param_groups import parameter_groups
 from fireflyds.types import IGNORE_INDEX, Encoder, PackedBatch
 
-# Steps whose mean time foretells the rest.
-_RECENT = 50
-# Of the counts, those that are not of a domain.
-_TOTALS = 4
+# Number of recent steps whose mean duration gives the ETA.
+_ETA_WINDOW = 50
+# Number of leading entries of the counts that are totals over all domains.
+_NUM_TOTALS = 4
 
 
 class FlopsModel(Protocol):
-    """FLOPs of documents of these lengths, forward and backward, with so many labelled rows."""
+    """Computes the FLOPs, forward and backward, of documents of `lengths` tokens with `labelled` labelled rows."""
 
     def count(self, lengths: Any, labelled: int) -> float: ...
 
 
 @dataclass(frozen=True, slots=True)
 class MetricsContext:
-    """What the statistics of a run are taken by."""
+    """Constants of a run that its metrics are computed from."""
 
     domains: Sequence[str]
     token_bytes: np.ndarray
-    """Int32 `[vocab_size]`: bytes of text that each token stands for."""
+    """Number of UTF-8 bytes of text per token: int32 `[vocab_size]`."""
     groups: Sequence[str]
-    """The optimizer's parameter groups, in order."""
+    """Names of the optimizer's parameter groups, in order."""
     row_tokens: int
-    """Room for tokens in a step: `global_batch_size · seq_len`."""
+    """Token capacity of a step: `global_batch_size · seq_len`."""
     flops_model: FlopsModel
     peak: float | None
-    """FLOP/s of one device at most; None: not known, so no MFU."""
+    """Peak FLOP/s of one device; None where it is unknown, and then no MFU is reported."""
 
 
 class StepMetricsAccumulator:
-    """Of one step after another: `begin`, for every micro-batch `forward` and `add`, `reduce`, `finish`.
+    """Computes the metrics of consecutive steps.
 
-    A rank's own time is that of its forward passes and of waiting for data. No other rank is waited for in them, but under
-    ZeRO-3, which gathers weights there: then a slow rank shows in the others' times too.
+    Calls per step: `start_step`; `time_forward` and `add_micro_batch` for every micro-batch; `reduce`; `finish_step`.
+
+    The time of a rank is that of its forward passes plus its wait for data. These contain no collective communication
+    except under ZeRO-3, which all-gathers weights: there a slow rank also increases the times of the other ranks.
     """
 
     def __init__(
@@ -70,20 +72,23 @@ class StepMetricsAccumulator:
         self._context, self._device, self._total_steps = context, device, total_steps
         self._count_targets = count_targets
         self._process = psutil.Process()
-        self._ends: deque[float] = deque(maxlen=_RECENT + 1)
+        self._ends: deque[float] = deque(maxlen=_ETA_WINDOW + 1)
         self._waited = self._host_seconds = 0.0
         self._events: list[tuple[Any, Any]] = []
-        self._places: list[int | Tensor] = []
+        self._batch_domains: list[int | Tensor] = []
         self._counts, self._losses = np.zeros(0), torch.zeros(0)
 
     def start_step(self, batches: list[PackedBatch], waited: float) -> tuple[int, int]:
-        """Of the step, over all ranks: what its loss is divided by, and tokens. `waited`: seconds until this rank had its
-        batches."""
+        """Starts a step and sums its counts over all ranks.
+
+        `waited`: seconds for which this rank waited for `batches`. Returns the loss denominator and the number of tokens
+        of the step, both over all ranks.
+        """
         self._waited, self._host_seconds, self._events = waited, 0.0, []
         self._losses = torch.zeros(1 + len(self._context.domains), dtype=torch.float64, device=self._device)
-        # Targets, learned tokens, tokens, FLOPs; learned tokens of every domain; their bytes.
-        counts = np.zeros(_TOTALS + 2 * len(self._context.domains))
-        self._places = [self._count(batch, counts) for batch in batches]
+        # Targets, learned tokens, tokens, FLOPs; learned tokens of every domain; bytes of every domain.
+        counts = np.zeros(_NUM_TOTALS + 2 * len(self._context.domains))
+        self._batch_domains = [self._count(batch, counts) for batch in batches]
         summed = torch.from_numpy(counts).to(self._device)
         dist.all_reduce(summed)
         self._counts = summed.cpu().numpy()
@@ -91,28 +96,31 @@ class StepMetricsAccumulator:
 
     @property
     def learned_tokens(self) -> int:
-        """Of the step, over all ranks."""
+        """Number of learned tokens of the step, over all ranks."""
         return int(self._counts[1])
 
     def _count(self, batch: PackedBatch, counts: np.ndarray) -> int | Tensor:
-        """Add a micro-batch to the counts. Returns the domain of all its tokens, or of each of them `[T]`."""
-        number = len(self._context.domains)
+        """Adds a micro-batch to `counts`. Returns the index of its only domain, or the domain index of every token `[T]`."""
+        num_domains = len(self._context.domains)
         labels, lengths, domains = batch.labels[0].numpy(), np.diff(batch.cu_seqlens.numpy()), batch.domains.numpy()
         learned = labels != IGNORE_INDEX
         num_bytes = self._context.token_bytes[labels[learned]]
         flops = self._context.flops_model.count(lengths, batch.num_learned)
-        counts[:_TOTALS] += self._count_targets(batch), batch.num_learned, len(labels), flops
+        counts[:_NUM_TOTALS] += self._count_targets(batch), batch.num_learned, len(labels), flops
         if (domains == domains[0]).all():
-            counts[[_TOTALS + domains[0], _TOTALS + number + domains[0]]] += batch.num_learned, num_bytes.sum()
+            counts[[_NUM_TOTALS + domains[0], _NUM_TOTALS + num_domains + domains[0]]] += (
+                batch.num_learned,
+                num_bytes.sum(),
+            )
             return int(domains[0])
-        places = np.repeat(domains, lengths)
-        counts[_TOTALS : _TOTALS + number] += np.bincount(places[learned], minlength=number)
-        counts[_TOTALS + number :] += np.bincount(places[learned], num_bytes, minlength=number)
-        return torch.from_numpy(places)
+        token_domains = np.repeat(domains, lengths)
+        counts[_NUM_TOTALS : _NUM_TOTALS + num_domains] += np.bincount(token_domains[learned], minlength=num_domains)
+        counts[_NUM_TOTALS + num_domains :] += np.bincount(token_domains[learned], num_bytes, minlength=num_domains)
+        return torch.from_numpy(token_domains)
 
     @contextmanager
     def time_forward(self) -> Iterator[None]:
-        """Around each forward pass."""
+        """Measures the duration of one forward pass."""
         started = time.perf_counter()
         if self._device.type != "cuda":
             yield
@@ -125,87 +133,93 @@ class StepMetricsAccumulator:
         self._events.append(pair)
 
     def add_micro_batch(self, number: int, loss: Tensor, losses: Tensor) -> None:
-        """The loss sum of micro-batch `number` and the losses `[T]` that it sums."""
-        place = self._places[number]
+        """Adds micro-batch `number`: its loss sum `loss`, and the loss of every token, `losses` `[T]`."""
+        domain = self._batch_domains[number]
         self._losses[0] += loss.detach()
-        if isinstance(place, int):
-            self._losses[1 + place] += loss.detach()
+        if isinstance(domain, int):
+            self._losses[1 + domain] += loss.detach()
         else:
-            self._losses[1:].index_add_(0, place.to(self._device, non_blocking=True), losses.double())
+            self._losses[1:].index_add_(0, domain.to(self._device, non_blocking=True), losses.double())
 
     def reduce(self) -> Tensor:
-        """The loss sum over all ranks and micro-batches, not yet waited for."""
+        """Sums the losses over all ranks. Returns the loss sum of the step without synchronizing with the device."""
         dist.all_reduce(self._losses)
         return self._losses[0]
 
     def finish_step(self, step: int, seconds: float, lrs: Sequence[float]) -> dict[str, float]:
-        """Everything by its key in `metrics.jsonl`. `step`: how many are done; `lrs`: of the groups."""
-        own = self._host_seconds + sum(begin.elapsed_time(end) for begin, end in self._events) / 1000
-        # Called behind the loop's own wait for the step, so this is no further one.
-        mine = torch.tensor(
-            [own + self._waited, self._waited, self._memory()], dtype=torch.float64, device=self._device
+        """Returns all metrics of the step by their keys in `metrics.jsonl`.
+
+        `step`: number of completed steps; `seconds`: duration of the step; `lrs`: learning rate of every parameter group.
+        """
+        forward_seconds = self._host_seconds + sum(begin.elapsed_time(end) for begin, end in self._events) / 1000
+        # The loop has already synchronized with the device for this step, so no wait is added here.
+        local_stats = torch.tensor(
+            [forward_seconds + self._waited, self._waited, self._memory()], dtype=torch.float64, device=self._device
         )
-        gathered = mine.new_empty(dist.get_world_size() * len(mine))
-        dist.all_gather_into_tensor(gathered, mine)
-        busy, waited, memory = gathered.view(-1, len(mine)).cpu().numpy().T
-        rows = {f"lr/{name}": lr for name, lr in zip(self._context.groups, lrs, strict=True)}
-        rows |= self._by_domain() | self._speed(seconds, len(busy))
+        gathered = local_stats.new_empty(dist.get_world_size() * len(local_stats))
+        dist.all_gather_into_tensor(gathered, local_stats)
+        busy, data_wait, memory = gathered.view(-1, len(local_stats)).cpu().numpy().T
+        metrics = {f"lr/{name}": lr for name, lr in zip(self._context.groups, lrs, strict=True)}
+        metrics |= self._domain_metrics() | self._throughput(seconds, len(busy))
         slowest = int(busy.argmax())
-        return rows | {
+        return metrics | {
             "flops": float(self._counts[3]),
             "fill": float(self._counts[2]) / self._context.row_tokens,
             "memory_gib": float(memory.max()),
-            "data_wait_seconds": float(waited.max()),
+            "data_wait_seconds": float(data_wait.max()),
             "slowest_rank": slowest,
             "slowest_seconds": float(busy[slowest]),
             "step_seconds_spread": float(busy.max() - busy.min()),
-            "eta_seconds": self._per_step(seconds) * (self._total_steps - step),
+            "eta_seconds": self._mean_step_seconds(seconds) * (self._total_steps - step),
         }
 
-    def _by_domain(self) -> dict[str, float]:
-        """Nats per learned token and bits per byte, of the whole step and of every domain in it."""
-        losses, number = self._losses.cpu().numpy(), len(self._context.domains)
-        learned, num_bytes = self._counts[_TOTALS : _TOTALS + number], self._counts[_TOTALS + number :]
-        found = {"bits_per_byte": bits_per_byte(losses[0], num_bytes.sum())} if num_bytes.any() else {}
-        for place, name in enumerate(self._context.domains):
-            if learned[place]:
-                found[f"loss/{name}"] = float(losses[1 + place] / learned[place])
-            if num_bytes[place]:
-                found[f"bits_per_byte/{name}"] = bits_per_byte(losses[1 + place], num_bytes[place])
-        return found
+    def _domain_metrics(self) -> dict[str, float]:
+        """Loss in nats per learned token and bits per byte, of the whole step and of every domain that occurs in it."""
+        losses, num_domains = self._losses.cpu().numpy(), len(self._context.domains)
+        learned, num_bytes = (
+            self._counts[_NUM_TOTALS : _NUM_TOTALS + num_domains],
+            self._counts[_NUM_TOTALS + num_domains :],
+        )
+        metrics = {"bits_per_byte": bits_per_byte(losses[0], num_bytes.sum())} if num_bytes.any() else {}
+        for index, name in enumerate(self._context.domains):
+            if learned[index]:
+                metrics[f"loss/{name}"] = float(losses[1 + index] / learned[index])
+            if num_bytes[index]:
+                metrics[f"bits_per_byte/{name}"] = bits_per_byte(losses[1 + index], num_bytes[index])
+        return metrics
 
-    def _speed(self, seconds: float, world_size: int) -> dict[str, float]:
+    def _throughput(self, seconds: float, world_size: int) -> dict[str, float]:
         rate = 1 / (seconds * world_size)
-        found = {
+        speed = {
             "tokens_per_second_per_gpu": float(self._counts[2]) * rate,
             "learned_tokens_per_second_per_gpu": float(self._counts[1]) * rate,
             "tflops_per_gpu": float(self._counts[3]) * rate / 1e12,
         }
         return (
-            found if self._context.peak is None else found | {"mfu": float(self._counts[3]) * rate / self._context.peak}
+            speed if self._context.peak is None else speed | {"mfu": float(self._counts[3]) * rate / self._context.peak}
         )
 
-    def _per_step(self, seconds: float) -> float:
-        """Mean seconds from step to step, with all that lies between them."""
+    def _mean_step_seconds(self, seconds: float) -> float:
+        """Mean seconds per recent step, including the time between steps."""
         self._ends.append(time.perf_counter())
         return (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1) if len(self._ends) > 1 else seconds
 
     def _memory(self) -> float:
-        """GiB: of a GPU what was reserved at most, of a CPU what this process holds now."""
+        """Memory in GiB: the peak reserved memory of a GPU, or the current resident memory of this process on a CPU."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_reserved(self._device) / 2**30
         return float(self._process.memory_info().rss) / 2**30
 
 
 def bits_per_byte(nats: float, num_bytes: float) -> float:
-    """Nats over tokens as bits over the bytes they stand for: comparable across tokenizers."""
+    """Converts a loss sum in nats to bits per byte of the text, which is comparable across tokenizers."""
     return float(nats) / math.log(2) / float(num_bytes)
 
 
 def build_metrics_context(
     config: TrainConfig, model: Any, store: TokenStore, encoder: Encoder, precision: Precision
 ) -> MetricsContext:
-    """To be asked before the engine is built: ZeRO-3 takes the parameters' shapes away."""
+    """Must be called before the engine is built: ZeRO-3 replaces parameters by empty tensors, so their shapes are lost."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return MetricsContext(
         domains=store.domains,

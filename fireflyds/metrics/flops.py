@@ -1,7 +1,8 @@
-"""FLOPs of a training step of the packed model, and what a device could do at most: the two sides of MFU.
+"""FLOPs of a training step of the packed model, and peak FLOP/s of devices: numerator and denominator of MFU.
 
-Counted are matrix products alone, two for a multiply and an add (Kaplan et al., arXiv 2001.08361): forward, and in the
-backward pass those whose result somebody needs. Recomputation is left out, as MFU has it (PaLM, arXiv 2204.02311).
+Only matrix products are counted, a multiply-add as two FLOPs (Kaplan et al., arXiv 2001.08361): all of the forward pass,
+and those of the backward pass whose gradient is needed. Recomputation is excluded, as in the definition of MFU (PaLM,
+arXiv 2204.02311).
 """
 
 import re
@@ -14,73 +15,75 @@ from torch import nn
 
 from fireflyds.config import Precision
 
-# Where in its block a module computes; those of one number do so side by side. Norms stand before what reads them.
+# Execution order of the modules of a block; equal numbers are independent of each other. Norms precede their consumers.
 _ORDER = {
     "input_layernorm": 0, "ln_attn": 0, "ln_mlp": 0,
     "q_proj": 1, "k_proj": 1, "v_proj": 1, "q_norm": 1, "k_norm": 1, "query_key_value": 1,
     "o_proj": 3, "dense": 3, "post_attention_layernorm": 4,
     "gate_proj": 5, "up_proj": 5, "dense_h_to_4h": 5, "down_proj": 6, "dense_4h_to_h": 6,
 }  # fmt: skip
-# Falcon's blocks whose feed-forward layers read what attention reads.
+# Overrides for parallel blocks (Falcon), whose feed-forward layer has the same input as attention.
 _PARALLEL = {"dense_h_to_4h": 1, "dense_4h_to_h": 3}
 _ATTENTION = 2
-_EMBEDDINGS, _BEHIND = (-1, 0, 0), 1 << 30
+_EMBEDDINGS, _AFTER_BLOCKS = (-1, 0, 0), 1 << 30
 
 Place = tuple[int, int, int]
+"""Position of a parameter in the forward pass: block, order within the block, and 1 for LoRA B (else 0)."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepFlops:
-    """What the parts of a step cost. A sum over tokens, labels and documents, so batches and ranks may be added up."""
+    """FLOPs of the components of a step. Additive over tokens, labels and documents, so batches and ranks can be summed."""
 
     per_token: float
-    """The body's matrices."""
+    """All linear layers except the output head."""
     per_label: float
-    """The head, over the rows that have a label."""
+    """The output head, per row that has a label."""
     per_pair: tuple[tuple[int | None, float], ...]
-    """Attention, for each pair of a token and one it sees: the window of the layers, their cost."""
+    """Attention, per query-key pair: sliding window (None: whole documents), FLOPs summed over the layers with that window."""
 
     def count(self, lengths: Any, labelled: int) -> float:
-        """FLOPs forward and backward over documents of these lengths (`cu_seqlens.diff()`), `labelled` rows of them
-        with a label."""
+        """FLOPs, forward and backward, of documents of `lengths` (`cu_seqlens.diff()`) with `labelled`
+        labelled rows."""
         lengths = np.asarray(lengths, dtype=np.int64)
         attention = sum(cost * visible_pairs(lengths, window) for window, cost in self.per_pair)
         return self.per_token * float(lengths.sum()) + self.per_label * labelled + attention
 
 
 def visible_pairs(lengths: Any, window: int | None) -> float:
-    """Pairs of a token and one it sees under a causal mask, itself included: n (n + 1) / 2 of a document of n, and at
-    most `window` a token."""
+    """Number of query-key pairs under a causal mask, including the diagonal: n (n + 1) / 2 for a document of n tokens,
+    at most `window` per query."""
     lengths = np.asarray(lengths, dtype=np.float64)
-    beyond = np.maximum(lengths - (window or np.inf), 0)
-    return float((lengths * (lengths + 1) - beyond * (beyond + 1)).sum() / 2)
+    excess = np.maximum(lengths - (window or np.inf), 0)
+    return float((lengths * (lengths + 1) - excess * (excess + 1)).sum() / 2)
 
 
 def step_flops(model: Any) -> StepFlops:
-    """The costs of a model whose trainable parameters are marked, also of a bare one. To be asked before the engine is
-    built: ZeRO-3 takes the parameters' shapes away.
+    """Computes the FLOPs of a model whose trainable parameters have `requires_grad`; meta tensors suffice.
 
-    A weight's gradient is computed where it trains, an input's down to the lowest trained parameter: with frozen
-    embeddings the first block's queries, keys and values need none. Looking up embeddings, norms, gates and softmax
-    are no matrix products.
+    Must be called before the engine is built: ZeRO-3 replaces parameters by empty tensors, so their shapes are lost.
+
+    Weight gradients are counted for trainable weights, input gradients for all layers above the lowest trainable
+    parameter: with frozen embeddings the query, key and value projections of the first block need no input gradient.
+    Embedding lookups, norms, gates and softmax are not matrix products and are excluded.
     """
-    places = dict(_places(model))
+    positions = dict(_positions(model))
     head = model.get_output_embeddings()
-    trained = [places[name] for name, parameter in model.named_parameters() if parameter.requires_grad]
-    lowest = min(trained)
+    trainable = [positions[name] for name, parameter in model.named_parameters() if parameter.requires_grad]
+    lowest = min(trainable)
     per_token = 0.0
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and module is not head:
-            gradients = module.weight.requires_grad + (lowest < places[f"{name}.weight"])
+            gradients = module.weight.requires_grad + (lowest < positions[f"{name}.weight"])
             per_token += 2 * module.in_features * module.out_features * (1 + gradients)
-    # Below the head there is always something that trains, or it trains alone.
-    below = lowest < (_BEHIND, 1, 0)
-    per_label = sum(2 * p.numel() * (1 + below + p.requires_grad) for p in head.parameters() if p.dim() == 2)
-    return StepFlops(per_token, per_label, _attention(model.config, lowest))
+    # The head computes an input gradient unless it is the only trainable module.
+    input_gradient = lowest < (_AFTER_BLOCKS, 1, 0)
+    per_label = sum(2 * p.numel() * (1 + input_gradient + p.requires_grad) for p in head.parameters() if p.dim() == 2)
+    return StepFlops(per_token, per_label, _attention_flops(model.config, lowest))
 
 
-def _attention(hf_config: Any, lowest: Place) -> tuple[tuple[int | None, float], ...]:
-    """Scores and weighted sum forward; dV, dP, dQ and dK backward. Scores computed again there are recomputation."""
+def _attention_flops(hf_config: Any, lowest: Place) -> tuple[tuple[int | None, float], ...]:
+    """FLOPs per query-key pair and window. Forward: scores and weighted sum; backward: dV, dP, dQ, dK, no recomputed scores."""
     heads = hf_config.num_attention_heads
     head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads
     costs: dict[int | None, float] = {}
@@ -91,7 +94,7 @@ def _attention(hf_config: Any, lowest: Place) -> tuple[tuple[int | None, float],
 
 
 def attention_windows(hf_config: Any) -> list[int | None]:
-    """The sliding window of every layer, None for whole documents."""
+    """The sliding window of every layer; None where attention covers whole documents."""
     window = getattr(hf_config, "sliding_window", None)
     kinds = getattr(hf_config, "layer_types", None)
     if kinds:
@@ -100,18 +103,19 @@ def attention_windows(hf_config: Any) -> list[int | None]:
 
 
 def is_parallel(hf_config: Any) -> bool:
-    """Whether the feed-forward layer reads what attention reads (Falcon)."""
+    """True where the feed-forward layer has the same input as attention (Falcon)."""
     return bool(getattr(hf_config, "parallel_attn", False) or getattr(hf_config, "new_decoder_architecture", False))
 
 
 def block_order(hf_config: Any) -> dict[str, int]:
-    """Names of modules of a block with when their inputs are there: 1 what attention reads, 3 its output, 5 what the
-    feed-forward layer reads, 6 its output. In parallel blocks both sides have the same numbers."""
+    """Execution order of a block's modules by name, according to their input: 1 the attention input, 3 the attention
+    output, 5 the feed-forward input, 6 the feed-forward activations. In parallel blocks attention and feed-forward layers
+    have the same numbers."""
     return _ORDER | (_PARALLEL if is_parallel(hf_config) else {})
 
 
-def _places(model: Any) -> Iterator[tuple[str, Place]]:
-    """Parameters by name with where they come in the forward pass: block, module, base and A before B."""
+def _positions(model: Any) -> Iterator[tuple[str, Place]]:
+    """Parameter names with their position in the forward pass: block, module, and LoRA B after A and base weights."""
     head = {id(parameter) for parameter in model.get_output_embeddings().parameters()}
     embeddings = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
     order, in_blocks = block_order(model.config), False
@@ -121,18 +125,18 @@ def _places(model: Any) -> Iterator[tuple[str, Place]]:
         if id(parameter) in embeddings:
             yield name, _EMBEDDINGS
         elif id(parameter) in head:
-            yield name, (_BEHIND, 1, 0)
+            yield name, (_AFTER_BLOCKS, 1, 0)
         elif block is None:
-            yield name, (_BEHIND, 0, 0) if in_blocks else _EMBEDDINGS
+            yield name, (_AFTER_BLOCKS, 0, 0) if in_blocks else _EMBEDDINGS
         else:
-            parts = name[block.end() :].split(".")
-            rank = next((order[part] for part in parts if part in order), _ATTENTION)
-            yield name, (int(block[1]), rank, int("lora_B" in parts))
+            modules = name[block.end() :].split(".")
+            stage = next((order[part] for part in modules if part in order), _ATTENTION)
+            yield name, (int(block[1]), stage, int("lora_B" in modules))
 
 
-# Published peaks of dense matrix products with 32-bit sums, TFLOP/s: float16, bfloat16 (0 where there is none) and
-# float32 outside the tensor cores. From NVIDIA's data sheets; figures "with sparsity" are halved. The first name that is
-# part of the device's own counts, so narrower names stand first.
+# Published peak TFLOP/s of dense matrix products with 32-bit accumulation: float16, bfloat16 (0 where unsupported) and
+# float32 without tensor cores. From NVIDIA's data sheets; figures "with sparsity" are halved. The first name that is
+# contained in the device name is used, so more specific names come first.
 _PEAKS: dict[str, tuple[float, float, float]] = {
     "V100S": (130, 0, 16.4), "V100-PCIE": (112, 0, 14), "V100": (125, 0, 15.7), "T4": (65, 0, 8.1),
     "A100": (312, 312, 19.5), "A800": (312, 312, 19.5), "A30": (165, 165, 10.3), "A40": (149.7, 149.7, 37.4),
@@ -145,13 +149,13 @@ _PEAKS: dict[str, tuple[float, float, float]] = {
 
 
 def known_gpus() -> list[str]:
-    """Names whose peaks are known."""
+    """Names of the GPUs in the table of peak FLOP/s, sorted."""
     return sorted(_PEAKS)
 
 
 def peak_flops(device_name: str, precision: Precision, peak_tflops: float | None) -> float | None:
-    """FLOP/s of one device at most, `hardware.peak_tflops` before the table; None where neither knows, so that there is
-    no MFU rather than a guessed one. `device_name` is what `torch.cuda.get_device_name` says."""
+    """Peak FLOP/s of one device: `hardware.peak_tflops` if set, else the value of the table; None where neither is
+    available, so that no estimated MFU is reported. `device_name`: the result of `torch.cuda.get_device_name`."""
     if peak_tflops is not None:
         return peak_tflops * 1e12
     column = {Precision.fp16: 0, Precision.bf16: 1, Precision.fp32: 2}[precision]

@@ -1,4 +1,4 @@
-"""What `trainer_state.json` and `loss.png` need of a run's past: few numbers a step, kept in memory."""
+"""Metric history of a run for `trainer_state.json` and `loss.png`: a few numbers per step, kept in memory."""
 
 import json
 from collections.abc import Mapping
@@ -8,11 +8,11 @@ from typing import Any
 from fireflyds.fs import atomic_write_text
 from fireflyds.metrics.plots import plot_loss
 
-_KEPT = ("step", "loss", "lr", "grad_norm", "tokens", "flops")
+_COLUMNS = ("step", "loss", "lr", "grad_norm", "tokens", "flops")
 
 
 class History:
-    """Rows of `metrics.jsonl` and `validation.jsonl`, from the first step on, those before a resume too."""
+    """Rows of `metrics.jsonl` and `validation.jsonl` from the first step on, including those before a resume."""
 
     def __init__(self, run_dir: Path, total_steps: int, log_every: int, steps_per_epoch: float) -> None:
         self._run_dir, self._total_steps = run_dir, total_steps
@@ -21,16 +21,16 @@ class History:
         self._validations: list[dict[str, Any]] = []
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """A row of `metrics.jsonl`."""
-        self._steps.append({key: row.get(key) for key in _KEPT})
+        """Adds a row of `metrics.jsonl`."""
+        self._steps.append({key: row.get(key) for key in _COLUMNS})
 
     def add_validation(self, row: Mapping[str, Any]) -> None:
-        """A row of `validation.jsonl`."""
+        """Adds a row of `validation.jsonl`."""
         self._validations.append(dict(row))
 
     def save(self) -> None:
-        """Write both files, where there was a step."""
-        steps = self._steps.copy()  # rows may be added meanwhile
+        """Writes both files; does nothing before the first step."""
+        steps = self._steps.copy()  # another thread may append rows concurrently
         if not steps:
             return
         atomic_write_text(self._run_dir / "trainer_state.json", json.dumps(self._trainer_state(steps), indent=2))
@@ -38,7 +38,7 @@ class History:
             plot_loss({self._run_dir.name: steps}, self._run_dir / "loss.png")
 
     def _trainer_state(self, steps: list[dict[str, Any]]) -> dict[str, Any]:
-        """As transformers' `TrainerState` keeps it, for tools that read that."""
+        """The state in the format of transformers' `TrainerState`, for tools that read it."""
         last = steps[-1]
         return {
             "best_global_step": None,
@@ -64,14 +64,14 @@ class History:
         return step / self._steps_per_epoch
 
     def _log_history(self, steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """An entry every `log_every` steps, the mean of their losses, and one for each validation."""
-        found: list[dict[str, Any]] = []
+        """One entry per `log_every` steps with their mean loss, and one per validation, sorted by step."""
+        entries: list[dict[str, Any]] = []
         recent: list[float] = []
         for row in steps:
             recent += [] if row["loss"] is None else [row["loss"]]
             if row["step"] % self._log_every and row["step"] != self._total_steps:
                 continue
-            found.append(
+            entries.append(
                 {
                     "epoch": self._epoch(row["step"]),
                     "grad_norm": row["grad_norm"],
@@ -82,10 +82,10 @@ class History:
             )
             recent = []
         for row in self._validations.copy():
-            named = {
+            metrics = {
                 key.replace("validation/", "eval_").replace("/", "_"): value
                 for key, value in row.items()
                 if key.startswith("validation/")
             }
-            found.append({"epoch": self._epoch(row["step"]), "step": row["step"], **named})
-        return sorted(found, key=lambda entry: entry["step"])
+            entries.append({"epoch": self._epoch(row["step"]), "step": row["step"], **metrics})
+        return sorted(entries, key=lambda entry: entry["step"])

@@ -1,5 +1,5 @@
-"""Every step of a run, told to all who listen: `metrics.jsonl`, the tracker, the progress bar, the log; at every save
-`trainer_state.json` and `loss.png`."""
+"""Logging of training metrics: every step to `metrics.jsonl`, the tracker, the progress bar and the log; at every
+checkpoint `trainer_state.json` and `loss.png`."""
 
 import contextlib
 import logging
@@ -18,7 +18,7 @@ from fireflyds.types import StepMetrics
 
 
 class MetricsLogger:
-    """Used as a context. Files and bar are rank 0's; other ranks only log to their own file."""
+    """Context manager. Rank 0 writes the files and shows the progress bar; other ranks only log to their own file."""
 
     def __init__(
         self,
@@ -40,11 +40,11 @@ class MetricsLogger:
         try:
             if rank == 0:
                 self._open(done)
-            # A picture takes longer than a step.
-            self._plot_executor = self._stack.enter_context(ThreadPoolExecutor(1, "journal"))
+            # Plotting takes longer than a step, so it runs in a thread.
+            self._plot_executor = self._stack.enter_context(ThreadPoolExecutor(1, "loss-plot"))
             self._advance = self._stack.enter_context(progress_bar(total_steps, done, rank == 0))
         except BaseException:
-            # The tracker was opened for this object, which nobody can leave now.
+            # This object owns the tracker, and `__exit__` is not called where the constructor raises.
             self._stack.close()
             tracker.finish(EXIT_FAILED)
             raise
@@ -62,7 +62,7 @@ class MetricsLogger:
                 self._history.add_validation(row)
 
     def rollback(self, done: int) -> None:
-        """Forget the steps behind a checkpoint that the run went back to."""
+        """Discards the metrics of all steps after `done`, the step of the restored checkpoint."""
         self._recent.clear()
         if self._file:
             self._file.close()
@@ -80,30 +80,30 @@ class MetricsLogger:
             self._recent.clear()
 
     def log_validation(self, row: Mapping[str, Any]) -> None:
-        """A row of `validation.jsonl`, on rank 0."""
+        """Logs a row of `validation.jsonl`. Rank 0 only."""
         self._history.add_validation(without_nan(row))
         self._tracker.log(row)
 
     def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
-        """What the model wrote to the fixed prompts: rows with `prompt` and `text`, on rank 0."""
+        """Logs the generations for the fixed prompts: rows with `prompt` and `text`. Rank 0 only."""
         self._tracker.log_samples(step, samples)
 
     def log_checkpoint(self, step: int, stall: float) -> None:
-        """A checkpoint is being written; training waited `stall` seconds for the copy."""
+        """Logs that a checkpoint is being written; `stall`: seconds for which the copy blocked training."""
         self.log.info(f"checkpoint of step {step}: training waited {stall:.2f} s")
         if self._file:
-            # A checkpoint outlives a crash of the machine, and so must the steps before it.
+            # A checkpoint persists after a crash of the host, so the metrics of the steps before it must be on disk too.
             self._warn_on_failure("metrics.jsonl", self._file.sync)
         if self._file and (self._pending_plot is None or self._pending_plot.done()):
             self._pending_plot = self._plot_executor.submit(
                 self._warn_on_failure, "trainer_state.json or loss.png", self._history.save
             )
 
-    def _warn_on_failure(self, what: str, work: Callable[[], None]) -> None:
+    def _warn_on_failure(self, files: str, write: Callable[[], None]) -> None:
         try:
-            work()
-        except Exception as error:  # a picture is no reason to end a run, nor to hide why it ends
-            self.log.warning(f"{self._run_dir}: {what} was not written ({str(error) or type(error).__name__})")
+            write()
+        except Exception as error:  # a failed plot must neither end a run nor replace its exception
+            self.log.warning(f"{self._run_dir}: {files} was not written ({str(error) or type(error).__name__})")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

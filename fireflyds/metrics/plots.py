@@ -1,4 +1,4 @@
-"""Pictures of a run."""
+"""Plots of a run."""
 
 import os
 from collections.abc import Sequence
@@ -9,10 +9,10 @@ import numpy as np
 
 
 def running_mean(values: Sequence[float], width: int) -> np.ndarray:
-    """The mean of every `width` values in a row.
+    """The moving average over `width` consecutive values: `[n - width + 1]`.
 
-    Blocks of `width` are summed from their start and to their end; a window is the end of one and the start of the next.
-    Nothing is subtracted, so one huge loss does not blur the others.
+    Prefix and suffix sums are computed within blocks of `width`: a window is the suffix of one block plus the prefix of
+    the next. Nothing is subtracted, so one very large loss causes no cancellation error in other windows.
     """
     blocks = np.zeros((-(-len(values) // width), width))
     blocks.flat[: len(values)] = values
@@ -22,7 +22,7 @@ def running_mean(values: Sequence[float], width: int) -> np.ndarray:
 
 
 def plot_loss(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Loss over tokens, one curve per run."""
+    """Plots the loss over tokens, one curve per run."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -30,9 +30,9 @@ def plot_loss(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
     try:
-        for name, every in curves.items():
-            rows = [row for row in every if row["loss"] is not None]
-            width = max(1, len(rows) // 50)  # one step's loss says more of its documents than of the model
+        for name, history in curves.items():
+            rows = [row for row in history if row["loss"] is not None]
+            width = max(1, len(rows) // 50)  # the loss of one step depends mostly on its documents
             means = running_mean([row["loss"] for row in rows], width)
             axes.plot([row["tokens"] for row in rows[width - 1 :]], means, label=name, linewidth=1.2)
         axes.set(xlabel="tokens", ylabel="loss per learned token (nats)")
@@ -40,8 +40,8 @@ def plot_loss(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
         if len(curves) > 1:
             axes.legend()
         figure.tight_layout()
-        aside = path.with_name(f".{path.name}.partial.png")
-        figure.savefig(aside)
-        os.replace(aside, path)
+        partial = path.with_name(f".{path.name}.partial.png")
+        figure.savefig(partial)
+        os.replace(partial, path)
     finally:
         pyplot.close(figure)

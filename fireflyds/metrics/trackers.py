@@ -1,4 +1,4 @@
-"""The doors to W&B and TensorBoard. Rank 0 only. A tracker that fails says so in one line, and training goes on."""
+"""Experiment trackers for W&B and TensorBoard. Rank 0 only. A failing tracker logs one warning, and training continues."""
 
 import importlib.util
 import json
@@ -19,7 +19,7 @@ _COLUMNS = ("step", "prompt", "text")
 
 
 class Tracker(Protocol):
-    """Takes rows as they stand in `metrics.jsonl` and `validation.jsonl`; each has its `step`."""
+    """Receives rows of `metrics.jsonl` and `validation.jsonl`; each contains its `step`."""
 
     def log(self, row: Mapping[str, Any]) -> None: ...
 
@@ -28,7 +28,7 @@ class Tracker(Protocol):
     def rollback(self, step: int) -> None: ...
 
     def finish(self, exit_code: int) -> None:
-        """0 where the run is well."""
+        """Closes the tracker. `exit_code`: 0 where the run succeeded."""
 
 
 class NoTracker:
@@ -42,9 +42,9 @@ class NoTracker:
 
 
 class WandbTracker:
-    """One W&B run per fireflyds run: its id stands in the run's folder, so resuming goes on in the same one.
+    """One W&B run per fireflyds run: its id is stored in the run directory, so a resumed run continues the same W&B run.
 
-    Rows carry their step themselves, so that steps which are told again after a resume take the place of the first.
+    `step` is logged as a metric of every row, so steps that are logged again after a resume replace the earlier ones.
     """
 
     def __init__(self, config: TrackingConfig, run: str, run_dir: Path, resolved: dict[str, Any]) -> None:
@@ -64,14 +64,14 @@ class WandbTracker:
         self._run.log({"step": step, "samples": table})
 
     def rollback(self, step: int) -> None:
-        """Nothing: a step that is told again takes the place of the first."""
+        """Does nothing: a step that is logged again replaces the earlier one."""
 
     def finish(self, exit_code: int) -> None:
         self._run.finish(exit_code=exit_code)
 
 
 class TensorBoardTracker:
-    """Event files in the run's folder `tensorboard`. On resuming and going back, later steps of before are hidden."""
+    """Event files in `tensorboard/` of the run directory. A resume or rollback hides earlier events of later steps."""
 
     def __init__(self, run_dir: Path, resumed_at: int) -> None:
         self._folder = str(run_dir / "tensorboard")
@@ -100,7 +100,7 @@ class TensorBoardTracker:
 
 
 class FaultTolerantTracker:
-    """Stands before a tracker: the first failure is told and is the last thing asked of it."""
+    """Wraps a tracker: logs its first exception as a warning and disables it from then on."""
 
     def __init__(self, tracker: Tracker, name: str, log: logging.Logger, finish_seconds: float) -> None:
         self._tracker: Tracker = tracker
@@ -116,25 +116,25 @@ class FaultTolerantTracker:
         self._try(lambda: self._tracker.rollback(step))
 
     def finish(self, exit_code: int) -> None:
-        """Wait at most `finish_seconds`: what is stuck is left to its thread, which ends with the process."""
+        """Waits at most `finish_seconds`; a call that hangs is left to its daemon thread, which ends with the process."""
         work = partial(self._try, lambda: self._tracker.finish(exit_code))
         thread = threading.Thread(target=work, name="tracker", daemon=True)
         thread.start()
         thread.join(self._finish_seconds)
         if thread.is_alive():
             self._tracker = NoTracker()
-            self._log.warning(f"{self._name} did not finish within {self._finish_seconds:g} s and is left behind")
+            self._log.warning(f"{self._name} did not finish within {self._finish_seconds:g} s and is abandoned")
 
-    def _try(self, work: Callable[[], None]) -> None:
+    def _try(self, call: Callable[[], None]) -> None:
         try:
-            work()
-        except Exception as error:  # whatever a tracker raises, it is no reason to stop a training run
+            call()
+        except Exception as error:  # an exception of a tracker must not stop a training run
             self._tracker = NoTracker()
-            self._log.warning(f"{self._name} failed ({_short(error)}); training goes on without it")
+            self._log.warning(f"{self._name} failed ({_short(error)}); training continues without it")
 
 
 def require_installed(config: TrackingConfig) -> None:
-    """Before anything heavy: raises `UserError` where the tracker's package is not installed."""
+    """Raises `UserError` where the tracker's package is not installed. Called before anything is loaded."""
     package = {TrackerKind.none: "", TrackerKind.wandb: "wandb", TrackerKind.tensorboard: "tensorboard"}[config.kind]
     if package and importlib.util.find_spec(package) is None:
         raise UserError(
@@ -146,7 +146,7 @@ def require_installed(config: TrackingConfig) -> None:
 def open_tracker(
     config: TrainConfig, resolved: dict[str, Any], rank: int, resumed_at: int, log: logging.Logger
 ) -> Tracker:
-    """The tracker of this rank, which raises nothing."""
+    """Opens the tracker of this rank. Neither this function nor the tracker's methods raise."""
     tracking, run_dir = config.tracking, Path(config.run_dir)
     if rank != 0 or tracking.kind is TrackerKind.none:
         return NoTracker()
@@ -161,17 +161,17 @@ def open_tracker(
             else TensorBoardTracker(run_dir, resumed_at)
         )
     except Exception as error:
-        log.warning(f"{name} did not start ({_short(error)}); training goes on without it")
+        log.warning(f"{name} did not start ({_short(error)}); training continues without it")
         return NoTracker()
     if tracking.kind is TrackerKind.wandb and tracking.mode is WandbMode.offline:
-        log.info(f"W&B is offline: send what it keeps later with `wandb sync {run_dir}/wandb/offline-run-*`")
+        log.info(f"W&B is offline: upload the data later with `wandb sync {run_dir}/wandb/offline-run-*`")
     return FaultTolerantTracker(tracker, name, log, tracking.finish_seconds)
 
 
 def init_wandb(
     config: TrackingConfig, run: str, run_dir: Path, resolved: dict[str, Any] | None, finish_seconds: float
 ) -> Any:
-    """The W&B run of a fireflyds run, begun or gone on with. It is left after `finish_seconds` at its end; 0: never."""
+    """Starts or resumes the W&B run of a fireflyds run. `finish_seconds`: timeout of its `finish()`; 0: none."""
     import wandb
 
     group = run.rpartition("/")[0] if config.group is None else config.group
@@ -190,7 +190,7 @@ def init_wandb(
 
 
 def wandb_run_id(run_dir: Path) -> str:
-    """The id that all starts of a run share. Not its name: a name may be used again for another run."""
+    """The W&B id shared by all starts of a run. It is not the name, which may be reused for another run."""
     file = run_dir / ID_FILE
     if not file.exists():
         atomic_write_text(file, json.dumps({"id": secrets.token_hex(4)}))
@@ -202,34 +202,34 @@ def require_wandb_run(config: TrackingConfig, run: str) -> None:
     if config.kind is not TrackerKind.wandb or config.mode is WandbMode.disabled:
         raise UserError(
             f"artifact=true: the run {run} is not tracked by W&B (tracking={config.kind.name}, tracking.mode={config.mode.name}). "
-            "Leave artifact=true out"
+            "Remove artifact=true"
         )
     require_installed(config)
 
 
 def log_model_artifact(config: TrackingConfig, run: str, run_dir: Path, folder: Path, about: dict[str, Any]) -> str:
-    """Give an export to the W&B run it came from, as an artifact of type `model`. Returns its name, when all of it is there.
+    """Uploads an export to its W&B run as an artifact of type `model`. Returns the artifact's name after the upload.
 
-    An offline run keeps it on the disk until it is synced.
+    An offline run stores the artifact on disk until it is synced. `about`: metadata of the artifact.
 
     Raises:
-        UserError: the run is not tracked by W&B, or W&B failed; the export itself is whole.
+        UserError: the run is not tracked by W&B, or W&B failed; the export itself is complete.
     """
     require_wandb_run(config, run)
     import wandb
 
     name = run.replace("/", "-")
     try:
-        tracked = init_wandb(config, run, run_dir, None, finish_seconds=0)
+        wandb_run = init_wandb(config, run, run_dir, None, finish_seconds=0)
         artifact = wandb.Artifact(name, type="model", metadata=about)
         artifact.add_dir(str(folder))
-        sent = tracked.log_artifact(artifact)
+        logged_artifact = wandb_run.log_artifact(artifact)
         if config.mode is WandbMode.online:
-            sent.wait()
-        tracked.finish()
+            logged_artifact.wait()
+        wandb_run.finish()
     except Exception as error:
         raise UserError(
-            f"artifact=true: W&B failed ({_short(error)}). The export in {folder} is whole; mend that and give the same command again"
+            f"artifact=true: W&B failed ({_short(error)}). The export in {folder} is complete; fix this error and run the same command again"
         ) from error
     return name
 

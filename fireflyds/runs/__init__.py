@@ -1,1 +1,1 @@
-"""What a run directory holds: its file names, its lookup, and what may change between two starts. Imports no torch."""
+"""The run directory: file names, lookup, status, and config checks on resume. Imports no torch."""

@@ -1,4 +1,4 @@
-"""What may change between two starts of a run. Imports nothing heavy: `submit` asks too."""
+"""Config keys that may change between two starts of a run. Imports nothing heavy, because `submit` uses it too."""
 
 from pathlib import Path
 from typing import Any
@@ -17,32 +17,32 @@ FREE_TO_CHANGE = (
 def diff_configs(
     old: dict[str, Any], new: dict[str, Any], prefix: str = "", free: tuple[str, ...] = FREE_TO_CHANGE
 ) -> list[str]:
-    """Dotted keys whose values differ, but for those in `free`, with both values."""
-    found = []
+    """Returns the differing values as `dotted.key: old -> new`, except those of keys in `free`."""
+    differences = []
     for key in sorted(old.keys() | new.keys()):
         if f"{prefix}{key}" in free:
             continue
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += diff_configs(a, b, f"{prefix}{key}.", free)
-        elif a != b:
-            found.append(f"{prefix}{key}: {a} -> {b}")
-    return found
+        old_value, new_value = old.get(key), new.get(key)
+        if isinstance(old_value, dict) and isinstance(new_value, dict):
+            differences += diff_configs(old_value, new_value, f"{prefix}{key}.", free)
+        elif old_value != new_value:
+            differences.append(f"{prefix}{key}: {old_value} -> {new_value}")
+    return differences
 
 
 def has_started(run_dir: Path) -> bool:
-    """Something was trained under this name."""
+    """True where the run has a checkpoint or a logged step."""
     metrics = run_dir / "metrics.jsonl"
     return any((run_dir / "checkpoints").glob("step-*")) or (metrics.exists() and metrics.stat().st_size > 0)
 
 
 def require_same_config(run_dir: Path, yaml_text: str, run: str, more: list[str] | None = None) -> None:
-    """Raises `UserError` where the run has begun with another configuration; `more`: further differences that were found."""
+    """Raises `UserError` where the run was started with another configuration; `more`: additional differences."""
     file = run_dir / "config.yaml"
     if not (file.exists() and has_started(run_dir)):
         return
     changed = diff_configs(plain(file.read_text(encoding="utf-8")), plain(yaml_text)) + (more or [])
     if changed:
         raise UserError(
-            f"run={run}: {run_dir} was started with another configuration ({'; '.join(changed)}). Give another run=, or the same values to go on"
+            f"run={run}: {run_dir} was started with another configuration ({'; '.join(changed)}). Give another run=, or the same values to resume"
         )

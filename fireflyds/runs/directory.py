@@ -1,4 +1,4 @@
-"""A run's directory is made, or opened again, by one process at a time."""
+"""Creates or reopens a run directory, exclusively for one process."""
 
 import json
 import shutil
@@ -14,10 +14,10 @@ from fireflyds.runs.provenance import provenance
 
 
 def open_run(config: TrainConfig, yaml_text: str, inputs: dict[str, Any]) -> IO[str]:
-    """Make the run directory, or check that the one there is the same run. On rank 0 only.
+    """Creates the run directory, or checks that the existing one belongs to the same run. Rank 0 only.
 
-    `inputs` says what the run reads (the store's and the base's contents), which must be the same on resuming.
-    Returns the lock that keeps a second process out for as long as it is open.
+    `inputs`: content hashes of the run's inputs (token store and base), which must be the same on resume.
+    Returns a lock that excludes other processes until it is closed.
 
     Raises:
         UserError: another process trains the run; or the name is taken by a run with another configuration or
@@ -34,11 +34,11 @@ def open_run(config: TrainConfig, yaml_text: str, inputs: dict[str, Any]) -> IO[
             f"run={config.run}: {run_dir} cannot be written ({error.strerror}). Give another run= or runs="
         ) from error
     if file.exists() and has_started(run_dir):
-        other = diff_configs(read_json(run_dir / layout.INPUTS), inputs)
-        require_same_config(run_dir, yaml_text, config.run, other)
+        input_changes = diff_configs(read_json(run_dir / layout.INPUTS), inputs)
+        require_same_config(run_dir, yaml_text, config.run, input_changes)
         atomic_write_text(file, yaml_text)
         return lock
-    # A start that was refused before its first step leaves the name free.
+    # A run that failed before its first step does not reserve its name.
     shutil.rmtree(run_dir / layout.START, ignore_errors=True)
     atomic_write_text(run_dir / "provenance.json", json.dumps(provenance(), indent=2))
     atomic_write_text(run_dir / layout.INPUTS, json.dumps(inputs, indent=2))

@@ -1,4 +1,4 @@
-"""Runs by name. Imports nothing heavy, so that a wrong name is told at once."""
+"""Lookup of runs by name. Imports nothing heavy, so that an unknown name raises quickly."""
 
 import difflib
 from pathlib import Path
@@ -7,19 +7,19 @@ from fireflyds.errors import UserError
 
 
 def find_run(runs: str, key: str, name: str) -> Path:
-    """The folder of a run.
+    """Returns the folder of a run.
 
     Raises:
-        UserError: there is none; the message lists those there are.
+        UserError: there is no such run; the message lists existing runs with similar names.
     """
     folder = Path(runs) / name
     if not (folder / "config.yaml").is_file():
-        known = sorted(str(path.parent.relative_to(runs)) for path in Path(runs).glob("**/config.yaml"))
-        near = difflib.get_close_matches(name, known, n=5, cutoff=0.3) or known[:5]
-        some = (
-            f"Near it: {', '.join(near)} (of {len(known)})"
-            if len(known) > 5
-            else f"Known: {', '.join(known) or 'none'}"
+        names = sorted(str(path.parent.relative_to(runs)) for path in Path(runs).glob("**/config.yaml"))
+        similar = difflib.get_close_matches(name, names, n=5, cutoff=0.3) or names[:5]
+        hint = (
+            f"Similar: {', '.join(similar)} (of {len(names)})"
+            if len(names) > 5
+            else f"Known: {', '.join(names) or 'none'}"
         )
-        raise UserError(f"{key}={name}: no such run in {runs}. {some}")
+        raise UserError(f"{key}={name}: no such run in {runs}. {hint}")
     return folder

@@ -1,4 +1,4 @@
-"""Which base and tokenizer a run belongs to, by contents."""
+"""Content hashes that identify the base model and the tokenizer of a run."""
 
 import hashlib
 import json
@@ -14,8 +14,8 @@ from fireflyds.runs import layout
 
 
 def weights_hash(folder: Path) -> str:
-    """A hash of a model's weights: every file's name, size, first and last MiB, and of safetensors the last row of every
-    tensor, where rows that were added end."""
+    """A hash of a model's weights: name, size, first and last MiB of every file, and for safetensors the last row of every
+    tensor, because added vocabulary rows are the last ones."""
     digest = hashlib.sha256()
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"]):
         digest.update(f"{file.name} {file.stat().st_size}".encode())
@@ -46,10 +46,10 @@ def _last_rows(file: Path) -> Iterator[bytes]:
 
 
 def read_inputs(run_dir: Path) -> dict[str, Any]:
-    """What a run recorded of the things it reads.
+    """Returns the recorded identity of a run's inputs (`inputs.json`).
 
     Raises:
-        UserError: the record is missing, damaged, or of another version of fireflyds.
+        UserError: the record is missing, damaged, or from another version of fireflyds.
     """
     recorded = read_json(run_dir / layout.INPUTS)
     if missing := {"base", "tokenizer", "vocab_size", "store", "template", "languages"} - recorded.keys():
@@ -61,7 +61,7 @@ def read_inputs(run_dir: Path) -> dict[str, Any]:
 
 
 def require_base(run: str, path: str, recorded: dict[str, Any]) -> None:
-    """Raises `UserError` unless the base of a run, where it has one, is what it was when the run began."""
+    """Raises `UserError` where the base model of a run is missing or has changed since the run was started."""
     if not path:
         return
     remedy = "Restore the base, or train again under another run="
@@ -72,6 +72,6 @@ def require_base(run: str, path: str, recorded: dict[str, Any]) -> None:
 
 
 def base_identity(config: TrainConfig, tokenizer: str, vocab_size: int) -> dict[str, Any]:
-    """What everything learnt belongs to: the base's weights, the tokenizer (both as hashes) and the vocabulary's size."""
+    """The identity that trained weights belong to: hashes of the base's weights and the tokenizer, and the vocabulary size."""
     base = weights_hash(Path(config.model.path)) if config.model.path else None
     return {"base": base, "tokenizer": tokenizer, "vocab_size": vocab_size}

@@ -1,4 +1,4 @@
-"""JSON lines: a row for every step, cut back on resuming."""
+"""JSON Lines files with one row per step, truncated on resume."""
 
 import json
 import math
@@ -13,11 +13,11 @@ from fireflyds.types import StepMetrics
 
 
 class JsonlFile:
-    """A JSON line for everything that happened at a step. On resume, lines after the checkpoint's step are cut away."""
+    """A JSON Lines file whose rows have a `step`. On resume, rows after the checkpoint's step are removed."""
 
     def __init__(self, path: Path, resumed_at: int) -> None:
         self.kept = [row for row in read_jsonl(path) if row["step"] <= resumed_at]
-        """What stood there before."""
+        """Existing rows up to the step `resumed_at`."""
         atomic_write_text(path, "".join(_json(row) for row in self.kept))
         self._stream = path.open("a", encoding="utf-8")
 
@@ -27,11 +27,11 @@ class JsonlFile:
             self._stream.flush()
         except OSError as error:
             raise UserError(
-                f"{self._stream.name}: cannot be written ({error.strerror}). Make room, and give the same command again"
+                f"{self._stream.name}: cannot be written ({error.strerror}). Make room, and run the same command again"
             ) from error
 
     def sync(self) -> None:
-        """Wait for the disk."""
+        """Flushes the file to disk."""
         os.fsync(self._stream.fileno())
 
     def close(self) -> None:
@@ -39,7 +39,7 @@ class JsonlFile:
 
 
 class MetricsFile(JsonlFile):
-    """`metrics.jsonl`: a line for every optimizer step. What is no number is null."""
+    """`metrics.jsonl`: one row per optimizer step. NaN and infinity are written as null."""
 
     def __init__(self, run_dir: Path, resumed_at: int) -> None:
         super().__init__(run_dir / "metrics.jsonl", resumed_at)
@@ -51,7 +51,7 @@ class MetricsFile(JsonlFile):
 
 
 def without_nan(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row for JSON, which has no word for what is no number: null."""
+    """Replaces NaN and infinity by None, since JSON cannot represent them."""
     return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
 
 
@@ -60,7 +60,7 @@ def _json(row: Mapping[str, Any]) -> str:
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a metrics file; a last line cut off by a kill is passed over."""
+    """Yields the rows of a JSON Lines file; skips a last line without newline, which a killed process may leave."""
     if not path.exists():
         return
     with path.open(encoding="utf-8") as stream:

@@ -1,4 +1,4 @@
-"""Names of what a training run writes into its directory, and the exit codes it leaves with. They stand here alone."""
+"""File names of a run directory and exit codes of training."""
 
 import shutil
 from pathlib import Path
@@ -27,13 +27,13 @@ LATEST = "latest"
 """In `checkpoints/`: the name of the newest checkpoint."""
 STEP_PREFIX = "step-"
 START = "start"
-"""Weights taken over from the run that `init_from` names."""
+"""Initial weights, copied from the run that `init_from` names."""
 EXPORT = "export"
 
 SAVE_FILE = "SAVE"
-"""Created by a person: the run saves a checkpoint after the current step."""
+"""Created by the user: the run saves a checkpoint after the current step."""
 STOP_FILE = "STOP"
-"""Created by a person: the run saves a checkpoint and leaves with `EXIT_STOPPED`."""
+"""Created by the user: the run saves a checkpoint and exits with `EXIT_STOPPED`."""
 
 JOBS = "jobs.json"
 JOBS_FOLDER = "jobs"
@@ -44,9 +44,9 @@ LAUNCHER_PID = "logs/launcher.pid"
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 75
-"""Saved and left after a signal: a scheduler may start the same command again."""
+"""The run saved a checkpoint and exited after a signal: a scheduler may run the same command again."""
 EXIT_STOPPED = 76
-"""Saved and left because of `STOP_FILE`: a scheduler leaves the run alone."""
+"""The run saved a checkpoint and exited because of `STOP_FILE`: a scheduler must not restart it."""
 EXIT_CTRL_C = 130
 
 FILES = (CONFIG, INPUTS, PROVENANCE, STATUS, LOCK, METRICS, VALIDATION, SAMPLES, TRAINER_STATE, LOSS_PLOT, TRAIN_LOG,
@@ -68,7 +68,7 @@ def log_file(run_dir: Path, rank: int) -> Path:
 
 
 def remove_run(run_dir: Path) -> None:
-    """Remove what a training run wrote; other files in its directory stay."""
+    """Removes the files written by a training run; keeps other files in its directory."""
     for name in FILES:
         (run_dir / name).unlink(missing_ok=True)
     for name in FOLDERS:

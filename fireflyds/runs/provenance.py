@@ -1,4 +1,4 @@
-"""With what a run was started: command, commit, libraries."""
+"""Provenance of a run: command, commit and library versions."""
 
 import platform
 import subprocess
@@ -11,7 +11,7 @@ import fireflyds
 
 
 def _version(name: str) -> str | None:
-    """Of an installed distribution; a source checkout of fireflyds that is on the path need not be installed."""
+    """Version of an installed distribution, or None; for fireflyds also that of a source checkout which is not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -19,7 +19,7 @@ def _version(name: str) -> str | None:
 
 
 def provenance() -> dict[str, Any]:
-    """The command, the code and the libraries."""
+    """Returns the command, the platform, the commit and the library versions."""
     libraries = ("fireflyds", "torch", "deepspeed", "transformers", "peft", "bitsandbytes", "sentencepiece", "numpy")
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
     return {

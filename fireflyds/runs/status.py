@@ -1,4 +1,4 @@
-"""How a run stands, for whoever looks from outside: `status.json`. Launchers do not pass exit codes on faithfully."""
+"""The status of a run in `status.json`, for monitoring: launchers do not reliably pass on exit codes."""
 
 import contextlib
 import json
@@ -9,18 +9,18 @@ from pathlib import Path
 from fireflyds.errors import LostRankError, UserError
 from fireflyds.fs import atomic_write_text, read_json
 
-# A scheduler that sees this code may start the same command again.
+# A scheduler may run the same command again after this exit code.
 EXIT_INTERRUPTED = 75
-# Somebody wants the run to stay where it is: a scheduler leaves it alone.
+# The user stopped the run: a scheduler must not restart it.
 EXIT_STOPPED = 76
 EXIT_FAILED = 1
 _EXIT_CTRL_C = 130
 
 
 class Status:
-    """`state` is `running`, `stopped` (goes on by the same command), `finished` or `failed`. Used as a context.
+    """Context manager. `state` is `running`, `stopped` (the same command resumes the run), `finished` or `failed`.
 
-    Written by rank 0; where that is the rank that is lost, by rank 1.
+    Written by rank 0, or by rank 1 where rank 0 is lost.
     """
 
     def __init__(self, run_dir: Path, rank: int, total_steps: int) -> None:
@@ -45,19 +45,21 @@ class Status:
             self._write(state, exit_code, message)
 
     def failed(self, message: str, exit_code: int, *, lost: bool = False) -> None:
-        """`lost`: another rank or its machine is gone, and the same command goes on."""
-        if self._rank == (1 if message.startswith("rank 0 ") else 0) and not (self._rank and self._told_by_rank_zero()):
-            # Where the disk is what failed, that is to be said, and not this.
+        """Records a failure. `lost`: another rank or its host failed, and the same command resumes the run."""
+        if self._rank == (1 if message.startswith("rank 0 ") else 0) and not (
+            self._rank and self._written_by_rank_zero()
+        ):
+            # If the disk is the cause of the failure, the original error is reported, not the one raised here.
             with contextlib.suppress(OSError):
                 self._write("failed", exit_code, message, lost=lost)
 
-    def _told_by_rank_zero(self) -> bool:
-        """Cut off from each other, both miss the other; rank 0's word counts."""
+    def _written_by_rank_zero(self) -> bool:
+        """True where rank 0 has written a final state, which takes precedence if both ranks report each other as lost."""
         return self._file.is_file() and read_json(self._file)["state"] != "running"
 
     def _write(self, state: str, exit_code: int | None, message: str, *, lost: bool = False) -> None:
-        about = {
+        content = {
             "state": state, "step": self.step, "total_steps": self._total_steps, "exit_code": exit_code,
             "message": message, "lost": lost, "pid": os.getpid(), "time": time.time(),
         }  # fmt: skip
-        atomic_write_text(self._file, json.dumps(about, indent=2))
+        atomic_write_text(self._file, json.dumps(content, indent=2))

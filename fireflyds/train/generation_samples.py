@@ -1,7 +1,7 @@
-"""What a model writes to a fixed list of prompts while it trains: the likeliest tokens, by whole packed forward passes.
+"""Greedy generations for a fixed list of prompts during training, computed by full packed forward passes.
 
-No cache of keys and values: the passes are those of training, so they work for every fused model and every ZeRO stage.
-All ranks take part in each of them, with prompts of their own.
+There is no KV cache: the passes are those of training, so they work for every fused model and every ZeRO stage. All ranks
+run every pass, each with its own prompts.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from fireflyds.types import EOS, Encoder, Message, PackedBatch
 
 @dataclass(frozen=True, slots=True)
 class EncodedPrompts:
-    """Prompts in tokens, and the tokens that end an answer."""
+    """Tokenized prompts, and the token ids that end a generation."""
 
     texts: Sequence[str]
     ids: Sequence[list[int]]
@@ -29,10 +29,10 @@ class EncodedPrompts:
 
 
 def encode_prompts(encoder: Encoder, template: str | None, texts: Sequence[str], room: int | None) -> EncodedPrompts:
-    """Prompts as training saw such text: with BOS where documents begin with it, or in the chat template of the store.
+    """Encodes prompts in the format of the training data: with BOS where documents begin with it, or by the chat template.
 
     Raises:
-        UserError: a prompt leaves no room for an answer of one token.
+        UserError: a prompt leaves no room for a single new token.
     """
     stops = {encoder.eos_id}
     if template is None:
@@ -44,8 +44,8 @@ def encode_prompts(encoder: Encoder, template: str | None, texts: Sequence[str],
         ids = []
         for text in texts:
             segments = chat.render([Message("user", text), Message("assistant", "x")])
-            opened = list(takewhile(lambda segment: not segment.learn, segments))
-            ids.append(encode_segments(encoder, opened).input_ids.tolist())
+            prompt_segments = list(takewhile(lambda segment: not segment.learn, segments))
+            ids.append(encode_segments(encoder, prompt_segments).input_ids.tolist())
     for text, tokens in zip(texts, ids, strict=True):
         if room is not None and len(tokens) >= room:
             raise UserError(
@@ -56,26 +56,26 @@ def encode_prompts(encoder: Encoder, template: str | None, texts: Sequence[str],
 
 @torch.no_grad()
 def greedy_generate(model: Any, prompts: EncodedPrompts, max_new_tokens: int, room: int | None, device: torch.device) -> list[list[int]]:  # fmt: skip
-    """The new tokens of every prompt, without the one that ends it; the same on every rank."""
+    """Returns the new tokens of every prompt, without the token that ends it; the same on every rank."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    mine = range(rank, len(prompts.ids), world_size)
-    written: dict[int, list[int]] = {place: [] for place in mine}
-    open_places = list(mine)
+    indices = range(rank, len(prompts.ids), world_size)
+    generated: dict[int, list[int]] = {index: [] for index in indices}
+    active = list(indices)
     for _ in range(max_new_tokens):
-        unfinished = torch.tensor(len(open_places), device=device)
+        unfinished = torch.tensor(len(active), device=device)
         dist.all_reduce(unfinished)
         if not unfinished:
             break
-        # A rank that has finished goes through the same passes, with a row that nobody reads.
-        rows = [[*prompts.ids[place], *written[place]] for place in open_places] or [list(prompts.ids[0])]
+        # The passes are collective: a rank without unfinished prompts runs them on a row whose result is not used.
+        rows = [[*prompts.ids[index], *generated[index]] for index in active] or [list(prompts.ids[0])]
         inputs = PackedBatch.from_documents(rows, learned=False).model_inputs(device)
-        likeliest = model(**inputs, compute=next_token_logits).argmax(-1).tolist()
-        for place, token in zip(list(open_places), likeliest, strict=False):
+        next_tokens = model(**inputs, compute=next_token_logits).argmax(-1).tolist()
+        for index, token in zip(list(active), next_tokens, strict=False):
             if token not in prompts.stops:
-                written[place].append(token)
-            if token in prompts.stops or len(prompts.ids[place]) + len(written[place]) == room:
-                open_places.remove(place)
+                generated[index].append(token)
+            if token in prompts.stops or len(prompts.ids[index]) + len(generated[index]) == room:
+                active.remove(index)
     gathered: list[Any] = [None] * world_size
-    dist.all_gather_object(gathered, written)
-    everything = {place: tokens for part in gathered for place, tokens in part.items()}
-    return [everything[place] for place in range(len(prompts.ids))]
+    dist.all_gather_object(gathered, generated)
+    all_generated = {index: tokens for rank_results in gathered for index, tokens in rank_results.items()}
+    return [all_generated[index] for index in range(len(prompts.ids))]

@@ -1,4 +1,4 @@
-"""What a run reads, opened and checked before the ranks join: all that can be refused without loading weights."""
+"""The inputs of a run, opened and validated before the process group exists and without loading weights."""
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -23,8 +23,8 @@ from fireflyds.zero.import_json import extra_settings
 
 @dataclass(frozen=True, slots=True)
 class RunInputs:
-    """`accumulation`: micro-batches of one rank in a step; `attention`: the context in which packed attention runs as
-    `hardware.attention` says; `notes`: for the log."""
+    """`accumulation`: micro-batches per rank and step; `attention`: context manager that selects the packed attention
+    backend of `hardware.attention`; `notes`: lines for the log."""
 
     config: TrainConfig
     encoder: Encoder
@@ -41,7 +41,7 @@ class RunInputs:
 
     @classmethod
     def open(cls, config: TrainConfig, world_size: int) -> "RunInputs":
-        """Raises `UserError` where anything does not fit together; nothing has been written or loaded then."""
+        """Opens all inputs. Raises `UserError` where they are inconsistent, before anything is written or weights are loaded."""
         precision = resolve_precision(config.hardware)
         notes = [*check_compatibility(config, precision), *extra_settings(config)[1], *emulation_notes(precision)]
         trackers.require_installed(config.tracking)
@@ -73,10 +73,10 @@ class RunInputs:
         return self.rows.rows_per_epoch / self.config.global_batch_size
 
     def compared(self) -> dict[str, Any]:
-        """What must be the same on every rank, by contents."""
+        """Content hashes and counts that must be equal on all ranks."""
         tokenizer = self.encoder.fingerprint()
         return self.store.identity() | {"tokenizer": tokenizer, "total_steps": self.total_steps}
 
     def base_identity(self) -> dict[str, Any]:
-        """What everything trained belongs to: hashes of base and tokenizer, and the vocabulary's size."""
+        """The identity that trained weights belong to: hashes of base and tokenizer, and the vocabulary size."""
         return base_identity(self.config, self.encoder.fingerprint(), self.hf_config.vocab_size)

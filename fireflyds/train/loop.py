@@ -22,21 +22,21 @@ from fireflyds.zero.engine import Engine, LossScaleError, loss_scale, optimizer_
 
 
 class Loader(Protocol):
-    """Micro-batches of this rank, by the number of the optimizer step."""
+    """Loads the micro-batches of this rank by the number of the optimizer step."""
 
     def steps(self, first: int, end: int) -> Iterator[list[PackedBatch]]:
-        """The micro-batches of steps `first` to `end`."""
+        """Yields the micro-batches of the steps `first` to `end`, exclusive."""
 
     def documents(self, number: int, micro: int) -> str:
-        """The documents of a micro-batch, for people to find."""
+        """Describes the documents of micro-batch `micro` of step `number`, for error messages."""
 
     def require(self, steps: int) -> None:
-        """Raises `UserError` when the data end before so many steps."""
+        """Raises `UserError` where the data end before `steps` steps."""
 
 
 @dataclass(slots=True)
 class _Step:
-    """One optimizer step in progress. `num_targets`: what its loss is divided by, over all ranks."""
+    """One optimizer step. `num_targets`: the loss denominator, over all ranks."""
 
     engine: Engine
     objective: Objective
@@ -44,11 +44,14 @@ class _Step:
     num_targets: int
     detector: NonFiniteDetector
     documents: Callable[[int], str]
-    """The documents of a micro-batch, for people to find."""
+    """Describes the documents of a micro-batch, given its number, for error messages."""
 
     def run(self, accumulator: StepMetricsAccumulator, *, watching: bool) -> tuple[float, float]:
-        """Forward, backward and update. Returns the normalised loss and the gradient norm before clipping."""
-        # DeepSpeed averages gradients over ranks and divides the loss by the accumulation; both are undone.
+        """Runs forward, backward and update. Returns the normalized loss and the gradient norm before clipping.
+
+        `watching`: check outputs and gradients of all modules for non-finite values.
+        """
+        # DeepSpeed averages gradients over ranks and divides the loss by the accumulation steps; this factor undoes both.
         scale = dist.get_world_size() * len(self.batches) / max(self.num_targets, 1)
         norm = 0.0
         for number, batch in enumerate(self.batches):
@@ -72,23 +75,23 @@ class _Step:
                 raise
             raise UserError(
                 f"a gradient overflows float16 at the least loss scale ({loss_scale(self.engine):g}); "
-                f"{self.detector.report(self.documents)}. The newest checkpoint is whole. Lower optim.lr, look at that batch, or "
-                "train where there is bf16"
+                f"{self.detector.report(self.documents)}. The newest checkpoint is intact. Lower optim.lr, inspect that batch, or "
+                "train on hardware with bf16"
             ) from error
 
     def describe_non_finite(self, loss: float, norm: float, in_row: int) -> str:
-        """The cause, looked for in one more forward pass, with the weights and the random numbers of the first."""
+        """Describes the cause, located by repeating the forward passes with the same weights and random state."""
         if not math.isfinite(loss):
             self.detector.reset()
             with torch.no_grad():
                 for number, batch in enumerate(self.batches):
                     with self.detector.watch(number):
                         self.engine.module(**batch.model_inputs(self.engine.device), compute=self.objective)
-        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradients' norm is {norm}"
+        symptom = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradients' norm is {norm}"
         return (
-            f"{what}, the {in_row}. step in a row that is not finite (recovery.max_skipped); "
-            f"{self.detector.report(self.documents)}. These steps changed no weights and the newest checkpoint is whole. Lower "
-            "optim.lr, or look at the data"
+            f"{symptom}, the {in_row}. step in a row that is not finite (recovery.max_skipped); "
+            f"{self.detector.report(self.documents)}. These steps changed no weights and the newest checkpoint is intact. Lower "
+            "optim.lr, or inspect the data"
         )
 
 
@@ -101,15 +104,15 @@ def train_steps(
     total_steps: int,
     metrics_context: MetricsContext,
 ) -> Iterator[StepMetrics]:
-    """Steps `state.step` to `total_steps`; `state` is advanced before each yield.
+    """Runs the steps `state.step` to `total_steps`; `state` is advanced before each yield.
 
-    The loss of a step is the sum over all targets of all ranks and micro-batches, divided by their number: the whole
-    step's batches are read first, and their count summed over the ranks. A step whose loss or gradients are not finite
-    changes nothing and is counted.
+    The loss of a step is the sum over all targets of all ranks and micro-batches, divided by their number: all batches of
+    a step are read first, and their targets are counted over all ranks. A step whose loss or gradients are not finite does
+    not update the weights and is counted as skipped.
 
     Raises:
-        UserError: `max_skipped` such steps in a row, or under fp16 a gradient that is not finite at the least loss
-            scale; the message names the first tensor that is not, and the documents.
+        UserError: `max_skipped` such steps in a row, or under fp16 a non-finite gradient at the minimum loss scale; the
+            message names the first non-finite tensor and the documents of its micro-batch.
     """
     engine.train()
     detector = NonFiniteDetector(engine.module)
@@ -119,11 +122,11 @@ def train_steps(
     for number in range(state.step, total_steps):
         started = time.perf_counter()
         batches = next(batches_of_steps)
-        waited = time.perf_counter() - started
-        # Dropout is a function of the step, so a resumed run drops what an undisturbed one would have.
+        data_wait = time.perf_counter() - started
+        # Seeded by step and rank, so a resumed run has the same dropout masks as an uninterrupted one.
         reseed = partial(torch.manual_seed, config.seed * 1_000_003 + number * dist.get_world_size() + dist.get_rank())
         reseed()
-        num_targets, tokens = accumulator.start_step(batches, waited)
+        num_targets, tokens = accumulator.start_step(batches, data_wait)
         factor, scale = lr_factor(number, total_steps, config.optim), loss_scale(engine)
         rates = set_learning_rates(engine, factor)
         detector.reset()

@@ -1,4 +1,4 @@
-"""Spikes of the loss, and going back from them."""
+"""Detection of loss spikes, and rollback to the newest checkpoint."""
 
 import math
 from statistics import fmean
@@ -7,32 +7,32 @@ from fireflyds.config import RecoveryConfig
 from fireflyds.errors import UserError
 from fireflyds.types import TrainState
 
-# Losses by which a spike is known, at most and at least.
-_WINDOW, _LEAST = 100, 10
+# Maximum and minimum number of recent losses whose mean is the baseline of spike detection.
+_MAX_LOSSES, _MIN_LOSSES = 100, 10
 
 
 def is_spike(state: TrainState, loss: float, config: RecoveryConfig) -> bool:
-    """Whether this step's loss stands out of the last ones; otherwise it becomes one of them. The same on all ranks."""
+    """True where `loss` is a spike relative to the recent losses; otherwise appends it to them. The same on all ranks."""
     if config.rollback_above is None or not math.isfinite(loss):
         return False
     recent = state.recent_losses
-    if len(recent) >= _LEAST and loss > config.rollback_above * fmean(recent):
+    if len(recent) >= _MIN_LOSSES and loss > config.rollback_above * fmean(recent):
         return True
     recent.append(loss)
-    del recent[:-_WINDOW]
+    del recent[:-_MAX_LOSSES]
     return False
 
 
 def rollback(spoilt: TrainState, saved: TrainState, config: RecoveryConfig) -> None:
-    """Let the saved state go on behind the data that led to the spike.
+    """Advances the data position of the saved state past the global batches that led to the spike.
 
     Raises:
-        UserError: this has happened too often.
+        UserError: there were more than `recovery.max_rollbacks` rollbacks.
     """
     saved.skipped_batches = spoilt.skipped_batches + spoilt.step - saved.step
     saved.rollbacks = spoilt.rollbacks + 1
     if saved.rollbacks > config.max_rollbacks:
         raise UserError(
             f"step {spoilt.step}: the loss spikes again after {config.max_rollbacks} rollbacks (recovery.max_rollbacks). The newest "
-            "checkpoint is whole. Lower optim.lr, look at the data, or raise recovery.rollback_above"
+            "checkpoint is intact. Lower optim.lr, inspect the data, or raise recovery.rollback_above"
         )

@@ -1,4 +1,4 @@
-"""What a run is about to do, in words and numbers."""
+"""Log messages that summarize a run at its start."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from fireflyds.types import TrainState
 
 
 def describe_run(inputs: RunInputs, model: Any, world_size: int) -> str:
-    """What is about to happen, in two lines and a table."""
+    """Summarizes model, data and schedule in two lines, followed by the table of parameter groups."""
     config, store, rows = inputs.config, inputs.store, inputs.rows
     groups = summarize_groups(model, config, inputs.precision)
     total = sum(group.parameters for group in groups)
@@ -30,8 +30,8 @@ def describe_run(inputs: RunInputs, model: Any, world_size: int) -> str:
 
 
 def describe_start(state: TrainState, steps: int) -> str:
-    """Where a run takes up its work."""
+    """Describes the step at which a run starts or resumes."""
     if not state.step:
         return f"starts at the first of {steps} steps"
-    rest = "" if state.step < steps else "; nothing left to do"
-    return f"resumed at step {state.step} of {steps} ({state.tokens:,} tokens){rest}"
+    suffix = "" if state.step < steps else "; nothing left to do"
+    return f"resumed at step {state.step} of {steps} ({state.tokens:,} tokens){suffix}"

@@ -1,4 +1,4 @@
-"""A training run on one rank: built from its configuration, then followed step by step with what happens between steps."""
+"""A training run on one rank: builds its components from the config and runs the steps and the actions between them."""
 
 import contextlib
 import os
@@ -43,7 +43,7 @@ from fireflyds.zero.engine import Engine, build_engine, init_distributed
 
 @dataclass(slots=True)
 class Trainer:
-    """All ranks call the same methods in the same order and decide the same. `state` is where the run stands."""
+    """All ranks call the same methods in the same order and make the same decisions. `state`: progress of the run."""
 
     config: TrainConfig
     engine: Engine
@@ -58,23 +58,23 @@ class Trainer:
     state: TrainState
     total_steps: int
     memory_plan: str = ""
-    """The planned peak memory, logged again beside the measured one at the end."""
+    """Planned peak memory, logged together with the measured one at the end."""
     resident_before: int = 0
-    """Bytes of this process before the model was loaded: what the libraries need."""
+    """Resident memory of this process in bytes before the model is loaded, used by the libraries."""
     _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     _warned_metrics: set[str] = field(default_factory=set, init=False)
 
     @classmethod
     def build(cls, config: TrainConfig) -> "Trainer":
-        """Join the other ranks, claim the run's directory, build model and engine, and read the newest whole checkpoint.
+        """Joins the process group, locks the run directory, builds model and engine, and restores the newest checkpoint.
 
         Raises:
-            UserError: what the run reads does not fit together, ranks differ, or the run's name is taken.
+            UserError: the inputs are inconsistent, the ranks differ, or the run's name is taken.
         """
         rank = rank_from_environment(os.environ)
         inputs = RunInputs.open(config, rank.world_size)
         text = app.to_yaml(config)
-        # The channel's store is the ranks' own until they have joined.
+        # Keeps the channel's store open until the process group is initialized.
         _channel, notes = check_ranks_agree(rank, config, text, inputs.compared())
         init_distributed(rank, config.hardware.timeout_minutes)
         del _channel
@@ -102,7 +102,7 @@ class Trainer:
         model = build_model(local_config, inputs.hf_config, inputs.precision)
         memory_plan = memory.format_memory(model, config, inputs.precision, rank.world_size, inputs.accumulation)
         log.info("\n".join([describe_run(inputs, model, rank.world_size), memory_plan, *inputs.notes, *notes]))
-        # Before the engine is built: ZeRO-3 takes the parameters' shapes away.
+        # Before the engine is built: ZeRO-3 replaces parameters by empty tensors, so their shapes are lost.
         metrics_context = build_metrics_context(config, model, store, inputs.encoder, inputs.precision)
         adapter_config = adapter_config_of(model)
         engine = build_engine(model, config, inputs.precision, inputs.accumulation)
@@ -137,7 +137,7 @@ class Trainer:
         )
 
     def fit(self) -> int:
-        """Train to the end, or until asked to stop. Returns the exit code: 0 at the end.
+        """Trains until the last step or a stop request. Returns the exit code: 0 after the last step.
 
         Raises:
             UserError: the loss does not recover, a guarded domain gets worse, or a checkpoint cannot be written.
@@ -152,8 +152,8 @@ class Trainer:
         self.status.step = self.state.step
         self.status.write("running")
         while self.state.step < self.total_steps:
-            if risen := self.validator.begin(self.engine, self.logger, self.state.step):
-                raise UserError(f"validation.stop=true: {risen}")
+            if stop_reason := self.validator.begin(self.engine, self.logger, self.state.step):
+                raise UserError(f"validation.stop=true: {stop_reason}")
             for step in self._steps():
                 if loss_spike.is_spike(self.state, step.loss, self.config.recovery) and self._rollback(step):
                     break
@@ -171,81 +171,88 @@ class Trainer:
         )
 
     def _after_step(self, step: StepMetrics) -> int:
-        """Save, validate, stop. The exit code where the run is to stop before its end, or 0."""
+        """Validates, saves and handles stop requests. Returns the exit code where the run must stop early, or 0."""
         is_last = step.step == self.total_steps
         request = self.signals.poll(self.engine.device, self.checkpoints.failed)
         if request.failed:
             self.checkpoints.wait()
         stopping = request.stop and not is_last
-        risen = None if stopping else self.validator.after(self.engine, self.logger, step.step)
-        if stopping or request.save or risen or is_last or step.step % self.config.checkpoint.every == 0:
+        stop_reason = None if stopping else self.validator.after(self.engine, self.logger, step.step)
+        if stopping or request.save or stop_reason or is_last or step.step % self.config.checkpoint.every == 0:
             self._save(step)
-        if risen:
+        if stop_reason:
             self.checkpoints.wait()
-            raise UserError(f"validation.stop=true: {risen}. A checkpoint was saved")
+            raise UserError(f"validation.stop=true: {stop_reason}. A checkpoint was saved")
         if not stopping:
             return 0
         self.checkpoints.wait()
         self.logger.log.info(
-            f"stopped at step {step.step} ({self.signals.reason or 'asked on another rank'}), checkpoint saved; the same "
-            "command goes on from here"
+            f"stopped at step {step.step} ({self.signals.reason or 'requested on another rank'}), checkpoint saved; the same "
+            "command resumes from it"
         )
         exit_code = EXIT_STOPPED if request.no_requeue else EXIT_INTERRUPTED
         self.status.write("stopped", exit_code, self.signals.reason)
         return exit_code
 
     def _save(self, step: StepMetrics) -> None:
-        """With the numbers of this step's validation, where there was one: `checkpoint.best_metric` may name them."""
+        """Saves a checkpoint with the metrics of this step and of its validation, if any, for `checkpoint.best_metric`."""
         newest = self.validator.newest
-        validated = {key: value for key, value in newest.items() if key.startswith("validation/") and value is not None}
-        metrics = replace(step, extra=step.extra | validated) if newest.get("step") == step.step else step
-        wanted = self.config.checkpoint.best_metric
-        if wanted and wanted not in metrics.as_dict() and wanted not in self._warned_metrics and dist.get_rank() == 0:
-            self._warned_metrics.add(wanted)
+        validation_metrics = {
+            key: value for key, value in newest.items() if key.startswith("validation/") and value is not None
+        }
+        metrics = replace(step, extra=step.extra | validation_metrics) if newest.get("step") == step.step else step
+        best_metric = self.config.checkpoint.best_metric
+        if (
+            best_metric
+            and best_metric not in metrics.as_dict()
+            and best_metric not in self._warned_metrics
+            and dist.get_rank() == 0
+        ):
+            self._warned_metrics.add(best_metric)
             self.logger.log.warning(
-                f"checkpoint.best_metric={wanted}: not measured at step {step.step}, so this checkpoint cannot be the best. "
-                f"Measured at steps: {', '.join(step.as_dict())}; at validations: {', '.join(validated) or 'nothing'}"
+                f"checkpoint.best_metric={best_metric}: not measured at step {step.step}, so this checkpoint cannot be the best. "
+                f"Measured at steps: {', '.join(step.as_dict())}; at validations: {', '.join(validation_metrics) or 'nothing'}"
             )
         self.logger.log_checkpoint(step.step, self.checkpoints.save(self.state, metrics))
 
     def _rollback(self, step: StepMetrics) -> bool:
-        """Back to the newest checkpoint, leaving out the data since. False where there is none: the run goes on.
+        """Restores the newest checkpoint and skips the data since then. Returns False where there is none: the run continues.
 
         Raises:
-            UserError: this has happened too often, or the data do not last for what is left out.
+            UserError: too many rollbacks, or too few data for the steps that remain.
         """
         self.checkpoints.wait()
-        spoilt, saved = self.state, self.checkpoints.restore_latest(self.logger.log.warning)
-        if not saved.step:
+        diverged, restored = self.state, self.checkpoints.restore_latest(self.logger.log.warning)
+        if not restored.step:
             self.logger.log.warning(
-                f"step {step.step}: loss {step.loss:.4f} is a spike, and there is no checkpoint to go back to"
+                f"step {step.step}: loss {step.loss:.4f} is a spike, and there is no checkpoint to restore"
             )
-            # From now on it is among those that a spike stands out of.
-            spoilt.recent_losses.append(step.loss)
+            # The loss becomes part of the baseline of spike detection.
+            diverged.recent_losses.append(step.loss)
             return False
-        loss_spike.rollback(spoilt, saved, self.config.recovery)
-        # Asked here, where all ranks are: the loaders of some would come to the end of the data before those of others.
+        loss_spike.rollback(diverged, restored, self.config.recovery)
+        # Checked on all ranks at the same step, because their loaders would run out of data at different steps.
         try:
-            self.loader.require(self.total_steps + saved.skipped_batches)
+            self.loader.require(self.total_steps + restored.skipped_batches)
         except UserError as error:
             raise UserError(
-                f"step {spoilt.step}: loss {step.loss:.4f} is a spike (recovery.rollback_above), and with "
-                f"{saved.skipped_batches} steps of data left out the rest are too few: {error}"
+                f"step {diverged.step}: loss {step.loss:.4f} is a spike (recovery.rollback_above), and with "
+                f"{restored.skipped_batches} steps of data skipped too few remain: {error}"
             ) from error
         self.logger.log.warning(
-            f"step {step.step}: loss {step.loss:.4f} is a spike (recovery.rollback_above); back to step {saved.step}, the data "
-            f"of {spoilt.step - saved.step} steps is left out"
+            f"step {step.step}: loss {step.loss:.4f} is a spike (recovery.rollback_above); rolled back to step {restored.step}, the "
+            f"data of {diverged.step - restored.step} steps is skipped"
         )
-        self.logger.rollback(saved.step)
-        self.state = saved
+        self.logger.rollback(restored.step)
+        self.state = restored
         return True
 
 
 def build_model(config: TrainConfig, hf_config: Any, precision: Precision) -> Any:
-    """The model in its packed forward pass, what trains marked, and what an earlier run trained in place.
+    """Builds the model with the packed forward pass, marks trainable parameters and restores weights of an earlier run.
 
-    DeepSpeed makes its 32-bit masters from the model's own number format: what an earlier run trained is rounded to 16 bit
-    once where this one trains in 16 bit.
+    DeepSpeed creates its fp32 master weights from the model's dtype: weights trained by an earlier run are rounded to
+    16 bits once where this run trains in 16 bits.
     """
     model = fuse(load_tuned_model(config, hf_config, precision))
     init_from.restore_weights(model, Path(config.run_dir))

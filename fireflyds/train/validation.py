@@ -1,7 +1,7 @@
-"""Held-out data measured while a model trains, the guard of a domain, and samples of what it writes.
+"""Validation during training: loss on held-out data, a limit on the degradation of one domain (guard), generated samples.
 
-Nothing of it is part of training: modes of modules and random states are put back, so losses are the same with it and
-without.
+Validation does not affect training: module modes and random states are restored, so losses are the same with and without
+it.
 """
 
 import contextlib
@@ -33,18 +33,18 @@ from fireflyds.types import IGNORE_INDEX, Encoder, PackedBatch
 from fireflyds.zero.engine import Engine
 
 VALIDATIONS, SAMPLES = "validation.jsonl", "samples.jsonl"
-# Held-out rows are dealt anew by no seed of the run's: two runs measure the same ones.
+# Independent of the run's seed, so that all runs are validated on the same held-out rows.
 _SEED = 0
 
 
 class HeldOut:
-    """Packed rows of every domain of a held-out store, the first ones of its plan."""
+    """The first packed rows of every domain of a held-out store."""
 
     def __init__(self, store: TokenStore, config: ValidationConfig, seq_len: int) -> None:
         self.store = store
         self._rows: list[DocumentSlices] = []
         self.domains: list[str] = []
-        """Those that have documents."""
+        """Names of the domains that have documents."""
         for number, name in enumerate(store.domains):
             documents = np.flatnonzero(store.domain_ids == number)
             if len(documents):
@@ -54,22 +54,27 @@ class HeldOut:
 
     @property
     def contents(self) -> str:
-        """A hash of what is measured."""
+        """A hash of the held-out data that is measured."""
         rows = [row.as_tuples() for row in self._rows]
         made_from = json.dumps([self.store.manifest["made_from"], rows], sort_keys=True)
         return hashlib.sha256(made_from.encode()).hexdigest()
 
     def of_rank(self, micro_batch_size: int, rank: int, world_size: int) -> Iterator[tuple[PackedBatch, bool]]:
-        """This rank's micro-batches, as many as any other's: those that only keep step come with False."""
-        batches = [self._rows[at : at + micro_batch_size] for at in range(0, len(self._rows), micro_batch_size)]
+        """Yields this rank's micro-batches, the same number on every rank.
+
+        The second value is False for micro-batches that only equalize the number of collective calls and are not counted.
+        """
+        batches = [
+            self._rows[offset : offset + micro_batch_size] for offset in range(0, len(self._rows), micro_batch_size)
+        ]
         for first in range(0, len(batches), world_size):
-            counts = first + rank < len(batches)
-            rows = batches[first + rank if counts else 0]
-            yield collate(self.store, DocumentSlices.concatenate(rows)), counts
+            is_counted = first + rank < len(batches)
+            rows = batches[first + rank if is_counted else 0]
+            yield collate(self.store, DocumentSlices.concatenate(rows)), is_counted
 
 
 class Validator:
-    """Validates before the first step, every so many, and after the last; every rank calls it at the same steps."""
+    """Validates before the first step, every `validation.every` steps and after the last. Collective: same steps on all ranks."""
 
     def __init__(
         self,
@@ -92,15 +97,15 @@ class Validator:
 
     @property
     def newest(self) -> dict[str, Any]:
-        """The newest row of `validation.jsonl`, on rank 0; nothing before there is one."""
+        """The newest row of `validation.jsonl`, on rank 0; empty before the first row and on other ranks."""
         return self._rows[-1] if self._rows else {}
 
     def begin(self, engine: Engine, metrics_logger: MetricsLogger, step: int) -> str | None:
-        """Cut back what stands after a resumed step; validate where there is no start to compare with, or where the
-        run ended before it could. Why the run is to end, or None."""
+        """Removes rows after the resumed step. Validates where there is no baseline row, or where the validation of `step`
+        is missing. Returns the reason to stop the run, or None."""
         if not self._config.wanted:
             return None
-        known = [False]
+        is_current = [False]
         if dist.get_rank() == 0:
             if self._held_out and self._config.guard and not self._guarded:
                 domains = ", ".join(self._held_out.domains)
@@ -111,30 +116,30 @@ class Validator:
             self._samples = JsonlFile(self._run_dir / SAMPLES, step)
             self._rows = self._file.kept
             done = any(row["step"] == step for row in self._rows)
-            known = [any(map(self._is_start, self._rows)) and (done or not self._is_due(step))]
-        dist.broadcast_object_list(known)
-        return None if known[0] else self._agreed(engine, metrics_logger, step)
+            is_current = [any(map(self._is_baseline, self._rows)) and (done or not self._is_due(step))]
+        dist.broadcast_object_list(is_current)
+        return None if is_current[0] else self._validate_on_all_ranks(engine, metrics_logger, step)
 
     def after(self, engine: Engine, metrics_logger: MetricsLogger, step: int) -> str | None:
-        """After a step: why the run is to end, or None. The same on every rank."""
-        return self._agreed(engine, metrics_logger, step) if self._is_due(step) else None
+        """Validates after a step where it is due. Returns the reason to stop the run, or None; the same on every rank."""
+        return self._validate_on_all_ranks(engine, metrics_logger, step) if self._is_due(step) else None
 
-    def _agreed(self, engine: Engine, metrics_logger: MetricsLogger, step: int) -> str | None:
-        risen = [self._validate(engine, metrics_logger, step)]
-        dist.broadcast_object_list(risen)
-        return risen[0] if self._config.stop else None
+    def _validate_on_all_ranks(self, engine: Engine, metrics_logger: MetricsLogger, step: int) -> str | None:
+        warning = [self._validate(engine, metrics_logger, step)]
+        dist.broadcast_object_list(warning)
+        return warning[0] if self._config.stop else None
 
     def _is_due(self, step: int) -> bool:
         return self._config.wanted and (step % self._config.every == 0 or step == self._total_steps)
 
     def _validate(self, engine: Engine, metrics_logger: MetricsLogger, step: int) -> str | None:
-        """On rank 0: what the guard says."""
+        """Validates and logs. Returns the warning of the guard on rank 0, or None."""
         started = time.perf_counter()
         row: dict[str, Any] = {"step": step, "data": self._contents}
         with evaluation_mode(engine.module, engine.device):
             if self._held_out:
                 row |= self._measure(engine, self._held_out)
-            answers = (
+            generations = (
                 greedy_generate(engine.module, self._prompts, self._config.max_new_tokens, self._room, engine.device)
                 if self._prompts
                 else []
@@ -146,36 +151,36 @@ class Validator:
         self._file.write(self._rows[-1])
         metrics_logger.log_validation({key: value for key, value in row.items() if key != "data"})
         if self._prompts:
-            texts = zip(self._prompts.texts, answers, strict=True)
+            texts = zip(self._prompts.texts, generations, strict=True)
             samples = [{"step": step, "prompt": text, "text": self._encoder.decode(ids)} for text, ids in texts]
             for sample in samples:
                 self._samples.write(sample)
             metrics_logger.log_samples(step, samples)
         if self._held_out:
             metrics_logger.log.info(_format_row(row))
-        risen = self._risen(row)
-        if risen:
-            metrics_logger.log.warning(f"warning: {risen}")
-        return risen
+        warning = self._check_guard(row)
+        if warning:
+            metrics_logger.log.warning(f"warning: {warning}")
+        return warning
 
     def _measure(self, engine: Engine, held_out: HeldOut) -> dict[str, float]:
-        number = len(held_out.store.domains)
-        # Of every domain: nats, learned tokens, bytes.
-        sums = np.zeros((3, number))
-        for batch, counts in held_out.of_rank(self._micro_batch_size, dist.get_rank(), dist.get_world_size()):
+        num_domains = len(held_out.store.domains)
+        # Loss sum in nats, learned tokens and bytes of every domain.
+        sums = np.zeros((3, num_domains))
+        for batch, is_counted in held_out.of_rank(self._micro_batch_size, dist.get_rank(), dist.get_world_size()):
             losses = engine.module(**batch.model_inputs(engine.device), compute=token_losses)
-            if not counts:
+            if not is_counted:
                 continue
             labels = batch.labels[0].numpy()
             learned = labels != IGNORE_INDEX
-            places = np.repeat(batch.domains.numpy(), np.diff(batch.cu_seqlens.numpy()))[learned]
+            token_domains = np.repeat(batch.domains.numpy(), np.diff(batch.cu_seqlens.numpy()))[learned]
             weights = (losses.double().cpu().numpy()[learned], None, self._token_bytes[labels[learned]])
-            sums += np.stack([np.bincount(places, weight, minlength=number) for weight in weights])
+            sums += np.stack([np.bincount(token_domains, weight, minlength=num_domains) for weight in weights])
         total = torch.from_numpy(sums).to(engine.device)
         dist.all_reduce(total)
-        return _by_domain(held_out.store.domains, total.cpu().numpy())
+        return _domain_metrics(held_out.store.domains, total.cpu().numpy())
 
-    def _is_start(self, row: dict[str, Any]) -> bool:
+    def _is_baseline(self, row: dict[str, Any]) -> bool:
         key = f"validation/bits_per_byte/{self._config.guard}"
         return row["data"] == self._contents and (not self._guarded or row.get(key) is not None)
 
@@ -183,22 +188,22 @@ class Validator:
     def _guarded(self) -> bool:
         return self._held_out is not None and self._config.guard in self._held_out.domains
 
-    def _risen(self, row: dict[str, Any]) -> str | None:
-        """What the guard says of a row."""
+    def _check_guard(self, row: dict[str, Any]) -> str | None:
+        """Returns the warning of the guard for a row, or None."""
         if not self._guarded:
             return None
         key = f"validation/bits_per_byte/{self._config.guard}"
         if key not in row:
             return f"step {row['step']}: {self._config.guard} cannot be measured, none of its held-out documents has a token to learn"
-        start = next((each for each in self._rows if self._is_start(each)), None)
-        if start is None:
-            return f"step {row['step']}: {self._config.guard} is {row[key]:.4f} bits per byte, and that is no start to compare with"
-        rise = row[key] / start[key] - 1
-        if rise <= self._config.max_rise:  # a loss that is no number is none
+        baseline = next((candidate for candidate in self._rows if self._is_baseline(candidate)), None)
+        if baseline is None:
+            return f"step {row['step']}: {self._config.guard} is {row[key]:.4f} bits per byte, which is not a valid baseline"
+        rise = row[key] / baseline[key] - 1
+        if rise <= self._config.max_rise:  # False for NaN, which is reported
             return None
         return (
             f"step {row['step']}: {self._config.guard} rose to {row[key]:.4f} bits per byte, {100 * rise:.1f} % above its "
-            f"{start[key]:.4f} at step {start['step']}; validation.max_rise={self._config.max_rise:g} allows "
+            f"{baseline[key]:.4f} at step {baseline['step']}; validation.max_rise={self._config.max_rise:g} allows "
             f"{100 * self._config.max_rise:g} %. Mix more {self._config.guard} into the data, or lower optim.lr"
         )
 
@@ -210,21 +215,27 @@ def open_validator(
     hf_config: Any,
     total_steps: int,
 ) -> Validator:
-    """Before anything heavy. Prompts are questions where the store that is trained on holds dialogues.
+    """Opens the held-out store and encodes the prompts, without loading weights.
+
+    Prompts are rendered as user messages where the training store contains dialogues.
 
     Raises:
-        UserError: no such store, one made with another tokenizer or without the domain that is to stop the run, or a
-            prompt that is too long.
+        UserError: the store does not exist, was made with another tokenizer or lacks the guarded domain, or a prompt is
+            too long.
     """
-    wanted = config.validation
-    held_out = _held_out(config, encoder.fingerprint()) if wanted.store else None
-    if held_out and wanted.stop and wanted.guard not in held_out.domains:
+    validation = config.validation
+    held_out = _held_out(config, encoder.fingerprint()) if validation.store else None
+    if held_out and validation.stop and validation.guard not in held_out.domains:
         raise UserError(
-            f"validation.guard={wanted.guard}: {wanted.store} holds no document of that domain, so nothing would ever stop the run. It "
+            f"validation.guard={validation.guard}: {validation.store} holds no document of that domain, so nothing would ever stop the run. It "
             f"has: {', '.join(held_out.domains)}"
         )
     room = getattr(hf_config, "max_position_embeddings", None)
-    prompts = encode_prompts(encoder, trained_on.manifest["template"], wanted.prompts, room) if wanted.prompts else None
+    prompts = (
+        encode_prompts(encoder, trained_on.manifest["template"], validation.prompts, room)
+        if validation.prompts
+        else None
+    )
     return Validator(config, held_out, prompts, encoder, room, total_steps)
 
 
@@ -235,13 +246,13 @@ def _held_out(config: TrainConfig, fingerprint: str) -> HeldOut:
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluation mode, no gradients; afterwards every module's mode and every random state is what it was."""
+    """Evaluation mode without gradients; restores the mode of every module and all random states on exit."""
     modes = [(module, module.training) for module in model.modules()]
     states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
         try:
             for module, _ in modes:
-                # In evaluation mode 8-bit layers round their inputs too, which training does not.
+                # In evaluation mode 8-bit layers also quantize their inputs, so they are left in training mode.
                 weight = getattr(module, "weight", None)
                 module.training = getattr(weight, "dtype", None) is torch.int8 and not hasattr(module, "lora_A")
             yield
@@ -252,18 +263,18 @@ def evaluation_mode(model: nn.Module, device: torch.device) -> Iterator[None]:
             np.random.set_state(states[1])
 
 
-def _by_domain(names: Sequence[str], sums: np.ndarray) -> dict[str, float]:
-    found: dict[str, float] = {}
-    for name, each, tokens, length in zip(["", *names], *(np.append(x.sum(), x) for x in sums), strict=True):
+def _domain_metrics(names: Sequence[str], sums: np.ndarray) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    for name, nats, tokens, num_bytes in zip(["", *names], *(np.append(x.sum(), x) for x in sums), strict=True):
         suffix = f"/{name}" if name else ""
         if tokens:
-            found[f"validation/loss{suffix}"] = float(each / tokens)
-        if length:
-            found[f"validation/bits_per_byte{suffix}"] = bits_per_byte(each, length)
-    return found
+            metrics[f"validation/loss{suffix}"] = float(nats / tokens)
+        if num_bytes:
+            metrics[f"validation/bits_per_byte{suffix}"] = bits_per_byte(nats, num_bytes)
+    return metrics
 
 
 def _format_row(row: dict[str, Any]) -> str:
     prefix = "validation/bits_per_byte/"
-    found = "  ".join(f"{key.removeprefix(prefix)} {row[key]:.4f}" for key in row if key.startswith(prefix))
-    return f"validation at step {row['step']}: bits/byte  {found}  ({row['validation_seconds']:.1f} s)"
+    values = "  ".join(f"{key.removeprefix(prefix)} {row[key]:.4f}" for key in row if key.startswith(prefix))
+    return f"validation at step {row['step']}: bits/byte  {values}  ({row['validation_seconds']:.1f} s)"

@@ -180,7 +180,7 @@ def test_a_wandb_that_does_not_start_is_told_and_left_out(
     monkeypatch.setattr(wandb, "init", refuse)
     tracker = opened(config_of(tmp_path, "tracking=wandb"))
     assert isinstance(tracker, NoTracker)
-    assert "W&B did not start (no route to host); training goes on without it" in said()
+    assert "W&B did not start (no route to host); training continues without it" in said()
 
 
 class Failing:
@@ -216,7 +216,7 @@ def test_a_tracker_that_fails_is_told_once_and_asked_no_more(said) -> None:
     guarded.finish(0)
     assert time.monotonic() - started < 1
     assert failing.asked == 2
-    assert said().count("W&B failed (disk full); training goes on without it") == 1
+    assert said().count("W&B failed (disk full); training continues without it") == 1
 
 
 def test_a_tracker_that_never_finishes_is_left_behind(said) -> None:
@@ -225,7 +225,7 @@ def test_a_tracker_that_never_finishes_is_left_behind(said) -> None:
     started = time.monotonic()
     guarded.finish(0)
     assert 0.15 < time.monotonic() - started < 2
-    assert "W&B did not finish within 0.2 s and is left behind" in said()
+    assert "W&B did not finish within 0.2 s and is abandoned" in said()
     failing.stuck.set()
 
 

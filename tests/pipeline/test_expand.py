@@ -69,7 +69,7 @@ def test_two_tokenizers_are_compared_and_nothing_is_merged(verb, tmp_path: Path,
         (["base=BASE", "pieces=zh_pieces.txt", "out=en.txt/under"], "cannot be written"),
         (
             ["base=BASE", "pieces=mine/pieces.txt", "out=mine"],
-            "pieces=mine/pieces.txt stands there and would be replaced",
+            "pieces=mine/pieces.txt is in this folder and would be replaced",
         ),
         (["base=BASE", "pieces=zh_pieces.txt", "texts.新闻=nowhere.txt"], "nowhere.txt: no such file"),
         (["base=BASE", "pieces=zh_pieces.txt", "out=/"], "out=/"),

@@ -181,7 +181,7 @@ def test_neither_sources_nor_store_are_taken_for_the_other(verb, tmp_path: Path,
     verb(*same, "data=texts", "out=s")
     write(tmp_path / "s" / "more.txt", ENGLISH)
     done = verb(*same, "data=s/more.txt", "out=s", check=False)
-    assert "data.sources.0.path=s/more.txt stands there and would be replaced" in done.stderr
+    assert "data.sources.0.path=s/more.txt is in this folder and would be replaced" in done.stderr
     assert (tmp_path / "s" / "more.txt").exists()
 
 

@@ -97,7 +97,7 @@ def test_a_spike_before_the_first_checkpoint_neither_deafens_a_run_nor_keeps_it_
     assert run.recorded == run.polled == list(range(1, 41))
     assert [metrics.step for metrics in run.saved] == [30, 40]
     assert run.rolled_back == []
-    told = [line for line in run.lines if "is a spike, and there is no checkpoint to go back to" in line]
+    told = [line for line in run.lines if "is a spike, and there is no checkpoint to restore" in line]
     # Each of them raises the mean that the next is held against: of 12 losses of 1 and n of 3 it is below 1.5 for n < 4.
     assert [line.split(":")[0] for line in told] == ["step 13", "step 14", "step 15", "step 16"]
 
@@ -123,7 +123,7 @@ def test_a_run_goes_back_from_a_spike_and_asks_for_the_data_it_will_need(tmp_pat
 
 def test_data_that_do_not_last_for_what_is_passed_over_end_the_run_at_the_spike(tmp_path: Path, monkeypatch) -> None:
     run = Played(tmp_path, up_from_13, "checkpoint.every=11", last=41)
-    with pytest.raises(UserError, match=r"step 13: loss 3.0000 is a spike .* with 2 steps of data left out the rest are too few: data.max_epochs"):  # fmt: skip
+    with pytest.raises(UserError, match=r"step 13: loss 3.0000 is a spike .* with 2 steps of data skipped too few remain: data.max_epochs"):  # fmt: skip
         run.fit(monkeypatch)
     assert run.recorded[-1] == 12
 

@@ -162,7 +162,7 @@ def test_what_is_no_number_is_no_start(tmp_path: Path, validator) -> None:
     weight = engine.module.model.norm.weight.detach().clone()
     with torch.no_grad():
         engine.module.model.norm.weight.fill_(float("nan"))
-    assert found.begin(engine, journal, 0) == "step 0: en is nan bits per byte, and that is no start to compare with"
+    assert found.begin(engine, journal, 0) == "step 0: en is nan bits per byte, which is not a valid baseline"
     with torch.no_grad():
         engine.module.model.norm.weight.copy_(weight)
     assert found.after(engine, journal, 2) is None

@@ -1,6 +1,7 @@
-"""What a run minimises: one file is one entry, and exports `OBJECTIVE`.
+"""Training objectives: every module is one objective and exports `OBJECTIVE`.
 
-An objective says what a batch must hold and what its loss is normalised by, and turns the last hidden states into the loss.
+An objective declares the batch fields that it requires, counts the loss denominator, and computes the loss from the last
+hidden states.
 """
 
 from typing import Protocol
@@ -16,27 +17,27 @@ PACKAGE = "fireflyds.train.objectives"
 
 
 ObjectiveLoss = tuple[Tensor, Tensor]
-"""Of one micro-batch: the loss sum, a scalar that is not yet normalised; and without gradient what each position adds to it
-`[T]`, for the figures of every domain. A plain tuple, in which DeepSpeed finds the tensors."""
+"""Of one micro-batch: the loss sum, a scalar that is not yet normalized; and the contribution of every position to it `[T]`,
+without gradient, for metrics by domain. A plain tuple, in which DeepSpeed finds the tensors."""
 
 
 class Objective(Protocol):
-    """`requires`: the fields of `PackedBatch` that it reads beside `input_ids` and the boundaries."""
+    """`requires`: the fields of `PackedBatch` that it reads in addition to `input_ids` and the document boundaries."""
 
     requires: tuple[str, ...]
 
     def count(self, batch: PackedBatch) -> int:
-        """What the loss sum of a whole optimizer step is divided by, of one micro-batch: learned tokens, or pairs."""
+        """Contribution of a micro-batch to the loss denominator of the step: number of learned tokens, or of pairs."""
 
     def __call__(self, head: nn.Module, hidden: Tensor, inputs: HeadInputs) -> ObjectiveLoss:
-        """The loss from the last hidden states `[T, d]`. It goes through the head module, whose weight ZeRO-3 gathers."""
+        """Computes the loss from the last hidden states `[T, d]`. Calls `head` as a module, so that ZeRO-3 gathers its weight."""
 
 
 def load_objective(config: ObjectiveConfig) -> Objective:
-    """The objective that the configuration names.
+    """Returns the objective named in the config.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: there is no objective of that name.
     """
     objective: Objective = registry.find(PACKAGE, config.name).OBJECTIVE
     return objective
