@@ -288,7 +288,7 @@ def test_an_expanded_base_is_quantised_with_its_rows_in_sixteen_bit(tmp_path: Pa
 def test_unknown_family_and_wrong_tokenizer_are_refused(base: Path, encoder) -> None:
     with pytest.raises(UserError, match="families: no entry 'gptx'. Known: bloom, falcon, llama"):
         load.family_of("gptx")
-    with pytest.raises(UserError, match=r"the embeddings have 60 rows but the tokenizer .* has 400 pieces"):
+    with pytest.raises(UserError, match=r"the embeddings have 60 rows but the tokenizer .* has 400 tokens"):
         load.read_config(ModelConfig(init=ModelInit.pretrained, path=str(base)), encoder)
     with pytest.raises(UserError, match=r"has hidden_size=64, model.architecture says 4096"):
         load.read_config(
