@@ -2,7 +2,7 @@
 
 
 class UserError(ValueError):
-    """Invalid input or environment. The message contains the field or file and line, the value, the rule and the remedy."""
+    """Invalid input or environment. The message contains the field or file and line, the value, the rule, remedy."""
 
     exit_code = 2
 

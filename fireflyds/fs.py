@@ -29,9 +29,7 @@ def read_json(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read as JSON ({error}). Repair the file, or get it again") from error
     if not isinstance(document, dict):
-        raise UserError(
-            f"{file}: an object was expected, but it contains a {type(document).__name__}. Get the file again"
-        )
+        raise UserError(f"{file}: an object was expected, found a {type(document).__name__}. Get the file again")
     return document
 
 
@@ -103,8 +101,8 @@ def _exclusive_writer(out: Path) -> Iterator[None]:
 class Output:
     """An output folder of a command: its `kind`, and the top-level `caches` that later commands write into it.
 
-    A finished folder contains `MARKER`, which records the kind and all written files. Only a folder with such a marker is
-    replaced, and only its listed files and caches: other files are kept.
+    A finished folder contains `MARKER`, which records the kind and all written files. Only a folder with such a marker
+    is replaced, and only its listed files and caches: other files are kept.
     """
 
     kind: str
@@ -149,7 +147,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def remove_output(folder: Path) -> None:
-    """Removes the files listed in the marker of a finished folder and keeps other files. Does nothing without a marker."""
+    """Removes the files listed in the marker of a finished folder and keeps others. Does nothing without a marker."""
     try:
         written = read_json(folder / MARKER)["files"]
     except (UserError, KeyError):

@@ -31,7 +31,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A substring of a rendered dialogue. `special`: the text is a single token, never split; `learn`: it carries loss."""
+    """A substring of a rendered dialogue. `special`: it is a single token, never split; `learn`: it carries loss."""
 
     text: str
     learn: bool = False
@@ -63,7 +63,7 @@ class Encoder(Protocol):
     """True where the tokenizer itself prepends BOS, so that documents begin with BOS."""
 
     def encode(self, text: str, *, continues: bool = False) -> list[int]:
-        """Token ids of plain text, without special tokens. `continues`: the text follows other text (no dummy prefix)."""
+        """Ids of plain text, without special tokens. `continues`: the text follows other text (no dummy prefix)."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Encodes several texts; faster than calling `encode` for each, with the same result."""
@@ -108,7 +108,7 @@ class PackedBatch:
     def from_flat(
         cls, input_ids: np.ndarray, labels: np.ndarray, lengths: np.ndarray, domains: np.ndarray | None = None
     ) -> "PackedBatch":
-        """Builds a batch from ids and labels `[T]` of concatenated documents with `lengths` `[n]`. Used by all constructors."""
+        """Builds a batch from ids and labels `[T]` of concatenated documents with `lengths` `[n]`."""
         import torch  # this module is also imported by code that must not load torch
 
         bounds = np.concatenate([[0], np.cumsum(lengths)])
@@ -128,7 +128,7 @@ class PackedBatch:
     def from_documents(
         cls, documents: Sequence[Sequence[int]], domains: Sequence[int] | None = None, *, learned: bool = True
     ) -> "PackedBatch":
-        """Builds a batch from token ids. All tokens except a document's first are targets; with `learned=False` none is."""
+        """Builds a batch from token ids. All but the first of a document are targets; with `learned=False` none is."""
         lengths = np.array([len(ids) for ids in documents])
         flat = np.concatenate([np.asarray(ids, np.int64) for ids in documents])
         labels = next_token_labels(flat, np.cumsum(lengths)) if learned else np.full_like(flat, IGNORE_INDEX)
@@ -148,7 +148,7 @@ _MODEL_TENSORS = ("input_ids", "labels", "position_ids", "cu_seqlens")
 
 
 def next_token_labels(input_ids: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Labels `[T]`: token t + 1 at position t, -100 at a document's last. `ends` `[n]`: exclusive ends of the documents."""
+    """Labels `[T]`: token t + 1 at position t, -100 at each document end. `ends` `[n]`: exclusive document ends."""
     labels = np.empty_like(input_ids)
     labels[:-1] = input_ids[1:]
     labels[ends - 1] = IGNORE_INDEX
@@ -159,8 +159,8 @@ def next_token_labels(input_ids: np.ndarray, ends: np.ndarray) -> np.ndarray:
 class Family:
     """The names of modules and classes that differ between model families.
 
-    `linear_layers`: module names of the linear layers in a block. `fused` maps class names of modules to the functions of
-    `models/packed/fused_modules.py` that compute the same with fused kernels.
+    `linear_layers`: module names of the linear layers in a block. `fused` maps class names of modules to the functions
+    of `models/packed/fused_modules.py` that compute the same with fused kernels.
     """
 
     model_type: str

@@ -1,9 +1,9 @@
-"""Talk to a model in the terminal, with streaming and history.
+"""Chat with a model in the terminal, with streaming and history.
 
     python launch/chat.py model=runs/demo/sft/export
     python launch/chat.py model=runs/demo/sft/export prompt="你好！"
 
-In a conversation `/clear` forgets what was said, `/exit` or Ctrl-D leaves.
+In the chat, `/clear` clears the history; `/exit` or Ctrl-D exits.
 """
 
 import io
@@ -26,18 +26,18 @@ def chat(config: ChatConfig) -> None:
     if config.prompt:
         session.send(config.prompt)
         return
-    print("/clear forgets, /exit leaves")
+    print("/clear clears the history, /exit exits")
     while True:
         try:
-            said = input("> ").strip()
+            message = input("> ").strip()
         except EOFError:
             return
-        if said == "/exit":
+        if message == "/exit":
             return
-        if said == "/clear":
+        if message == "/clear":
             session.clear()
-        elif said:
-            session.send(said)
+        elif message:
+            session.send(message)
 
 
 if __name__ == "__main__":

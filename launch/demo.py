@@ -1,10 +1,10 @@
-"""Walk the whole road on this machine: a base model becomes a better Chinese model, and the figures say so.
+"""Run the demo pipeline on this machine, from a base model to a better Chinese model, and check the figures.
 
     python launch/demo.py
     python launch/demo.py corpus=my_texts/
 
-Leaves `report.md`, `loss.png` and `summary.json` in the road's folder. The same command again goes on where it
-stopped and re-uses what is whole. The exit code is not 0 when a stage did not do what it is for.
+Writes `report.md`, `loss.png` and `summary.json` into the pipeline's folder. The same command resumes where it stopped
+and skips complete stages. The exit code is not 0 if a stage or a check of the figures fails.
 """
 
 import hashlib
@@ -17,39 +17,39 @@ from fireflyds.data.read.files import find_files
 from fireflyds.errors import UserError
 from fireflyds.fs import atomic_write_text
 from fireflyds.metrics.plots import plot_loss
-from fireflyds.pipelines import demo_report as road_report
+from fireflyds.pipelines import demo_report
 from fireflyds.pipelines.runner import RoadRunner
 from fireflyds.runs.jsonl import read_jsonl
 
 
 def demo(config: DemoConfig) -> None:
-    # Options decide what the stages do, so a changed option does them again.
-    own = hashlib.sha256(app.options_hash().encode())
+    # The stages depend on the options, so a changed option reruns them.
+    seed_hash = hashlib.sha256(app.options_hash().encode())
     if config.corpus:
         config.road.stages[0].overrides.append(f"corpus={config.corpus}")
         for file in find_files(config.corpus):
-            own.update(file.read_bytes())
-    road = RoadRunner(config.road, own.hexdigest())
-    road.run()
+            seed_hash.update(file.read_bytes())
+    runner = RoadRunner(config.road, seed_hash.hexdigest())
+    runner.run()
 
     out = Path(config.road.out)
     stages = {
-        stage.name: {key: road.records[stage.name][key] for key in ("seconds", "command")}
+        stage.name: {key: runner.records[stage.name][key] for key in ("seconds", "command")}
         for stage in config.road.stages
     }
     curves = {}
     for stage in config.road.stages:
         if stage.verb == "train":
             curves[stage.name] = list(read_jsonl(out / stage.output / "metrics.jsonl"))
-            stages[stage.name] |= road_report.training(curves[stage.name])
-    figures = road_report.figures(out)
-    checks = road_report.checks(figures, own_text=bool(config.corpus))
+            stages[stage.name] |= demo_report.training(curves[stage.name])
+    figures = demo_report.figures(out)
+    checks = demo_report.checks(figures, own_text=bool(config.corpus))
     plot_loss(curves, out / "loss.png")
-    atomic_write_text(out / "report.md", road_report.report(stages, figures, checks))
+    atomic_write_text(out / "report.md", demo_report.report(stages, figures, checks))
     atomic_write_text(
         out / "summary.json", json.dumps({"stages": stages, "figures": figures}, indent=2, ensure_ascii=False)
     )
-    print("", road_report.table(figures), "", sep="\n")
+    print("", demo_report.table(figures), "", sep="\n")
     for check in checks:
         print(f"{'passed' if check.passed else 'FAILED'}: {check.rule} ({check.value})")
     print(f"\nstages: {sum(stage['seconds'] for stage in stages.values()):.0f} s. Report: {out / 'report.md'}")

@@ -3,7 +3,7 @@
     python launch/evaluate.py model=runs/demo/sft/export bits_per_byte.texts.zh=zh.jsonl bits_per_byte.texts.en=en.jsonl
     python launch/evaluate.py model=models/my-llama tasks=[cmmlu] cmmlu.data=cmmlu/ cmmlu.subjects=[anatomy,astronomy]
 
-Appends a result for every task to `scores.json` in `out` (default `<model>/eval`), with protocol, options and versions.
+Appends each task's result to `scores.json` in `out` (default `<model>/eval`), with protocol, options and versions.
 """
 
 from dataclasses import asdict
@@ -14,7 +14,7 @@ from fireflyds.config import EvaluateConfig
 
 
 def evaluate(config: EvaluateConfig) -> None:
-    # Heavy imports wait until the configuration is good.
+    # Heavy imports are deferred until the configuration is validated.
     from fireflyds.evaluation.results import FILE, EvaluationResult, append_result, versions
     from fireflyds.evaluation.scorer import load_evaluated_model
     from fireflyds.evaluation.tasks import load_task, task_options
@@ -26,14 +26,14 @@ def evaluate(config: EvaluateConfig) -> None:
     for name, task in tasks.items():
         options = task_options(name, config)
         figures = task.evaluate(model, options, config.limit)
-        shared = {"limit": config.limit, "max_tokens": config.max_tokens, "prompt": prompt}
+        common_options = {"limit": config.limit, "max_tokens": config.max_tokens, "prompt": prompt}
         result = EvaluationResult(
             task=name,
             model=config.model,
             protocol=task.protocol,
             source=task.source,
             figures=figures,
-            options=asdict(options) | shared,
+            options=asdict(options) | common_options,
             complete=config.limit is None and task.covers_all(options),
             versions=versions(),
         )
@@ -41,7 +41,7 @@ def evaluate(config: EvaluateConfig) -> None:
         for figure, value in figures.items():
             print(f"{name}.{figure}: {value:.4f}")
         if not result.complete:
-            print(f"note: {name} was evaluated on a part of its data: not comparable with published figures")
+            print(f"note: {name} was evaluated on a subset of its data: not comparable with published figures")
     print(f"wrote {out / FILE}")
 
 

@@ -1,11 +1,11 @@
-"""Expand a base model's vocabulary: learn or read pieces, merge them, prove the merge, give them embedding rows.
+"""Expand a base model's vocabulary: learn or read pieces, merge them, verify the merge, initialise embedding rows.
 
     python launch/expand.py base=models/llama-2-7b corpus=zh.txt num_pieces=12000 out=models/llama-2-7b-zh
     python launch/expand.py base=llama2.model pieces=chinese_sp.model out=merged
     python launch/expand.py report=only base=llama2.model other=models/qwen corpus=zh.txt
 
-`base` is a Hugging Face directory (model and tokenizer come out) or a tokenizer alone (a tokenizer comes out).
-Beside them stand `report.md`, `report.json` and `report.png`.
+`base` is a Hugging Face directory (writes a model and a tokenizer) or a tokenizer alone (writes a tokenizer).
+Also writes `report.md`, `report.json` and `report.png`.
 """
 
 import json
@@ -30,7 +30,7 @@ from fireflyds.tokenizer.sample import CorpusSample, draw_sample, lines
 from fireflyds.tokenizer.scripts import Scripts
 from fireflyds.tokenizer.verify import VerificationResult, verify_expansion
 
-# Lines of each text on which the promises are tried.
+# Maximum number of lines of each text used for verification.
 PROOF_LINES = 20_000
 
 
@@ -40,32 +40,32 @@ def expand(config: ExpandConfig) -> None:
         return
     base_path = Path(config.base)
     refuse_inputs_inside(
-        Path(config.out), base=config.base, pieces=config.pieces, corpus=config.corpus, **_named(config.texts)
+        Path(config.out), base=config.base, pieces=config.pieces, corpus=config.corpus, **_input_paths(config.texts)
     )
     for path in config.texts.values():
         source_parts(SourceConfig(path=path))
     base, scripts = load_base(base_path, tied=not config.cure), Scripts(config.scripts)
-    given = read_pieces(Path(config.pieces)) if config.pieces else []
+    pieces = read_pieces(Path(config.pieces)) if config.pieces else []
     if (base_path / "config.json").is_file():
         from fireflyds.tokenizer.rows import check_model
 
         check_model(base_path, base.num_tokens)
-    # The place is taken before the work begins: a target that cannot be written costs nobody an hour.
+    # The output folder is created before the work starts, so that an unwritable target fails early.
     with atomic_dir(Path(config.out), Output("expand")) as out:
         sample = None
         if config.corpus:
             sample = draw_sample(read_texts(config.corpus), characters=config.sample_characters, seed=config.seed)
-        found = plan_expansion(config, base, scripts, given, sample)
-        base.write(found.plan.steps, out)
-        checks = verify_expansion(base, found.plan, scripts, out, proof_lines(config, sample))
+        expansion = plan_expansion(config, base, scripts, pieces, sample)
+        base.write(expansion.plan.steps, out)
+        checks = verify_expansion(base, expansion.plan, scripts, out, proof_lines(config, sample))
         refuse_broken(config, base, checks)
-        report = describe(base, found, checks)
+        report = describe(base, expansion, checks)
         report["measured"] = [
             row.as_dict()
             for row in compare_tokenizers(base.encoder([]), load_encoder(out), measured_texts(config, sample))
         ]
         if (base_path / "config.json").is_file():
-            report |= expand_rows(config, base, found, sample, out)
+            report |= expand_rows(config, base, expansion, sample, out)
         (out / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=2), encoding="utf-8")
         (out / "report.md").write_text(format_report(report), encoding="utf-8")
         plot_report(report, out / "report.png")
@@ -105,11 +105,11 @@ def refuse_broken(config: ExpandConfig, base: Base, checks: list[VerificationRes
     if config.cure and broken:
         raise UserError(
             f"base={config.base}: {broken[0].promise}, but not in {len(broken[0].failures):,} of {broken[0].tried:,} "
-            f"cases, the first {broken[0].failures[0][:100]!r}. Nothing was written; this tokenizer cannot be expanded here as it is"
+            f"cases, the first {broken[0].failures[0][:100]!r}. Nothing was written; this tokenizer cannot be expanded"
         )
 
 
-def _named(texts: dict[str, str]) -> dict[str, str]:
+def _input_paths(texts: dict[str, str]) -> dict[str, str]:
     return {f"texts.{domain}": path for domain, path in texts.items()}
 
 
@@ -124,7 +124,7 @@ def write_comparison(config: ExpandConfig) -> None:
         if file and (reason := disagreement(read_proto(file))):
             print(f"note: {path}: {reason}; fireflyds encodes with SentencePiece")
     if config.out:
-        refuse_inputs_inside(Path(config.out), base=config.base, other=config.other, **_named(texts))
+        refuse_inputs_inside(Path(config.out), base=config.base, other=config.other, **_input_paths(texts))
         with atomic_dir(Path(config.out), Output("comparison of tokenizers")) as out:
             (out / "comparison.md").write_text(f"# Two tokenizers\n\n{table}\n", encoding="utf-8")
             document = {"base": config.base, "other": config.other, "measured": rows}

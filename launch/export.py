@@ -1,12 +1,12 @@
-"""Export a run as a Hugging Face directory that loads with nothing of ours installed.
+"""Export a run as a Hugging Face directory that loads without fireflyds.
 
     python launch/export.py run=demo/cpt
     python launch/export.py run=sft out=models/my-chinese-llama dtype=bf16
     python launch/export.py run=sft what=adapter
     python launch/export.py run=sft artifact=true
 
-Adapters are merged in float32, one matrix at a time. What was written is loaded again with plain transformers and its
-logits compared. `what=adapter` writes the adapters alone, as PEFT reads them.
+Adapters are merged in float32, one matrix at a time. The written model is reloaded with plain transformers and its
+logits are compared. `what=adapter` writes the adapters alone, in PEFT's format.
 """
 
 import json
@@ -24,28 +24,30 @@ from fireflyds.runs.find import find_run
 
 def export(config: ExportConfig) -> None:
     run_dir = find_run(config.runs, "run", config.run)
-    trained = app.from_yaml(run_dir / "config.yaml", TrainConfig)
+    train_config = app.from_yaml(run_dir / "config.yaml", TrainConfig)
     if config.artifact:
-        trackers.require_wandb_run(trained.tracking, config.run)
+        trackers.require_wandb_run(train_config.tracking, config.run)
     inputs = fingerprint.read_inputs(run_dir)
-    fingerprint.require_base(config.run, trained.model.path, inputs)
+    fingerprint.require_base(config.run, train_config.model.path, inputs)
     out = Path(config.out or run_dir / ("adapter" if config.what is ExportWhat.adapter else "export"))
-    if trained.model.path and out.resolve() == Path(trained.model.path).resolve():
-        raise UserError(f"out={out}: is the run's base itself. Give another folder")
+    if train_config.model.path and out.resolve() == Path(train_config.model.path).resolve():
+        raise UserError(f"out={out}: is the base model of the run. Give another folder")
     # Heavy imports come after the checks above.
     from fireflyds.checkpoint.restore import find_checkpoint
 
     checkpoint = find_checkpoint(run_dir, config.step)
     metadata: dict[str, Any] = {"run": config.run, "checkpoint": checkpoint.name, "template": inputs["template"]}
     if config.what is ExportWhat.adapter:
-        write_adapter(config, trained, checkpoint, out)
+        write_adapter(config, train_config, checkpoint, out)
     else:
-        write_model(config, trained, checkpoint, out, metadata, inputs["languages"])
+        write_model(config, train_config, checkpoint, out, metadata, inputs["languages"])
     print(f"wrote {out}: {json.dumps(metadata)}")
     if config.artifact:
-        name = trackers.log_model_artifact(trained.tracking, config.run, run_dir, out, metadata)
-        later = f"; send it with `wandb sync {run_dir}/wandb/offline-run-*`"
-        print(f"{out} is the artifact {name} of its W&B run{later * (trained.tracking.mode is WandbMode.offline)}")
+        name = trackers.log_model_artifact(train_config.tracking, config.run, run_dir, out, metadata)
+        sync_hint = f"; send it with `wandb sync {run_dir}/wandb/offline-run-*`"
+        print(
+            f"{out} is the artifact {name} of its W&B run{sync_hint * (train_config.tracking.mode is WandbMode.offline)}"
+        )
 
 
 def write_model(
@@ -56,7 +58,7 @@ def write_model(
     metadata: dict[str, Any],
     languages: list[str],
 ) -> None:
-    """The merged model. In memory are the model and the matrix that is being written."""
+    """Writes the merged model. Memory: the model and one merged matrix at a time."""
     from fireflyds.checkpoint.init_from import restore_weights
     from fireflyds.export import publish
     from fireflyds.export.merge import merged_entries
@@ -68,12 +70,12 @@ def write_model(
 
     encoder = load_encoder(trained.model.tokenizer_path)
     hf_config = read_config(trained.model, encoder)
-    trained_in = resolve_precision(trained.hardware)
-    # Trained tensors are float32 in the checkpoint and stay so here; a quantised base is what it was in training.
+    training_precision = resolve_precision(trained.hardware)
+    # Trained tensors stay in float32, as in the checkpoint; a quantised base has the same dtype as in training.
     quantised = trained.tuning.method is TuningMethod.qlora
-    model = load_tuned_model(trained, hf_config, trained_in if quantised else Precision.fp32)
+    model = load_tuned_model(trained, hf_config, training_precision if quantised else Precision.fp32)
     restore_weights(model, Path(trained.run_dir), checkpoint)
-    dtype = trained_in if config.dtype is Precision.auto else config.dtype
+    dtype = training_precision if config.dtype is Precision.auto else config.dtype
     metadata["dtype"] = dtype.name
     with atomic_dir(out, Output("export")) as folder:
         publish.write_weights(folder, hf_config, merged_entries(model, DTYPES[dtype]), DTYPES[dtype])
@@ -83,20 +85,21 @@ def write_model(
             ids = publish.probe_ids(encoder.vocab_size)
             logits = publish.packed_logits(model, ids)
             del model
-            coarser = dtype if not quantised or dtype is not Precision.fp32 else trained_in
-            metadata["reload_max_rel_diff"] = publish.reload_difference(folder, ids, logits, coarser)
+            precision = dtype if not quantised or dtype is not Precision.fp32 else training_precision
+            metadata["reload_max_rel_diff"] = publish.reload_difference(folder, ids, logits, precision)
         publish.write_model_card(folder, trained, metadata, languages)
         (folder / "export.json").write_text(json.dumps(metadata, indent=2), encoding="utf-8")
 
 
 def write_adapter(config: ExportConfig, trained: TrainConfig, checkpoint: Path, out: Path) -> None:
+    """Writes the adapters alone, in PEFT's format."""
     from fireflyds.checkpoint.init_from import read_trainable_weights
     from fireflyds.checkpoint.trainable_files import save_trainable_weights
 
     trainable = read_trainable_weights(checkpoint)
     if not trainable.adapters:
         raise UserError(
-            f"what=adapter: the run {config.run} has none (tuning={trained.tuning.method.name}). Use what=merged"
+            f"what=adapter: the run {config.run} has no adapters (tuning={trained.tuning.method.name}). Use what=merged"
         )
     with atomic_dir(out, Output("export of an adapter")) as folder:
         save_trainable_weights(trainable, folder)

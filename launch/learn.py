@@ -1,4 +1,4 @@
-"""Learn a tokenizer from text alone, with no base: SentencePiece BPE with byte fallback, or byte-level BPE.
+"""Learn a tokenizer from text alone, without a base: SentencePiece BPE with byte fallback, or byte-level BPE.
 
 python launch/learn.py corpus=en.jsonl vocab_size=4096 out=tokenizer
 python launch/learn.py corpus=en.jsonl kind=byte_level vocab_size=16000 out=tokenizer
@@ -20,18 +20,18 @@ from fireflyds.tokenizer.learn import learn_bpe, learn_byte_level
 def learn(config: LearnConfig) -> None:
     with atomic_dir(Path(config.out), Output("learn")) as out:
         texts = read_texts(config.corpus)
-        size = {"vocab_size": config.vocab_size, "max_piece_length": config.max_piece_length}
+        options = {"vocab_size": config.vocab_size, "max_piece_length": config.max_piece_length}
         if config.kind is TokenizerKind.byte_level:
-            document = learn_byte_level(texts, **size)
+            document = learn_byte_level(texts, **options)
             write_byte_level(document, out)
             pieces = len(document["model"]["vocab"])
         else:
             proto = sp_pb2.ModelProto()
-            proto.ParseFromString(learn_bpe(texts, **size))
+            proto.ParseFromString(learn_bpe(texts, **options))
             write_tokenizer(proto, out)
             pieces = len(proto.pieces)
-        about = {"corpus": config.corpus, "kind": config.kind.name, "vocab_size": pieces}
-        (out / "learn.json").write_text(json.dumps(about, ensure_ascii=False), encoding="utf-8")
+        metadata = {"corpus": config.corpus, "kind": config.kind.name, "vocab_size": pieces}
+        (out / "learn.json").write_text(json.dumps(metadata, ensure_ascii=False), encoding="utf-8")
     print(f"wrote {config.out}: {pieces:,} pieces")
 
 

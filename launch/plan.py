@@ -1,11 +1,11 @@
-"""Say what a training run trains, needs and lasts on given GPUs, without weights, network or GPU.
+"""Estimate trainable parameters, memory and duration of a training run on given GPUs, without weights, network or GPU.
 
     python launch/plan.py experiment=firefly_llama2_7b_ext_cpt_qlora cluster=v100x4
     python launch/plan.py experiment=firefly_llama2_7b_ext_cpt_qlora cluster=a100x8 tuning=full optim=adamw data=stores/cpt
     python launch/plan.py model=models/llama-2-7b-zh tuning=lora tuning.embeddings=new_rows optim.steps=1000 format=json
 
-Takes what `launch/train.py` takes, and `cluster`; `run` and `data` are not needed, nor is `model.path` where
-`conf/model` has the architecture's numbers. ZeRO stage, offloading, micro-batch and checkpointing are varied.
+Takes the keys of `launch/train.py`, and `cluster`; `run` and `data` are optional, and so is `model.path` if
+`conf/model` has the architecture. ZeRO stage, offloading, micro-batch size and activation checkpointing are varied.
 """
 
 import json
@@ -21,37 +21,39 @@ def plan(config: PlanConfig) -> None:
     from fireflyds.metrics.flops import step_flops
     from fireflyds.models import load, tuning
     from fireflyds.optim import param_groups as groups
-    from fireflyds.planner import report as planned
+    from fireflyds.planner import report
     from fireflyds.planner.model_shape import model_shape
     from fireflyds.tokenizer.encoder import load_encoder
     from fireflyds.zero.import_json import extra_settings
 
     config.cluster.require_machine()
-    precision = planned.cluster_precision(config)
+    precision = report.cluster_precision(config)
     notes = [*check_compatibility(config, precision), *extra_settings(config)[1]]
     encoder = load_encoder(config.model.tokenizer_path) if _has_tokenizer(config.model) else None
     hf_config = load.architecture_of(config.model) if encoder is None else load.read_config(config.model, encoder)
     if encoder is None and config.model.init is ModelInit.scratch and "vocab_size" not in config.model.architecture:
-        notes.append(f"note: no tokenizer at {config.model.tokenizer} yet: vocab_size={hf_config.vocab_size} was taken")
-    data = planned.summarize_data(config, None if encoder is None else encoder.fingerprint())
+        notes.append(
+            f"note: no tokenizer at {config.model.tokenizer} yet: vocab_size={hf_config.vocab_size} was assumed"
+        )
+    data = report.summarize_data(config, None if encoder is None else encoder.fingerprint())
     family = load.family_of(hf_config.model_type)
     new_rows_from = load.base_vocab_size(config.model, hf_config)
     model = tuning.apply_tuning(load.bare_model(hf_config), family, config.tuning, new_rows_from, config.seed)
     rows = groups.summarize_groups(model, config, precision)
     total, trainable = groups.count_parameters(model)
 
-    found = planned.make_plan(config, model_shape(model, config), step_flops(model), precision, data)
+    training_plan = report.make_plan(config, model_shape(model, config), step_flops(model), precision, data)
     if config.format is PlanFormat.json:
-        about = {"parameters": total, "trainable_parameters": trainable, "groups": [asdict(row) for row in rows]}
-        print(json.dumps(about | planned.as_json(found, notes)))
+        metadata = {"parameters": total, "trainable_parameters": trainable, "groups": [asdict(row) for row in rows]}
+        print(json.dumps(metadata | report.as_json(training_plan, notes)))
         return
     print(
-        f"{trainable:,} of {total:,} parameters train\n{groups.format_groups(rows)}\n{planned.format_plan(found, notes)}"
+        f"{trainable:,} of {total:,} parameters train\n{groups.format_groups(rows)}\n{report.format_plan(training_plan, notes)}"
     )
 
 
 def _has_tokenizer(config: ModelConfig) -> bool:
-    """A model may be planned by its numbers alone."""
+    """True where the tokenizer exists; a model can also be planned from its architecture alone."""
     return bool((config.tokenizer or config.path) and Path(config.tokenizer_path).exists())
 
 

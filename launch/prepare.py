@@ -1,4 +1,4 @@
-"""Raw text and dialogues to a token store.
+"""Tokenize raw text and dialogues into a token store.
 
     python launch/prepare.py data=corpus.jsonl tokenizer=models/llama-2-7b-zh out=stores/cpt
     python launch/prepare.py data=demo_cpt tokenizer=runs/demo/expanded
@@ -6,8 +6,8 @@
     python launch/prepare.py data=corpus.jsonl tokenizer=models/llama-2-7b-zh inspect=3
     python launch/prepare.py out=stores/cpt stats=only
 
-`data` is a file, a folder, a glob, or an option of `conf/data`. The same command goes on where it was killed, and makes
-again only what a changed source, tokenizer or template touches.
+`data` is a file, a folder, a glob, or an option of `conf/data`. The same command resumes after a kill, and
+rebuilds only the parts that a changed source, tokenizer or template affects.
 """
 
 import functools
@@ -47,7 +47,7 @@ def prepare(config: PrepareConfig) -> None:
     tasks = plan_tasks(config, encoder.fingerprint())
     made_from = store_provenance(config, encoder.fingerprint(), tasks)
     if (out / MANIFEST).exists() and read_manifest(out)["made_from"] == made_from:
-        print(f"{out}: whole and made from the same sources, tokenizer and template; nothing to do")
+        print(f"{out}: complete and made from the same sources, tokenizer and template; nothing to do")
         return
     with resumable_dir(out, Output("prepare", caches=("plans", "stats.png")), pieces="parts") as folder:
         load = functools.partial(load_encoder, config.tokenizer)
@@ -64,12 +64,12 @@ def prepare(config: PrepareConfig) -> None:
 
 
 def refuse_overlap(config: PrepareConfig, out: Path) -> None:
-    """Neither does the store replace what it is made from, nor is it read as a source the next time."""
+    """Raises `UserError` if the store would replace one of its inputs or lies inside a source folder."""
     paths = {f"data.sources.{number}.path": source.path for number, source in enumerate(config.data.sources)}
     refuse_inputs_inside(out, tokenizer=config.tokenizer, **paths)
     for name, path in paths.items():
         if Path(path).is_dir() and Path(path).resolve() in out.resolve().parents:
-            raise UserError(f"out={out}: stands inside {name}={path}, and would be read as text. Give another folder")
+            raise UserError(f"out={out}: is inside {name}={path}, and would be read as text. Give another folder")
 
 
 def print_stats(out: Path) -> None:

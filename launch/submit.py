@@ -1,13 +1,13 @@
-"""Give a verb, or a whole road, to Slurm; ask how it stands; end it.
+"""Submit a verb, or a whole pipeline (`road`), to Slurm; show its status and logs; cancel it.
 
     python launch/submit.py verb=train experiment=demo_cpt cluster=slurm cluster.nodes=4 cluster.gpus_per_node=8
     python launch/submit.py verb=prepare run=cpt data=corpus/ tokenizer=models/zh out=stores/cpt cluster=slurm
     python launch/submit.py road=demo cluster=slurm_cpu cluster.time=00:30:00
     python launch/submit.py action=status run=cpt
 
-All is checked here, before anything waits in a queue. The configuration is frozen in the run's folder and the script that is
-submitted stands beside it. A training that is preempted, loses a node or comes to its time limit is put back into the queue
-and goes on from its checkpoint. `dry_run=true` writes and shows everything but queues nothing.
+All input is checked before a job is queued. The frozen configuration and the submitted script are written to the run's
+folder. A training run that is preempted, loses a node or reaches its time limit is requeued and resumes from its
+checkpoint. `dry_run=true` writes and prints everything but queues nothing.
 """
 
 import shutil
@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fireflyds import app
-from fireflyds.cluster import input_checks as promises
-from fireflyds.cluster import report, script, slurm, submission
+from fireflyds.cluster import input_checks, report, script, slurm, submission
 from fireflyds.cluster.submission import PlannedJob
 from fireflyds.config import (
     VERBS,
@@ -31,114 +30,116 @@ from fireflyds.config import (
     TrainConfig,
 )
 from fireflyds.errors import UserError
-from fireflyds.pipelines import runner as road
-from fireflyds.runs import config_diff as changes
+from fireflyds.pipelines import runner
+from fireflyds.runs import config_diff
 from fireflyds.runs import find as run_names
 
 
 def submit(config: SubmitConfig, rest: list[str]) -> None:
     if config.action is not SubmitAction.submit:
-        _ask(config, rest)
+        _run_action(config, rest)
         return
     if config.cluster.scheduler is not Scheduler.slurm:
         raise UserError(
             "cluster.scheduler=none: submit is for a scheduler. Give cluster=slurm, or start the verb itself"
         )
-    folder, planned = _road(config, rest) if config.road else _verb(config, rest)
+    folder, planned = _plan_pipeline(config, rest) if config.road else _plan_verb(config, rest)
     command = f"python launch/submit.py {{}} run={folder.relative_to(config.runs)}"
     command += "" if config.runs == "runs" else f" runs={config.runs}"
     if not planned:
-        print(f"{folder}: every stage is whole; nothing to submit")
+        print(f"{folder}: every stage is complete; nothing to submit")
         return
     if config.dry_run:
         if shutil.which("scontrol") is not None:
             submission.refuse_active(folder)
         submission.write(planned, config.cluster)
-        for each in planned:
-            print(f"# {each.job.script}\n{script.text(each.job, config.cluster)}")
+        for planned_job in planned:
+            print(f"# {planned_job.job.script}\n{script.text(planned_job.job, config.cluster)}")
         print("dry_run=true: written and checked, nothing is queued")
         return
     for record in submission.submit(planned, config.cluster, folder):
         print(f"{record.name}: job {record.id}, {record.script}, output in {record.log}")
-    for action, what in (
-        ("status", "how it stands"),
-        ("logs", "what it says"),
-        ("cancel", "end it; training saves first"),
+    for action, description in (
+        ("status", "show its status"),
+        ("logs", "show its output"),
+        ("cancel", "cancel it; training saves first"),
     ):
-        print(f"  {command.format(f'action={action}')}   # {what}")
+        print(f"  {command.format(f'action={action}')}   # {description}")
 
 
-def _verb(config: SubmitConfig, rest: list[str]) -> tuple[Path, list[PlannedJob]]:
+def _plan_verb(config: SubmitConfig, rest: list[str]) -> tuple[Path, list[PlannedJob]]:
     verb = config.verb
     if verb not in VERBS or not VERBS[verb].submittable:
-        known = ", ".join(name for name, record in VERBS.items() if record.submittable)
+        submittable = ", ".join(name for name, record in VERBS.items() if record.submittable)
         raise UserError(
-            f"verb={verb}: is not submitted. Known: {known}" + ("; road=demo does" if verb == "demo" else "")
+            f"verb={verb}: is not submitted. Known: {submittable}" + ("; road=demo does" if verb == "demo" else "")
         )
     fields = VERBS[verb].config.__dataclass_fields__
-    given = [f"run={config.run}"] if config.run and "run" in fields else []
-    given += [f"runs={config.runs}"] if config.runs != "runs" and "runs" in fields else []
-    composed = app.compose(verb, [*rest, *given])
+    run_overrides = [f"run={config.run}"] if config.run and "run" in fields else []
+    run_overrides += [f"runs={config.runs}"] if config.runs != "runs" and "runs" in fields else []
+    composed = app.compose(verb, [*rest, *run_overrides])
     name = config.run or getattr(composed, "run", "")
     if not name:
-        raise UserError(f"run is not set: give run=<name> under which the job of {verb} is found again")
-    _check(verb, composed, config.cluster)
+        raise UserError(f"run is not set: give run=<name>, which identifies the job of {verb}")
+    _check_inputs(verb, composed, config.cluster)
     folder = Path(config.runs) / name
     run_dir = folder if isinstance(composed, TrainConfig) else None
     return folder, [submission.plan_job(verb, name if run_dir else verb, folder, run_dir, app.to_yaml(composed))]
 
 
-def _road(config: SubmitConfig, rest: list[str]) -> tuple[Path, list[PlannedJob]]:
+def _plan_pipeline(config: SubmitConfig, rest: list[str]) -> tuple[Path, list[PlannedJob]]:
     file = app.option("road", config.road)
     if rest:
-        raise UserError(f"{rest[0]}: no such key for submit. A road's stages have theirs in its file, {file}")
+        raise UserError(f"{rest[0]}: no such key for submit. The keys of a pipeline's stages are in its file, {file}")
     stages = app.from_yaml(file, RoadConfig)
     run = config.run or stages.name
     folder = Path(config.runs) / run
-    all_composed = [_stage(file, stage) for stage in stages.stages]
+    all_composed = [_compose_stage(file, stage) for stage in stages.stages]
     for composed in all_composed:
-        road.relocate(composed, stages, config.runs, run)
+        runner.relocate(composed, stages, config.runs, run)
     texts = [app.to_yaml(composed) for composed in all_composed]
-    keys = road.stage_keys(f"{stage.verb}\n{text}" for stage, text in zip(stages.stages, texts, strict=True))
+    keys = runner.stage_keys(f"{stage.verb}\n{text}" for stage, text in zip(stages.stages, texts, strict=True))
     planned: list[PlannedJob] = []
     promised: list[Path] = []
     for stage, composed, text, key in zip(stages.stages, all_composed, texts, keys, strict=True):
         run_dir = Path(composed.run_dir) if isinstance(composed, TrainConfig) else None
-        one = submission.plan_job(stage.verb, stage.name, folder, run_dir, text, key)
-        done, made = one.job.done, folder / stage.output
-        if done.exists() and done.read_text().strip() == key and made.exists():
-            print(f"{stage.name}: whole, re-used")
+        planned_job = submission.plan_job(stage.verb, stage.name, folder, run_dir, text, key)
+        done_file, output = planned_job.job.done, folder / stage.output
+        if done_file.exists() and done_file.read_text().strip() == key and output.exists():
+            print(f"{stage.name}: complete, skipped")
             continue
-        _check(stage.verb, composed, config.cluster, promised, stage.name)
-        promised += promises.stage_outputs(composed, folder, stage.output)
-        planned.append(one)
+        _check_inputs(stage.verb, composed, config.cluster, promised, stage.name)
+        promised += input_checks.stage_outputs(composed, folder, stage.output)
+        planned.append(planned_job)
     return folder, planned
 
 
-def _stage(file: Path, stage: StageConfig) -> Any:
+def _compose_stage(file: Path, stage: StageConfig) -> Any:
     if stage.verb not in VERBS or not VERBS[stage.verb].submittable:
         raise UserError(f"{file}: stage {stage.name}: verb={stage.verb} is not submitted")
     return app.compose(stage.verb, stage.overrides)
 
 
-def _check(verb: str, composed: Any, cluster: ClusterConfig, promised: Sequence[Path] = (), stage: str = "") -> None:
-    """What can be said without torch and without a GPU."""
+def _check_inputs(
+    verb: str, composed: Any, cluster: ClusterConfig, promised: Sequence[Path] = (), stage: str = ""
+) -> None:
+    """Checks the inputs of a job as far as this is possible without torch and without a GPU."""
     try:
-        promises.require_input_paths(verb, composed, promised)
+        input_checks.require_input_paths(verb, composed, promised)
         if isinstance(composed, ExportConfig) and not promised:
             run_names.find_run(composed.runs, "run", composed.run)
         if isinstance(composed, TrainConfig):
             composed.accumulation_steps(cluster.world_size)
             if not promised:
-                promises.check_training_inputs(composed)
+                input_checks.check_training_inputs(composed)
             if composed.init_from and not promised:
                 run_names.find_run(composed.runs, "init_from", composed.init_from)
-            changes.require_same_config(Path(composed.run_dir), app.to_yaml(composed), composed.run)
+            config_diff.require_same_config(Path(composed.run_dir), app.to_yaml(composed), composed.run)
     except UserError as error:
         raise UserError(f"stage {stage}: {error}" if stage else str(error)) from error
 
 
-def _ask(config: SubmitConfig, rest: list[str]) -> None:
+def _run_action(config: SubmitConfig, rest: list[str]) -> None:
     if rest:
         raise UserError(f"{rest[0]}: action={config.action.name} takes run= and runs= only")
     folder = Path(config.runs) / config.run
@@ -155,7 +156,7 @@ def _ask(config: SubmitConfig, rest: list[str]) -> None:
         active = [record for record in records if states[record.id].active]
         slurm.cancel([record.id for record in active])
         print(
-            f"ended: {', '.join(f'{record.name} (job {record.id})' for record in active) or 'nothing, no job was left'}"
+            f"cancelled: {', '.join(f'{record.name} (job {record.id})' for record in active) or 'nothing, no job was active'}"
         )
         return
     print(report.status(records, states))

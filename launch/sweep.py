@@ -1,12 +1,12 @@
-"""Look for good values of some keys: a study of trainings, several at a time, on this machine or as Slurm jobs.
+"""Search for good values of some keys: a study of training runs, several at a time, on this machine or as Slurm jobs.
 
     python launch/sweep.py study=sft_lr sweep=lr_and_r experiment=demo_sft sweep.trials=12 sweep.parallel=2 cluster=local_cpu
     python launch/sweep.py study=lr cluster=slurm cluster.nodes=2 sweep.space.optim.lr='{low: 1e-5, high: 1e-3, log: true}' \\
       model=llama-2-7b-zh data=stores/sft tuning=qlora optim.epochs=1
 
-Keys that are not listed here are those of `train`, the same for every trial. A trial is a run of its own, `<study>/trial-0000`
-and on, and can be exported like any other. The same command goes on with a study that was interrupted or killed. Leaves
-`trials.md`, `trials.csv`, `best.yaml` and charts in `runs/<study>/`.
+Keys that are not listed here are passed to `train`, the same for every trial. A trial is a run, `<study>/trial-0000`
+and so on, and can be exported like any other. The same command resumes an interrupted or killed study. Writes
+`trials.md`, `trials.csv`, `best.yaml` and charts into `runs/<study>/`.
 """
 
 import json
@@ -21,16 +21,16 @@ from fireflyds.cluster.sweep.ranges import Value
 from fireflyds.config import SweepConfig, TrackerKind
 from fireflyds.errors import UserError
 from fireflyds.fs import atomic_write_text
-from fireflyds.runs import config_diff as changes
+from fireflyds.runs import config_diff
 
-# What may change while a study goes on.
+# Keys of `sweep` that may change when a study is resumed.
 FREE = ("trials", "parallel", "poll_seconds", "retries", "pruner", "startup_trials", "warmup_steps", "reduction_factor")
 
 
 def sweep(config: SweepConfig, rest: list[str]) -> None:
-    if given := [word for word in rest if word.lstrip("+").startswith(("run=", "runs=", "tracking.group="))]:
-        raise UserError(f"{given[0]}: trials get theirs from study={config.study} and runs={config.runs}. Leave it out")
-    # Heavy imports wait until the configuration is good.
+    if reserved := [word for word in rest if word.lstrip("+").startswith(("run=", "runs=", "tracking.group="))]:
+        raise UserError(f"{reserved[0]}: trials get theirs from study={config.study} and runs={config.runs}. Remove it")
+    # Heavy imports are deferred until the configuration is validated.
     from fireflyds.cluster.sweep import results
     from fireflyds.cluster.sweep.runner import Sweep, only_one, run_name
     from fireflyds.cluster.sweep.study import Study
@@ -44,35 +44,37 @@ def sweep(config: SweepConfig, rest: list[str]) -> None:
         composed.accumulation_steps(config.cluster.world_size)
         return app.to_yaml(composed)
 
-    # Every range is tried before anything is started.
-    for key, one in config.sweep.space.items():
-        for value in ranges.values(key, one):
+    # Every range is validated before the first trial starts.
+    for key, key_range in config.sweep.space.items():
+        for value in ranges.values(key, key_range):
             try:
                 freeze(run_name(config.study, 0), {key: value})
             except UserError as error:
                 raise UserError(f"sweep.space.{key}, at {value}: {error}") from error
     launcher = launcher_of(config.cluster, config.sweep.parallel)
     with only_one(folder):
-        _same_study(folder, config, rest)
+        _require_same_study(folder, config, rest)
         study = Study(folder / "study.journal", config.study, config.sweep)
         finished = Sweep(study, config.sweep, config.study, folder, freeze, launcher).run()
         print(results.write(study, config.sweep, config.study, folder, rest))
     if not finished:
         raise KeyboardInterrupt
     if study.best is None:
-        raise UserError(f"study={config.study}: no trial came to its end well. {folder / 'trials.md'} says why of each")
+        raise UserError(f"study={config.study}: no trial completed. {folder / 'trials.md'} lists the reasons")
 
 
-def _same_study(folder: Path, config: SweepConfig, rest: list[str]) -> None:
-    """Trials of one study must be comparable."""
+def _require_same_study(folder: Path, config: SweepConfig, rest: list[str]) -> None:
+    """Raises `UserError` if the study was started with other settings: its trials must be comparable."""
     search = app.plain(app.to_yaml(config))["sweep"]
-    asked: dict[str, Any] = {"train": sorted(rest)} | {key: value for key, value in search.items() if key not in FREE}
+    settings: dict[str, Any] = {"train": sorted(rest)} | {
+        key: value for key, value in search.items() if key not in FREE
+    }
     file = folder / "study.json"
-    if file.exists() and (changed := changes.diff_configs(json.loads(file.read_text(encoding="utf-8")), asked)):
+    if file.exists() and (changed := config_diff.diff_configs(json.loads(file.read_text(encoding="utf-8")), settings)):
         raise UserError(
-            f"study={config.study}: was begun with something else ({'; '.join(changed)}). Give another study=, or the same to go on"
+            f"study={config.study}: was started with other settings ({'; '.join(changed)}). Give another study=, or the same settings to resume"
         )
-    atomic_write_text(file, json.dumps(asked, indent=2, ensure_ascii=False))
+    atomic_write_text(file, json.dumps(settings, indent=2, ensure_ascii=False))
 
 
 if __name__ == "__main__":

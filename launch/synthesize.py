@@ -1,9 +1,9 @@
-"""Write the demo's corpus: documents in Chinese and English, dialogues, and questions whose answers the documents teach.
+"""Write the demo's corpus: documents in Chinese and English, dialogues, and questions that the documents answer.
 
     python launch/synthesize.py out=runs/demo/corpus
     python launch/synthesize.py out=runs/demo/corpus corpus=my_texts/
 
-The same seed writes the same bytes. With `corpus`, a person's own text stands in for the generated Chinese documents.
+The same seed writes identical files. With `corpus`, the user's own text replaces the generated Chinese documents.
 """
 
 import json
@@ -20,39 +20,41 @@ from fireflyds.data.synthetic.world import build_world
 from fireflyds.errors import UserError
 from fireflyds.fs import Output, atomic_dir
 
-# One document in so many of a person's own text is held out.
+# Every n-th document of the user's own text is held out.
 HELDOUT_EVERY = 20
 
 
 def synthesize(config: SynthesizeConfig) -> None:
     rng = random.Random(config.seed)
     try:
-        worlds = {each.code: build_world(each, config.num_entities, rng) for each in (CHINESE, ENGLISH)}
-        asked, told = split_facts(worlds["zh"], config.num_questions, rng)
+        worlds = {lang.code: build_world(lang, config.num_entities, rng) for lang in (CHINESE, ENGLISH)}
+        question_facts, dialogue_facts = split_facts(worlds["zh"], config.num_questions, rng)
     except ValueError as error:
         raise UserError(str(error)) from error
-    own = list(read_texts(config.corpus)) if config.corpus else []
-    if len(own) == 1:
+    user_texts = list(read_texts(config.corpus)) if config.corpus else []
+    if len(user_texts) == 1:
         raise UserError(
-            f"corpus={config.corpus}: one document only; at least 2 are needed, to train on and to measure on. "
-            "A .txt file holds one document a line"
+            f"corpus={config.corpus}: one document only; at least 2 are needed, to train and to evaluate on. "
+            "A .txt file has one document per line"
         )
     with atomic_dir(Path(config.out), Output("synthesize")) as out:
         for language, num_bytes in ((CHINESE, config.zh_bytes), (ENGLISH, config.en_bytes)):
             world = worlds[language.code]
             write_language(language, world, out, num_bytes=num_bytes, heldout=config.heldout_documents, rng=rng)
-        if own:
-            write_jsonl(out / "zh_heldout.jsonl", ({"text": text} for text in own[::HELDOUT_EVERY]))
-            write_jsonl(out / "zh.jsonl", ({"text": text} for at, text in enumerate(own) if at % HELDOUT_EVERY))
-        talks = [*dialogues(CHINESE, told, rng)]
+        if user_texts:
+            write_jsonl(out / "zh_heldout.jsonl", ({"text": text} for text in user_texts[::HELDOUT_EVERY]))
+            write_jsonl(
+                out / "zh.jsonl", ({"text": text} for index, text in enumerate(user_texts) if index % HELDOUT_EVERY)
+            )
+        dialogue_rows = [*dialogues(CHINESE, dialogue_facts, rng)]
         english_facts = [fact for entity in worlds["en"] for fact in entity.facts]
-        talks += dialogues(ENGLISH, english_facts[: len(told) // 3], rng)
-        rng.shuffle(talks)
-        write_jsonl(out / "dialogues.jsonl", talks)
-        write_jsonl(out / "questions.jsonl", questions(asked, rng))
+        dialogue_rows += dialogues(ENGLISH, english_facts[: len(dialogue_facts) // 3], rng)
+        rng.shuffle(dialogue_rows)
+        write_jsonl(out / "dialogues.jsonl", dialogue_rows)
+        write_jsonl(out / "questions.jsonl", questions(question_facts, rng))
         sizes = {file.name: file.stat().st_size for file in sorted(out.glob("*.jsonl"))}
-        about = {"seed": config.seed, "own_text": config.corpus or None, "bytes": sizes}
-        (out / "about.json").write_text(json.dumps(about, ensure_ascii=False, indent=2), encoding="utf-8")
+        metadata = {"seed": config.seed, "own_text": config.corpus or None, "bytes": sizes}
+        (out / "about.json").write_text(json.dumps(metadata, ensure_ascii=False, indent=2), encoding="utf-8")
     for name, size in sizes.items():
         print(f"{config.out}/{name}: {size:,} bytes")
 

@@ -4,9 +4,9 @@
     torchrun --nproc_per_node 8 launch/train.py run=cpt model=models/llama-2-7b-zh data=stores/cpt optim.steps=1000
     python launch/train.py run=sft model=runs/cpt/export data=stores/sft tuning=qlora optim.epochs=2
 
-The run lives in `runs/<run>`. The same command again resumes it from its newest checkpoint, on any number of GPUs. To ask
-a running one: `touch runs/<run>/SAVE` saves; Ctrl-C, SIGTERM or SIGUSR1 save and leave with exit code 75, on which a scheduler may
-start it again; `touch runs/<run>/STOP` saves and leaves with 76.
+The run's folder is `runs/<run>`. The same command resumes it from its newest checkpoint, on any number of GPUs. During
+training `touch runs/<run>/SAVE` saves a checkpoint; Ctrl-C, SIGTERM or SIGUSR1 save and exit with code 75, on which a
+scheduler may restart it; `touch runs/<run>/STOP` saves and exits with code 76.
 """
 
 from fireflyds import app
@@ -14,7 +14,7 @@ from fireflyds.config import TrainConfig
 
 
 def train(config: TrainConfig) -> None:
-    # Heavy imports wait until the configuration is good.
+    # Heavy imports are deferred until the configuration is validated.
     from fireflyds.distributed.collectives import exit_process
     from fireflyds.train.trainer import Trainer
 

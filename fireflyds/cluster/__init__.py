@@ -1,1 +1,1 @@
-"""Runs of many steps and machines. Never imports torch."""
+"""Slurm submission, job status and sweeps. Must not import torch: submitting hosts may not have it."""

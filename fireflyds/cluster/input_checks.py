@@ -1,4 +1,4 @@
-"""What a verb reads, looked at before its job waits in a queue for hours only to say that a folder is missing."""
+"""Checks the inputs of a verb before its job is queued."""
 
 from collections.abc import Iterable
 from operator import attrgetter
@@ -14,40 +14,46 @@ from fireflyds.tokenizer.encoder import load_encoder
 
 
 def stage_outputs(config: Any, out: Path, makes: str) -> list[Path]:
-    """What a stage of a road makes, so that later ones may ask for it: `makes` stands below the road's `out`."""
-    made = out / makes
-    # `store/manifest.json` stands for the store.
-    folders = [made, *([made.parent] if made.parent != out else [])]
-    return folders + [Path(place) for place in (getattr(config, "run_dir", ""), getattr(config, "out", "")) if place]
+    """Returns the paths that a pipeline stage writes and later stages may read; `makes` is relative to `out`."""
+    output = out / makes
+    # A file also counts for its folder: `store/manifest.json` for the store.
+    folders = [output, *([output.parent] if output.parent != out else [])]
+    return folders + [Path(path) for path in (getattr(config, "run_dir", ""), getattr(config, "out", "")) if path]
 
 
 def require_input_paths(verb: str, config: Any, promised: Iterable[Path] = ()) -> None:
-    """`promised`: what earlier stages of a road make, with everything below it.
+    """Checks that the files and folders which a verb reads exist.
+
+    Args:
+        promised: outputs of earlier pipeline stages; everything below them counts as existing.
 
     Raises:
-        UserError: a file or folder is not there and nobody makes it.
+        UserError: a file or folder does not exist and no earlier stage writes it.
     """
-    made = [place.absolute() for place in promised]
+    outputs = [path.absolute() for path in promised]
     for key in VERBS[verb].inputs:
         for text in _paths(attrgetter(key)(config)):
-            place = Path(text).absolute()
-            known = not text or set("*?[:") & set(text) or place.exists()
-            if not known and not any(root == place or root in place.parents for root in made):
-                raise UserError(f"{key}={text}: is not there ({place}). Give a folder or file that the nodes see too")
+            path = Path(text).absolute()
+            exists = not text or set("*?[:") & set(text) or path.exists()
+            if not exists and not any(root == path or root in path.parents for root in outputs):
+                raise UserError(
+                    f"{key}={text}: is not there ({path}). Give a folder or file that the compute nodes can read"
+                )
 
 
 def _paths(value: Any) -> list[str]:
+    """Returns the paths in the value of a key: a string, a dictionary of strings or a list of sources."""
     if isinstance(value, str):
         return [value]
     return [*value.values()] if isinstance(value, dict) else [source.path for source in value]
 
 
 def check_training_inputs(config: TrainConfig) -> None:
-    """What training refuses of its tokenizer, model and stores and what needs no torch to see.
+    """Checks the tokenizer, model and stores of a training run as far as this is possible without torch.
 
     Raises:
-        UserError: a store that was made with another tokenizer, without a domain that has a weight, or rows that are
-            longer than the model has positions.
+        UserError: a store was made with another tokenizer or lacks a domain that has a weight, or `seq_len` exceeds
+            the positions of the model.
     """
     tokenizer = config.model.tokenizer_path
     if not Path(tokenizer).exists():
@@ -63,10 +69,10 @@ def check_training_inputs(config: TrainConfig) -> None:
         model = read_json(file)
         positions = model.get("max_position_embeddings")
         scaling = model.get("rope_parameters") or model.get("rope_scaling") or {}
-        if "dynamic" in (scaling.get("rope_type"), scaling.get("type")):  # stretched to each document's length
+        if "dynamic" in (scaling.get("rope_type"), scaling.get("type")):  # scaled by each document's length
             return
         if isinstance(positions, int) and config.seq_len > positions:
             raise UserError(
-                f"seq_len={config.seq_len}: the model has {positions} positions. Use {positions} or less, or stretch them with "
+                f"seq_len={config.seq_len}: the model has {positions} positions. Use {positions} or less, or extend them with "
                 "model.rope_scaling"
             )

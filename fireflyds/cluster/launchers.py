@@ -1,4 +1,4 @@
-"""What starts a trial: processes on this machine, or a job. Both outlive whoever started them."""
+"""Launchers of trials: local processes or Slurm jobs. Both keep running when the sweep process exits."""
 
 import contextlib
 import os
@@ -21,20 +21,24 @@ LOG = "logs/launcher.log"
 
 class Launcher(Protocol):
     def start(self, run_dir: Path, slot: int) -> None:
-        """Train what is frozen in the run's `config.yaml`; `slot` is the trial's place among those at the same time."""
+        """Starts training from the run's frozen `config.yaml`; `slot` is the index among concurrent trials."""
 
     def is_running(self, run_dir: Path) -> bool:
-        """What was started for the run, by whomever, has not ended."""
+        """True while a process or job of the run is active, including one started by an earlier sweep process."""
 
     def stop(self, run_dir: Path) -> bool:
-        """Let it save and leave, when the study itself is stopped. False where it had better go on by itself."""
+        """Asks the trial to save and exit when the sweep is interrupted. Returns False if it keeps running instead."""
 
     def kill(self, run_dir: Path) -> None:
-        """End it at once."""
+        """Terminates the trial immediately."""
 
 
 def launcher_of(cluster: ClusterConfig, parallel: int) -> Launcher:
-    """Raises `UserError` where there is no Slurm, or there are too few GPUs."""
+    """Returns the launcher of the configured scheduler.
+
+    Raises:
+        UserError: Slurm is not installed, or too few GPUs are visible.
+    """
     if cluster.scheduler is Scheduler.slurm:
         slurm.require()
         return SlurmLauncher(cluster)
@@ -42,12 +46,12 @@ def launcher_of(cluster: ClusterConfig, parallel: int) -> Launcher:
 
 
 class LocalLauncher:
-    """Processes on this machine, each trial with GPUs of its own."""
+    """Starts trials as processes on this machine, each with its own GPUs, or with its own cores without GPUs."""
 
     def __init__(self, cluster: ClusterConfig, parallel: int) -> None:
         if cluster.nodes > 1:
             raise UserError(
-                f"cluster.nodes={cluster.nodes}: trials on this machine have one node. Give cluster=slurm, or nodes=1"
+                f"cluster.nodes={cluster.nodes}: local trials run on one node. Give cluster=slurm, or nodes=1"
             )
         self._ranks, self._parallel = cluster.gpus_per_node, parallel
         self._gpus: list[str] = [] if cluster.on_cpu else _visible_gpus()
@@ -63,22 +67,22 @@ class LocalLauncher:
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
         train = [str(script.LAUNCH / "train.py"), "--config", str(run_dir / "config.yaml")]
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self._ranks}"]
-        words = [*(torchrun if self._ranks > 1 else [sys.executable]), *train]
+        command = [*(torchrun if self._ranks > 1 else [sys.executable]), *train]
         environment = dict(os.environ)
         if self._gpus:
-            mine = self._gpus[slot * self._ranks : (slot + 1) * self._ranks]
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
-        pid = run_dir / _PID
-        pid.unlink(missing_ok=True)
-        # The process itself says who it is, before it begins: whoever started it may be killed in between.
-        shell = f'echo $$ > "{pid}.partial" && mv "{pid}.partial" "{pid}" && exec {shlex.join(words)}'
+            gpus = self._gpus[slot * self._ranks : (slot + 1) * self._ranks]
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+        pid_file = run_dir / _PID
+        pid_file.unlink(missing_ok=True)
+        # The process writes its own PID before training starts: the sweep process may be killed at any time.
+        shell = f'echo $$ > "{pid_file}.partial" && mv "{pid_file}.partial" "{pid_file}" && exec {shlex.join(command)}'
         cores = sorted(os.sched_getaffinity(0))
-        own = cores[slot :: self._parallel] if not self._gpus else cores
+        slot_cores = cores[slot :: self._parallel] if not self._gpus else cores
         with (run_dir / LOG).open("ab") as log:
             self._started[run_dir] = subprocess.Popen(
                 ["sh", "-c", shell], env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-                # Trials that share cores fight over them.
-                preexec_fn=lambda: os.sched_setaffinity(0, own or cores),
+                # Concurrent trials on CPUs get disjoint cores: sharing them slows all of them down.
+                preexec_fn=lambda: os.sched_setaffinity(0, slot_cores or cores),
             )  # fmt: skip
 
     def is_running(self, run_dir: Path) -> bool:
@@ -87,11 +91,11 @@ class LocalLauncher:
         return self._process(run_dir) is not None
 
     def _process(self, run_dir: Path) -> psutil.Process | None:
-        """The process that said it is this run's, if that is what it still is: numbers are given out again."""
+        """Returns the live process of the run, or None. Compares the command line: PIDs are reused."""
         with contextlib.suppress(OSError, ValueError, psutil.Error):
-            found = psutil.Process(int((run_dir / _PID).read_text()))
-            if found.status() != psutil.STATUS_ZOMBIE and str(run_dir / "config.yaml") in " ".join(found.cmdline()):
-                return found
+            process = psutil.Process(int((run_dir / _PID).read_text()))
+            if process.status() != psutil.STATUS_ZOMBIE and str(run_dir / "config.yaml") in " ".join(process.cmdline()):
+                return process
         return None
 
     def stop(self, run_dir: Path) -> bool:
@@ -102,24 +106,24 @@ class LocalLauncher:
         self._signal(run_dir, signal.SIGKILL)
 
     def _signal(self, run_dir: Path, number: signal.Signals) -> None:
-        own, found = self._started.get(run_dir), self._process(run_dir)
-        leader = own.pid if own is not None and own.poll() is None else found.pid if found else None
+        child, process = self._started.get(run_dir), self._process(run_dir)
+        leader = child.pid if child is not None and child.poll() is None else process.pid if process else None
         if leader is not None:
             with contextlib.suppress(ProcessLookupError):
-                # To the session: to the launcher and to all ranks.
+                # The whole process group: the launcher and all ranks.
                 os.killpg(leader, number)
 
 
 def _visible_gpus() -> list[str]:
-    """Names of this machine's GPUs as CUDA_VISIBLE_DEVICES has them, without asking CUDA."""
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if given is not None:
-        return [name for name in given.split(",") if name.strip()]
+    """Returns the GPU identifiers as in CUDA_VISIBLE_DEVICES, without initialising CUDA."""
+    visible_devices = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible_devices is not None:
+        return [name for name in visible_devices.split(",") if name.strip()]
     return [str(index) for index in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
 
 
 class SlurmLauncher:
-    """A job for each trial."""
+    """Starts each trial as a Slurm job."""
 
     def __init__(self, cluster: ClusterConfig) -> None:
         self._cluster = cluster
@@ -133,10 +137,10 @@ class SlurmLauncher:
         return f"{run_dir.parent.name}/{run_dir.name}"
 
     def _jobs(self, run_dir: Path) -> list[str]:
-        """By its name as well: a job may have been queued by somebody who was killed before he could note its number."""
-        noted = [record.id for record in submission.read_job_records(run_dir)]
-        states = slurm.states(noted)
-        return [job for job in noted if states[job].active] or slurm.queued(
+        """Returns the IDs of active jobs; finds a job by its name if a kill prevented recording it."""
+        recorded = [record.id for record in submission.read_job_records(run_dir)]
+        states = slurm.states(recorded)
+        return [job for job in recorded if states[job].active] or slurm.queued(
             {self._name(run_dir): run_dir / "submit.sh"}
         )
 

@@ -1,4 +1,4 @@
-"""The batch script of a job: what a person would write, with every `#SBATCH` line spelled out."""
+"""Generates the batch script of a job, with every option as an explicit `#SBATCH` line."""
 
 import re
 import shlex
@@ -10,8 +10,8 @@ from fireflyds.config import VERBS, ClusterConfig, Container, Resources
 from fireflyds.errors import UserError
 
 LAUNCH = Path(__file__).parents[2] / "launch"
-# Options that only jobs with GPUs get.
-_OF_GPUS = ("--gres=", "--gpus", "--gpu-bind")
+# Prefixes of options that are passed only to jobs with GPUs.
+_GPU_OPTIONS = ("--gres=", "--gpus", "--gpu-bind")
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,17 +21,17 @@ class Job:
     name: str
     verb: str
     folder: Path
-    """Where its files are: that of the run."""
+    """Folder of the run that the job belongs to."""
     config: Path
     script: Path
     stamp: str = ""
-    """Written to `done` when the job has done its work."""
+    """Text written to the file `done` when the job succeeds; empty: nothing is written."""
     wait_seconds: int = 0
-    """A rank that has left is followed by the others within this time, or they are ended."""
+    """Value of `srun --wait`: seconds after the first rank's exit until remaining ranks are killed."""
 
     @property
     def log(self) -> Path:
-        """Slurm puts the job's number in place of `%j`; a job that goes on writes on."""
+        """Path of the log. Slurm replaces `%j` by the job's ID; a requeued job appends to its log."""
         return self.folder / "logs" / f"slurm-{self.name.rpartition('/')[2]}-%j.log"
 
     @property
@@ -40,7 +40,7 @@ class Job:
 
     @property
     def code(self) -> Path:
-        """Holds the exit code of its newest start, once that has ended."""
+        """Path of the file with the exit code of the job's last start; absent while it runs."""
         return code_file(self.script)
 
 
@@ -49,35 +49,35 @@ def code_file(script: Path) -> Path:
 
 
 def text(job: Job, cluster: ClusterConfig) -> str:
-    """The script. It takes one argument: its place in a chain of jobs of the same run."""
+    """Returns the script. Its argument is the position in a chain of jobs of the same run, from 1."""
     options = [f"#SBATCH {option}" for option in _options(job, cluster)]
     parts = [
         "#!/bin/bash",
-        f"# {job.name}: {job.verb}. Written by launch/submit.py; can be given to sbatch again as it is.",
+        f"# {job.name}: {job.verb}. Written by launch/submit.py; can be submitted again unchanged with sbatch.",
         *options,
         "",
-        *_before(job, cluster),
-        *_command(job, cluster),
+        *_setup_lines(job, cluster),
+        *_command_lines(job, cluster),
         "code=$?",
         "",
-        *_after(job, cluster),
+        *_exit_lines(job, cluster),
     ]
     return "\n".join(parts) + "\n"
 
 
 def _options(job: Job, cluster: ClusterConfig) -> list[str]:
     resources = VERBS[job.verb].resources
-    whole = resources is Resources.all_gpus
-    gpus = cluster.gpus_per_node if whole else 1 if resources is Resources.one_gpu else 0
+    uses_all_gpus = resources is Resources.all_gpus
+    gpus = cluster.gpus_per_node if uses_all_gpus else 1 if resources is Resources.one_gpu else 0
     on_gpu = bool(gpus) and not cluster.on_cpu
-    further = [option for option in cluster.sbatch.split() if on_gpu or not option.startswith(_OF_GPUS)]
+    extra_options = [option for option in cluster.sbatch.split() if on_gpu or not option.startswith(_GPU_OPTIONS)]
     if cluster.on_cpu or "--gres=" in cluster.sbatch:
         gpus = 0
     partition = cluster.partition if on_gpu or cluster.on_cpu else cluster.cpu_partition or cluster.partition
-    found = {
+    options = {
         "job-name": job.name,
-        "nodes": cluster.nodes if whole else 1,
-        "ntasks-per-node": cluster.gpus_per_node if whole else 1,
+        "nodes": cluster.nodes if uses_all_gpus else 1,
+        "ntasks-per-node": cluster.gpus_per_node if uses_all_gpus else 1,
         "gpus-per-node": gpus,
         "cpus-per-task": cluster.cpus_per_task,
         "mem": cluster.memory,
@@ -91,39 +91,45 @@ def _options(job: Job, cluster: ClusterConfig) -> list[str]:
         "chdir": Path.cwd(),
         "output": job.log.absolute(),
         "open-mode": "append",
-        # To the ranks, not to this script: they finish the step, save and leave.
+        # Sent to the ranks, not to this script: they finish the step, save a checkpoint and exit.
         "signal": f"USR1@{cluster.signal_seconds}" if job.verb == "train" else "",
     }
-    put_back = "--requeue" if cluster.requeue else "--no-requeue"
-    return [*(_written(name, str(value)) for name, value in found.items() if value), put_back, *further]
+    requeue_option = "--requeue" if cluster.requeue else "--no-requeue"
+    return [
+        *(_format_option(name, str(value)) for name, value in options.items() if value),
+        requeue_option,
+        *extra_options,
+    ]
 
 
-def _written(name: str, value: str) -> str:
-    """Slurm takes what has spaces in double quotes, and nothing else of a shell's."""
-    if found := re.search(r'["\n\\]', value):
-        raise UserError(f"{value!r}: holds {found.group()!r}, which no #SBATCH line can. Give another name or folder")
+def _format_option(name: str, value: str) -> str:
+    """Formats an option. Slurm reads values with spaces in double quotes, but no other shell syntax."""
+    if match := re.search(r'["\n\\]', value):
+        raise UserError(
+            f"{value!r}: contains {match.group()!r}, invalid in an #SBATCH line. Give another name or folder"
+        )
     return f'--{name}="{value}"' if re.search(r"[\s#']", value) else f"--{name}={value}"
 
 
-def _before(job: Job, cluster: ClusterConfig) -> list[str]:
+def _setup_lines(job: Job, cluster: ClusterConfig) -> list[str]:
     lines, code = [], shlex.quote(str(job.code))
     if cluster.chain > 1 and job.verb == "train":
         lines += [
-            "# An earlier job of the chain may have done all the work, or ended in a way that another start does not mend.",
+            "# Exit if an earlier job of the chain completed the run or failed in a way that a restart does not fix.",
             f'if [ "${{1:-1}}" -gt 1 ] && ended=$(grep -sxE "0|2|76" {code}); then',
-            '  echo "an earlier job of this chain left with code $ended: nothing to do"; exit "$ended"',
+            '  echo "an earlier job of this chain exited with code $ended: nothing to do"; exit "$ended"',
             "fi",
         ]
     lines.append(f"rm -f {code}")
     if job.verb == "train" and cluster.requeue:
-        lines.append(f'[ "${{SLURM_RESTART_COUNT:-0}}" -gt 0 ] || rm -f {_requeued_at(job)}')
+        lines.append(f'[ "${{SLURM_RESTART_COUNT:-0}}" -gt 0 ] || rm -f {_requeue_file(job)}')
     lines += [f"module load {module}" for module in cluster.modules.split()]
     lines += cluster.setup
     lines += [f"export {name}={shlex.quote(value)}" for name, value in cluster.environment.items()]
     if "MASTER_ADDR" not in cluster.environment and VERBS[job.verb].resources is Resources.all_gpus:
         lines += ["# Rank 0 runs on the first node, where this script runs too.", "export MASTER_ADDR=$(hostname)"]
     lines += [
-        "# A step does not take over the job's cores by itself.",
+        "# srun does not inherit the job's --cpus-per-task by itself.",
         'if [ -n "$SLURM_CPUS_PER_TASK" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi',
     ]
     if "OMP_NUM_THREADS" not in cluster.environment:
@@ -131,50 +137,50 @@ def _before(job: Job, cluster: ClusterConfig) -> list[str]:
     return [*lines, ""]
 
 
-def _requeued_at(job: Job) -> str:
-    """A line for each time the job was put back: its newest checkpoint then."""
+def _requeue_file(job: Job) -> str:
+    """Returns the quoted path of a file with one line per requeue: the newest checkpoint at that time."""
     return shlex.quote(str(job.folder / "logs/requeued_at"))
 
 
-def _command(job: Job, cluster: ClusterConfig) -> list[str]:
-    inside = cluster.container is not Container.none
-    python = cluster.python or ("python" if inside else sys.executable)
+def _command_lines(job: Job, cluster: ClusterConfig) -> list[str]:
+    in_container = cluster.container is not Container.none
+    python = cluster.python or ("python" if in_container else sys.executable)
     command = [python, str(LAUNCH / f"{job.verb}.py"), "--config", str(job.config)]
-    start = ["srun", f"--wait={job.wait_seconds}"]
-    here = str(Path.cwd())
-    places = dict.fromkeys([here, str(LAUNCH.parent)])
+    launcher = ["srun", f"--wait={job.wait_seconds}"]
+    working_dir = str(Path.cwd())
+    mounted = dict.fromkeys([working_dir, str(LAUNCH.parent)])
     folder = job.config.absolute().parent
-    if not any(folder.is_relative_to(place) for place in places):
-        places[str(folder)] = None
-    mounts = [*(f"{place}:{place}" for place in places), *cluster.mounts]
+    if not any(folder.is_relative_to(path) for path in mounted):
+        mounted[str(folder)] = None
+    mounts = [*(f"{path}:{path}" for path in mounted), *cluster.mounts]
     if cluster.container is Container.pyxis:
-        start += [
+        launcher += [
             f"--container-image={cluster.image}",
             f"--container-mounts={','.join(mounts)}",
-            f"--container-workdir={here}",
+            f"--container-workdir={working_dir}",
         ]
     elif cluster.container is Container.apptainer:
         nv = [] if cluster.on_cpu else ["--nv"]
-        start += ["apptainer", "exec", *nv, "--bind", ",".join(mounts), "--pwd", here, cluster.image]
-    return [f"{shlex.join(start)} \\", f"  {shlex.join(command)}"]
+        launcher += ["apptainer", "exec", *nv, "--bind", ",".join(mounts), "--pwd", working_dir, cluster.image]
+    return [f"{shlex.join(launcher)} \\", f"  {shlex.join(command)}"]
 
 
-def _after(job: Job, cluster: ClusterConfig) -> list[str]:
+def _exit_lines(job: Job, cluster: ClusterConfig) -> list[str]:
     lines = [f'echo "$code" > {shlex.quote(str(job.code))}']
     if job.stamp:
         lines.append(f'if [ "$code" -eq 0 ]; then echo {job.stamp} > {shlex.quote(str(job.done))}; fi')
     if job.verb == "train" and cluster.requeue:
-        places, steps = shlex.quote(str(job.folder / "checkpoints")), _requeued_at(job)
-        often = cluster.max_failures + 1
+        checkpoints, requeues = shlex.quote(str(job.folder / "checkpoints")), _requeue_file(job)
+        max_starts = cluster.max_failures + 1
         lines += [
-            "# 0: all steps are done. 2: wrong input. 76: a file STOP asked for it. After anything else (75: the time limit or",
-            "# preemption; else a rank or a node was lost) the job goes on later, as long as there are newer checkpoints.",
+            "# 0: all steps are done. 2: invalid input. 76: a STOP file. After any other code (75: time limit or",
+            "# preemption; otherwise a lost rank or node) the job is requeued, as long as there are newer checkpoints.",
             'case "$code" in 0 | 2 | 76) exit "$code" ;; esac',
-            f'saved=$(ls -d {places}/step-* 2> /dev/null | sort -V | tail -n 1); echo "${{saved:-nothing}}" >> {steps}',
-            f"if [ \"$(tail -n {often} {steps} | uniq -c | awk 'NR == 1 {{print $1}}')\" = {often} ]; then",
-            f'  echo "left with code $code, {often} times in a row without a newer checkpoint: not put back"; exit "$code"',
+            f'saved=$(ls -d {checkpoints}/step-* 2> /dev/null | sort -V | tail -n 1); echo "${{saved:-none}}" >> {requeues}',
+            f"if [ \"$(tail -n {max_starts} {requeues} | uniq -c | awk 'NR == 1 {{print $1}}')\" = {max_starts} ]; then",
+            f'  echo "exited with code $code, {max_starts} times in a row without a newer checkpoint: not requeued"; exit "$code"',
             "fi",
-            'echo "left with code $code: put back into the queue"',
+            'echo "exited with code $code: requeued"',
             'scontrol requeue "$SLURM_JOB_ID"',
         ]
     return [*lines, 'exit "$code"']

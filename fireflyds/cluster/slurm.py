@@ -1,4 +1,4 @@
-"""Slurm's commands, and what to do when they refuse."""
+"""Wrappers of Slurm's commands, with remedies for their errors."""
 
 import os
 import re
@@ -10,32 +10,32 @@ from pathlib import Path
 
 from fireflyds.errors import UserError
 
-# A controller whose queue is full lets sbatch knock again and again; one that is away takes as long to be noticed.
+# Timeout of a command in seconds: sbatch retries while the queue is full or the controller is unreachable.
 _PATIENCE = 60.0
-_AWAY = "Unable to contact|Connection refused|connect failure|timed out"
-_FULL = "queue is full|temporarily unable to accept|MaxSubmit"
-# What Slurm says, and which key it is about.
+_UNREACHABLE = "Unable to contact|Connection refused|connect failure|timed out"
+_QUEUE_FULL = "queue is full|temporarily unable to accept|MaxSubmit"
+# Pattern of Slurm's error text, and the remedy with the key to change.
 _REMEDIES = (
-    ("Max\\w*(Wall|PerJob)|Max(Wall|Node|Cpu|Gres)\\w*Limit", "one job may not have as much: give a shorter cluster.time or fewer cluster.nodes; `sacctmgr show qos,associations` shows the limits"),
-    (f"{_FULL}|QOSMax|AssocMax|AssocGrp|QOSGrp", "the queue takes no more of your jobs; wait until some have ended, or give another cluster.qos or cluster.account"),
+    ("Max\\w*(Wall|PerJob)|Max(Wall|Node|Cpu|Gres)\\w*Limit", "the limit of a single job is exceeded: give a shorter cluster.time or fewer cluster.nodes; `sacctmgr show qos,associations` shows the limits"),
+    (f"{_QUEUE_FULL}|QOSMax|AssocMax|AssocGrp|QOSGrp", "the queue accepts no more of your jobs; wait until some have ended, or give another cluster.qos or cluster.account"),
     ("account", "give cluster.account=<one of yours>; `sacctmgr show associations user=$USER` lists them"),
     ("partition", "give cluster.partition=<one of `sinfo`>"),
     ("qos", "give cluster.qos=<one of `sacctmgr show qos`>"),
     ("time limit", "give a shorter cluster.time; `sinfo` shows the limit of each partition"),
     ("feature|constraint", "give another cluster.constraint; `sinfo -o '%n %f'` lists the features of nodes"),
-    ("gres|generic resource", "this cluster counts its GPUs under another name: look at `sinfo -o '%n %G'`, give cluster.sbatch=--gres=gpu:8 or cluster.gpu=cpu"),
-    ("node configuration|node count|Memory|CPU count", "no node has what is asked: compare cluster.nodes, gpus_per_node, cpus_per_task and memory with `sinfo -o '%n %c %m %G'`"),
-    (_AWAY, "the controller does not answer: `scontrol ping`, or SLURM_CONF names another cluster"),
-    ("unrecognized option|invalid option", "this Slurm does not know the option: look at cluster.sbatch"),
+    ("gres|generic resource", "this cluster has another name for its GPUs: see `sinfo -o '%n %G'`, give cluster.sbatch=--gres=gpu:8 or cluster.gpu=cpu"),
+    ("node configuration|node count|Memory|CPU count", "no node has the requested resources: compare cluster.nodes, gpus_per_node, cpus_per_task and memory with `sinfo -o '%n %c %m %G'`"),
+    (_UNREACHABLE, "the controller does not respond: check `scontrol ping` and SLURM_CONF"),
+    ("unrecognized option|invalid option", "this version of Slurm does not have the option: check cluster.sbatch"),
 )  # fmt: skip
 
-_ENDED = (
+_TERMINAL_STATES = (
     "gone", "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY", "REVOKED",
 )  # fmt: skip
-# Of a job or a launcher that this process may stand in itself: they would reach the new job, and its ranks believe them.
-_NOT_PASSED = ("SLURM_", "SRUN_", "SBATCH_", "PMI", "OMPI_")
-_PASSED = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
-_OF_RANKS = (
+# Variables of a job or launcher around this process: the new job would inherit them and its ranks would use them.
+_REMOVED_PREFIXES = ("SLURM_", "SRUN_", "SBATCH_", "PMI", "OMPI_")
+_KEPT_VARIABLES = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
+_RANK_VARIABLES = (
     "RANK",
     "WORLD_SIZE",
     "LOCAL_RANK",
@@ -48,136 +48,145 @@ _OF_RANKS = (
 
 
 class UnavailableError(UserError):
-    """Slurm does not answer, or takes no more jobs for now: the same may go well later."""
+    """Slurm does not respond, or accepts no more jobs at present; a retry may succeed."""
 
 
 @dataclass(frozen=True, slots=True)
 class JobState:
-    """How a job stands."""
+    """The state of a job as reported by Slurm."""
 
     state: str
-    """Slurm's word, such as PENDING, RUNNING, COMPLETED; `gone` when Slurm has forgotten it."""
+    """Slurm's state, such as PENDING, RUNNING, COMPLETED; `gone` if Slurm no longer has a record of the job."""
     reason: str = ""
     elapsed: str = ""
     nodes: str = ""
 
     @property
     def active(self) -> bool:
-        return self.state not in _ENDED
+        return self.state not in _TERMINAL_STATES
 
 
 def require() -> None:
-    """Raises `UserError` where there is no Slurm."""
+    """Raises `UserError` if sbatch is not on the path."""
     if shutil.which("sbatch") is None:
         raise UserError(
             "cluster.scheduler=slurm: there is no sbatch on the path. Submit from a login node (`module load slurm`?), or "
-            "give dry_run=true to write the script and take it there"
+            "give dry_run=true to write the script without submitting it"
         )
 
 
 def try_out(script: str) -> None:
-    """Let Slurm say, without queueing anything, whether it would take a script, given as text.
+    """Validates a script, given as text, with `sbatch --test-only`; queues nothing.
 
     Raises:
-        UserError: it would not.
+        UserError: Slurm would reject it.
     """
     try:
         _sbatch("--test-only", text=script)
     except UserError as error:
-        # Said also where nodes are down or drained for now: then the job waits for them.
-        if "node configuration is not available" not in str(error) or not _nodes_away(script):
+        # Slurm reports this also while nodes are down or drained; the job then waits for them.
+        if "node configuration is not available" not in str(error) or not _has_unavailable_nodes(script):
             raise
 
 
-def _nodes_away(script: str) -> bool:
-    """Some nodes of a script's partition cannot be used now."""
+def _has_unavailable_nodes(script: str) -> bool:
+    """True where some nodes of the script's partition are unavailable at present."""
     partition = re.search(r"^#SBATCH --partition=(\S+)$", script, re.MULTILINE)
-    asked = [f"--partition={partition[1]}"] if partition else []
-    found = _run(["sinfo", "--noheader", "--Node", *asked, "--format=%t"])
-    return any(not re.match("idle|mix|alloc|comp|plnd", state) for state in found.stdout.split())
+    options = [f"--partition={partition[1]}"] if partition else []
+    result = _run(["sinfo", "--noheader", "--Node", *options, "--format=%t"])
+    return any(not re.match("idle|mix|alloc|comp|plnd", state) for state in result.stdout.split())
 
 
 def submit(script: Path, place: int = 1, after: str = "") -> str:
-    """Queue a script and return the job's number. `place` is its argument; `after` a dependency, such as `afterok:12`.
+    """Queues a script and returns the job's ID.
+
+    Args:
+        place: the script's argument, its position in a chain of jobs, from 1.
+        after: a dependency, such as `afterok:12`; empty for none.
 
     Raises:
-        UserError: Slurm refuses, or does not answer.
+        UserError: Slurm rejects the job or does not respond.
     """
-    # A job whose dependency can never come true would wait for ever.
+    # Otherwise a job whose dependency can no longer be satisfied stays pending for ever.
     dependency = [f"--dependency={after}", "--kill-on-invalid-dep=yes"] if after else []
     return _sbatch("--parsable", *dependency, str(script.absolute()), str(place)).split(";")[0]
 
 
 def states(jobs: Sequence[str]) -> dict[str, JobState]:
-    """How each job stands.
+    """Returns the state of each job, by ID.
 
     Raises:
-        UserError: Slurm does not answer.
+        UserError: Slurm does not respond.
     """
-    found = dict.fromkeys(jobs, JobState("gone"))
+    job_states = dict.fromkeys(jobs, JobState("gone"))
     for job in jobs:
-        # Not squeue: it fails for all when it has forgotten one.
-        done = _run(["scontrol", "--oneliner", "show", "job", job])
-        if done.returncode and "Invalid job id" not in done.stderr:
-            raise _refused(f"scontrol show job {job}", done.stderr)
-        fields = dict(re.findall(r"(\w+)=(\S*)", done.stdout))
+        # Not squeue: it fails for all jobs if it has no record of one of them.
+        result = _run(["scontrol", "--oneliner", "show", "job", job])
+        if result.returncode and "Invalid job id" not in result.stderr:
+            raise _slurm_error(f"scontrol show job {job}", result.stderr)
+        fields = dict(re.findall(r"(\w+)=(\S*)", result.stdout))
         if "JobState" in fields:
             reason = "" if fields.get("Reason") == "None" else fields.get("Reason", "")
             nodes = "" if fields.get("NodeList") == "(null)" else fields.get("NodeList", "")
-            found[job] = JobState(fields["JobState"], reason, fields.get("RunTime", ""), nodes)
-    return found
+            job_states[job] = JobState(fields["JobState"], reason, fields.get("RunTime", ""), nodes)
+    return job_states
 
 
 def queued(scripts: Mapping[str, Path]) -> list[str]:
-    """Jobs in the queue that bear one of the names and run its script."""
-    done = _run(["squeue", "--noheader", f"--name={','.join(scripts)}", "--format=%i %o"])
-    if done.returncode:
-        raise _refused("squeue", done.stderr)
+    """Returns the IDs of queued jobs that have one of the names and run its script."""
+    result = _run(["squeue", "--noheader", f"--name={','.join(scripts)}", "--format=%i %o"])
+    if result.returncode:
+        raise _slurm_error("squeue", result.stderr)
     paths = [str(script.absolute()) for script in scripts.values()]
-    lines = [line.partition(" ") for line in done.stdout.splitlines()]
-    return [job for job, _, words in lines if any(words == path or words.startswith(f"{path} ") for path in paths)]
+    lines = [line.partition(" ") for line in result.stdout.splitlines()]
+    return [
+        job for job, _, command in lines if any(command == path or command.startswith(f"{path} ") for path in paths)
+    ]
 
 
 def cancel(jobs: Sequence[str]) -> None:
-    """End jobs: waiting ones at once; running ones get SIGTERM first, on which training saves."""
+    """Cancels jobs: pending ones at once; running ones receive SIGTERM first, on which training saves a checkpoint."""
     if jobs:
-        done = _run(["scancel", *jobs])
-        if done.returncode:
-            raise _refused(f"scancel {' '.join(jobs)}", done.stderr)
+        result = _run(["scancel", *jobs])
+        if result.returncode:
+            raise _slurm_error(f"scancel {' '.join(jobs)}", result.stderr)
 
 
-def _sbatch(*words: str, text: str = "") -> str:
-    done = _run(["sbatch", *words], text)
-    if done.returncode:
-        raise _refused("sbatch refused the job", done.stderr)
-    return done.stdout.strip()
+def _sbatch(*arguments: str, text: str = "") -> str:
+    result = _run(["sbatch", *arguments], text)
+    if result.returncode:
+        raise _slurm_error("sbatch rejected the job", result.stderr)
+    return result.stdout.strip()
 
 
-def _run(words: list[str], given: str = "") -> "subprocess.CompletedProcess[str]":
+def _run(command: list[str], stdin: str = "") -> "subprocess.CompletedProcess[str]":
     environment = {
         name: value
         for name, value in os.environ.items()
-        if name in _PASSED or not (name.startswith(_NOT_PASSED) or name in _OF_RANKS)
+        if name in _KEPT_VARIABLES or not (name.startswith(_REMOVED_PREFIXES) or name in _RANK_VARIABLES)
     }
     try:
         return subprocess.run(
-            words, env=environment, input=given, capture_output=True, text=True, errors="replace", timeout=_PATIENCE
+            command, env=environment, input=stdin, capture_output=True, text=True, errors="replace", timeout=_PATIENCE
         )
     except FileNotFoundError as error:
-        raise UserError(f"{words[0]}: not on the path. Slurm's commands are on login nodes") from error
+        raise UserError(f"{command[0]}: not on the path. Slurm's commands are available on login nodes") from error
     except subprocess.TimeoutExpired as error:
-        said = error.stderr.decode(errors="replace") if isinstance(error.stderr, bytes) else error.stderr or ""
-        raise UnavailableError(f"{words[0]}: no answer within {_PATIENCE:.0f} s. {_refusal(said)}") from error
+        stderr = error.stderr.decode(errors="replace") if isinstance(error.stderr, bytes) else error.stderr or ""
+        raise UnavailableError(
+            f"{command[0]}: no answer within {_PATIENCE:.0f} s. {_describe_error(stderr)}"
+        ) from error
 
 
-def _refused(what: str, said: str) -> UserError:
-    kind = UnavailableError if re.search(f"{_AWAY}|{_FULL}", said, re.IGNORECASE) else UserError
-    return kind(f"{what}: {_refusal(said)}")
+def _slurm_error(action: str, stderr: str) -> UserError:
+    """Returns an `UnavailableError` where a retry may succeed, otherwise a `UserError`."""
+    error_type = UnavailableError if re.search(f"{_UNREACHABLE}|{_QUEUE_FULL}", stderr, re.IGNORECASE) else UserError
+    return error_type(f"{action}: {_describe_error(stderr)}")
 
 
-def _refusal(said: str) -> str:
-    """Slurm's own words, in one line, and what to do."""
-    lines = dict.fromkeys(re.sub(r"^(s\w+: )?(error: )?", "", line.strip()) for line in said.splitlines())
-    words = "; ".join(line for line in lines if line) or "it said nothing"
-    remedy = next((remedy for pattern, remedy in _REMEDIES if re.search(pattern, words, re.IGNORECASE)), None)
-    return f"{words}. Remedy: {remedy or 'look at the options in the script, and at `scontrol show config`'}"
+def _describe_error(stderr: str) -> str:
+    """Returns Slurm's error text in one line, followed by the remedy."""
+    lines = dict.fromkeys(re.sub(r"^(s\w+: )?(error: )?", "", line.strip()) for line in stderr.splitlines())
+    message = "; ".join(line for line in lines if line) or "no error text"
+    remedy = next((remedy for pattern, remedy in _REMEDIES if re.search(pattern, message, re.IGNORECASE)), None)
+    return f"{message}. Remedy: {remedy or 'check the options in the script and `scontrol show config`'}"

@@ -1,4 +1,7 @@
-"""Jobs of a run or of a road: frozen, written, queued all or none, and remembered in `jobs.json`."""
+"""Submits the Slurm jobs of a run or a pipeline, all or none.
+
+Writes each job's frozen configuration and batch script, queues the jobs and records them in `jobs.json`.
+"""
 
 import contextlib
 import json
@@ -19,13 +22,13 @@ from fireflyds.errors import UserError
 from fireflyds.fs import atomic_write_text
 
 RECORDS = "jobs.json"
-# Ranks that have nobody to wait for leave within this time after one has left.
+# Seconds within which the remaining ranks exit after a first one has exited, beyond training's own timeouts.
 _WAIT_SECONDS = 180
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedJob:
-    """A job and the configuration that it is to find, as YAML."""
+    """A job and its frozen configuration, as YAML text."""
 
     job: Job
     config: str
@@ -33,7 +36,7 @@ class PlannedJob:
 
 @dataclass(frozen=True, slots=True)
 class JobRecord:
-    """A job that was queued."""
+    """A queued job, as recorded in `jobs.json`."""
 
     name: str
     verb: str
@@ -45,46 +48,56 @@ class JobRecord:
 
 
 def plan_job(verb: str, name: str, folder: Path, run_dir: Path | None, config: str, stamp: str = "") -> PlannedJob:
-    """The job of a stage `name`; `folder` is that of what was submitted, `run_dir` that of a training run."""
-    # A training run has its configuration where training itself writes it.
-    alone = run_dir == folder
-    place = folder / "config.yaml" if alone else folder / "jobs" / f"{name}.yaml"
-    path = folder / "submit.sh" if alone else folder / "jobs" / f"{name}.sh"
-    return PlannedJob(Job(name, verb, run_dir or folder, place, path, stamp, _wait_seconds(verb, config)), config)
+    """Returns the job of a run or of a pipeline stage.
+
+    Args:
+        folder: folder of the submitted run or pipeline.
+        run_dir: folder of the training run; None for other verbs.
+        stamp: text that the job writes to its `.done` file on success.
+    """
+    # A single training run keeps its configuration where training itself writes it.
+    is_single_run = run_dir == folder
+    config_path = folder / "config.yaml" if is_single_run else folder / "jobs" / f"{name}.yaml"
+    script_path = folder / "submit.sh" if is_single_run else folder / "jobs" / f"{name}.sh"
+    return PlannedJob(
+        Job(name, verb, run_dir or folder, config_path, script_path, stamp, _wait_seconds(verb, config)), config
+    )
 
 
 def _wait_seconds(verb: str, config: str) -> int:
-    """Ranks of a training notice by themselves, and say, that another did not come or is lost; then they leave."""
+    """Returns the value of `srun --wait`: longer than training's own timeouts, which log the missing rank."""
     if verb != "train":
         return _WAIT_SECONDS
-    found = plain(config)
-    patience: float = max(60 * found["hardware"]["start_timeout_minutes"], found["recovery"]["heartbeat_seconds"])
-    return math.ceil(patience) + _WAIT_SECONDS
+    config_values = plain(config)
+    timeout: float = max(
+        60 * config_values["hardware"]["start_timeout_minutes"], config_values["recovery"]["heartbeat_seconds"]
+    )
+    return math.ceil(timeout) + _WAIT_SECONDS
 
 
 def read_job_records(folder: Path) -> list[JobRecord]:
-    """What was queued for a run before."""
+    """Returns the recorded jobs of a run; empty before its first submission."""
     file = folder / RECORDS
     return [JobRecord(**record) for record in json.loads(file.read_text(encoding="utf-8"))] if file.exists() else []
 
 
 def refuse_active(folder: Path) -> None:
-    """Raises `UserError` where an earlier job of the same run waits or runs."""
-    before = read_job_records(folder)
-    states = slurm.states([record.id for record in before])
+    """Raises `UserError` if an earlier job of the same run is pending or running."""
+    records = read_job_records(folder)
+    states = slurm.states([record.id for record in records])
     active = [
-        f"{record.name} (job {record.id}, {states[record.id].state})" for record in before if states[record.id].active
+        f"{record.name} (job {record.id}, {states[record.id].state})" for record in records if states[record.id].active
     ]
     if active:
         raise UserError(
-            f"{folder}: submitted already: {', '.join(active)}. Wait for it, `launch/submit.py action=cancel run=...`, or give another run="
+            f"{folder}: submitted already: {', '.join(active)}. Wait, cancel it (`launch/submit.py action=cancel run=...`) or give another run="
         )
 
 
-def _refuse_unknown(planned: Sequence[PlannedJob], folder: Path) -> None:
-    """Whoever queued a job may have been killed before its number was noted."""
-    noted = [record.id for record in read_job_records(folder)]
-    unknown = [job for job in slurm.queued(_scripts(planned)) if job not in noted]
+def _refuse_unrecorded(planned: Sequence[PlannedJob], folder: Path) -> None:
+    """Raises `UserError` if a job is queued that `jobs.json` lacks: its submission was killed before recording it."""
+    recorded = [record.id for record in read_job_records(folder)]
+    unknown = [job for job in slurm.queued(_scripts(planned)) if job not in recorded]
     if unknown:
         raise UserError(
             f"{folder}: submitted already, as job {', '.join(unknown)}. Wait for it, or `scancel {' '.join(unknown)}`"
@@ -92,69 +105,75 @@ def _refuse_unknown(planned: Sequence[PlannedJob], folder: Path) -> None:
 
 
 def submit(planned: Sequence[PlannedJob], cluster: ClusterConfig, folder: Path) -> list[JobRecord]:
-    """Queue jobs, each after the one before has done its work.
+    """Queues jobs, each of which starts after the previous one has succeeded.
 
     Raises:
-        UserError: a job is refused. Then none is left in the queue, and files are as before.
+        UserError: Slurm rejects a job. Then no job remains in the queue and all files are restored.
     """
     slurm.require()
     refuse_active(folder)
-    _refuse_unknown(planned, folder)
-    for each in planned:
-        slurm.try_out(script.text(each.job, cluster))
+    _refuse_unrecorded(planned, folder)
+    for planned_job in planned:
+        slurm.try_out(script.text(planned_job.job, cluster))
     files = [*_files(planned), folder / RECORDS]
-    old = {path: path.read_text(encoding="utf-8") if path.exists() else None for path in files}
+    original_texts = {path: path.read_text(encoding="utf-8") if path.exists() else None for path in files}
     queued: list[JobRecord] = []
-    # A connection that drops in the middle is a Ctrl-C.
-    with _signals(signal.default_int_handler, signal.SIGHUP, signal.SIGTERM):
+    # SIGHUP (a dropped connection) and SIGTERM raise KeyboardInterrupt, as Ctrl-C does.
+    with _handle_signals(signal.default_int_handler, signal.SIGHUP, signal.SIGTERM):
         try:
             write(planned, cluster)
-            for each in planned:
-                _queue(each.job, cluster, queued, folder)
+            for planned_job in planned:
+                _queue(planned_job.job, cluster, queued, folder)
         except BaseException as error:
-            with _signals(signal.SIG_IGN, signal.SIGHUP, signal.SIGTERM, signal.SIGINT):
-                _take_back(planned, queued, error)
-                for path, text in old.items():
+            with _handle_signals(signal.SIG_IGN, signal.SIGHUP, signal.SIGTERM, signal.SIGINT):
+                _cancel_queued(planned, queued, error)
+                for path, text in original_texts.items():
                     path.unlink(missing_ok=True) if text is None else atomic_write_text(path, text)
             raise
     return queued
 
 
-def _take_back(planned: Sequence[PlannedJob], queued: Sequence[JobRecord], error: BaseException) -> None:
-    """Also a job that Slurm has taken while its answer was lost. A job that cannot be taken back stays known."""
-    jobs = [record.id for record in queued]
+def _cancel_queued(planned: Sequence[PlannedJob], queued: Sequence[JobRecord], error: BaseException) -> None:
+    """Cancels the queued jobs, including one that Slurm accepted although its response was lost.
+
+    Raises:
+        UserError: the jobs cannot be cancelled; `jobs.json` then still lists them.
+    """
+    job_ids = [record.id for record in queued]
     try:
-        slurm.cancel(jobs)
+        slurm.cancel(job_ids)
         slurm.cancel(slurm.queued(_scripts(planned)))
-    except UserError as trouble:
-        if jobs:
-            left = f"jobs {', '.join(jobs)} may still be queued: `scancel {' '.join(jobs)}` when Slurm answers again"
-            raise UserError(f"{error}. And they could not be taken back ({trouble}): {left}") from error
+    except UserError as cancel_error:
+        if job_ids:
+            remedy = (
+                f"jobs {', '.join(job_ids)} may still be queued: `scancel {' '.join(job_ids)}` when Slurm answers again"
+            )
+            raise UserError(f"{error}. Cancelling the queued jobs failed as well ({cancel_error}): {remedy}") from error
 
 
 def _scripts(planned: Sequence[PlannedJob]) -> dict[str, Path]:
-    return {each.job.name: each.job.script for each in planned}
+    return {planned_job.job.name: planned_job.job.script for planned_job in planned}
 
 
 def write(planned: Sequence[PlannedJob], cluster: ClusterConfig) -> None:
-    """The frozen configurations and the scripts."""
-    for each in planned:
-        for path in (each.job.config, each.job.script, each.job.log):
+    """Writes the frozen configurations and batch scripts, and removes exit codes of earlier jobs."""
+    for planned_job in planned:
+        for path in (planned_job.job.config, planned_job.job.script, planned_job.job.log):
             path.parent.mkdir(parents=True, exist_ok=True)
-        each.job.code.unlink(missing_ok=True)
-        atomic_write_text(each.job.config, each.config)
-        atomic_write_text(each.job.script, script.text(each.job, cluster))
+        planned_job.job.code.unlink(missing_ok=True)
+        atomic_write_text(planned_job.job.config, planned_job.config)
+        atomic_write_text(planned_job.job.script, script.text(planned_job.job, cluster))
 
 
 def _files(planned: Sequence[PlannedJob]) -> list[Path]:
-    return [path for each in planned for path in (each.job.config, each.job.script)]
+    return [path for planned_job in planned for path in (planned_job.job.config, planned_job.job.script)]
 
 
 @contextlib.contextmanager
-def _signals(handler: Any, *numbers: signal.Signals) -> Iterator[None]:
-    """Handle some signals otherwise; Python allows it in the main thread only."""
-    mine = threading.current_thread() is threading.main_thread()
-    previous = {number: signal.signal(number, handler) for number in numbers if mine}
+def _handle_signals(handler: Any, *numbers: signal.Signals) -> Iterator[None]:
+    """Installs a handler for the signals within the context; no-op outside the main thread, where Python forbids it."""
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    previous = {number: signal.signal(number, handler) for number in numbers if is_main_thread}
     try:
         yield
     finally:
@@ -163,12 +182,12 @@ def _signals(handler: Any, *numbers: signal.Signals) -> Iterator[None]:
 
 
 def _queue(job: Job, cluster: ClusterConfig, queued: list[JobRecord], folder: Path) -> None:
-    """One job, or a chain of them; each is noted at once, so that whatever happens finds all."""
-    after = f"afterok:{queued[-1].id}" if queued else ""
-    for place in range(1, (cluster.chain if job.verb == "train" else 1) + 1):
-        number = slurm.submit(job.script, place, after)
-        name = job.name if place == 1 else f"{job.name} ({place})"
-        log = str(job.log).replace("%j", number)
-        queued.append(JobRecord(name, job.verb, number, str(job.folder), str(job.script), log, time.time()))
+    """Queues a job, or its chain of jobs; records each at once, so that none is lost on an interruption."""
+    dependency = f"afterok:{queued[-1].id}" if queued else ""
+    for position in range(1, (cluster.chain if job.verb == "train" else 1) + 1):
+        job_id = slurm.submit(job.script, position, dependency)
+        name = job.name if position == 1 else f"{job.name} ({position})"
+        log = str(job.log).replace("%j", job_id)
+        queued.append(JobRecord(name, job.verb, job_id, str(job.folder), str(job.script), log, time.time()))
         atomic_write_text(folder / RECORDS, json.dumps([asdict(record) for record in queued], indent=2))
-        after = f"afterany:{number}"
+        dependency = f"afterany:{job_id}"

@@ -1,4 +1,4 @@
-"""What a trial's run says of itself while it trains, and when it has ended."""
+"""Reads metrics, status and outcome of a trial from the files of its run."""
 
 import json
 import math
@@ -11,8 +11,8 @@ from fireflyds.cluster.launchers import LOG
 from fireflyds.config import Direction, ObjectiveAt, SearchConfig
 
 STOP = "STOP"
-# Of a long run so many values are reported at most: a pruner compares few, and a study keeps them all.
-_REPORTS = 200
+# Maximum number of values reported to the pruner per run: it compares few, and the study stores all of them.
+_MAX_REPORTS = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,83 +20,84 @@ class RunOutcome:
     """How a run ended."""
 
     state: str
-    """`finished`, `stopped` (by a file), `failed`, `diverged`; or it can go on: `left` as asked, `died` without a word."""
+    """`finished`, `stopped` (by a STOP file), `failed` or `diverged`; resumable: `interrupted` (by a signal) or `lost`
+    (no outcome was recorded, or a rank was lost)."""
     message: str = ""
 
 
 def metric_history(run_dir: Path, metric: str) -> list[tuple[int, float, int]]:
-    """Step, value and trained tokens, wherever the metric was measured; NaN where it was no number."""
+    """Returns (step, value, trained tokens) of every measurement of the metric; NaN where the value is not a number."""
     tokens: dict[int, int] = {}
-    found = []
+    history = []
     for row in _rows(run_dir / "metrics.jsonl"):
         tokens[row["step"]] = row["tokens"]
         if metric in row:
-            found.append((row["step"], _number(row[metric]), row["tokens"]))
+            history.append((row["step"], _number(row[metric]), row["tokens"]))
     validated = [row for row in _rows(run_dir / "validation.jsonl") if metric in row and row["step"] in tokens]
-    found += [(row["step"], _number(row[metric]), tokens[row["step"]]) for row in validated]
-    return found
+    history += [(row["step"], _number(row[metric]), tokens[row["step"]]) for row in validated]
+    return history
 
 
 def metric_names(run_dir: Path) -> list[str]:
-    """The metrics that a run has measured."""
+    """Returns the names of all metrics that a run has logged."""
     return sorted(
         {key for name in ("metrics", "validation") for row in _rows(run_dir / f"{name}.jsonl") for key in row}
     )
 
 
 def pruner_reports(run_dir: Path, search: SearchConfig) -> dict[int, float]:
-    """Values to compare with other trials, by step: the same steps in each."""
+    """Returns the values for the pruner by step; the same steps in every trial, so that they are comparable."""
     total = read_status(run_dir).get("total_steps", 0)
-    every = max(1, math.ceil(total / _REPORTS))
-    found = metric_history(run_dir, search.metric)
+    every = max(1, math.ceil(total / _MAX_REPORTS))
+    history = metric_history(run_dir, search.metric)
     return {
         step: value
-        for step, value, _ in found
+        for step, value, _ in history
         if step and (step % every == 0 or "validation" in search.metric) and math.isfinite(value)
     }
 
 
 def objective_value(run_dir: Path, search: SearchConfig) -> float | None:
-    """What counts of a run; None where it was not measured, NaN where it was no number."""
-    found = metric_history(run_dir, search.metric)
+    """Returns the objective's value of a run; None if it was not measured, NaN if it is not a number."""
+    history = metric_history(run_dir, search.metric)
     if search.value is ObjectiveAt.at_tokens:
-        found = [one for one in found if one[2] >= (search.tokens or 0)][:1]
-    if not found:
+        history = [entry for entry in history if entry[2] >= (search.tokens or 0)][:1]
+    if not history:
         return None
     if search.value is ObjectiveAt.best:
-        numbers = [one for _, one, _ in found if math.isfinite(one)]
+        numbers = [value for _, value, _ in history if math.isfinite(value)]
         return (min if search.direction is Direction.min else max)(numbers, default=math.nan)
-    return found[-1][1]
+    return history[-1][1]
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:
-    """The run's `status.json`; empty before there is one."""
+    """Returns the contents of the run's `status.json`; empty before it exists."""
     file = run_dir / "status.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
 def run_outcome(run_dir: Path) -> RunOutcome:
-    """How a run ended whose processes are gone."""
-    found = read_status(run_dir)
-    state, message = found.get("state"), found.get("message", "")
-    if state == "failed" and found.get("lost"):
+    """Returns the outcome of a run whose processes have exited."""
+    run_status = read_status(run_dir)
+    state, message = run_status.get("state"), run_status.get("message", "")
+    if state == "failed" and run_status.get("lost"):
         return RunOutcome("lost", message)
     if state == "failed":
         return RunOutcome(
             "diverged" if "recovery.max_skipped" in message or "recovery.max_rollbacks" in message else "failed",
             message,
         )
-    if state == "finished" or (state == "stopped" and found["exit_code"] == 76):
+    if state == "finished" or (state == "stopped" and run_status["exit_code"] == 76):
         return RunOutcome(str(state), message)
     if state == "stopped":
         return RunOutcome("interrupted", message)
-    if not found and (refusal := _error_line(run_dir)):
-        return RunOutcome("failed", refusal)
+    if not run_status and (error_line := _error_line(run_dir)):
+        return RunOutcome("failed", error_line)
     return RunOutcome("lost", _last_line(run_dir))
 
 
 def archive_output(run_dir: Path) -> None:
-    """Set aside what a start has said, so that the next one is judged by its own words."""
+    """Removes `status.json` and renames the logs of a failed start, so that they do not affect the next outcome."""
     (run_dir / "status.json").unlink(missing_ok=True)
     for file in [run_dir / LOG, *(run_dir / "logs").glob("slurm-*.log")]:
         if file.exists():
@@ -104,24 +105,25 @@ def archive_output(run_dir: Path) -> None:
 
 
 def training_totals(run_dir: Path) -> tuple[int, int, float]:
-    """Steps, tokens and seconds of training."""
+    """Returns the steps, tokens and seconds of training."""
     rows = list(_rows(run_dir / "metrics.jsonl"))
     return (rows[-1]["step"], rows[-1]["tokens"], sum(row["seconds"] for row in rows)) if rows else (0, 0, 0.0)
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a JSON Lines file; skips a last line that is not completely written."""
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
             if line.endswith("\n"):
                 yield json.loads(line)
 
 
-def _number(found: Any) -> float:
-    return math.nan if found is None else float(found)
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)
 
 
 def _output(run_dir: Path) -> list[str]:
-    """What its launcher or its jobs wrote, the newest last."""
+    """Returns the lines of the newest log of the run's launcher or jobs."""
     files = sorted(
         [run_dir / LOG, *(run_dir / "logs").glob("slurm-*.log")],
         key=lambda file: file.stat().st_mtime if file.exists() else 0,
@@ -130,7 +132,7 @@ def _output(run_dir: Path) -> list[str]:
 
 
 def _error_line(run_dir: Path) -> str:
-    """The message of a run that was refused before it began."""
+    """Returns the last `error: ` line, why the run was rejected before training; empty if there is none."""
     return next((line for line in reversed(_output(run_dir)) if line.startswith("error: ")), "")
 
 

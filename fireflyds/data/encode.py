@@ -27,7 +27,7 @@ def _document(encoder: Encoder, text: str, ids: list[int]) -> Example:
 
 
 def encode_samples(encoder: Encoder, template: str, samples: Sequence[Sample], loss_on: LossOn) -> list[Example | str]:
-    """Returns the example of each sample, or the reason why it cannot be encoded. Documents are tokenized in one batch."""
+    """Returns the example of each sample, or why it cannot be encoded. Documents are tokenized in one batch."""
     documents = iter(encoder.encode_batch([sample.text for sample in samples if sample.text is not None]))
     encoded: list[Example | str] = []
     for sample in samples:

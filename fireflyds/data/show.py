@@ -102,7 +102,7 @@ def plot_lengths(store: TokenStore, file: Path) -> None:
 
 
 def format_samples(config: PrepareConfig, encoder: Encoder) -> Iterator[tuple[str, Example | str]]:
-    """Yields a label and the example to be stored, or the reason for dropping it, for the first samples of each source."""
+    """Yields a label and the example (or the reason for dropping it) of the first samples of each source."""
     cleaner = Cleaner(config.clean)
     for source in config.data.sources:
         items = (item for part in source_parts(source) for item in read_part(source, part))
@@ -121,7 +121,7 @@ def format_samples(config: PrepareConfig, encoder: Encoder) -> Iterator[tuple[st
 
 
 def print_samples(config: PrepareConfig, encoder: Encoder) -> None:
-    """Prints samples with learned tokens in green and between ⟦ and ⟧, so that they are marked without colours too."""
+    """Prints samples with learned tokens in green and between ⟦ and ⟧, which also mark them without colours."""
     console = Console(soft_wrap=True, highlight=False)
     for name, example in format_samples(config, encoder):
         console.rule(Text(name))
@@ -141,14 +141,14 @@ def print_samples(config: PrepareConfig, encoder: Encoder) -> None:
 
 def _token_text(encoder: Encoder, ids: np.ndarray) -> str:
     """Returns the text of token ids, with special tokens by name."""
-    words: list[str] = []
+    texts: list[str] = []
     fragments = encoder.fragments()
-    held: list[int] = []
+    pending: list[int] = []
     for index in ids.tolist():
         # A special token decodes to an empty string; its name is shown instead.
         if index not in fragments and not encoder.decode([index]) and encoder.token(index).strip():
-            words += [encoder.decode(held), encoder.token(index)]
-            held = []
+            texts += [encoder.decode(pending), encoder.token(index)]
+            pending = []
         else:
-            held.append(index)
-    return "".join([*words, encoder.decode(held)])
+            pending.append(index)
+    return "".join([*texts, encoder.decode(pending)])

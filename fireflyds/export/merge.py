@@ -19,10 +19,10 @@ _PARTS = (".base_layer.", ".lora_", ".weight.absmax", ".weight.quant", ".weight.
 
 
 def merged_entries(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Entry]:
-    """Returns every weight of the plain model by name, computed lazily: one matrix at a time is merged when it is written.
+    """Returns every weight of the plain model by name, computed lazily: matrices are merged one at a time when written.
 
-    `dtype`: that of the written weights; None: float32 for merged, joined or dequantised weights, else unchanged. Merging is
-    done in float32, as merging into 4-bit weights would round off the trained update.
+    `dtype`: that of the written weights; None: float32 for merged, joined or dequantised weights, else unchanged.
+    Merging is done in float32, as merging into 4-bit weights would round off the trained update.
     """
     entries: dict[str, Entry] = {}
 
@@ -72,7 +72,7 @@ def _joined_rows(module: SplitEmbedding | SplitLMHead) -> Tensor:
 
 
 def _adapted_weight(layer: Any) -> Tensor:
-    """Returns W + scaling · B A in float32; under DoRA (arXiv 2402.09353) rows are rescaled to the trained magnitudes."""
+    """Returns W + scaling · B A in float32; under DoRA (arXiv 2402.09353) with its rows scaled to the magnitudes."""
     weight = adapted_direction(layer)
     if ADAPTER in getattr(layer, "lora_magnitude_vector", {}):
         magnitude = layer.lora_magnitude_vector[ADAPTER].weight.float()

@@ -44,8 +44,8 @@ def write_weights(
     for name, entry in entries.items():
         if expected.get(name) != entry.shape:
             raise UserError(
-                f"the trained weights do not match {plain_config.model_type}: {name} is {entry.shape}, the architecture has "
-                f"{expected.get(name, 'no such weight')}"
+                f"the trained weights do not match {plain_config.model_type}: {name} is {entry.shape}, the "
+                f"architecture has {expected.get(name, 'no such weight')}"
             )
     missing = expected.keys() - entries.keys() - tied
     if missing:
@@ -55,7 +55,7 @@ def write_weights(
 
 
 def write_chat_settings(folder: Path, encoder: Encoder, template: str | None) -> None:
-    """Writes `generation_config.json`; with a template also `chat_template.jinja`, and its stop token as the EOS token."""
+    """Writes `generation_config.json`; with a template also `chat_template.jinja`, and its stop token as EOS token."""
     stop = encoder.eos_id
     if template is not None:
         chat = registry.find("fireflyds.data.templates", template).CHAT
@@ -130,8 +130,8 @@ def write_model_card(folder: Path, trained: TrainConfig, about: dict[str, Any], 
         f"# {trained.run}",
         "",
         f"Trained with fireflyds from {base}: {trained.tuning.method.name}, learning rate {trained.optim.lr:g} "
-        f"({trained.optim.schedule.name}), {trained.global_batch_size} packed rows of {trained.seq_len} tokens per step, "
-        f"{about['checkpoint']}.",
+        f"({trained.optim.schedule.name}), {trained.global_batch_size} packed rows of {trained.seq_len} tokens "
+        f"per step, {about['checkpoint']}.",
         "",
         "```json",
         json.dumps(about, indent=2),

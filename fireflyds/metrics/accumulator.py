@@ -1,8 +1,8 @@
-"""Metrics of a training step beside its loss: by domain, by parameter group, throughput, and timing by rank.
+"""Metrics of a training step in addition to its loss: by domain, by parameter group, throughput, and timing by rank.
 
 Counts known on the host are part of the all-reduce before the step, loss sums of the all-reduce after the last backward
-pass; the timings of the ranks are all-gathered once at the end of the step. None of this adds a device synchronization to
-those of the training loop.
+pass; the timings of the ranks are all-gathered once at the end of the step. None of this adds a device synchronization
+to those of the training loop.
 """
 
 import math
@@ -81,8 +81,8 @@ class StepMetricsAccumulator:
     def start_step(self, batches: list[PackedBatch], waited: float) -> tuple[int, int]:
         """Starts a step and sums its counts over all ranks.
 
-        `waited`: seconds for which this rank waited for `batches`. Returns the loss denominator and the number of tokens
-        of the step, both over all ranks.
+        `waited`: seconds for which this rank waited for `batches`. Returns the loss denominator and the number of
+        tokens of the step, both over all ranks.
         """
         self._waited, self._host_seconds, self._events = waited, 0.0, []
         self._losses = torch.zeros(1 + len(self._context.domains), dtype=torch.float64, device=self._device)
@@ -100,7 +100,7 @@ class StepMetricsAccumulator:
         return int(self._counts[1])
 
     def _count(self, batch: PackedBatch, counts: np.ndarray) -> int | Tensor:
-        """Adds a micro-batch to `counts`. Returns the index of its only domain, or the domain index of every token `[T]`."""
+        """Adds a micro-batch to `counts`. Returns its domain index, or one per token `[T]` if it has several."""
         num_domains = len(self._context.domains)
         labels, lengths, domains = batch.labels[0].numpy(), np.diff(batch.cu_seqlens.numpy()), batch.domains.numpy()
         learned = labels != IGNORE_INDEX
@@ -149,7 +149,7 @@ class StepMetricsAccumulator:
     def finish_step(self, step: int, seconds: float, lrs: Sequence[float]) -> dict[str, float]:
         """Returns all metrics of the step by their keys in `metrics.jsonl`.
 
-        `step`: number of completed steps; `seconds`: duration of the step; `lrs`: learning rate of every parameter group.
+        `step`: number of completed steps; `seconds`: duration of the step; `lrs`: learning rates of the groups.
         """
         forward_seconds = self._host_seconds + sum(begin.elapsed_time(end) for begin, end in self._events) / 1000
         # The loop has already synchronized with the device for this step, so no wait is added here.
@@ -219,7 +219,7 @@ def bits_per_byte(nats: float, num_bytes: float) -> float:
 def build_metrics_context(
     config: TrainConfig, model: Any, store: TokenStore, encoder: Encoder, precision: Precision
 ) -> MetricsContext:
-    """Must be called before the engine is built: ZeRO-3 replaces parameters by empty tensors, so their shapes are lost."""
+    """Must be called before the engine is built: ZeRO-3 replaces parameters by empty tensors without their shapes."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return MetricsContext(
         domains=store.domains,

@@ -1,8 +1,8 @@
 """FLOPs of a training step of the packed model, and peak FLOP/s of devices: numerator and denominator of MFU.
 
-Only matrix products are counted, a multiply-add as two FLOPs (Kaplan et al., arXiv 2001.08361): all of the forward pass,
-and those of the backward pass whose gradient is needed. Recomputation is excluded, as in the definition of MFU (PaLM,
-arXiv 2204.02311).
+Only matrix products are counted, a multiply-add as two FLOPs (Kaplan et al., arXiv 2001.08361): all of the
+forward pass, and those of the backward pass whose gradient is needed. Recomputation is excluded, as in the definition
+of MFU (PaLM, arXiv 2204.02311).
 """
 
 import re
@@ -33,14 +33,14 @@ Place = tuple[int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class StepFlops:
-    """FLOPs of the components of a step. Additive over tokens, labels and documents, so batches and ranks can be summed."""
+    """FLOPs of the parts of a step. Additive over tokens, labels and documents, so batches and ranks can be summed."""
 
     per_token: float
     """All linear layers except the output head."""
     per_label: float
     """The output head, per row that has a label."""
     per_pair: tuple[tuple[int | None, float], ...]
-    """Attention, per query-key pair: sliding window (None: whole documents), FLOPs summed over the layers with that window."""
+    """Attention, per query-key pair: sliding window (None: whole documents), FLOPs of all layers with that window."""
 
     def count(self, lengths: Any, labelled: int) -> float:
         """FLOPs, forward and backward, of documents of `lengths` (`cu_seqlens.diff()`) with `labelled`
@@ -83,7 +83,7 @@ def step_flops(model: Any) -> StepFlops:
 
 
 def _attention_flops(hf_config: Any, lowest: Place) -> tuple[tuple[int | None, float], ...]:
-    """FLOPs per query-key pair and window. Forward: scores and weighted sum; backward: dV, dP, dQ, dK, no recomputed scores."""
+    """FLOPs per query-key pair. Forward: scores, weighted sum; backward: dV, dP, dQ, dK, without recomputed scores."""
     heads = hf_config.num_attention_heads
     head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads
     costs: dict[int | None, float] = {}
@@ -109,8 +109,8 @@ def is_parallel(hf_config: Any) -> bool:
 
 def block_order(hf_config: Any) -> dict[str, int]:
     """Execution order of a block's modules by name, according to their input: 1 the attention input, 3 the attention
-    output, 5 the feed-forward input, 6 the feed-forward activations. In parallel blocks attention and feed-forward layers
-    have the same numbers."""
+    output, 5 the feed-forward input, 6 the feed-forward activations. In parallel blocks attention and feed-forward
+    layers have the same numbers."""
     return _ORDER | (_PARALLEL if is_parallel(hf_config) else {})
 
 

@@ -92,7 +92,7 @@ class MetricsLogger:
         """Logs that a checkpoint is being written; `stall`: seconds for which the copy blocked training."""
         self.log.info(f"checkpoint of step {step}: training waited {stall:.2f} s")
         if self._file:
-            # A checkpoint persists after a crash of the host, so the metrics of the steps before it must be on disk too.
+            # A checkpoint survives a crash of the host, so the metrics of the steps before it must be on disk too.
             self._warn_on_failure("metrics.jsonl", self._file.sync)
         if self._file and (self._pending_plot is None or self._pending_plot.done()):
             self._pending_plot = self._plot_executor.submit(

@@ -1,4 +1,4 @@
-"""Experiment trackers for W&B and TensorBoard. Rank 0 only. A failing tracker logs one warning, and training continues."""
+"""Experiment trackers: W&B and TensorBoard. Rank 0 only. A failing tracker logs one warning; training continues."""
 
 import importlib.util
 import json
@@ -42,7 +42,7 @@ class NoTracker:
 
 
 class WandbTracker:
-    """One W&B run per fireflyds run: its id is stored in the run directory, so a resumed run continues the same W&B run.
+    """One W&B run per fireflyds run: its id is stored in the run directory, so a resume continues the same W&B run.
 
     `step` is logged as a metric of every row, so steps that are logged again after a resume replace the earlier ones.
     """
@@ -116,7 +116,7 @@ class FaultTolerantTracker:
         self._try(lambda: self._tracker.rollback(step))
 
     def finish(self, exit_code: int) -> None:
-        """Waits at most `finish_seconds`; a call that hangs is left to its daemon thread, which ends with the process."""
+        """Waits at most `finish_seconds`; a hanging call is left to its daemon thread, which ends with the process."""
         work = partial(self._try, lambda: self._tracker.finish(exit_code))
         thread = threading.Thread(target=work, name="tracker", daemon=True)
         thread.start()

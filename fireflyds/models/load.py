@@ -56,8 +56,8 @@ def config_of(key: str, path: str) -> Any:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (ValueError, OSError) as error:
         raise UserError(
-            f"{key}={path}: {str(error).splitlines()[0]}. Code of the model's directory is not run (trust_remote_code): "
-            "give a model that this version of transformers supports"
+            f"{key}={path}: {str(error).splitlines()[0]}. Remote code is not run (trust_remote_code): give a model "
+            "that this version of transformers supports"
         ) from error
 
 
@@ -67,8 +67,8 @@ def _read_directory_config(config: ModelConfig) -> Any:
     for key, value in config.architecture.items():
         if getattr(hf_config, key, None) != value:
             raise UserError(
-                f"model.path={folder}: has {key}={getattr(hf_config, key, None)}, model.architecture says {value}. Give the "
-                "directory of that model, or model=<path> for this one"
+                f"model.path={folder}: has {key}={getattr(hf_config, key, None)}, model.architecture has {value}. "
+                "Give the directory of that model, or model=<path> for this one"
             )
     return hf_config
 
@@ -99,8 +99,8 @@ def base_vocab_size(config: ModelConfig, hf_config: Any) -> int | None:
     configured = config.base_vocab_size
     if recorded is not None and configured is not None and recorded != configured:
         raise UserError(
-            f"model.base_vocab_size={configured}: the model's config.json has {recorded}. Remove the setting, or give the model "
-            "that it belongs to"
+            f"model.base_vocab_size={configured}: the model's config.json has {recorded}. Remove the setting, or "
+            "give the model that it belongs to"
         )
     return recorded if configured is None else configured
 
@@ -145,8 +145,8 @@ def load_for_inference(folder: Path | str) -> Any:
 def _load_quantised(load: Callable[..., Any], quantization: Any) -> Any:
     """Quantises tensor by tensor on the device, so that the 16-bit model is never whole in memory.
 
-    Asynchronous loading of transformers is disabled: its threads read ahead of the quantisation, at worst the whole model
-    onto the device.
+    Asynchronous loading of transformers is disabled: its threads read ahead of the quantisation, at worst the whole
+    model onto the device.
     """
     device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
     previous = os.environ.get(_DISABLE_ASYNC_LOAD)

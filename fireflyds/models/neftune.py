@@ -9,8 +9,8 @@ from torch import Tensor, nn
 def add_embedding_noise(model: Any, alpha: float) -> None:
     """Registers a forward hook on the input embeddings of a fused model that adds noise in training mode.
 
-    The embeddings `[1, T, d]` get uniform noise in ±alpha / sqrt(n · d), where n is the length in tokens of the document
-    that a token belongs to. `alpha` 0 registers nothing.
+    The embeddings `[1, T, d]` get uniform noise in ±alpha / sqrt(n · d), where n is the number of tokens of the
+    document that a position belongs to. `alpha` 0 registers nothing.
     """
     if not alpha:
         return

@@ -70,5 +70,5 @@ def _matmul_seconds(dtype: torch.dtype) -> float:
 
 
 def inference_dtype(hf_config: Any) -> torch.dtype | str:
-    """Returns the dtype to load a model in for inference: `auto` (its own), or float32 where the CPU would emulate it."""
+    """Returns the dtype for loading an inference model: `auto` (its own), or float32 where the CPU would emulate it."""
     return torch.float32 if is_emulated(getattr(hf_config, "dtype", None) or torch.float32) else "auto"

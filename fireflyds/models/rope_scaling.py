@@ -1,7 +1,7 @@
 """RoPE scaling for longer contexts.
 
-The settings are written into the model's Hugging Face configuration (`rope_parameters`), which transformers, the export and
-the kernels read.
+The settings are written into the model's Hugging Face configuration (`rope_parameters`), which transformers, the export
+and the kernels read.
 """
 
 import math
@@ -34,8 +34,8 @@ def ntk_base(base: float, alpha: float, head_dim: int) -> float:
 def ntk_alpha(seq_len: int, half_context: float, coefficient: float = 1.0) -> float:
     """α of Chinese-LLaMA-Alpaca for a context of `seq_len` tokens: (seq_len / half_context − 1) · coefficient.
 
-    `half_context`: half of the pretraining context in tokens. Chinese-LLaMA-Alpaca-2 uses max_position_embeddings / 2 with
-    coefficient 1.0, the first version 1024 with 1.1.
+    `half_context`: half of the pretraining context in tokens. Chinese-LLaMA-Alpaca-2 uses max_position_embeddings / 2
+    with coefficient 1.0, the first version 1024 with 1.1.
     """
     return (seq_len / half_context - 1) * coefficient
 
@@ -46,8 +46,8 @@ def apply_rope_scaling(hf_config: Any, config: ModelConfig) -> Any:
     `max_position_embeddings` grows with the scaling factor, except for `dynamic`.
 
     Raises:
-        UserError: an unknown `rope_type`, a missing, unknown or invalid setting, a model without rotary embeddings, or a
-            model whose rotary embeddings are scaled already.
+        UserError: an unknown `rope_type`, a missing, unknown or invalid setting, a model without rotary embeddings, or
+            a model whose rotary embeddings are scaled already.
     """
     settings = dict(config.rope_scaling)
     if not settings:
@@ -58,12 +58,13 @@ def apply_rope_scaling(hf_config: Any, config: ModelConfig) -> Any:
     rope_parameters = getattr(hf_config, "rope_parameters", None)
     if not rope_parameters or "rope_theta" not in rope_parameters:
         raise UserError(
-            f"model.rope_scaling: {hf_config.model_type} does not have one set of RoPE parameters for all layers. Remove the setting"
+            f"model.rope_scaling: {hf_config.model_type} does not have one set of RoPE parameters for all layers. "
+            "Remove the setting"
         )
     if rope_parameters.get("rope_type", "default") != "default":
         raise UserError(
-            f"model.rope_scaling: the model's positions are scaled already ({rope_parameters['rope_type']}). Remove the setting, or "
-            "give the unscaled model"
+            f"model.rope_scaling: the model's positions are scaled already ({rope_parameters['rope_type']}). "
+            "Remove the setting, or give the unscaled model"
         )
     missing, unknown = _REQUIRED[kind] - settings.keys(), settings.keys() - _REQUIRED[kind] - _OPTIONAL.get(kind, set())
     if missing or unknown:
@@ -72,7 +73,7 @@ def apply_rope_scaling(hf_config: Any, config: ModelConfig) -> Any:
         raise UserError(f"model.rope_scaling: {problem}. {kind} takes {accepted}")
     for name, value in settings.items():
         _check_value(name, value)
-    _update_rope_parameters(hf_config, kind, settings, rope_parameters)
+    _apply_settings(hf_config, kind, settings, rope_parameters)
     return hf_config
 
 
@@ -90,9 +91,7 @@ def _check_value(name: str, value: Any) -> None:
         raise UserError(f"model.rope_scaling.{name}={value!r}: must be a number above 0")
 
 
-def _update_rope_parameters(
-    hf_config: Any, kind: str, settings: dict[str, Any], rope_parameters: dict[str, Any]
-) -> None:
+def _apply_settings(hf_config: Any, kind: str, settings: dict[str, Any], rope_parameters: dict[str, Any]) -> None:
     """Updates `rope_parameters` and `max_position_embeddings` of `hf_config` with checked settings."""
     max_positions = hf_config.max_position_embeddings
     theta, dim = (
@@ -124,6 +123,6 @@ def check_max_positions(hf_config: Any, key: str, length: int) -> None:
     is_dynamic = (getattr(hf_config, "rope_parameters", None) or {}).get("rope_type") == "dynamic"
     if max_positions is not None and length > max_positions and not is_dynamic:
         raise UserError(
-            f"{key}={length}: the model has {max_positions} positions. Use {max_positions} or less, or extend the context with "
-            "model.rope_scaling"
+            f"{key}={length}: the model has {max_positions} positions. Use {max_positions} or less, or extend "
+            "the context with model.rope_scaling"
         )

@@ -1,7 +1,7 @@
 """Embeddings and head whose new rows are trainable while the base rows are frozen: two parameters per matrix.
 
-With a gradient mask over one matrix, gradients, optimizer states, shards and checkpoints would have the size of all rows;
-with a separate parameter they have the size of the new rows. The export writes one matrix.
+With a gradient mask over one matrix, gradients, optimizer states, shards and checkpoints would have the size of all
+rows; with a separate parameter they have the size of the new rows. The export writes one matrix.
 """
 
 from typing import Any
@@ -104,11 +104,11 @@ def check_first_new_row(name: str, first: int | None, rows: int) -> None:
     """Raises `UserError` unless `first`, the index of the first new row, lies within a matrix of `rows` rows."""
     if first is None:
         raise UserError(
-            f"tuning.{name}=new_rows: the model's config.json has no base_vocab_size. Expand it with launch/expand.py, or "
-            "give model.base_vocab_size=<rows before the expansion>"
+            f"tuning.{name}=new_rows: the model's config.json has no base_vocab_size. Expand it with launch/expand.py, "
+            "or give model.base_vocab_size=<rows before the expansion>"
         )
     if not 0 < first < rows:
         raise UserError(
-            f"tuning.{name}=new_rows: model.base_vocab_size={first}, but the model has {rows} rows; it must be at least 1 "
-            f"and less than that. Use tuning.{name}=all for a model that was not expanded"
+            f"tuning.{name}=new_rows: model.base_vocab_size={first}, but the model has {rows} rows; it must be at "
+            f"least 1 and less than that. Use tuning.{name}=all for a model that was not expanded"
         )

@@ -1,4 +1,4 @@
-"""Trainable parameters: full, freeze (by name), LoRA, and QLoRA on a quantised base; plus rows of embeddings and head."""
+"""Trainable parameters: full, freeze (by name), LoRA, QLoRA on a quantised base; plus rows of embeddings and head."""
 
 import re
 from collections.abc import Container
@@ -18,10 +18,10 @@ ADAPTER = "default"
 
 
 def quantization_config(config: TuningConfig, precision: Precision, zero_stage: int) -> Any:
-    """Returns the `BitsAndBytesConfig` of QLoRA: NF4 with double quantisation (arXiv 2305.14314) or LLM.int8; else None.
+    """Returns QLoRA's `BitsAndBytesConfig`: NF4 with double quantisation (arXiv 2305.14314) or LLM.int8; else None.
 
-    Embeddings and head are not quantised, as they may be trainable. ZeRO-3 shards the storage, so there 4-bit weights are
-    stored in the dtype of the model; at other stages in uint8.
+    Embeddings and head are not quantised, as they may be trainable. ZeRO-3 shards the storage, so there 4-bit weights
+    are stored in the dtype of the model; at other stages in uint8.
     """
     if config.method is not TuningMethod.qlora:
         return None
@@ -40,7 +40,7 @@ def quantization_config(config: TuningConfig, precision: Precision, zero_stage: 
 
 
 def load_tuned_model(config: TrainConfig, hf_config: Any, precision: Precision) -> Any:
-    """Loads the model of a run: weights in `precision`, quantised under QLoRA, with `requires_grad` set by the tuning."""
+    """Loads the model of a run: weights in `precision`, quantised under QLoRA, `requires_grad` set by the tuning."""
     options = quantization_config(config.tuning, precision, config.zero.stage)
     loaded = load_model(config.model, hf_config, precision, config.seed, options)
     rows = base_vocab_size(config.model, hf_config)
@@ -69,8 +69,8 @@ def apply_tuning(model: Any, family: Family, config: TuningConfig, base_vocab_si
     split_new_rows(model, config, base_vocab_size)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(
-            f"tuning={config.method.name}: no parameter is trainable. Give tuning.trainable=[<expression>], or trainable "
-            "rows by tuning.embeddings and tuning.head"
+            f"tuning={config.method.name}: no parameter is trainable. Give tuning.trainable=[<expression>], or rows of "
+            "tuning.embeddings and tuning.head"
         )
     return model
 
@@ -140,8 +140,8 @@ def _unfreeze(model: Any, expressions: list[str]) -> None:
         matches = [name for name in matches if id(parameters[name]) not in vocabulary]
         if not matches:
             raise UserError(
-                f"tuning.trainable={expressions}: {expression!r} matches only embeddings or head; tuning.embeddings and "
-                "tuning.head set which of their rows are trainable"
+                f"tuning.trainable={expressions}: {expression!r} matches only embeddings or head; tuning.embeddings "
+                "and tuning.head set which of their rows are trainable"
             )
         for name in matches:
             parameters[name].data = parameters[name].data.float()

@@ -9,13 +9,15 @@ from fireflyds.config import OptimConfig, Precision, TrainConfig, TuningMethod
 from fireflyds.errors import UserError
 from fireflyds.optim.optimizers import ParamGroup, load_optimizer_spec
 
-# Bytes per parameter by bits. NF4: an 8-bit scale per block of 64, and a 32-bit scale per 256 of these (4.127 bits in QLoRA).
+# Bytes per parameter, by bits. NF4: an 8-bit scale per block of 64, and a 32-bit scale per 256 of these (4.127 bits).
 QUANTISED_BYTES = {4: 0.5 + (1 + 4 / 256) / 64, 8: 1.0}
 
 
 def parameter_groups(model: Any, config: TrainConfig) -> list[ParamGroup]:
-    """Assigns every trainable parameter to one group: matrices of the body, norms, biases, embeddings, head, LoRA A, LoRA B
-    and DoRA magnitudes. Empty groups are omitted; a tied head belongs to the embeddings.
+    """Assigns every trainable parameter to one group, and returns the groups that are not empty.
+
+    Groups: matrices of the body, norms, biases, embeddings, head, LoRA A, LoRA B, DoRA magnitudes. A tied head belongs
+    to the embeddings.
 
     Raises:
         UserError: a setting of a group without trainable parameters.
@@ -37,7 +39,7 @@ def parameter_groups(model: Any, config: TrainConfig) -> list[ParamGroup]:
             in_embeddings, in_head = id(parameter) in embeddings, id(parameter) in head
             by_name[_group_name(name, parameter, in_embeddings, in_head)].parameters.append(parameter)
     if matrices_apart and not by_name["matrices"].parameters:
-        raise UserError(f"optim={optim.name}: no matrix of the body trains, so it would train nothing. Use optim=adamw")
+        raise UserError(f"optim={optim.name}: no matrix of the body trains, so it has no parameters. Use optim=adamw")
     _check_unused_settings(optim, by_name)
     return [group for group in groups if group.parameters]
 
@@ -49,8 +51,8 @@ def _check_unused_settings(optim: OptimConfig, by_name: dict[str, ParamGroup]) -
             value = getattr(getattr(optim, name), key)
             if value is not None and not by_name[name].parameters:
                 raise UserError(
-                    f"optim.{name}.{key}={value}: no parameter of that group trains (a tied head is embeddings). Remove "
-                    f"it (optim.{name}.{key}=null), or make them trainable with tuning.*"
+                    f"optim.{name}.{key}={value}: no parameter of that group trains (a tied head is embeddings). "
+                    f"Remove it (optim.{name}.{key}=null), or make them trainable with tuning.*"
                 )
 
 
@@ -79,8 +81,8 @@ def _group_name(name: str, parameter: nn.Parameter, in_embeddings: bool, in_head
 class ParamGroupSummary:
     """A row of the summary.
 
-    `memory_bytes`: weights, gradients, 32-bit master weights and optimizer states of one replica, before ZeRO partitions
-    them; without activations.
+    `memory_bytes`: weights, gradients, 32-bit master weights and optimizer states of one replica, before ZeRO
+    partitions them; without activations.
     """
 
     group: str

@@ -1,1 +1,1 @@
-"""Verbs in order: roads, and the report of the demo's."""
+"""Pipelines of verbs, and the report of the demo pipeline."""

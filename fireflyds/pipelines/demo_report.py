@@ -1,4 +1,4 @@
-"""What a road from a base model to a Chinese model came to: figures, whether they suffice, and the report."""
+"""Figures, checks and report of the demo pipeline, from a base model to a Chinese model."""
 
 import json
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ MODELS = ("base", "unexpanded", "cpt", "sft")
 
 @dataclass(frozen=True, slots=True)
 class DemoCheck:
-    """One thing a road is for, and whether it came about."""
+    """A requirement on the pipeline's figures, the measured value and the result."""
 
     rule: str
     value: str
@@ -20,38 +20,38 @@ class DemoCheck:
 
 
 def figures(out: Path) -> dict[str, float]:
-    """The road's figures, from the files its stages left."""
+    """Returns the figures by name, read from the files that the pipeline's stages wrote."""
     scores = {
         name: {
             task: latest_figures(out / name / "export" / "eval", task) for task in ("bits_per_byte", "multiple_choice")
         }
         for name in MODELS
     }
-    fit = _json(out / "expanded" / "report.json")["measured"][-1]
-    found = {
-        "tokens_per_char_zh_before": fit["before"]["tokens_per_character"],
-        "tokens_per_char_zh_after": fit["after"]["tokens_per_character"],
+    tokenizer_stats = _json(out / "expanded" / "report.json")["measured"][-1]
+    values = {
+        "tokens_per_char_zh_before": tokenizer_stats["before"]["tokens_per_character"],
+        "tokens_per_char_zh_after": tokenizer_stats["after"]["tokens_per_character"],
     }
     for language in ("zh", "en"):
         for name in MODELS:
-            found[f"bits_per_byte_{language}_{name}"] = scores[name]["bits_per_byte"][language]
+            values[f"bits_per_byte_{language}_{name}"] = scores[name]["bits_per_byte"][language]
     for name in MODELS:
-        found[f"accuracy_{name}"] = scores[name]["multiple_choice"]["accuracy"]
-    found["accuracy_chance"] = scores["sft"]["multiple_choice"]["chance"]
-    found["questions"] = scores["sft"]["multiple_choice"]["questions"]
+        values[f"accuracy_{name}"] = scores[name]["multiple_choice"]["accuracy"]
+    values["accuracy_chance"] = scores["sft"]["multiple_choice"]["chance"]
+    values["questions"] = scores["sft"]["multiple_choice"]["questions"]
     differences = [_json(out / name / "export" / "export.json")["reload_max_rel_diff"] for name in MODELS]
-    found["reload_max_rel_diff"] = max(differences)
-    return found
+    values["reload_max_rel_diff"] = max(differences)
+    return values
 
 
 def checks(f: dict[str, float], *, own_text: bool) -> list[DemoCheck]:
-    """What must hold. On a person's own text the questions' facts stand nowhere, so accuracy is not asked for."""
+    """Returns the checks. Accuracy is left out with the user's own text, which lacks the questions' facts."""
     fall = 1 - f["bits_per_byte_zh_cpt"] / f["bits_per_byte_zh_base"]
     rise = f["bits_per_byte_en_cpt"] / f["bits_per_byte_en_base"] - 1
     fewer = 1 - f["tokens_per_char_zh_after"] / f["tokens_per_char_zh_before"]
     gain = f["accuracy_sft"] - f["accuracy_chance"]
     gap = f["bits_per_byte_zh_cpt"] - f["bits_per_byte_zh_unexpanded"]
-    found = [
+    results = [
         DemoCheck("tokens per Chinese character fall by at least 40 %", f"{-fewer:+.1%}", fewer >= 0.40),
         DemoCheck("Chinese bits per byte fall by at least 20 % from base to CPT", f"{-fall:+.1%}", fall >= 0.20),
         DemoCheck("... and end below CPT of the unexpanded base in equal steps", f"{gap:+.3f}", gap < 0),
@@ -63,19 +63,19 @@ def checks(f: dict[str, float], *, own_text: bool) -> list[DemoCheck]:
         ),
     ]
     if not own_text:
-        enough = gain >= 0.15 and f["questions"] >= 200
-        found.append(
+        accurate = gain >= 0.15 and f["questions"] >= 200
+        results.append(
             DemoCheck(
                 "accuracy ends at least 15 points above chance on at least 200 questions",
                 f"{100 * gain:+.1f} points",
-                enough,
+                accurate,
             )
         )
-    return found
+    return results
 
 
 def table(f: dict[str, float]) -> str:
-    """One row a model, in Markdown."""
+    """Returns a Markdown table with one row per model."""
     rows = ["| model | bits per byte, Chinese | bits per byte, English | multiple choice |", "|---|---:|---:|---:|"]
     names = {
         "base": "base",
@@ -95,7 +95,7 @@ def table(f: dict[str, float]) -> str:
 
 
 def training(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """First and last loss and tokens per second of a training stage, from its `metrics.jsonl` rows."""
+    """Returns losses, steps, tokens and tokens per second of a training stage, from its rows of `metrics.jsonl`."""
     seconds = sum(row["seconds"] for row in rows)
     return {
         "first_loss": rows[0]["loss"],
@@ -107,7 +107,7 @@ def training(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def report(stages: dict[str, dict[str, Any]], f: dict[str, float], found: list[DemoCheck]) -> str:
-    """`report.md`."""
+    """Returns the text of `report.md`."""
     lines = ["# From a base model to a Chinese model", "", table(f), "", "![loss](loss.png)", "", "## Checks", ""]
     lines += [f"- {'passed' if check.passed else 'FAILED'}: {check.rule} ({check.value})" for check in found]
     lines += ["", "## Stages", "", "| stage | seconds | loss | tokens/s | command |", "|---|---:|---|---:|---|"]

@@ -1,4 +1,4 @@
-"""A road: verbs in order, each its own process, resumed where it stopped."""
+"""Runs a pipeline (`road`): a sequence of verbs, each in its own process, resumed at the stage where it stopped."""
 
 import dataclasses
 import hashlib
@@ -19,56 +19,56 @@ from fireflyds.errors import UserError
 from fireflyds.fs import MARKER, atomic_write_text, lock_file, remove_output
 from fireflyds.runs import layout
 
-# Lines of DeepSpeed's launcher and of progress bars: kept in the stage's log, not shown.
-_NOISE = re.compile(
+# Lines of DeepSpeed's launcher and of progress bars: written to the stage's log, not to the terminal.
+_HIDDEN_LINES = re.compile(
     r"^\[\d{4}-\d\d-\d\d |it/s\]|^\s*return func|FutureWarning|kernels-community|^(Processing zero|Parsing checkpoint|Detected checkpoint|Reconstructed )"
 )
 
 
 def stage_command(stage: StageConfig) -> list[str]:
-    """What a person would type for a stage, from the checkout's root."""
-    start = ["deepspeed", "--num_gpus", str(stage.ranks)] if stage.ranks > 1 else ["python"]
-    return [*start, f"launch/{stage.verb}.py", *stage.overrides]
+    """Returns the command of a stage, relative to the root of the checkout."""
+    launcher = ["deepspeed", "--num_gpus", str(stage.ranks)] if stage.ranks > 1 else ["python"]
+    return [*launcher, f"launch/{stage.verb}.py", *stage.overrides]
 
 
 def stage_keys(stages: Iterable[str], seed_key: str = "") -> Iterator[str]:
-    """A stage's key is a hash over what it and all before it do, so a change of one does the later ones again."""
+    """Yields each stage's key: a hash over it and all earlier stages, so a changed stage also reruns later ones."""
     key = seed_key
-    for does in stages:
-        key = hashlib.sha256(f"{key}\n{does}".encode()).hexdigest()
+    for stage_text in stages:
+        key = hashlib.sha256(f"{key}\n{stage_text}".encode()).hexdigest()
         yield key
 
 
 def relocate(config: Any, road: RoadConfig, runs: str, run: str) -> None:
-    """Move what the composed `config` of a stage reads and writes below the road's folder to `<runs>/<run>`, in place."""
+    """Moves paths in a stage's composed `config` from the pipeline's folder to `<runs>/<run>`, in place."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             relocate(value, road, runs, run)
         elif field.name not in ("run", "runs"):
-            setattr(config, field.name, _moved(value, road.out, f"{runs}/{run}"))
+            setattr(config, field.name, _relocated(value, road.out, f"{runs}/{run}"))
     if hasattr(config, "run") and f"{config.runs}/{config.run}".startswith(f"{road.out}/"):
         config.run = run + config.run.removeprefix(road.name)
         config.runs = runs
 
 
-def _moved(value: Any, old: str, new: str) -> Any:
+def _relocated(value: Any, old: str, new: str) -> Any:
     if isinstance(value, str):
         return new + value.removeprefix(old) if value == old or value.startswith(f"{old}/") else value
     if isinstance(value, dict):
-        return {key: _moved(each, old, new) for key, each in value.items()}
+        return {key: _relocated(item, old, new) for key, item in value.items()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.replace(
-            value, **{f.name: _moved(getattr(value, f.name), old, new) for f in dataclasses.fields(value)}
+            value, **{f.name: _relocated(getattr(value, f.name), old, new) for f in dataclasses.fields(value)}
         )
-    return [_moved(each, old, new) for each in value] if isinstance(value, list) else value
+    return [_relocated(item, old, new) for item in value] if isinstance(value, list) else value
 
 
 class RoadRunner:
-    """Runs the stages of a road that are not done yet, and remembers what was done in `stages.json`.
+    """Runs the incomplete stages of a pipeline and records completed ones in `stages.json`.
 
-    A stage is done when its record says so, what it makes is there, and its key is the same. A stage that was
-    interrupted is started again by the same command, and goes on from its checkpoint where it has one.
+    A stage is complete if it is recorded as done, its output exists and its key is unchanged. An interrupted stage is
+    restarted with the same command and resumes from its checkpoint if it has one.
     """
 
     def __init__(self, config: RoadConfig, seed_key: str) -> None:
@@ -80,118 +80,123 @@ class RoadRunner:
             self.records = json.loads(self._file.read_text(encoding="utf-8"))
 
     def run(self) -> None:
-        """Raises `UserError` when a stage fails or the road is being walked already, `KeyboardInterrupt` on Ctrl-C."""
-        self._out.mkdir(parents=True, exist_ok=True)
-        busy = f"{self._out}: another process walks this road now. Wait for it, or end it"
-        with lock_file(self._out / ".lock", busy):
-            self._walk()
+        """Runs all incomplete stages.
 
-    def _walk(self) -> None:
+        Raises:
+            UserError: a stage fails, or another process runs this pipeline.
+            KeyboardInterrupt: on Ctrl-C or SIGTERM.
+        """
+        self._out.mkdir(parents=True, exist_ok=True)
+        message = f"{self._out}: another process runs this pipeline now. Wait for it, or end it"
+        with lock_file(self._out / ".lock", message):
+            self._run_stages()
+
+    def _run_stages(self) -> None:
         commands = ["\n".join(stage_command(stage)) for stage in self._config.stages]
-        found = zip(self._config.stages, stage_keys(commands, self._seed_key), strict=True)
-        for number, (stage, key) in enumerate(found, 1):
-            made = self._out / stage.output
+        stages_and_keys = zip(self._config.stages, stage_keys(commands, self._seed_key), strict=True)
+        for number, (stage, key) in enumerate(stages_and_keys, 1):
+            output = self._out / stage.output
             record = self.records.get(stage.name, {})
             title = f"[{number}/{len(self._config.stages)}] {stage.name}"
-            if record.get("key") == key and record.get("done") and made.exists():
-                print(f"{title}: whole, re-used ({record['seconds']:.0f} s when it ran)", flush=True)
+            if record.get("key") == key and record.get("done") and output.exists():
+                print(f"{title}: complete, skipped (took {record['seconds']:.0f} s)", flush=True)
                 continue
             if record.get("key") != key:
-                # Only what a stage of this name made before is removed; whatever else is there is not ours.
+                # Only the output of an earlier stage of this name is removed; other files are not touched.
                 if record:
-                    _remove(made, self._out)
+                    _remove_output(output, self._out)
                 record = {"command": shlex.join(stage_command(stage)), "key": key, "seconds": 0.0, "done": False}
             print(f"{title}: {record['command']}", flush=True)
-            self._do(stage, record)
+            self._run_stage(stage, record)
             print(f"{title}: {record['seconds']:.0f} s", flush=True)
 
-    def _do(self, stage: StageConfig, record: dict[str, Any]) -> None:
+    def _run_stage(self, stage: StageConfig, record: dict[str, Any]) -> None:
         self.records[stage.name] = record
-        code = _execute(stage_command(stage), self._out / "logs" / f"{stage.name}.log", self._clock(record))
+        code = _execute(stage_command(stage), self._out / "logs" / f"{stage.name}.log", self._timer(record))
         if code != 0:
             raise UserError(
-                f"{stage.name}: {record['command']} left with exit code {code}; its output: {self._out / 'logs' / stage.name}.log"
+                f"{stage.name}: {record['command']} failed with exit code {code}; its output: {self._out / 'logs' / stage.name}.log"
             )
         if not (self._out / stage.output).exists():
-            raise UserError(f"{stage.name}: {record['command']} did not make {self._out / stage.output}")
+            raise UserError(f"{stage.name}: {record['command']} did not write {self._out / stage.output}")
         record["done"] = True
         self._save()
 
-    def _clock(self, record: dict[str, Any]) -> Callable[[], None]:
-        """A function that notes the time a stage has taken, all its starts together, so that a kill loses little of it."""
-        started, before = time.monotonic(), record["seconds"]
+    def _timer(self, record: dict[str, Any]) -> Callable[[], None]:
+        """Returns a function that saves a stage's run time over all its starts; called often, in case of a kill."""
+        start_time, previous_seconds = time.monotonic(), record["seconds"]
 
-        def note() -> None:
-            record["seconds"] = round(before + time.monotonic() - started, 2)
+        def save_time() -> None:
+            record["seconds"] = round(previous_seconds + time.monotonic() - start_time, 2)
             self._save()
 
-        note()
-        return note
+        save_time()
+        return save_time
 
     def _save(self) -> None:
         atomic_write_text(self._file, json.dumps(self.records, indent=2, ensure_ascii=False))
 
 
-def _remove(made: Path, out: Path) -> None:
-    """What an earlier, different stage of this name wrote below `out`; files of others stay."""
-    made, out = made.resolve(), out.resolve()
-    if out not in made.parents:
+def _remove_output(output: Path, out: Path) -> None:
+    """Removes the output of an earlier, different stage of this name below `out`; other files are kept."""
+    output, out = output.resolve(), out.resolve()
+    if out not in output.parents:
         return
-    if layout.is_run(made):
-        layout.remove_run(made)
+    if layout.is_run(output):
+        layout.remove_run(output)
         return
-    for folder in (made, *made.parents):
+    for folder in (output, *output.parents):
         if folder == out:
             break
         if (folder / MARKER).is_file():
             remove_output(folder)
             return
-    if made.is_file():
-        made.unlink()
+    if output.is_file():
+        output.unlink()
 
 
-def _execute(words: list[str], log: Path, note_time: Callable[[], None]) -> int:
-    """Run a command with this interpreter's environment; its output goes to the log, and without noise to the terminal.
+def _execute(command: list[str], log: Path, note_time: Callable[[], None]) -> int:
+    """Runs a command in this interpreter's environment, logs its output and prints it filtered. Returns the exit code.
 
-    Ctrl-C and SIGTERM are passed on, and the command is given time to save; then `KeyboardInterrupt` is raised.
+    Ctrl-C and SIGTERM are forwarded as SIGINT, and the command has time to save; then `KeyboardInterrupt` is raised.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     bin_dir = Path(sys.executable).parent
     environment = os.environ | {"PATH": f"{bin_dir}{os.pathsep}{os.environ.get('PATH', '')}"}
-    # In a session of its own, so that a signal reaches all its processes, and once: DeepSpeed's launcher passes none on.
+    # A separate session, so that a signal reaches each process exactly once: DeepSpeed's launcher forwards none.
     process = subprocess.Popen(
-        words,
+        command,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
         start_new_session=True,
-        # A road started in the background has SIGINT ignored, and children inherit that.
+        # A pipeline started in the background ignores SIGINT, and child processes inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    asked: list[int] = []
+    signals: list[int] = []
 
-    def pass_on(number: int, frame: object) -> None:
-        print("   stopping (a second Ctrl-C kills) ..." if not asked else "   killing", flush=True)
-        os.killpg(process.pid, signal.SIGKILL if asked else signal.SIGINT)
-        asked.append(number)
+    def forward_signal(number: int, frame: object) -> None:
+        print("   stopping (a second Ctrl-C kills) ..." if not signals else "   killing", flush=True)
+        os.killpg(process.pid, signal.SIGKILL if signals else signal.SIGINT)
+        signals.append(number)
 
-    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, forward_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with log.open("a", encoding="utf-8") as stream:
             for line in process.stdout or ():
                 stream.write(line)
                 stream.flush()
                 note_time()
-                # Once asked to stop, only that it was saved matters; launchers' tracebacks stay in the log.
-                if line.strip() and not _NOISE.search(line) and (not asked or "stopped at" in line):
+                # After a stop request only the line about saving is printed; launchers' tracebacks stay in the log.
+                if line.strip() and not _HIDDEN_LINES.search(line) and (not signals or "stopped at" in line):
                     print("   " + line, end="", flush=True)
         code = process.wait()
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
         note_time()
-    if asked:
+    if signals:
         raise KeyboardInterrupt
     return code

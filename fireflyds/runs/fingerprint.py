@@ -14,8 +14,8 @@ from fireflyds.runs import layout
 
 
 def weights_hash(folder: Path) -> str:
-    """A hash of a model's weights: name, size, first and last MiB of every file, and for safetensors the last row of every
-    tensor, because added vocabulary rows are the last ones."""
+    """A hash of a model's weights: name, size, first and last MiB of every file, and for safetensors the last row of
+    every tensor, because added vocabulary rows are the last ones."""
     digest = hashlib.sha256()
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"]):
         digest.update(f"{file.name} {file.stat().st_size}".encode())
@@ -72,6 +72,6 @@ def require_base(run: str, path: str, recorded: dict[str, Any]) -> None:
 
 
 def base_identity(config: TrainConfig, tokenizer: str, vocab_size: int) -> dict[str, Any]:
-    """The identity that trained weights belong to: hashes of the base's weights and the tokenizer, and the vocabulary size."""
+    """The base that trained weights belong to: hashes of its weights and tokenizer, and the vocabulary size."""
     base = weights_hash(Path(config.model.path)) if config.model.path else None
     return {"base": base, "tokenizer": tokenizer, "vocab_size": vocab_size}

@@ -11,7 +11,7 @@ import fireflyds
 
 
 def _version(name: str) -> str | None:
-    """Version of an installed distribution, or None; for fireflyds also that of a source checkout which is not installed."""
+    """Version of an installed distribution, or None; for fireflyds also that of an uninstalled source checkout."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

@@ -54,7 +54,7 @@ class Status:
                 self._write("failed", exit_code, message, lost=lost)
 
     def _written_by_rank_zero(self) -> bool:
-        """True where rank 0 has written a final state, which takes precedence if both ranks report each other as lost."""
+        """True where rank 0 has written a final state, which takes precedence if both ranks miss each other."""
         return self._file.is_file() and read_json(self._file)["state"] != "running"
 
     def _write(self, state: str, exit_code: int | None, message: str, *, lost: bool = False) -> None:

@@ -1,7 +1,7 @@
 """Greedy generations for a fixed list of prompts during training, computed by full packed forward passes.
 
-There is no KV cache: the passes are those of training, so they work for every fused model and every ZeRO stage. All ranks
-run every pass, each with its own prompts.
+There is no KV cache: the passes are those of training, so they work for every fused model and every ZeRO stage. All
+ranks run every pass, each with its own prompts.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class EncodedPrompts:
 
 
 def encode_prompts(encoder: Encoder, template: str | None, texts: Sequence[str], room: int | None) -> EncodedPrompts:
-    """Encodes prompts in the format of the training data: with BOS where documents begin with it, or by the chat template.
+    """Encodes prompts like the training data: with BOS where documents begin with it, or in the store's chat template.
 
     Raises:
         UserError: a prompt leaves no room for a single new token.

@@ -41,7 +41,7 @@ class RunInputs:
 
     @classmethod
     def open(cls, config: TrainConfig, world_size: int) -> "RunInputs":
-        """Opens all inputs. Raises `UserError` where they are inconsistent, before anything is written or weights are loaded."""
+        """Opens the inputs. Raises `UserError` where they are inconsistent, before anything is written or loaded."""
         precision = resolve_precision(config.hardware)
         notes = [*check_compatibility(config, precision), *extra_settings(config)[1], *emulation_notes(precision)]
         trackers.require_installed(config.tracking)

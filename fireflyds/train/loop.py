@@ -51,7 +51,7 @@ class _Step:
 
         `watching`: check outputs and gradients of all modules for non-finite values.
         """
-        # DeepSpeed averages gradients over ranks and divides the loss by the accumulation steps; this factor undoes both.
+        # DeepSpeed averages gradients over ranks and divides the loss by the accumulation; this factor undoes both.
         scale = dist.get_world_size() * len(self.batches) / max(self.num_targets, 1)
         norm = 0.0
         for number, batch in enumerate(self.batches):
@@ -106,9 +106,9 @@ def train_steps(
 ) -> Iterator[StepMetrics]:
     """Runs the steps `state.step` to `total_steps`; `state` is advanced before each yield.
 
-    The loss of a step is the sum over all targets of all ranks and micro-batches, divided by their number: all batches of
-    a step are read first, and their targets are counted over all ranks. A step whose loss or gradients are not finite does
-    not update the weights and is counted as skipped.
+    The loss of a step is the sum over all targets of all ranks and micro-batches, divided by their number: all
+    batches of a step are read first, and their targets are counted over all ranks. A step whose loss or gradients are
+    not finite does not update the weights and is counted as skipped.
 
     Raises:
         UserError: `max_skipped` such steps in a row, or under fp16 a non-finite gradient at the minimum loss scale; the

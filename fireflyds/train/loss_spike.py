@@ -12,7 +12,7 @@ _MAX_LOSSES, _MIN_LOSSES = 100, 10
 
 
 def is_spike(state: TrainState, loss: float, config: RecoveryConfig) -> bool:
-    """True where `loss` is a spike relative to the recent losses; otherwise appends it to them. The same on all ranks."""
+    """True where `loss` is a spike relative to the recent losses; otherwise appends it. The same on all ranks."""
     if config.rollback_above is None or not math.isfinite(loss):
         return False
     recent = state.recent_losses

@@ -16,7 +16,7 @@ def describe_run(inputs: RunInputs, model: Any, world_size: int) -> str:
     truncated, dropped = rows.length_losses
     notes = ""
     if truncated or dropped:
-        notes += f", {truncated} dialogues shortened and {dropped} left out for seq_len={config.seq_len}"
+        notes += f", {truncated} dialogues truncated and {dropped} dropped for seq_len={config.seq_len}"
     mixed = [name for name in rows.names if name != "all"]
     if mixed and (unmixed := sorted(set(store.domains) - set(mixed))):
         notes += f"; without weight, so not trained on: {', '.join(unmixed)}"

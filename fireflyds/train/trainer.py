@@ -66,7 +66,7 @@ class Trainer:
 
     @classmethod
     def build(cls, config: TrainConfig) -> "Trainer":
-        """Joins the process group, locks the run directory, builds model and engine, and restores the newest checkpoint.
+        """Joins the process group, locks the run directory, builds model and engine, restores the newest checkpoint.
 
         Raises:
             UserError: the inputs are inconsistent, the ranks differ, or the run's name is taken.
@@ -195,7 +195,7 @@ class Trainer:
         return exit_code
 
     def _save(self, step: StepMetrics) -> None:
-        """Saves a checkpoint with the metrics of this step and of its validation, if any, for `checkpoint.best_metric`."""
+        """Saves a checkpoint with the metrics of this step and its validation, if any (`checkpoint.best_metric`)."""
         newest = self.validator.newest
         validation_metrics = {
             key: value for key, value in newest.items() if key.startswith("validation/") and value is not None
@@ -216,7 +216,7 @@ class Trainer:
         self.logger.log_checkpoint(step.step, self.checkpoints.save(self.state, metrics))
 
     def _rollback(self, step: StepMetrics) -> bool:
-        """Restores the newest checkpoint and skips the data since then. Returns False where there is none: the run continues.
+        """Restores the newest checkpoint and skips the data since then. Returns False where there is no checkpoint.
 
         Raises:
             UserError: too many rollbacks, or too few data for the steps that remain.

@@ -1,7 +1,7 @@
-"""Validation during training: loss on held-out data, a limit on the degradation of one domain (guard), generated samples.
+"""Validation during training: loss on held-out data, a limit on the degradation of a guarded domain, generated samples.
 
-Validation does not affect training: module modes and random states are restored, so losses are the same with and without
-it.
+Validation does not affect training: module modes and random states are restored, so losses are the same with and
+without it.
 """
 
 import contextlib
@@ -62,7 +62,7 @@ class HeldOut:
     def of_rank(self, micro_batch_size: int, rank: int, world_size: int) -> Iterator[tuple[PackedBatch, bool]]:
         """Yields this rank's micro-batches, the same number on every rank.
 
-        The second value is False for micro-batches that only equalize the number of collective calls and are not counted.
+        The second value is False for micro-batches that only equalize the number of collective calls.
         """
         batches = [
             self._rows[offset : offset + micro_batch_size] for offset in range(0, len(self._rows), micro_batch_size)
@@ -74,7 +74,7 @@ class HeldOut:
 
 
 class Validator:
-    """Validates before the first step, every `validation.every` steps and after the last. Collective: same steps on all ranks."""
+    """Validates before the first step, every `validation.every` steps and after the last. Collective."""
 
     def __init__(
         self,
@@ -101,8 +101,8 @@ class Validator:
         return self._rows[-1] if self._rows else {}
 
     def begin(self, engine: Engine, metrics_logger: MetricsLogger, step: int) -> str | None:
-        """Removes rows after the resumed step. Validates where there is no baseline row, or where the validation of `step`
-        is missing. Returns the reason to stop the run, or None."""
+        """Removes rows after the resumed step. Validates where there is no baseline row, or where the validation of
+        `step` is missing. Returns the reason to stop the run, or None."""
         if not self._config.wanted:
             return None
         is_current = [False]
@@ -121,7 +121,7 @@ class Validator:
         return None if is_current[0] else self._validate_on_all_ranks(engine, metrics_logger, step)
 
     def after(self, engine: Engine, metrics_logger: MetricsLogger, step: int) -> str | None:
-        """Validates after a step where it is due. Returns the reason to stop the run, or None; the same on every rank."""
+        """Validates after a step if due. Returns the reason to stop the run, or None; the same on every rank."""
         return self._validate_on_all_ranks(engine, metrics_logger, step) if self._is_due(step) else None
 
     def _validate_on_all_ranks(self, engine: Engine, metrics_logger: MetricsLogger, step: int) -> str | None:

@@ -1,1 +1,1 @@
-"""Interface to DeepSpeed: its configuration, its engine, and the partitions of weights and optimizer states of a rank."""
+"""Interface to DeepSpeed: its configuration, its engine, and the partitions of weights and states per rank."""

@@ -10,7 +10,7 @@ from fireflyds.zero import import_json as deepspeed_json
 def build_ds_config(config: TrainConfig, precision: Precision, accumulation: int) -> dict[str, Any]:
     """Builds DeepSpeed's configuration dictionary.
 
-    `gradient_clipping` is always set: from DeepSpeed 0.19 on the default is 1.0. `accumulation`: micro-batches per step.
+    `gradient_clipping` is always set: from DeepSpeed 0.19 on the default is 1.0. `accumulation`: micro-batches a step.
     """
     zero: dict[str, Any] = {
         "stage": config.zero.stage,

@@ -20,7 +20,7 @@ from fireflyds.zero.ds_config import build_ds_config
 
 
 class Engine(Protocol):
-    """The used members of `deepspeed.DeepSpeedEngine`. Other packages reach anything else through functions of `zero/`."""
+    """The used members of `deepspeed.DeepSpeedEngine`. Anything else is accessed through functions of this package."""
 
     module: Any
     optimizer: Any
@@ -67,7 +67,7 @@ def init_distributed(ranks: RankInfo, timeout_minutes: float) -> None:
     logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())
     # DeepSpeed uses collectives whose names newer versions of torch deprecate; users cannot change that.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    # DeepSpeed would compile a shared-memory all-reduce at the first start, for a minute; the one of gloo is sufficient.
+    # DeepSpeed would compile a shared-memory all-reduce at the first start, for a minute; gloo's is sufficient.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if backend == "gloo":
@@ -126,7 +126,7 @@ def build_engine(model: nn.Module, config: TrainConfig, precision: Precision, ac
         # DeepSpeed decorates its Muon with torch.compile wherever ZeRO is used, which loads a compiler at every start.
         compiler.compile = lambda *_, **__: lambda function: function
     optimizer = build_optimizer(parameter_groups(model, config), config)
-    # At stage 0 DeepSpeed's 16-bit wrapper takes an optimizer step with zero gradients in its constructor: learning rate 0
+    # At stage 0 the constructor of DeepSpeed's 16-bit wrapper takes an optimizer step with zero gradients: a rate of 0
     # keeps the weights unchanged, and the step counts are reset below.
     for group in optimizer.param_groups:
         group["lr"] = 0.0

@@ -150,7 +150,8 @@ def _ignore_reason(source: str, key: str, value: Any, config: TrainConfig) -> st
         return f"it is {config_key}={value}"
     if key.startswith(("fp16.", "bf16.", "optimizer.")):
         raise UserError(
-            f"{source}: {key}={value}: fireflyds sets that section itself. Set hardware.* or optim.*, and remove the key"
+            f"{source}: {key}={value}: fireflyds sets that section itself. "
+            "Set hardware.* or optim.*, and remove the key"
         )
     return None
 

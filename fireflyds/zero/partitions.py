@@ -30,7 +30,7 @@ class ParamSlice:
 class FlatPartition:
     """A tensor of master weights that is one parameter to the optimizer, and its states.
 
-    `state` is the optimizer's own dictionary (`optimizer.state[master]`), not a copy. `slices` map it to model parameters.
+    `state` is the dictionary of the optimizer itself, not a copy. `slices`: the parameters that `master` consists of.
     """
 
     master: Tensor
@@ -86,7 +86,7 @@ def owned_partitions(engine: Engine) -> Iterator[tuple[int, FlatPartition]]:
 
 
 def partition_layout(engine: Engine) -> dict[str, Any]:
-    """Returns the ZeRO stage and the number of ranks. Only opaque states require the same layout when they are loaded."""
+    """Returns the ZeRO stage and the number of ranks. Only opaque states must be loaded in the same layout."""
     return {"stage": int(engine.zero_optimization_stage()), "world_size": dist.get_world_size()}
 
 
@@ -172,7 +172,7 @@ def loss_scaler_state(engine: Engine) -> dict[str, Any]:
 
 
 def load_into_engine(engine: Engine, saved: SavedPartitions, scaler: dict[str, Any]) -> None:
-    """Loads saved weights, optimizer states and loss-scaler state into an engine, from any number of ranks and any stage.
+    """Loads weights, optimizer states and loss-scaler state, saved by any number of ranks at any stage, into an engine.
 
     Raises:
         UserError: a trainable parameter was not saved, or opaque states were saved with another layout.
@@ -181,9 +181,9 @@ def load_into_engine(engine: Engine, saved: SavedPartitions, scaler: dict[str, A
     if saved.has_opaque_states and previous != current:
         raise UserError(
             f"{saved.folder}: the states of this optimizer cannot be repartitioned; they were saved by "
-            f"{previous['world_size']} ranks at zero.stage={previous['stage']}, this run has {current['world_size']} ranks "
-            f"at zero.stage={current['stage']}. Use the same ranks and stage, or export the run and give model=<its export> "
-            "under another run="
+            f"{previous['world_size']} ranks at zero.stage={previous['stage']}, this run has {current['world_size']} "
+            f"ranks at zero.stage={current['stage']}. Use the same ranks and stage, or export the run and give "
+            "model=<its export> under another run="
         )
     missing = [name for name in param_shapes(engine) if name not in saved.shapes]
     if missing:

@@ -148,7 +148,7 @@ def test_a_job_that_is_preempted_and_loses_a_rank_ends_as_if_undisturbed(
     assert len(ranks) == 2
     ranks[0].kill()
     cluster.wait(job, "PENDING")
-    assert "put back into the queue" in cluster.log(job)
+    assert ": requeued\n" in cluster.log(job)
     assert re.search(r"task \d: Exited with exit code 1\n", cluster.log(job))
     cluster.wait(job, "COMPLETED")
     assert cluster.losses("preempted") == undisturbed
@@ -188,7 +188,7 @@ def test_a_chain_takes_the_place_of_requeueing(cluster: Cluster, training: list[
     cluster.wait(first, "FAILED")
     cluster.wait(second, "COMPLETED")
     cluster.wait(third, "COMPLETED")
-    assert "an earlier job of this chain left with code 0: nothing to do" in cluster.log(third)
+    assert "an earlier job of this chain exited with code 0: nothing to do" in cluster.log(third)
     assert cluster.losses("chain") == undisturbed
 
 
@@ -197,9 +197,9 @@ def test_a_road_is_a_chain_of_jobs(cluster: Cluster, training: list[str], base_t
     (cluster.folder / "way.yaml").write_text(f"""
 name: way
 stages:
-  - {{name: prepare, verb: prepare, makes: store/manifest.json, overrides: [data=en.txt, 'tokenizer={base_tokenizer}', out=runs/way/store, workers=1]}}
-  - {{name: train, verb: train, makes: sft, overrides: [run=way/sft, {keys}, data=runs/way/store, optim.steps=4]}}
-  - {{name: export, verb: export, makes: sft/export/export.json, overrides: [run=way/sft]}}
+  - {{name: prepare, verb: prepare, output: store/manifest.json, overrides: [data=en.txt, 'tokenizer={base_tokenizer}', out=runs/way/store, workers=1]}}
+  - {{name: train, verb: train, output: sft, overrides: [run=way/sft, {keys}, data=runs/way/store, optim.steps=4]}}
+  - {{name: export, verb: export, output: sft/export/export.json, overrides: [run=way/sft]}}
 """)
     arguments = ["road=way.yaml", "cluster=slurm_cpu", "cluster.nodes=2"]
     cluster.submit(*arguments)
@@ -209,7 +209,7 @@ stages:
     assert (cluster.folder / "runs/way/sft/export/model.safetensors").exists()
     shown = cluster.submit("action=status", "run=way").stdout
     assert [line.split(":")[0] for line in shown.splitlines()] == ["prepare", "train", "export"]
-    assert "every stage is whole; nothing to submit" in cluster.submit(*arguments).stdout
+    assert "every stage is complete; nothing to submit" in cluster.submit(*arguments).stdout
 
 
 def test_what_slurm_refuses_leaves_nothing_behind(cluster: Cluster, training: list[str]) -> None:
@@ -242,7 +242,7 @@ def test_cancelling_saves_and_puts_nothing_back(cluster: Cluster, training: list
     cluster.submit(*training, "run=ended", "optim.steps=9999")
     job = cluster.job("ended")
     cluster.wait_for_step("ended", 3)
-    assert f"ended: ended (job {job})" in cluster.submit("action=cancel", "run=ended").stdout
+    assert f"cancelled: ended (job {job})" in cluster.submit("action=cancel", "run=ended").stdout
     cluster.wait(job, "CANCELLED")
     until = time.monotonic() + PATIENCE_SECONDS
     while (status := json.loads((cluster.folder / "runs/ended/status.json").read_text()))["state"] == "running":

@@ -153,7 +153,7 @@ runpy.run_path({str(ROOT / "launch" / "submit.py")!r}, run_name="__main__")
         (["action=status"], "run is not set: action=status needs run="),
         (["action=status", "run=never"], "run=never: nothing was submitted under this name"),
         (["road=nowhere"], "road=nowhere: no such file, here or in conf/road. Known: demo"),
-        (["road=demo", "optim.steps=3"], "optim.steps=3: no such key for submit. A road's stages have theirs in its file"),
+        (["road=demo", "optim.steps=3"], "optim.steps=3: no such key for submit. The keys of a pipeline's stages are in its file"),
     ],
 )  # fmt: skip
 def test_a_failed_check_never_reaches_the_queue(fake: Fake, arguments: list[str], expected: str) -> None:
@@ -178,7 +178,7 @@ def test_a_run_that_has_begun_otherwise_is_refused(fake: Fake) -> None:
     ("says", "remedy"),
     [
         ("sbatch: error: Batch job submission failed: Invalid account or account/partition combination specified", "give cluster.account="),
-        ("sbatch: error: AssocMaxSubmitJobLimit\nsbatch: error: Job violates accounting/QOS policy", "the queue takes no more of your jobs"),
+        ("sbatch: error: AssocMaxSubmitJobLimit\nsbatch: error: Job violates accounting/QOS policy", "the queue accepts no more of your jobs"),
         ("sbatch: error: QOSMaxWallDurationPerJobLimit\nsbatch: error: Job violates accounting/QOS policy", "give a shorter cluster.time or fewer cluster.nodes"),
         ("sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)", "`scontrol ping`"),
     ],
@@ -290,7 +290,9 @@ def test_a_queue_that_does_not_answer_is_given_up(fake: Fake, monkeypatch: pytes
     (fake.folder / "sbatch").write_text(text)
     monkeypatch.setenv("PATH", fake.variables["PATH"])
     monkeypatch.setattr(slurm, "_PATIENCE", 0.5)
-    with pytest.raises(UserError, match=r"no answer within 0 s\. Slurm temporarily unable.*takes no more of your jobs"):
+    with pytest.raises(
+        UserError, match=r"no answer within 0 s\. Slurm temporarily unable.*accepts no more of your jobs"
+    ):
         slurm.submit(Path("x.sh"))
 
 
@@ -335,14 +337,14 @@ def test_a_code_that_was_left_is_told_when_slurm_has_forgotten_the_job(fake: Fak
     _start(fake, path, 2, None)
     record = submission.JobRecord("cpt", "export", "7", str(fake.work), str(path), "a.log", 0)
     states = {"7": JobState("gone")}
-    assert report.status([record], states) == "cpt: job 7 gone; no longer known to Slurm; left with 2"
+    assert report.status([record], states) == "cpt: job 7 gone; no longer known to Slurm; exited with code 2"
 
 
 @pytest.mark.parametrize("step", [10, None])
 def test_a_job_that_gets_no_further_is_given_up(fake: Fake, step: int | None) -> None:
     path = _job(fake.work, max_failures=2)
     found = [_start(fake, path, 1, step, restarts=restarts).stdout for restarts in range(3)]
-    assert "3 times in a row without a newer checkpoint: not put back" in found[-1]
+    assert "3 times in a row without a newer checkpoint: not requeued" in found[-1]
     assert _put_back(fake) == 2
     if step:
         _start(fake, path, 1, step + 1, restarts=3)
@@ -358,7 +360,7 @@ def test_a_later_job_of_a_chain_does_nothing_after_the_end(fake: Fake) -> None:
     assert _start(fake, path, 0, 20, place=2).returncode == 0
     started = len([call for call in fake.calls if call.startswith("srun")])
     done = _start(fake, path, 0, 20, place=3)
-    assert (done.returncode, "left with code 0: nothing to do" in done.stdout) == (0, True)
+    assert (done.returncode, "exited with code 0: nothing to do" in done.stdout) == (0, True)
     assert len([call for call in fake.calls if call.startswith("srun")]) == started
     assert _put_back(fake) == 0
 
@@ -407,7 +409,7 @@ def test_times_are_read_as_slurm_reads_them(time: str, seconds: int) -> None:
 @pytest.mark.parametrize(
     ("state", "expected"),
     [
-        (JobState("PENDING", "Priority"), "PENDING; others come first (Priority)"),
+        (JobState("PENDING", "Priority"), "PENDING; jobs of higher priority come first (Priority)"),
         (JobState("PENDING", "Licenses"), "PENDING; Licenses"),
         (JobState("RUNNING", "", "00:00:17", "n[1-2]"), "RUNNING; on n[1-2] for 00:00:17"),
         (JobState("CANCELLED", "PartitionTimeLimit"), "CANCELLED"),

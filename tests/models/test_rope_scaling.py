@@ -98,5 +98,7 @@ def test_wrong_settings_are_named() -> None:
     scaled = _scaled(KINDS["linear"])
     with pytest.raises(UserError, match=r"scaled already \(linear\)"):
         apply_rope_scaling(scaled, ModelConfig(init=ModelInit.pretrained, path="x", rope_scaling=KINDS["yarn"]))
-    with pytest.raises(UserError, match="seq_len=5000: the model has 4096 positions. Use 4096 or less, or extend the context"):
+    with pytest.raises(
+        UserError, match="seq_len=5000: the model has 4096 positions. Use 4096 or less, or extend the context"
+    ):
         check_max_positions(LlamaConfig(**LLAMA2), "seq_len", 5000)

@@ -290,7 +290,7 @@ def test_unknown_family_and_wrong_tokenizer_are_refused(base: Path, encoder) -> 
         load.family_of("gptx")
     with pytest.raises(UserError, match=r"the embeddings have 60 rows but the tokenizer .* has 400 tokens"):
         load.read_config(ModelConfig(init=ModelInit.pretrained, path=str(base)), encoder)
-    with pytest.raises(UserError, match=r"has hidden_size=64, model.architecture says 4096"):
+    with pytest.raises(UserError, match=r"has hidden_size=64, model.architecture has 4096"):
         load.read_config(
             ModelConfig(init=ModelInit.pretrained, path=str(base), architecture={"hidden_size": 4096}), encoder
         )

@@ -177,7 +177,7 @@ def test_neither_sources_nor_store_are_taken_for_the_other(verb, tmp_path: Path,
     write(tmp_path / "texts" / "en.txt", ENGLISH)
     same = ["prepare", f"tokenizer={base_tokenizer}"]
     done = verb(*same, "data=texts", "out=texts/store", check=False)
-    assert "stands inside data.sources.0.path=texts" in done.stderr
+    assert "is inside data.sources.0.path=texts" in done.stderr
     verb(*same, "data=texts", "out=s")
     write(tmp_path / "s" / "more.txt", ENGLISH)
     done = verb(*same, "data=s/more.txt", "out=s", check=False)

@@ -54,7 +54,7 @@ def test_a_changed_stage_does_itself_and_the_later_ones_again(walk) -> None:
 
 def test_a_failed_stage_stops_the_road_and_is_started_again(walk, tmp_path: Path) -> None:
     (tmp_path / "runs" / "r" / "broken-b").touch()
-    with pytest.raises(UserError, match=r"b: .* left with exit code 3"):
+    with pytest.raises(UserError, match=r"b: .* failed with exit code 3"):
         walk()
     (tmp_path / "runs" / "r" / "broken-b").unlink()
     assert walk() == "b c"
@@ -71,7 +71,7 @@ def test_two_walkers_do_not_meet(walk, tmp_path: Path) -> None:
 
     with (tmp_path / "runs" / "r" / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another process walks this road"):
+        with pytest.raises(UserError, match="another process runs this pipeline"):
             walk()
 
 

@@ -1,1 +1,1 @@
-"""Studies: trials drawn, started, watched and recorded."""
+"""Hyper-parameter sweeps: trials are sampled, started, monitored and recorded."""

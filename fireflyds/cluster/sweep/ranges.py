@@ -1,4 +1,4 @@
-"""What a key may be, typed by the schema of training, as a range that trials are drawn from."""
+"""Ranges of keys from which trials are sampled, typed by the schema of `train`."""
 
 import itertools
 import types
@@ -14,72 +14,77 @@ Value = bool | int | float | str | None
 
 
 def type_of(key: str) -> type | None:
-    """The type of a dotted key of `train`; None where it may be anything, as in `model.architecture`.
+    """Returns the type of a dotted key of `train`; None where any type is allowed, as in `model.architecture`.
 
     Raises:
-        UserError: there is no such key.
+        UserError: the key does not exist.
     """
-    found: Any = TrainConfig
+    key_type: Any = TrainConfig
     for part in key.split("."):
-        if is_dataclass(found):
-            found = get_type_hints(found).get(part)
-        elif get_origin(found) is dict:
-            found = get_args(found)[1]
-        elif found is not Any:
-            found = None
-        if found is None:
+        if is_dataclass(key_type):
+            key_type = get_type_hints(key_type).get(part)
+        elif get_origin(key_type) is dict:
+            key_type = get_args(key_type)[1]
+        elif key_type is not Any:
+            key_type = None
+        if key_type is None:
             raise UserError(f"sweep.space.{unknown_key('train', key)}")
-    if get_origin(found) in (Union, types.UnionType):
-        found = next(kind for kind in get_args(found) if kind is not types.NoneType)
-    return None if found is Any else found
+    if get_origin(key_type) in (Union, types.UnionType):
+        key_type = next(kind for kind in get_args(key_type) if kind is not types.NoneType)
+    return None if key_type is Any else key_type
 
 
 def values(key: str, one: RangeConfig) -> list[Value]:
-    """What a range must be tried with before anything is started: its ends, or every choice."""
+    """Returns the values to validate before the first trial starts: the ends of the range, or every choice."""
     if one.choices:
         return one.choices
-    whole = _whole(key, one)
+    is_whole = _takes_whole_numbers(key, one)
     assert one.low is not None
     assert one.high is not None
-    return [int(end) if whole else end for end in (one.low, one.high)]
+    return [int(end) if is_whole else end for end in (one.low, one.high)]
 
 
 def ladder(key: str, one: RangeConfig) -> list[Value]:
-    """All values of a range with steps."""
+    """Returns all values of a range with a step."""
     if one.choices:
         return one.choices
     assert one.low is not None
     assert one.high is not None
     assert one.step is not None
-    # Counted, not summed: 0.1 three times is not 0.3.
+    # Multiples of the step, not a running sum: 0.1 + 0.1 + 0.1 is not 0.3.
     count = int((one.high - one.low) / one.step + 1e-9) + 1
-    found = [one.low + place * one.step for place in range(count)]
-    return [round(value) for value in found] if _whole(key, one) else [float(f"{value:.12g}") for value in found]
+    numbers = [one.low + index * one.step for index in range(count)]
+    return (
+        [round(value) for value in numbers]
+        if _takes_whole_numbers(key, one)
+        else [float(f"{value:.12g}") for value in numbers]
+    )
 
 
 def combinations(space: Mapping[str, RangeConfig]) -> Iterator[dict[str, Value]]:
-    """Every combination, for a grid."""
-    for found in itertools.product(*(ladder(key, one) for key, one in space.items())):
-        yield dict(zip(space, found, strict=True))
+    """Yields every combination of values, for a grid search."""
+    for combination in itertools.product(*(ladder(key, key_range) for key, key_range in space.items())):
+        yield dict(zip(space, combination, strict=True))
 
 
-def _whole(key: str, one: RangeConfig) -> bool:
-    """Raises `UserError` where a range does not fit the key's type."""
+def _takes_whole_numbers(key: str, key_range: RangeConfig) -> bool:
+    """True where the key takes whole numbers. Raises `UserError` if the range does not fit the type of the key."""
     kind = type_of(key)
     if kind not in (int, float):
         name = "may be anything" if kind is None else f"is of type {kind.__name__}"
         raise UserError(f"sweep.space.{key}: low and high are for numbers, and the key {name}. Give choices=[...]")
-    given = (one.low, one.high, one.step)
-    if kind is int and any(value is not None and value != int(value) for value in given):
+    bounds = (key_range.low, key_range.high, key_range.step)
+    if kind is int and any(value is not None and value != int(value) for value in bounds):
         raise UserError(
-            f"sweep.space.{key}: the key takes whole numbers, got low={one.low}, high={one.high}, step={one.step}"
+            f"sweep.space.{key}: the key takes whole numbers, got low={key_range.low}, high={key_range.high}, step={key_range.step}"
         )
     return kind is int
 
 
 def words(params: Mapping[str, Value]) -> list[str]:
-    """As a person would type them."""
-    shown = {True: "true", False: "false", None: "null"}
+    """Returns the parameters as `key=value` arguments of the command line."""
+    literals = {True: "true", False: "false", None: "null"}
     return [
-        f"{key}={shown[value] if value is None or isinstance(value, bool) else value}" for key, value in params.items()
+        f"{key}={literals[value] if value is None or isinstance(value, bool) else value}"
+        for key, value in params.items()
     ]

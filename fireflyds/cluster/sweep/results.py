@@ -1,4 +1,4 @@
-"""What a study leaves to read: a table, the best values as an option file and as a command, charts."""
+"""Writes the results of a study: a table, charts, and the best values as an option file and as a command."""
 
 import csv
 import io
@@ -17,45 +17,50 @@ from fireflyds.fs import atomic_write_text
 
 
 def write(found: Study, search: SearchConfig, name: str, folder: Path, rest: Sequence[str]) -> str:
-    """Everything, from what has ended so far. Returns what is to be shown."""
+    """Writes `trials.csv`, `trials.md`, `best.yaml` and charts. Returns the text to print.
+
+    Args:
+        found: the study, of which trials may still be running.
+        rest: overrides that are passed on to `train`.
+    """
     keys = list(search.space)
     header = ["trial", "outcome", *keys, search.metric, "steps", "tokens", "seconds", "run", "message"]
     rows = [_row(trial, keys, name) for trial in found.trials]
     stream = io.StringIO()
     csv.writer(stream, lineterminator="\n").writerows([header, *rows])
     atomic_write_text(folder / "trials.csv", stream.getvalue())
-    shown = _table(header[:-1], [row[:-1] for row in rows])
+    summary = _table(header[:-1], [row[:-1] for row in rows])
     parts = [
         f"# {name}",
         "",
         f"{search.sampler.name}, {search.pruner.name}, {search.direction.name} {search.value.name} {search.metric}",
         "",
-        shown,
+        summary,
     ]
     best = found.best
     if best is not None:
-        kept = [word for word in rest if word.partition("=")[0] not in best.params]
-        words = [*kept, *ranges.words(best.params)]
-        command = f"python launch/train.py {shlex.join(words)} run=<name>"
+        fixed_arguments = [word for word in rest if word.partition("=")[0] not in best.params]
+        arguments = [*fixed_arguments, *ranges.words(best.params)]
+        command = f"python launch/train.py {shlex.join(arguments)} run=<name>"
         parts += ["", f"Best: trial {best.number}, {search.metric} {best.value:.5f}:", "", "```", command, "```"]
         atomic_write_text(
             folder / "best.yaml",
             _option_file(best.params, f"Trial {best.number} of {name}: {search.metric} {best.value:.5f}."),
         )
-        shown += f"\nbest: trial {best.number}, {search.metric} {best.value:.5f}\n  {command}\n  as options: {folder / 'best.yaml'}"
-        made = study.draw_charts(found, folder, search.metric)
-        parts += ["", *(f"![{path.stem}]({path.name})" for path in made)]
+        summary += f"\nbest: trial {best.number}, {search.metric} {best.value:.5f}\n  {command}\n  as options: {folder / 'best.yaml'}"
+        chart_paths = study.draw_charts(found, folder, search.metric)
+        parts += ["", *(f"![{path.stem}]({path.name})" for path in chart_paths)]
     atomic_write_text(folder / "trials.md", "\n".join(parts) + "\n")
-    return f"{shown}\n  table and charts: {folder / 'trials.md'}"
+    return f"{summary}\n  table and charts: {folder / 'trials.md'}"
 
 
 def _row(trial: Any, keys: Sequence[str], name: str) -> list[Any]:
-    facts = trial.user_attrs
-    value = facts.get("last_value")
+    attributes = trial.user_attrs
+    value = attributes.get("last_value")
     return [
-        trial.number, facts.get("outcome", "running"), *(_short(trial.params[key]) for key in keys),
-        "" if value is None else f"{value:.5f}", facts.get("steps", ""), facts.get("tokens", ""), facts.get("seconds", ""),
-        f"{name}/trial-{trial.number:04d}", facts.get("message", ""),
+        trial.number, attributes.get("outcome", "running"), *(_short(trial.params[key]) for key in keys),
+        "" if value is None else f"{value:.5f}", attributes.get("steps", ""), attributes.get("tokens", ""), attributes.get("seconds", ""),
+        f"{name}/trial-{trial.number:04d}", attributes.get("message", ""),
     ]  # fmt: skip
 
 
@@ -68,16 +73,16 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
-def _option_file(params: dict[str, Any], about: str) -> str:
-    """For `conf/experiment/` or `conf/local/default.yaml`: only the swept keys."""
+def _option_file(params: dict[str, Any], comment: str) -> str:
+    """Returns an option file with the swept keys only, for `conf/experiment/` or `conf/local/default.yaml`."""
     nested: dict[str, Any] = {}
     for key, value in params.items():
         if is_dataclass(ranges.type_of(key)):  # an option, such as optim=muon
             nested.setdefault("defaults", []).append({f"override /{key}": value})
             continue
         *sections, last = key.split(".")
-        place = nested
+        section_values = nested
         for section in sections:
-            place = place.setdefault(section, {})
-        place[last] = value
-    return f"# @package _global_\n# {about}\n{yaml.safe_dump(nested, sort_keys=False, allow_unicode=True)}"
+            section_values = section_values.setdefault(section, {})
+        section_values[last] = value
+    return f"# @package _global_\n# {comment}\n{yaml.safe_dump(nested, sort_keys=False, allow_unicode=True)}"

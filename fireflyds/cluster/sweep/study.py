@@ -1,4 +1,4 @@
-"""The door to Optuna: what is drawn, what has come of it, and what is not worth going on with."""
+"""Wrapper of Optuna: sampling, results and pruning of trials."""
 
 import itertools
 import math
@@ -24,7 +24,7 @@ Distribution = FloatDistribution | IntDistribution | CategoricalDistribution
 
 
 def distribution(key: str, one: RangeConfig) -> Distribution:
-    """The range of a key as Optuna has it."""
+    """Returns the range of a key as an Optuna distribution."""
     if one.choices:
         return CategoricalDistribution(one.choices)
     low, high = (float(end) for end in ranges.values(key, one) if end is not None)
@@ -33,8 +33,8 @@ def distribution(key: str, one: RangeConfig) -> Distribution:
     return FloatDistribution(low, high, log=one.log, step=one.step)
 
 
-class _Alone(JournalFileOpenLock):
-    """The study's folder is locked as a whole; a lock of the journal's own would outlive a kill."""
+class _NoLock(JournalFileOpenLock):
+    """No-op lock of the journal: the study's folder is locked as a whole, and a lock file would remain after a kill."""
 
     def acquire(self) -> bool:
         return True
@@ -44,16 +44,18 @@ class _Alone(JournalFileOpenLock):
 
 
 class Study:
-    """One study in a journal, which is only ever written on: it outlives its process, and a second start goes on with it.
+    """A study in an append-only journal, which a restarted sweep continues.
 
-    Not SQLite: folders of runs are shared by network file systems, on which its locks do not hold.
+    Not SQLite: run folders are often on network file systems, where its locks are unreliable.
     """
 
     def __init__(self, file: Path, name: str, search: SearchConfig) -> None:
         self._search = search
-        self._space: dict[str, BaseDistribution] = {key: distribution(key, one) for key, one in search.space.items()}
-        _cut_half_a_line(file)
-        storage = JournalStorage(JournalFileBackend(str(file), lock_obj=_Alone(str(file))))
+        self._space: dict[str, BaseDistribution] = {
+            key: distribution(key, key_range) for key, key_range in search.space.items()
+        }
+        _truncate_partial_line(file)
+        storage = JournalStorage(JournalFileBackend(str(file), lock_obj=_NoLock(str(file))))
         self.optuna = optuna.create_study(
             storage=storage,
             study_name=name,
@@ -61,7 +63,7 @@ class Study:
             load_if_exists=True,
             pruner=_pruner(search),
         )
-        # The same seed would draw the same values again after every start.
+        # With the same seed every restart would sample the same values again.
         self.optuna.sampler = _sampler(search, search.seed + len(self.trials))
         if search.sampler is Sampler.grid:
             for params in itertools.islice(ranges.combinations(search.space), search.trials):
@@ -69,55 +71,55 @@ class Study:
 
     @property
     def trials(self) -> list[FrozenTrial]:
-        """All that were drawn, in order."""
+        """All sampled trials, by number."""
         return [trial for trial in self.optuna.get_trials(deepcopy=False) if trial.state is not TrialState.WAITING]
 
     @property
     def wanted(self) -> int:
-        """Trials in all."""
+        """Total number of trials of the study."""
         if self._search.sampler is Sampler.grid:
-            size = math.prod(len(ranges.ladder(key, one)) for key, one in self._search.space.items())
+            size = math.prod(len(ranges.ladder(key, key_range)) for key, key_range in self._search.space.items())
             return min(self._search.trials, size)
         return self._search.trials
 
     def ask(self) -> FrozenTrial:
-        """A new trial; it counts as running from now on."""
+        """Samples a trial and returns it; its state is RUNNING from now on."""
         return self._frozen(self.optuna.ask(fixed_distributions=self._space).number)
 
     def _frozen(self, number: int) -> FrozenTrial:
         return next(trial for trial in self.trials if trial.number == number)
 
     def report(self, number: int, seen: Mapping[int, float]) -> None:
-        """Values by step; those known already are passed over."""
+        """Reports intermediate values by step; skips steps that are already reported."""
         frozen = self._frozen(number)
         trial = Trial(self.optuna, frozen._trial_id)
         for step in sorted(seen.keys() - frozen.intermediate_values.keys()):
             trial.report(seen[step], step)
 
     def should_prune(self, number: int) -> bool:
-        """Whether the pruner would end the trial now."""
-        found = self._frozen(number)
-        return found.last_step is not None and self.optuna.pruner.prune(self.optuna, found)
+        """True where the pruner would stop the trial now."""
+        frozen = self._frozen(number)
+        return frozen.last_step is not None and self.optuna.pruner.prune(self.optuna, frozen)
 
     def set_attrs(self, number: int, **facts: Any) -> None:
-        """Keep something with a trial."""
+        """Stores user attributes of a trial."""
         trial = Trial(self.optuna, self._frozen(number)._trial_id)
-        for name, fact in facts.items():
-            trial.set_user_attr(name, fact)
+        for name, value in facts.items():
+            trial.set_user_attr(name, value)
 
     def tell(self, number: int, state: TrialState, value: float | None, **facts: Any) -> None:
-        """A trial has ended."""
+        """Records the final state, value and user attributes of a trial."""
         self.set_attrs(number, **facts)
         self.optuna.tell(number, value if state is COMPLETE else None, state=state)
 
     @property
     def best(self) -> FrozenTrial | None:
-        """The best of those that were not pruned."""
+        """The best completed trial; None if there is none."""
         return self.optuna.best_trial if any(trial.state is COMPLETE for trial in self.trials) else None
 
 
-def _cut_half_a_line(journal: Path) -> None:
-    """What a kill left of a line that was being written: nothing may be written behind it."""
+def _truncate_partial_line(journal: Path) -> None:
+    """Truncates a partial last line that a kill left: further lines must not be appended to it."""
     if journal.exists():
         with journal.open("r+b") as stream:
             stream.truncate(stream.read().rfind(b"\n") + 1)
@@ -125,7 +127,7 @@ def _cut_half_a_line(journal: Path) -> None:
 
 def _sampler(search: SearchConfig, seed: int) -> optuna.samplers.BaseSampler:
     if search.sampler is Sampler.tpe:
-        # Those that still run count as bad, or several at once would all be drawn at the same place.
+        # constant_liar: running trials count as bad; otherwise concurrent trials would be sampled at the same point.
         return optuna.samplers.TPESampler(seed=seed, n_startup_trials=search.startup_trials, constant_liar=True)
     return optuna.samplers.RandomSampler(seed=seed)
 
@@ -141,9 +143,9 @@ def _pruner(search: SearchConfig) -> optuna.pruners.BasePruner:
 
 
 def draw_charts(study: Study, folder: Path, metric: str) -> list[Path]:
-    """Parallel coordinates, and which key matters, from the trials that ended or were pruned late.
+    """Draws parallel coordinates and the importance of keys, from trials that completed or were pruned late.
 
-    The importance of a key is PED-ANOVA's (https://arxiv.org/abs/2304.10255).
+    Importance is computed by PED-ANOVA (https://arxiv.org/abs/2304.10255). Returns the paths of the PNG files.
     """
     import matplotlib
 
@@ -151,19 +153,19 @@ def draw_charts(study: Study, folder: Path, metric: str) -> list[Path]:
     from matplotlib import pyplot
     from optuna.visualization import matplotlib as charts
 
-    done = [trial for trial in study.trials if trial.state is COMPLETE]
-    made = []
+    completed = [trial for trial in study.trials if trial.state is COMPLETE]
+    paths = []
     plots: dict[str, Callable[[], object]] = {}
     plots["parallel_coordinates.png"] = lambda: charts.plot_parallel_coordinate(study.optuna, target_name=metric)
-    # Of one key, or of equal values, there is nothing to weigh.
-    if len(study.trials[0].params) > 1 and len({trial.value for trial in done}) > 1:
+    # Importance is undefined for a single key and for equal objective values.
+    if len(study.trials[0].params) > 1 and len({trial.value for trial in completed}) > 1:
         plots["importance.png"] = lambda: charts.plot_param_importances(study.optuna, target_name=metric)
-    for name, plot in plots.items() if len(done) > 1 else ():
+    for name, plot in plots.items() if len(completed) > 1 else ():
         plot()
         figure = pyplot.gcf()
         figure.set_size_inches(9, 5)
         figure.savefig(folder / f".{name}.partial", format="png", dpi=120, bbox_inches="tight")
         (folder / f".{name}.partial").replace(folder / name)
         pyplot.close(figure)
-        made.append(folder / name)
-    return made
+        paths.append(folder / name)
+    return paths

@@ -129,8 +129,8 @@ def contamination(config: CleanConfig) -> np.ndarray:
         hashes = [run_hashes(text, config.overlap) for text in _evaluation_texts(path)]
         if not sum(map(len, hashes)):
             raise UserError(
-                f"clean.decontaminate: {path} has no text of clean.overlap={config.overlap} characters, so no contamination can be detected. "
-                "Give a readable file, or a smaller clean.overlap"
+                f"clean.decontaminate: {path} has no text of clean.overlap={config.overlap} characters, "
+                "so no contamination can be detected. Give a readable file, or a smaller clean.overlap"
             )
         all_hashes += hashes
     return np.unique(np.concatenate(all_hashes)) if all_hashes else np.zeros(0, np.uint64)
@@ -157,7 +157,7 @@ def _strings(value: Any) -> Iterable[str]:
 
 
 def contaminated(text: str, evaluation: np.ndarray, length: int) -> bool:
-    """True where a run of `length` characters of the text is in the evaluation sets (`evaluation`: their sorted hashes)."""
+    """True where a run of `length` characters of the text has a hash in `evaluation` (sorted, uint64 `[n]`)."""
     if len(evaluation) == 0:
         return False
     hashes = run_hashes(text, length)

@@ -44,10 +44,10 @@ def exact_duplicates(hashes: np.ndarray) -> np.ndarray:
 
 
 def near_duplicates(signatures: np.ndarray, similarity: float) -> np.ndarray:
-    """True where a document is similar to an earlier one that is kept: bool `[n]`, from signatures uint32 `[n, NUM_PERM]`.
+    """True where a document is similar to an earlier, kept one: bool `[n]`, from signatures uint32 `[n, NUM_PERM]`.
 
     Documents that share a band of their signature are compared by the share of equal rows, which estimates their
-    Jaccard similarity with a standard deviation below 0.03; the threshold is two standard deviations below `similarity`.
+    Jaccard similarity with a standard deviation below 0.03; the threshold is `similarity` minus two of these.
     """
     threshold = similarity - 2 * np.sqrt(similarity * (1 - similarity) / NUM_PERM)
     drop = np.zeros(len(signatures), bool)

@@ -92,7 +92,7 @@ class PackedLoader:
 
 
 def collate(store: TokenStore, slices: DocumentSlices) -> PackedBatch:
-    """Concatenates document slices to a packed batch; tokens outside the learned spans have the label `IGNORE_INDEX`."""
+    """Concatenates document slices to a packed batch; labels outside the learned spans are `IGNORE_INDEX`."""
     documents, starts, lengths = slices.documents, slices.starts, slices.lengths.astype(np.int64)
     ends = np.cumsum(lengths)
     ids = np.concatenate([store.ids(*location) for location in slices.as_tuples()]).astype(np.int64)

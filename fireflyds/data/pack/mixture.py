@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -34,7 +35,8 @@ class DomainRows:
         self.rows_per_epoch = len(self.plan(0))
         if self.rows_per_epoch == 0:
             raise UserError(
-                f"{store.key}={store.path}: domain {name} has no document or complete dialogue turn of at most seq_len={seq_len} tokens. Raise seq_len"
+                f"{store.key}={store.path}: domain {name} has no document or complete dialogue turn "
+                f"of at most seq_len={seq_len} tokens. Raise seq_len"
             )
         self.tokens_per_row = float(self.slices.lengths.sum()) / self.rows_per_epoch
 
@@ -64,8 +66,8 @@ class DomainRows:
         )
         return DocumentSlices(arrays[0], arrays[1], arrays[2], int(arrays[3]), int(arrays[4]))
 
-    def _load_or_build(self, name: str, fields: tuple[str, ...], build) -> list[np.ndarray]:  # type: ignore[no-untyped-def]
-        """Loads arrays from the `plans` folder of the store, or computes them and saves them there if it is writable."""
+    def _load_or_build(self, name: str, fields: tuple[str, ...], build: Callable[[], object]) -> list[np.ndarray]:
+        """Loads arrays from the `plans` folder of the store, or builds them and saves them there if it is writable."""
         folder = self._store.path / "plans" / name
         try:
             return [np.load(folder / f"{field}.npy", mmap_mode="r").view(np.ndarray) for field in fields]
@@ -204,11 +206,12 @@ class PackedRowSampler:
         """Raises `UserError` if the sequence has fewer than `rows` rows."""
         if self.num_rows is not None and rows > self.num_rows:
             raise UserError(
-                f"data.max_epochs: the data provide {self.num_rows:,} rows, the run needs {rows:,}. Lower optim.steps, or allow more epochs"
+                f"data.max_epochs: the data provide {self.num_rows:,} rows, the run needs {rows:,}. "
+                "Lower optim.steps, or allow more epochs"
             )
 
     def _phases(self, changes: list[tuple[int, list[float]]]) -> tuple[list[MixturePhase], int | None]:
-        """Returns the phases, split where weights change or a pool is exhausted, and the number of rows (None: unlimited)."""
+        """Returns the phases, split where weights change or a pool ends, and the number of rows (None: unlimited)."""
         per_row = np.array([pool.tokens_per_row for pool in self.pools])
         limits = np.array(self._row_limits)
         taken, row = np.zeros(len(self.pools), np.int64), 0
@@ -250,7 +253,7 @@ def count_steps(config: TrainConfig, rows: PackedRowSampler) -> int:
 
 
 def _quotas(shares: np.ndarray) -> np.ndarray:
-    """Returns the rows of each pool per block in proportion to `shares`, at least 1 for a share > 0: int64, sum `_BLOCK`."""
+    """Returns the rows of each pool per block, proportional to `shares` and >= 1 for shares > 0: int64 `[pools]`."""
     exact = shares / shares.sum() * _BLOCK
     quotas = np.where(shares > 0, np.maximum(1, np.floor(exact)), 0).astype(np.int64)
     for index in np.argsort(quotas - exact, kind="stable")[: max(0, _BLOCK - int(quotas.sum()))]:

@@ -57,7 +57,7 @@ def split_documents(store: TokenStore, documents: np.ndarray, seq_len: int) -> D
     lengths = store.lengths[documents]
     short = lengths <= seq_len
     long, plain = documents[~short], store.is_document(documents[~short])
-    columns: list[tuple[np.ndarray, ...]] = [(documents[short], np.zeros(int(short.sum()), np.int32), lengths[short])]
+    groups: list[tuple[np.ndarray, ...]] = [(documents[short], np.zeros(int(short.sum()), np.int32), lengths[short])]
     truncated = dropped = 0
     ends_sentence = np.zeros(1 + int(store.sentence_ends.max(initial=0)), bool)
     ends_sentence[store.sentence_ends] = True
@@ -65,7 +65,7 @@ def split_documents(store: TokenStore, documents: np.ndarray, seq_len: int) -> D
         starts = np.asarray(_split_points(store.ids(document, 0, length), ends_sentence, seq_len), np.int64)
         # The next slice starts with the last token of this one.
         ends = np.append(starts[1:] + 1, length)
-        columns.append((np.full(len(starts), document), starts, ends - starts))
+        groups.append((np.full(len(starts), document), starts, ends - starts))
     for document in long[~plain].tolist():
         spans = store.spans_of(document)
         fitting = spans[spans[:, 1] <= seq_len, 1]
@@ -73,8 +73,8 @@ def split_documents(store: TokenStore, documents: np.ndarray, seq_len: int) -> D
             dropped += 1
             continue
         truncated += 1
-        columns.append((np.array([document]), np.array([0]), fitting[-1:]))
-    arrays = [np.concatenate([part[column] for part in columns]).astype(np.int32) for column in range(3)]
+        groups.append((np.array([document]), np.array([0]), fitting[-1:]))
+    arrays = [np.concatenate([group[column] for group in groups]).astype(np.int32) for column in range(3)]
     return DocumentSlices(arrays[0], arrays[1], arrays[2], truncated, dropped)
 
 
@@ -136,7 +136,7 @@ def plan_rows(lengths: np.ndarray, seq_len: int, seed: int, epoch: int) -> RowPl
 
 
 def _stable_argsort(values: np.ndarray) -> np.ndarray:
-    """Stable argsort of non-negative integers below 2^32: two passes of NumPy's radix sort, which is limited to 16 bits."""
+    """Stable argsort of non-negative integers below 2^32: two passes of NumPy's radix sort, which is a 16-bit sort."""
     order: np.ndarray = np.argsort((values & 0xFFFF).astype(np.uint16), kind="stable")
     if len(values) and values.max() > 0xFFFF:
         order = order[np.argsort((values >> 16).astype(np.uint16)[order], kind="stable")]

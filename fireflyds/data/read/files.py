@@ -20,7 +20,7 @@ csv.field_size_limit(1 << 30)
 
 @dataclass(frozen=True, slots=True)
 class FilePart:
-    """A byte range of a file: the lines that begin in bytes `[start, end)`; `first_line` is the number of the first one."""
+    """A byte range of a file: the lines that begin in bytes `[start, end)`; `first_line` numbers the first one."""
 
     file: str
     start: int = 0
@@ -66,7 +66,8 @@ def find_files(path: str) -> list[Path]:
     for file in files:
         if kind(file) not in SUFFIXES:
             raise UserError(
-                f"{file}: ending {file.suffix!r} is not known. Known: {' '.join(SUFFIXES)}, each also with {' '.join(PACKED)}"
+                f"{file}: ending {file.suffix!r} is not known. "
+                f"Known: {' '.join(SUFFIXES)}, each also with {' '.join(PACKED)}"
             )
     return files
 

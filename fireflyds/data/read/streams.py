@@ -25,7 +25,7 @@ def open_bytes(file: str) -> Iterator[IO[bytes]]:
 
 
 class _Zstandard(io.RawIOBase):
-    """A Zstandard stream that raises `EOFError` if its last frame is truncated, which the library's own reader does not."""
+    """A Zstandard stream that raises `EOFError` if its last frame is truncated; the library's own reader does not."""
 
     def __init__(self, raw: IO[bytes]) -> None:
         self._raw, self._ready = raw, b""

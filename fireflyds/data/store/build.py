@@ -43,7 +43,7 @@ def store_provenance(config: PrepareConfig, tokenizer: str, tasks: list[EncodeTa
 def make_parts(
     config: PrepareConfig, tasks: list[EncodeTask], load_encoder: Callable[[], Encoder], folder: Path, earlier: Path
 ) -> list[dict[str, Any]]:
-    """Encodes all parts into `folder`, in order; complete parts in `folder` or in `earlier` are reused. Returns their counts."""
+    """Encodes all parts into `folder`; complete parts in `folder` or `earlier` are reused. Returns the counts."""
     folder.mkdir(parents=True, exist_ok=True)
     finished: dict[str, dict[str, Any]] = {}
     for task in tasks:
@@ -71,13 +71,13 @@ def make_parts(
 
 
 def _encode_parts(
-    tasks: list[EncodeTask], workshop: WorkerContext, workers: int
+    tasks: list[EncodeTask], context: WorkerContext, workers: int
 ) -> Iterator[tuple[EncodeTask, dict[str, Any]]]:
     if workers == 1 or len(tasks) == 1:
-        init_worker(workshop)
+        init_worker(context)
         yield from ((task, make_part(task)) for task in tasks)
         return
-    with ProcessPoolExecutor(workers, initializer=start_worker, initargs=(workshop,)) as pool:
+    with ProcessPoolExecutor(workers, initializer=start_worker, initargs=(context,)) as pool:
         try:
             yield from zip(tasks, pool.map(make_part, tasks), strict=True)
         except BaseException:

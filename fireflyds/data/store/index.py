@@ -33,7 +33,7 @@ def columns_of(
     domains: list[str],
     languages: list[str],
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Returns the index columns of the kept documents, and by reason the sources of the dropped ones: int32 `[dropped]`."""
+    """Returns the index columns of the kept documents, and by reason the sources of the dropped ones: int32 `[n]`."""
     parts = [np.load(folder / f"{info['key']}.npz") for info in infos]
     sizes = [len(part["length"]) for part in parts]
 

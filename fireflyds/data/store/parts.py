@@ -33,7 +33,7 @@ _ENCODE_BATCH_SIZE = 256
 
 @dataclass(frozen=True, slots=True)
 class EncodeTask:
-    """One part of one source. `key` hashes its contents and all settings of its encoding but `template` and `loss_on`."""
+    """One part of one source. `key` hashes its contents and its encoding settings except `template` and `loss_on`."""
 
     source: int
     part: FilePart
@@ -63,34 +63,38 @@ def _settings(clean: CleanConfig, tokenizer: str) -> str:
 
 def _split_source(source: SourceConfig) -> Iterator[tuple[FilePart, int, str]]:
     """Yields the parts of a source with their size in bytes and a hash of their contents."""
-    for whole in source_parts(source):
-        if is_dataset(whole.file):
-            yield whole, 0, _dataset_state(whole.file)
+    for part in source_parts(source):
+        if is_dataset(part.file):
+            yield part, 0, _dataset_state(part.file)
             continue
-        file = Path(whole.file)
-        by_line = file.suffix == ".jsonl" or (file.suffix == ".txt" and source.split is TextSplit.line)
-        if by_line and kind(file) == file.suffix:
+        file = Path(part.file)
+        splittable = file.suffix == ".jsonl" or (file.suffix == ".txt" and source.split is TextSplit.line)
+        if splittable and kind(file) == file.suffix:
             yield from _split_by_line(file)
         else:
             with file.open("rb") as stream:
-                yield whole, file.stat().st_size, f"{kind(file)} {hashlib.file_digest(stream, 'sha256').hexdigest()}"
+                yield part, file.stat().st_size, f"{kind(file)} {hashlib.file_digest(stream, 'sha256').hexdigest()}"
 
 
 def _split_by_line(file: Path) -> Iterator[tuple[FilePart, int, str]]:
     """Yields parts of about `PART_BYTES` bytes (more if there would be too many parts), which end at line breaks."""
-    at, line = 0, 1
-    most = max(PART_BYTES, file.stat().st_size // _MAX_PARTS)
+    offset, line = 0, 1
+    max_bytes = max(PART_BYTES, file.stat().st_size // _MAX_PARTS)
     with file.open("rb") as stream:
-        while data := stream.read(most):
+        while data := stream.read(max_bytes):
             data += stream.readline()
             contents = hashlib.sha256(data).hexdigest()
-            yield FilePart(str(file), at, at + len(data), line), len(data), f"{file.suffix} {line == 1} {contents}"
-            at += len(data)
+            yield (
+                FilePart(str(file), offset, offset + len(data), line),
+                len(data),
+                f"{file.suffix} {line == 1} {contents}",
+            )
+            offset += len(data)
             line += data.count(b"\n")
 
 
 def _dataset_state(path: str) -> str:
-    """Returns names, sizes and modification times of the files of a saved data set, or only the name of one on the Hub."""
+    """Returns names, sizes and modification times of a saved data set's files; only the name of one on the Hub."""
     files = sorted(Path(path).rglob("*")) if Path(path).is_dir() else []
     return json.dumps([path, *((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file())])
 
@@ -121,7 +125,7 @@ def init_worker(workshop: WorkerContext) -> None:
 
 
 def start_worker(workshop: WorkerContext) -> None:
-    """Initializes a worker process that ignores SIGINT, which its parent handles, and is killed when the parent ends."""
+    """Initializes a worker process that ignores SIGINT (the parent handles it) and is killed when its parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -159,7 +163,7 @@ class _PartBuilder:
         self._writer = PartWriter(_context.folder, task.key, token_dtype(_encoder.vocab_size))
 
     def reject(self, line: int, reason: str) -> None:
-        """Records a rejected row. Lines count from the start of the part, which may be reused at another offset of a file."""
+        """Records a rejected row. Lines count from the start of the part, as it may be reused at another offset."""
         self.rejected.append({"line": line and line - self._task.part.first_line + 1, "reason": reason})
 
     def add(self, sample: Sample, line: int) -> None:

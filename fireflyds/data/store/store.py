@@ -34,7 +34,7 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 class PartWriter:
     """Writes the documents of one part to temporary files, which are renamed when the part is complete.
 
-    Files of an earlier part with that key may be hard links into a finished store, so they are replaced, never modified.
+    Files of an earlier part with that key may be hard-linked into a finished store, so they are never modified.
     """
 
     def __init__(self, folder: Path, key: str, dtype: np.dtype[Any]) -> None:
@@ -86,7 +86,7 @@ class PartWriter:
 
 
 class TokenStore:
-    """A store opened for reading; ids and index are memory-mapped. `key`: the configuration field that names the folder."""
+    """A store opened for reading; ids and index are memory-mapped. `key`: configuration field that names the folder."""
 
     def __init__(self, folder: str | Path, key: str = "data.store") -> None:
         folder = Path(folder)
@@ -120,7 +120,8 @@ class TokenStore:
         num_stored = file.stat().st_size // self._dtype.itemsize if file.exists() else 0
         if num_stored != part["tokens"]:
             raise UserError(
-                f"{self._key}={self.path}: {file.name} has {num_stored} tokens, the manifest records {part['tokens']}. Prepare it again"
+                f"{self._key}={self.path}: {file.name} has {num_stored} tokens, "
+                f"the manifest records {part['tokens']}. Prepare it again"
             )
 
     @property
@@ -195,8 +196,8 @@ def open_store(key: str, folder: str, fingerprint: str, tokenizer: str) -> Token
 
 
 def _load_mapped(file: Path) -> np.ndarray:
-    mapped: np.ndarray = np.asarray(np.load(file, mmap_mode="r"))
-    return mapped
+    array: np.ndarray = np.asarray(np.load(file, mmap_mode="r"))
+    return array
 
 
 def read_manifest(folder: Path, key: str = "data.store") -> dict[str, Any]:

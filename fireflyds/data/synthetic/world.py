@@ -42,7 +42,7 @@ def build_world(language: Language, num_entities: int, rng: random.Random) -> li
 
 
 def _balanced(values: tuple[str, ...], count: int, rng: random.Random) -> list[str]:
-    """Returns `count` values in random order with equal frequencies, so that guessing the most frequent one is no help."""
+    """Returns `count` values in random order with equal frequencies, so that no value is a better guess than others."""
     column = [values[i % len(values)] for i in range(count)]
     rng.shuffle(column)
     return column

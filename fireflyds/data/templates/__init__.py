@@ -1,8 +1,8 @@
 """Chat templates, one per file. Its `CHAT` defines both the rendering in training and the equivalent Jinja template.
 
 In the strings of a `Chat`, `{}` is replaced by the message, `{system}` by the rendered `system` (empty without a system
-message) and `{round}` by the number of the turn, counted from 1. `BOS` and `EOS` are replaced by the tokenizer's tokens;
-`special` lists the other strings that are single tokens of the tokenizer.
+message) and `{round}` by the number of the turn, counted from 1. `BOS` and `EOS` are replaced by the tokens of the
+tokenizer; `special` lists the other strings that are single tokens of the tokenizer.
 """
 
 import re

@@ -11,7 +11,7 @@ from torch import Tensor
 class SequenceBoundaries:
     """Boundaries of the n documents of one batch.
 
-    `cu_seqlens`: int32 `[n + 1]`, cumulative lengths from 0 to T. `max_seqlen`: length of the longest document in tokens.
+    `cu_seqlens`: int32 `[n + 1]`, cumulative lengths from 0 to T. `max_seqlen`: tokens of the longest document.
     """
 
     cu_seqlens: Tensor
@@ -28,9 +28,9 @@ class PackedContext:
 
     `batch`: boundaries of the last forward pass. `recomputing`: True where gradient checkpointing is enabled.
 
-    Layers that forward keyword arguments receive the boundaries as one of them, so that gradient checkpointing recomputes
-    with the boundaries of the same batch. Layers of Falcon and BLOOM do not; they read `batch` here, so with gradient
-    checkpointing the backward pass of a batch must run before the forward pass of the next.
+    Layers that forward keyword arguments receive the boundaries as one of them, so that gradient checkpointing
+    recomputes with the boundaries of the same batch. Layers of Falcon and BLOOM do not; they read `batch` here, so with
+    gradient checkpointing the backward pass of a batch must run before the forward pass of the next.
     """
 
     batch: SequenceBoundaries | None = None

@@ -40,25 +40,23 @@ def _attention(
     """Packed attention as a function of transformers' `AttentionInterface`: `[1, H, T, D]` in, `[1, T, H, D]` out."""
     unsupported = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None] + ["dropout"] * bool(dropout)
     if unsupported:
-        raise UserError(
-            f"{type(module).__name__} needs attention with {', '.join(unsupported)}, which packed attention does not support"
-        )
+        raise UserError(f"{type(module).__name__}: packed attention does not support {', '.join(unsupported)}")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     return boundaries.attention(q, k, v, scale=scaling, window=sliding_window, causal=causal)[None], None
 
 
-# The boundaries replace the attention mask. Without a function in AttentionMaskInterface transformers builds no mask; with
-# one that returns None it would first search the position ids for packed documents, which synchronises with the device.
+# The boundaries replace the attention mask. Without a function in AttentionMaskInterface transformers builds no mask;
+# with one that returns None it would first search the position ids for packed documents, which waits for the device.
 AttentionInterface.register(ATTENTION, _attention)
 
 
 def fuse(model: Any) -> Any:
-    """Binds the packed forward pass to this instance, in place, and returns it; the class and other instances are unchanged.
+    """Binds the packed forward pass to this instance and returns it; the class and other instances are unchanged.
 
-    Afterwards `model(input_ids, labels, position_ids, cu_seqlens, max_seqlen)` returns the sum of the token losses, or with
-    `compute` the result of that function of `packed/head.py`. Families with a `fused` table also run their norms, rotary
-    embeddings, gated MLPs and attention on `fireflyds_kernels`; any other model that uses transformers'
+    Afterwards `model(input_ids, labels, position_ids, cu_seqlens, max_seqlen)` returns the sum of the token losses, or
+    with `compute` the result of that function of `packed/head.py`. Families with a `fused` table also run their norms,
+    rotary embeddings, gated MLPs and attention on `fireflyds_kernels`; any other model that uses transformers'
     `AttentionInterface` runs its attention and its loss on them.
 
     Raises:
@@ -137,12 +135,13 @@ def _check_supported(model: Any, table: Any) -> None:
     other_types = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if other_types or any(isinstance(module, nn.Conv1d) for module in model.modules()):
         raise UserError(
-            f"{name} has layers other than full or sliding-window attention ({', '.join(other_types) or 'convolutions'}), "
-            "which would mix packed documents"
+            f"{name} has layers other than full or sliding-window attention "
+            f"({', '.join(other_types) or 'convolutions'}), which would mix packed documents"
         )
     if any(getattr(module, "rope_type", None) == "longrope" for module in model.modules()):
         raise UserError(
-            f"{name} has rope_type=longrope, whose frequencies depend on the longest document of a row. Train it unpacked"
+            f"{name} has rope_type=longrope, whose frequencies depend on the longest document of a row. "
+            "Train it unpacked"
         )
     for key, neutral in _LOGIT_TRANSFORMS.items():
         if getattr(config, key, None) not in (None, neutral):

@@ -1,4 +1,4 @@
-"""Forward functions of single modules, built on `fireflyds_kernels`. The `fused` tables of the families refer to them by name.
+"""Forward functions of single modules, built on `fireflyds_kernels`; the `fused` tables of the families name them.
 
 Each has the signature of the transformers module that it replaces and uses that module's attributes; it is bound as the
 `forward` of one instance, and the class is unchanged. A module's parameters are used only within its own call, because
@@ -35,10 +35,8 @@ def rotary_attention(
     boundaries: SequenceBoundaries,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """LLaMA's attention over `[1, T, d]`, with the layer's sliding window (Qwen) and the q and k norms (Qwen3), if any."""
-    return _packed_rotary_attention(
-        self, hidden_states, position_embeddings, boundaries, getattr(self, "sliding_window", None)
-    )
+    """LLaMA's attention over `[1, T, d]`, with the layer's sliding window (Qwen) and q and k norms (Qwen3), if any."""
+    return _rope_attention(self, hidden_states, position_embeddings, boundaries, getattr(self, "sliding_window", None))
 
 
 def mistral_attention(
@@ -49,10 +47,10 @@ def mistral_attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """LLaMA's attention with the sliding window of the model's configuration in every layer."""
-    return _packed_rotary_attention(self, hidden_states, position_embeddings, boundaries, self.config.sliding_window)
+    return _rope_attention(self, hidden_states, position_embeddings, boundaries, self.config.sliding_window)
 
 
-def _packed_rotary_attention(
+def _rope_attention(
     self: Any,
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor],

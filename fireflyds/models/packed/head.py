@@ -1,7 +1,7 @@
 """Functions of the head of a packed model: losses and logits from the last hidden states.
 
-Each can be the `compute` argument of the fused model's forward pass. The head is called as a module, so that ZeRO-3 gathers
-its weight.
+Each can be the `compute` argument of the fused model's forward pass. The head is called as a module, so that ZeRO-3
+gathers its weight.
 """
 
 from collections.abc import Callable
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 class HeadInputs:
     """Targets and document boundaries of the hidden states `[T, d]` of a packed row.
 
-    `labels`, int64 `[T]`: the target token of each position, -100 for none. `num_labels`: the number of positions with a
-    target; None where only the device has it. `cu_seqlens`, int32 `[n + 1]`: the document boundaries.
+    `labels`, int64 `[T]`: the target token of each position, -100 for none. `num_labels`: the number of positions with
+    a target; None where only the device has it. `cu_seqlens`, int32 `[n + 1]`: the document boundaries.
     """
 
     labels: Tensor

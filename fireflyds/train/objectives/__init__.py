@@ -1,7 +1,7 @@
 """Training objectives: every module is one objective and exports `OBJECTIVE`.
 
-An objective declares the batch fields that it requires, counts the loss denominator, and computes the loss from the last
-hidden states.
+An objective declares the batch fields that it requires, counts the loss denominator, and computes the loss from the
+last hidden states.
 """
 
 from typing import Protocol
@@ -17,8 +17,8 @@ PACKAGE = "fireflyds.train.objectives"
 
 
 ObjectiveLoss = tuple[Tensor, Tensor]
-"""Of one micro-batch: the loss sum, a scalar that is not yet normalized; and the contribution of every position to it `[T]`,
-without gradient, for metrics by domain. A plain tuple, in which DeepSpeed finds the tensors."""
+"""Result for one micro-batch: the loss sum, a scalar that is not yet normalized; and the contribution of every position
+to it `[T]`, without gradient, for metrics by domain. A plain tuple, in which DeepSpeed finds the tensors."""
 
 
 class Objective(Protocol):
@@ -30,7 +30,7 @@ class Objective(Protocol):
         """Contribution of a micro-batch to the loss denominator of the step: number of learned tokens, or of pairs."""
 
     def __call__(self, head: nn.Module, hidden: Tensor, inputs: HeadInputs) -> ObjectiveLoss:
-        """Computes the loss from the last hidden states `[T, d]`. Calls `head` as a module, so that ZeRO-3 gathers its weight."""
+        """Computes the loss from the last hidden states `[T, d]`. Calls `head`, so that ZeRO-3 gathers its weight."""
 
 
 def load_objective(config: ObjectiveConfig) -> Objective:

@@ -270,7 +270,7 @@ def test_a_controller_that_is_away_for_a_while_ends_nothing(tmp_path: Path, caps
     study = run(tmp_path, played, search(trials=3))
     assert played.away == 4
     assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 3
-    assert capsys.readouterr().out.count("no answer within 60 s. Tried again until it goes") == 1
+    assert capsys.readouterr().out.count("no answer within 60 s. Retrying until Slurm responds") == 1
 
 
 def test_a_controller_that_is_away_from_the_start_is_told(tmp_path: Path) -> None:
@@ -434,7 +434,7 @@ def test_another_search_under_the_same_name_is_refused(verb, tmp_path: Path) -> 
     (tmp_path / "runs/s/study.json").write_text(json.dumps(asked))
     done = verb("sweep", *usual, check=False)
     assert done.returncode == 2
-    assert "study=s: was begun with something else (" in done.stderr
+    assert "study=s: was started with other settings (" in done.stderr
     assert "seed: 1 -> 0" in done.stderr
     assert not (tmp_path / "runs/s/study.journal").exists()
 
