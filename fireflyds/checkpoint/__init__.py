@@ -1,1 +1,1 @@
-"""Checkpoints are saved, found, restored and pruned here."""
+"""Saving, verifying, restoring and pruning of checkpoints."""

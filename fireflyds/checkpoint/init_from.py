@@ -1,4 +1,4 @@
-"""Trained weights of a checkpoint: described beside its shards, read by the export, and by a later run that starts from
+"""Trained weights of a checkpoint: writing their metadata, reading them for export, and initialising a later run with
 them (`init_from`)."""
 
 from dataclasses import dataclass
@@ -9,8 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from fireflyds import app
-from fireflyds.checkpoint import trainable_files
-from fireflyds.checkpoint import trainable_weights as trained
+from fireflyds.checkpoint import trainable_files, trainable_weights
 from fireflyds.checkpoint.restore import find_checkpoint
 from fireflyds.checkpoint.shard_files import ShardReader
 from fireflyds.checkpoint.trainable_weights import TrainableWeights
@@ -23,42 +22,42 @@ from fireflyds.runs.find import find_run
 from fireflyds.runs.fingerprint import read_inputs
 
 TRAINABLE = "trainable"
-"""In a checkpoint: what is known of the trained tensors, which are in its shards."""
+"""Folder in a checkpoint with the metadata of the trained tensors; the tensors are in the shards."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrainableWeightsWriter:
-    """Completes a checkpoint: describes what trained, and reads it back."""
+    """Completes a checkpoint: writes the metadata of the trained weights and verifies the shards."""
 
     model: Any
     config: TrainConfig
     adapter_config: Any
     metadata: dict[str, Any]
-    """What it belongs to: hashes of base and tokenizer, vocabulary size."""
+    """Hashes of base and tokenizer, vocabulary size."""
 
     def write(self, folder: Path, step: int, skipped: int) -> None:
-        """On rank 0, into the folder of a checkpoint that is not yet in place.
+        """On rank 0: write into the staging folder of a checkpoint.
 
         Raises:
-            UserError: what was saved is not what trained.
+            UserError: the saved tensors are not those that were trained.
         """
         shards = ShardReader(folder)
-        shards.require_complete(trained.trainable_shapes(self.model, by_base_name=False))
+        shards.require_complete(trainable_weights.trainable_shapes(self.model, by_base_name=False))
         metadata = self.metadata | {"step": step}
-        described = trained.describe_trainable_weights(self.model, self.adapter_config, metadata)
+        described = trainable_weights.describe_trainable_weights(self.model, self.adapter_config, metadata)
         trainable_files.save_metadata(described, folder / TRAINABLE)
         if self.config.tuning.method is not TuningMethod.full:
-            tensors = ((trained.base_name(name), tensor) for name, tensor in shards.weights())
+            tensors = ((trainable_weights.base_name(name), tensor) for name, tensor in shards.weights())
             trainable_files.verify_saved_weights(
-                folder, tensors, trained.trainable_shapes(self.model), updated=step > skipped
+                folder, tensors, trainable_weights.trainable_shapes(self.model), updated=step > skipped
             )
 
 
 def read_trainable_weights(folder: Path) -> TrainableWeights:
-    """What a checkpoint holds, in float32. Tensors are read from its shards when they are asked for."""
+    """The trained weights of a checkpoint, in float32. Tensors are read from its shards on access."""
     shards = ShardReader(folder)
     readers = {name: partial(_read_weight, shards, name) for name in shards.shapes}
-    return trained.with_tensors(trainable_files.load_metadata(folder / TRAINABLE), readers)
+    return trainable_weights.with_tensors(trainable_files.load_metadata(folder / TRAINABLE), readers)
 
 
 def _read_weight(shards: ShardReader, name: str) -> Tensor:
@@ -66,20 +65,20 @@ def _read_weight(shards: ShardReader, name: str) -> Tensor:
 
 
 def restore_weights(model: Any, run_dir: Path, folder: Path | None = None) -> None:
-    """Give a freshly tuned model what its run took over from an earlier one, and what a checkpoint of it learnt."""
+    """Load into a new model the weights that its run took from `init_from`, then those of the checkpoint `folder`."""
     if (run_dir / layout.START).is_dir():
         start = trainable_files.load_trainable_weights(run_dir / layout.START)
-        trained.load_into_model(model, start, run_dir / layout.START, must_cover=False)
+        trainable_weights.load_into_model(model, start, run_dir / layout.START, must_cover=False)
         reset_dora_magnitudes(model, but=start.adapters)
     if folder is not None:
-        trained.load_into_model(model, read_trainable_weights(folder), folder, must_cover=True)
+        trainable_weights.load_into_model(model, read_trainable_weights(folder), folder, must_cover=True)
 
 
 def copy_initial_weights(config: TrainConfig, identity: dict[str, Any]) -> None:
-    """On rank 0: put what the run of `init_from` learnt into this run's folder, once.
+    """On rank 0: copy the trained weights of the run `init_from` into this run's folder, unless they are there already.
 
     Raises:
-        UserError: no such run, no checkpoint of it, another base or tokenizer, or adapters that differ.
+        UserError: no such run, no checkpoint of it, another base or tokenizer, or different adapters.
     """
     start = Path(config.run_dir) / layout.START
     if not config.init_from or start.is_dir():
@@ -97,22 +96,22 @@ def copy_initial_weights(config: TrainConfig, identity: dict[str, Any]) -> None:
             raise UserError(
                 f"init_from={config.init_from}: that run's {key} is {_short(recorded.get(key))}, this one's {_short(identity[key])}. {remedy}"
             )
-    found = read_trainable_weights(newest)
+    weights = read_trainable_weights(newest)
     if (earlier_dir / layout.START).is_dir():
-        found = found.over(trainable_files.load_trainable_weights(earlier_dir / layout.START))
-    _check_adapters(config, earlier, found)
-    found.metadata = identity | {"run": config.init_from, "checkpoint": newest.name}
-    with atomic_dir(start, Output("start of a run")) as aside:
-        trainable_files.save_trainable_weights(found, aside)
+        weights = weights.over(trainable_files.load_trainable_weights(earlier_dir / layout.START))
+    _check_adapters(config, earlier, weights)
+    weights.metadata = identity | {"run": config.init_from, "checkpoint": newest.name}
+    with atomic_dir(start, Output("start of a run")) as staging:
+        trainable_files.save_trainable_weights(weights, staging)
 
 
 def _short(value: Any) -> str:
     return str(value)[:12]
 
 
-def _check_adapters(config: TrainConfig, earlier: TrainConfig, found: TrainableWeights) -> None:
-    """Adapters go on only as what they were: with another scale they would mean something else."""
-    if not found.adapters:
+def _check_adapters(config: TrainConfig, earlier: TrainConfig, weights: TrainableWeights) -> None:
+    """Raises `UserError` unless adapters keep their settings: another scale would change the effect of the weights."""
+    if not weights.adapters:
         return
     before, now = earlier.tuning, config.tuning
     for key in ("r", "alpha", "use_rslora", "use_dora", "target_modules"):

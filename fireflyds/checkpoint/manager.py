@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, written while training goes on, found again, damaged ones passed over."""
+"""Asynchronous checkpoints: complete or absent, written while training continues; restoring skips damaged ones."""
 
 import json
 import sys
@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch.distributed as dist
 
-from fireflyds.checkpoint import shard_files as fragments
+from fireflyds.checkpoint import shard_files
 from fireflyds.checkpoint.restore import restore_latest
 from fireflyds.checkpoint.retention import checkpoints_to_delete, read_checkpoint_info
 from fireflyds.checkpoint.shard_files import FORMAT_VERSION, MANIFEST
@@ -25,20 +25,20 @@ from fireflyds.zero import partitions
 from fireflyds.zero.engine import Engine
 from fireflyds.zero.partitions import FlatPartition
 
-# How long a run that ends by an error waits for the checkpoint that is being written.
+# Seconds that a run which ends with an error waits for the checkpoint that is being written.
 _EXIT_WAIT_SECONDS = 60.0
 
 
 class TrainableWeightsSink(Protocol):
-    """Adds what was learnt to a checkpoint on rank 0, and refuses what was not saved whole."""
+    """Adds metadata of the trained weights to a checkpoint on rank 0; raises `UserError` if these are incomplete."""
 
     def write(self, folder: Path, step: int, skipped: int) -> None: ...
 
 
 class CheckpointManager:
-    """Saves checkpoints of a run. Training waits for a copy on the host only; a thread writes it.
+    """Saves checkpoints of a run. Training waits only for the copy to host memory; a thread writes it to disk.
 
-    Used as a context: leaving it waits for what is being written. All ranks call the same methods in the same order.
+    A context manager: it waits for the checkpoint being written. All ranks call the same methods in the same order.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class CheckpointManager:
         self._thread: threading.Thread | None = None
         self._written, self._abandoned = threading.Event(), threading.Event()
         self._failure: BaseException | None = None
-        # Passed over on restoring: they count for nothing when old checkpoints are deleted.
+        # Skipped on restoring: they do not count as kept when old checkpoints are deleted.
         self._corrupted: set[str] = set()
         run_on_rank_zero(self._remove_leftovers)
         self._require_space()
@@ -62,31 +62,31 @@ class CheckpointManager:
         if kind is None:
             self.wait()
         elif self._thread is not None and issubclass(kind, UserError):
-            # All ranks leave for the same reason, so what is being written can become whole.
+            # All ranks end for the same reason, so the checkpoint being written can be completed.
             self._thread.join(_EXIT_WAIT_SECONDS)
         self._abandoned.set()
 
     @property
     def failed(self) -> bool:
-        """Whether this rank's share of the newest checkpoint could not be written. Told to all by `finish`."""
+        """True if this rank could not write its shard of the newest checkpoint; `StopSignals.poll` combines all."""
         return self._failure is not None
 
     def restore_latest(self, say: Callable[[str], None]) -> TrainState:
-        """As the function `restore_latest`, remembering which checkpoints are corrupted."""
+        """Restores the newest undamaged checkpoint (see `restore.restore_latest`) and records the corrupted ones."""
         return restore_latest(self._engine, self._storage, say, self._corrupted)
 
     def save(self, state: TrainState, metrics: StepMetrics) -> float:
         """Save this step. Returns the seconds that training waited.
 
         Raises:
-            UserError: the one before could not be saved, or the disk has no room for this one.
+            UserError: the previous checkpoint could not be saved, or the disk has too little space for this one.
         """
         started = time.perf_counter()
         self.wait()
         self._require_space()
         name = layout.step_name(state.step)
         run_on_rank_zero(lambda: self._storage.begin(name))
-        copies = fragments.stage_to_cpu(partitions.owned_partitions(self._engine))
+        copies = shard_files.stage_to_cpu(partitions.owned_partitions(self._engine))
         manifest = {
             "version": FORMAT_VERSION,
             "train_state": state.as_dict(),
@@ -96,21 +96,21 @@ class CheckpointManager:
             "parameters": partitions.param_shapes(self._engine),
             "metrics": metrics.as_dict(),
         }
-        work = threading.Thread(
+        thread = threading.Thread(
             target=self._write_in_background, args=(name, copies, manifest), name="checkpoint", daemon=True
         )
         self._written.clear()
-        self._thread = work
-        work.start()
+        self._thread = thread
+        thread.start()
         if not self._config.background:
             self.wait()
         return time.perf_counter() - started
 
     def wait(self) -> None:
-        """Wait until the newest checkpoint is in place.
+        """Wait until the newest checkpoint is complete.
 
         Raises:
-            UserError: some rank could not write; the checkpoint before is whole.
+            UserError: a rank could not write its shard; the previous checkpoint is intact.
         """
         if self._thread is None:
             return
@@ -126,17 +126,17 @@ class CheckpointManager:
     def _raise_failures(self) -> None:
         failures: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(failures, None if self._failure is None else _message(self._failure))
-        if said := [f"rank {rank}: {text}" for rank, text in enumerate(failures) if text]:
+        if messages := [f"rank {rank}: {text}" for rank, text in enumerate(failures) if text]:
             self._abandoned.set()
             raise UserError(
-                f"{self._folder}: the newest checkpoint was not saved ({said[0]}). The one before is whole. Mend that, and "
-                "give the same command again"
+                f"{self._folder}: the newest checkpoint was not saved ({messages[0]}). The previous one is "
+                "intact. Correct the cause, and run the same command again"
             ) from self._failure
 
     def _write_in_background(self, name: str, copies: dict[str, Any], manifest: dict[str, Any]) -> None:
         try:
             try:
-                fragments.write_shard(self._storage.staging(name), dist.get_rank(), copies)
+                shard_files.write_shard(self._storage.staging(name), dist.get_rank(), copies)
                 copies.clear()
             finally:
                 self._written.set()
@@ -146,48 +146,51 @@ class CheckpointManager:
             self._failure = error
 
     def _complete(self, name: str, manifest: dict[str, Any]) -> None:
-        """On rank 0, when all ranks have written: add what was learnt, seal, rename, forget old ones."""
-        world_size, aside = manifest["layout"]["world_size"], self._storage.staging(name)
-        while len(list(aside.glob("rank-*.json"))) < world_size:
+        """On rank 0, once all ranks have written: add metadata and checksums, commit, and delete old checkpoints."""
+        world_size, staging = manifest["layout"]["world_size"], self._storage.staging(name)
+        while len(list(staging.glob("rank-*.json"))) < world_size:
             if self._abandoned.wait(0.02):
                 return
-        atomic_write_text(aside / MANIFEST, json.dumps(manifest, indent=2))
+        atomic_write_text(staging / MANIFEST, json.dumps(manifest, indent=2))
         step = manifest["train_state"]["step"]
-        self._weights_sink.write(aside, step, manifest["skipped_steps"])
-        fragments.write_checksums(aside)
+        self._weights_sink.write(staging, step, manifest["skipped_steps"])
+        shard_files.write_checksums(staging)
         self._storage.commit(name)
         self._corrupted.discard(name)
         try:
             self._prune(step)
-        except OSError as error:  # this checkpoint is whole all the same
+        except OSError as error:  # the new checkpoint is complete nevertheless
             print(f"warning: {self._folder}: old checkpoints were not removed ({error})", file=sys.stderr, flush=True)
 
     def _prune(self, saved: int) -> None:
-        """Drop what is not to be kept now that a step is saved. What stands behind that step was passed over: it stays where
-        it is until the run comes by, and pushes nothing out."""
+        """Delete the checkpoints that are not to be kept after step `saved`.
+
+        Checkpoints of later steps were skipped on restoring: they are neither deleted nor counted until the run has
+        passed their step.
+        """
         names = [name for name in self._storage.list() if step_of(name) <= saved]
-        whole = [
+        undamaged = [
             read_checkpoint_info(self._storage.open(name), step_of(name), self._config.best_metric)
             for name in names
             if name not in self._corrupted
         ]
         damaged = [name for name in names if name in self._corrupted]
-        for name in [*damaged, *map(layout.step_name, checkpoints_to_delete(whole, self._config))]:
+        for name in [*damaged, *map(layout.step_name, checkpoints_to_delete(undamaged, self._config))]:
             self._storage.remove(name)
             self._corrupted.discard(name)
 
     def _remove_leftovers(self) -> None:
-        """Remove what a killed process left."""
+        """Remove the incomplete checkpoints of a killed process."""
         try:
             self._storage.remove_leftovers()
         except OSError as error:
             raise UserError(f"{self._folder}: cannot be written ({error.strerror}). Give another runs=") from error
 
     def _require_space(self) -> None:
-        """Raises `UserError` while there is time: before the step that would be lost."""
-        mine = sum(_partition_bytes(partition) for _, partition in partitions.owned_partitions(self._engine))
+        """Raises `UserError` if the disk has too little space, before training a step that could not be saved."""
+        num_bytes = sum(_partition_bytes(partition) for _, partition in partitions.owned_partitions(self._engine))
         sizes: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(sizes, mine)
+        dist.all_gather_object(sizes, num_bytes)
         run_on_rank_zero(lambda: _require_free_space(self._storage, sum(sizes)))
 
 
@@ -196,8 +199,8 @@ def _message(error: BaseException) -> str:
 
 
 def _partition_bytes(partition: FlatPartition) -> int:
-    """Of a partition in a file; before the first step there are no states yet, and two moments are reckoned with."""
-    length = sum(part.length for part in partition.slices)
+    """Bytes of a partition in a shard file. Before the first step there are no states yet: two moments are assumed."""
+    length = sum(param_slice.length for param_slice in partition.slices)
     states = [value for value in partition.state.values() if hasattr(value, "numel") and value.numel() > 1]
     return length * 4 + (sum(value.numel() * value.element_size() for value in states) if states else length * 8)
 
@@ -206,6 +209,7 @@ def _require_free_space(storage: CheckpointStorage, needed: int) -> None:
     free = storage.free_bytes()
     if free < needed * 1.1:
         raise UserError(
-            f"{storage.staging('').parent}: a checkpoint takes {needed / 2**30:.2f} GiB and the disk has {free / 2**30:.2f} GiB free. What was "
-            "saved before is whole. Free space, lower checkpoint.keep or give checkpoint.max_gib, then give the same command again"
+            f"{storage.staging('').parent}: a checkpoint takes {needed / 2**30:.2f} GiB and the disk has "
+            f"{free / 2**30:.2f} GiB free. Earlier checkpoints are intact. Free space, lower checkpoint.keep or set "
+            "checkpoint.max_gib, then run the same command again"
         )

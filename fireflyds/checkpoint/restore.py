@@ -1,4 +1,4 @@
-"""The newest checkpoint that is whole: found by the export, and restored into the engine of any number of ranks."""
+"""Selects the newest undamaged checkpoint, and restores it into the engine on any number of ranks."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,23 +19,24 @@ from fireflyds.zero.engine import Engine
 def restore_latest(
     engine: Engine, storage: CheckpointStorage, say: Callable[[str], None], corrupted: set[str] | None = None
 ) -> TrainState:
-    """Restore the newest undamaged checkpoint into the engine; the start of a run when there is none.
+    """Restore the newest undamaged checkpoint into the engine. Returns its state; the initial state if there is none.
 
-    It may have been written by any number of ranks and at any ZeRO stage. Damaged ones are added to `corrupted`.
+    It may have been written by any number of ranks and at any ZeRO stage. Damaged ones are logged with `say` and added
+    to `corrupted`.
 
     Raises:
-        UserError: there are checkpoints, and none of them is undamaged or of this run.
+        UserError: all checkpoints are damaged, or the checkpoint belongs to another run.
     """
     corrupted = set() if corrupted is None else corrupted
-    # Rank 0's list: a network file system may show it to others a little later.
+    # The list of rank 0: network file systems may show new folders to other ranks a little later.
     listed = [storage.list()]
     dist.broadcast_object_list(listed)
     for name in reversed(listed[0]):
         folder = storage.open(name)
         verdicts: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(verdicts, find_corruption(folder, dist.get_rank(), dist.get_world_size()))
-        if wrong := next(filter(None, verdicts), None):
-            say(f"{folder} is damaged ({wrong}); the one before is used")
+        if problem := next(filter(None, verdicts), None):
+            say(f"{folder} is damaged ({problem}); the previous checkpoint is used")
             corrupted.add(name)
             continue
         corrupted.discard(name)
@@ -43,7 +44,7 @@ def restore_latest(
     if listed[0]:
         raise UserError(
             f"{storage.open(listed[0][-1]).parent}: all {len(listed[0])} checkpoints are damaged. Restore one from a backup, or remove the folder to "
-            "start the run anew"
+            "start the run from the beginning"
         )
     return TrainState()
 
@@ -57,34 +58,37 @@ def _restore_from(engine: Engine, folder: Path, say: Callable[[str], None]) -> T
     partitions.load_into_engine(engine, ShardReader(folder), manifest["scaler"])
     state = TrainState(**manifest["train_state"])
     engine.global_steps, engine.skipped_steps = state.step, manifest["skipped_steps"]
-    was, now = manifest["layout"], partitions.partition_layout(engine)
-    if was != now:
+    saved_layout, current_layout = manifest["layout"], partitions.partition_layout(engine)
+    if saved_layout != current_layout:
         say(
-            f"{folder.name} was written by {was['world_size']} ranks at ZeRO-{was['stage']}; divided anew for "
-            f"{now['world_size']} at ZeRO-{now['stage']}"
+            f"{folder.name} was written by {saved_layout['world_size']} ranks at ZeRO-{saved_layout['stage']}; "
+            f"repartitioned for {current_layout['world_size']} ranks at ZeRO-{current_layout['stage']}"
         )
     return state
 
 
 def find_checkpoint(run_dir: Path, step: int | None) -> Path:
-    """The checkpoint of a step, or the newest that is undamaged.
+    """The checkpoint of `step`, or with None the newest undamaged one.
 
     Raises:
-        UserError: there is none; the message lists those there are.
+        UserError: there is none; the message lists the existing ones.
     """
     storage = LocalStorage(run_dir)
-    known = storage.list()
-    if not known:
+    available = storage.list()
+    if not available:
         raise UserError(f"run: {run_dir} has no checkpoint. Train it first, or check the name")
-    candidates, names = known[::-1] if step is None else [layout.step_name(step)], ", ".join(known)
-    if step is not None and candidates[0] not in known:
+    candidates, names = available[::-1] if step is None else [layout.step_name(step)], ", ".join(available)
+    if step is not None and candidates[0] not in available:
         raise UserError(f"step={step}: {run_dir} has no such checkpoint. It has: {names}")
     for name in candidates:
         folder = storage.open(name)
-        wrong = find_corruption(folder)
-        if wrong is None:
+        problem = find_corruption(folder)
+        if problem is None:
             return folder
-        print(f"{folder} is damaged ({wrong}){'; the one before is used' if step is None else ''}", flush=True)
+        print(
+            f"{folder} is damaged ({problem}){'; the previous checkpoint is used' if step is None else ''}", flush=True
+        )
     raise UserError(
-        f"{storage.open(candidates[0])}: is damaged, and no other fits. The run has: {names}. Give another step=, or train it again from there"
+        f"{storage.open(candidates[0])}: is damaged, and there is no other candidate. "
+        f"The run has: {names}. Give another step=, or train it again"
     )

@@ -1,4 +1,4 @@
-"""Which checkpoints stay."""
+"""Retention policy: the checkpoints to keep and to delete."""
 
 import math
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from fireflyds.fs import read_json
 
 @dataclass(frozen=True, slots=True)
 class CheckpointInfo:
-    """A whole checkpoint; `metric` is that of `checkpoint.best_metric` when it was saved."""
+    """A complete checkpoint. `metric`: value of `checkpoint.best_metric` when it was saved."""
 
     step: int
     num_bytes: int
@@ -26,34 +26,34 @@ def read_checkpoint_info(folder: Path, step: int, metric: str) -> CheckpointInfo
 
 def _recorded_metric(folder: Path, metric: str) -> float | None:
     try:
-        found: float | None = read_json(folder / MANIFEST).get("metrics", {}).get(metric)
-    except UserError:  # damaged since: it cannot be the best
+        value: float | None = read_json(folder / MANIFEST).get("metrics", {}).get(metric)
+    except UserError:  # damaged after it was saved: it cannot be the best
         return None
-    return found
+    return value
 
 
 def checkpoints_to_delete(kept: list[CheckpointInfo], config: CheckpointConfig) -> list[int]:
-    """Steps to remove: all but the last `keep`, every `keep_every`-th and the best.
+    """Steps of the checkpoints to delete: all except the last `keep`, every `keep_every`-th and the best.
 
-    Beyond `max_gib` the oldest go, the best after all others; the newest always stays.
+    Above `max_gib` in total the oldest are deleted, the best after all others; the newest is always kept.
     """
-    ordered = sorted(kept, key=lambda each: each.step)
-    newest = {each.step for each in ordered[-config.keep :]}
+    ordered = sorted(kept, key=lambda info: info.step)
+    newest = {info.step for info in ordered[-config.keep :]}
     best = _best_step(ordered)
-    stay = [
-        each
-        for each in ordered
-        if each.step in newest or each.step == best or (config.keep_every and each.step % config.keep_every == 0)
+    retained = [
+        info
+        for info in ordered
+        if info.step in newest or info.step == best or (config.keep_every and info.step % config.keep_every == 0)
     ]
     limit = math.inf if config.max_gib is None else config.max_gib * 2**30
-    while len(stay) > 1 and sum(each.num_bytes for each in stay) > limit:
-        others = [each for each in stay[:-1] if each.step != best]
-        stay.remove(others[0] if others else stay[0])
-    steps = {each.step for each in stay}
-    return [each.step for each in ordered if each.step not in steps]
+    while len(retained) > 1 and sum(info.num_bytes for info in retained) > limit:
+        others = [info for info in retained[:-1] if info.step != best]
+        retained.remove(others[0] if others else retained[0])
+    retained_steps = {info.step for info in retained}
+    return [info.step for info in ordered if info.step not in retained_steps]
 
 
 def _best_step(ordered: list[CheckpointInfo]) -> int | None:
-    """The step of the lowest metric; the earlier of two."""
-    measured = [each for each in ordered if each.metric is not None and math.isfinite(each.metric)]
-    return min(measured, key=lambda each: (each.metric, each.step)).step if measured else None
+    """The step of the lowest metric, the earliest of equal ones; None if no metric was recorded."""
+    measured = [info for info in ordered if info.metric is not None and math.isfinite(info.metric)]
+    return min(measured, key=lambda info: (info.metric, info.step)).step if measured else None

@@ -1,8 +1,8 @@
-"""What trains as pieces in files: every piece knows its parameter and its place in it, so any number of ranks can read them.
+"""Shard files of a checkpoint: slices of parameters, named by parameter and offset, for reading on any number of ranks.
 
 A rank's file `rank-00001.safetensors` holds one-dimensional tensors named `<parameter>|<first element>|<kind>`. Kinds are
-`master` (the weights in the optimizer's number format), the optimizer's states (`exp_avg`, ...), and its counters
-(`#step`), of one element each. States that belong to a rank's whole partition, and cannot be cut, are named
+`master` (the weights in the optimizer's dtype), the optimizer's states (`exp_avg`, ...), and its scalar states
+(`#step`), of one element each. States that belong to a rank's whole partition, and cannot be divided, are named
 `raw|<number of the partition>|<kind>`.
 """
 
@@ -24,37 +24,37 @@ from fireflyds.errors import UserError
 from fireflyds.fs import atomic_write_text, fsync, read_json
 from fireflyds.zero.partitions import MASTER, OPAQUE, SCALAR, FlatPartition
 
-# 2: trained tensors stand in the shards alone.
+# Version 2: trained tensors are only in the shards.
 FORMAT_VERSION = 2
 MANIFEST, CHECKSUMS = "manifest.json", "checksums.json"
 
 
 def stage_to_cpu(stretches: Iterator[tuple[int, FlatPartition]]) -> dict[str, Tensor]:
-    """Copies on the host, by the names of the file. The numbers tell stretches apart."""
+    """Copies partitions to host memory, by the names of the shard file. The numbers distinguish the partitions."""
     copies: dict[str, Tensor] = {}
 
-    def keep(name: str, value: Any) -> None:
-        # A copy also where the weights are on the host already: training goes on while this is written.
+    def add_copy(name: str, value: Any) -> None:
+        # Weights in host memory are copied too: training continues while the copy is written.
         copies[name] = torch.as_tensor(value).detach().reshape(-1).to("cpu", copy=True)
 
     for number, partition in stretches:
-        raw = partition.has_opaque_state
+        opaque = partition.has_opaque_state
         states = {key: value for key, value in partition.state.items() if isinstance(value, Tensor | int | float)}
-        for part in partition.slices:
-            at = slice(part.offset, part.offset + part.length)
-            keep(f"{part.name}|{part.first}|{MASTER}", partition.master.view(-1)[at])
-            for key, value in () if raw else states.items():
+        for param_slice in partition.slices:
+            span = slice(param_slice.offset, param_slice.offset + param_slice.length)
+            add_copy(f"{param_slice.name}|{param_slice.first}|{MASTER}", partition.master.view(-1)[span])
+            for key, value in () if opaque else states.items():
                 if partition.is_per_element(value):
-                    keep(f"{part.name}|{part.first}|{key}", torch.as_tensor(value).view(-1)[at])
+                    add_copy(f"{param_slice.name}|{param_slice.first}|{key}", torch.as_tensor(value).view(-1)[span])
                 else:
-                    keep(f"{part.name}|{part.first}|{SCALAR}{key}", value)
-        for key, value in states.items() if raw else ():
-            keep(f"{OPAQUE}|{number}|{key}", value)
+                    add_copy(f"{param_slice.name}|{param_slice.first}|{SCALAR}{key}", value)
+        for key, value in states.items() if opaque else ():
+            add_copy(f"{OPAQUE}|{number}|{key}", value)
     return copies
 
 
 def write_shard(folder: Path, rank: int, tensors: dict[str, Tensor]) -> None:
-    """Write a rank's file and, when it is on the disk, its size and hash beside it.
+    """Write a rank's shard file and, once that is synced to disk, a JSON file with its size and hash.
 
     Raises:
         OSError: the disk is full or cannot be written.
@@ -62,20 +62,20 @@ def write_shard(folder: Path, rank: int, tensors: dict[str, Tensor]) -> None:
     file = folder / f"rank-{rank:05d}.safetensors"
     try:
         save_file(tensors, file)
-    except SafetensorError as error:  # it tells of the disk in its own words
+    except SafetensorError as error:  # raised for errors of the disk
         raise OSError(str(error)) from error
     fsync(file)
-    about = file.with_suffix(".json")
-    aside = about.with_suffix(".about")
-    aside.write_text(json.dumps({"bytes": file.stat().st_size, "sha256": sha256_of(file)}))
-    shutil.copymode(aside, file)  # safetensors lets nobody else read
-    fsync(aside)
-    # Last of all: rank 0 takes it away when all have theirs.
-    aside.rename(about)
+    metadata_file = file.with_suffix(".json")
+    temporary = metadata_file.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"bytes": file.stat().st_size, "sha256": sha256_of(file)}))
+    shutil.copymode(temporary, file)  # safetensors gives read permission to the owner only
+    fsync(temporary)
+    # Renamed last: rank 0 waits for this file of every rank, then removes it.
+    temporary.rename(metadata_file)
 
 
 class ShardReader:
-    """The files of all ranks, read as whole parameters or any part of one."""
+    """Reads full parameters, or slices of them, from the shard files of all ranks."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -85,7 +85,7 @@ class ShardReader:
 
     @cached_property
     def _index(self) -> dict[tuple[str, str], list[tuple[int, int, Any, str]]]:
-        """By parameter and kind: first element, length, file and key of every piece."""
+        """By parameter and kind: first element, length, file and key of every slice."""
         index = defaultdict(list)
         for file in sorted(self.folder.glob("rank-*.safetensors")):
             try:
@@ -97,74 +97,75 @@ class ShardReader:
                         (int(first), length, opened, key)
                     )
             except SafetensorError as error:
-                raise UserError(f"{file}: cannot be read ({error}). Go on from a checkpoint before") from error
+                raise UserError(f"{file}: cannot be read ({error}). Resume from an earlier checkpoint") from error
         return dict(index)
 
     def state_names(self, name: str) -> list[str]:
-        """What there is of a parameter beside its weights."""
-        return [kind for known, kind in self._index if known == name and kind != MASTER]
+        """Kinds of the saved optimizer states of a parameter."""
+        return [kind for parameter, kind in self._index if parameter == name and kind != MASTER]
 
     @property
     def has_opaque_states(self) -> bool:
         return any(name.startswith(f"{OPAQUE}|") for name, _ in self._index)
 
     def opaque_states(self, rank: int, number: int) -> dict[str, Tensor]:
-        """States of a whole partition of a rank, as that rank saved them."""
-        of_rank = f"{OPAQUE}|rank-{rank:05d}"
+        """Opaque states of partition `number` of a rank, as that rank saved them."""
+        rank_key = f"{OPAQUE}|rank-{rank:05d}"
         return {
             kind: opened.get_tensor(key)
-            for (name, kind), pieces in self._index.items()
-            if name == of_rank
-            for first, _, opened, key in pieces
+            for (name, kind), slices in self._index.items()
+            if name == rank_key
+            for first, _, opened, key in slices
             if first == number
         }
 
     def scalar_state(self, name: str, kind: str) -> float:
-        """The same wherever it is kept."""
+        """A scalar state of a parameter; all of its slices hold the same value."""
         *_, opened, key = self._index[name, kind][0]
         return float(opened.get_tensor(key))
 
     def read(self, name: str, kind: str, first: int, length: int) -> Tensor:
-        """Elements `[first, first + length)`, put together from the pieces they lie in.
+        """Elements `[first, first + length)` of a flattened parameter, assembled from its slices.
 
         Raises:
             UserError: not all of them were saved.
         """
-        found: Tensor | None = None
+        result: Tensor | None = None
         covered = 0
         for start, size, opened, key in self._index.get((name, kind), ()):
             low, high = max(first, start), min(first + length, start + size)
             if low < high:
-                piece = opened.get_slice(key)[low - start : high - start]
-                found = piece.new_empty(length) if found is None else found
-                found[low - first : high - first] = piece
+                values = opened.get_slice(key)[low - start : high - start]
+                result = values.new_empty(length) if result is None else result
+                result[low - first : high - first] = values
                 covered += high - low
-        if found is None or covered < length:
+        if result is None or covered < length:
             raise UserError(
-                f"{self.folder}: holds {covered} of {length} elements of {name} ({kind}). Go on from a checkpoint before, "
-                "or give the run that this is of"
+                f"{self.folder}: holds {covered} of {length} elements of {name} ({kind}). Resume from an earlier "
+                "checkpoint, or give the run that this checkpoint belongs to"
             )
-        return found
+        return result
 
     def require_complete(self, expected: dict[str, tuple[int, ...]]) -> None:
-        """Raises `UserError` unless every one of these parameters is there, of its shape, and its elements all once."""
+        """Raises `UserError` unless every parameter is present with its expected shape, each of its elements once."""
         for name, shape in expected.items():
-            pieces = sum(length for _, length, _, _ in self._index.get((name, MASTER), ()))
-            if self.shapes.get(name) != shape or pieces != torch.Size(shape).numel():
+            num_elements = sum(length for _, length, _, _ in self._index.get((name, MASTER), ()))
+            if self.shapes.get(name) != shape or num_elements != torch.Size(shape).numel():
                 raise UserError(
-                    f"{self.folder}: {name} was not saved whole ({pieces} elements of {[*shape]}). The checkpoint before is "
-                    "whole; every rank must write to the same folder: give runs= on a disk that all nodes share"
+                    f"{self.folder}: {name} was not saved completely ({num_elements} elements of {[*shape]}). The "
+                    "previous checkpoint is intact; all ranks must write to the same folder: give runs= on a disk that "
+                    "all nodes share"
                 )
-        if not any(piece.any() for name in expected for piece in [self.read(name, MASTER, 0, self._numel(name))]):
-            raise UserError(f"{self.folder}: all weights were saved as zeros. The checkpoint before is whole")
+        if not any(values.any() for name in expected for values in [self.read(name, MASTER, 0, self._numel(name))]):
+            raise UserError(f"{self.folder}: all weights were saved as zeros. The previous checkpoint is intact")
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter that trained, whole."""
+        """Yields name and full tensor of every trained parameter."""
         for name in self.shapes:
             yield name, self.weight(name)
 
     def weight(self, name: str) -> Tensor:
-        """A parameter that trained, whole, in the optimizer's number format."""
+        """The full tensor of a trained parameter, in the optimizer's dtype."""
         return self.read(name, MASTER, 0, self._numel(name)).view(self.shapes[name])
 
     def _numel(self, name: str) -> int:
@@ -172,39 +173,42 @@ class ShardReader:
 
 
 def write_checksums(folder: Path) -> None:
-    """Write down sizes and hashes of all files, from now on to be checked, and wait for the disk."""
-    known = {}
+    """Write the sizes and hashes of all files, which `find_corruption` checks, and sync everything to disk."""
+    checksums = {}
     for file in list(files_in(folder)):
         name = str(file.relative_to(folder))
         if name.startswith("rank-") and file.suffix == ".json":
-            known[f"{file.stem}.safetensors"] = read_json(file)
+            checksums[f"{file.stem}.safetensors"] = read_json(file)
             file.unlink()
         elif not name.startswith("rank-"):
             fsync(file)
-            known[name] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
-    atomic_write_text(folder / CHECKSUMS, json.dumps(known, indent=2))
+            checksums[name] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+    atomic_write_text(folder / CHECKSUMS, json.dumps(checksums, indent=2))
     fsync(folder)
 
 
 def find_corruption(folder: Path, share: int = 0, shares: int = 1) -> str | None:
-    """What is wrong with a sealed folder, or None. Of its files only every `shares`-th is read."""
+    """Describes the first corrupted file of a folder with checksums; None if there is none.
+
+    Checks every `shares`-th file, beginning with number `share`.
+    """
     try:
-        known = read_json(folder / CHECKSUMS)
+        checksums = read_json(folder / CHECKSUMS)
     except UserError:
         return f"{CHECKSUMS} is missing or damaged"
-    for name, wanted in sorted(known.items())[share::shares]:
+    for name, expected in sorted(checksums.items())[share::shares]:
         try:
-            wrong = _corruption_of(folder / name, wanted)
+            problem = _file_corruption(folder / name, expected)
         except OSError as error:  # a bad sector
-            wrong = f"cannot be read: {error.strerror}"
-        if wrong:
-            return f"{name} {wrong}"
+            problem = f"cannot be read: {error.strerror}"
+        if problem:
+            return f"{name} {problem}"
     return None
 
 
-def _corruption_of(file: Path, wanted: dict[str, Any]) -> str | None:
+def _file_corruption(file: Path, expected: dict[str, Any]) -> str | None:
     if not file.is_file():
         return "is missing"
-    if (size := file.stat().st_size) != wanted["bytes"]:
-        return f"has {size} bytes of {wanted['bytes']}"
-    return None if sha256_of(file) == wanted["sha256"] else "is not what was written (its hash differs)"
+    if (size := file.stat().st_size) != expected["bytes"]:
+        return f"has {size} bytes of {expected['bytes']}"
+    return None if sha256_of(file) == expected["sha256"] else "was changed after it was written (its hash differs)"

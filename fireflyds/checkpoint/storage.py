@@ -1,4 +1,4 @@
-"""Where checkpoints are kept: all that the rest of this room asks of a file system."""
+"""Storage of checkpoints: the file-system operations that this package uses."""
 
 import hashlib
 import shutil
@@ -11,10 +11,10 @@ from fireflyds.runs import layout
 
 
 class CheckpointStorage(Protocol):
-    """Checkpoints by name (`step-000100`). What `list` names is whole; everything else does not count."""
+    """Checkpoints by name (`step-000100`). Those that `list` returns are complete; all other folders are ignored."""
 
     def list(self) -> list[str]:
-        """Whole checkpoints, by step."""
+        """Names of the complete checkpoints, sorted by step."""
 
     def open(self, name: str) -> Path:
         """A local folder to read the checkpoint from."""
@@ -23,30 +23,30 @@ class CheckpointStorage(Protocol):
         """The local folder that a checkpoint is written to before it is committed."""
 
     def begin(self, name: str) -> None:
-        """On rank 0: make the staging folder, empty."""
+        """On rank 0: create an empty staging folder."""
 
     def commit(self, name: str) -> None:
-        """On rank 0: what is in the staging folder becomes the newest checkpoint, all at once."""
+        """On rank 0: atomically make the staging folder the newest checkpoint."""
 
     def remove(self, name: str) -> None:
-        """On rank 0. A removal that is cut short leaves nothing that looks whole."""
+        """On rank 0: remove a checkpoint. An interrupted removal leaves nothing that `list` returns."""
 
     def remove_leftovers(self) -> None:
-        """On rank 0: what a killed process left."""
+        """On rank 0: remove the incomplete folders of a killed process."""
 
     def free_bytes(self) -> int:
-        """Room for further checkpoints."""
+        """Free disk space, in bytes."""
 
 
 class LocalStorage:
-    """A folder that all ranks see: `<run>/checkpoints`."""
+    """Checkpoints in `<run>/checkpoints`, a folder that all ranks share."""
 
     def __init__(self, run_dir: Path) -> None:
         self.folder = run_dir / layout.CHECKPOINTS
 
     def list(self) -> list[str]:
         names = [path.name for path in self.folder.glob(f"{layout.STEP_PREFIX}*")]
-        # A copy such as `step-000100.bak` is a person's own.
+        # Other names, such as `step-000100.bak`, are copies that users made.
         return sorted((name for name in names if name.removeprefix(layout.STEP_PREFIX).isdecimal()), key=step_of)
 
     def open(self, name: str) -> Path:
@@ -67,7 +67,7 @@ class LocalStorage:
         atomic_write_text(self.folder / layout.LATEST, f"{name}\n")
 
     def remove(self, name: str) -> None:
-        # Removing takes a while; what is left of a removal that was cut short must not look whole.
+        # Removal takes time: what an interrupted one leaves must not look like a complete checkpoint.
         removed = self.folder / f".{name}.dropped"
         (self.folder / name).rename(removed)
         shutil.rmtree(removed, ignore_errors=True)
@@ -82,16 +82,17 @@ class LocalStorage:
 
 
 def step_of(name: str) -> int:
-    """The step of a checkpoint's name."""
+    """The step in the name of a checkpoint."""
     return int(name.removeprefix(layout.STEP_PREFIX))
 
 
 def files_in(folder: Path) -> Iterator[Path]:
-    """All files of a checkpoint, in the order of their names."""
+    """All files of a checkpoint, sorted by path."""
     return (path for path in sorted(folder.rglob("*")) if path.is_file())
 
 
 def num_bytes_of(folder: Path) -> int:
+    """Total size of the files of a checkpoint, in bytes."""
     return sum(file.stat().st_size for file in files_in(folder))
 
 

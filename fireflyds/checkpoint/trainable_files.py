@@ -1,4 +1,4 @@
-"""Trained weights as files: written, read back, and verified."""
+"""Files of trained weights: writing, reading and verification."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,32 +23,32 @@ _ADAPTERS, _WEIGHTS = "adapter_model.safetensors", "weights.safetensors"
 
 
 def _without_aliases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Of a tied matrix's two names the first: a file holds a tensor once, and `restore` knows both."""
-    kept: dict[int, tuple[str, Tensor]] = {}
+    """Drops the second name of a tied matrix: a file holds a tensor once, and loading assigns both names."""
+    unique: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        kept.setdefault(tensor.data_ptr(), (name, tensor))
-    return dict(kept.values())
+        unique.setdefault(tensor.data_ptr(), (name, tensor))
+    return dict(unique.values())
 
 
 def save_trainable_weights(trainable: TrainableWeights, folder: Path) -> None:
-    """Write a directory that stands alone."""
+    """Write a self-contained directory: adapters in PEFT's format, other weights, and metadata."""
     folder.mkdir(parents=True, exist_ok=True)
     if trainable.adapters:
-        named = {f"{_PEFT}{name}": tensor.contiguous() for name, tensor in trainable.adapters.items()}
-        save_file(named, folder / _ADAPTERS, {"format": "pt"})
+        adapters = {f"{_PEFT}{name}": tensor.contiguous() for name, tensor in trainable.adapters.items()}
+        save_file(adapters, folder / _ADAPTERS, {"format": "pt"})
         settings = json.dumps(trainable.adapter_config, indent=2, default=_plain_json)
         (folder / "adapter_config.json").write_text(settings, encoding="utf-8")
     if trainable.weights:
-        whole = {name: tensor.contiguous() for name, tensor in _without_aliases(trainable.weights).items()}
-        save_file(whole, folder / _WEIGHTS, {"format": "pt"})
+        weights = {name: tensor.contiguous() for name, tensor in _without_aliases(trainable.weights).items()}
+        save_file(weights, folder / _WEIGHTS, {"format": "pt"})
     save_metadata(trainable, folder)
 
 
 def save_metadata(trainable: TrainableWeights, folder: Path) -> None:
-    """Write what is known of the tensors, without them."""
+    """Write the metadata of the tensors, without the tensors."""
     folder.mkdir(parents=True, exist_ok=True)
-    known = {"first_rows": trainable.first_rows, "adapter_config": trainable.adapter_config}
-    text = json.dumps(trainable.metadata | known, indent=2, default=_plain_json)
+    fields = {"first_rows": trainable.first_rows, "adapter_config": trainable.adapter_config}
+    text = json.dumps(trainable.metadata | fields, indent=2, default=_plain_json)
     (folder / METADATA).write_text(text, encoding="utf-8")
 
 
@@ -57,13 +57,13 @@ def _plain_json(value: Any) -> Any:
 
 
 def load_metadata(folder: Path) -> TrainableWeights:
-    """What `save_metadata` wrote.
+    """Read the metadata that `save_metadata` wrote, without tensors.
 
     Raises:
-        UserError: there is none.
+        UserError: the file is missing.
     """
     if not (folder / METADATA).is_file():
-        raise UserError(f"{folder}: no {METADATA} there, so it holds nothing trained. Give a whole checkpoint")
+        raise UserError(f"{folder}: has no {METADATA}, so it holds no trained weights. Give a complete checkpoint")
     metadata = read_json(folder / METADATA)
     first_rows, adapter_config = metadata.pop("first_rows"), metadata.pop("adapter_config")
     return TrainableWeights(first_rows=first_rows, adapter_config=adapter_config, metadata=metadata)
@@ -73,7 +73,7 @@ def load_trainable_weights(folder: Path) -> TrainableWeights:
     """Read a directory that `save_trainable_weights` wrote.
 
     Raises:
-        UserError: it is none.
+        UserError: `folder` is not such a directory.
     """
     trainable = load_metadata(folder)
     if (folder / _ADAPTERS).is_file():
@@ -85,7 +85,7 @@ def load_trainable_weights(folder: Path) -> TrainableWeights:
 
 
 def stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a directory that stands alone, one at a time."""
+    """Yields names and tensors of a directory that `save_trainable_weights` wrote, one at a time."""
     for file in (_ADAPTERS, _WEIGHTS):
         if (folder / file).is_file():
             with safe_open(folder / file, "pt") as stored:
@@ -96,12 +96,12 @@ def stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 def verify_saved_weights(
     folder: Path, tensors: Iterable[tuple[str, Tensor]], expected: Mapping[str, tuple[int, ...]], *, updated: bool
 ) -> None:
-    """Look at what was read back from `folder`: every trained tensor is there, of its shape, and something was learnt.
+    """Verify `tensors`, read back from `folder`: every expected tensor is present, has its shape, and is not all zeros.
 
-    `updated` says that at least one step changed the weights: then adapters that still add nothing are an error.
+    `updated`: at least one step changed the weights; then it is an error if all LoRA B matrices are still zero.
 
     Raises:
-        UserError: it is not so.
+        UserError: the verification failed.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     zeros = set()
@@ -109,17 +109,18 @@ def verify_saved_weights(
         shapes[name] = tuple(tensor.shape)
         if tensor.dim() > 1 and not tensor.any():
             zeros.add(name)
-    wrong = [name for name, shape in expected.items() if shapes.get(name) != shape]
-    if wrong:
+    mismatched = [name for name, shape in expected.items() if shapes.get(name) != shape]
+    if mismatched:
         raise UserError(
-            f"{folder}: {len(wrong)} of {len(expected)} trained tensors were not saved whole, {wrong[0]} among them "
-            f"({shapes.get(wrong[0], 'missing')}, trained {expected[wrong[0]]}). The checkpoint before is whole; look at the disk"
+            f"{folder}: {len(mismatched)} of {len(expected)} trained tensors were not saved whole, such as "
+            f"{mismatched[0]} ({shapes.get(mismatched[0], 'missing')}, trained {expected[mismatched[0]]}). The "
+            "previous checkpoint is intact; check the disk"
         )
     starts_at_zero = {name for name in expected if ".lora_B" in name}
-    bad = zeros - starts_at_zero
-    if bad or (updated and starts_at_zero and starts_at_zero <= zeros):
-        name = min(bad or starts_at_zero)
+    unexpected_zeros = zeros - starts_at_zero
+    if unexpected_zeros or (updated and starts_at_zero and starts_at_zero <= zeros):
+        name = min(unexpected_zeros or starts_at_zero)
         raise UserError(
-            f"{folder}: {name} was saved as zeros only, so training did not reach it. The checkpoint before is whole; "
-            "look at optim.lr and at what tuning.* trains"
+            f"{folder}: {name} was saved as zeros only, so training did not reach it. The previous checkpoint is "
+            "intact; check optim.lr and which parameters tuning.* trains"
         )

@@ -1,11 +1,11 @@
-"""What a run trained: adapters in PEFT's names, every other tensor by its name in the base model.
+"""Trained weights of a run: adapters by PEFT's names, all other tensors by their names in the base model.
 
-A checkpoint holds the tensors once, in its shards, and beside them `trainable/trainable.json`. A directory that stands
-alone (the start of a run, an exported adapter) holds
+A checkpoint holds the tensors only in its shards, and their metadata in `trainable/trainable.json`. A self-contained
+directory (the initial weights of a run, an exported adapter) holds
 
-adapter_config.json, adapter_model.safetensors     what PeftModel.from_pretrained reads, where there are adapters
-weights.safetensors                                other trained tensors; of a split matrix its new rows alone
-trainable.json                                     hashes of base and tokenizer, vocabulary size, where new rows begin
+adapter_config.json, adapter_model.safetensors     the files that PeftModel.from_pretrained reads, if there are adapters
+weights.safetensors                                other trained tensors; of a split matrix only its new rows
+trainable.json                                     hashes of base and tokenizer, vocabulary size, first new rows
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +23,7 @@ from fireflyds.models.tuning import ADAPTER, is_quantised
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """Tensors that are read when they are asked for, so that one at a time is in memory."""
+    """Tensors by name, each read on access, so that only one at a time is in memory."""
 
     def __init__(self, readers: dict[str, Callable[[], Tensor]]) -> None:
         self._readers = readers
@@ -40,7 +40,10 @@ class LazyTensors(Mapping[str, Tensor]):
 
 @dataclass(slots=True)
 class TrainableWeights:
-    """Tensors by the names of the base model. `first_rows`: where those that are the new rows of a matrix begin."""
+    """Tensors by their names in the base model.
+
+    `first_rows`: for tensors with only the new rows of a matrix, the index of the first one in the full matrix.
+    """
 
     adapters: Mapping[str, Tensor] = field(default_factory=dict)
     weights: Mapping[str, Tensor] = field(default_factory=dict)
@@ -55,14 +58,14 @@ class TrainableWeights:
         return {*self.adapters, *self.weights}
 
     def over(self, earlier: "TrainableWeights") -> "TrainableWeights":
-        """These tensors, and of an earlier stage those that this one did not train."""
+        """The union of these tensors and those of an earlier stage; these replace earlier ones of the same name."""
         weights, rows = dict(earlier.weights), dict(earlier.first_rows)
         for name, tensor in self.weights.items():
-            # New rows of a matrix whose old ones an earlier stage trained.
-            kept = self.first_rows.get(name, 0) - rows.get(name, 0) if name in weights else 0
-            weights[name] = torch.cat([weights[name][:kept], tensor]) if kept > 0 else tensor
+            # New rows of a matrix whose old rows an earlier stage trained.
+            num_old_rows = self.first_rows.get(name, 0) - rows.get(name, 0) if name in weights else 0
+            weights[name] = torch.cat([weights[name][:num_old_rows], tensor]) if num_old_rows > 0 else tensor
             first = self.first_rows.get(name, 0)
-            rows[name] = min(rows.get(name, 0), first) if kept > 0 else first
+            rows[name] = min(rows.get(name, 0), first) if num_old_rows > 0 else first
         return TrainableWeights(
             adapters={**earlier.adapters, **self.adapters},
             weights=weights,
@@ -73,7 +76,11 @@ class TrainableWeights:
 
 
 def base_name(name: str) -> str:
-    """`...embed_tokens.trainable` is rows of `...embed_tokens.weight`; `lora_A.default.weight` is PEFT's `lora_A.weight`."""
+    """The name of a parameter in the base model or, for adapters, in PEFT's files.
+
+    `...embed_tokens.trainable` holds rows of `...embed_tokens.weight`; `lora_A.default.weight` is `lora_A.weight` in
+    PEFT's files.
+    """
     if name.endswith(".trainable"):
         return f"{name.removesuffix('.trainable')}.weight"
     if "lora_magnitude_vector" in name:
@@ -86,7 +93,7 @@ def is_adapter(name: str) -> bool:
 
 
 def trainable_shapes(model: nn.Module, *, by_base_name: bool = True) -> dict[str, tuple[int, ...]]:
-    """Name and whole shape of every parameter that trains, sharded or not."""
+    """Name and full shape of every trainable parameter; under ZeRO-3 too, where parameters are sharded."""
     return {
         base_name(name) if by_base_name else name: tuple(getattr(parameter, "ds_shape", parameter.shape))
         for name, parameter in model.named_parameters()
@@ -95,7 +102,7 @@ def trainable_shapes(model: nn.Module, *, by_base_name: bool = True) -> dict[str
 
 
 def describe_trainable_weights(model: Any, adapter_config: Any, metadata: dict[str, Any]) -> TrainableWeights:
-    """Without tensors: where the new rows of split matrices begin, and PEFT's description of the adapters."""
+    """Metadata without tensors: the first new rows of split matrices, and PEFT's configuration of the adapters."""
     split = [
         (name, module) for name, module in model.named_modules() if isinstance(module, SplitEmbedding | SplitLMHead)
     ]
@@ -114,13 +121,13 @@ def describe_trainable_weights(model: Any, adapter_config: Any, metadata: dict[s
 def collect_trainable_weights(
     model: Any, tensors: Mapping[str, Tensor], adapter_config: Any, metadata: dict[str, Any]
 ) -> TrainableWeights:
-    """Sort tensors, given by the names of the model's own parameters."""
+    """Divide `tensors`, by the names of the model's parameters, into adapters and other weights."""
     collected = describe_trainable_weights(model, adapter_config, metadata)
     return with_tensors(collected, {name: lambda tensor=tensor: tensor for name, tensor in tensors.items()})  # type: ignore[misc]
 
 
 def with_tensors(described: TrainableWeights, readers: Mapping[str, Callable[[], Tensor]]) -> TrainableWeights:
-    """The same, with tensors by the names of the model's own parameters, each read when it is asked for."""
+    """Add tensors to `described` and return it. `readers`: by the names of the model's parameters, called on access."""
     named = {base_name(name): read for name, read in readers.items()}
     described.adapters = LazyTensors({name: read for name, read in named.items() if is_adapter(name)})
     described.weights = LazyTensors({name: read for name, read in named.items() if not is_adapter(name)})
@@ -129,19 +136,19 @@ def with_tensors(described: TrainableWeights, readers: Mapping[str, Callable[[],
 
 
 def load_into_model(model: Any, trainable: TrainableWeights, source: Path | str, *, must_cover: bool) -> None:
-    """Put what was learnt into a model in whose place adapters and split matrices are already.
+    """Copy trained weights into a model that already has adapters and split matrices.
 
-    `must_cover`: everything that trains in the model must be there.
+    `must_cover`: every trainable parameter of the model must be in `trainable`.
 
     Raises:
-        UserError: another base, other adapters, a tensor that fits nothing here, or one that is missing.
+        UserError: another base, other adapters, a tensor without a matching parameter, or a missing tensor.
     """
-    places = {base_name(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
+    parameters = {base_name(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
     missing = [name for name in trainable_shapes(model) if name not in trainable.names()]
     if must_cover and missing:
         raise UserError(
-            f"{source}: lacks {len(missing)} trained tensors, {missing[0]} among them. The checkpoint is not of this run; give the run it "
-            "is of, or another step"
+            f"{source}: lacks {len(missing)} trained tensors, such as {missing[0]}. The checkpoint belongs to another "
+            "run; give that run, or another step"
         )
     buffers = {name for name, _ in model.named_buffers()}
     matrices = {
@@ -155,32 +162,32 @@ def load_into_model(model: Any, trainable: TrainableWeights, source: Path | str,
                 _load_split_rows(matrices[name], name, tensor, trainable.first_rows.get(name, 0), source)
             elif name in buffers:
                 continue
-            elif name not in places:
+            elif name not in parameters:
                 raise UserError(
-                    f"{source}: {name} has no place in this model; the run was tuned in another way. Export it with "
-                    "launch/export.py and give the export as model="
+                    f"{source}: {name} has no matching parameter in this model; that run used another tuning.*. Export "
+                    "it with launch/export.py and give the export as model="
                 )
             else:
-                _load_parameter(places[name], name, tensor, trainable.first_rows.get(name, 0), source)
+                _load_parameter(parameters[name], name, tensor, trainable.first_rows.get(name, 0), source)
 
 
 def _load_parameter(parameter: Tensor, name: str, tensor: Tensor, first: int, source: Path | str) -> None:
     if is_quantised(parameter):
         raise UserError(
-            f"{source}: {name} was trained there and is quantised here. Export that run with launch/export.py and give "
-            "the export as model="
+            f"{source}: {name} was trained in that run and is quantised here. Export that run with "
+            "launch/export.py and give the export as model="
         )
-    place = parameter[first:] if first else parameter
-    if place.shape != tensor.shape:
+    target = parameter[first:] if first else parameter
+    if target.shape != tensor.shape:
         raise UserError(
-            f"{source}: {name} is {[*tensor.shape]}, the model has {[*place.shape]}. Its base changed since, or its "
+            f"{source}: {name} is {[*tensor.shape]}, the model has {[*target.shape]}. Its base changed since, or its "
             "adapters differ: give the base and the tuning of that run"
         )
-    place.copy_(tensor)
+    target.copy_(tensor)
 
 
 def _load_split_rows(matrix: Any, name: str, tensor: Tensor, first: int, source: Path | str) -> None:
-    """A whole matrix, or its rows from `first` on, into old and new rows."""
+    """Copies a full matrix, or its rows from `first` on, into the frozen and trainable rows of `matrix`."""
     rows = len(matrix.frozen) + len(matrix.trainable)
     if first + len(tensor) != rows:
         raise UserError(

@@ -1,6 +1,7 @@
-"""Every knob, with its default and its meaning. Hydra composes these from `conf/`; nothing else holds a default.
+"""Typed configuration: every option with its default and its documentation. Hydra composes it from `conf/`; defaults
+are set nowhere else.
 
-A field's docstring is its entry in the option reference (`conf/README.md`) and in `-h`.
+The docstring under a field is its entry in the option reference (`conf/README.md`) and in `-h`.
 """
 
 from fireflyds.config.chat import ChatConfig

@@ -1,4 +1,4 @@
-"""`chat`: a conversation in the terminal."""
+"""Options of `chat`: a conversation in the terminal."""
 
 from dataclasses import dataclass
 
@@ -12,17 +12,17 @@ class ChatConfig:
     model: str = MISSING
     """Hugging Face directory with a chat template."""
     prompt: str = ""
-    """Answer this one message and leave; empty: a conversation."""
+    """Answer this message and exit; empty: an interactive conversation."""
     system: str = ""
     """System message."""
     max_new_tokens: int = 256
-    """Longest answer."""
+    """Maximum length of an answer in tokens."""
     temperature: float = 0.35
-    """0 takes the likeliest token."""
+    """Sampling temperature; 0: greedy decoding."""
     top_p: float = 0.9
-    """Nucleus sampling."""
+    """Cumulative probability of nucleus sampling."""
     seed: int = 42
-    """Seed of sampling."""
+    """Random seed of sampling."""
 
     def __post_init__(self) -> None:
         require_at_least(self, max_new_tokens=1, temperature=0)

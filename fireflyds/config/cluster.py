@@ -1,4 +1,4 @@
-"""The machines that a run is planned for and that a scheduler gives out."""
+"""Cluster options: the hardware that `plan` calculates with, and the settings of the jobs that `submit` starts."""
 
 import re
 from dataclasses import dataclass, field
@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from fireflyds.config.enums import Container, Scheduler, require_at_least
 from fireflyds.errors import UserError
 
-# What `sbatch --time` understands, but for minutes alone: YAML reads 24:00:00 without quotes as the number 86400.
+# Formats of `sbatch --time`, except minutes alone: YAML parses an unquoted 24:00:00 as the number 86400.
 _TIME = r"\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d){0,2}"
 
-_OWN_KEYS = {
+_CONFIG_KEYS = {
     "--nodes": "nodes", "--ntasks-per-node": "gpus_per_node", "--gpus-per-node": "gpus_per_node", "--time": "time",
     "--cpus-per-task": "cpus_per_task", "--mem": "memory", "--partition": "partition", "--account": "account", "--qos": "qos",
     "--constraint": "constraint", "--signal": "signal_seconds", "--requeue": "requeue", "--no-requeue": "requeue",
@@ -19,68 +19,71 @@ _OWN_KEYS = {
 @dataclass(kw_only=True, slots=True)
 class ClusterConfig:
     gpu: str = ""
-    """Name of the GPU, as V100, A100, H100, H200, `RTX 4090`; or `cpu`, whose ranks take a GPU's place."""
+    """GPU model, such as `V100`, `A100`, `H100`, `H200` or `RTX 4090`; or `cpu`, where every rank runs on the CPU."""
     nodes: int = 1
-    """Machines."""
+    """Number of nodes (hosts)."""
     gpus_per_node: int = 1
-    """GPUs (ranks) of one machine."""
+    """GPUs (ranks) per node."""
     gpu_memory_gib: float = 0.0
-    """Memory of one GPU, GiB; on the CPU of one rank. `plan` needs it."""
+    """Memory of one GPU in GiB; with `gpu: cpu`, of one rank. Required by `plan`."""
     host_memory_gib: float = 0.0
-    """Memory of one machine, GiB. `plan` needs it."""
+    """Host memory of one node in GiB. Required by `plan`."""
     mfu: float = 0.4
-    """Share of the peak that a run is expected to reach without recomputation; times are reckoned with it."""
+    """Expected model FLOPs utilization without activation recomputation, as a fraction of the peak; used to estimate
+    times."""
     link_gb_per_s: float = 50.0
-    """From one GPU to the others, GB/s each way, over the slowest link between them."""
+    """Bandwidth from one GPU to the others over the slowest link between them, in GB/s per direction."""
     host_link_gb_per_s: float = 12.0
-    """From one GPU to its host, GB/s each way: what offloading goes through."""
+    """Bandwidth between one GPU and its host, in GB/s per direction; limits offloading."""
 
     scheduler: Scheduler = Scheduler.none
-    """`slurm` gives jobs to `sbatch`; `none` starts processes on this machine."""
+    """`slurm` submits jobs with `sbatch`; `none` starts processes on this machine."""
     partition: str = ""
     """Slurm partition; empty: the cluster's default."""
     cpu_partition: str = ""
-    """Partition of jobs that need no GPU (expand, prepare, export); empty: `partition`."""
+    """Slurm partition of jobs without a GPU (such as `expand` and `prepare`); empty: `partition`."""
     account: str = ""
     """Slurm account that is charged."""
     qos: str = ""
     """Slurm quality of service."""
     constraint: str = ""
-    """Features that nodes must have, such as `a100&nvlink`."""
+    """Features required of the nodes, such as `a100&nvlink`."""
     time: str = ""
-    """Longest time of one job, such as `24:00:00` or `2-12:00:00` (in a file in quotes); empty: the partition's."""
+    """Time limit of one job, such as `24:00:00` or `2-12:00:00` (quoted in a YAML file); empty: the partition's
+    default."""
     memory: str = ""
-    """Memory of one machine, such as `400G`; empty: the partition's default, 0: all of it."""
+    """Host memory of one node, such as `400G`; empty: the partition's default; 0: all of it."""
     cpus_per_task: int | None = None
-    """Cores of one rank; unset: Slurm's default."""
+    """CPU cores per rank; unset: Slurm's default."""
     mail_user: str = ""
-    """Address that Slurm writes to."""
+    """E-mail address for Slurm's notifications; empty: no notifications."""
     mail_type: str = "END,FAIL"
-    """On what."""
+    """Events that Slurm sends a notification for, separated by commas."""
     sbatch: str = ""
-    """Further `#SBATCH` options, such as `--exclusive --gres=gpu:8`."""
+    """Additional `#SBATCH` options, such as `--exclusive --gres=gpu:8`."""
     modules: str = ""
-    """Environment modules to load, such as `cuda/12.6 nccl`."""
+    """Environment modules loaded before the command, such as `cuda/12.6 nccl`."""
     setup: list[str] = field(default_factory=list)
-    """Shell lines before the command, such as `source /sw/conda.sh`."""
+    """Shell lines run before the command, such as `source /sw/conda.sh`."""
     environment: dict[str, str] = field(default_factory=dict)
-    """Variables of every rank, such as `NCCL_IB_HCA: mlx5`."""
+    """Environment variables of every rank, such as `NCCL_IB_HCA: mlx5`."""
     python: str = ""
-    """The interpreter on the nodes; empty: the one that submits, in a container `python`."""
+    """Python interpreter on the nodes; empty: the one that runs `submit`, in a container `python`."""
     container: Container = Container.none
-    """`pyxis` runs ranks in an image by srun's own options, `apptainer` by `apptainer exec`."""
+    """`pyxis` runs ranks in a container image through options of srun, `apptainer` through `apptainer exec`."""
     image: str = ""
-    """The container's image."""
+    """Container image."""
     mounts: list[str] = field(default_factory=list)
-    """`from:to` folders seen in the container; the working directory and the checkout always are."""
+    """Folders mounted into the container, as `from:to`; the working directory and the checkout are always mounted."""
     requeue: bool = True
-    """A job that is preempted, loses a node or comes to its time limit is put back into the queue and goes on."""
+    """Requeue and resume a job that is preempted, loses a node or reaches its time limit."""
     chain: int = 1
-    """Where requeueing is forbidden: so many jobs of one run, each after the other, go on where the last one stopped."""
+    """Number of jobs of one run that start one after the other and resume it, for clusters that forbid requeueing (with
+    `requeue: false`)."""
     signal_seconds: int = 300
-    """So long before its time limit a job is told to save."""
+    """Seconds before the time limit at which a job receives the signal to save and exit."""
     max_failures: int = 3
-    """A job that ends more often than this in a row without a newer checkpoint is not put back."""
+    """A job that ends more often than this in a row without a newer checkpoint is not requeued."""
 
     def __post_init__(self) -> None:
         require_at_least(self, "cluster.", nodes=1, gpus_per_node=1, cpus_per_task=1, chain=1, signal_seconds=1)
@@ -94,26 +97,28 @@ class ClusterConfig:
 
     def _check_job(self) -> None:
         for name in ("partition", "cpu_partition", "account", "qos", "constraint", "memory", "mail_user", "mail_type"):
-            _refuse_shell(f"cluster.{name}", getattr(self, name))
-        _refuse_shell("cluster.sbatch", self.sbatch)
+            _reject_shell_syntax(f"cluster.{name}", getattr(self, name))
+        _reject_shell_syntax("cluster.sbatch", self.sbatch)
         for option in self.sbatch.split():
             name = option.partition("=")[0]
             if not name.startswith("--"):
                 raise UserError(f"cluster.sbatch={option}: options are written --name=value, such as --exclusive")
-            if name in _OWN_KEYS:
-                raise UserError(f"cluster.sbatch={option}: has a key of its own, cluster.{_OWN_KEYS[name]}. Use that")
+            if name in _CONFIG_KEYS:
+                raise UserError(
+                    f"cluster.sbatch={option}: has a key of its own, cluster.{_CONFIG_KEYS[name]}. Use that"
+                )
         if self.time and not re.fullmatch(_TIME, self.time):
             raise UserError(
                 f"cluster.time={self.time}: must be hours:minutes:seconds, such as 24:00:00 or 2-12:00:00. In a file put it in quotes: time: '24:00:00'"
             )
         if 0 < self.time_seconds <= self.signal_seconds:
             raise UserError(
-                f"cluster.signal_seconds={self.signal_seconds}: a job of cluster.time={self.time} would be told to save at its "
+                f"cluster.signal_seconds={self.signal_seconds}: a job of cluster.time={self.time} would be signalled to save at its "
                 f"start. Give a longer cluster.time, or less than {self.time_seconds}"
             )
         for name in self.environment:
             if not re.fullmatch(r"[A-Za-z_]\w*", name):
-                raise UserError(f"cluster.environment.{name}: is no name of a variable. Use letters, digits and _")
+                raise UserError(f"cluster.environment.{name}: is not a valid variable name. Use letters, digits and _")
         if self.container is not Container.none and not self.image:
             raise UserError(f"cluster.container={self.container.name} needs an image: give cluster.image=<image>")
         if self.chain > 1 and self.requeue:
@@ -126,8 +131,8 @@ class ClusterConfig:
         """`time` in seconds; 0 where none is set."""
         if not self.time:
             return 0
-        days, _, rest = self.time.rpartition("-")
-        parts = [int(part) for part in rest.split(":")]
+        days, _, clock = self.time.rpartition("-")
+        parts = [int(part) for part in clock.split(":")]
         if days:
             hours, minutes, seconds = [*parts, 0, 0][:3]
         else:
@@ -143,16 +148,16 @@ class ClusterConfig:
         return self.gpu.lower() == "cpu"
 
     def require_machine(self) -> None:
-        """Raises `UserError` when it says too little of the machines to plan for them."""
+        """Raises `UserError` where a value of the hardware that `plan` needs is not set."""
         for name in ("gpu", "gpu_memory_gib", "host_memory_gib"):
             if not getattr(self, name):
                 raise UserError(
                     f"cluster.{name} is not set: a plan needs cluster.gpu, cluster.gpu_memory_gib and cluster.host_memory_gib. "
-                    f"Give cluster.{name}=<value>, or a cluster that says it"
+                    f"Give cluster.{name}=<value>, or a cluster file that sets it"
                 )
 
 
-def _refuse_shell(key: str, value: str) -> None:
-    """Slurm reads `#SBATCH` lines itself: no shell expands them."""
-    if found := re.search(r"[\n\r$`\"']", value):
-        raise UserError(f"{key}={value!r}: holds {found.group()!r}, which Slurm does not expand in an #SBATCH line")
+def _reject_shell_syntax(key: str, value: str) -> None:
+    """Raises `UserError` for shell syntax in `value`: Slurm parses `#SBATCH` lines itself, without a shell."""
+    if match := re.search(r"[\n\r$`\"']", value):
+        raise UserError(f"{key}={value!r}: holds {match.group()!r}, which Slurm does not expand in an #SBATCH line")

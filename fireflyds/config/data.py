@@ -1,4 +1,4 @@
-"""Data: sources, how they are cleaned and prepared, and how their tokens are mixed."""
+"""Data options: sources, cleaning, preparation and mixture."""
 
 from dataclasses import dataclass, field
 
@@ -11,20 +11,20 @@ from fireflyds.errors import UserError
 @dataclass(kw_only=True, slots=True)
 class SourceConfig:
     path: str = MISSING
-    """File, folder or glob (.txt .jsonl .json .csv .tsv .parquet .arrow, also .gz and .zst), a folder that `datasets`
-    saved, or `hf:<dataset>[:<config>]`."""
+    """File, folder or glob (.txt .jsonl .json .csv .tsv .parquet .arrow, also .gz and .zst), a folder written by
+    `datasets.save_to_disk`, or `hf:<dataset>[:<config>]`."""
     domain: str = "text"
-    """Name under which its tokens are counted, mixed and measured."""
+    """Domain of the source: the name under which its tokens are counted, mixed and evaluated."""
     language: str = ""
-    """Language of its text, for the counts."""
+    """Language of the text, used in the statistics."""
     format: str = "auto"
-    """Record layout: an entry of `fireflyds/data/formats`, or `auto` (what is chosen is printed)."""
+    """Record layout: an entry of `fireflyds/data/formats`, or `auto` (the detected one is printed)."""
     split: TextSplit = TextSplit.line
-    """What one document is in a .txt file: a `line`, a `paragraph` (blank line between) or the `file`."""
+    """Unit of one document in a .txt file: a `line`, a `paragraph` (separated by blank lines) or the `file`."""
     weight: float = 0.0
-    """Share of the training tokens that its domain gets (as `data.weights`); 0: no share is set here."""
+    """Share of the training tokens for the domain of the source (as in `data.weights`); 0: not set here."""
     max_documents: int = 0
-    """Most documents kept of it, drawn evenly; 0: all."""
+    """Maximum number of documents, sampled evenly; 0: all."""
 
     def __post_init__(self) -> None:
         require_at_least(self, max_documents=0, weight=0)
@@ -33,9 +33,9 @@ class SourceConfig:
 @dataclass(kw_only=True, slots=True)
 class PhaseConfig:
     tokens: int = MISSING
-    """Training tokens after which these weights hold."""
+    """Number of training tokens after which these weights apply."""
     weights: dict[str, float] = field(default_factory=dict)
-    """Share of the training tokens by domain from there on."""
+    """Share of the training tokens by domain from then on."""
 
     def __post_init__(self) -> None:
         require_at_least(self, tokens=1)
@@ -45,26 +45,27 @@ class PhaseConfig:
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
     store: str = ""
-    """Token store directory: `prepare` writes it (unless `out` says otherwise), `train` reads it."""
+    """Token store directory: `prepare` writes it (unless `out` is set), `train` reads it."""
     sources: list[SourceConfig] = field(default_factory=list)
-    """Raw files that `prepare` reads."""
+    """Raw data that `prepare` reads."""
     weights: dict[str, float] = field(default_factory=dict)
-    """Share of the training tokens by domain; empty: the sources' weights, or as much as there is of each."""
+    """Share of the training tokens by domain; empty: the weights of the sources, or in proportion to the tokens of
+    each."""
     max_epochs: dict[str, float] = field(default_factory=dict)
-    """How often each domain may be seen; what it then no longer gets goes to the others."""
+    """Maximum number of passes over each domain; the share beyond it goes to the other domains."""
     curriculum: list[PhaseConfig] = field(default_factory=list)
-    """Other weights from given token counts on."""
+    """Changes of the weights at given numbers of training tokens."""
 
     def __post_init__(self) -> None:
         check_weights("data.weights", self.weights)
         check_weights("data.max_epochs", self.max_epochs)
         starts = [phase.tokens for phase in self.curriculum]
         if starts != sorted(set(starts)):
-            raise UserError(f"data.curriculum: tokens {starts} must rise from phase to phase")
+            raise UserError(f"data.curriculum: tokens {starts} must increase from phase to phase")
 
     @property
     def shares(self) -> dict[str, float]:
-        """`weights`, with what single sources say of their domains."""
+        """`weights`, with the weights of single sources for domains that it does not contain."""
         shares = dict(self.weights)
         for source in self.sources:
             if source.weight and source.domain not in self.weights:
@@ -82,25 +83,28 @@ def check_weights(name: str, weights: dict[str, float]) -> None:
 @dataclass(kw_only=True, slots=True)
 class CleanConfig:
     unicode: UnicodeForm = UnicodeForm.none
-    """Unicode normalisation: `nfc`, or `nfkc` (which also turns full-width letters and punctuation into half-width)."""
+    """Unicode normalisation: `nfc`, or `nfkc` (which also converts full-width letters and punctuation to
+    half-width)."""
     width: bool = False
-    """Full-width letters, digits and spaces to half-width; Chinese punctuation stays."""
+    """Convert full-width letters, digits and spaces to half-width; Chinese punctuation is unchanged."""
     simplify: bool = False
-    """Traditional characters to simplified (OpenCC)."""
+    """Convert traditional Chinese characters to simplified ones (OpenCC)."""
     boilerplate: bool = False
-    """Drop lines of navigation, copyright and advertisement, and documents that are nothing else."""
+    """Drop navigation, copyright and advertising lines, and documents that contain nothing else."""
     max_repetition: float = 1.0
-    """Drop documents of which a larger share is repeated lines or repeated runs of ten characters; 1: none."""
+    """Drop documents with a larger fraction of repeated lines or repeated 10-character n-grams; 1: none."""
     min_characters: int = 0
-    """Drop documents shorter than this."""
+    """Drop documents with fewer characters than this."""
     duplicates: Duplicates = Duplicates.keep
-    """Drop documents that are `exact` copies of an earlier one, or `near` (MinHash over runs of five characters)."""
+    """Drop documents that are `exact` duplicates of an earlier one, or `near` duplicates (MinHash over 5-character
+    n-grams)."""
     similarity: float = 0.8
-    """Jaccard similarity from which a document counts as a near-duplicate."""
+    """Jaccard similarity from which documents are near-duplicates."""
     decontaminate: list[str] = field(default_factory=list)
-    """Evaluation sets (files, folders or globs): documents that share a run of `overlap` characters are dropped."""
+    """Evaluation sets (files, folders or globs): documents that share an n-gram of `overlap` characters with them are
+    dropped."""
     overlap: int = 20
-    """Characters in a row, white space and punctuation aside, that give a document away as contaminated."""
+    """Length of the shared n-gram in characters, without white space and punctuation."""
 
     def __post_init__(self) -> None:
         require_at_least(self, min_characters=0, overlap=4)
@@ -119,16 +123,17 @@ class PrepareConfig:
     template: str = "firefly"
     """Chat template of dialogues: an entry of `fireflyds/data/templates`."""
     loss_on: LossOn = LossOn.answers
-    """What carries loss in a dialogue: all `answers`, the `last_answer`, or `all` of its text."""
+    """Tokens of a dialogue that contribute to the loss: all `answers`, the `last_answer`, or `all` tokens."""
     clean: CleanConfig = field(default_factory=CleanConfig)
     max_rejected: float = 0.01
-    """Largest share of rows that may be unreadable; above it no store is made."""
+    """Maximum fraction of unreadable rows; above it no store is written."""
     workers: int = 0
-    """Encoding processes; 0: one per core."""
+    """Number of tokenization processes; 0: one per core."""
     inspect: int = 0
-    """Print this many samples of each source with their learned tokens marked, and write nothing."""
+    """Print this many samples of each source with the tokens that contribute to the loss marked, and write nothing."""
     stats: StatsMode = StatsMode.full
-    """`only`: print the table and the lengths of the store that stands at `out`, and draw them in its `stats.png`."""
+    """`only`: print the statistics and document lengths of the existing store at `out`, and plot them in its
+    `stats.png`."""
 
     def __post_init__(self) -> None:
         require_at_least(self, workers=0, inspect=0)

@@ -1,4 +1,4 @@
-"""`doctor`: is this machine fit to train?"""
+"""Options of `doctor`: checks of the machines, their software and the inputs of a training run."""
 
 from dataclasses import dataclass, field
 
@@ -11,43 +11,45 @@ class DoctorConfig:
     format: PlanFormat = PlanFormat.table
     """`table` for people, `json` for programs: one line."""
     runs: str = "runs"
-    """Folder of the runs: its disk is tried, and whether every rank sees it."""
+    """Folder of the runs; the speed of its disk and its visibility on every rank are tested."""
     data: str = ""
-    """Token store that must agree with the tokenizer; empty: none."""
+    """Token store to check against the tokenizer; empty: none."""
     tokenizer: str = ""
-    """Tokenizer directory or `.model` that must agree with `model` and `data`; empty: that of `model`."""
+    """Tokenizer directory or `.model` to check against `model` and `data`; empty: that of `model`."""
     timeout: float = 60.0
-    """Seconds to wait for a rank, the disk or the all-reduce before it is called silent."""
+    """Seconds to wait for a rank, the disk or the all-reduce before it is reported as unresponsive."""
     shared_timeout: float = 10.0
-    """Seconds within which every rank must see a file of rank 0 in `runs`."""
+    """Seconds within which a file that rank 0 writes to `runs` must be visible on every rank."""
     all_reduce_mib: int = 64
-    """MiB summed over the ranks."""
+    """Size of the tested all-reduce in MiB."""
     all_reduce_repeats: int = 5
-    """Times it is summed; the median counts."""
+    """Repetitions of the all-reduce; the median is reported."""
     disk_mib: int = 256
-    """MiB written to `runs` and read back."""
+    """Size of the file that is written to `runs` and read back, in MiB."""
     min_free_gib: float = 100.0
-    """Less free space for `runs` is yellow."""
+    """Less free space for `runs`, in GiB, is a warning (yellow)."""
     min_disk_mib_s: float = 100.0
-    """A slower disk, in MiB/s, is yellow."""
+    """A lower disk throughput, in MiB/s, is a warning (yellow)."""
     min_bus_gb_s: float = 1.0
-    """A slower all-reduce of NCCL, in GB/s on the bus, is yellow."""
+    """A lower bus bandwidth of the NCCL all-reduce, in GB/s, is a warning (yellow)."""
     max_clock_skew: float = 1.0
-    """Clocks of hosts further apart, in seconds, are yellow."""
+    """A larger clock difference between hosts, in seconds, is a warning (yellow)."""
     packing: bool = False
-    """Prove on `model` that packed documents give what each gives alone, for every attention that runs here."""
+    """Verify on `model` that packed documents give the same results as single documents, for every attention
+    implementation that runs here."""
     model: str = ""
-    """Hugging Face directory to examine: whole, and in agreement with `tokenizer` and `data`; and for `packing`."""
+    """Hugging Face directory to check: complete files, and agreement with `tokenizer` and `data`; also the model of
+    `packing`."""
     precision: Precision = Precision.auto
-    """Number format to examine it in; `fp32` is the sharpest."""
+    """Precision of the packing check; `fp32` detects the smallest differences."""
     device: str = ""
     """`cuda`, `cuda:1`, `cpu`; empty: the first GPU, or the CPU."""
     layers: int | None = None
-    """Only the first so many layers, for a model whose gradients do not fit; unset: all."""
+    """Number of first layers to check, for a model whose gradients do not fit in memory; unset: all."""
     documents: list[int] = field(default_factory=lambda: [7, 1, 130, 64, 300])
-    """Lengths of the documents laid end to end, in tokens."""
+    """Lengths of the packed documents, in tokens."""
     seed: int = 0
-    """Seed of the documents' tokens."""
+    """Random seed of the documents' tokens."""
 
     def __post_init__(self) -> None:
         require_at_least(

@@ -1,4 +1,4 @@
-"""The closed sets that options choose from, and the rule of least values."""
+"""Enumerations of option values, and the check of lower bounds."""
 
 from enum import Enum
 from typing import Any
@@ -171,7 +171,7 @@ class PromptStyle(Enum):
 
 
 def require_at_least(config: Any, section: str = "", /, **least: float) -> None:
-    """Raises `UserError` for the first field of `config` below its least value; `section` stands before its name."""
+    """Raises `UserError` for the first field of `config` below its lower bound; `section` is the prefix of its key."""
     for name, bound in least.items():
         value = getattr(config, name)
         if value is not None and value < bound:

@@ -1,4 +1,4 @@
-"""`evaluate`: which tasks on which model, and a section of its own for every task."""
+"""Options of `evaluate`: the model, the tasks, and a section for every task."""
 
 from dataclasses import dataclass, field
 
@@ -25,9 +25,9 @@ class CmmluConfig:
     data: str = ""
     """Folder of CMMLU with `dev/` and `test/`."""
     subjects: list[str] = field(default_factory=list)
-    """Names of subjects; empty: all."""
+    """Subjects to evaluate; empty: all."""
     num_shots: int = 0
-    """Worked examples before each question."""
+    """Number of worked examples before each question."""
 
     def __post_init__(self) -> None:
         require_at_least(self, "cmmlu.", num_shots=0)
@@ -42,11 +42,11 @@ class EvaluateConfig:
     out: str = ""
     """Folder for `scores.json`, to which results are appended; empty: `<model>/eval`."""
     limit: int | None = None
-    """At most this many documents or questions per task (per subject where a task has subjects)."""
+    """Maximum number of documents or questions per task (per subject where a task has subjects); unset: all."""
     prompt: PromptStyle = PromptStyle.auto
-    """`chat` wraps questions in the model's chat template, `plain` does not, `auto`: chat where there is one."""
+    """`chat` applies the model's chat template to questions, `plain` does not, `auto` does where the model has one."""
     max_tokens: int = 4096
-    """Tokens in one forward pass."""
+    """Maximum number of tokens in one forward pass."""
     bits_per_byte: BitsPerByteConfig = field(default_factory=BitsPerByteConfig)
     multiple_choice: MultipleChoiceConfig = field(default_factory=MultipleChoiceConfig)
     cmmlu: CmmluConfig = field(default_factory=CmmluConfig)

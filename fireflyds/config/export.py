@@ -1,4 +1,4 @@
-"""`export`: a run as a Hugging Face directory."""
+"""Options of `export`: conversion of a run to a Hugging Face directory."""
 
 from dataclasses import dataclass
 
@@ -10,18 +10,19 @@ from fireflyds.config.enums import ExportWhat, Precision
 @dataclass(kw_only=True, slots=True)
 class ExportConfig:
     run: str = MISSING
-    """The run to export."""
+    """Name of the run to export."""
     runs: str = "runs"
-    """Folder that holds the runs."""
+    """Folder that contains the runs."""
     out: str = ""
     """Hugging Face directory to write; empty: `<runs>/<run>/export`."""
     what: ExportWhat = ExportWhat.merged
-    """`merged`: the whole model; `adapter`: what PEFT's `PeftModel.from_pretrained` reads, into `<runs>/<run>/adapter`."""
+    """`merged`: the whole model with merged adapters; `adapter`: files for PEFT's `PeftModel.from_pretrained`, written
+    to `<runs>/<run>/adapter`."""
     step: int | None = None
-    """Checkpoint to export; unset: the newest whole one."""
+    """Step of the checkpoint to export; unset: the newest complete one."""
     dtype: Precision = Precision.auto
     """Number format of the written weights; `auto`: that of the trained model."""
     verify: bool = True
-    """Load what was written with plain transformers and compare logits with the trained model."""
+    """Load the exported model with plain transformers and compare its logits with the trained model's."""
     artifact: bool = False
-    """Give the directory to the run's W&B run as an artifact (runs with `tracking=wandb`)."""
+    """Upload the directory as an artifact of the run's W&B run (runs with `tracking=wandb`)."""

@@ -1,4 +1,4 @@
-"""Optimizer, schedule and parameter groups."""
+"""Options of the optimizer, the learning rate schedule and the parameter groups."""
 
 import math
 from dataclasses import dataclass, field
@@ -20,48 +20,52 @@ class GroupConfig:
 @dataclass(kw_only=True, slots=True)
 class OptimConfig:
     name: str = MISSING
-    """Entry of `fireflyds/optim/optimizers`: `adamw` (fused on a GPU; DeepSpeed's CPU Adam where `zero.offload_optimizer`
-    is on), `paged_adamw_32bit`, `adamw_8bit` (both bitsandbytes) or `muon` (matrices of the body; AdamW for the rest)."""
+    """Entry of `fireflyds/optim/optimizers`: `adamw` (fused on a GPU; DeepSpeed's CPU Adam where
+    `zero.offload_optimizer` is on), `paged_adamw_32bit`, `adamw_8bit` (both bitsandbytes) or `muon` (Muon for hidden
+    weight matrices, AdamW for the other parameters)."""
     steps: int | None = None
-    """Optimizer steps. Goes before `epochs`."""
+    """Number of optimizer steps. Takes precedence over `epochs`."""
     epochs: float | None = None
-    """Passes over the data, used when `steps` is not given."""
+    """Passes over the data, used where `steps` is not set."""
     lr: float = MISSING
     """Peak learning rate."""
     muon_lr: float = 0.02
-    """Peak learning rate of Muon's matrices; `lr` is AdamW's. From ZeRO stage 1 on `grad_norm` is that of the update."""
+    """Peak learning rate of the matrices that Muon updates; `lr` is AdamW's. From ZeRO stage 1 on, `grad_norm` is the
+    norm of the update."""
     schedule: Schedule = Schedule.cosine
-    """`cosine`, `linear` and `polynomial` fall to `min_lr_ratio`, `wsd` holds and falls at the end (`decay_ratio`),
-    `constant`, `constant_with_warmup`."""
+    """`cosine`, `linear` and `polynomial` decay to `min_lr_ratio`, `wsd` is constant and decays at the end
+    (`decay_ratio`), `constant` and `constant_with_warmup` do not decay."""
     warmup_steps: int | None = None
-    """Steps of linear warm-up. Goes before `warmup_ratio`."""
+    """Steps of linear warm-up. Takes precedence over `warmup_ratio`."""
     warmup_ratio: float = 0.0
-    """Share of the steps that warm up."""
+    """Fraction of the steps used for warm-up."""
     min_lr_ratio: float = 0.1
-    """Floor of the decay, as a share of `lr`."""
+    """Final learning rate of the decay, as a fraction of `lr`."""
     power: float = 2.0
     """Exponent of the polynomial decay."""
     decay_ratio: float = 0.1
-    """Share of the steps in which `wsd` falls."""
+    """Fraction of the steps in which `wsd` decays."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    """AdamW's decay rates."""
+    """Beta coefficients of AdamW."""
     eps: float = 1e-8
-    """AdamW's epsilon."""
+    """Epsilon of AdamW."""
     weight_decay: float = 0.0
     """Decoupled weight decay, on matrices only."""
     max_grad_norm: float = 1.0
-    """Gradients are clipped to this global norm; 0 turns clipping off."""
+    """Maximum global gradient norm (clipping); 0: no clipping."""
     embeddings: GroupConfig = field(default_factory=GroupConfig)
     head: GroupConfig = field(default_factory=GroupConfig)
     norms: GroupConfig = field(default_factory=GroupConfig)
     biases: GroupConfig = field(default_factory=GroupConfig)
     neftune_noise_alpha: float = 0.0
-    """Uniform noise of alpha / sqrt(tokens x width) on the embeddings of each document (NEFTune, arXiv 2310.05914; 5 to
-    15 there); 0: none."""
+    """NEFTune (arXiv 2310.05914): alpha of the uniform noise alpha / sqrt(tokens x width) on the embeddings of each
+    document; 5 to 15 in the paper; 0: no noise."""
 
     def __post_init__(self) -> None:
         if self.steps is None and self.epochs is None:
-            raise UserError("optim.steps and optim.epochs are both unset: say how long to train, e.g. optim.steps=1000")
+            raise UserError(
+                "optim.steps and optim.epochs are both unset: set the length of the run, e.g. optim.steps=1000"
+            )
         for name in ("steps", "epochs", "lr", "muon_lr", "power", "eps"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -76,8 +80,8 @@ class OptimConfig:
             for name in ("neftune_noise_alpha", "max_grad_norm", "weight_decay", "warmup_steps")
         }
         for group in ("embeddings", "head", "norms", "biases"):
-            own = getattr(self, group)
-            not_negative |= {f"{group}.lr": own.lr, f"{group}.weight_decay": own.weight_decay}
+            group_config = getattr(self, group)
+            not_negative |= {f"{group}.lr": group_config.lr, f"{group}.weight_decay": group_config.weight_decay}
         for name, value in not_negative.items():
             if value is not None and not 0 <= value < math.inf:
                 raise UserError(f"optim.{name}={value}: must be a number of at least 0")

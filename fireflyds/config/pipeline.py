@@ -1,4 +1,4 @@
-"""Roads: verbs in order."""
+"""Options of roads: pipelines that run verbs in order."""
 
 from dataclasses import dataclass, field
 
@@ -8,23 +8,23 @@ from omegaconf import MISSING
 @dataclass(kw_only=True, slots=True)
 class StageConfig:
     name: str = MISSING
-    """Name of the stage: its key in `summary.json`."""
+    """Name of the stage, and its key in `summary.json`."""
     verb: str = MISSING
-    """A file of `launch/`."""
+    """Script of `launch/`."""
     ranks: int = 1
-    """More than one: started by `deepspeed --num_gpus`."""
+    """Number of ranks; more than one are started by `deepspeed --num_gpus`."""
     overrides: list[str] = field(default_factory=list)
-    """What is typed after the verb."""
+    """Command-line arguments of the verb."""
     output: str = MISSING
-    """The file that stands when the stage is done."""
+    """File that exists when the stage is complete."""
 
 
 @dataclass(kw_only=True, slots=True)
 class RoadConfig:
     name: str = MISSING
-    """Name of the road. Its folder is `runs/<name>`."""
+    """Name of the road, and of its folder `runs/<name>`."""
     stages: list[StageConfig] = field(default_factory=list)
-    """Verbs in order."""
+    """Stages in order."""
 
     @property
     def out(self) -> str:
@@ -35,4 +35,5 @@ class RoadConfig:
 class DemoConfig:
     road: RoadConfig = MISSING
     corpus: str = ""
-    """A person's own text (.txt .jsonl .json .csv .parquet; file, folder or glob) instead of the generated Chinese."""
+    """User-provided text (.txt .jsonl .json .csv .parquet; file, folder or glob) instead of the generated Chinese
+    text."""

@@ -1,4 +1,4 @@
-"""Jobs that a scheduler starts."""
+"""Options of jobs that a scheduler starts."""
 
 from dataclasses import dataclass
 
@@ -12,20 +12,21 @@ from fireflyds.errors import UserError
 @dataclass(kw_only=True, slots=True)
 class SubmitConfig:
     action: SubmitAction = SubmitAction.submit
-    """`submit`; or `status`, `logs`, `cancel` of what was submitted as `run`."""
+    """`submit`; or `status`, `logs`, `cancel` of the jobs submitted as `run`."""
     verb: str = ""
-    """A file of `launch/`; all keys that are not listed here are its own."""
+    """Script of `launch/`; all keys that are not listed here are passed to it."""
     road: str = ""
-    """A file of `conf/road`, or the path of one, in place of a verb: each of its stages becomes a job that waits for the one
+    """File name in `conf/road`, or a path, instead of a verb: each of its stages becomes a job that depends on the one
     before."""
     run: str = ""
-    """Name below `runs` under which jobs and their files are found; empty: the verb's own `run`, or the road's name."""
+    """Name of the jobs, and of the folder of their files below `runs`; empty: the verb's own `run`, or the road's
+    name."""
     runs: str = "runs"
-    """Folder that holds the runs."""
+    """Folder that contains the runs."""
     dry_run: bool = False
-    """Check, write the files and show the script, but queue nothing."""
+    """Check the configuration, write the files and print the script, without submitting."""
     lines: int = 40
-    """`logs`: the last lines of each log."""
+    """`logs`: number of last lines of each log that are printed."""
     cluster: ClusterConfig = MISSING
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""A study: many short trainings that look for the best values of some keys."""
+"""Options of a study: a hyperparameter search over short training runs."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +12,7 @@ from fireflyds.errors import UserError
 
 @dataclass(kw_only=True, slots=True)
 class RangeConfig:
-    """What one key may be: `choices`, or from `low` to `high`."""
+    """Search range of one key: `choices`, or numbers from `low` to `high`."""
 
     low: float | None = None
     high: float | None = None
@@ -21,7 +21,7 @@ class RangeConfig:
     choices: list[Any] = field(default_factory=list)
 
     def require_sound(self, name: str) -> None:
-        """Raises `UserError` where no value can be drawn from it; `name` is its key."""
+        """Raises `UserError` where the range is incomplete or contradictory; `name` is its key."""
         if bool(self.choices) == (self.low is not None or self.high is not None):
             raise UserError(f"{name}: needs either choices, such as [1e-4, 3e-4], or low and high. Give one of them")
         if self.choices:
@@ -37,37 +37,39 @@ class RangeConfig:
 @dataclass(kw_only=True, slots=True)
 class SearchConfig:
     space: dict[str, RangeConfig] = field(default_factory=dict)
-    """Keys of `train` and their ranges, such as `sweep.space.optim.lr={low: 1e-5, high: 1e-3, log: true}` or
-    `sweep.space.tuning.r=[4, 8, 16]`, the same as `{choices: [4, 8, 16]}`; a whole number's range has whole numbers; `step` makes a ladder of it."""
+    """Keys of `train` and their search ranges, such as `sweep.space.optim.lr={low: 1e-5, high: 1e-3, log: true}` or
+    `sweep.space.tuning.r=[4, 8, 16]`, the same as `{choices: [4, 8, 16]}`; the range of an integer key contains
+    integers; `step` makes a range discrete."""
     sampler: Sampler = Sampler.tpe
-    """`tpe` learns from trials before, `random` does not, `grid` tries all combinations (ranges need `step` or `choices`)."""
+    """`tpe` uses the results of earlier trials, `random` does not, `grid` runs all combinations (ranges need `step` or
+    `choices`)."""
     trials: int = 20
-    """Trials in all; `grid`: at most."""
+    """Number of trials; with `grid` the maximum."""
     parallel: int = 1
-    """Trials at the same time."""
+    """Number of concurrent trials."""
     metric: str = "loss"
-    """A number of `metrics.jsonl` or `validation.jsonl`, such as `validation/bits_per_byte/zh`."""
+    """Metric of `metrics.jsonl` or `validation.jsonl` to optimize, such as `validation/bits_per_byte/zh`."""
     direction: Direction = Direction.min
-    """Whether it is to be small or large."""
+    """`min` minimizes the metric, `max` maximizes it."""
     value: ObjectiveAt = ObjectiveAt.last
-    """Which of a trial's values counts: the `last`, the `best`, or the first `at_tokens`."""
+    """Value of a trial: the `last`, the `best`, or the first `at_tokens`."""
     tokens: int | None = None
-    """`value=at_tokens`: trained tokens from which on the value counts."""
+    """`value=at_tokens`: number of trained tokens at which the value is taken."""
     pruner: Pruner = Pruner.median
-    """`median` ends a trial that is worse than half of the others were at the same step, `hyperband` shares steps out in
-    brackets, `none` ends none."""
+    """`median` stops a trial that is worse than the median of the others at the same step, `hyperband` allocates steps
+    in brackets, `none` stops none."""
     startup_trials: int = 4
-    """Trials before anything is learnt from them or pruned."""
+    """Number of trials before results are used for sampling or pruning."""
     warmup_steps: int = 0
     """No trial is pruned before this step."""
     reduction_factor: int = 3
-    """`hyperband`: one in so many goes on to the next rung."""
+    """`hyperband`: one in this many trials is promoted to the next rung."""
     retries: int = 3
-    """A trial whose processes died is started again, from its checkpoint, at most so often."""
+    """Maximum number of restarts, from its checkpoint, of a trial whose processes failed."""
     poll_seconds: float = 5.0
-    """Time between two looks at the trials."""
+    """Seconds between two checks of the running trials."""
     seed: int = 0
-    """Seed of the draws."""
+    """Random seed of the sampler."""
 
     def __post_init__(self) -> None:
         require_at_least(self, "sweep.", trials=1, parallel=1, startup_trials=1, warmup_steps=0, reduction_factor=2)
@@ -80,18 +82,19 @@ class SearchConfig:
             raise UserError(
                 "sweep.space is empty: give a range, such as sweep.space.optim.lr={low: 1e-5, high: 1e-3, log: true}, or a file of conf/sweep"
             )
-        for key, one in self.space.items():
-            one.require_sound(f"sweep.space.{key}")
-            if self.sampler is Sampler.grid and not one.choices and one.step is None:
+        for key, search_range in self.space.items():
+            search_range.require_sound(f"sweep.space.{key}")
+            if self.sampler is Sampler.grid and not search_range.choices and search_range.step is None:
                 raise UserError(f"sweep.space.{key}: sweep.sampler=grid tries all values. Give choices or step")
 
 
 @dataclass(kw_only=True, slots=True)
 class SweepConfig:
     study: str = MISSING
-    """Name of the study: its folder below `runs`. Trials are the runs `<study>/trial-0000` and on. The same name goes on."""
+    """Name of the study and of its folder below `runs`. Trials are the runs `<study>/trial-0000` and following. A study
+    started with an existing name is resumed."""
     runs: str = "runs"
-    """Folder that holds the runs."""
+    """Folder that contains the runs."""
     sweep: SearchConfig = MISSING
     cluster: ClusterConfig = MISSING
 

@@ -1,4 +1,4 @@
-"""A training run: its sections and the whole."""
+"""Options of a training run: one dataclass per section, and `TrainConfig` of all of them."""
 
 import math
 from dataclasses import dataclass, field
@@ -18,20 +18,20 @@ from fireflyds.errors import UserError
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
     init: ModelInit = MISSING
-    """`pretrained` reads weights from `model.path`; `scratch` draws them at random for `model.architecture`."""
+    """`pretrained` loads weights from `model.path`; `scratch` initializes weights of `model.architecture` randomly."""
     path: str = ""
     """Hugging Face directory of the model (`init: pretrained`)."""
     tokenizer: str = ""
-    """Tokenizer directory or `.model`; empty: `model.path`."""
+    """Tokenizer directory or SentencePiece `.model`; empty: `model.path`."""
     architecture: dict[str, Any] = field(default_factory=dict)
-    """Hugging Face configuration values, `model_type` among them: what `scratch` makes, and what `launch/plan.py` counts
-    where `model.path` is empty. A model read from `model.path` must agree with them."""
+    """Hugging Face configuration values, including `model_type`: the model that `scratch` creates, and that
+    `launch/plan.py` assumes where `model.path` is empty. With `model.path`, its `config.json` must agree with them."""
     rope_scaling: dict[str, Any] = field(default_factory=dict)
-    """Stretches the context, in Hugging Face's words: `{rope_type: linear, factor: 4}`, `dynamic`, `yarn`, `llama3`; or
-    `{rope_type: ntk, alpha: 3}` and `{rope_type: ntk_auto, seq_len: 8192}`, which raise `rope_theta`."""
+    """Extends the context, as in Hugging Face's `rope_scaling`: `{rope_type: linear, factor: 4}`, `dynamic`, `yarn`,
+    `llama3`; or `{rope_type: ntk, alpha: 3}` and `{rope_type: ntk_auto, seq_len: 8192}`, which raise `rope_theta`."""
     base_vocab_size: int | None = None
-    """Rows of the vocabulary before its expansion; `new_rows` trains those behind. Unset: what `launch/expand.py` left
-    in the model's `config.json`."""
+    """Number of embedding rows before the vocabulary expansion; `new_rows` trains the rows from there on. Unset: the
+    value that `launch/expand.py` wrote to the model's `config.json`."""
 
     def __post_init__(self) -> None:
         require_at_least(self, "model.", base_vocab_size=1)
@@ -40,7 +40,7 @@ class ModelConfig:
 
     @property
     def tokenizer_path(self) -> str:
-        """Raises `UserError` when neither a tokenizer nor a model is given."""
+        """`tokenizer`, or `path` where it is empty. Raises `UserError` where both are empty."""
         if not (self.tokenizer or self.path):
             raise UserError(
                 "model.path is empty: a pretrained model needs its Hugging Face directory. Give model.path=<dir>"
@@ -51,26 +51,26 @@ class ModelConfig:
 @dataclass(kw_only=True, slots=True)
 class ObjectiveConfig:
     name: str = MISSING
-    """Entry of `fireflyds/train/objectives`."""
+    """Training objective: an entry of `fireflyds/train/objectives`."""
 
 
 @dataclass(kw_only=True, slots=True)
 class ZeroConfig:
     stage: int = MISSING
-    """ZeRO stage: 0 replicates, 1 shards optimizer states, 2 also gradients, 3 also parameters."""
+    """ZeRO stage: 0 replicates all states, 1 partitions optimizer states, 2 also gradients, 3 also parameters."""
     offload_optimizer: Offload = Offload.none
-    """Where optimizer states live (stages 1-3)."""
+    """Device that stores optimizer states (stages 1-3): `none`, the GPU; `cpu`, the host."""
     offload_param: Offload = Offload.none
-    """Where parameters live (stage 3)."""
+    """Device that stores parameters (stage 3): `none`, the GPU; `cpu`, the host."""
     reduce_bucket_size: int = 50_000_000
-    """Elements reduced at once."""
+    """Number of elements per gradient reduction."""
     overlap_comm: bool = False
     """Overlap gradient reduction with the backward pass."""
     json: str = ""
-    """A DeepSpeed JSON of another project: what is typed here must say the same, what DeepSpeed no longer has is refused,
-    the rest is passed on (and printed)."""
+    """DeepSpeed JSON file of another project: keys that this configuration has too must agree with it, keys that
+    DeepSpeed has removed are errors, the others are passed on (and printed)."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """Further DeepSpeed configuration, treated in the same way."""
+    """Additional DeepSpeed configuration, treated like the content of `json`."""
 
     def __post_init__(self) -> None:
         if self.stage not in (0, 1, 2, 3):
@@ -84,31 +84,33 @@ class ZeroConfig:
 @dataclass(kw_only=True, slots=True)
 class HardwareConfig:
     precision: Precision = MISSING
-    """Number format; `auto`: bf16 on a GPU that has it, fp16 on an older GPU, fp32 on the CPU."""
+    """Training precision; `auto`: bf16 on a GPU that supports it, fp16 on an older GPU, fp32 on the CPU."""
     attention: str = "auto"
-    """Implementation of packed attention (`launch/doctor.py` lists them); `auto`: the best that runs here."""
+    """Implementation of packed attention (`launch/doctor.py` lists them); `auto`: the preferred one of those that run
+    here."""
     initial_scale_power: int = 16
-    """fp16: the loss scale starts at 2 to this power."""
+    """fp16: the initial loss scale is 2 to this power."""
     loss_scale_window: int = 1000
-    """fp16: steps without overflow before the loss scale doubles."""
+    """fp16: steps without an overflow before the loss scale doubles."""
     hysteresis: int = 2
     """fp16: overflows before the loss scale halves."""
     min_loss_scale: float = 1.0
-    """fp16: an overflow at this scale ends the run, naming the tensor."""
+    """fp16: smallest loss scale; an overflow at it ends the run with an error that names the tensor."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     timeout_minutes: float = 30.0
-    """A collective that takes longer ends the run."""
+    """Timeout of a collective in minutes; exceeding it ends the run."""
     start_timeout_minutes: float = 10.0
-    """At the start the ranks wait for each other for so long; those that have not come are named."""
+    """Minutes that the ranks wait for each other at the start; the error names the missing ranks."""
     network_interface: str = ""
-    """Network interface that NCCL and gloo use between hosts, such as `ib0`, or several with commas; empty: they choose."""
+    """Network interface that NCCL and gloo use between hosts, such as `ib0`, or several separated by commas; empty:
+    NCCL and gloo choose."""
     local_cache: str = ""
-    """Folder on every host's own disk: base model and token store are copied there once and read from there, within
-    `hardware.timeout_minutes`. Empty: they are read where they are."""
+    """Folder on a local disk of every host: base model and token store are copied to it once, within
+    `hardware.timeout_minutes`, and read from it. Empty: they are read from their own paths."""
     peak_tflops: float | None = None
-    """Peak of one device for matrix products in the precision trained in, in TFLOP/s: what MFU is measured against.
-    Unset: the published peak of a known GPU; no MFU for another device."""
+    """Peak matrix multiplication throughput of one device in the training precision, in TFLOP/s: the reference of MFU.
+    Unset: the published peak of a known GPU; no MFU on other devices."""
 
     def __post_init__(self) -> None:
         require_at_least(self, "hardware.", loss_scale_window=1, hysteresis=1, min_loss_scale=2.0**-14)
@@ -141,7 +143,7 @@ class TrackingConfig:
     job_type: str = "train"
     """W&B job type."""
     finish_seconds: float = 60.0
-    """At the end a tracker is waited for at most so long; what is not sent by then stays on the disk."""
+    """Maximum wait for the tracker at the end of the run, in seconds; data not uploaded by then stay on the disk."""
 
     def __post_init__(self) -> None:
         if not self.finish_seconds > 0:
@@ -151,18 +153,18 @@ class TrackingConfig:
 @dataclass(kw_only=True, slots=True)
 class CheckpointConfig:
     every: int = 500
-    """Save every so many steps; the last step is always saved."""
+    """Steps between two checkpoints; the last step is always saved."""
     keep: int = 2
-    """Newest checkpoints kept."""
+    """Number of newest checkpoints that are kept."""
     keep_every: int | None = None
-    """Checkpoints of every so many steps are kept beyond these."""
+    """Checkpoints of steps divisible by this number are kept too; unset: none."""
     best_metric: str = ""
-    """A number of `metrics.jsonl` (such as `loss`), or of `validation.jsonl` (`validation/bits_per_byte/en`, where
-    `validation.every` and `checkpoint.every` meet), whose lowest checkpoint is kept too."""
+    """Metric of `metrics.jsonl` (such as `loss`), or of `validation.jsonl` (such as `validation/bits_per_byte/en`, at
+    steps of both `validation.every` and `checkpoint.every`); the checkpoint with its lowest value is kept too."""
     max_gib: float | None = None
-    """Beyond this size of all checkpoints the oldest go; the newest always stays."""
+    """Maximum size of all checkpoints in GiB: beyond it the oldest are deleted; the newest is always kept."""
     background: bool = True
-    """Training goes on while a checkpoint is written; it needs memory on the host for one copy of the rank's share."""
+    """Write checkpoints while training continues; needs host memory for a copy of the rank's partition."""
 
     def __post_init__(self) -> None:
         require_at_least(self, "checkpoint.", every=1, keep=1, keep_every=1, max_gib=0)
@@ -170,18 +172,18 @@ class CheckpointConfig:
 
 @dataclass(kw_only=True, slots=True)
 class RecoveryConfig:
-    """What a run does about trouble."""
+    """Handling of non-finite steps, loss spikes and unresponsive ranks."""
 
     max_skipped: int = 5
-    """A step whose loss or gradients are not finite is skipped; after so many in a row the run ends, naming the tensor
-    and the documents."""
+    """A step with non-finite loss or gradients is skipped; after this many in a row the run ends with an error that
+    names the tensor and the documents."""
     rollback_above: float | None = None
-    """A loss above so many times the mean of the last steps is a spike: back to the newest checkpoint, and the data since
-    then is passed over. Unset: never."""
+    """A loss above this multiple of the mean of the last steps is a spike: the run returns to the newest checkpoint and
+    skips the data since then. Unset: no rollback."""
     max_rollbacks: int = 3
-    """A spike after so many rollbacks ends the run."""
+    """A spike after this many rollbacks ends the run."""
     heartbeat_seconds: float = 60.0
-    """A rank that is silent for so long ends the run."""
+    """Seconds without a heartbeat of a rank after which the run ends."""
 
     def __post_init__(self) -> None:
         require_at_least(self, "recovery.", max_skipped=1, max_rollbacks=1, heartbeat_seconds=5)
@@ -192,9 +194,9 @@ class RecoveryConfig:
 @dataclass(kw_only=True, slots=True)
 class TrainConfig:
     run: str = MISSING
-    """Name of the run: its folder and its identity. The same name resumes."""
+    """Name of the run and of its folder below `runs`. A run started with an existing name is resumed."""
     runs: str = "runs"
-    """Folder that holds the runs."""
+    """Folder that contains the runs."""
     model: ModelConfig = MISSING
     data: DataConfig = MISSING
     objective: ObjectiveConfig = MISSING
@@ -207,17 +209,18 @@ class TrainConfig:
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     init_from: str = ""
-    """An earlier run to start from: its trained weights, with a new schedule (not resuming, which is the same `run`)."""
+    """Earlier run whose trained weights initialize this run, with a new schedule (to resume a run, give the same `run`
+    instead)."""
     seq_len: int = 1024
-    """Tokens in a packed row; longer documents are cut, dialogues end at the last whole turn that fits."""
+    """Tokens per packed row; longer documents are truncated, dialogues after the last whole turn that fits."""
     micro_batch_size: int = 1
-    """Rows in one forward pass of one rank."""
+    """Packed rows per rank in one forward pass."""
     global_batch_size: int = 8
-    """Rows in one optimizer step over all ranks; accumulation follows from it."""
+    """Packed rows per optimizer step over all ranks; the number of gradient accumulation steps follows from it."""
     log_every: int = 10
     """Steps between two lines of `train.log`."""
     seed: int = 42
-    """Seed of weights, dropout and the order of the data."""
+    """Random seed of weights, dropout and data order."""
 
     def __post_init__(self) -> None:
         require_at_least(self, seq_len=2, micro_batch_size=1, global_batch_size=1, log_every=1)
@@ -233,10 +236,10 @@ class TrainConfig:
         return f"{self.runs}/{self.run}"
 
     def accumulation_steps(self, world_size: int) -> int:
-        """Micro-batches of one rank in a step.
+        """Micro-batches per rank and optimizer step.
 
         Raises:
-            UserError: `global_batch_size` is no multiple of `micro_batch_size` times the number of ranks.
+            UserError: `global_batch_size` is not a multiple of `micro_batch_size` times the number of ranks.
         """
         rows = self.micro_batch_size * world_size
         if self.global_batch_size % rows:
@@ -250,7 +253,7 @@ class TrainConfig:
 @dataclass(kw_only=True, slots=True)
 class PlanConfig(TrainConfig):
     run: str = "plan"
-    """As in `train`; not needed here."""
+    """As in `train`; optional here."""
     cluster: ClusterConfig = MISSING
     format: PlanFormat = PlanFormat.table
-    """`table` for people, `json` for programs."""
+    """Output format: `table` for people, `json` for programs."""

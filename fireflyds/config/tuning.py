@@ -1,4 +1,4 @@
-"""What trains: the method, its adapters, and the rows of the vocabulary."""
+"""Options of the trainable parameters: the method, its adapters, and the rows of the vocabulary."""
 
 import math
 from dataclasses import dataclass, field
@@ -12,32 +12,32 @@ from fireflyds.errors import UserError
 @dataclass(kw_only=True, slots=True)
 class TuningConfig:
     method: TuningMethod = MISSING
-    """`full`, `freeze` (parameters named by `trainable` alone), `lora` (adapters on a 16/32-bit base) or `qlora`
-    (adapters on a quantised base)."""
+    """`full`, `freeze` (only the parameters matched by `trainable` train), `lora` (adapters on a 16/32-bit base) or
+    `qlora` (adapters on a quantised base)."""
     embeddings: TrainableRows = MISSING
-    """Rows of the input embeddings that train, under any method: `frozen`, `new_rows` (those an expansion added) or
+    """Trainable rows of the input embeddings, with any method: `frozen`, `new_rows` (those added by the expansion) or
     `all`."""
     head: TrainableRows = MISSING
-    """Rows of the output head that train, as `embeddings`; a tied head is the embeddings and says the same."""
+    """Trainable rows of the output head, as in `embeddings`; with a tied head both must be equal."""
     trainable: list[str] = field(default_factory=list)
-    """Regular expressions of `freeze`: parameters whose name contains a match train."""
+    """`freeze`: regular expressions; parameters whose name contains a match are trainable."""
     r: int = 64
     """Rank of the adapters."""
     alpha: float = 16.0
     """Adapters are scaled by alpha / r (with `use_rslora`: alpha / sqrt(r))."""
     dropout: float = 0.05
-    """Dropout in front of the adapters."""
+    """Dropout probability on the input of the adapters."""
     target_modules: list[str] = field(default_factory=list)
-    """Linear layers that get adapters: names, or regular expressions of whole dotted names; empty: every linear layer
-    of the family's blocks."""
+    """Linear layers with adapters: names, or regular expressions of whole dotted names; empty: every linear layer of
+    the transformer blocks."""
     use_rslora: bool = False
     """Rank-stabilised scaling (arXiv 2312.03732)."""
     use_dora: bool = False
-    """Magnitudes trained beside directions (DoRA, arXiv 2402.09353)."""
+    """Train magnitudes and directions separately (DoRA, arXiv 2402.09353)."""
     loraplus_lr_ratio: float = 1.0
-    """Learning rate of the adapters' B over that of A (LoRA+, arXiv 2402.12354; 16 there)."""
+    """Learning rate of the adapters' B divided by that of A (LoRA+, arXiv 2402.12354; 16 in the paper)."""
     bits: int = 4
-    """Bits of `qlora`'s base: 4 (NF4, double quantisation) or 8 (LLM.int8)."""
+    """Bits per weight of the base of `qlora`: 4 (NF4, double quantisation) or 8 (LLM.int8)."""
 
     def __post_init__(self) -> None:
         if self.r < 1:
@@ -53,9 +53,9 @@ class TuningConfig:
             raise UserError(
                 f"tuning.bits=8: only tuning=qlora has a quantised base, this is {self.method.name}. Leave it out"
             )
-        of_adapters = {"use_rslora": False, "use_dora": False, "loraplus_lr_ratio": 1.0}
-        for name, neutral in of_adapters.items():
-            if getattr(self, name) != neutral and not self.has_adapters:
+        adapter_defaults = {"use_rslora": False, "use_dora": False, "loraplus_lr_ratio": 1.0}
+        for name, default in adapter_defaults.items():
+            if getattr(self, name) != default and not self.has_adapters:
                 raise UserError(
                     f"tuning.{name}={getattr(self, name)}: tuning={self.method.name} has no adapters. Use tuning=lora or qlora"
                 )

@@ -1,4 +1,4 @@
-"""Validation of a training run: held-out data, the guard of a domain, samples."""
+"""Options of validation during training: held-out data, a guarded domain, generated samples."""
 
 from dataclasses import dataclass, field
 
@@ -9,21 +9,23 @@ from fireflyds.errors import UserError
 @dataclass(kw_only=True, slots=True)
 class ValidationConfig:
     store: str = ""
-    """Token store of held-out data, made with the run's tokenizer; empty: none is measured."""
+    """Token store of held-out data, made with the run's tokenizer; empty: no held-out loss is measured."""
     every: int = 500
-    """Validate every so many steps; also before the first and after the last."""
+    """Steps between two validations; validation also runs before the first and after the last step."""
     rows: int = 64
-    """At most so many packed rows of each domain."""
+    """Maximum number of packed rows of each domain."""
     guard: str = "en"
-    """Domain whose bits per byte are watched: what training may not make worse. Empty: none."""
+    """Domain whose bits per byte are monitored, because training must not make it worse. Empty: none."""
     max_rise: float = 0.05
-    """Share above its start that the guarded domain may rise before there is a warning."""
+    """Relative rise of the guarded domain's bits per byte over its initial value above which a warning is logged (0.05:
+    5 %)."""
     stop: bool = False
-    """Where the guarded domain rises more, save and end the run instead of warning."""
+    """Save and end the run, instead of the warning, where the guarded domain rises by more."""
     prompts: list[str] = field(default_factory=list)
-    """Texts that the model goes on from after every validation, or questions it answers where the data are dialogues."""
+    """Texts that the model continues after every validation, or questions that it answers where the data are
+    dialogues."""
     max_new_tokens: int = 64
-    """Tokens written to each prompt, the likeliest ones."""
+    """Number of tokens generated for each prompt, by greedy decoding."""
 
     def __post_init__(self) -> None:
         require_at_least(self, "validation.", every=1, rows=1, max_rise=0, max_new_tokens=1)

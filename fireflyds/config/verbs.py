@@ -1,4 +1,4 @@
-"""One record for every verb: all that the rest of the code must know of it."""
+"""One record per verb (a script of `launch/`): its configuration, inputs and resources."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from fireflyds.config.vocabulary import ExpandConfig, LearnConfig
 
 
 class Resources(Enum):
-    """What a job of the verb gets of a machine."""
+    """Resources that a job of the verb allocates."""
 
     cpu = 0
     one_gpu = 1
@@ -28,7 +28,7 @@ class Resources(Enum):
 
 @dataclass(frozen=True, slots=True)
 class PathOption:
-    """`<group>=<path>` is short for `<group>=<option>` and `override`, in which `{}` stands for the path."""
+    """`<group>=<path>` is short for `<group>=<option>` with `override`, where `{}` is replaced by the path."""
 
     option: str
     override: str
@@ -36,16 +36,16 @@ class PathOption:
 
 @dataclass(frozen=True, slots=True)
 class Verb:
-    """A file of `launch/`."""
+    """A script of `launch/`."""
 
     config: type
     inputs: tuple[str, ...] = ()
-    """Keys that name files or folders which must exist when the verb starts."""
+    """Keys whose values are files or folders that must exist when the verb starts."""
     resources: Resources = Resources.cpu
     submittable: bool = True
-    """False for a verb that starts jobs itself, answers at once, or talks with a person."""
+    """False for a verb that starts jobs itself, finishes immediately or is interactive."""
     path_options: Mapping[str, PathOption] = field(default_factory=dict)
-    """By configuration group."""
+    """Path options by configuration group."""
 
 
 _MODEL_AND_STORE = {

@@ -1,4 +1,4 @@
-"""Learning and expanding vocabularies."""
+"""Options of learning and expanding vocabularies."""
 
 from dataclasses import dataclass, field
 
@@ -11,15 +11,15 @@ from fireflyds.errors import UserError
 @dataclass(kw_only=True, slots=True)
 class LearnConfig:
     corpus: str = MISSING
-    """Text to learn from: file, folder or glob."""
+    """Training text of the tokenizer: file, folder or glob."""
     out: str = MISSING
     """Tokenizer directory to write."""
     kind: TokenizerKind = TokenizerKind.sentencepiece
     """`sentencepiece` (BPE with byte fallback, as LLaMA-2) or `byte_level` (BPE over bytes, as GPT-2 and Llama-3)."""
     vocab_size: int = 32_000
-    """Pieces in all, special and byte pieces included."""
+    """Total number of pieces, including special and byte pieces."""
     max_piece_length: int = 16
-    """Longest piece, in characters (bytes, for `byte_level`)."""
+    """Maximum length of a piece in characters (bytes, for `byte_level`)."""
 
     def __post_init__(self) -> None:
         require_at_least(self, vocab_size=300, max_piece_length=1)
@@ -34,39 +34,41 @@ class ExpandConfig:
     pieces: str = ""
     """Pieces to merge: a `.model`, a byte-level `tokenizer.json`, or a text file with one piece a line."""
     corpus: str = ""
-    """Text to learn pieces from, and to choose among given ones: file, folder, glob, a folder that `datasets`
-    saved, or `hf:<dataset>[:<config>]`."""
+    """Text to learn pieces from, or to select given ones by: file, folder, glob, a folder written by
+    `datasets.save_to_disk`, or `hf:<dataset>[:<config>]`."""
     sample_characters: int = 10_000_000
-    """Most characters of `corpus` held in memory; a larger one is sampled evenly, by lines."""
+    """Maximum number of characters of `corpus` held in memory; a larger corpus is sampled evenly, by lines."""
     scripts: list[str] = field(default_factory=lambda: ["Han", "CJK_Punctuation"])
-    """Scripts to add pieces for, by Unicode's names. Text without their characters keeps its ids."""
+    """Scripts to add pieces for, by their Unicode names. Text without their characters keeps its token ids."""
     algorithm: PieceAlgorithm = PieceAlgorithm.bpe
-    """How pieces are learnt: `bpe` goes on from the base's merges, `unigram` starts from the corpus alone."""
+    """Algorithm that learns pieces: `bpe` continues from the base's merges, `unigram` starts from the corpus alone."""
     num_pieces: int = 0
-    """Most new rows to learn from `corpus`."""
+    """Maximum number of new rows to learn from `corpus`."""
     size: VocabSizeRule = VocabSizeRule.fixed
-    """`fixed`: as many rows as `num_pieces` allows; `knee`: up to where the curve of tokens saved bends; `alp`: where
-    the curve of average log probability does."""
+    """Number of new rows: `fixed`, limited by `num_pieces`; `knee`, at the knee of the curve of tokens saved; `alp`, at
+    the knee of the curve of average log probability."""
     max_piece_length: int = 8
-    """Longest learnt piece, in characters."""
+    """Maximum length of a learnt piece in characters."""
     min_count: int = 5
-    """Fewest tokens that a learnt piece must save in the sample."""
+    """Minimum number of tokens that a learnt piece must save in the sample."""
     cure: bool = True
-    """Drop pieces without a new character, add what makes every new piece reachable; false: append as given, with ties,
-    as published Chinese-LLaMA vocabularies were made."""
+    """Drop pieces without a new character, and add the pieces without which a new one is unreachable; false: append the
+    pieces as given, with tied scores, as in published Chinese-LLaMA vocabularies."""
     vocab_multiple: int = 64
-    """The vocabulary's size is a multiple of this: learnt pieces stop at one, given ones are filled with characters."""
+    """The vocabulary size is a multiple of this: learning stops at one, given pieces are filled up with single
+    characters."""
     max_vocab_size: int = 0
-    """Most rows of the whole vocabulary; the pieces that save least are left out. 0: no limit."""
+    """Maximum size of the whole vocabulary; the pieces that save the fewest tokens are left out. 0: no limit."""
     init: RowInit = RowInit.mean
-    """New rows: `mean` of the old tokens of the piece's text, `weighted` (the same, rare old tokens counting more) or
-    `random` (normal with the old rows' mean and covariance)."""
+    """Initialization of new rows: `mean` of the old tokens of the piece's text, `weighted` (the same, with larger
+    weights for rare old tokens) or `random` (normal with the old rows' mean and covariance)."""
     seed: int = 42
     """Seed of `init=random` and of the sample."""
     texts: dict[str, str] = field(default_factory=dict)
-    """Texts that the report measures: domain to file, folder or glob; empty: what of `corpus` nothing was learnt from."""
+    """Texts that the report is measured on: domain to file, folder or glob; empty: the part of `corpus` that is not
+    used for learning."""
     report: ReportMode = ReportMode.full
-    """`only`: nothing is merged; `base` and `other` are compared on `corpus` or `texts`."""
+    """`only`: compare `base` and `other` on `corpus` or `texts`, without an expansion."""
     other: str = ""
     """The second tokenizer of `report=only`."""
 

@@ -1,1 +1,1 @@
-"""Who the ranks are, whether they agree before they join, and whether they live."""
+"""Launcher environment, rendezvous and comparison of the ranks, and detection of lost ranks."""

@@ -1,4 +1,4 @@
-"""Work on rank 0 while the others wait, and leaving the process group."""
+"""Work on rank 0 while the other ranks wait, and leaving the process group."""
 
 import atexit
 import os
@@ -20,11 +20,11 @@ def leave_group() -> None:
 
 
 def exit_process(exit_code: int) -> NoReturn:
-    """Leave the other ranks, and the process.
+    """Leave the process group and end the process, without finalisation of the interpreter.
 
-    Threads of gloo and NCCL outlive their groups. One that asks for the interpreter's lock while Python takes the
-    interpreter down ends in C++ that may not throw: "terminate called without an active exception", SIGABRT after a run
-    that was whole. So the interpreter is not taken down; what was registered for its end is done.
+    Threads of gloo and NCCL outlive their groups. One that acquires the GIL while Python finalises the interpreter ends
+    in C++ code that must not throw: "terminate called without an active exception", SIGABRT after a successful run. So
+    only the handlers registered with `atexit` are run.
     """
     leave_group()
     atexit._run_exitfuncs()
@@ -34,15 +34,19 @@ def exit_process(exit_code: int) -> NoReturn:
 
 
 def run_on_rank_zero(work: Callable[[], T]) -> T | None:
-    """Do something on rank 0 while the others wait; its `UserError` becomes everybody's, and so does trouble with the disk.
-    Other ranks get None."""
+    """Run `work` on rank 0 while the other ranks wait. Returns its result; None on the other ranks.
+
+    Raises:
+        UserError: on every rank: `work` raised a `UserError` or an `OSError`. Any other exception of `work` is raised
+            unchanged on rank 0, and as a `UserError` on the other ranks.
+    """
     result, unexpected, failure = None, None, [None]
     if dist.get_rank() == 0:
         try:
             result = work()
         except Exception as error:
             unexpected = None if isinstance(error, UserError | OSError) else error
-            remedy = ". Make room, or mend its rights, and give the same command again" * isinstance(error, OSError)
+            remedy = ". Free disk space or correct permissions, and run the command again" * isinstance(error, OSError)
             failure = [f"{str(error) or repr(error)}{remedy}"]  # type: ignore[list-item]
     dist.broadcast_object_list(failure)
     if unexpected is not None:

@@ -1,4 +1,4 @@
-"""No rank dies silently: each tells that it lives, and the others end, with a message, when one does not."""
+"""Detection of lost ranks: each rank writes heartbeats, and the others end with an error message when these stop."""
 
 import contextlib
 import json
@@ -20,14 +20,14 @@ from fireflyds.errors import LostRankError, UserError
 from fireflyds.runs.status import EXIT_FAILED, Status
 
 _INTERVAL = 1.0
-# Ranks that refuse for the same reason each wait for their checkpoint first.
-_REFUSED_SECONDS = 90.0
-# Beats that a rank may miss when a collective has failed.
-_MISSED_BEATS = 4
+# Seconds for the others to end too after a rank ended with a `UserError`: each waits for its checkpoint first.
+_REFUSAL_SECONDS = 90.0
+# Heartbeats that a rank may miss after a collective has failed.
+_MAX_MISSED_BEATS = 4
 
 
 def process_namespace() -> str:
-    """Where numbers of processes mean the same: names of hosts may be alike, as cloned images have them."""
+    """Identifier of the PID namespace. Host names do not suffice: machines with cloned images share one."""
     return f"{boot_id()}/{os.stat('/proc/self/ns/pid').st_ino}"
 
 
@@ -39,10 +39,11 @@ def _pid_is_alive(number: int) -> bool:
 
 
 class Heartbeat:
-    """Used as a context around training. Ranks write to the store that they met at; rank 0 looks at all, all at rank 0.
+    """A context manager around training. Ranks write heartbeats to the store of the rendezvous; rank 0 monitors all
+    ranks, and all monitor rank 0.
 
-    A rank that is silent for `seconds`, whose process is gone from this machine, or that said how it failed, ends every
-    other: a collective that waits for it cannot be left in another way.
+    All other ranks end when a rank is silent for `seconds`, when its process on this machine has ended, or when it has
+    reported a failure: a collective that waits for it cannot be aborted in another way.
     """
 
     def __init__(self, me: RankInfo, run_dir: Path, seconds: float, status: Status) -> None:
@@ -51,26 +52,26 @@ class Heartbeat:
         self._left = threading.Event()
         self._seen: dict[int, tuple[Any, float]] = {}
         self._refused_at: dict[int, float] = {}
-        self._looked = time.monotonic()
+        self._last_check = time.monotonic()
         self._threads = [
             threading.Thread(target=work, name=name, daemon=True)
-            for name, work in (("heartbeat", self._work), ("heartbeat watch", self._watch))
+            for name, work in (("heartbeat", self._monitor), ("heartbeat watch", self._watch))
         ]
 
     def __enter__(self) -> "Heartbeat":
         if self._me.world_size > 1:
             address, port = self._me.master_addr, self._me.master_port
-            # The store of torchrun's agent outlives a restart of the ranks, which must not hear who was lost before.
+            # The store of torchrun's agent outlives a restart of the ranks: a prefix hides earlier attempts.
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            # A connection of its own: the process group's may be held by a collective.
+            # A separate connection: that of the process group may be blocked by a collective.
             store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=self._seconds))  # type: ignore[attr-defined]
             self._store = dist.PrefixStore(f"fireflyds/{attempt}", store)  # type: ignore[attr-defined]
             self._beat()
             if self._me.rank:
-                # Cut off before the first look, it still knows whose host it misses. Rank 0 beats as it comes here.
+                # Waits for the first heartbeat of rank 0: its host is then known when the connection is lost.
                 with contextlib.suppress(dist.DistError):
                     self._seen[0] = (self._store.get("beat/0").decode(), time.monotonic())
-            self._looked = time.monotonic()
+            self._last_check = time.monotonic()
             for thread in self._threads:
                 thread.start()
         return self
@@ -80,74 +81,75 @@ class Heartbeat:
             return
         if kind is None or issubclass(kind, SystemExit | KeyboardInterrupt | UserError):
             if kind is not None and issubclass(kind, UserError) and not issubclass(kind, LostRankError):
-                self._tell(f"refused/{self._me.rank}", str(error))
-            self._leave()
+                self._publish(f"refused/{self._me.rank}", str(error))
+            self._stop_threads()
         elif lost := self._lost_soon():
-            self._leave()
+            self._stop_threads()
             raise LostRankError(lost) from error
         else:
-            self._tell(f"failed/{self._me.rank}", f"{kind.__name__}: {error}")
-            self._leave()
+            self._publish(f"failed/{self._me.rank}", f"{kind.__name__}: {error}")
+            self._stop_threads()
 
-    def _leave(self) -> None:
-        self._tell(f"left/{self._me.rank}", "yes")
+    def _stop_threads(self) -> None:
+        self._publish(f"left/{self._me.rank}", "yes")
         self._left.set()
         for thread in self._threads:
-            # One that asks the store while the process ends would abort it.
+            # A thread that uses the store while the process ends would abort it.
             if thread.is_alive() and thread is not threading.current_thread():
                 thread.join(5 * _INTERVAL)
 
     def _beat(self) -> None:
-        about = {
+        metadata = {
             "host": socket.gethostname(), "machine": process_namespace(), "pid": os.getpid(), "step": self._status.step, "time": time.time(),
         }  # fmt: skip
-        self._store.set(f"beat/{self._me.rank}", json.dumps(about))
+        self._store.set(f"beat/{self._me.rank}", json.dumps(metadata))
 
-    def _tell(self, key: str, value: str) -> None:
+    def _publish(self, key: str, value: str) -> None:
         try:
             self._store.set(key, value)
-        except Exception:  # the store went with rank 0, and nobody is left to tell
+        except Exception:  # the store ended with rank 0: no rank can read the value
             self._left.set()
 
-    def _work(self) -> None:
+    def _monitor(self) -> None:
         while not self._left.wait(_INTERVAL):
             lost = self._look()
-            self._looked = time.monotonic()
-            # Where it was a collective that failed, the main thread tells; it has this long.
+            self._last_check = time.monotonic()
+            # If a collective failed because of it, the main thread raises the error, within this time.
             if lost and not self._left.wait(3 * _INTERVAL):
                 self._end(lost)
 
     def _watch(self) -> None:
-        """The store is asked in a thread that hangs with it: over a link that is down its client waits for ever."""
+        """Ends the process if `_monitor` hangs: the store's client blocks forever when the network link is down."""
         while not self._left.wait(_INTERVAL):
-            # Rank 0's side speaks first: it knows whom it misses.
-            if time.monotonic() - self._looked > self._seconds + 5 * _INTERVAL:
+            # Later than rank 0, whose message names the lost rank.
+            if time.monotonic() - self._last_check > self._seconds + 5 * _INTERVAL:
                 self._end(self._unreachable(f"no answer for {self._seconds:.0f} s"))
 
     def _end(self, lost: str) -> None:
         if self._me.rank == 0 or lost.startswith("rank 0 "):
             print(f"error: {lost}", file=sys.stderr, flush=True)
-        # The disk may have gone with the host that is lost.
-        work = threading.Thread(
+        # The disk may be unreachable together with the lost host.
+        writer = threading.Thread(
             target=self._status.failed, args=(lost, EXIT_FAILED), kwargs={"lost": True}, daemon=True
         )
-        work.start()
-        work.join(5 * _INTERVAL)
+        writer.start()
+        writer.join(5 * _INTERVAL)
         os._exit(EXIT_FAILED)
 
-    def _unreachable(self, why: str) -> str:
+    def _unreachable(self, reason: str) -> str:
         return self._message(
-            0, f"cannot be reached from {socket.gethostname()} at {self._me.master_addr}:{self._me.master_port} ({why})"
+            0,
+            f"cannot be reached from {socket.gethostname()} at {self._me.master_addr}:{self._me.master_port} ({reason})",
         )
 
     def _look(self) -> str | None:
-        """Beat, and say who is lost."""
+        """Write a heartbeat. Returns a message about a lost rank, or None."""
         try:
             self._beat()
             others = range(1, self._me.world_size) if self._me.rank == 0 else [0]
             for rank in others:
-                if lost := self._examine(rank):
-                    self._tell("lost", lost)
+                if lost := self._check_rank(rank):
+                    self._publish("lost", lost)
                     return lost
             return self._get("lost")
         except Exception as error:
@@ -156,49 +158,53 @@ class Heartbeat:
     def _get(self, key: str) -> str | None:
         return self._store.get(key).decode() if self._store.check([key]) else None
 
-    def _examine(self, rank: int) -> str | None:
+    def _check_rank(self, rank: int) -> str | None:
+        """Returns a message if `rank` is lost, else None."""
         if self._get(f"left/{rank}"):
-            return self._refused(rank)
+            return self._check_refused(rank)
         beat = self._get(f"beat/{rank}")
-        if told := self._get(f"failed/{rank}"):
+        if failure := self._get(f"failed/{rank}"):
             self._seen[rank] = (beat, time.monotonic())
-            return self._message(rank, f"failed ({told})")
-        known, since = self._seen.get(rank, (None, time.monotonic()))
-        if beat != known or rank not in self._seen:
+            return self._message(rank, f"failed ({failure})")
+        last_beat, since = self._seen.get(rank, (None, time.monotonic()))
+        if beat != last_beat or rank not in self._seen:
             self._seen[rank] = (beat, time.monotonic())
-        elif time.monotonic() - since > (limit := self._patience()):
+        elif time.monotonic() - since > (limit := self._silence_limit()):
             return self._message(rank, f"has been silent for {limit:.0f} s")
         if beat:
-            about = json.loads(beat)
-            if about["machine"] == process_namespace() and not _pid_is_alive(about["pid"]):
-                return self._message(rank, f"died (process {about['pid']}, after step {about['step']})")
+            metadata = json.loads(beat)
+            if metadata["machine"] == process_namespace() and not _pid_is_alive(metadata["pid"]):
+                return self._message(rank, f"died (process {metadata['pid']}, after step {metadata['step']})")
         return None
 
-    def _refused(self, rank: int) -> str | None:
-        """A rank that refused alone, such as for a file that its host lacks, is waited for in vain."""
-        told = self._get(f"refused/{rank}")
-        if told is None or time.monotonic() - self._refused_at.setdefault(rank, time.monotonic()) <= _REFUSED_SECONDS:
+    def _check_refused(self, rank: int) -> str | None:
+        """Returns a message if `rank` alone ended with a `UserError` (such as for a missing file), else None."""
+        refusal = self._get(f"refused/{rank}")
+        if (
+            refusal is None
+            or time.monotonic() - self._refused_at.setdefault(rank, time.monotonic()) <= _REFUSAL_SECONDS
+        ):
             return None
-        return self._message(rank, f"refused ({told})")
+        return self._message(rank, f"refused ({refusal})")
 
-    def _patience(self) -> float:
-        """Once a collective has failed somewhere, whoever no longer beats is the one that it failed for."""
-        return min(self._seconds, _MISSED_BEATS * _INTERVAL) if self._get("trouble") else self._seconds
+    def _silence_limit(self) -> float:
+        """Seconds without a heartbeat after which a rank is lost; fewer once a collective has failed on some rank."""
+        return min(self._seconds, _MAX_MISSED_BEATS * _INTERVAL) if self._get("trouble") else self._seconds
 
     def _lost_soon(self) -> str | None:
-        """Why a collective failed, if it was for a lost rank: that shows within seconds."""
-        self._tell("trouble", "yes")
-        until = time.monotonic() + 8 * _INTERVAL
-        while time.monotonic() < until:
+        """Returns a message if a collective failed because of a lost rank, which shows within seconds, else None."""
+        self._publish("trouble", "yes")
+        deadline = time.monotonic() + 8 * _INTERVAL
+        while time.monotonic() < deadline:
             if lost := self._look():
                 return lost
             time.sleep(_INTERVAL / 4)
         return None
 
-    def _message(self, rank: int, what: str) -> str:
+    def _message(self, rank: int, event: str) -> str:
         beat, _ = self._seen.get(rank, (None, 0.0))
         host = f" on {json.loads(beat)['host']}" if beat else ""
         return (
-            f"rank {rank}{host} {what}; its log: {self._run_dir}/logs/rank_{rank}.log. The newest checkpoint is whole: the same "
-            "command goes on from it"
+            f"rank {rank}{host} {event}; its log: {self._run_dir}/logs/rank_{rank}.log. The newest checkpoint is "
+            "intact: the same command resumes from it"
         )

@@ -1,4 +1,4 @@
-"""Which host a rank is on: machines may share a name, as cloned images do, and containers of one machine may not."""
+"""Host identity of a rank. Host names do not suffice: cloned images share one, containers of a machine may differ."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def boot_id() -> str:
-    """The machine's, new at every start of its kernel and the same in all its containers; empty where it has none."""
+    """The kernel's boot ID: new at every boot, the same in all containers of a machine; empty if it cannot be read."""
     try:
         return _BOOT_ID.read_text().strip()
     except OSError:
@@ -15,7 +15,7 @@ def boot_id() -> str:
 
 
 def distinct_host_names(names: list[str], boot_ids: list[str]) -> list[str]:
-    """Host names by rank; different machines of one name become `north`, `north#2`."""
+    """Unique host names by rank: different machines with the same name become `north`, `north#2`."""
     machines: dict[str, list[str]] = {}
     distinct = []
     for name, machine in zip(names, boot_ids, strict=True):
@@ -28,16 +28,18 @@ def distinct_host_names(names: list[str], boot_ids: list[str]) -> list[str]:
 
 
 def local_world_size() -> int:
-    """Ranks of this host as the launcher says; 0 where it does not."""
+    """Number of ranks on this host according to the launcher's variables; 0 if they are not set."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "0")))
 
 
 def describe_ranks(ranks: list[int], hosts: list[str] | None = None) -> str:
-    """`rank 3 on north, rank 4 (node 1)`: at most eight, with their hosts by rank where these are known, else the number of
-    their node where the launcher says how many ranks a host has."""
-    local = local_world_size()
+    """A text such as `rank 3 on north` or `rank 4 (node 1)`, of at most eight ranks.
+
+    `hosts`: host names by rank. Without them the node number, if the launcher sets the number of ranks per host.
+    """
+    ranks_per_host = local_world_size()
     names = []
     for rank in sorted(ranks)[:8]:
-        place = f" on {hosts[rank]}" if hosts else f" (node {rank // local})" if local else ""
-        names.append(f"rank {rank}{place}")
+        location = f" on {hosts[rank]}" if hosts else f" (node {rank // ranks_per_host})" if ranks_per_host else ""
+        names.append(f"rank {rank}{location}")
     return ", ".join(names) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")

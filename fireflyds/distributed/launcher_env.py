@@ -1,4 +1,4 @@
-"""Who this process is among the ranks, whoever started it: deepspeed, torchrun, srun, mpirun or plain python."""
+"""Rank of this process from the launcher's environment: deepspeed, torchrun, srun, mpirun or plain python."""
 
 import atexit
 import os
@@ -15,11 +15,11 @@ import psutil
 
 from fireflyds.errors import UserError
 
-# Batch scripts and interactive shells are steps too, numbered from here on.
+# Step IDs from this one on denote batch scripts and interactive shells.
 _SLURM_SPECIAL_STEPS = 0xFFFFFFF0
-# Of deepspeed, of torchrun, and here of mpirun.
+# The default port of deepspeed and torchrun; used here for mpirun too.
 LAUNCHER_PORT = 29500
-# Open MPI, MVAPICH, then MPICH and Intel MPI.
+# Variables of rank, size, local rank and local size: of Open MPI, of MVAPICH, of MPICH and Intel MPI.
 _MPI = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
     ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE"),
@@ -29,7 +29,7 @@ _MPI = (
 
 @dataclass(frozen=True, slots=True)
 class RankInfo:
-    """This process's place."""
+    """Rank, local rank and world size of this process, and the address and port of rank 0."""
 
     rank: int
     local_rank: int
@@ -38,7 +38,7 @@ class RankInfo:
     master_port: int
 
     def export(self) -> None:
-        """Say it in the variables that torch and DeepSpeed read."""
+        """Set the environment variables that torch and DeepSpeed read."""
         os.environ.update(
             RANK=str(self.rank),
             LOCAL_RANK=str(self.local_rank),
@@ -51,19 +51,20 @@ class RankInfo:
 def rank_from_environment(environment: Mapping[str, str]) -> RankInfo:
     """Read the launcher's variables; without any, one process on a free port.
 
-    Those of mpirun come before Slurm's, for inside an allocation its ranks are children of a Slurm step. Slurm's own count
-    only in a step started by `srun`: a plain `python` in a batch script or an interactive shell is one process.
+    Those of mpirun take precedence over Slurm's: inside an allocation its ranks are children of a Slurm step. Slurm's
+    variables count only in a step started by `srun`: a plain `python` in a batch script or an interactive shell is one
+    process.
 
     Raises:
-        UserError: several ranks but no master address, or a variable that is no number.
+        UserError: several ranks but no master address, or a variable that is not a number.
     """
     if "RANK" in environment and "WORLD_SIZE" in environment:
         rank, world_size = _int_variable(environment, "RANK"), _int_variable(environment, "WORLD_SIZE")
         local_rank = _int_variable(environment, "LOCAL_RANK", rank)
         if _started_by_deepspeed_on_one_node(environment):
             return RankInfo(rank, local_rank, world_size, "127.0.0.1", _shared_free_port(rank))
-    elif found := _mpi_variables(environment):
-        return _rank_from_mpi(environment, *found)
+    elif names := _mpi_variables(environment):
+        return _rank_from_mpi(environment, *names)
     elif _in_slurm_step(environment):
         rank, world_size = _int_variable(environment, "SLURM_PROCID"), _int_variable(environment, "SLURM_NTASKS")
         local_rank = _int_variable(environment, "SLURM_LOCALID", 0)
@@ -74,10 +75,10 @@ def rank_from_environment(environment: Mapping[str, str]) -> RankInfo:
     return RankInfo(rank, local_rank, world_size, _master_addr(environment), _master_port(environment))
 
 
-def _int_variable(environment: Mapping[str, str], name: str, otherwise: int | None = None) -> int:
+def _int_variable(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
     text = environment.get(name)
-    if text is None and otherwise is not None:
-        return otherwise
+    if text is None and default is not None:
+        return default
     try:
         return int(text or "")
     except ValueError:
@@ -92,10 +93,10 @@ def _in_slurm_step(environment: Mapping[str, str]) -> bool:
 
 
 def _mpi_variables(environment: Mapping[str, str]) -> tuple[str, str, str, str] | None:
-    """Names of the variables of rank, size, rank on the host and ranks on the host that this MPI sets."""
+    """Names of the variables of rank, size, local rank and local size that MPI has set; None without MPI."""
     for names in _MPI:
         if names[0] in environment and names[1] in environment:
-            # `srun --mpi=pmi2` sets PMI's too; what Slurm says is more.
+            # `srun --mpi=pmi2` sets the PMI variables too; Slurm's hold more, such as the local rank.
             pairs = (("PMI_RANK", "SLURM_PROCID"), ("PMI_SIZE", "SLURM_NTASKS"))
             same = all(environment.get(pmi) == environment.get(slurm) for pmi, slurm in pairs)
             if names[0] == "PMI_RANK" and _in_slurm_step(environment) and same:
@@ -104,46 +105,46 @@ def _mpi_variables(environment: Mapping[str, str]) -> tuple[str, str, str, str] 
     return None
 
 
-def _rank_from_mpi(environment: Mapping[str, str], rank: str, size: str, local: str, local_size: str) -> RankInfo:
-    me, world_size = _int_variable(environment, rank), _int_variable(environment, size)
-    if local not in environment and world_size > 1:
+def _rank_from_mpi(environment: Mapping[str, str], rank: str, size: str, local_name: str, local_size: str) -> RankInfo:
+    rank_number, world_size = _int_variable(environment, rank), _int_variable(environment, size)
+    if local_name not in environment and world_size > 1:
         raise UserError(
-            f"{rank} is set and {local} is not, so this rank cannot tell which GPU is its own. Start with the mpirun of Open "
-            "MPI, MVAPICH, MPICH or Intel MPI, or with torchrun"
+            f"{rank} is set and {local_name} is not, so the GPU of this rank is unknown. Start with the mpirun of "
+            "Open MPI, MVAPICH, MPICH or Intel MPI, or with torchrun"
         )
-    local_rank = _int_variable(environment, local, 0)
+    local_rank = _int_variable(environment, local_name, 0)
     if "MASTER_ADDR" in environment:
         port = _int_variable(environment, "MASTER_PORT", LAUNCHER_PORT)
-        return RankInfo(me, local_rank, world_size, environment["MASTER_ADDR"], port)
+        return RankInfo(rank_number, local_rank, world_size, environment["MASTER_ADDR"], port)
     if world_size > _int_variable(environment, local_size, world_size if world_size == 1 else 0):
         raise UserError(
-            f"MASTER_ADDR is not set and {size}={world_size} ranks are on several hosts: MPI does not say where rank 0 is. "
+            f"MASTER_ADDR is not set and {size}={world_size} ranks are on several hosts: MPI sets no rank 0 address. "
             "Start with mpirun -x MASTER_ADDR=<rank 0's host> (MPICH and Intel MPI: -genv MASTER_ADDR <host>)"
         )
-    port = free_port() if world_size == 1 else _shared_free_port(me)
-    return RankInfo(me, local_rank, world_size, "127.0.0.1", port)
+    port = free_port() if world_size == 1 else _shared_free_port(rank_number)
+    return RankInfo(rank_number, local_rank, world_size, "127.0.0.1", port)
 
 
 def _started_by_deepspeed_on_one_node(environment: Mapping[str, str]) -> bool:
-    """With the launcher's default port, on which two jobs of one machine would collide."""
+    """True with the launcher's default port, on which two jobs of one machine would collide."""
     return environment.get("CROSS_SIZE") == "1" and environment.get("MASTER_PORT") == str(LAUNCHER_PORT)
 
 
 def _shared_free_port(rank: int, timeout: float = 120.0) -> int:
-    """A free port that rank 0 chooses and its siblings, children of the same launcher, read from a file."""
+    """A free port, chosen by rank 0; the other children of the same launcher read it from a file."""
     parent = psutil.Process(os.getppid())
     file = Path(tempfile.gettempdir()) / f"fireflyds-port-{os.getuid()}-{parent.pid}-{int(parent.create_time())}"
     if rank == 0:
         port = free_port()
-        aside = file.with_suffix(f".{os.getpid()}")
-        aside.write_text(str(port))
-        aside.rename(file)
+        partial = file.with_suffix(f".{os.getpid()}")
+        partial.write_text(str(port))
+        partial.rename(file)
         atexit.register(file.unlink, missing_ok=True)
         return port
-    until = time.monotonic() + timeout
+    deadline = time.monotonic() + timeout
     while not file.exists():
-        if time.monotonic() > until:
-            raise UserError(f"rank {rank}: rank 0 did not say its port in {file} within {timeout:.0f} s; see its log")
+        if time.monotonic() > deadline:
+            raise UserError(f"rank {rank}: rank 0 did not write its port to {file} within {timeout:.0f} s; see its log")
         time.sleep(0.05)
     return int(file.read_text())
 
@@ -160,25 +161,25 @@ def _master_addr(environment: Mapping[str, str]) -> str:
 
 
 def _resolvable_address(name: str) -> str:
-    """A node's name where it resolves; else the address that Slurm talks to it by, where Slurm can be asked."""
+    """The name of a node if it resolves; else Slurm's address of the node, if `scontrol` is available."""
     try:
         socket.getaddrinfo(name, None)
     except OSError:
         if shutil.which("scontrol"):
             import subprocess
 
-            told = subprocess.run(["scontrol", "show", "node", name], capture_output=True, text=True)
-            if found := re.search(r"\bNodeAddr=(\S+)", told.stdout):
-                return found.group(1)
-    # Where it does not resolve here it may on the others; who cannot reach it says so.
+            result = subprocess.run(["scontrol", "show", "node", name], capture_output=True, text=True)
+            if match := re.search(r"\bNodeAddr=(\S+)", result.stdout):
+                return match.group(1)
+    # It may resolve on other hosts; a rank that cannot reach it raises later.
     return name
 
 
 def _master_port(environment: Mapping[str, str]) -> int:
     if "MASTER_PORT" in environment:
         return _int_variable(environment, "MASTER_PORT")
-    # All tasks of a Slurm step must agree without talking: derive the port from what they share. A job that was put back
-    # into the queue finds its old port perhaps not yet free.
+    # All tasks of a Slurm step must agree without communication: the port is derived from variables that they share.
+    # The restart count is one of them: the old port of a requeued job may still be in use.
     job, step = _int_variable(environment, "SLURM_JOB_ID", 0), _int_variable(environment, "SLURM_STEP_ID", 0)
     restarts = _int_variable(environment, "SLURM_RESTART_COUNT", 0)
     return 20_000 + (job * 31 + step + restarts * 7919) % 20_000
@@ -186,14 +187,14 @@ def _master_port(environment: Mapping[str, str]) -> int:
 
 def first_host(nodes: str) -> str:
     """The first host of a Slurm node list: `gpu[03-05,9],x1` gives `gpu03`."""
-    head, bracket, rest = nodes.partition("[")
+    head, bracket, ranges = nodes.partition("[")
     if not bracket or "," in head:
         return head.partition(",")[0]
-    return head + rest.partition("]")[0].partition(",")[0].partition("-")[0]
+    return head + ranges.partition("]")[0].partition(",")[0].partition("-")[0]
 
 
 def is_alive(process: psutil.Process) -> bool:
-    """Neither gone nor dead and not yet buried by its parent."""
+    """True if the process is running and is not a zombie."""
     try:
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
@@ -201,6 +202,7 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 def free_port() -> int:
+    """A TCP port of this host that is free at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

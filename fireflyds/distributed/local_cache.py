@@ -1,4 +1,4 @@
-"""Base model and token store on the host's own disk: copied there by one rank of the host, read from there by all."""
+"""Copies of base model and token store on a host's local disk: made by one rank of the host, read by all of them."""
 
 import dataclasses
 import hashlib
@@ -14,27 +14,28 @@ from fireflyds.data.store.store import INDEX, MANIFEST, TokenStore
 from fireflyds.errors import UserError
 from fireflyds.fs import fsync, lock_file
 
-# Beside the weights: what loading a model may read.
-_OF_MODEL = {".json", ".model", ".txt", ".jinja", ".safetensors"}
-_WEIGHTS_BEFORE_SAFETENSORS = ".bin"
+# Suffixes of the files that loading a model may read.
+_MODEL_SUFFIXES = {".json", ".model", ".txt", ".jinja", ".safetensors"}
+_PICKLE_SUFFIX = ".bin"
 
 
 def stage_inputs(
     config: TrainConfig, base: str | None, store: TokenStore, log: Callable[[str], None]
 ) -> tuple[TrainConfig, TokenStore]:
-    """The configuration and the store with paths on this host's disk; the same ones where none is asked for.
+    """Copies base model and token store to `hardware.local_cache`; returns configuration and store with local paths.
 
-    `base` is the hash of the base's weights. All ranks call it; one that fails is named to all.
+    Both are returned unchanged if `hardware.local_cache` is empty. `base` is the hash of the base model's weights; the
+    model is not copied if it is None. All ranks call it.
 
     Raises:
-        UserError: on every rank: no space on a host, or a folder that cannot be written.
+        UserError: on every rank: too little space on a host, or a folder that cannot be written.
     """
     if not config.hardware.local_cache:
         return config, store
-    cache, failure, here = Path(config.hardware.local_cache), "", config.model.path
+    cache, failure, model_path = Path(config.hardware.local_cache), "", config.model.path
     try:
         if base is not None:
-            here = str(
+            model_path = str(
                 _copy_once(
                     cache, f"base-{base[:16]}", Path(config.model.path), model_files(Path(config.model.path)), log
                 )
@@ -47,30 +48,30 @@ def stage_inputs(
         failure = str(error)
     failures: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(failures, failure and f"{os.uname().nodename}: {failure}")
-    if found := [each for each in failures if each]:
-        raise UserError(found[0])
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, path=here)), store
+    if messages := [message for message in failures if message]:
+        raise UserError(messages[0])
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, path=model_path)), store
 
 
 def model_files(folder: Path) -> dict[str, Path]:
-    """By name: the files of a Hugging Face directory that loading reads. Old `.bin` weights only where they are all."""
+    """By name: the files of a Hugging Face model that loading reads. `.bin` weights only without safetensors."""
     files = {file.name: file for file in sorted(folder.iterdir()) if file.is_file()}
-    wanted = _OF_MODEL
+    suffixes = _MODEL_SUFFIXES
     if not any(name.endswith(".safetensors") for name in files):
-        wanted = _OF_MODEL | {_WEIGHTS_BEFORE_SAFETENSORS}
-    return {name: file for name, file in files.items() if file.suffix in wanted}
+        suffixes = _MODEL_SUFFIXES | {_PICKLE_SUFFIX}
+    return {name: file for name, file in files.items() if file.suffix in suffixes}
 
 
 def store_files(store: TokenStore) -> dict[str, Path]:
-    """By name: the files of a store that training reads."""
-    parts = [f"parts/{part['key']}.ids" for part in store.manifest["parts"]]
-    names = [*parts, *(f"index/{name}.npy" for name in INDEX), MANIFEST]
+    """By path in the store: the files of a token store that training reads."""
+    paths = [f"parts/{part['key']}.ids" for part in store.manifest["parts"]]
+    names = [*paths, *(f"index/{name}.npy" for name in INDEX), MANIFEST]
     return {name: store.path / name for name in names}
 
 
 def _copy_once(cache: Path, name: str, source: Path, files: dict[str, Path], log: Callable[[str], None]) -> Path:
-    """The folder `name` in the cache, copied there by whoever comes first; it is whole or absent."""
-    folder, aside = cache / name, cache / f".{name}.partial"
+    """The folder `name` in the cache, copied by the first rank of the host to call; it is complete or absent."""
+    folder, partial = cache / name, cache / f".{name}.partial"
     cache.mkdir(parents=True, exist_ok=True)
     # Other ranks of this host wait here.
     with lock_file(cache / f".{name}.lock", "", wait=True):
@@ -78,20 +79,20 @@ def _copy_once(cache: Path, name: str, source: Path, files: dict[str, Path], log
         if folder.is_dir() and sizes == {name: _size_or_missing(folder / name) for name in sizes}:
             log(f"{name} is read from {folder} (local_cache)")
             return folder
-        for left in (aside, folder):
-            shutil.rmtree(left, ignore_errors=True)
+        for path in (partial, folder):
+            shutil.rmtree(path, ignore_errors=True)
         size, free = sum(sizes.values()), shutil.disk_usage(cache).free
         if size > free:
             raise UserError(
                 f"hardware.local_cache={cache}: {name} needs {size / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free. Remove "
-                "what is no longer needed there, give a larger disk, or leave hardware.local_cache empty"
+                "files that are no longer needed, use a larger disk, or leave hardware.local_cache empty"
             )
         for relative, file in files.items():
-            place = aside / relative
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, place)
-            fsync(place)
-        aside.rename(folder)
+            target = partial / relative
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
+            fsync(target)
+        partial.rename(folder)
         fsync(cache)
     log(f"{name} was copied from {source} to {folder} (local_cache, {size / 2**30:.2f} GiB) and is read from there")
     return folder

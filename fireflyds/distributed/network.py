@@ -1,4 +1,4 @@
-"""The network interface between hosts, said to NCCL and to gloo before the ranks meet."""
+"""Selects the network interface of NCCL and gloo, before the ranks connect."""
 
 from collections.abc import MutableMapping
 
@@ -8,25 +8,27 @@ from fireflyds.errors import UserError
 
 
 def set_network_interface(names: str, environment: MutableMapping[str, str]) -> None:
-    """`names` as in `hardware.network_interface`: one or several with commas; empty leaves it to the libraries.
+    """Set the variables of NCCL and gloo in `environment`.
+
+    `names`: as in `hardware.network_interface`, one or several separated by commas; if empty the libraries choose.
 
     Raises:
-        UserError: no such interface on this host, or the environment already says another.
+        UserError: this host has no such interface, or the environment already sets another.
     """
     if not names:
         return
-    there = psutil.net_if_addrs()
-    if missing := [name for name in names.split(",") if name not in there]:
+    present = psutil.net_if_addrs()
+    if missing := [name for name in names.split(",") if name not in present]:
         raise UserError(
-            f"hardware.network_interface={names}: this host has no {', '.join(missing)}. It has {', '.join(sorted(there))}; "
-            "where hosts differ, leave it empty and set NCCL_SOCKET_IFNAME on each"
+            f"hardware.network_interface={names}: this host has no {', '.join(missing)}. It has "
+            f"{', '.join(sorted(present))}; where hosts differ, leave it empty and set NCCL_SOCKET_IFNAME on each"
         )
-    # To NCCL a name alone means all that begin so; with `=` it is that one (NCCL user guide, NCCL_SOCKET_IFNAME).
+    # NCCL takes a plain name as a prefix, and `=name` as an exact name (NCCL user guide, NCCL_SOCKET_IFNAME).
     for variable, value in (("NCCL_SOCKET_IFNAME", f"={names}"), ("GLOO_SOCKET_IFNAME", names)):
-        said = environment.get(variable, "")
-        if said and said.lstrip("=") != names:
+        current = environment.get(variable, "")
+        if current and current.lstrip("=") != names:
             raise UserError(
-                f"hardware.network_interface={names}, but {variable}={said} in the environment. Unset the variable, or leave "
-                "hardware.network_interface empty"
+                f"hardware.network_interface={names}, but {variable}={current} in the environment. Unset the variable, "
+                "or leave hardware.network_interface empty"
             )
-        environment[variable] = said or value
+        environment[variable] = current or value

@@ -1,6 +1,6 @@
-"""Before the ranks join: has everybody come, with the same code, configuration and libraries, to the same folder?
+"""Checks before the ranks join: all are present, with the same code, configuration, libraries and `runs` folder.
 
-Otherwise hosts would train different things together, or wait for each other in a collective that nobody can name.
+Otherwise hosts would train with different settings, or block in a collective that does not identify the missing rank.
 """
 
 import hashlib
@@ -19,8 +19,7 @@ import torch
 import fireflyds
 from fireflyds import app
 from fireflyds.config import TrainConfig
-from fireflyds.distributed import clock_offset
-from fireflyds.distributed import network as interfaces
+from fireflyds.distributed import clock_offset, network
 from fireflyds.distributed.host_identity import boot_id, describe_ranks, distinct_host_names
 from fireflyds.distributed.launcher_env import RankInfo
 from fireflyds.distributed.rendezvous import Handler, StoreChannel, UnresponsiveRanksError
@@ -32,13 +31,13 @@ from fireflyds.distributed.shared_folder import (
     token_file,
 )
 from fireflyds.errors import LostRankError, UserError
-from fireflyds.runs import config_diff as changes
+from fireflyds.runs import config_diff
 
-# Seconds that a rank that has come may take to answer, and to see a file that rank 0 wrote.
+# Seconds within which a connected rank must answer, and must see a file that rank 0 wrote.
 _ANSWER_SECONDS, _SHARED_FOLDER_SECONDS = 60.0, 10.0
-# Clocks further apart, in seconds, are warned of.
+# Clock offset in seconds above which a warning is logged.
 _MAX_CLOCK_SKEW = 1.0
-# Rank 0 says whom it waits for after so many seconds.
+# Seconds after which rank 0 prints the ranks that it is waiting for.
 _NOTICE_SECONDS = 30.0
 _LIBRARIES = ("torch", "deepspeed", "transformers")
 _REMEDIES = {
@@ -52,22 +51,23 @@ _REMEDIES = {
 def check_ranks_agree(
     me: RankInfo, config: TrainConfig, text: str, inputs: dict[str, Any]
 ) -> tuple[StoreChannel | None, list[str]]:
-    """Wait for all ranks and compare them. `text` is the whole configuration, `inputs` what is read, by contents.
+    """Wait for all ranks and compare them. `text`: the configuration as YAML; `inputs`: hashes of the inputs, by name.
 
-    Returns what must be kept until the ranks have joined, since its store is theirs, and notes for the log.
+    Returns the channel, which must be kept until the ranks have joined because they use its store (None with one rank),
+    and notes for the log.
 
     Raises:
-        UserError: on every rank that has come: who has not, or differs, and what to do.
+        UserError: on every connected rank: the ranks that are missing or differ, and the remedy.
     """
     me.export()
-    interfaces.set_network_interface(config.hardware.network_interface, os.environ)
+    network.set_network_interface(config.hardware.network_interface, os.environ)
     return compare_ranks(me, config, text, inputs) if me.world_size > 1 else (None, [])
 
 
 def compare_ranks(
     me: RankInfo, config: TrainConfig, text: str, inputs: dict[str, Any]
 ) -> tuple[StoreChannel, list[str]]:
-    """As `check_ranks_agree`, for several ranks."""
+    """`check_ranks_agree` for more than one rank."""
     seconds = 60 * config.hardware.start_timeout_minutes
     channel = StoreChannel(me, seconds)
     channel.register()
@@ -80,41 +80,42 @@ def compare_ranks(
         answers = _wait_for_all(channel, seconds)
         _compare(channel, answers, text, _ANSWER_SECONDS)
         hosts = distinct_host_names([answer["host"] for answer in answers], [answer["machine"] for answer in answers])
-        notes = _between_hosts(channel, hosts, config.runs)
+        notes = _compare_hosts(channel, hosts, config.runs)
     except UserError as error:
         verdict, lost = str(error), isinstance(error, LostRankError)
-    except UnresponsiveRanksError as silent:
-        ranks, lost = describe_ranks(silent.ranks), True
+    except UnresponsiveRanksError as unresponsive:
+        ranks, lost = describe_ranks(unresponsive.ranks), True
         verdict = (
-            f"{ranks} came, and did not answer to `{silent.step}` within {_ANSWER_SECONDS:g} s. See the logs there"
+            f"{ranks} connected, but did not answer to `{unresponsive.step}` within {_ANSWER_SECONDS:g} s. "
+            "See the logs there"
         )
     except OSError as error:
         verdict = f"runs={config.runs}: cannot be written ({error.strerror}). Give another runs="
-    # Also where some have not come: those that have shall hear it.
+    # Also if ranks are missing: the connected ones must end with the same message.
     channel.end([verdict, lost])
     _raise_verdict(verdict, lost)
     return channel, notes
 
 
 def _raise_verdict(verdict: str, lost: bool) -> None:
-    """A rank that has not come may come at the next start; what differs will differ then too."""
+    """Raises `LostRankError` for missing ranks, which may be present at the next start; `UserError` for differences."""
     if verdict:
         raise LostRankError(verdict) if lost else UserError(verdict)
 
 
 def _serve(channel: StoreChannel, config: TrainConfig, text: str, seconds: float) -> None:
-    parts: dict[str, Handler] = {
+    handlers: dict[str, Handler] = {
         "code": lambda payload: code_hashes() if channel.me.rank in payload else None,
         "configuration": lambda payload: text if channel.me.rank in payload else None,
         "clock skew": lambda payload: clock_offset.answer_pings(channel, payload),
         "shared folder": lambda payload: read_token(config.runs, _SHARED_FOLDER_SECONDS, payload),
     }
-    # Rank 0 may have come later than this rank, and then waits as long itself.
-    _raise_verdict(*channel.serve(parts, 2 * seconds + _ANSWER_SECONDS))
+    # Rank 0 may have started later than this rank, and waits for up to `seconds` itself.
+    _raise_verdict(*channel.serve(handlers, 2 * seconds + _ANSWER_SECONDS))
 
 
 def rank_fingerprint(me: RankInfo, text: str, inputs: dict[str, Any]) -> dict[str, Any]:
-    """What must be the same on every rank, and where this one is."""
+    """The values that must be equal on every rank, and the host of this one."""
     files = "\n".join(f"{name} {digest}" for name, digest in sorted(code_hashes().items()))
     return {
         "host": socket.gethostname(),
@@ -128,15 +129,17 @@ def rank_fingerprint(me: RankInfo, text: str, inputs: dict[str, Any]) -> dict[st
 
 
 def code_hashes() -> dict[str, str]:
-    """A hash of every file of the code that runs."""
-    launched = Path(sys.argv[0]).resolve().parent
+    """By path: the hash of every Python file of the packages and of the launched script's folder."""
+    script_folder = Path(sys.argv[0]).resolve().parent
     folders = {"fireflyds": fireflyds.__path__[0], "fireflyds_kernels": fireflyds_kernels.__path__[0]}
-    found = {
+    hashes = {
         f"{name}/{file.relative_to(folder)}": _hash(file.read_bytes())
         for name, folder in folders.items()
         for file in Path(folder).rglob("*.py")
     }
-    return found | {f"{launched.name}/{file.name}": _hash(file.read_bytes()) for file in launched.glob("*.py")}
+    return hashes | {
+        f"{script_folder.name}/{file.name}": _hash(file.read_bytes()) for file in script_folder.glob("*.py")
+    }
 
 
 def _hash(content: bytes) -> str:
@@ -144,7 +147,8 @@ def _hash(content: bytes) -> str:
 
 
 def _wait_for_all(channel: StoreChannel, seconds: float) -> list[dict[str, Any]]:
-    me, started, said = channel.me, time.monotonic(), False
+    """The fingerprints of all ranks, by rank, once all have connected."""
+    me, started, notice_printed = channel.me, time.monotonic(), False
     missing = set(range(me.world_size))
     while True:
         missing -= {rank for rank in missing if channel.has(f"here/{rank}")}
@@ -153,60 +157,64 @@ def _wait_for_all(channel: StoreChannel, seconds: float) -> list[dict[str, Any]]
             return [channel.get(f"here/{rank}", seconds) for rank in range(me.world_size)]
         if waited > seconds:
             raise LostRankError(
-                f"{describe_ranks(list(missing))} of {me.world_size} did not come to {me.master_addr}:{me.master_port} within {seconds:g} s "
+                f"{describe_ranks(list(missing))} of {me.world_size} did not connect to "
+                f"{me.master_addr}:{me.master_port} within {seconds:g} s "
                 "(hardware.start_timeout_minutes). See the logs there: was it started, with the same number of hosts, and "
-                "does that host reach this address? `launch/doctor.py`, started the same way, tries it"
+                "can that host reach this address? `launch/doctor.py`, started the same way, tests the connection"
             )
-        if waited > _NOTICE_SECONDS and not said:
+        if waited > _NOTICE_SECONDS and not notice_printed:
             print(
-                f"waiting for {describe_ranks(list(missing))} of {me.world_size} to come", file=sys.stderr, flush=True
+                f"waiting for {describe_ranks(list(missing))} of {me.world_size} to connect",
+                file=sys.stderr,
+                flush=True,
             )
-            said = True
+            notice_printed = True
         time.sleep(0.1)
 
 
 def _compare(channel: StoreChannel, answers: list[dict[str, Any]], text: str, seconds: float) -> None:
-    """Raises `UserError` naming rank, host and what differs from rank 0's."""
-    own = answers[0]
+    """Raises `UserError` with the rank, its host and the differences from rank 0."""
+    reference = answers[0]
     for rank, answer in enumerate(answers):
-        if answer["world_size"] != own["world_size"]:
+        if answer["world_size"] != reference["world_size"]:
             raise UserError(
-                f"rank {rank} on {answer['host']} was told of {answer['world_size']} ranks, rank 0 on {own['host']} of "
-                f"{own['world_size']}. Give the same number of hosts and ranks everywhere"
+                f"rank {rank} on {answer['host']} was started with {answer['world_size']} ranks, rank 0 on "
+                f"{reference['host']} with {reference['world_size']}. Give the same number of hosts and ranks "
+                "everywhere"
             )
-    for what in ("code", "configuration", "versions", "inputs"):
-        others = [rank for rank, answer in enumerate(answers) if answer[what] != own[what]]
-        if not others:
+    for key in ("code", "configuration", "versions", "inputs"):
+        different_ranks = [rank for rank, answer in enumerate(answers) if answer[key] != reference[key]]
+        if not different_ranks:
             continue
-        rank, theirs, ours = others[0], answers[others[0]][what], own[what]
-        if what == "code":
-            theirs, ours = channel.call(what, [rank], lambda payload: code_hashes(), seconds)[rank], code_hashes()
-        elif what == "configuration":
-            told = channel.call(what, [rank], lambda payload: text, seconds)[rank]
-            theirs, ours = app.plain(told), app.plain(text)
-        more = f" ({len(others)} ranks differ)" if len(others) > 1 else ""
+        rank, theirs, ours = different_ranks[0], answers[different_ranks[0]][key], reference[key]
+        if key == "code":
+            theirs, ours = channel.call(key, [rank], lambda payload: code_hashes(), seconds)[rank], code_hashes()
+        elif key == "configuration":
+            their_text = channel.call(key, [rank], lambda payload: text, seconds)[rank]
+            theirs, ours = app.plain(their_text), app.plain(text)
+        note = f" ({len(different_ranks)} ranks differ)" if len(different_ranks) > 1 else ""
         raise UserError(
-            f"rank {rank} on {answers[rank]['host']} has another {what.rstrip('s')} than rank 0 on {own['host']}{more}: "
-            f"{_difference(what, ours, theirs)}. {_REMEDIES[what]}"
+            f"rank {rank} on {answers[rank]['host']} has another {key.rstrip('s')} than rank 0 on "
+            f"{reference['host']}{note}: {_difference(key, ours, theirs)}. {_REMEDIES[key]}"
         )
 
 
-def _difference(what: str, ours: dict[str, Any], theirs: dict[str, Any]) -> str:
-    if what == "code":
+def _difference(key: str, ours: dict[str, Any], theirs: dict[str, Any]) -> str:
+    if key == "code":
         files = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
         return ", ".join(files[:4]) + (f" and {len(files) - 4} more files" if len(files) > 4 else "")
-    found = changes.diff_configs(ours, theirs, free=())
-    return "; ".join(found[:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else "")
+    differences = config_diff.diff_configs(ours, theirs, free=())
+    return "; ".join(differences[:4]) + (f" and {len(differences) - 4} more" if len(differences) > 4 else "")
 
 
-def _between_hosts(channel: StoreChannel, hosts: list[str], runs: str) -> list[str]:
-    """What to note of clocks; raises `UserError` when the folder of runs is not the same one everywhere."""
+def _compare_hosts(channel: StoreChannel, hosts: list[str], runs: str) -> list[str]:
+    """Returns warnings about the clocks of the hosts; raises `UserError` if they do not share the `runs` folder."""
     leaders = [hosts.index(host) for host in dict.fromkeys(hosts)]
     if len(leaders) == 1:
         return []
     with token_file(existing_part(runs)) as payload:
-        read = partial(read_token, runs, _SHARED_FOLDER_SECONDS)
-        answers = channel.call("shared folder", payload, read, _ANSWER_SECONDS)
+        reader = partial(read_token, runs, _SHARED_FOLDER_SECONDS)
+        answers = channel.call("shared folder", payload, reader, _ANSWER_SECONDS)
     if text := describe_blind_ranks(answers, hosts, runs):
         raise UserError(f"{text}. {REMEDY[:1].upper()}{REMEDY[1:]}")
     offsets: dict[int, tuple[float, float]] = {}
@@ -215,8 +223,8 @@ def _between_hosts(channel: StoreChannel, hosts: list[str], runs: str) -> list[s
         offsets.update(clock_offset.measure_offsets(channel, request))
 
     channel.call("clock skew", clock_offset.ping_request(leaders, len(hosts)), measure, _ANSWER_SECONDS)
-    if silent := [rank for rank in leaders if rank and rank not in offsets]:
-        return [f"warning: clock skew is not known: no answer of {describe_ranks(silent, hosts)}"]
+    if unresponsive := [rank for rank in leaders if rank and rank not in offsets]:
+        return [f"warning: clock skew is unknown: no answer from {describe_ranks(unresponsive, hosts)}"]
     largest = clock_offset.largest_offset(offsets, hosts)
     if not largest.exceeds(_MAX_CLOCK_SKEW):
         return []

@@ -1,4 +1,4 @@
-"""Whether every rank sees the same folder of runs: rank 0 writes a file there and the others read it."""
+"""Test that every rank sees the same `runs` folder: rank 0 writes a file into it and the others read the file."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ from fireflyds.distributed.timeouts import run_with_timeout
 
 
 def existing_part(runs: str) -> Path:
-    """The folder of runs, or as much of its path as exists already."""
+    """The `runs` folder, or its nearest ancestor that exists; resolved."""
     folder = Path(runs).absolute()
     while not folder.exists():
         folder = folder.parent
@@ -21,7 +21,7 @@ def existing_part(runs: str) -> Path:
 
 @contextlib.contextmanager
 def token_file(folder: Path) -> Iterator[dict[str, str]]:
-    """A file with a secret in the folder, removed in the end. Yields what the other ranks need to find and know it."""
+    """A file with a random token in `folder`, removed on exit. Yields the request that `read_token` takes."""
     token = secrets.token_hex(8)
     file = folder / f".fireflyds-doctor-{token}"
     try:
@@ -34,28 +34,30 @@ def token_file(folder: Path) -> Iterator[dict[str, str]]:
 
 
 def read_token(runs: str, timeout: float, request: Any) -> dict[str, Any]:
-    """Where this rank looks for the runs, and after how many seconds it read rank 0's file there; None: not within
-    `timeout` seconds, and `why`."""
+    """Reads rank 0's token file from this rank's `runs` folder.
+
+    Returns `place` (that folder), `seconds` until the token was read (None: not within `timeout` seconds), and `why`.
+    """
     return run_with_timeout(timeout + 5, lambda: _read_token(runs, timeout, request))
 
 
 def _read_token(runs: str, timeout: float, request: Any) -> dict[str, Any]:
     folder, started = existing_part(runs), time.perf_counter()
-    why = "it is not there"
+    reason = "the file does not exist"
     while True:
         waited = time.perf_counter() - started
         try:
-            # Listing the folder makes network file systems look again.
+            # Listing the folder makes network file systems refresh their caches.
             os.listdir(folder)
             if (folder / request["file"]).read_text() == request["token"]:
                 return {"place": str(folder), "seconds": waited, "why": ""}
-            why = "it is empty or another"
+            reason = "the file has other content"
         except FileNotFoundError:
             pass
         except OSError as error:
-            why = str(error.strerror)
+            reason = str(error.strerror)
         if waited > timeout:
-            return {"place": str(folder), "seconds": None, "why": why}
+            return {"place": str(folder), "seconds": None, "why": reason}
         time.sleep(0.05)
 
 
@@ -63,14 +65,17 @@ REMEDY = "give runs=<a folder that every host mounts>, as an absolute path, and 
 
 
 def describe_blind_ranks(answers: list[dict[str, Any]], hosts: list[str], runs: str) -> str:
-    """Who did not see rank 0's file, and why; empty where all did. `answers` of `read_token` and `hosts`, by rank."""
-    blind = [rank for rank, answer in enumerate(answers) if answer.get("seconds") is None]
-    if not blind:
+    """A message about the ranks that did not see rank 0's file; empty if all did.
+
+    `answers` (of `read_token`) and `hosts` are by rank.
+    """
+    failed_ranks = [rank for rank, answer in enumerate(answers) if answer.get("seconds") is None]
+    if not failed_ranks:
         return ""
-    folder, first = answers[0].get("place", runs), answers[blind[0]]
-    names = ", ".join(sorted({hosts[rank] for rank in blind})[:4])
-    text = f"{folder}: rank 0's file is not seen by rank {', '.join(map(str, blind[:8]))} (on {names})"
-    elsewhere = first.get("place", folder)
-    return text + (
-        f", who look in {elsewhere}" if elsewhere != folder else f": {first.get('why') or first.get('error')}"
-    )
+    folder, first_answer = answers[0].get("place", runs), answers[failed_ranks[0]]
+    host_names = ", ".join(sorted({hosts[rank] for rank in failed_ranks})[:4])
+    text = f"{folder}: rank 0's file is not seen by rank {', '.join(map(str, failed_ranks[:8]))} (on {host_names})"
+    other_folder = first_answer.get("place", folder)
+    if other_folder != folder:
+        return f"{text}, whose runs folder is {other_folder}"
+    return f"{text}: {first_answer.get('why') or first_answer.get('error')}"

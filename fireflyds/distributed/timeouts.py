@@ -1,4 +1,4 @@
-"""Work that may never return, such as a look at a dead network drive, waited for no longer than a given time."""
+"""Timeouts for work that may block forever, such as access to an unresponsive network drive."""
 
 import threading
 from collections.abc import Callable
@@ -9,10 +9,10 @@ _threads: list[threading.Thread] = []
 
 
 def run_with_timeout(seconds: float, work: Callable[[], T]) -> T:
-    """What `work` returns or raises. It runs in a thread, so that Ctrl-C is noticed meanwhile.
+    """Returns the result of `work`, or raises its exception. It runs in a thread, so that Ctrl-C is handled meanwhile.
 
     Raises:
-        TimeoutError: it has not returned; its thread is left behind.
+        TimeoutError: it has not returned within `seconds`; its thread keeps running.
     """
     results: list[T] = []
     failures: list[BaseException] = []
@@ -36,5 +36,5 @@ def run_with_timeout(seconds: float, work: Callable[[], T]) -> T:
 
 
 def has_hanging_threads() -> bool:
-    """Whether work that timed out is still running: it would hold up an ordinary exit."""
+    """True while work that timed out is still running: it would block a normal exit."""
     return any(thread.is_alive() for thread in _threads)

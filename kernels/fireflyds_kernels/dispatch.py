@@ -1,7 +1,8 @@
-"""Which implementation of a kernel runs here, and why: by device, number format and what is asked of it.
+"""Selects the implementation of a kernel by device, number format and options.
 
-Each kernel lists its implementations in order of preference; each implementation says why it cannot run, or None.
-`FIREFLYDS_KERNELS` and `force` name one instead, and a named one that cannot run is refused, never replaced.
+Each kernel lists its implementations in order of preference; each implementation returns the reason why it cannot run,
+or None. `FIREFLYDS_KERNELS` and `force` select an implementation by name instead; if it cannot run, there is an error
+and no fallback.
 
     FIREFLYDS_KERNELS=triton                        every kernel that has an implementation of that name
     FIREFLYDS_KERNELS=packed_attention=triton,rope=reference
@@ -26,12 +27,13 @@ _loaded: dict[str, Callable[..., Any]] = {}
 
 
 class CannotRunError(RuntimeError):
-    """An implementation was asked for by name and cannot run here, or nothing of that name exists."""
+    """An implementation was selected by name and cannot run here, or no implementation has that name."""
 
 
 @dataclass(frozen=True, slots=True)
 class DispatchKey:
-    """What a choice depends on. `capability` is 90 for sm_90, 0 off CUDA; `head_dim` 0 where there is none."""
+    """Properties that determine the choice. `capability` is 90 for sm_90, 0 without CUDA; `head_dim` is 0 where there
+    is none."""
 
     device: str
     capability: int
@@ -48,7 +50,7 @@ class DispatchKey:
 
 @dataclass(frozen=True, slots=True)
 class Implementation:
-    """One way to compute a kernel: `function` of `module`, imported when first chosen."""
+    """One implementation of a kernel: `function` of `module`, imported when first selected."""
 
     name: str
     module: str
@@ -56,27 +58,27 @@ class Implementation:
     refuses: Callable[[DispatchKey], str | None]
 
     def load(self) -> Callable[..., Any]:
-        found: Callable[..., Any] = getattr(importlib.import_module(self.module), self.function)
-        return found
+        function: Callable[..., Any] = getattr(importlib.import_module(self.module), self.function)
+        return function
 
 
 class Kernel:
-    """A kernel's implementations, best first."""
+    """The implementations of a kernel, in order of preference."""
 
     def __init__(self, name: str, *implementations: Implementation) -> None:
         self.name = name
-        self.implementations = {each.name: each for each in implementations}
+        self.implementations = {implementation.name: implementation for implementation in implementations}
         _KERNELS[name] = self
 
     def refusals(self, where: DispatchKey) -> dict[str, str | None]:
-        """Every implementation with why it cannot run, None for those that can."""
-        return {name: each.refuses(where) for name, each in self.implementations.items()}
+        """For every implementation the reason why it cannot run, None for those that can."""
+        return {name: implementation.refuses(where) for name, implementation in self.implementations.items()}
 
     def choose(self, where: DispatchKey) -> str:
         """The name of the implementation that runs.
 
         Raises:
-            CannotRunError: one was forced that cannot run here.
+            CannotRunError: an implementation was forced that cannot run here.
         """
         name = _forced_for(self)
         if name is None:
@@ -84,51 +86,55 @@ class Kernel:
         refusal = self.implementations[name].refuses(where)
         if refusal:
             raise CannotRunError(
-                f"{self.name} was told to run {name!r} on {where}, which it cannot: {refusal}. "
-                f"Able here: {', '.join(runnable(self.name, where))}; set {VARIABLE} or force() to one of them, or leave the choice to the kernel"
+                f"{self.name} was forced to run {name!r} on {where}, which is not possible: {refusal}. "
+                f"Available here: {', '.join(runnable(self.name, where))}; set {VARIABLE} or force() to one of them, or leave the choice to the kernel"
             )
         return name
 
 
 def _settings() -> tuple[str, ...]:
-    """What is forced, from the outermost on."""
+    """The forced settings, from the outermost on."""
     return (os.environ.get(VARIABLE, ""), *_forced)
 
 
 def _forced_for(kernel: Kernel) -> str | None:
-    found = None
+    forced_name = None
     for setting in _settings():
-        for part in filter(None, map(str.strip, setting.split(","))):
-            owner, _, name = part.rpartition("=")
-            _check(owner, name)
+        for entry in filter(None, map(str.strip, setting.split(","))):
+            owner, _, name = entry.rpartition("=")
+            _check_name(owner, name)
             if owner == kernel.name or (not owner and name in kernel.implementations):
-                found = name
-    return found
+                forced_name = name
+    return forced_name
 
 
-def _check(owner: str, name: str) -> None:
+def _check_name(owner: str, name: str) -> None:
     if owner and owner not in _KERNELS:
         raise CannotRunError(f"{VARIABLE}: no kernel is called {owner!r}. Known: {', '.join(sorted(_KERNELS))}")
-    known = {each for kernel in ([_KERNELS[owner]] if owner else _KERNELS.values()) for each in kernel.implementations}
-    if name not in known:
+    names = {
+        implementation
+        for kernel in ([_KERNELS[owner]] if owner else _KERNELS.values())
+        for implementation in kernel.implementations
+    }
+    if name not in names:
         raise CannotRunError(
-            f"{VARIABLE}: no implementation of {owner or 'any kernel'} is called {name!r}. Known: {', '.join(sorted(known))}"
+            f"{VARIABLE}: no implementation of {owner or 'any kernel'} is called {name!r}. Known: {', '.join(sorted(names))}"
         )
 
 
 @contextmanager
 def force(everywhere: str | None = None, **kernels: str) -> Iterator[None]:
-    """Inside, kernels run the implementation named: `force("reference")`, `force(packed_attention="triton")`.
+    """Context manager in which kernels run the named implementation: `force("reference")`, `force(rope="triton")`.
 
-    What torch.compile compiled before keeps the choice it was compiled with.
+    Functions that torch.compile compiled before keep the choice they were compiled with.
 
     Raises:
-        CannotRunError: nothing of that name exists.
+        CannotRunError: no kernel or implementation has that name.
     """
     setting = ",".join([*filter(None, [everywhere]), *(f"{kernel}={name}" for kernel, name in kernels.items())])
-    for part in filter(None, setting.split(",")):
-        owner, _, name = part.rpartition("=")
-        _check(owner, name)
+    for entry in filter(None, setting.split(",")):
+        owner, _, name = entry.rpartition("=")
+        _check_name(owner, name)
     _forced.append(setting)
     try:
         yield
@@ -138,7 +144,7 @@ def force(everywhere: str | None = None, **kernels: str) -> Iterator[None]:
 
 @functools.cache
 def capability_of(device: torch.device) -> int:
-    """90 for sm_90; 0 for what is no NVIDIA GPU."""
+    """The compute capability as an integer, 90 for sm_90; 0 for devices other than NVIDIA GPUs."""
     if device.type != "cuda" or torch.version.hip:
         return 0
     major, minor = torch.cuda.get_device_capability(device)
@@ -146,29 +152,29 @@ def capability_of(device: torch.device) -> int:
 
 
 def on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Launch Triton's kernels on the GPU of the first tensor, whichever one is current."""
+    """Decorator that launches Triton kernels on the GPU of the first argument, whichever device is current."""
 
     @functools.wraps(function)
-    def guarded(first: Tensor, *rest: Any, **options: Any) -> Any:
-        with torch.cuda.device_of(first):
-            return function(first, *rest, **options)
+    def wrapper(tensor: Tensor, *arguments: Any, **options: Any) -> Any:
+        with torch.cuda.device_of(tensor):
+            return function(tensor, *arguments, **options)
 
-    return guarded
+    return wrapper
 
 
 @functools.cache
 def processors(device: torch.device) -> int:
-    """Streaming multiprocessors of a GPU; 2 elsewhere."""
+    """Number of streaming multiprocessors of a GPU; 2 for other devices."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _select(kernel: str, device: torch.device, dtype: torch.dtype, head_dim: int, window: bool, alibi: bool) -> str:
-    return _decide(kernel, device, dtype, head_dim, window, alibi, _settings())
+    return _resolve(kernel, device, dtype, head_dim, window, alibi, _settings())
 
 
 @functools.cache
-def _decide(
+def _resolve(
     kernel: str,
     device: torch.device,
     dtype: torch.dtype,
@@ -185,22 +191,22 @@ def _decide(
 def select(
     kernel: str, tensor: Tensor, *, head_dim: int = 0, window: bool = False, alibi: bool = False
 ) -> Callable[..., Any]:
-    """The function that computes `kernel` for tensors like this one. torch.compile takes the choice as a constant."""
+    """The function that computes `kernel` for tensors like this one. torch.compile treats the choice as a constant."""
     return _loaded[_select(kernel, tensor.device, tensor.dtype, head_dim, window, alibi)]
 
 
 def requires(
     *, capability: int = 0, dtypes: tuple[torch.dtype, ...] = (), package: str = ""
 ) -> Callable[[DispatchKey], str | None]:
-    """A rule: a CUDA device of at least this capability, one of these number formats, a package that is installed."""
+    """Returns a rule: a CUDA device of at least this capability, one of these number formats, an installed package."""
 
-    def refuses(where: DispatchKey) -> str | None:
-        if where.device != "cuda" or not where.capability:
+    def refuses(key: DispatchKey) -> str | None:
+        if key.device != "cuda" or not key.capability:
             return "needs an NVIDIA GPU"
-        if where.capability < capability:
+        if key.capability < capability:
             return f"needs sm_{capability} or newer"
-        if dtypes and where.dtype not in dtypes:
-            return f"takes {' and '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)} only"
+        if dtypes and key.dtype not in dtypes:
+            return f"supports {' and '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)} only"
         if package and not installed(package):
             return f"the package {package} is not installed"
         return None
@@ -209,13 +215,13 @@ def requires(
 
 
 def requires_triton(capability: int) -> Callable[[DispatchKey], str | None]:
-    """A rule: Triton, on a GPU of at least this capability or in its interpreter (`TRITON_INTERPRET=1`)."""
+    """Returns a rule: Triton, on a GPU of at least this capability or in its interpreter (`TRITON_INTERPRET=1`)."""
     on_gpu = requires(capability=capability, dtypes=HALF_OR_SINGLE, package="triton")
 
-    def refuses(where: DispatchKey) -> str | None:
-        if where.device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1" and installed("triton"):
-            return None if where.dtype in HALF_OR_SINGLE else f"does not take {where.dtype}"
-        return on_gpu(where)
+    def refuses(key: DispatchKey) -> str | None:
+        if key.device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1" and installed("triton"):
+            return None if key.dtype in HALF_OR_SINGLE else f"does not support {key.dtype}"
+        return on_gpu(key)
 
     return refuses
 
@@ -231,23 +237,25 @@ def always(where: DispatchKey) -> str | None:
 
 @functools.cache
 def installed(package: str) -> bool:
-    """Whether a package is there to import, without importing it."""
+    """True where a package can be imported; does not import it."""
     return find_spec(package) is not None
 
 
 def runnable(kernel: str, where: DispatchKey) -> list[str]:
-    """The implementations that run there, best first. Triton's interpreter, on the CPU, runs only when named."""
+    """The implementations that run for `where`, in order of preference. Triton's interpreter, on the CPU, is not one of
+    them: it runs only when named."""
     skipped = "triton" if where.device == "cpu" else None
-    return [name for name, why in _KERNELS[kernel].refusals(where).items() if why is None and name != skipped]
+    return [name for name, reason in _KERNELS[kernel].refusals(where).items() if reason is None and name != skipped]
 
 
 def refusals(kernel: str, where: DispatchKey) -> dict[str, str | None]:
-    """Every implementation with why it cannot run there, None for those that can."""
+    """For every implementation the reason why it cannot run for `where`, None for those that can."""
     return _KERNELS[kernel].refusals(where)
 
 
 def describe() -> str:
-    """A table of what runs on this machine's devices, by number format, and why better ones do not."""
+    """A table of the implementations selected on this machine's devices by number format, with the reasons against
+    preferred ones."""
     devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())] + [torch.device("cpu")]
     lines = []
     for device in devices:
@@ -256,21 +264,21 @@ def describe() -> str:
         lines.append(name + (f" (sm_{capability})" if capability else ""))
         for kernel in _KERNELS.values():
             for dtype in HALF_OR_SINGLE:
-                where = DispatchKey(device.type, capability, dtype, 128 if kernel.name == "packed_attention" else 0)
-                chosen, why = _explain(kernel, where)
-                kind = str(dtype).removeprefix("torch.")
-                lines.append(f"  {kernel.name:<21}{kind:<9} {chosen:<13} {why}".rstrip())
+                key = DispatchKey(device.type, capability, dtype, 128 if kernel.name == "packed_attention" else 0)
+                chosen, reason = _explain(kernel, key)
+                dtype_name = str(dtype).removeprefix("torch.")
+                lines.append(f"  {kernel.name:<21}{dtype_name:<9} {chosen:<13} {reason}".rstrip())
     return "\n".join(lines)
 
 
-def _explain(kernel: Kernel, where: DispatchKey) -> tuple[str, str]:
-    """What runs, and what is said of those that would be better."""
+def _explain(kernel: Kernel, key: DispatchKey) -> tuple[str, str]:
+    """The selected implementation, and the reasons against those preferred to it."""
     try:
-        chosen = kernel.choose(where)
-    except CannotRunError as refusal:
-        return "none", str(refusal)
+        chosen = kernel.choose(key)
+    except CannotRunError as error:
+        return "none", str(error)
     if _forced_for(kernel):
-        return chosen, "as told"
-    refusals = kernel.refusals(where)
-    better = list(refusals)[: list(refusals).index(chosen)]
-    return chosen, "; ".join(f"{name} {refusals[name] or 'runs here only when named'}" for name in better)
+        return chosen, "forced"
+    refusals = kernel.refusals(key)
+    preferred = list(refusals)[: list(refusals).index(chosen)]
+    return chosen, "; ".join(f"{name} {refusals[name] or 'runs here only when named'}" for name in preferred)

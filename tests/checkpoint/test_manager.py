@@ -202,7 +202,7 @@ def test_what_cannot_be_written_leaves_the_one_before(group, tmp_path: Path, mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(fragments, "save_file", full)
-    with pytest.raises(UserError, match="rank 0: .*No space left on device.*The one before is whole"):
+    with pytest.raises(UserError, match="rank 0: .*No space left on device.*The previous one is intact"):
         run_to(tmp_path, 2, background=background)
     assert LocalStorage(tmp_path).list() == ["step-000001"]
     assert restore_latest(make_engine(), LocalStorage(tmp_path), pytest.fail).step == 1

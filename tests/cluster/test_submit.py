@@ -139,7 +139,7 @@ runpy.run_path({str(ROOT / "launch" / "submit.py")!r}, run_name="__main__")
         ([*TRAIN, "cluster.partition=$PART"], "cluster.partition='$PART': holds '$', which Slurm does not expand"),
         ([*TRAIN, "cluster.time=one day"], "cluster.time=one day: must be hours:minutes:seconds"),
         ([*TRAIN, "cluster.time=86400"], "cluster.time=86400: must be hours:minutes:seconds, such as 24:00:00 or 2-12:00:00. In a file put it in quotes"),
-        ([*TRAIN, "cluster.time=00:04:00"], "cluster.signal_seconds=300: a job of cluster.time=00:04:00 would be told to save at its start"),
+        ([*TRAIN, "cluster.time=00:04:00"], "cluster.signal_seconds=300: a job of cluster.time=00:04:00 would be signalled to save at its start"),
         ([*TRAIN, "cluster.chain=3"], "cluster.chain=3: is for clusters that forbid requeueing"),
         ([*TRAIN, "cluster.sbatch=exclusive"], "cluster.sbatch=exclusive: options are written --name=value"),
         ([*TRAIN, "cluster.sbatch=--nodes=3"], "cluster.sbatch=--nodes=3: has a key of its own, cluster.nodes"),

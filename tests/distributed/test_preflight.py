@@ -116,7 +116,7 @@ def test_another_library_is_named(ranks, monkeypatch) -> None:
 
 def test_a_rank_that_does_not_come_is_named_to_those_that_did(ranks) -> None:
     found = ranks(0, 1)
-    assert re.match(r"rank 2 of 3 did not come to 127\.0\.0\.1:\d+ within 1\.2 s \(hardware\.start_timeout_minutes\)", found[0])  # fmt: skip
+    assert re.match(r"rank 2 of 3 did not connect to 127\.0\.0\.1:\d+ within 1\.2 s \(hardware\.start_timeout_minutes\)", found[0])  # fmt: skip
     assert found[1] == found[0]
 
 
@@ -127,7 +127,7 @@ def test_a_rank_that_comes_twice_is_told(tmp_path: Path, monkeypatch) -> None:
     first.register()
     rendezvous.StoreChannel(RankInfo(1, 1, *place), 5).register()
     with pytest.raises(
-        UserError, match=r"another process has come to 127.* as the same rank\. Give every host its own"
+        UserError, match=r"another process has connected to 127.* as the same rank\. Give every host its own"
     ):
         rendezvous.StoreChannel(RankInfo(1, 0, *place), 5).register()
 
@@ -153,7 +153,7 @@ def test_a_folder_of_runs_that_is_not_shared_is_refused(ranks, tmp_path: Path, m
     )  # fmt: skip
     found = ranks(0, 1, 2)
     assert found[0] == (
-        f"{tmp_path}: rank 0's file is not seen by rank 2 (on {south}), who look in /elsewhere. Give runs=<a folder that every "
+        f"{tmp_path}: rank 0's file is not seen by rank 2 (on {south}), whose runs folder is /elsewhere. Give runs=<a folder that every "
         "host mounts>, as an absolute path, and start all ranks in the same folder"
     )
     assert found[1] == found[0]

@@ -110,8 +110,8 @@ def test_the_description_names_every_kernel_and_reason() -> None:
 def test_the_description_says_what_was_forced_and_what_cannot_be(monkeypatch) -> None:
     monkeypatch.setenv(dispatch.VARIABLE, "packed_attention=efficient,swiglu=reference")
     text = fireflyds_kernels.describe()
-    assert re.search(r"swiglu +float16 +reference +as told", text)
-    assert re.search(r"packed_attention +float16 +none +packed_attention was told to run 'efficient' on cpu", text)
+    assert re.search(r"swiglu +float16 +reference +forced", text)
+    assert re.search(r"packed_attention +float16 +none +packed_attention was forced to run 'efficient' on cpu", text)
 
 
 def test_forces_nest() -> None:

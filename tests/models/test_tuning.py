@@ -260,7 +260,7 @@ def test_restoring_what_does_not_belong_is_refused(base: Path, tmp_path: Path) -
             must_cover=True,
         )
     plain = tuned(base, TuningConfig(method=TuningMethod.full, **ALL))
-    with pytest.raises(UserError, match=r"has no place in this model.*launch/export.py"):
+    with pytest.raises(UserError, match=r"has no matching parameter in this model.*launch/export.py"):
         trained.load_into_model(plain, whole, "s", must_cover=False)
     quantised = tuned(base, TuningConfig(**METHODS["qlora"], **FROZEN))
     body = trained.TrainableWeights(weights={"model.layers.0.mlp.up_proj.weight": torch.zeros(128, 64)})

@@ -165,7 +165,7 @@ def test_hosts_that_differ_or_do_not_come_are_told_apart(hosts: Hosts, between: 
             "error: rank 1 on host-b has another configuration than rank 0 on host-a: optim.lr: 0.001 -> 0.002. Give"
         )
         assert found in said[f"config-{rank}"]
-    assert f"rank 1 (node 1) of 2 did not come to {ADDRESSES[0]}:29523 within 12 s" in said["absent-0"]
+    assert f"rank 1 (node 1) of 2 did not connect to {ADDRESSES[0]}:29523 within 12 s" in said["absent-0"]
     assert f"{ADDRESSES[0]}:29531: the port is taken on rank 0's host host-a" in said["taken-0"]
     assert f"{ADDRESSES[0]}:29524: rank 1 on host-b did not reach rank 0 there within 12 s" in said["nobody-1"]
     assert not any("Traceback" in text for text in said.values())

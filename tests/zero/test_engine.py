@@ -83,5 +83,7 @@ def test_trouble_with_rank_zeros_disk_becomes_everybodys(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda values: None)
-    with pytest.raises(UserError, match=r"No space left on device: 'runs/a/x'\. Make room, or mend its rights"):
+    with pytest.raises(
+        UserError, match=r"No space left on device: 'runs/a/x'\. Free disk space or correct permissions"
+    ):
         collectives.run_on_rank_zero(full)

@@ -1,4 +1,4 @@
-"""Cross entropy of a linear head without the logits ever existing whole."""
+"""Cross entropy of a linear head without materialising the full logits."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, overload
@@ -52,34 +52,35 @@ def linear_cross_entropy(
 
     Args:
         hidden: `[T, d]`.
-        weight: `[V, d]`, or blocks of its rows one after the other, `([V0, d], [V1, d])`: a block that needs no
-            gradient costs none, so that a head may train its new rows alone. Blocks of another number format than
-            `hidden` are used in hidden's.
-        labels: int64 `[T]`; rows with `ignore_index` cost nothing, in compute or memory.
+        weight: `[V, d]`, or consecutive blocks of its rows, `([V0, d], [V1, d])`: no gradient is computed for a block
+            that needs none, so that a head can train its new rows only. Blocks are cast to the number format of
+            `hidden`.
+        labels: int64 `[T]`; rows with `ignore_index` take neither compute nor memory.
         bias: `[V]` or None.
         token_weights: `[T]`, without gradient, or None for 1 everywhere.
         reduction: `sum` gives a scalar, `none` gives `[T]` with 0 at ignored rows, `both` gives the scalar and, without
-            gradient and at the price of the scalar alone, the `[T]`. All float32 or wider.
-        num_labels: how many rows have a label, where the host knows it: spares the one wait for the device. On a GPU a
-            wrong number, or a label outside the vocabulary, makes the loss NaN; on the CPU both are errors.
+            gradient and at no additional cost, the `[T]`. All float32 or wider.
+        num_labels: number of rows that have a label, where the host knows it: avoids the only synchronisation with the
+            device. On a GPU a wrong number, or a label outside the vocabulary, makes the loss NaN; on the CPU both are
+            errors.
 
-    With `sum` the gradients are formed in the forward pass, chunk by chunk, while the chunk's logits are there: three
-    matrix products as in the plain computation, not four. They are un-normalised, and added up over chunks in float32.
-    For float16 the logits' gradients are raised by a power of two and everything behind them is float32, so that a loss
-    scale, which comes only in the backward pass, finds nothing lost and overflows nothing.
+    With `sum` the gradients are computed in the forward pass, chunk by chunk, while the chunk's logits are in memory:
+    three matrix products as in the plain computation, not four. They are not normalised, and are accumulated over
+    chunks in float32. For float16 the logits' gradients are multiplied by a power of two and all later results are
+    float32, so that the loss scale, which is applied only in the backward pass, causes neither underflow nor overflow.
 
     Raises:
-        ValueError: shapes that do not fit together, or an unknown reduction; on the CPU also a label outside the
+        ValueError: shapes that do not match, or an unknown reduction; on the CPU also a label outside the
             vocabulary or a wrong `num_labels`.
         CannotRunError: an implementation was forced that cannot run here.
     """
     blocks = [weight] if isinstance(weight, Tensor) else list(weight)
-    _check(hidden, blocks, labels, bias, token_weights, reduction)
+    _check_shapes(hidden, blocks, labels, bias, token_weights, reduction)
     run = dispatch.select("linear_cross_entropy", hidden)
     return run(hidden, blocks, labels, bias, token_weights, ignore_index, reduction, num_labels)
 
 
-def _check(
+def _check_shapes(
     hidden: Tensor, blocks: list[Tensor], labels: Tensor, bias: Tensor | None, weights: Tensor | None, reduction: str
 ) -> None:
     shapes = [[*block.shape] for block in blocks]
@@ -102,10 +103,10 @@ def _check(
         raise ValueError(f"linear_cross_entropy: reduction={reduction!r} is none of 'sum', 'none', 'both'")
 
 
-_PLACE = "fireflyds_kernels.linear_cross_entropy"
+_PACKAGE = "fireflyds_kernels.linear_cross_entropy"
 dispatch.Kernel(
     "linear_cross_entropy",
-    Implementation("triton", f"{_PLACE}.chunked", "with_triton", requires_triton(60)),
-    Implementation("chunked", f"{_PLACE}.chunked", "plain", always),
-    Implementation("reference", f"{_PLACE}.reference", "linear_cross_entropy", always),
+    Implementation("triton", f"{_PACKAGE}.chunked", "with_triton", requires_triton(60)),
+    Implementation("chunked", f"{_PACKAGE}.chunked", "plain", always),
+    Implementation("reference", f"{_PACKAGE}.reference", "linear_cross_entropy", always),
 )

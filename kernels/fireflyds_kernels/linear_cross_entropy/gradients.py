@@ -1,11 +1,11 @@
-"""Gradients of the summed loss, added up chunk by chunk."""
+"""Gradients of the summed loss, accumulated chunk by chunk."""
 
 import torch
 from torch import Tensor
 
-# Probabilities of 1/V and below are subnormal in float16; this brings them back into its range.
+# Probabilities of 1/V and below are subnormal in float16; this factor scales them into its normal range.
 _LIFT = 1024.0
-# Rows of a head's gradient are added up in stretches of so many elements, so that no second whole one exists.
+# Elements of a slice of rows in which a head's gradient is accumulated, so that no second full-size copy exists.
 _STRETCH = 1 << 25
 
 
@@ -15,9 +15,9 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 class Gradients:
-    """Of hidden `[T, d]`, bias `[V]` and the head's blocks `[Vi, d]`, from slopes of the logits times `lift`.
+    """Gradients of hidden `[T, d]`, bias `[V]` and the head's blocks `[Vi, d]`, from logits' gradients times `lift`.
 
-    A head that takes one chunk has its gradient from one matrix product; over more chunks it is added up in float32.
+    With one chunk a head's gradient is one matrix product; over several chunks it is accumulated in float32.
     """
 
     def __init__(
@@ -26,34 +26,36 @@ class Gradients:
         self.lift = _LIFT if hidden.dtype is torch.float16 else 1.0
         self._wanted = wanted
         self._bias_kind = hidden.dtype if bias is None else result_type(hidden.dtype, bias.dtype)
-        kind = result_type(hidden.dtype, hidden.dtype)
-        self._hidden = hidden.new_zeros(hidden.shape, dtype=kind) if wanted[0] else hidden.new_empty(0, dtype=kind)
+        dtype = result_type(hidden.dtype, hidden.dtype)
+        self._hidden = hidden.new_zeros(hidden.shape, dtype=dtype) if wanted[0] else hidden.new_empty(0, dtype=dtype)
         self._bias = bias.new_zeros(bias.shape, dtype=wide(bias.dtype)) if bias is not None and wanted[1] else None
-        kinds = [result_type(hidden.dtype, block.dtype) for block in blocks]
+        dtypes = [result_type(hidden.dtype, block.dtype) for block in blocks]
         self._blocks = [
-            _Block(block, kind, chunks) if want else None
-            for block, kind, want in zip(blocks, kinds, wanted[2:], strict=True)
+            _Block(block, dtype, chunks) if needed else None
+            for block, dtype, needed in zip(blocks, dtypes, wanted[2:], strict=True)
         ]
-        self._empty = [block.new_empty(0, dtype=kind) for block, kind in zip(blocks, kinds, strict=True)]
+        self._empty = [block.new_empty(0, dtype=dtype) for block, dtype in zip(blocks, dtypes, strict=True)]
 
     def add(self, rows: Tensor, hidden: Tensor, blocks: list[Tensor], slopes: Tensor) -> None:
-        """`rows` `[c]` are the places of the chunk's `hidden` `[c, d]` in the batch; `slopes` `[c, V]`."""
+        """Adds a chunk. `rows` `[c]` are the indices of its `hidden` `[c, d]` in the batch, `slopes` `[c, V]` the
+        gradients of its logits."""
         if self._bias is not None:
             self._bias += slopes.sum(0, dtype=self._bias.dtype).div_(self.lift)
         total, start = None, 0
         for block, gradient in zip(blocks, self._blocks, strict=True):
-            mine = slopes[:, start : start + len(block)]
+            block_slopes = slopes[:, start : start + len(block)]
             start += len(block)
             if gradient is not None:
-                gradient.add(mine, hidden, 1 / self.lift)
+                gradient.add(block_slopes, hidden, 1 / self.lift)
             if self._wanted[0]:
-                one = _product(mine, block, 1 / self.lift)
-                total = one if total is None else total.to(wide(one.dtype)) + one
+                contribution = _product(block_slopes, block, 1 / self.lift)
+                total = contribution if total is None else total.to(wide(contribution.dtype)) + contribution
         if total is not None:
             self._hidden.index_copy_(0, rows, total.to(self._hidden.dtype))
 
     def finish(self) -> list[Tensor]:
-        """In the order hidden, bias, blocks, empty where not wanted, each of its `result_type`."""
+        """The gradients of hidden, bias and blocks, in this order, each in its `result_type`; empty where none is
+        needed."""
         bias = self._hidden.new_empty(0) if self._bias is None else self._bias
         bias = bias.to(self._bias_kind)
         blocks = zip(self._blocks, self._empty, strict=True)
@@ -61,12 +63,13 @@ class Gradients:
 
 
 def result_type(hidden: torch.dtype, own: torch.dtype) -> torch.dtype:
-    """What a gradient is kept in until the loss scale comes: float16 would lose the small ones before it does."""
+    """The number format of a gradient before the loss scale is applied: float16 would underflow, so it is float32
+    there."""
     return torch.float32 if hidden is torch.float16 else own
 
 
 def _product(left: Tensor, right: Tensor, factor: float) -> Tensor:
-    """`left @ right` in its own type; for float16 in float32, `factor` taken in there."""
+    """`left @ right` in their own type; for float16 in float32, multiplied by `factor`."""
     if left.dtype is not torch.float16:
         return left @ right
     if left.is_cuda:
@@ -81,27 +84,27 @@ class _Block:
     def __init__(self, block: Tensor, kind: torch.dtype, chunks: int) -> None:
         self._like, self._kind, self._once = block, kind, chunks <= 1
         step = max(1, _STRETCH // max(block.shape[1], 1))
-        self._stretches = [slice(start, min(start + step, len(block))) for start in range(0, len(block), step)]
-        self._sums: list[Tensor | None] = [None] * len(self._stretches)
+        self._slices = [slice(start, min(start + step, len(block))) for start in range(0, len(block), step)]
+        self._sums: list[Tensor | None] = [None] * len(self._slices)
 
     def add(self, slopes: Tensor, hidden: Tensor, factor: float) -> None:
         if self._once:
-            self._stretches, self._sums = [slice(None)], [_product(slopes.T, hidden, factor)]
+            self._slices, self._sums = [slice(None)], [_product(slopes.T, hidden, factor)]
             return
-        for index, rows in enumerate(self._stretches):
-            mine, total = slopes[:, rows].T, self._sums[index]
+        for index, rows in enumerate(self._slices):
+            slice_slopes, total = slopes[:, rows].T, self._sums[index]
             if total is None:
-                self._sums[index] = _product(mine, hidden, factor).to(wide(hidden.dtype))
+                self._sums[index] = _product(slice_slopes, hidden, factor).to(wide(hidden.dtype))
             elif total.dtype == hidden.dtype:
-                total.addmm_(mine, hidden)
+                total.addmm_(slice_slopes, hidden)
             else:
-                total += _product(mine, hidden, factor)
+                total += _product(slice_slopes, hidden, factor)
 
     def finish(self) -> Tensor:
         if not any(total is not None for total in self._sums):
             return self._like.new_zeros(self._like.shape, dtype=self._kind)
         narrow = []
-        # Each stretch's sum goes as soon as it is rounded.
+        # Each slice's float32 sum is freed as soon as it is rounded.
         for index, total in enumerate(self._sums):
             narrow.append(total.to(self._kind))  # type: ignore[union-attr]
             self._sums[index] = total = None

@@ -1,4 +1,4 @@
-"""The definition: whole logits in float32 or better."""
+"""Reference implementation: full logits in float32 or float64."""
 
 from typing import Any
 

@@ -1,9 +1,9 @@
-"""What happens to a chunk of logits between the matrix products, in plain PyTorch."""
+"""Losses and gradients of a chunk of logits, in plain PyTorch."""
 
 import torch
 from torch import Tensor
 
-# Rows of a chunk that are taken together on the CPU: at V = 55,296 their float32 copy stays in its cache.
+# Rows of a chunk processed at a time on the CPU: at V = 55,296 their float32 copy fits into its cache.
 _ROWS = 16
 
 
@@ -13,27 +13,27 @@ def losses_and_dlogits(
     """`-log softmax(logits + bias)[label]` of every row, `[c]` in float32 or wider.
 
     With `slopes` the logits are overwritten by lift · scale · (softmax − one-hot), the gradient of Σ scale · loss
-    times `lift`. Without, they are used up.
+    times `lift`. Without, their content is undefined afterwards.
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
     losses = logits.new_empty(len(labels), dtype=wide)
     step = min(_ROWS, len(labels)) if logits.device.type == "cpu" else len(labels)
-    # One piece of memory for all parts: fresh ones cost more in page faults than the softmax itself.
-    spare = logits if logits.dtype is wide else logits.new_empty(step, logits.shape[1], dtype=wide)
+    # One buffer for all blocks of rows: page faults of new allocations take longer than the softmax itself.
+    buffer = logits if logits.dtype is wide else logits.new_empty(step, logits.shape[1], dtype=wide)
     for start in range(0, len(labels), max(step, 1)):
         rows, targets = slice(start, start + step), labels[start : start + step, None]
-        part = spare[rows] if spare is logits else spare[: len(targets)].copy_(logits[rows])
+        block = buffer[rows] if buffer is logits else buffer[: len(targets)].copy_(logits[rows])
         if bias is not None:
-            part.add_(bias)
-        highest, place = part.max(1, keepdim=True)
-        target = part.gather(1, targets)
-        torch.softmax(part, 1, out=part)
-        # log Σ exp, from the largest probability: the label's own may be 0 in float32.
-        losses[rows] = (highest - part.gather(1, place).log_() - target)[:, 0]
+            block.add_(bias)
+        highest, argmax = block.max(1, keepdim=True)
+        target = block.gather(1, targets)
+        torch.softmax(block, 1, out=block)
+        # log Σ exp, from the largest probability: that of the label may be 0 in float32.
+        losses[rows] = (highest - block.gather(1, argmax).log_() - target)[:, 0]
         if slopes:
-            part.scatter_add_(1, targets, torch.full_like(target, -1))
+            block.scatter_add_(1, targets, torch.full_like(target, -1))
             if scale is not None or lift != 1:
-                part.mul_(lift if scale is None else lift * scale[rows, None].to(wide))
-            if spare is not logits:
-                logits[rows] = part
+                block.mul_(lift if scale is None else lift * scale[rows, None].to(wide))
+            if buffer is not logits:
+                logits[rows] = block
     return losses

@@ -1,4 +1,5 @@
-"""Losses and gradients of a chunk of logits, a row a program: read twice, written once, in the logits' own type."""
+"""Losses and gradients of a chunk of logits, one program per row: logits are read twice and written once, in their own
+type."""
 
 from typing import Any
 
@@ -21,7 +22,7 @@ def dlogits_kernel(
     base = logits_ptr + row * stride
     label = tl.load(labels_ptr + row)
     columns = tl.arange(0, BLOCK)
-    # Every lane keeps its own maximum and sum; they meet once, at the end of the row.
+    # Every lane has its own maximum and sum; they are combined once, at the end of the row.
     top = tl.full([BLOCK], float("-inf"), tl.float32)
     norm = tl.zeros([BLOCK], tl.float32)
     for start in range(0, vocab_size, BLOCK):
@@ -43,7 +44,7 @@ def dlogits_kernel(
         weight = lift
         if SCALE:
             weight = lift * tl.load(scale_ptr + row).to(tl.float32)
-        # The target was read above; no thread may overwrite it before all have.
+        # All threads must have read the target above before one overwrites it.
         tl.debug_barrier()
         for start in range(0, vocab_size, BLOCK):
             inside = start + columns < vocab_size

@@ -1,4 +1,4 @@
-"""Attention over documents laid end to end, none of which sees another."""
+"""Attention over the documents of a packed row, without attention between documents."""
 
 from importlib.util import find_spec
 
@@ -21,14 +21,14 @@ def packed_attention(
     window: int | None = None,
     alibi_slopes: Tensor | None = None,
 ) -> Tensor:
-    """softmax(scale · q kᵀ − slope · |i − j| + mask) v, in which token i sees token j of the same document.
+    """softmax(scale · q kᵀ − slope · |i − j| + mask) v, where token i attends to tokens j of the same document.
 
     Args:
         q: `[T, H, D]`.
         k, v: `[T, Hk, D]`; Hk divides H (grouped-query attention).
         cu_seqlens: int32 `[n + 1]` on the same device, document boundaries from 0 to T.
         max_seqlen: length of the longest document, known on the host.
-        causal: token i sees j ≤ i only.
+        causal: token i attends to j ≤ i only.
         scale: 1/√D when None.
         window: |i − j| < window, as `sliding_window` of Mistral and Qwen; None for whole documents.
         alibi_slopes: float32 `[H]` (arXiv 2108.12409), without gradient; None for no position bias.
@@ -36,14 +36,14 @@ def packed_attention(
     Returns:
         `[T, H, D]`.
 
-    The host never waits for the device, except on a GPU that has nothing but `bucketed` for what is asked (see
-    `packed_attention/bucketed.py`): there the boundaries are read once per batch.
+    The host does not wait for the device, except on a GPU where only `bucketed` supports the options (see
+    `packed_attention/bucketed.py`): it reads the boundaries once per batch.
 
     Raises:
-        ValueError: shapes that do not fit together; on the CPU also boundaries that do not.
+        ValueError: shapes that do not match; on the CPU also boundaries that do not match them.
         CannotRunError: an implementation was forced that cannot run here.
     """
-    _check(q, k, v, cu_seqlens, window, alibi_slopes)
+    _check_shapes(q, k, v, cu_seqlens, window, alibi_slopes)
     run = dispatch.select(
         "packed_attention", q, head_dim=q.shape[2], window=window is not None, alibi=alibi_slopes is not None
     )
@@ -52,7 +52,9 @@ def packed_attention(
     return result
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int | None, slopes: Tensor | None) -> None:
+def _check_shapes(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int | None, slopes: Tensor | None
+) -> None:
     if q.dim() != 3 or k.shape != v.shape or k.dim() != 3 or k.shape[0] != q.shape[0] or k.shape[2] != q.shape[2]:
         raise ValueError(
             f"packed_attention: q [T, H, D], k and v [T, Hk, D] expected, got {[*q.shape]}, {[*k.shape]}, {[*v.shape]}"
@@ -79,76 +81,76 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int | No
         )
 
 
-def _flash_attn_3(where: DispatchKey) -> str | None:
-    if where.alibi:
+def _flash_attn_3(key: DispatchKey) -> str | None:
+    if key.alibi:
         return "FlashAttention-3 has no ALiBi"
-    if where.capability and where.capability // 10 != 9:
+    if key.capability and key.capability // 10 != 9:
         return "FlashAttention-3 is for Hopper (sm_90)"
-    if where.head_dim % 8:
-        return f"head_dim {where.head_dim} is no multiple of 8"
-    return _flash(where) or dispatch.requires(dtypes=HALF, package="flash_attn_interface")(where)
+    if key.head_dim % 8:
+        return f"head_dim {key.head_dim} is no multiple of 8"
+    return _head_dim_limit(key) or dispatch.requires(dtypes=HALF, package="flash_attn_interface")(key)
 
 
-def _flash_attn_2(where: DispatchKey) -> str | None:
-    return _flash(where) or dispatch.requires(capability=80, dtypes=HALF, package="flash_attn")(where)
+def _flash_attn_2(key: DispatchKey) -> str | None:
+    return _head_dim_limit(key) or dispatch.requires(capability=80, dtypes=HALF, package="flash_attn")(key)
 
 
-def _flash(where: DispatchKey) -> str | None:
-    return f"head_dim {where.head_dim} is over 256" if where.head_dim > 256 else None
+def _head_dim_limit(key: DispatchKey) -> str | None:
+    return f"head_dim {key.head_dim} is over 256" if key.head_dim > 256 else None
 
 
-def _torch_varlen(where: DispatchKey) -> str | None:
+def _torch_varlen(key: DispatchKey) -> str | None:
     if find_spec("torch.nn.attention.varlen") is None:
         return "this torch has no torch.nn.attention.varlen (2.10 is the first)"
-    if where.alibi:
+    if key.alibi:
         return "varlen_attn has no ALiBi"
-    if where.head_dim % 8:
-        return f"head_dim {where.head_dim} is no multiple of 8"
-    if where.window:
+    if key.head_dim % 8:
+        return f"head_dim {key.head_dim} is no multiple of 8"
+    if key.window:
         from fireflyds_kernels.packed_attention import flash
 
         if not flash.varlen_has_window():
             return "varlen_attn has no window before torch 2.11"
-    return _flash(where) or dispatch.requires(capability=80, dtypes=HALF)(where)
+    return _head_dim_limit(key) or dispatch.requires(capability=80, dtypes=HALF)(key)
 
 
-def _triton(where: DispatchKey) -> str | None:
-    if where.dtype is torch.float32 and where.head_dim > 128 and where.device == "cuda":
+def _triton(key: DispatchKey) -> str | None:
+    if key.dtype is torch.float32 and key.head_dim > 128 and key.device == "cuda":
         return "float32 blocks of head_dim over 128 do not fit shared memory"
-    # Below sm_80 Triton multiplies matrices on the plain cores, an order of magnitude slower.
-    return _flash(where) or dispatch.requires_triton(80)(where)
+    # Below sm_80 Triton's matrix products do not use tensor cores: an order of magnitude slower.
+    return _head_dim_limit(key) or dispatch.requires_triton(80)(key)
 
 
-def _efficient(where: DispatchKey) -> str | None:
-    if where.window or where.alibi:
-        return "takes neither a window nor ALiBi beside boundaries"
-    if where.head_dim % 8:
-        return f"head_dim {where.head_dim} is no multiple of 8"
-    if where.dtype is torch.bfloat16 and 0 < where.capability < 80:
+def _efficient(key: DispatchKey) -> str | None:
+    if key.window or key.alibi:
+        return "supports neither a window nor ALiBi"
+    if key.head_dim % 8:
+        return f"head_dim {key.head_dim} is no multiple of 8"
+    if key.dtype is torch.bfloat16 and 0 < key.capability < 80:
         return "bfloat16 needs sm_80 or newer"
     if not hasattr(torch.ops.aten, "_efficient_attention_forward"):
         return "this torch has no aten::_efficient_attention_forward"
-    return dispatch.requires(capability=50, dtypes=HALF_OR_SINGLE)(where)
+    return dispatch.requires(capability=50, dtypes=HALF_OR_SINGLE)(key)
 
 
-_PLACE = "fireflyds_kernels.packed_attention"
+_PACKAGE = "fireflyds_kernels.packed_attention"
 dispatch.Kernel(
     "packed_attention",
-    Implementation("flash_attn_3", f"{_PLACE}.flash", "flash_attn_3", _flash_attn_3),
-    Implementation("flash_attn", f"{_PLACE}.flash", "flash_attn_2", _flash_attn_2),
-    Implementation("torch_varlen", f"{_PLACE}.flash", "torch_varlen", _torch_varlen),
-    Implementation("triton", f"{_PLACE}.triton", "packed_attention", _triton),
-    Implementation("efficient", f"{_PLACE}.efficient", "packed_attention", _efficient),
+    Implementation("flash_attn_3", f"{_PACKAGE}.flash", "flash_attn_3", _flash_attn_3),
+    Implementation("flash_attn", f"{_PACKAGE}.flash", "flash_attn_2", _flash_attn_2),
+    Implementation("torch_varlen", f"{_PACKAGE}.flash", "torch_varlen", _torch_varlen),
+    Implementation("triton", f"{_PACKAGE}.triton", "packed_attention", _triton),
+    Implementation("efficient", f"{_PACKAGE}.efficient", "packed_attention", _efficient),
     Implementation(
         "bucketed",
-        f"{_PLACE}.bucketed",
+        f"{_PACKAGE}.bucketed",
         "packed_attention",
-        lambda where: "is for GPUs" if where.device == "cpu" else None,
+        lambda key: "runs on GPUs only" if key.device == "cpu" else None,
     ),
     Implementation(
         "reference",
-        f"{_PLACE}.reference",
+        f"{_PACKAGE}.reference",
         "packed_attention",
-        lambda where: "runs on the CPU" if where.device != "cpu" else None,
+        lambda key: "runs on the CPU only" if key.device != "cpu" else None,
     ),
 )

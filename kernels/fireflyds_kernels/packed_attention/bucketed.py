@@ -1,8 +1,8 @@
-"""Documents of like length side by side, through torch's own attention with an additive bias: any GPU, any option.
+"""Batches of documents of similar length in torch's attention with an additive bias: any GPU, any option.
 
-For GPUs that FlashAttention and Triton's tensor-core kernels leave out (V100, T4) when ALiBi or a window is asked
-for. Documents are padded to the next of a few lengths, rows are taken a block at a time, so no bias is larger than
-`[H, 512, longest]`. The boundaries are read by the host once per batch.
+For ALiBi or a window on GPUs that FlashAttention and Triton's tensor-core kernels do not support (V100, T4). Documents
+are padded to the next of a few lengths, and rows are processed in blocks, so that no bias is larger than
+`[H, 512, longest]`. The host reads the boundaries once per batch.
 """
 
 from collections import defaultdict
@@ -18,14 +18,14 @@ from fireflyds_kernels.packed_attention.bias import bias, span
 from fireflyds_kernels.packed_attention.heads import for_every_head
 
 _ROWS = 512
-_read: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_bucket_cache: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 class _Bucket(NamedTuple):
-    """Documents padded to `length`: their tokens' places `[n · length]`, and which of them are the documents' own."""
+    """n documents padded to `length`: indices of their tokens `[n · length]`, bool `[n, length]`, False at padding."""
 
     length: int
-    places: Tensor
+    indices: Tensor
     inside: Tensor
 
 
@@ -34,24 +34,24 @@ def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float,
     window: int | None, slopes: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    # With fewer key heads torch's memory-efficient kernels do not run beside a bias.
+    # With fewer key heads than query heads, torch's memory-efficient kernels do not support a bias.
     k, v = for_every_head(q, k, v)
-    buckets, back = _buckets(cu_seqlens)
-    found = []
+    buckets, order = _buckets(cu_seqlens)
+    outputs = []
     for bucket in buckets:
         queries, keys, values = (
-            x.index_select(0, bucket.places).unflatten(0, (-1, bucket.length)).transpose(1, 2) for x in (q, k, v)
+            x.index_select(0, bucket.indices).unflatten(0, (-1, bucket.length)).transpose(1, 2) for x in (q, k, v)
         )
         out = _attend(queries, keys, values, None if causal else bucket.inside, causal, scale, window, slopes)
-        found.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(found).index_select(0, back)
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs).index_select(0, order)
 
 
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, inside: Tensor | None, causal: bool, scale: float, window: int | None,
     slopes: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """`[n, H, length, D]` of n documents. Padding lies behind a document, where a causal row never looks."""
+    """Attention of n padded documents, `[n, H, length, D]`. Padding follows a document, hidden from causal rows."""
     outputs, length = [], q.shape[2]
     positions = torch.arange(length, device=q.device)
     for start in range(0, length, _ROWS):
@@ -62,7 +62,7 @@ def _attend(
         mask = bias(positions[start:end], positions[low:high], causal, window, slopes, q.dtype)[None]
         if inside is not None:
             mask = mask.masked_fill(~inside[:, None, None, low:high], float("-inf"))
-            # Rows of padding may see nothing at all, which is no number; they are left out afterwards.
+            # The softmax of a padding row without visible columns would be NaN; padding rows are dropped afterwards.
             mask = torch.where(inside[:, None, start:end, None], mask, 0)
         outputs.append(
             scaled_dot_product_attention(
@@ -79,24 +79,24 @@ def _padded(length: int) -> int:
 
 
 def _buckets(cu_seqlens: Tensor) -> tuple[list[_Bucket], Tensor]:
-    """The buckets, and where among all their tokens, laid end to end, each token of the row is."""
+    """The buckets, and for every token of the packed row its index in the concatenated tokens of all buckets."""
     version = 0 if cu_seqlens.is_inference() else cu_seqlens._version
-    kept = _read.get(cu_seqlens)
-    if kept is not None and kept[0] == version:
-        return kept[1], kept[2]
+    cached = _bucket_cache.get(cu_seqlens)
+    if cached is not None and cached[0] == version:
+        return cached[1], cached[2]
     documents: dict[int, list[tuple[int, int]]] = defaultdict(list)
     bounds = cu_seqlens.tolist()
     for start, end in pairwise(bounds):
         if end > start:
             documents[_padded(end - start)].append((start, end))
-    device, at = cu_seqlens.device, 0
-    buckets, back = [], torch.zeros(bounds[-1], dtype=torch.long)
+    device, offset = cu_seqlens.device, 0
+    buckets, order = [], torch.zeros(bounds[-1], dtype=torch.long)
     for length, spans in documents.items():
         first, last = torch.tensor(spans).unbind(1)
-        places = first[:, None] + torch.arange(length)
-        inside = places < last[:, None]
-        back[places[inside]] = at + inside.flatten().nonzero()[:, 0]
-        at += places.numel()
-        buckets.append(_Bucket(length, places.clamp_(max=bounds[-1] - 1).flatten().to(device), inside.to(device)))
-    _read[cu_seqlens] = (version, buckets, back.to(device))
-    return buckets, _read[cu_seqlens][2]
+        indices = first[:, None] + torch.arange(length)
+        inside = indices < last[:, None]
+        order[indices[inside]] = offset + inside.flatten().nonzero()[:, 0]
+        offset += indices.numel()
+        buckets.append(_Bucket(length, indices.clamp_(max=bounds[-1] - 1).flatten().to(device), inside.to(device)))
+    _bucket_cache[cu_seqlens] = (version, buckets, order.to(device))
+    return buckets, _bucket_cache[cu_seqlens][2]

@@ -1,7 +1,7 @@
-"""Memory-efficient attention (cutlass, inside torch) over boundaries: FlashAttention's place on GPUs before sm_80.
+"""Memory-efficient attention (CUTLASS, inside torch) with document boundaries, for GPUs before sm_80.
 
-`aten::_efficient_attention_forward` takes `[1, T, H, D]` with boundaries, as many key heads as query heads, and
-knows its own gradient; torch's nested tensors run on it. It has kernels from sm_50 on, with tensor cores on sm_70.
+`aten::_efficient_attention_forward` takes `[1, T, H, D]` with boundaries and as many key heads as query heads, and
+is differentiable; torch's nested tensors use it. It has kernels from sm_50 on, with tensor cores on sm_70.
 """
 
 import torch

@@ -1,6 +1,6 @@
-"""FlashAttention over boundaries: the flash-attn packages, and the FlashAttention-2 inside torch.
+"""FlashAttention with document boundaries: the flash-attn packages, and FlashAttention-2 inside torch.
 
-Windows: their `(left, right)` counts the tokens besides the row's own, ours counts it too.
+Windows: their `(left, right)` excludes the row's own token, `window` includes it.
 """
 
 import functools
@@ -47,7 +47,7 @@ def flash_attn_2(
 
 
 def _package_window(causal: bool, window: int | None) -> tuple[int, int]:
-    # These packages take `causal` beside the window, and (-1, -1) for none.
+    # These packages take `causal` in addition to the window, and (-1, -1) for no window.
     return (-1, -1) if window is None else _window_size(causal, window)
 
 
@@ -59,7 +59,7 @@ def _varlen() -> tuple[Callable[..., Any], frozenset[str]]:
 
 
 def varlen_has_window() -> bool:
-    """torch 2.10 has `is_causal` in place of a window."""
+    """True where `varlen_attn` supports a window; torch 2.10 has `is_causal` instead."""
     return "window_size" in _varlen()[1]
 
 
@@ -68,18 +68,18 @@ def torch_varlen(
     window: int | None, slopes: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """`torch.nn.attention.varlen.varlen_attn`, whose arguments differ in torch 2.10, 2.11 and from 2.12 on."""
-    function, known = _varlen()
+    function, parameters = _varlen()
     options: dict[str, Any] = {}
-    if "window_size" in known:
+    if "window_size" in parameters:
         options["window_size"] = _window_size(causal, window)
     else:
         options["is_causal"] = causal
-    if "scale" in known:
+    if "scale" in parameters:
         options["scale"] = scale
     else:
-        # Scores are scaled by 1/√D there.
+        # Without the parameter, scores are scaled by 1/√D.
         q = q * (scale * q.shape[2] ** 0.5)
-    if "enable_gqa" not in known:
+    if "enable_gqa" not in parameters:
         k, v = for_every_head(q, k, v)
     elif q.shape[1] != k.shape[1]:
         options["enable_gqa"] = True

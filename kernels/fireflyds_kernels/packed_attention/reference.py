@@ -1,7 +1,7 @@
-"""The definition, and the CPU's path: scaled dot-product attention, one document at a time.
+"""Reference implementation, used on the CPU: scaled dot-product attention, one document at a time.
 
-Forward and backward walk the documents themselves instead of leaving that to autograd, for which a slice per
-document would each make a full-size gradient (1.6 times slower).
+Forward and backward pass iterate over the documents explicitly: autograd would allocate a full-size gradient for the
+slice of each document (1.6 times slower).
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from fireflyds_kernels.packed_attention.bias import bias, span
 
 _attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-# Rows of a document that are taken together under a bias.
+# Rows of a document processed at a time where there is a bias.
 _ROWS = 256
 
 
@@ -38,10 +38,11 @@ def _boundaries(cu_seqlens: Tensor, tokens: int, max_seqlen: int) -> list[int]:
     return bounds
 
 
-def _pieces(
+def _blocks(
     bounds: list[int], causal: bool, window: int | None, slopes: Tensor | None, dtype: torch.dtype
 ) -> Iterator[tuple[slice, slice, bool, Tensor | None]]:
-    """Rows, the columns they see, whether a causal mask does, and the bias if not: together every visible pair once."""
+    """Blocks (rows, columns, causal mask or not, bias or None) that together contain every visible pair of tokens
+    once."""
     shape, mask, wide = None, None, torch.promote_types(dtype, torch.float32)
     for start, end in pairwise(bounds):
         length = end - start
@@ -70,11 +71,11 @@ def _forward(
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.promote_types(q.dtype, torch.float32))
     bounds = _boundaries(cu_seqlens, q.shape[0], max_seqlen)
-    for rows, columns, masked, mask in _pieces(bounds, causal, window, slopes, q.dtype):
-        one, norm = _attend(
+    for rows, columns, masked, mask in _blocks(bounds, causal, window, slopes, q.dtype):
+        block_out, norm = _attend(
             _heads_first(q, rows), _heads_first(k, columns), _heads_first(v, columns), 0.0, masked, attn_mask=mask, scale=scale
         )  # fmt: skip
-        out[rows], lse[:, rows] = one[0].transpose(0, 1), norm[0]
+        out[rows], lse[:, rows] = block_out[0].transpose(0, 1), norm[0]
     return out, lse
 
 
@@ -90,24 +91,24 @@ def _backward(
     causal: bool, scale: float, window: int | None, slopes: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    # Where a document is several pieces, they share columns.
+    # Blocks of one document share columns.
     shared = window is not None or slopes is not None
     if shared:
         dk.zero_()
         dv.zero_()
     bounds = _boundaries(cu_seqlens, q.shape[0], max_seqlen)
-    for rows, columns, masked, mask in _pieces(bounds, causal, window, slopes, q.dtype):
-        found = _attend_backward(
+    for rows, columns, masked, mask in _blocks(bounds, causal, window, slopes, q.dtype):
+        gradients = _attend_backward(
             _heads_first(grad, rows), _heads_first(q, rows), _heads_first(k, columns), _heads_first(v, columns),
             _heads_first(out, rows), lse[None, :, rows], 0.0, masked, attn_mask=mask, scale=scale,
         )  # fmt: skip
-        one, other_k, other_v = (x[0].transpose(0, 1) for x in found)
-        dq[rows] = one
+        dq_block, dk_block, dv_block = (x[0].transpose(0, 1) for x in gradients)
+        dq[rows] = dq_block
         if shared:
-            dk[columns] += other_k
-            dv[columns] += other_v
+            dk[columns] += dk_block
+            dv[columns] += dv_block
         else:
-            dk[columns], dv[columns] = other_k, other_v
+            dk[columns], dv[columns] = dk_block, dv_block
     return dq, dk, dv
 
 
@@ -119,12 +120,12 @@ def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, .
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, cu_seqlens, max_seqlen, causal, scale, window, slopes = inputs
     ctx.save_for_backward(q, k, v, *output, cu_seqlens, slopes)
-    ctx.rest = (max_seqlen, causal, scale, window)
+    ctx.options = (max_seqlen, causal, scale, window)
 
 
 def _gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, slopes = ctx.saved_tensors
-    return (*_backward(grad, *tensors, *ctx.rest, slopes), *[None] * 6)
+    return (*_backward(grad, *tensors, *ctx.options, slopes), *[None] * 6)
 
 
 _forward.register_autograd(_gradients, setup_context=_save)

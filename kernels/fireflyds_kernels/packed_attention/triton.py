@@ -1,9 +1,9 @@
-"""FlashAttention-2 (arXiv 2307.08691) over boundaries in Triton, forward and backward, with windows and ALiBi.
+"""FlashAttention-2 (arXiv 2307.08691) with document boundaries in Triton, forward and backward, with windows and ALiBi.
 
-The row is cut into blocks of tokens, whatever documents they belong to; each block finds its documents by binary
-search in the boundaries. A thousand short documents therefore cost no more programs than one long one, nothing is
-padded and no table is made on the host. Gradients of keys and of queries come from two kernels without atomics, so
-the same input gives the same bits.
+The packed row is divided into blocks of tokens, independent of documents; each block finds its documents by binary
+search in the boundaries. A thousand short documents therefore need no more programs than one long one, without padding
+and without a table built on the host. Gradients of keys and of queries are computed by two kernels without atomics, so
+that results are bitwise reproducible.
 """
 
 import os
@@ -23,7 +23,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """Rows and columns of a block of scores, warps, and how many blocks are on their way at once."""
+    """Rows and columns of a block of scores, number of warps, and number of pipeline stages."""
 
     rows: int
     columns: int
@@ -37,7 +37,8 @@ class Tiles:
         }  # fmt: skip
 
 
-# Chosen so that nothing spills (tests/kernels/test_compiled.py). By padded head_dim: for sm_90 with 227 KB of shared memory, sm_80 with 163 KB, and sm_86, sm_89, sm_120 with 99 KB.
+# Chosen so that no registers spill (tests/kernels/test_compiled.py). By padded head_dim: for sm_90 with 227 KB of
+# shared memory, sm_80 with 163 KB, and sm_86, sm_89, sm_120 with 99 KB.
 _LARGE, _MIDDLE, _SMALL = 0, 1, 2
 _FORWARD = {
     64: (Tiles(128, 128, 8, 3), Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3)),
@@ -58,7 +59,7 @@ _SINGLE = Tiles(32, 32, 8, 1)
 
 
 def tiles(what: str, head_dim: int, dtype: torch.dtype, capability: int) -> Tiles:
-    """The blocks of `forward`, `keys` or `queries` on this device."""
+    """The block sizes of the kernel `what` (`forward`, `keys` or `queries`) for a device of this capability."""
     if dtype is torch.float32 or not capability:
         return _SINGLE
     size = _LARGE if capability in (90, 100, 103) else _MIDDLE if capability in (80, 87) else _SMALL
@@ -69,7 +70,7 @@ def tiles(what: str, head_dim: int, dtype: torch.dtype, capability: int) -> Tile
 def constants(
     q_heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, causal: bool, window: int | None, alibi: bool
 ) -> dict[str, Any]:
-    """What the kernels are compiled for, besides the blocks."""
+    """Compile-time constants of the kernels, besides the block sizes."""
     return {
         "GROUP": q_heads // kv_heads,
         "CAUSAL": causal,
@@ -90,22 +91,24 @@ def packed_attention(
     return out
 
 
-def _rows_last(x: Tensor) -> Tensor:
-    """The kernels take any strides but the last one, which is 1."""
+def _last_contiguous(x: Tensor) -> Tensor:
+    """`x` with a stride of 1 in the last dimension, as the kernels require; they take any other strides."""
     return x if x.stride(2) == 1 else x.contiguous()
 
 
-def _common(q: Tensor, k: Tensor, cu_seqlens: Tensor, causal: bool, window: int | None, slopes: Tensor | None) -> Any:
-    """Constants, tile chooser and the boundary arguments that all kernels share."""
+def _shared_arguments(
+    q: Tensor, k: Tensor, cu_seqlens: Tensor, causal: bool, window: int | None, slopes: Tensor | None
+) -> Any:
+    """Constants, a function that selects tiles, and the boundary arguments that all kernels share."""
     n = cu_seqlens.shape[0] - 1
     fixed = constants(q.shape[1], k.shape[1], q.shape[2], q.dtype, causal, window, slopes is not None)
     capability = capability_of(q.device)
 
-    def chosen(what: str) -> Tiles:
+    def tiles_of(what: str) -> Tiles:
         return tiles(what, q.shape[2], q.dtype, capability)
 
     # An unused pointer still needs a tensor.
-    return fixed, chosen, (cu_seqlens, cu_seqlens if slopes is None else slopes, n, n.bit_length(), q.shape[0])
+    return fixed, tiles_of, (cu_seqlens, cu_seqlens if slopes is None else slopes, n, n.bit_length(), q.shape[0])
 
 
 @torch.library.custom_op("fireflyds::packed_attention_triton", mutates_args=())
@@ -115,13 +118,13 @@ def _forward(
     slopes: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`[T, H, D]`, and the log-sum-exp of every row's scores in base 2, `[H, T]`."""
-    q, k, v = map(_rows_last, (q, k, v))
+    q, k, v = map(_last_contiguous, (q, k, v))
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
-    fixed, chosen, shared = _common(q, k, cu_seqlens, causal, window, slopes)
+    fixed, tiles_of, shared = _shared_arguments(q, k, cu_seqlens, causal, window, slopes)
     if not len(q):
         return out, lse
-    block = chosen("forward")
+    block = tiles_of("forward")
     forward_kernel[(triton.cdiv(q.shape[0], block.rows), q.shape[1])](
         q, k, v, out, lse, *shared, scale, window or 0,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), q.shape[1],
@@ -142,23 +145,23 @@ def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, causal: bool,
     scale: float, window: int | None, slopes: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    grad, q, k, v = map(_rows_last, (grad, q, k, v))
+    grad, q, k, v = map(_last_contiguous, (grad, q, k, v))
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     delta = torch.empty_like(lse)
     tokens, heads, kv_heads = q.shape[0], q.shape[1], k.shape[1]
     if not tokens:
         return dq, dk, dv
-    fixed, chosen, shared = _common(q, k, cu_seqlens, causal, window, slopes)
+    fixed, tiles_of, shared = _shared_arguments(q, k, cu_seqlens, causal, window, slopes)
     sizes = {"D": fixed["D"], "BLOCK_D": fixed["BLOCK_D"]}
     delta_kernel[(triton.cdiv(tokens, 64), heads)](
         out, grad, delta, tokens, grad.stride(0), grad.stride(1), heads, **sizes, BLOCK_M=64, enable_fp_fusion=True
     )
     strides = [stride for x in (q, k, v, grad) for stride in x.stride()[:2]]
-    block = chosen("keys")
+    block = tiles_of("keys")
     bwd_dkdv_kernel[(triton.cdiv(tokens, block.columns), kv_heads)](
         q, k, v, grad, lse, delta, dk, dv, *shared, scale, window or 0, *strides, kv_heads, **fixed, **block.launch()
     )
-    block = chosen("queries")
+    block = tiles_of("queries")
     bwd_dq_kernel[(triton.cdiv(tokens, block.rows), heads)](
         q, k, v, grad, lse, delta, dq, *shared, scale, window or 0, *strides, heads, **fixed, **block.launch()
     )
@@ -173,12 +176,12 @@ def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, .
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, cu_seqlens, causal, scale, window, slopes = inputs
     ctx.save_for_backward(q, k, v, *output, cu_seqlens, slopes)
-    ctx.rest = (causal, scale, window)
+    ctx.options = (causal, scale, window)
 
 
 def _gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, slopes = ctx.saved_tensors
-    return (*_backward(grad, *tensors, *ctx.rest, slopes), *[None] * 5)
+    return (*_backward(grad, *tensors, *ctx.options, slopes), *[None] * 5)
 
 
 _forward.register_autograd(_gradients, setup_context=_save)

@@ -1,4 +1,4 @@
-"""What the forward and the backward kernel share: finding documents, loading blocks, masking scores."""
+"""Functions of the forward and the backward kernels: document lookup, loads and stores of blocks, masks, scores."""
 
 import math
 
@@ -10,7 +10,7 @@ LOG2E = tl.constexpr(math.log2(math.e))
 
 @triton.jit
 def document(boundaries, steps, n, positions):
-    """First and one past the last token of the documents that hold `positions`."""
+    """Start and (exclusive) end of the documents that contain `positions`."""
     low = positions * 0
     high = low + n
     for _ in range(steps):
@@ -34,28 +34,28 @@ def product(a, b, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
 def load_rows(base, rows, stride, tokens, D: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr):
     """`[len(rows), BLOCK_D]`, zero beyond the last token and the last dimension."""
     columns = tl.arange(0, BLOCK_D)
-    places = base + rows[:, None].to(tl.int64) * stride + columns[None]
+    pointers = base + rows[:, None].to(tl.int64) * stride + columns[None]
     if WHOLE and D == BLOCK_D:
-        return tl.load(places)
-    return tl.load(places, mask=(rows < tokens)[:, None] & (columns < D)[None], other=0.0)
+        return tl.load(pointers)
+    return tl.load(pointers, mask=(rows < tokens)[:, None] & (columns < D)[None], other=0.0)
 
 
 @triton.jit
 def store_rows(base, rows, stride, tokens, values, D: tl.constexpr, BLOCK_D: tl.constexpr):
     columns = tl.arange(0, BLOCK_D)
-    places = base + rows[:, None].to(tl.int64) * stride + columns[None]
-    tl.store(places, values.to(base.dtype.element_ty), mask=(rows < tokens)[:, None] & (columns < D)[None])
+    pointers = base + rows[:, None].to(tl.int64) * stride + columns[None]
+    tl.store(pointers, values.to(base.dtype.element_ty), mask=(rows < tokens)[:, None] & (columns < D)[None])
 
 
 @triton.jit
 def visible(rows, columns, first, last, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
-    """Which (row, column) pairs see each other; `first` and `last` bound the document, along either axis."""
-    seen = (columns >= first) & (columns < last) if CAUSAL == 0 else (columns >= first) & (columns <= rows)
+    """True where a row attends to a column; `first` and `last` bound the document, along either axis."""
+    mask = (columns >= first) & (columns < last) if CAUSAL == 0 else (columns >= first) & (columns <= rows)
     if WINDOW:
-        seen &= rows - columns < window
+        mask &= rows - columns < window
         if CAUSAL == 0:
-            seen &= columns - rows < window
-    return seen
+            mask &= columns - rows < window
+    return mask
 
 
 @triton.jit
@@ -72,7 +72,8 @@ def column_phases(
     boundaries, steps, n, rows, start, tokens, window,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The columns a block of rows sees: `[low, clear)` partly, `[clear, edge)` wholly, `[edge, high)` partly."""
+    """The columns that a block of rows attends to: `[low, clear)` and `[edge, high)` need a mask, `[clear, edge)` does
+    not."""
     first, last = document(boundaries, steps, n, tl.minimum(rows, tokens - 1))
     end = tl.minimum(start + BLOCK_M, tokens)
     low = tl.min(first, 0)
@@ -91,7 +92,7 @@ def column_phases(
             all_high = tl.minimum(all_high, start + window)
     # Whole blocks only between `clear` and `edge`.
     clear = low + (all_low - low + BLOCK_N - 1) // BLOCK_N * BLOCK_N
-    some = all_high - clear >= BLOCK_N
-    edge = tl.where(some, clear + (all_high - clear) // BLOCK_N * BLOCK_N, low)
-    clear = tl.where(some, clear, low)
+    has_full_blocks = all_high - clear >= BLOCK_N
+    edge = tl.where(has_full_blocks, clear + (all_high - clear) // BLOCK_N * BLOCK_N, low)
+    clear = tl.where(has_full_blocks, clear, low)
     return first, last, low, clear, edge, high

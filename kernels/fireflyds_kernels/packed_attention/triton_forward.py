@@ -1,4 +1,4 @@
-"""The forward kernel: the running softmax of FlashAttention-2 over the columns a block of rows sees."""
+"""The forward kernel: FlashAttention-2's online softmax over the columns that a block of rows attends to."""
 
 import triton
 import triton.language as tl
@@ -19,29 +19,29 @@ def _attend(
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, ALIBI: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """One stretch of columns, by the running softmax.
+    """Online softmax over the columns `[low, high)`.
 
-    Blocks are counted from 0: a loop that starts at a number found in memory loses Triton's knowledge of alignment,
-    and with it 16-byte loads and their pipeline.
+    Blocks are counted from 0: with a start value that is loaded from memory, Triton loses the alignment information,
+    and with it 16-byte loads and their pipelining.
     """
     for block in range(0, tl.cdiv(high - low, BLOCK_N)):
         columns = low + block * BLOCK_N + tl.arange(0, BLOCK_N)
         k = load_rows(k_base, columns, k_stride, tokens, D, BLOCK_D, not MASKED)
         values = scores(q, tl.trans(k), rows[:, None], columns[None], scale, slope, ALIBI, PRECISION, WIDEN)
         if MASKED:
-            seen = visible(rows[:, None], columns[None], first[:, None], last[:, None], window, CAUSAL, WINDOW)
-            values = tl.where(seen, values, float("-inf"))
+            mask = visible(rows[:, None], columns[None], first[:, None], last[:, None], window, CAUSAL, WINDOW)
+            values = tl.where(mask, values, float("-inf"))
             new_top = tl.maximum(top, tl.max(values, 1))
-            # A row that has seen nothing yet: −∞ minus −∞ is no number.
+            # A row without visible columns so far: −∞ minus −∞ is NaN.
             finite = tl.where(new_top == float("-inf"), 0.0, new_top)
         else:
             new_top = tl.maximum(top, tl.max(values, 1))
             finite = new_top
         weights = tl.exp2(values - finite[:, None])
-        shrink = tl.exp2(top - finite)
-        norm = norm * shrink + tl.sum(weights, 1)
+        rescale = tl.exp2(top - finite)
+        norm = norm * rescale + tl.sum(weights, 1)
         v = load_rows(v_base, columns, v_stride, tokens, D, BLOCK_D, not MASKED)
-        acc = acc * shrink[:, None] + product(weights.to(v.dtype), v, PRECISION, WIDEN)
+        acc = acc * rescale[:, None] + product(weights.to(v.dtype), v, PRECISION, WIDEN)
         top = new_top
     return acc, top, norm
 
@@ -54,7 +54,7 @@ def forward_kernel(
     GROUP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, ALIBI: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    # The last rows of a long document see the most: they start first.
+    # The last rows of a long document attend to the most columns: they start first.
     start = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     head = tl.program_id(1).to(tl.int64)
     rows = start + tl.arange(0, BLOCK_M)

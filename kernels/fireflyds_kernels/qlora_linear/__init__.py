@@ -25,36 +25,41 @@ def qlora_linear(
     Args:
         x: `[..., in]`. Everything is computed in its number format; there is no float32 copy of it.
         base: bitsandbytes' `Params4bit` of an `[out, in]` weight.
-        lora_a: `[r, in]`; lora_b: `[out, r]`, of any number format, which their gradients keep.
+        lora_a: `[r, in]`; lora_b: `[out, r]`, of any number format; their gradients have the same.
         bias: `[out]` or None.
-        dropout: of x on its way to the adapter.
-        keep_weight: keep the unpacked W for the backward pass. Inside gradient checkpointing that spares unpacking it
-            once more (the recomputation's is reused) and holds one layer's weights; elsewhere it would hold them all.
+        dropout: dropout probability on the adapter's input x.
+        keep_weight: save the dequantised W for the backward pass. With gradient checkpointing this avoids a second
+            dequantisation (W of the recomputation is reused) and holds the weights of one layer at a time; without it,
+            those of all layers.
 
     Returns:
         `[..., out]` of x's number format.
 
     Raises:
-        ValueError: shapes that do not fit together, or a weight that is not a quantised 4-bit one.
+        ValueError: shapes that do not match, or a weight that is not a quantised 4-bit one.
     """
     state = getattr(base, "quant_state", None)
     if state is None:
         raise ValueError("qlora_linear: base is no quantised 4-bit weight; move the layer to its device first")
-    wide, deep = state.shape
-    if x.shape[-1] != deep or lora_a.shape != (len(lora_a), deep) or lora_b.shape != (wide, len(lora_a)):
+    out_features, in_features = state.shape
+    if (
+        x.shape[-1] != in_features
+        or lora_a.shape != (len(lora_a), in_features)
+        or lora_b.shape != (out_features, len(lora_a))
+    ):
         raise ValueError(
-            f"qlora_linear: x [..., {deep}], lora_a [r, {deep}] and lora_b [{wide}, r] expected, got {[*x.shape]}, "
-            f"{[*lora_a.shape]}, {[*lora_b.shape]}"
+            f"qlora_linear: x [..., {in_features}], lora_a [r, {in_features}] and lora_b [{out_features}, r] expected, "
+            f"got {[*x.shape]}, {[*lora_a.shape]}, {[*lora_b.shape]}"
         )
-    if bias is not None and bias.shape != (wide,):
-        raise ValueError(f"qlora_linear: bias [{wide}] expected, got {[*bias.shape]}")
-    kept = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - dropout) if dropout else None
+    if bias is not None and bias.shape != (out_features,):
+        raise ValueError(f"qlora_linear: bias [{out_features}] expected, got {[*bias.shape]}")
+    keep_mask = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - dropout) if dropout else None
     run = dispatch.select("qlora_linear", x)
-    found: Tensor = run(x, base, lora_a, lora_b, scaling, bias, kept, dropout, keep_weight)
-    return found
+    result: Tensor = run(x, base, lora_a, lora_b, scaling, bias, keep_mask, dropout, keep_weight)
+    return result
 
 
-def _needs_bitsandbytes(where: DispatchKey) -> str | None:
+def _needs_bitsandbytes(key: DispatchKey) -> str | None:
     return None if dispatch.installed("bitsandbytes") else "the package bitsandbytes is not installed"
 
 

@@ -1,4 +1,4 @@
-"""Forward and backward by hand: W is unpacked by bitsandbytes' kernel, the adapter is added in place."""
+"""Explicit forward and backward pass: bitsandbytes' kernel dequantises W, the adapter's output is added in place."""
 
 from typing import Any
 
@@ -32,60 +32,61 @@ def _unpack(
     shape: list[int],
     dtype: torch.dtype,
 ) -> Tensor:
-    """W in `dtype`. With double quantisation its scales are unpacked first."""
+    """Dequantises W to `dtype`; with double quantisation, its scales first."""
     if nested:
         scales, code, offset = nested
         absmax = (
             torch.ops.bitsandbytes.dequantize_blockwise(absmax, scales, code, block_sizes[1], torch.float32) + offset
         )
-    found: Tensor = torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, block_sizes[0], kind, shape, dtype)
-    return found
+    weight: Tensor = torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, block_sizes[0], kind, shape, dtype)
+    return weight
 
 
 @torch.library.custom_op("fireflyds::qlora_linear", mutates_args=())
 def _forward(
-    x: Tensor, packed: Tensor, absmax: Tensor, nested: list[Tensor], block_sizes: list[int], kind: str, wide: int,
-    lora_a: Tensor, lora_b: Tensor, scaling: float, bias: Tensor | None, kept: Tensor | None, dropout: float, keep: bool,
+    x: Tensor, packed: Tensor, absmax: Tensor, nested: list[Tensor], block_sizes: list[int], kind: str,
+    out_features: int, lora_a: Tensor, lora_b: Tensor, scaling: float, bias: Tensor | None, keep_mask: Tensor | None,
+    dropout: float, keep_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """`[T, out]`, the adapter's inner values `[T, r]`, and W if it is to be kept."""
-    weight = _unpack(packed, absmax, nested, block_sizes, kind, [wide, x.shape[1]], x.dtype)
+    """The output `[T, out]`, the adapter's hidden values x Aᵀ `[T, r]`, and W (empty unless `keep_weight`)."""
+    weight = _unpack(packed, absmax, nested, block_sizes, kind, [out_features, x.shape[1]], x.dtype)
     out = x @ weight.T if bias is None else torch.addmm(bias.to(x.dtype), x, weight.T)
-    inner = _dropped(x, kept, dropout) @ lora_a.to(x.dtype).T
+    inner = _dropout(x, keep_mask, dropout) @ lora_a.to(x.dtype).T
     out.addmm_(inner, lora_b.to(x.dtype).T, alpha=scaling)
-    return out, inner, weight if keep else x.new_empty(0)
+    return out, inner, weight if keep_weight else x.new_empty(0)
 
 
-def _dropped(x: Tensor, kept: Tensor | None, dropout: float) -> Tensor:
-    return x if kept is None else x * kept / (1 - dropout)
+def _dropout(x: Tensor, keep_mask: Tensor | None, dropout: float) -> Tensor:
+    return x if keep_mask is None else x * keep_mask / (1 - dropout)
 
 
 @_forward.register_fake
 def _(
-    x: Tensor, packed: Tensor, absmax: Tensor, nested: Any, block_sizes: Any, kind: str, wide: int, lora_a: Tensor,
-    lora_b: Any, scaling: float, bias: Any, kept: Any, dropout: float, keep: bool,
+    x: Tensor, packed: Tensor, absmax: Tensor, nested: Any, block_sizes: Any, kind: str, out_features: int,
+    lora_a: Tensor, lora_b: Any, scaling: float, bias: Any, keep_mask: Any, dropout: float, keep_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    weight = x.new_empty(wide, x.shape[1]) if keep else x.new_empty(0)
-    return x.new_empty(x.shape[0], wide), x.new_empty(x.shape[0], lora_a.shape[0]), weight
+    weight = x.new_empty(out_features, x.shape[1]) if keep_weight else x.new_empty(0)
+    return x.new_empty(x.shape[0], out_features), x.new_empty(x.shape[0], lora_a.shape[0]), weight
 
 
 @torch.library.custom_op("fireflyds::qlora_linear_backward", mutates_args=())
 def _backward(
     grad: Tensor, x: Tensor, inner: Tensor, weight: Tensor, packed: Tensor, absmax: Tensor, nested: list[Tensor],
-    block_sizes: list[int], kind: str, lora_a: Tensor, lora_b: Tensor, scaling: float, kept: Tensor | None,
-    dropout: float, x_too: bool,
+    block_sizes: list[int], kind: str, lora_a: Tensor, lora_b: Tensor, scaling: float, keep_mask: Tensor | None,
+    dropout: float, needs_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
     outer = (grad @ b).mul_(scaling)
     dx = x.new_empty(0)
-    if x_too:
+    if needs_dx:
         if not weight.numel():
             weight = _unpack(packed, absmax, nested, block_sizes, kind, [grad.shape[1], x.shape[1]], x.dtype)
         dx = grad @ weight
-        if kept is None:
+        if keep_mask is None:
             dx.addmm_(outer, a)
         else:
-            dx += (outer @ a).mul_(kept).div_(1 - dropout)
-    da = outer.T @ _dropped(x, kept, dropout)
+            dx += (outer @ a).mul_(keep_mask).div_(1 - dropout)
+    da = outer.T @ _dropout(x, keep_mask, dropout)
     db = (grad.T @ inner).mul_(scaling)
     return dx, da.to(lora_a.dtype), db.to(lora_b.dtype)
 
@@ -93,28 +94,29 @@ def _backward(
 @_backward.register_fake
 def _(
     grad: Any, x: Tensor, inner: Any, weight: Any, packed: Any, absmax: Any, nested: Any, block_sizes: Any, kind: str,
-    lora_a: Tensor, lora_b: Tensor, scaling: float, kept: Any, dropout: float, x_too: bool,
+    lora_a: Tensor, lora_b: Tensor, scaling: float, keep_mask: Any, dropout: float, needs_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return torch.empty_like(x) if x_too else x.new_empty(0), torch.empty_like(lora_a), torch.empty_like(lora_b)
+    return torch.empty_like(x) if needs_dx else x.new_empty(0), torch.empty_like(lora_a), torch.empty_like(lora_b)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, packed, absmax, nested, block_sizes, kind, _, lora_a, lora_b, scaling, bias, kept, dropout, _ = inputs
-    ctx.save_for_backward(x, output[1], output[2], packed, absmax, lora_a, lora_b, bias, kept, *nested)
-    ctx.rest = (block_sizes, kind, scaling, dropout)
+    x, packed, absmax, nested, block_sizes, kind, _, lora_a, lora_b, scaling, bias, keep_mask, dropout, _ = inputs
+    ctx.save_for_backward(x, output[1], output[2], packed, absmax, lora_a, lora_b, bias, keep_mask, *nested)
+    ctx.options = (block_sizes, kind, scaling, dropout)
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
-    x, inner, weight, packed, absmax, lora_a, lora_b, bias, kept, *nested = ctx.saved_tensors
-    block_sizes, kind, scaling, dropout = ctx.rest
-    x_too = ctx.needs_input_grad[0]
+    x, inner, weight, packed, absmax, lora_a, lora_b, bias, keep_mask, *nested = ctx.saved_tensors
+    block_sizes, kind, scaling, dropout = ctx.options
+    needs_dx = ctx.needs_input_grad[0]
     dx, da, db = _backward(
-        grad, x, inner, weight, packed, absmax, nested, block_sizes, kind, lora_a, lora_b, scaling, kept, dropout, x_too
-    )
+        grad, x, inner, weight, packed, absmax, nested, block_sizes, kind, lora_a, lora_b, scaling, keep_mask, dropout,
+        needs_dx,
+    )  # fmt: skip
     dbias = grad.sum(0).to(bias.dtype) if bias is not None and ctx.needs_input_grad[10] else None
     empty = [None] * len(nested)
-    return dx if x_too else None, None, None, empty, None, None, None, da, db, None, dbias, None, None, None
+    return dx if needs_dx else None, None, None, empty, None, None, None, da, db, None, dbias, None, None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_save)

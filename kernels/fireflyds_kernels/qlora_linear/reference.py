@@ -1,4 +1,4 @@
-"""The definition: unpack, multiply, add the adapter."""
+"""Reference implementation: dequantise, multiply, add the adapter."""
 
 from typing import Any
 

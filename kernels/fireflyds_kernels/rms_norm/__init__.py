@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation, with the residual sum in front of it."""
+"""Root-mean-square normalisation, with an optional residual sum before it."""
 
 from typing import overload
 
@@ -16,16 +16,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     """weight · s / √(mean(s²) + eps) over the last dimension, with s = x, or x + residual (arXiv 1910.07467).
 
     Args:
-        x: `[..., d]`. The mean is taken in float32, and the quotient rounded to x's type before it meets the weight,
-            as LLaMA does.
+        x: `[..., d]`. The mean is taken in float32, and the quotient is rounded to x's type before the multiplication
+            with the weight, as in LLaMA.
         weight: `[d]`.
-        residual: like x.
+        residual: `[..., d]` of x's type, or None.
 
     Returns:
-        The norm, of x's and weight's common type; with a residual also the sum s, for the next residual.
+        The normalised s, of x's and weight's promoted type; with a residual also the sum s, for the next residual.
 
     Raises:
-        ValueError: shapes that do not fit together.
+        ValueError: shapes or types that do not match.
     """
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"rms_norm: weight [d] expected with d={x.shape[-1]}, got {[*weight.shape]}")
@@ -34,13 +34,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
             f"rms_norm: residual {residual.dtype} {[*residual.shape]} is not like x {x.dtype} {[*x.shape]}"
         )
     run = dispatch.select("rms_norm", x, head_dim=x.shape[-1])
-    found: Tensor | tuple[Tensor, Tensor] = run(x, weight, eps, residual)
-    return found
+    result: Tensor | tuple[Tensor, Tensor] = run(x, weight, eps, residual)
+    return result
 
 
-def _triton(where: dispatch.DispatchKey) -> str | None:
-    # One program holds a whole row.
-    return "rows over 32,768 do not fit a program" if where.head_dim > 32_768 else requires_triton(60)(where)
+def _triton(key: dispatch.DispatchKey) -> str | None:
+    # One program processes a whole row.
+    return (
+        "rows of more than 32,768 elements do not fit in one program"
+        if key.head_dim > 32_768
+        else requires_triton(60)(key)
+    )
 
 
 dispatch.Kernel(

@@ -1,4 +1,4 @@
-"""The definition, in plain PyTorch."""
+"""Reference implementation in plain PyTorch."""
 
 import torch
 from torch import Tensor

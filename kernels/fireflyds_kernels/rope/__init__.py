@@ -1,4 +1,4 @@
-"""Rotary position embedding of queries and keys, from one table a step."""
+"""Rotary position embedding of queries and keys, from one table of angles per step."""
 
 from torch import Tensor
 
@@ -12,14 +12,14 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     Args:
         q: `[T, H, D]`; k: `[T, Hk, D]`.
         cos, sin: `[T, R]`, without gradient, R ≤ D even, the second half equal to the first, as transformers makes
-            them. Positions that restart in every document and scaled frequencies (NTK, YaRN) are a matter of this
-            table alone, which is made once a step.
+            them. Positions that restart in every document and scaled frequencies (NTK, YaRN) are part of this table,
+            which is computed once per step.
 
     Returns:
-        The rotated q and k; dimensions from R on stay as they are.
+        The rotated q and k; dimensions from R on are unchanged.
 
     Raises:
-        ValueError: shapes that do not fit together.
+        ValueError: shapes or types that do not match.
     """
     if q.dim() != 3 or k.dim() != 3 or q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2] or q.dtype != k.dtype:
         raise ValueError(
@@ -37,8 +37,8 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
             f"got {[*cos.shape]}, {[*sin.shape]}"
         )
     run = dispatch.select("rope", q)
-    found: tuple[Tensor, Tensor] = run(q, k, cos, sin)
-    return found
+    rotated: tuple[Tensor, Tensor] = run(q, k, cos, sin)
+    return rotated
 
 
 dispatch.Kernel(

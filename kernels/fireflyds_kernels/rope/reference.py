@@ -1,4 +1,4 @@
-"""The definition, in plain PyTorch."""
+"""Reference implementation in plain PyTorch."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    turned, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
-    first, second = turned.chunk(2, dim=-1)
-    turned = (turned * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)
-    return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
+    rotated, unrotated = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
+    first, second = rotated.chunk(2, dim=-1)
+    rotated = (rotated * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)
+    return torch.cat((rotated, unrotated), -1) if unrotated.shape[-1] else rotated

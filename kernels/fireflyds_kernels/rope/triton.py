@@ -1,4 +1,4 @@
-"""Queries and keys in one launch, a token a program; the gradient turns back by the same angles."""
+"""Queries and keys in one launch, one program per token; the gradient is rotated by the negative angles."""
 
 from typing import Any
 
@@ -23,14 +23,14 @@ def _rotate(
     target = out_ptr + token * (HEADS * D) + heads * D + pairs
     first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(source + R // 2, mask=inside, other=0.0).to(tl.float32)
-    kind = out_ptr.dtype.element_ty
-    tl.store(target, (first * cos - second * sin * sign).to(kind), mask=inside)
-    tl.store(target + R // 2, (second * cos + first * sin * sign).to(kind), mask=inside)
+    dtype = out_ptr.dtype.element_ty
+    tl.store(target, (first * cos - second * sin * sign).to(dtype), mask=inside)
+    tl.store(target + R // 2, (second * cos + first * sin * sign).to(dtype), mask=inside)
     if R < D:
-        rest = R + tl.arange(0, REST)[None]
-        inside = (heads < HEADS) & (rest < D)
-        kept = tl.load(x_ptr + token * stride + heads * head_stride + rest, mask=inside, other=0.0)
-        tl.store(out_ptr + token * (HEADS * D) + heads * D + rest, kept, mask=inside)
+        columns = R + tl.arange(0, REST)[None]
+        inside = (heads < HEADS) & (columns < D)
+        values = tl.load(x_ptr + token * stride + heads * head_stride + columns, mask=inside, other=0.0)
+        tl.store(out_ptr + token * (HEADS * D) + heads * D + columns, values, mask=inside)
 
 
 @triton.jit
@@ -48,7 +48,7 @@ def rope_kernel(
 
 
 def constants(q_heads: int, kv_heads: int, head_dim: int, turned: int) -> dict[str, Any]:
-    """What the kernel is compiled for."""
+    """Compile-time constants of the kernel."""
     return {
         "H": q_heads, "ALL_H": triton.next_power_of_2(q_heads), "HK": kv_heads, "ALL_HK": triton.next_power_of_2(kv_heads),
         "D": head_dim, "R": turned, "HALF": triton.next_power_of_2(turned // 2),
@@ -57,8 +57,8 @@ def constants(q_heads: int, kv_heads: int, head_dim: int, turned: int) -> dict[s
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    found: tuple[Tensor, Tensor] = _rotated(q, k, cos, sin, 1.0)
-    return found
+    rotated: tuple[Tensor, Tensor] = _rotated(q, k, cos, sin, 1.0)
+    return rotated
 
 
 @torch.library.custom_op("fireflyds::rope", mutates_args=())

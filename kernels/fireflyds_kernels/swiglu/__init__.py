@@ -7,7 +7,7 @@ from fireflyds_kernels.dispatch import Implementation, always, requires_triton
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) · up, with silu(x) = x · σ(x) (arXiv 2002.05202). Shapes are equal, any.
+    """silu(gate) · up, with silu(x) = x · σ(x) (arXiv 2002.05202), for gate and up of equal shape.
 
     Raises:
         ValueError: shapes or types that differ.
@@ -16,8 +16,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         raise ValueError(
             f"swiglu: gate {gate.dtype} {[*gate.shape]} and up {up.dtype} {[*up.shape]} must be of one shape and type"
         )
-    found: Tensor = dispatch.select("swiglu", gate)(gate, up)
-    return found
+    result: Tensor = dispatch.select("swiglu", gate)(gate, up)
+    return result
 
 
 dispatch.Kernel(

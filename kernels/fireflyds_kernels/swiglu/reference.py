@@ -1,4 +1,4 @@
-"""The definition, in plain PyTorch."""
+"""Reference implementation in plain PyTorch."""
 
 from torch import Tensor
 from torch.nn.functional import silu

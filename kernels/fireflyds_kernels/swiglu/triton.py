@@ -1,4 +1,4 @@
-"""One pass each way. The backward pass computes silu again: only gate and up are kept."""
+"""One pass forward, one backward. The backward pass recomputes silu: only gate and up are saved."""
 
 from typing import Any
 
@@ -14,35 +14,35 @@ BLOCK = 1024
 
 @triton.jit
 def forward_kernel(gate_ptr, up_ptr, out_ptr, count, BLOCK: tl.constexpr):
-    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = places < count
-    gate = tl.load(gate_ptr + places, mask=inside, other=0.0)
-    up = tl.load(up_ptr + places, mask=inside, other=0.0).to(tl.float32)
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < count
+    gate = tl.load(gate_ptr + offsets, mask=inside, other=0.0)
+    up = tl.load(up_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     wide = gate.to(tl.float32)
-    # silu is rounded to the narrow type before it meets up, as the definition does.
+    # silu is rounded to the narrow type before the product with up, as in the reference.
     silu = (wide * tl.sigmoid(wide)).to(gate.dtype).to(tl.float32)
-    tl.store(out_ptr + places, (silu * up).to(gate.dtype), mask=inside)
+    tl.store(out_ptr + offsets, (silu * up).to(gate.dtype), mask=inside)
 
 
 @triton.jit
 def backward_kernel(grad_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, count, BLOCK: tl.constexpr):
-    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = places < count
-    grad = tl.load(grad_ptr + places, mask=inside, other=0.0).to(tl.float32)
-    gate = tl.load(gate_ptr + places, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + places, mask=inside, other=0.0).to(tl.float32)
-    share = tl.sigmoid(gate)
-    kind = dgate_ptr.dtype.element_ty
-    tl.store(dgate_ptr + places, (grad * up * share * (1 + gate * (1 - share))).to(kind), mask=inside)
-    tl.store(dup_ptr + places, (grad * gate * share).to(kind), mask=inside)
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < count
+    grad = tl.load(grad_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(gate_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    dtype = dgate_ptr.dtype.element_ty
+    tl.store(dgate_ptr + offsets, (grad * up * sigmoid * (1 + gate * (1 - sigmoid))).to(dtype), mask=inside)
+    tl.store(dup_ptr + offsets, (grad * gate * sigmoid).to(dtype), mask=inside)
 
 
 LAUNCH = {"BLOCK": BLOCK, "num_warps": 4, "enable_fp_fusion": True}
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    found: Tensor = _forward(gate, up)
-    return found
+    out: Tensor = _forward(gate, up)
+    return out
 
 
 @torch.library.custom_op("fireflyds::swiglu", mutates_args=())
@@ -80,8 +80,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-    found: tuple[Tensor, Tensor] = _backward(grad, *ctx.saved_tensors)
-    return found
+    gradients: tuple[Tensor, Tensor] = _backward(grad, *ctx.saved_tensors)
+    return gradients
 
 
 _forward.register_autograd(_gradients, setup_context=_save)
