@@ -1,1 +1,1 @@
-"""Checks whether this machine and these inputs are fit to train."""
+"""Diagnostics: checks that hosts, libraries, GPUs and inputs are ready for training."""

@@ -1,4 +1,4 @@
-"""A finding."""
+"""Result of one check: severity, message and remedy."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Severity(IntEnum):
-    """`warning` trains, but slower or with less than could be; `error` does not train, or not rightly."""
+    """`warning`: training works, but is slower or limited; `error`: training fails or gives wrong results."""
 
     ok = 0
     warning = 1
@@ -16,7 +16,7 @@ class Severity(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One finding. `host` is empty where it is of all ranks together."""
+    """Result of one check. `host` is empty where it concerns all ranks together."""
 
     name: str
     severity: Severity
@@ -24,12 +24,12 @@ class Check:
     remedy: str = ""
     host: str = ""
     value: float | None = None
-    """The measured number, in the unit that `unit` names."""
+    """The measured value, in units of `unit`."""
     unit: str = ""
 
     def __post_init__(self) -> None:
         if (self.severity is Severity.ok) == bool(self.remedy):
-            raise ValueError(f"{self.name}: a remedy belongs to yellow and red findings, and to all of them")
+            raise ValueError(f"{self.name}: a remedy is required for warnings and errors, and not allowed otherwise")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"severity": self.severity.name}
@@ -52,7 +52,7 @@ def failed(name: str, message: str, remedy: str) -> Check:
 
 
 def on_host(host: str, checks: Iterable[Check]) -> list[Check]:
-    """The same findings, of that host."""
+    """Returns copies of the checks with `host` set."""
     return [replace(check, host=host) for check in checks]
 
 

@@ -1,18 +1,18 @@
-"""How far the clocks of the hosts differ, judged."""
+"""Check of the clock offsets between hosts."""
 
 from fireflyds.distributed.clock_offset import largest_offset
 from fireflyds.distributed.host_identity import describe_ranks
 from fireflyds.doctor.check import Check, failed, passed, warning
 
-# Slurm's munge refuses credentials that are older than that by the other host's clock, in seconds.
+# Maximum age in seconds of credentials that Slurm's munge accepts, by the clock of the receiving host.
 _MUNGE_SECONDS = 300
 
 
 def check_clocks(offsets: dict[int, tuple[float, float]], leaders: list[int], hosts: list[str], limit: float) -> Check:
-    """`leaders` are the ranks that were asked, `offsets` those of `measure_offsets`; `hosts` by rank; `limit` in seconds."""
-    if silent := [rank for rank in leaders if rank and rank not in offsets]:
-        named = describe_ranks(silent, hosts)
-        return failed("clock skew", f"not known: no answer of {named}", "see the log of that rank")
+    """`offsets` of `measure_offsets`; `leaders`: the ranks that were pinged; `hosts` by rank; `limit` in seconds."""
+    if unresponsive := [rank for rank in leaders if rank and rank not in offsets]:
+        names = describe_ranks(unresponsive, hosts)
+        return failed("clock skew", f"unknown: no answer from {names}", "see the log of that rank")
     largest = largest_offset(offsets, hosts)
     if not largest.exceeds(limit):
         text = f"{largest.seconds:.4f} s apart at most, ± {largest.precision:.4f} s"

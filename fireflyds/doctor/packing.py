@@ -1,4 +1,4 @@
-"""Proof on this machine and model that packing changes nothing: packed equals one by one, no document sees another."""
+"""Checks that packing is exact: loss and gradients equal those of single documents, and documents do not interact."""
 
 import os
 from collections.abc import Iterator
@@ -20,30 +20,30 @@ from fireflyds.models.precision import DTYPES, resolve_precision
 from fireflyds.models.rope_scaling import check_max_positions
 from fireflyds.types import PackedBatch
 
-# Largest relative differences that rounding explains, by number format: of the loss, of all gradients together.
+# Maximum relative differences due to rounding, by dtype: of the loss, and of all gradients together.
 TOLERANCES = {torch.float32: (1e-5, 1e-3), torch.bfloat16: (1e-2, 5e-2), torch.float16: (2e-3, 2e-2)}
 
 
 @dataclass(frozen=True, slots=True)
 class ImplementationResult:
-    """One implementation of packed attention, with the model around it."""
+    """Result for one implementation of packed attention, measured with the whole model."""
 
     implementation: str
     loss: float
-    """|packed - one by one| / one by one."""
+    """|packed - separate| / separate."""
     gradients: float
-    """The same of all trained parameters' gradients, in the Euclidean norm."""
+    """Relative difference of the gradients of all trainable parameters, in the Euclidean norm."""
     leakage: float
-    """Largest change of any hidden value of the other documents when one is replaced."""
+    """Largest absolute change in the hidden states of the other documents when one document is replaced."""
     proven: bool
 
 
 def validate_config(config: DoctorConfig) -> None:
-    """What cannot be proven, before anything is tried.
+    """Validates the configuration before a model is loaded.
 
     Raises:
-        UserError: no model there, no such device or number format, or documents longer than the model has positions.
-        CannotRunError: a kernel is named that does not exist.
+        UserError: no model at that path, no such device or number format, or documents longer than its positions.
+        CannotRunError: a kernel that is forced does not exist.
     """
     with dispatch.force(os.environ.get(dispatch.VARIABLE)):
         pass
@@ -53,7 +53,7 @@ def validate_config(config: DoctorConfig) -> None:
 
 
 def check_packing(config: DoctorConfig) -> tuple[Check, str]:
-    """The finding, and the table of all that was compared. What keeps it from being proven is a finding too."""
+    """Returns the check and the table of all comparisons. An error during the comparison becomes a failed check."""
     try:
         return _check_packing(config)
     except UserError as error:
@@ -62,31 +62,31 @@ def check_packing(config: DoctorConfig) -> tuple[Check, str]:
         remedy = "give layers=<fewer>, shorter documents=, precision=bf16 or fp16, or device=cpu"
         return failed("packing", f"not proven: no memory left for {config.model} and its gradients", remedy), ""
     except Exception as error:
-        found = f"not proven: {type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
+        message = f"not proven: {type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
         remedy = f"see `weights` and `base` for what is wrong in {config.model}; try device=cpu and precision=fp32"
-        return failed("packing", found, remedy), ""
+        return failed("packing", message, remedy), ""
 
 
 def _check_packing(config: DoctorConfig) -> tuple[Check, str]:
     precision = resolve_precision(HardwareConfig(precision=config.precision))
     model = load_model(config, precision)
-    about = f"{type(model).__name__} of {config.model}, {precision.name}, documents of {config.documents} tokens"
+    summary = f"{type(model).__name__} of {config.model}, {precision.name}, documents of {config.documents} tokens"
     findings = list(compare_implementations(model, list(config.documents), config.seed))
-    shown = f"{about}\n{table(findings)}"
+    comparison = f"{summary}\n{table(findings)}"
     if not findings:
-        remedy = "look at FIREFLYDS_KERNELS, and at the kernels above for what each asks of GPU and number format"
-        return failed("packing", "not proven: no packed attention runs this model here", remedy), shown
+        remedy = "check FIREFLYDS_KERNELS, and the kernels above for the GPU and number format that each requires"
+        return failed("packing", "not proven: no packed attention runs this model here", remedy), comparison
     if wrong := [finding.implementation for finding in findings if not finding.proven]:
         remedy = f"do not train with it: FIREFLYDS_KERNELS=packed_attention=<another>, and report the table with {config.model}"
-        return failed("packing", f"differs from documents one by one with {', '.join(wrong)}", remedy), shown
-    return passed("packing", f"proven for {', '.join(finding.implementation for finding in findings)}"), shown
+        return failed("packing", f"differs from separate documents with {', '.join(wrong)}", remedy), comparison
+    return passed("packing", f"proven for {', '.join(finding.implementation for finding in findings)}"), comparison
 
 
 def load_model(config: DoctorConfig, precision: Precision) -> Any:
-    """The model to examine, as transformers runs it, without dropout.
+    """Loads the model with transformers, in evaluation mode (no dropout).
 
     Raises:
-        UserError: no model there, or no such device.
+        UserError: no model at that path, or no such device.
     """
     from transformers import AutoModelForCausalLM
 
@@ -113,51 +113,51 @@ def _device(name: str) -> torch.device:
 
 
 def compare_implementations(model: Any, lengths: list[int], seed: int) -> Iterator[ImplementationResult]:
-    """One finding for every implementation of packed attention that runs here, the chosen one first. Fuses the model.
+    """Yields a result per implementation of packed attention that can run, the preferred one first. Fuses the model.
 
     Raises:
-        UserError: a model that cannot be fused, or documents longer than it has positions.
+        UserError: the model cannot be fused, or documents are longer than its number of positions.
     """
     check_max_positions(model.config, "documents: the longest", max(lengths))
     device = model.get_input_embeddings().weight.device
     generator = torch.Generator().manual_seed(seed)
     vocab_size = model.config.vocab_size
     documents = [torch.randint(0, vocab_size, (length,), generator=generator).to(device) for length in lengths]
-    alone = sum(_loss_alone(model, ids) for ids in documents)
-    # Held on the host: two sets of gradients need not fit the device.
-    wanted = _take_gradients(model)
+    reference_loss = sum(_separate_loss(model, ids) for ids in documents)
+    # Kept on the host, since two sets of gradients may not fit on the device.
+    reference_gradients = _take_gradients(model)
     fuse(model)
     batch = _packed(documents)
-    other = torch.randint(0, vocab_size, (lengths[len(lengths) // 2],), generator=generator).to(device)
-    changed = _packed([other if i == len(lengths) // 2 else ids for i, ids in enumerate(documents)])
-    kept = torch.ones(sum(lengths), dtype=torch.bool, device=device)
-    kept[sum(lengths[: len(lengths) // 2]) : sum(lengths[: len(lengths) // 2 + 1])] = False
+    replacement = torch.randint(0, vocab_size, (lengths[len(lengths) // 2],), generator=generator).to(device)
+    changed_batch = _packed([replacement if i == len(lengths) // 2 else ids for i, ids in enumerate(documents)])
+    is_unchanged = torch.ones(sum(lengths), dtype=torch.bool, device=device)
+    is_unchanged[sum(lengths[: len(lengths) // 2]) : sum(lengths[: len(lengths) // 2 + 1])] = False
     for name in _implementations(model, device):
         with dispatch.force(packed_attention=name):
             loss = model(**batch)
             loss.backward()
-            gradients = _distance(_take_gradients(model), wanted)
+            gradients = _distance(_take_gradients(model), reference_gradients)
             with torch.no_grad():
-                before, after = (_hidden(model, each) for each in (batch, changed))
-            leakage = float((before - after)[0, kept].abs().max()) if len(lengths) > 1 else 0.0
-        relative = abs(loss.item() - alone) / max(abs(alone), 1e-12)
+                before, after = (_hidden(model, inputs) for inputs in (batch, changed_batch))
+            leakage = float((before - after)[0, is_unchanged].abs().max()) if len(lengths) > 1 else 0.0
+        relative = abs(loss.item() - reference_loss) / max(abs(reference_loss), 1e-12)
         most_loss, most_gradients = TOLERANCES[before.dtype]
         proven = relative <= most_loss and gradients <= most_gradients and leakage == 0
         yield ImplementationResult(name, relative, gradients, leakage, proven)
 
 
 def table(findings: list[ImplementationResult]) -> str:
-    """Findings for people to read."""
+    """Formats the results as a text table."""
     lines = ["attention      loss differs  gradients differ  leakage   severity"]
-    for each in findings:
-        severity = "proven" if each.proven else "NOT EQUAL"
+    for finding in findings:
+        severity = "proven" if finding.proven else "NOT EQUAL"
         lines.append(
-            f"{each.implementation:<14} {each.loss:>12.1e}  {each.gradients:>16.1e}  {each.leakage:>7.1e}   {severity}"
+            f"{finding.implementation:<14} {finding.loss:>12.1e}  {finding.gradients:>16.1e}  {finding.leakage:>7.1e}   {severity}"
         )
     return "\n".join(lines)
 
 
-def _loss_alone(model: Any, ids: Tensor) -> float:
+def _separate_loss(model: Any, ids: Tensor) -> float:
     if len(ids) < 2:
         return 0.0
     loss = cross_entropy(model(ids[None]).logits[0, :-1].float(), ids[1:], reduction="sum")
@@ -166,17 +166,19 @@ def _loss_alone(model: Any, ids: Tensor) -> float:
 
 
 def _take_gradients(model: Any) -> dict[str, Tensor]:
-    found = {name: p.grad.float().cpu() for name, p in model.named_parameters() if p.grad is not None}
+    gradients = {name: p.grad.float().cpu() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
-    return found
+    return gradients
 
 
-def _distance(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
-    """Over all parameters; one that has a gradient on one side only is all difference."""
+def _distance(gradients: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Relative Euclidean distance over all parameters; a gradient that exists on one side only is zero on the other."""
     zero = torch.zeros(())
-    names = found.keys() | wanted.keys()
-    apart = sum(float((found.get(name, zero) - wanted.get(name, zero)).double().square().sum()) for name in names)
-    return (apart / max(sum(float(g.double().square().sum()) for g in wanted.values()), 1e-30)) ** 0.5
+    names = gradients.keys() | expected.keys()
+    squared_error = sum(
+        float((gradients.get(name, zero) - expected.get(name, zero)).double().square().sum()) for name in names
+    )
+    return (squared_error / max(sum(float(g.double().square().sum()) for g in expected.values()), 1e-30)) ** 0.5
 
 
 def _packed(documents: list[Tensor]) -> dict[str, Any]:
@@ -190,6 +192,6 @@ def _hidden(model: Any, batch: dict[str, Any]) -> Tensor:
 
 
 def _implementations(model: Any, device: torch.device) -> list[str]:
-    """Those that can run what this model asks for, as far as its configuration tells."""
-    where = attention_dispatch_key(model.config, device, model.get_input_embeddings().weight.dtype)
-    return dispatch.runnable("packed_attention", where)
+    """Implementations of packed attention that support this model, according to its configuration."""
+    key = attention_dispatch_key(model.config, device, model.get_input_embeddings().weight.dtype)
+    return dispatch.runnable("packed_attention", key)

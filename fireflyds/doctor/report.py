@@ -1,4 +1,4 @@
-"""All findings, for people or for programs."""
+"""Formats all check results as text or as JSON."""
 
 import contextlib
 import json
@@ -12,27 +12,27 @@ from typing import TextIO
 from fireflyds.doctor.check import Check, Severity, worst
 
 WIDTH = 120
-_NAME = 18
+_NAME_WIDTH = 18
 _COLOURS = {"ok": "\033[32m", "warning": "\033[33m", "error": "\033[31m"}
 
 
 @contextlib.contextmanager
 def exclusive_stdout() -> Iterator[TextIO]:
-    """Where the report goes. What libraries print meanwhile, NCCL's own code included, goes to stderr."""
+    """Yields the stdout stream of the report. Other output to stdout, also from C libraries (NCCL), goes to stderr."""
     sys.stdout.flush()
-    kept = os.dup(1)
+    stdout_fd = os.dup(1)
     os.dup2(2, 1)
     try:
-        with open(kept, "w", encoding="utf-8", closefd=False) as stream:
+        with open(stdout_fd, "w", encoding="utf-8", closefd=False) as stream:
             yield stream
     finally:
         sys.stdout.flush()
-        os.dup2(kept, 1)
-        os.close(kept)
+        os.dup2(stdout_fd, 1)
+        os.close(stdout_fd)
 
 
 def checks_to_json(checks: list[Check], ranks: int, hosts: list[str], kernels: list[str]) -> str:
-    """One line."""
+    """The report as one line of JSON."""
     document = {
         "severity": worst(checks).name,
         "ranks": ranks,
@@ -44,17 +44,17 @@ def checks_to_json(checks: list[Check], ranks: int, hosts: list[str], kernels: l
 
 
 def format_checks(checks: list[Check], hosts: list[str], *, coloured: bool) -> str:
-    """For people: the worst of each name first within it; what several hosts have in common once."""
+    """The report as text: per name the most severe check first; a result that hosts share is printed once."""
     lines = []
-    for check, where in _together(checks, hosts):
+    for check, host_prefix in _group_checks(checks, hosts):
         severity = check.severity.name
-        shown = f"{_COLOURS[severity]}{severity:<7}\033[0m" if coloured else f"{severity:<7}"
-        head, indent = f"{check.name:<{_NAME}} ", " " * (_NAME + 9)
-        found = textwrap.wrap(
-            where + check.message, WIDTH - len(indent), break_long_words=False, break_on_hyphens=False
+        label = f"{_COLOURS[severity]}{severity:<7}\033[0m" if coloured else f"{severity:<7}"
+        head, indent = f"{check.name:<{_NAME_WIDTH}} ", " " * (_NAME_WIDTH + 9)
+        message_lines = textwrap.wrap(
+            host_prefix + check.message, WIDTH - len(indent), break_long_words=False, break_on_hyphens=False
         )
-        lines.append(f"{head}{shown} {found[0] if found else ''}".rstrip())
-        lines += [indent + line for line in found[1:]]
+        lines.append(f"{head}{label} {message_lines[0] if message_lines else ''}".rstrip())
+        lines += [indent + line for line in message_lines[1:]]
         if check.remedy:
             lines += textwrap.wrap(
                 f"-> {check.remedy}",
@@ -69,30 +69,30 @@ def format_checks(checks: list[Check], hosts: list[str], *, coloured: bool) -> s
     return "\n".join(lines)
 
 
-def _together(checks: list[Check], hosts: list[str]) -> list[tuple[Check, str]]:
-    """Findings in the order of their names, each with the hosts it is of. Those that are ok and that differ in numbers
-    only are shown by the first."""
+def _group_checks(checks: list[Check], hosts: list[str]) -> list[tuple[Check, str]]:
+    """Checks by name, in order of first appearance, each with a prefix that names its hosts. Passed checks that differ
+    only in numbers are represented by the first one."""
     names = list(dict.fromkeys(check.name for check in checks))
     rows = []
     for name in names:
-        alike: dict[tuple[Severity, str], list[Check]] = {}
+        groups: dict[tuple[Severity, str], list[Check]] = {}
         for check in checks:
             if check.name == name:
-                # Not the number in `A100`, which is a name.
-                told = re.sub(r"(?<![A-Za-z])\d[\d.,]*", "", check.message) if check.host else check.message
-                told = told if check.severity is Severity.ok else check.message + check.remedy
-                alike.setdefault((check.severity, told), []).append(check)
-        for _, group in sorted(alike.items(), key=lambda item: -item[0][0]):
-            rows.append((group[0], _place(group, hosts, varies=len({each.message for each in group}) > 1)))
+                # Digits within a name, such as `A100`, are kept.
+                group_key = re.sub(r"(?<![A-Za-z])\d[\d.,]*", "", check.message) if check.host else check.message
+                group_key = group_key if check.severity is Severity.ok else check.message + check.remedy
+                groups.setdefault((check.severity, group_key), []).append(check)
+        for _, group in sorted(groups.items(), key=lambda item: -item[0][0]):
+            rows.append((group[0], _format_hosts(group, hosts, varies=len({member.message for member in group}) > 1)))
     return rows
 
 
-def _place(group: list[Check], hosts: list[str], *, varies: bool) -> str:
-    of = [check.host for check in group if check.host]
-    if len(hosts) < 2 or not of:
+def _format_hosts(group: list[Check], hosts: list[str], *, varies: bool) -> str:
+    names = [check.host for check in group if check.host]
+    if len(hosts) < 2 or not names:
         return ""
     if varies:
-        return f"{of[0]} (as good on {len(of) - 1} more): "
-    if len(of) == len(hosts):
+        return f"{names[0]} (similar on {len(names) - 1} more): "
+    if len(names) == len(hosts):
         return "all hosts: "
-    return f"{', '.join(of[:4])}{f' and {len(of) - 4} more' if len(of) > 4 else ''}: "
+    return f"{', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}: "

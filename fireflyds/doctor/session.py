@@ -1,4 +1,4 @@
-"""The examination over all ranks: rank 0 asks and judges, the others answer. One process alone is the same with n = 1."""
+"""Runs the checks over all ranks: rank 0 sends requests and evaluates the answers of the others."""
 
 import contextlib
 import os
@@ -18,32 +18,36 @@ from fireflyds.doctor.hosts import check_hosts, check_terminated, check_unrespon
 from fireflyds.doctor.signal_guards import TerminatedError
 from fireflyds.errors import UserError
 
-# Of deepspeed, and of torchrun over several hosts.
+# Default of deepspeed, and of torchrun over several hosts.
 LAUNCHERS_PORT = 29500
-# Timeouts that a host's look may take: its disk one, its files another, and what does not wait for drives.
-_LOOKS = 3
-# Seconds for taking away a file that nobody needs any more.
-_CLEAN_UP = 5.0
+# Timeouts that the inspection of a host may take: one for its disk, one for its input files, one for the rest.
+_INSPECTION_TIMEOUTS = 3
+# Timeout in seconds for removing the token file.
+_CLEAN_UP_SECONDS = 5.0
 
 
 def examine(me: RankInfo, config: DoctorConfig) -> tuple[list[Check], list[str]] | None:
-    """The findings and the hosts, on rank 0; None elsewhere.
+    """Runs all checks. Returns the checks and the host names on rank 0, None on other ranks.
 
     Raises:
-        UserError: on another rank: rank 0 is not to be found. On rank 0: its port is taken.
+        UserError: rank 0 cannot be reached (on other ranks), or its port is in use (on rank 0).
     """
     if me.world_size == 1:
         host = socket.gethostname()
-        alone = passed("ranks", "one process; deepspeed --num_gpus N, torchrun or srun try what lies between ranks")
-        return [*on_host(host, inspect_host(config, 1, 1, len(os.sched_getaffinity(0)))), alone, check_port()], [host]
+        ranks_check = passed(
+            "ranks", "one process; deepspeed --num_gpus N, torchrun or srun also check the links between ranks"
+        )
+        return [*on_host(host, inspect_host(config, 1, 1, len(os.sched_getaffinity(0)))), ranks_check, check_port()], [
+            host
+        ]
     channel = StoreChannel(me, config.timeout)
     with contextlib.ExitStack() as stack:
-        parts = _handlers(channel, config, stack)
+        handlers = _handlers(channel, config, stack)
         if me.rank:
-            # Rank 0 looks itself, at a disk and a set of files among others, and then waits for the others' looks.
-            channel.serve(parts, (3 + _LOOKS) * config.timeout)
+            # Rank 0 first inspects its own host, including disk and input files, then waits for the other hosts.
+            channel.serve(handlers, (3 + _INSPECTION_TIMEOUTS) * config.timeout)
             return None
-        report = ReportBuilder(channel, config, parts)
+        report = ReportBuilder(channel, config, handlers)
         try:
             _run(report, me, config)
         except TerminatedError:
@@ -54,23 +58,23 @@ def examine(me: RankInfo, config: DoctorConfig) -> tuple[list[Check], list[str]]
 def _run(report: "ReportBuilder", me: RankInfo, config: DoctorConfig) -> None:
     try:
         report.run()
-    except UnresponsiveRanksError as silent:
+    except UnresponsiveRanksError as error:
         if not report.checks:
             local = local_world_size() or 1
             report.checks = on_host(
                 socket.gethostname(), inspect_host(config, local, max(1, me.world_size // local), None)
             )
-        report.checks.append(check_unresponsive(silent, me, report.hosts, config.timeout))
+        report.checks.append(check_unresponsive(error, me, report.hosts, config.timeout))
     report.channel.end()
 
 
 def inspect_host(config: DoctorConfig, ranks_here: int, num_hosts: int, cores: int | None) -> list[Check]:
-    """What one process of a host can say of it. `cores` are those that its ranks may use together, if known."""
-    found = gpus.look()
+    """Runs the checks of one host. `cores`: number of cores that its ranks may use together, None if unknown."""
+    visible_gpus = gpus.look()
     return [
         *versions.check_all(),
         *gpus.check_all(ranks_here),
-        *machine.check_all(config, ranks_here, num_hosts, len(found), cores),
+        *machine.check_all(config, ranks_here, num_hosts, len(visible_gpus), cores),
         *inputs.check_all(config),
     ]
 
@@ -78,10 +82,10 @@ def inspect_host(config: DoctorConfig, ranks_here: int, num_hosts: int, cores: i
 def _handlers(
     channel: StoreChannel, config: DoctorConfig, stack: contextlib.ExitStack
 ) -> dict[str, Callable[[Any], Any]]:
-    """What a rank does when a step is called."""
+    """Handlers of one rank by name of the step that rank 0 calls."""
     me = channel.me
 
-    def here(payload: Any) -> dict[str, Any]:
+    def identify(payload: Any) -> dict[str, Any]:
         return {
             "host": socket.gethostname(),
             "machine": boot_id(),
@@ -90,33 +94,33 @@ def _handlers(
             "versions": versions.installed(versions.own_requirements()),
         }
 
-    def look_here(payload: Any) -> list[dict[str, Any]]:
+    def inspect_leader(payload: Any) -> list[dict[str, Any]]:
         if me.rank not in payload["leaders"]:
             return []
-        place, num_hosts = payload["leaders"].index(me.rank), len(payload["leaders"])
-        found = inspect_host(config, payload["ranks"][place], num_hosts, payload["cores"][place])
-        return [check.to_dict() for check in found]
+        index, num_hosts = payload["leaders"].index(me.rank), len(payload["leaders"])
+        checks = inspect_host(config, payload["ranks"][index], num_hosts, payload["cores"][index])
+        return [check.to_dict() for check in checks]
 
-    def open_door(payload: Any) -> list[Any] | None:
+    def open_port(payload: Any) -> list[Any] | None:
         if me.rank not in payload["leaders"]:
             return None
         address, listens_on = links.announced_address(me, config.timeout)
-        door = stack.enter_context(links.listening_socket(listens_on))
-        return [address, door.getsockname()[1]]
+        listener = stack.enter_context(links.listening_socket(listens_on))
+        return [address, listener.getsockname()[1]]
 
     return {
-        "here": here,
-        "look": look_here,
+        "identify": identify,
+        "inspect": inspect_leader,
         "clock skew": lambda payload: clock_offset.answer_pings(channel, payload) if me.rank else None,
-        "open ports": open_door,
-        "ports": lambda payload: links.connect_to([tuple(each) for each in payload.get(str(me.rank), [])]),
+        "open ports": open_port,
+        "ports": lambda payload: links.connect_to([tuple(target) for target in payload.get(str(me.rank), [])]),
         "shared folder": lambda payload: shared_folder.read_token(config.runs, config.shared_timeout, payload),
         "all-reduce": lambda payload: links.all_reduce(channel, config),
     }
 
 
 class ReportBuilder:
-    """Rank 0's side: findings as they come in, so that what is known is told even when somebody falls silent."""
+    """Rank 0's side: collects checks one by one, so that a partial report exists when a rank stops answering."""
 
     def __init__(self, channel: StoreChannel, config: DoctorConfig, parts: dict[str, Callable[[Any], Any]]) -> None:
         self.channel, self.config, self._parts = channel, config, parts
@@ -126,46 +130,50 @@ class ReportBuilder:
         self._leaders: list[int] = []
 
     def run(self) -> None:
-        """Raises `SilentError` as soon as a rank does not answer."""
-        here = self._here()
-        self.hosts = distinct_host_names([answer["host"] for answer in here], [answer["machine"] for answer in here])
+        """Runs all steps. Raises `UnresponsiveRanksError` as soon as a rank does not answer."""
+        identities = self._identify_ranks()
+        self.hosts = distinct_host_names(
+            [answer["host"] for answer in identities], [answer["machine"] for answer in identities]
+        )
         self._leaders = [self.hosts.index(host) for host in dict.fromkeys(self.hosts)]
-        self._look([set(answer["cores"]) for answer in here])
+        self._inspect_hosts([set(answer["cores"]) for answer in identities])
         self.checks.append(check_hosts(self.hosts, self.channel.me.master_addr))
         if len(self._leaders) > 1:
             self.checks.append(
-                versions.check_same({self.hosts[rank]: here[rank]["versions"] for rank in self._leaders})
+                versions.check_same({self.hosts[rank]: identities[rank]["versions"] for rank in self._leaders})
             )
-            self.checks.append(gpus.check_same([answer["gpus"] for answer in here], self.hosts))
+            self.checks.append(gpus.check_same([answer["gpus"] for answer in identities], self.hosts))
         self._ports()
         self._clocks()
         self._shared_folder()
         try:
             answers = self._call("all-reduce")
-        except UnresponsiveRanksError as silent:
-            nothing = {"error": ""}
-            answers = [silent.answers.get(rank, nothing) for rank in range(len(self.hosts))]
+        except UnresponsiveRanksError as error:
+            no_answer = {"error": ""}
+            answers = [error.answers.get(rank, no_answer) for rank in range(len(self.hosts))]
         joined = [self.channel.has(f"joined/{rank}") for rank in range(len(answers))]
         self.checks.append(links.check_all_reduce(answers, self.hosts, joined, self.config))
 
-    def _here(self) -> list[dict[str, Any]]:
-        answers = self._call("here")
-        if failed := [rank for rank, answer in enumerate(answers) if "error" in answer]:
-            raise UserError(f"rank {failed[0]}: {answers[failed[0]]['error']}. See the log of that rank")
+    def _identify_ranks(self) -> list[dict[str, Any]]:
+        answers = self._call("identify")
+        if failing := [rank for rank, answer in enumerate(answers) if "error" in answer]:
+            raise UserError(f"rank {failing[0]}: {answers[failing[0]]['error']}. See the log of that rank")
         return answers
 
     def _call(self, step: str, payload: Any = None, times: int = 1) -> list[Any]:
         return self.channel.call(step, payload, self._parts[step], times * self.config.timeout)
 
-    def _look(self, cores: list[set[int]]) -> None:
-        """`cores` that each rank may use."""
+    def _inspect_hosts(self, cores: list[set[int]]) -> None:
+        """Inspects each host on its first rank. `cores`: cores that each rank may use, by rank."""
         counts = [self.hosts.count(self.hosts[rank]) for rank in self._leaders]
-        # Schedulers bind each rank to cores of its own.
+        # Schedulers may bind each rank to different cores.
         allowed = [
             len(set[int]().union(*(cores[rank] for rank, host in enumerate(self.hosts) if host == self.hosts[leader])))
             for leader in self._leaders
         ]
-        answers = self._call("look", {"leaders": self._leaders, "ranks": counts, "cores": allowed}, _LOOKS)
+        answers = self._call(
+            "inspect", {"leaders": self._leaders, "ranks": counts, "cores": allowed}, _INSPECTION_TIMEOUTS
+        )
         for rank in self._leaders:
             host, answer = self.hosts[rank], answers[rank]
             if isinstance(answer, dict):
@@ -176,67 +184,67 @@ class ReportBuilder:
                 self.checks += on_host(host, map(Check.from_dict, answer))
 
     def _ports(self) -> None:
-        """Every host tries the next one's door and rank 0's."""
+        """Every host connects to a port of the next host and to one of rank 0's host."""
         answers, leaders = self._call("open ports", {"leaders": self._leaders}), self._leaders
-        doors = {}
+        targets = {}
         for rank in leaders:
             if isinstance(answers[rank], dict):
                 fault = f"{self.hosts[rank]} cannot listen: {answers[rank]['error']}"
                 remedy = "MASTER_ADDR must be an address of rank 0's host that all hosts route to"
                 self.checks.append(failed("ports", fault, remedy))
                 return
-            doors[rank] = (self.hosts[rank], *answers[rank])
-        tries = {}
-        for place, rank in enumerate(leaders):
-            tries[str(rank)] = [doors[to] for to in dict.fromkeys((leaders[(place + 1) % len(leaders)], leaders[0]))]
-        answers = self._call("ports", tries)
-        self.checks.append(links.check_ports({self.hosts[rank]: _list(answers[rank]) for rank in leaders}))
+            targets[rank] = (self.hosts[rank], *answers[rank])
+        requests = {}
+        for index, rank in enumerate(leaders):
+            requests[str(rank)] = [
+                targets[target_rank] for target_rank in dict.fromkeys((leaders[(index + 1) % len(leaders)], leaders[0]))
+            ]
+        answers = self._call("ports", requests)
+        self.checks.append(links.check_ports({self.hosts[rank]: _error_or_list(answers[rank]) for rank in leaders}))
 
     def _clocks(self) -> None:
         payload = clock_offset.ping_request(self._leaders, len(self.hosts))
-        found: dict[int, tuple[float, float]] = {}
+        offsets: dict[int, tuple[float, float]] = {}
 
-        def ask(payload: Any) -> None:
-            found.update(clock_offset.measure_offsets(self.channel, payload))
+        def measure(payload: Any) -> None:
+            offsets.update(clock_offset.measure_offsets(self.channel, payload))
 
-        self.channel.call("clock skew", payload, ask, self.config.timeout)
-        self.checks.append(clocks.check_clocks(found, payload["leaders"], self.hosts, self.config.max_clock_skew))
+        self.channel.call("clock skew", payload, measure, self.config.timeout)
+        self.checks.append(clocks.check_clocks(offsets, payload["leaders"], self.hosts, self.config.max_clock_skew))
 
     def _shared_folder(self) -> None:
-        """Each touch of the folder may hang, the taking away of the file too."""
+        """Every access of the folder may hang, including the removal of the file, so each has a timeout."""
         runs, timeout, stack = self.config.runs, self.config.timeout, contextlib.ExitStack()
         try:
             payload = run_with_timeout(
                 timeout, lambda: stack.enter_context(shared_folder.token_file(shared_folder.existing_part(runs)))
             )
-        except OSError as error:  # a TimeoutError is one
-            found = f"runs={runs}: rank 0 cannot write there ({error.strerror or error}), so the others were not asked"
-            self.checks.append(failed("shared folder", found, f"see `disk` of {self.hosts[0]}"))
+        except OSError as error:  # includes TimeoutError
+            message = f"runs={runs}: rank 0 cannot write there ({error.strerror or error}), so the others were skipped"
+            self.checks.append(failed("shared folder", message, f"see `disk` of {self.hosts[0]}"))
             return
         try:
             answers = self._call("shared folder", payload)
         finally:
             with contextlib.suppress(OSError):
-                run_with_timeout(min(timeout, _CLEAN_UP), stack.close)
+                run_with_timeout(min(timeout, _CLEAN_UP_SECONDS), stack.close)
         self.checks.append(links.check_shared_folder(answers, self.hosts, runs))
 
 
-def _list(answer: Any) -> list[str]:
+def _error_or_list(answer: Any) -> list[str]:
     return [answer["error"]] if isinstance(answer, dict) else answer
 
 
 def check_port(master_port: int = LAUNCHERS_PORT) -> Check:
-    """Of a machine alone: a port can be opened and reached, and the one that launchers take is free."""
-    with contextlib.suppress(OSError), links.listening_socket("127.0.0.1") as door:
-        if closed := links.connect_to([("this host", "127.0.0.1", door.getsockname()[1])]):
-            return failed("ports", f"cannot be reached: {closed[0]}", "let the firewall pass the loopback interface")
+    """Checks on a single host that a port can be opened and reached, and that the launchers' default port is free."""
+    with contextlib.suppress(OSError), links.listening_socket("127.0.0.1") as listener:
+        if failures := links.connect_to([("this host", "127.0.0.1", listener.getsockname()[1])]):
+            return failed("ports", f"cannot be reached: {failures[0]}", "allow the loopback interface in the firewall")
     try:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("", master_port))
     except OSError as error:
-        remedy = (
-            "another job runs here: give deepspeed --master_port or torchrun --rdzv-endpoint another for several hosts"
-        )
-        return warning("ports", f"{master_port}, which launchers take, cannot be had: {error.strerror}", remedy)
-    return passed("ports", f"free ones can be opened and reached; {master_port}, which launchers take, is free")
+        remedy = "another job uses it: change deepspeed --master_port, or torchrun --rdzv-endpoint for several hosts"
+        return warning("ports", f"{master_port}, the launchers' default, is not available: {error.strerror}", remedy)
+    return passed("ports", f"free ports can be opened and reached; {master_port}, the launchers' default, is free")

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and the exit of a process that may have hanging threads."""
+"""Handling of Ctrl-C and SIGTERM, and the exit of a process that may have hanging threads."""
 
 import contextlib
 import os
@@ -13,57 +13,58 @@ from fireflyds.distributed.timeouts import has_hanging_threads
 
 @contextlib.contextmanager
 def sigint_guard() -> Iterator[None]:
-    """Ctrl-C ends what is inside as `KeyboardInterrupt`, also where a library makes another error of it, as transformers
-    does when it is being imported."""
-    asked: list[int] = []
+    """Raises `KeyboardInterrupt` on Ctrl-C within the block, also where a library converts it to another exception, as
+    transformers does during its import."""
+    received: list[int] = []
 
-    def ask(number: int, frame: Any) -> None:
-        asked.append(number)
+    def handle_sigint(number: int, frame: Any) -> None:
+        received.append(number)
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGINT, ask)
+    previous_handler = signal.signal(signal.SIGINT, handle_sigint)
     try:
         yield
     except Exception:
-        if asked:
+        if received:
             raise KeyboardInterrupt from None
         raise
     finally:
-        signal.signal(signal.SIGINT, before)
-    if asked:
+        signal.signal(signal.SIGINT, previous_handler)
+    if received:
         raise KeyboardInterrupt
 
 
 class TerminatedError(BaseException):
-    """SIGTERM came: what a launcher sends to all other ranks when one has died. Not an `Exception`: no part's failure."""
+    """SIGTERM was received: launchers send it to all other ranks when one has failed. Not an `Exception`, so that the
+    handlers of failed checks do not catch it."""
 
 
 @contextlib.contextmanager
 def sigterm_guard() -> Iterator[list[int]]:
-    """SIGTERM raises `TerminatedError` inside, once, and is in the list that is yielded. The one after it is not heard any
-    more, also afterwards: launchers give half a minute to say what is known."""
-    asked: list[int] = []
+    """Raises `TerminatedError` on the first SIGTERM within the block and appends the signal to the yielded list. Later ones
+    are ignored, also after the block: launchers wait 30 seconds before SIGKILL, enough to print a partial report."""
+    received: list[int] = []
 
-    def end(number: int, frame: Any) -> None:
+    def handle_sigterm(number: int, frame: Any) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        asked.append(number)
+        received.append(number)
         raise TerminatedError
 
-    before = signal.signal(signal.SIGTERM, end)
+    previous_handler = signal.signal(signal.SIGTERM, handle_sigterm)
     try:
-        yield asked
+        yield received
     finally:
-        if not asked:
-            signal.signal(signal.SIGTERM, before)
+        if not received:
+            signal.signal(signal.SIGTERM, previous_handler)
 
 
 @contextlib.contextmanager
 def exit_guard() -> Iterator[None]:
-    """However what is inside ends the process, also by a refusal or Ctrl-C, `leave` does it."""
+    """Ends the process with `exit_now` where the block raises `SystemExit`, receives SIGTERM or fails."""
     try:
         yield
-    except SystemExit as left:
-        exit_now(left.code if isinstance(left.code, int) else int(left.code is not None))
+    except SystemExit as error:
+        exit_now(error.code if isinstance(error.code, int) else int(error.code is not None))
     except TerminatedError:
         exit_now(128 + signal.SIGTERM)
     except Exception:
@@ -72,7 +73,7 @@ def exit_guard() -> Iterator[None]:
 
 
 def exit_now(code: int) -> None:
-    """End the process, also when something above never came back: its thread would hold up an ordinary exit."""
+    """Ends the process, also if threads that timed out are still running: they would block an ordinary exit."""
     sys.stdout.flush()
     sys.stderr.flush()
     if has_hanging_threads():

@@ -1,4 +1,4 @@
-"""Are the libraries there, in the ranges that fireflyds asks for, and content with each other?"""
+"""Checks that libraries are installed, in the version ranges of fireflyds, and compatible with each other."""
 
 import platform
 import subprocess
@@ -12,8 +12,8 @@ from packaging.utils import canonicalize_name
 
 from fireflyds.doctor.check import Check, failed, passed, warning
 
-# What a person names when something goes wrong; the JSON has all.
-_TOLD = ("fireflyds", "torch", "transformers", "deepspeed", "peft", "bitsandbytes", "triton", "numpy")
+# Packages whose versions are part of the report.
+_REPORTED_PACKAGES = ("fireflyds", "torch", "transformers", "deepspeed", "peft", "bitsandbytes", "triton", "numpy")
 
 
 def version_of(name: str) -> str | None:
@@ -25,7 +25,7 @@ def version_of(name: str) -> str | None:
 
 
 def own_requirements() -> list[str]:
-    """What fireflyds, as installed, asks for; empty when it runs from its source without being installed."""
+    """Requirements of the installed fireflyds; empty when it runs from its source without being installed."""
     try:
         return metadata.requires("fireflyds") or []
     except metadata.PackageNotFoundError:
@@ -33,103 +33,110 @@ def own_requirements() -> list[str]:
 
 
 def installed(requirements: Iterable[str]) -> dict[str, str]:
-    """Name to version of what fireflyds asks for, its extras included, as far as it is there."""
-    names = {Requirement(text).name for text in requirements} | set(_TOLD)
+    """Installed versions by name of the requirements of fireflyds, including extras."""
+    names = {Requirement(text).name for text in requirements} | set(_REPORTED_PACKAGES)
     return {name: version for name in sorted(names) if (version := version_of(name)) is not None}
 
 
 def check_all() -> list[Check]:
     requirements = own_requirements()
-    found = [check_ranges(requirements, version_of)]
+    checks = [check_ranges(requirements, version_of)]
     if requirements:
-        found.append(check_demands(closure(requirements, _requires), version_of))
+        checks.append(check_demands(closure(requirements, _requires), version_of))
     if find_spec("flash_attn") is not None:
-        found.append(check_flash_attention(_import_error("flash_attn")))
-    return found
+        checks.append(check_flash_attention(_import_error("flash_attn")))
+    return checks
 
 
 def check_ranges(requirements: list[str], version: Callable[[str], str | None]) -> Check:
-    """The ranges of `pyproject.toml`, as the installed package carries them. Extras only where they are installed."""
-    about = ", ".join(
-        [f"python {platform.python_version()}", *(f"{name} {version(name)}" for name in _TOLD if version(name))]
+    """Checks the ranges of `pyproject.toml`, from the metadata of the installed package; extras only if installed."""
+    summary = ", ".join(
+        [
+            f"python {platform.python_version()}",
+            *(f"{name} {version(name)}" for name in _REPORTED_PACKAGES if version(name)),
+        ]
     )
     if not requirements:
         return warning(
             "versions",
-            f"{about}; fireflyds is not installed, so the ranges it asks for are not known",
-            "pip install -e . in the folder of fireflyds",
+            f"{summary}; fireflyds is not installed, so its version ranges are not known",
+            "pip install -e . in the repository of fireflyds",
         )
-    faults, wanted = [], []
-    for need in map(Requirement, requirements):
-        have = version(need.name)
-        optional = need.marker is not None and "extra" in str(need.marker)
-        if have is None and not optional and (need.marker is None or need.marker.evaluate()):
-            faults.append(f"{need.name} is missing")
-        elif have is not None and not need.specifier.contains(have, prereleases=True):
-            faults.append(f"{need.name} {have} is outside {need.specifier}")
+    faults, specifiers = [], []
+    for requirement in map(Requirement, requirements):
+        installed_version = version(requirement.name)
+        optional = requirement.marker is not None and "extra" in str(requirement.marker)
+        if installed_version is None and not optional and (requirement.marker is None or requirement.marker.evaluate()):
+            faults.append(f"{requirement.name} is missing")
+        elif installed_version is not None and not requirement.specifier.contains(installed_version, prereleases=True):
+            faults.append(f"{requirement.name} {installed_version} is outside {requirement.specifier}")
         else:
             continue
-        wanted.append(f"'{need.name}{need.specifier}'")
+        specifiers.append(f"'{requirement.name}{requirement.specifier}'")
     if faults:
-        return failed("versions", f"{'; '.join(dict.fromkeys(faults))} ({about})", f"pip install {_once(wanted)}")
-    return passed("versions", about)
+        return failed(
+            "versions", f"{'; '.join(dict.fromkeys(faults))} ({summary})", f"pip install {_join_unique(specifiers)}"
+        )
+    return passed("versions", summary)
 
 
 def check_demands(asked: Mapping[str, list[str]], version: Callable[[str], str | None]) -> Check:
-    """What the libraries ask of each other (wandb of protobuf, transformers of tokenizers): `asked` is by the asker."""
-    faults, wanted = [], []
-    for asker, requirements in asked.items():
-        for need in map(Requirement, requirements):
-            if need.marker is not None and not need.marker.evaluate({"extra": ""}):
+    """Checks the libraries' requirements on each other (wandb on protobuf). `asked`: requirements by library."""
+    faults, specifiers = [], []
+    for library, requirements in asked.items():
+        for requirement in map(Requirement, requirements):
+            if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
                 continue
-            have = version(need.name)
-            if have is None or not need.specifier.contains(have, prereleases=True):
+            installed_version = version(requirement.name)
+            if installed_version is None or not requirement.specifier.contains(installed_version, prereleases=True):
                 faults.append(
-                    f"{asker} {version(asker)} asks for {need.name}{need.specifier}, there is {have or 'none'}"
+                    f"{library} {version(library)} requires {requirement.name}{requirement.specifier}, installed: {installed_version or 'none'}"
                 )
-                wanted.append(f"'{need.name}{need.specifier}'")
+                specifiers.append(f"'{requirement.name}{requirement.specifier}'")
     if faults:
         return warning(
-            "dependencies", "; ".join(faults), f"pip install {_once(wanted)}, or another {faults[0].split()[0]}"
+            "dependencies",
+            "; ".join(faults),
+            f"pip install {_join_unique(specifiers)}, or another {faults[0].split()[0]}",
         )
-    return passed("dependencies", f"{len(asked)} libraries agree with each other")
+    return passed("dependencies", f"{len(asked)} libraries are compatible with each other")
 
 
 def closure(requirements: Iterable[str], requires: Callable[[str], list[str] | None]) -> dict[str, list[str]]:
-    """Every installed library that is needed, also by those needed, with what it asks for itself."""
-    found: dict[str, list[str]] = {}
-    waiting = [Requirement(text).name for text in requirements]
-    while waiting:
-        name = waiting.pop()
-        asked = None if canonicalize_name(name) in found else requires(name)
-        if asked is None:
+    """Installed libraries that `requirements` need directly or indirectly, each with its own requirements."""
+    collected: dict[str, list[str]] = {}
+    queue = [Requirement(text).name for text in requirements]
+    while queue:
+        name = queue.pop()
+        dependencies = None if canonicalize_name(name) in collected else requires(name)
+        if dependencies is None:
             continue
-        needed = [text for text in asked if _applies(text)]
-        found[canonicalize_name(name)] = needed
-        waiting += [Requirement(text).name for text in needed]
-    return found
+        applicable = [text for text in dependencies if _applies(text)]
+        collected[canonicalize_name(name)] = applicable
+        queue += [Requirement(text).name for text in applicable]
+    return collected
 
 
 def check_same(versions: Mapping[str, Mapping[str, str]]) -> Check:
-    """By host: different versions on different hosts are different programs."""
-    names = sorted({name for of_host in versions.values() for name in of_host})
-    apart = []
+    """Checks that all hosts have the same versions. `versions`: by host, then by library."""
+    names = sorted({name for host_versions in versions.values() for name in host_versions})
+    differences = []
     for name in names:
         by_version: dict[str, list[str]] = {}
-        for host, of_host in versions.items():
-            by_version.setdefault(of_host.get(name, "none"), []).append(host)
+        for host, host_versions in versions.items():
+            by_version.setdefault(host_versions.get(name, "none"), []).append(host)
         if len(by_version) > 1:
-            told = (f"{version} on {hosts[0]}{f' and {len(hosts) - 1} more' * (len(hosts) > 1)}" for version, hosts in by_version.items())  # fmt: skip
-            apart.append(f"{name} {', '.join(told)}")
-    if apart:
+            descriptions = (f"{version} on {hosts[0]}{f' and {len(hosts) - 1} more' * (len(hosts) > 1)}" for version, hosts in by_version.items())  # fmt: skip
+            differences.append(f"{name} {', '.join(descriptions)}")
+    if differences:
         return failed(
-            "same versions", "; ".join(apart), "install the same versions on all hosts, or use one shared venv"
+            "same versions", "; ".join(differences), "install the same versions on all hosts, or use one shared venv"
         )
     return passed("same versions", f"{len(versions)} hosts have the same {len(names)} libraries")
 
 
 def check_flash_attention(error: str | None) -> Check:
-    """The package is built for one torch and one CUDA; `error` is what importing it said."""
+    """Checks that flash_attn, built for one torch and CUDA, can be imported. `error`: import error, None if it worked."""
     if error is None:
         return passed("flash_attn", f"flash_attn {version_of('flash_attn')} loads")
     return failed(
@@ -140,9 +147,13 @@ def check_flash_attention(error: str | None) -> Check:
 
 
 def _import_error(package: str) -> str | None:
-    """In a process of its own, which a library of another build may bring down."""
-    done = subprocess.run([sys.executable, "-c", f"import {package}"], capture_output=True, text=True)
-    return None if done.returncode == 0 else (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    """Imports a package in a separate process, which an incompatible build may crash. Returns the error or None."""
+    process = subprocess.run([sys.executable, "-c", f"import {package}"], capture_output=True, text=True)
+    return (
+        None
+        if process.returncode == 0
+        else (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+    )
 
 
 def _requires(name: str) -> list[str] | None:
@@ -157,5 +168,5 @@ def _applies(text: str) -> bool:
     return marker is None or marker.evaluate({"extra": ""})
 
 
-def _once(words: list[str]) -> str:
+def _join_unique(words: list[str]) -> str:
     return " ".join(dict.fromkeys(words))

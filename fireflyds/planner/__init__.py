@@ -1,1 +1,1 @@
-"""Memory, time and the best layout of a run, computed before the first GPU hour."""
+"""Estimates memory, time and the best layout of a training run before it starts."""

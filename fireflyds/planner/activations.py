@@ -1,27 +1,27 @@
-"""What one micro-batch keeps between forward and backward: by block, as our packed forward pass saves it, and the loss.
+"""Activation memory of one micro-batch between forward and backward pass: of each block of the packed model, and the loss.
 
-On a GPU the fused kernels keep their inputs and compute the rest again; the CPU's definitions keep what autograd keeps of
-them (`fireflyds_kernels/*/reference.py`). Tested against what autograd really saves.
+On a GPU the fused kernels save their inputs and recompute the rest; the reference implementations on the CPU save what
+autograd saves (`fireflyds_kernels/*/reference.py`). Tested against the tensors that autograd actually saves.
 """
 
 from dataclasses import dataclass
 
 from fireflyds.planner.model_shape import BlockShape, LinearShape, ModelShape
 
-# As `fireflyds_kernels/linear_cross_entropy/chunked.py` has them: bytes of logits at once, whole batch and chunk.
-_WHOLE = {"cpu": 1 << 28, "cuda": 1 << 29}
-_CHUNK = {"cpu": 3 << 25, "cuda": 1 << 28}
+# Same values as `fireflyds_kernels/linear_cross_entropy/chunked.py`: maximum bytes of logits unchunked, and per chunk.
+_MAX_UNCHUNKED_BYTES = {"cpu": 1 << 28, "cuda": 1 << 29}
+_MAX_CHUNK_BYTES = {"cpu": 3 << 25, "cuda": 1 << 28}
 
 
 @dataclass(frozen=True, slots=True)
 class ForwardSpec:
-    """How a micro-batch is computed. `fused_adapters`: our QLoRA layer; PEFT's own otherwise."""
+    """How a micro-batch is computed. `fused_adapters`: the fused QLoRA layer of fireflyds instead of PEFT's layers."""
 
     device: str
     wide: int
-    """Bytes of a number."""
+    """Bytes per element."""
     half: bool
-    """float16, whose head's gradient stays float32."""
+    """True for float16, where the gradient of the head stays float32."""
     dropout: float
     fused_adapters: bool
     dora: bool
@@ -29,112 +29,125 @@ class ForwardSpec:
 
 
 def block_bytes(block: BlockShape, shape: ModelShape, how: ForwardSpec) -> float:
-    """Kept by a block for one token."""
+    """Bytes per token that a block saves for its backward pass."""
     if not block.needs_gradient:
         return 0.0
-    w = how.wide
-    heads = shape.num_heads * shape.head_dim
-    # Queries and output, keys and values, and the log-sum-exp of every row.
-    pairs = heads + shape.num_key_value_heads * shape.head_dim
-    attention = (3 if shape.form.turned_apart else 2) * w * pairs + 4 * shape.num_heads
-    # Inputs that linear layers keep for their own gradients; those of one place share theirs, attention's output is kept
-    # by attention already.
+    itemsize = how.wide
+    query_width = shape.num_heads * shape.head_dim
+    # Queries and output, keys and values, and the float32 log-sum-exp of every head.
+    attention_width = query_width + shape.num_key_value_heads * shape.head_dim
+    attention = (3 if shape.form.turned_apart else 2) * itemsize * attention_width + 4 * shape.num_heads
+    # Inputs that linear layers save for weight gradients: layers of equal `rank` share one input, and the output of
+    # attention (rank 3) is already saved by attention.
     inputs: dict[int, int] = {}
     adapters = 0.0
     for linear in block.linears:
-        shares = linear.r and (how.fused_adapters or not how.dropout)
-        if (linear.trains or shares) and linear.rank != 3:
+        shares_input = linear.r and (how.fused_adapters or not how.dropout)
+        if (linear.trains or shares_input) and linear.rank != 3:
             inputs[linear.rank] = linear.inputs
-        adapters += _adapter(linear, how)
-    return attention + _norms(block, shape, how) + _gate(block, shape, how) + w * sum(inputs.values()) + adapters
+        adapters += _adapter_bytes(linear, how)
+    return (
+        attention
+        + _norm_bytes(block, shape, how)
+        + _gate_bytes(block, shape, how)
+        + itemsize * sum(inputs.values())
+        + adapters
+    )
 
 
-def _norms(block: BlockShape, shape: ModelShape, how: ForwardSpec) -> float:
-    """Each keeps its row and its scale; those of a parallel block read the same row. Layer norms have a mean beside it."""
-    form, d = shape.form, shape.hidden_size
+def _norm_bytes(block: BlockShape, shape: ModelShape, how: ForwardSpec) -> float:
+    """Bytes per token of all norms: input and scale, with the mean for layer norms; parallel blocks share one input."""
+    form, hidden_size = shape.form, shape.hidden_size
     rows = 1 if form.parallel else form.norms
     if form.layer_norm:
-        return float(rows * how.wide * d + form.norms * 8)
-    kept = rows * _normed(block, d, how)
+        return float(rows * how.wide * hidden_size + form.norms * 8)
+    saved = rows * _rms_norm_bytes(block, hidden_size, how)
     if form.head_norms:
-        kept += (shape.num_heads + shape.num_key_value_heads) * _normed(block, shape.head_dim, how)
-    return kept
+        saved += (shape.num_heads + shape.num_key_value_heads) * _rms_norm_bytes(block, shape.head_dim, how)
+    return saved
 
 
-def _normed(block: BlockShape, width: int, how: ForwardSpec) -> float:
-    """Of an RMS norm: the row, float32 on the CPU, and there the normed row too where its weight trains."""
-    each = how.wide if how.device == "cuda" else 4 + how.wide * block.norms_train
-    return float(width * each + 4)
+def _rms_norm_bytes(block: BlockShape, width: int, how: ForwardSpec) -> float:
+    """Bytes per token of an RMS norm: input (CPU: float32, and the normalized input if its weight is trainable), scale."""
+    itemsize = how.wide if how.device == "cuda" else 4 + how.wide * block.norms_train
+    return float(width * itemsize + 4)
 
 
-def _gate(block: BlockShape, shape: ModelShape, how: ForwardSpec) -> float:
-    """Gate and up, and on the CPU silu of the gate; without a gate what the activation reads."""
+def _gate_bytes(block: BlockShape, shape: ModelShape, how: ForwardSpec) -> float:
+    """Bytes per token of gate and up, on the CPU also silu(gate); without a gate, input of the activation function."""
     hidden = max(block.linears, key=lambda linear: linear.rank).inputs
     if not shape.form.gated:
         return float(how.wide * hidden)
     return float(how.wide * hidden * (2 if how.device == "cuda" else 3))
 
 
-def _adapter(linear: LinearShape, how: ForwardSpec) -> float:
+def _adapter_bytes(linear: LinearShape, how: ForwardSpec) -> float:
     if not linear.r:
         return 0.0
-    kept = float(how.wide * linear.r)
+    saved = float(how.wide * linear.r)
     if how.dropout:
-        # Ours keeps which were kept, PEFT's what was left of the input too; the CPU's dropout keeps factors.
+        # The fused layer saves the dropout mask, PEFT also the masked input; the CPU's mask has the dtype of the input.
         mask = 1 if how.fused_adapters or how.device == "cuda" else how.wide
-        kept += linear.inputs * (mask if how.fused_adapters else mask + how.wide)
+        saved += linear.inputs * (mask if how.fused_adapters else mask + how.wide)
     if how.dora:
-        kept += 2 * how.wide * linear.outputs
-    return kept
+        saved += 2 * how.wide * linear.outputs
+    return saved
 
 
 def weight_bytes(block: BlockShape, how: ForwardSpec) -> float:
-    """Unpacked weights that a block keeps, whatever the tokens: autograd keeps those of PEFT's second product."""
-    kept = sum(each.inputs * each.outputs for each in block.linears if each.twice and each.quantised)
-    return float(how.wide * kept * block.needs_gradient)
+    """Bytes of dequantised weights that a block saves for any number of tokens: those of DoRA's second product."""
+    numel = sum(linear.inputs * linear.outputs for linear in block.linears if linear.twice and linear.quantised)
+    return float(how.wide * numel * block.needs_gradient)
 
 
 def boundary_bytes(block: BlockShape, shape: ModelShape, how: ForwardSpec) -> float:
-    """Kept by a block for one token where it is computed again: what goes into it."""
+    """Bytes per token that a block saves under gradient checkpointing: its input."""
     return float(how.wide * shape.hidden_size) if block.needs_gradient else 0.0
 
 
 def passing_bytes(shape: ModelShape, how: ForwardSpec) -> float:
-    """For one token, gradients that exist side by side while a block goes backward: of the feed-forward layer's product,
-    gate and up, or of its one input and output."""
+    """Bytes per token of gradients that exist at the same time in the backward pass of a block: of the feed-forward layer
+    (product, gate and up; without a gate, input and output of the activation) and of two rows of the hidden size."""
     inner = max(max(linear.inputs, linear.outputs) for block in shape.blocks for linear in block.linears)
     return float(how.wide * (3 * inner + 2 * shape.hidden_size))
 
 
 def unpacked_bytes(shape: ModelShape, how: ForwardSpec) -> float:
-    """Quantised weights in the model's own format at once: a block's where it is computed again, which keeps them for
-    its backward pass, and one elsewhere."""
-    sizes = [
+    """Peak bytes of dequantised weights: those of a whole block where it is recomputed, which saves them for its
+    backward pass, else those of one layer."""
+    block_numels = [
         [linear.inputs * linear.outputs for linear in block.linears if linear.quantised] or [0]
         for block in shape.blocks
     ]
-    whole = how.checkpointing and how.fused_adapters
-    return float(how.wide * max(sum(each) if whole else max(each) for each in sizes))
+    whole_block = how.checkpointing and how.fused_adapters
+    return float(how.wide * max(sum(numels) if whole_block else max(numels) for numels in block_numels))
 
 
 @dataclass(frozen=True, slots=True)
 class LossBytes:
-    """Bytes at the head: at the end of the forward pass, and when the backward pass has begun."""
+    """Bytes of the loss: at the end of the forward pass (`forming`), at the start of the backward pass (`returning`)."""
 
     forming: float
     returning: float
 
 
 def loss_bytes(shape: ModelShape, how: ForwardSpec, tokens: int, labelled: int) -> LossBytes:
-    """The logits of one chunk beside the head's gradient, which is formed with them; later that gradient twice, as it
-    is and times what comes from above. Hidden states: the last, its norm, the labelled ones, their gradient."""
-    kind = 4 if how.half else how.wide
+    """Forward: the logits of one chunk and the gradient of the head, which is computed with them. Backward: that
+    gradient twice, before and after scaling by the gradient of the loss. Both: hidden states (the last ones, their norm
+    and their gradient); forward also the labelled rows and their gradient."""
+    gradient_itemsize = 4 if how.half else how.wide
     logits = labelled * shape.vocab_size * how.wide
-    chunks = 1 if logits <= _WHOLE[how.device] else -(-logits // _CHUNK[how.device])
-    forming = shape.head_trained * (kind if chunks == 1 else 4)
-    at_once = logits / chunks
-    # Slopes of float16 are multiplied in float32 on the CPU.
-    extra = at_once if how.half and how.device == "cpu" else 0
-    hidden = tokens * shape.hidden_size * (how.wide + (how.wide if how.device == "cuda" else 4 + how.wide) + kind)
-    rows = labelled * shape.hidden_size * (how.wide + kind)
-    return LossBytes(at_once + extra + forming + hidden + rows, 2 * shape.head_trained * kind + hidden)
+    chunks = 1 if logits <= _MAX_UNCHUNKED_BYTES[how.device] else -(-logits // _MAX_CHUNK_BYTES[how.device])
+    forming = shape.head_trained * (gradient_itemsize if chunks == 1 else 4)
+    chunk_logits = logits / chunks
+    # float16 gradients of the logits are multiplied in float32 on the CPU.
+    extra = chunk_logits if how.half and how.device == "cpu" else 0
+    hidden = (
+        tokens
+        * shape.hidden_size
+        * (how.wide + (how.wide if how.device == "cuda" else 4 + how.wide) + gradient_itemsize)
+    )
+    rows = labelled * shape.hidden_size * (how.wide + gradient_itemsize)
+    return LossBytes(
+        chunk_logits + extra + forming + hidden + rows, 2 * shape.head_trained * gradient_itemsize + hidden
+    )

@@ -1,4 +1,4 @@
-"""What memory and time depend on, read once from a model whose trainable parameters are marked, bare or real."""
+"""Sizes that memory and time depend on, read from a model with `requires_grad` set, also on the meta device."""
 
 import re
 from dataclasses import dataclass
@@ -14,51 +14,51 @@ from fireflyds.optim.optimizers import load_optimizer_spec
 
 @dataclass(frozen=True, slots=True)
 class LinearShape:
-    """A linear layer of a block; `r` is the rank of its adapter, 0: none."""
+    """A linear layer of a block; `r` is the rank of its adapter, 0 without an adapter."""
 
     rank: int
-    """Its place there: those of one number read the same tensor (`flops.block_order`), 3 reads attention's output and 6
-    what the activation makes."""
+    """Position of its input in the block (`flops.block_order`): layers of equal rank read the same tensor; 3 is the
+    output of attention, 6 the output of the activation function."""
     inputs: int
     outputs: int
     trains: bool
     quantised: bool
     r: int
     twice: bool
-    """PEFT's DoRA computes the weight's product again behind its dropout, of a quantised one with the weight unpacked."""
+    """True where PEFT's DoRA repeats the product after its dropout; a quantised weight is dequantised for it."""
 
 
 @dataclass(frozen=True, slots=True)
 class BlockShape:
-    """One transformer block. `needs_gradient`: something in it or below trains, so it keeps its activations."""
+    """One transformer block. `needs_gradient`: it or an earlier block is trainable, so it saves activations."""
 
     linears: tuple[LinearShape, ...]
     norms_train: bool
     needs_gradient: bool
     window: int | None
-    """Tokens that attention sees at most; None: all before in the document."""
+    """Sliding window of attention in tokens; None: all previous tokens of the document."""
 
 
 @dataclass(frozen=True, slots=True)
 class ArchTraits:
-    """How the blocks of a model compute, as far as it decides what they keep."""
+    """Properties of the blocks of a model that determine which activations they save."""
 
     gated: bool
     parallel: bool
-    """One input for attention and feed-forward layer (Falcon)."""
+    """Attention and feed-forward layer read the same input (Falcon)."""
     norms: int
-    """Of the width of the block."""
+    """Number of norms of the hidden size per block."""
     layer_norm: bool
-    """Rather than RMS norms."""
+    """True for layer norms, False for RMS norms."""
     head_norms: bool
-    """Of every query and key head (Qwen3)."""
+    """Query and key heads have norms (Qwen3)."""
     turned_apart: bool
-    """Queries, keys and values come of one product and are rotated: values keep all of that product."""
+    """One product computes queries, keys and values, and queries and keys are rotated: values keep the whole product."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """Numbers of parameters and widths; bytes come from the number format and the placement."""
+    """Parameter counts and widths of a model; bytes follow from number format and placement."""
 
     hidden_size: int
     num_heads: int
@@ -68,14 +68,14 @@ class ModelShape:
     form: ArchTraits
     blocks: tuple[BlockShape, ...]
     groups: tuple[tuple[tuple[int, ...], int], ...]
-    """Of every optimizer group the sizes of its parameters in order, and the bytes of state for one number."""
+    """Per optimizer group: elements of each parameter in order, and bytes of optimizer state per element."""
     frozen: int
     quantised_bytes: float
     largest: int
-    """The largest trained tensor."""
+    """Elements of the largest trainable tensor."""
     head_trained: int
     adapters: int
-    """Trained parameters that are written beside a checkpoint: those of a run that does not train the whole body."""
+    """Trainable parameters whose weights are saved in addition to a checkpoint: all, but 0 for `tuning=full`."""
 
     @property
     def trained(self) -> int:
@@ -83,28 +83,28 @@ class ModelShape:
 
     @property
     def state_bytes(self) -> int:
-        """Of the optimizer, over all ranks."""
-        return sum(sum(sizes) * each for sizes, each in self.groups)
+        """Bytes of optimizer states over all ranks."""
+        return sum(sum(sizes) * bytes_per_element for sizes, bytes_per_element in self.groups)
 
 
 def model_shape(model: Any, config: TrainConfig) -> ModelShape:
-    """Read a model; under ZeRO-3 before the engine is built, which takes the parameters' shapes away."""
+    """Reads the sizes of a model. To be called before a ZeRO-3 engine is built, which removes the parameters' shapes."""
     hf_config = model.config
-    heads = hf_config.num_attention_heads
+    num_heads = hf_config.num_attention_heads
     head = model.get_output_embeddings()
-    packed = _packed_weights(model, config)
+    quantised_ids = _quantised_weight_ids(model, config)
     frozen = [p for p in model.parameters() if not p.requires_grad]
     trained = [p for p in model.parameters() if p.requires_grad]
-    quantised = sum(groups.logical_numel(p) for p in frozen if id(p) in packed)
-    own = config.tuning.method is TuningMethod.full
+    quantised = sum(groups.logical_numel(p) for p in frozen if id(p) in quantised_ids)
+    is_full = config.tuning.method is TuningMethod.full
     return ModelShape(
         hidden_size=hf_config.hidden_size,
-        num_heads=heads,
-        head_dim=getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads,
+        num_heads=num_heads,
+        head_dim=getattr(hf_config, "head_dim", None) or hf_config.hidden_size // num_heads,
         num_key_value_heads=_key_value_heads(hf_config),
         vocab_size=hf_config.vocab_size,
-        form=_form(model),
-        blocks=_blocks(model, packed, config),
+        form=_arch_traits(model),
+        blocks=_blocks(model, quantised_ids, config),
         groups=tuple(
             (tuple(p.numel() for p in group.parameters), load_optimizer_spec(config.optim.name).state_bytes_of(group))
             for group in groups.parameter_groups(model, config)
@@ -113,12 +113,12 @@ def model_shape(model: Any, config: TrainConfig) -> ModelShape:
         quantised_bytes=quantised * groups.QUANTISED_BYTES[config.tuning.bits],
         largest=max(p.numel() for p in trained),
         head_trained=sum(p.numel() for p in head.parameters() if p.requires_grad and p.dim() == 2),
-        adapters=0 if own else sum(p.numel() for p in trained),
+        adapters=0 if is_full else sum(p.numel() for p in trained),
     )
 
 
-def _packed_weights(model: Any, config: TrainConfig) -> set[int]:
-    """Weights that are quantised, or will be where the model is a bare one."""
+def _quantised_weight_ids(model: Any, config: TrainConfig) -> set[int]:
+    """Ids (`id()`) of weights that are quantised, or will be when the weights are loaded."""
     head = model.get_output_embeddings()
     if config.tuning.method is not TuningMethod.qlora:
         return set()
@@ -132,64 +132,64 @@ def _packed_weights(model: Any, config: TrainConfig) -> set[int]:
 def _key_value_heads(hf_config: Any) -> int:
     if getattr(hf_config, "multi_query", False) and not getattr(hf_config, "new_decoder_architecture", False):
         return 1
-    found = getattr(hf_config, "num_key_value_heads", None) or getattr(hf_config, "num_kv_heads", None)
-    return int(found or hf_config.num_attention_heads)
+    num_heads = getattr(hf_config, "num_key_value_heads", None) or getattr(hf_config, "num_kv_heads", None)
+    return int(num_heads or hf_config.num_attention_heads)
 
 
-def _form(model: Any) -> ArchTraits:
-    """Read of the first block."""
-    inside = {name.partition(".0.")[2]: module for name, module in model.named_modules() if ".0." in name}
-    norms = {name: module for name, module in inside.items() if "norm" in type(module).__name__.lower()}
-    of_heads = [name for name in norms if name.endswith(("q_norm", "k_norm"))]
+def _arch_traits(model: Any) -> ArchTraits:
+    """Reads the properties of the first block."""
+    modules = {name.partition(".0.")[2]: module for name, module in model.named_modules() if ".0." in name}
+    norms = {name: module for name, module in modules.items() if "norm" in type(module).__name__.lower()}
+    head_norms = [name for name in norms if name.endswith(("q_norm", "k_norm"))]
     rotary = model.config.model_type != "bloom" and not getattr(model.config, "alibi", False)
     return ArchTraits(
-        gated=any(name.endswith("gate_proj") for name in inside),
+        gated=any(name.endswith("gate_proj") for name in modules),
         parallel=is_parallel(model.config),
-        norms=len(norms) - len(of_heads),
+        norms=len(norms) - len(head_norms),
         layer_norm=any(isinstance(module, nn.LayerNorm) for module in norms.values()),
-        head_norms=bool(of_heads),
-        turned_apart=rotary and any(name.endswith("query_key_value") for name in inside),
+        head_norms=bool(head_norms),
+        turned_apart=rotary and any(name.endswith("query_key_value") for name in modules),
     )
 
 
-def _inputs_order(model: Any) -> dict[str, int]:
-    """`flops.block_order`, but parallel blocks' feed-forward layers have inputs of their own: behind the activation, and
-    in front of it where there is a second norm."""
-    own = {"dense_4h_to_h": 6} | ({"dense_h_to_4h": 5} if _form(model).norms > 1 else {})
-    return block_order(model.config) | own
+def _input_order(model: Any) -> dict[str, int]:
+    """`flops.block_order`, except that feed-forward layers of parallel blocks have separate inputs: after the
+    activation function, and before it if there is a second norm."""
+    overrides = {"dense_4h_to_h": 6} | ({"dense_h_to_4h": 5} if _arch_traits(model).norms > 1 else {})
+    return block_order(model.config) | overrides
 
 
-def _blocks(model: Any, packed: set[int], config: TrainConfig) -> tuple[BlockShape, ...]:
-    order, sliding = _inputs_order(model), attention_windows(model.config)
-    linears: list[list[LinearShape]] = [[] for _ in sliding]
-    trained, norms = [False for _ in sliding], [False for _ in sliding]
-    twice = config.tuning.has_adapters and config.tuning.use_dora and config.tuning.dropout > 0
-    below = False
+def _blocks(model: Any, quantised_ids: set[int], config: TrainConfig) -> tuple[BlockShape, ...]:
+    order, windows = _input_order(model), attention_windows(model.config)
+    linears: list[list[LinearShape]] = [[] for _ in windows]
+    trained, norms_train = [False for _ in windows], [False for _ in windows]
+    repeats_product = config.tuning.has_adapters and config.tuning.use_dora and config.tuning.dropout > 0
+    needs_gradient = False
     for name, parameter in model.named_parameters():
-        found = re.search(r"\.(\d+)\.", name)
-        if found is None:
-            below = below or (parameter.requires_grad and _is_embedding(model, parameter))
+        match = re.search(r"\.(\d+)\.", name)
+        if match is None:
+            needs_gradient = needs_gradient or (parameter.requires_grad and _is_embedding(model, parameter))
             continue
-        layer = int(found[1])
+        layer = int(match[1])
         trained[layer] |= parameter.requires_grad
-        norms[layer] |= parameter.requires_grad and parameter.dim() == 1 and "norm" in name
+        norms_train[layer] |= parameter.requires_grad and parameter.dim() == 1 and "norm" in name
     for name, module in model.named_modules():
-        found = re.search(r"\.(\d+)\.", name)
-        if found is None or not isinstance(module, nn.Linear) or ".lora_" in name:
+        match = re.search(r"\.(\d+)\.", name)
+        if match is None or not isinstance(module, nn.Linear) or ".lora_" in name:
             continue
         owner = model.get_submodule(name.removesuffix(".base_layer"))
         adapter = next(iter(owner.lora_A.values())) if hasattr(owner, "lora_A") else None
-        rank = next((order[part] for part in name[found.end() :].split(".") if part in order), 1)
-        linears[int(found[1])].append(
-            LinearShape(rank, module.in_features, module.out_features, module.weight.requires_grad, id(module.weight) in packed,
-                   0 if adapter is None else adapter.out_features, adapter is not None and twice)
+        rank = next((order[part] for part in name[match.end() :].split(".") if part in order), 1)
+        linears[int(match[1])].append(
+            LinearShape(rank, module.in_features, module.out_features, module.weight.requires_grad, id(module.weight) in quantised_ids,
+                   0 if adapter is None else adapter.out_features, adapter is not None and repeats_product)
         )  # fmt: skip
     blocks = []
-    for layer, window in enumerate(sliding):
-        below = below or trained[layer]
-        blocks.append(BlockShape(tuple(linears[layer]), norms[layer], below, window))
+    for layer, window in enumerate(windows):
+        needs_gradient = needs_gradient or trained[layer]
+        blocks.append(BlockShape(tuple(linears[layer]), norms_train[layer], needs_gradient, window))
     return tuple(blocks)
 
 
 def _is_embedding(model: Any, parameter: Any) -> bool:
-    return any(parameter is each for each in model.get_input_embeddings().parameters())
+    return any(parameter is embedding for embedding in model.get_input_embeddings().parameters())

@@ -1,4 +1,4 @@
-"""How long a planned run is, what it writes, and how the plan is told."""
+"""Duration, FLOPs and disk usage of a planned run, and the plan as text and as JSON."""
 
 import math
 from dataclasses import dataclass
@@ -16,10 +16,10 @@ from fireflyds.planner.memory import GIB, placement_of
 from fireflyds.planner.model_shape import ModelShape
 from fireflyds.planner.search import Candidate, StepCost
 
-# Rows looked at for the lengths of documents and the share of labels.
-_LOOKED_AT = 64
-# What a plan takes from the cluster.
-_MACHINE = (
+# Rows sampled to estimate the lengths of documents and the share of tokens with a label.
+_SAMPLED_ROWS = 64
+# Fields of `cluster` that are part of the JSON output.
+_CLUSTER_FIELDS = (
     "gpu",
     "nodes",
     "gpus_per_node",
@@ -33,13 +33,14 @@ _MACHINE = (
 
 @dataclass(frozen=True, slots=True)
 class DataSummary:
-    """What a row holds, on average, and how many steps there are; None where nothing says so."""
+    """Number of steps (None where unknown), and lengths and labels of the documents in sampled rows."""
 
     steps: int | None
     rows_looked_at: int
     lengths: list[int]
-    """Documents of the rows that were looked at."""
+    """Tokens of each document in the sampled rows."""
     labelled: int
+    """Tokens with a label in the sampled rows."""
     note: str
 
     @property
@@ -49,7 +50,7 @@ class DataSummary:
 
 @dataclass(frozen=True, slots=True)
 class TrainingPlan:
-    """All that is known of a run before it. `own` is what its configuration says, `choices` what else it could."""
+    """Estimates for a run. `own` is the layout of its configuration, `choices` are all layouts, best first."""
 
     config: PlanConfig
     shape: ModelShape
@@ -63,12 +64,12 @@ class TrainingPlan:
 
     @property
     def fastest(self) -> Candidate | None:
-        """The first that fits; they stand in order."""
+        """The first candidate that fits (`choices` is sorted), None if none fits."""
         return next((choice for choice in self.choices if choice.fits), None)
 
     @property
     def best(self) -> Candidate:
-        """What times are told of: the fastest, or where nothing fits the configuration's own."""
+        """The candidate that times are reported for: the fastest, or the configured one if none fits."""
         return self.fastest or self.own
 
     @property
@@ -77,9 +78,9 @@ class TrainingPlan:
 
 
 def summarize_data(config: PlanConfig, fingerprint: str | None) -> DataSummary:
-    """From the store, as training reads it; without one a row is one document in which every token is learned.
+    """Summarizes packed rows of the token store; without a store, a row is one document with a label for every token.
 
-    `fingerprint` is that of the tokenizer, None where there is none to ask.
+    `fingerprint`: fingerprint of the tokenizer, None where no tokenizer is available to check the store against.
     """
     store_dir = config.data.store
     if store_dir and Path(store_dir, "manifest.json").is_file():
@@ -89,42 +90,42 @@ def summarize_data(config: PlanConfig, fingerprint: str | None) -> DataSummary:
             if fingerprint is None
             else open_store("data.store", store_dir, fingerprint, tokenizer)
         )
-        rows = PackedRowSampler(store, config.seq_len, config.seed, config.data)
-        steps = count_steps(config, rows)
-        number = min(_LOOKED_AT, rows.rows_per_epoch)
-        sampled = [rows.row(row) for row in range(number)]
-        labelled = sum(collate(store, each).num_learned for each in sampled)
-        lengths = [length for each in sampled for length in each.lengths.tolist()]
-        return DataSummary(steps, number, lengths, labelled, "")
-    missing = f"data.store={store_dir} is not there yet" if store_dir else "no data= given"
-    how = f"{missing}: a row was taken as one document of seq_len={config.seq_len}, learned throughout"
+        sampler = PackedRowSampler(store, config.seq_len, config.seed, config.data)
+        steps = count_steps(config, sampler)
+        num_rows = min(_SAMPLED_ROWS, sampler.rows_per_epoch)
+        sampled = [sampler.row(index) for index in range(num_rows)]
+        labelled = sum(collate(store, packed_row).num_learned for packed_row in sampled)
+        lengths = [length for packed_row in sampled for length in packed_row.lengths.tolist()]
+        return DataSummary(steps, num_rows, lengths, labelled, "")
+    missing = f"data.store={store_dir} does not exist yet" if store_dir else "no data= given"
+    message = f"{missing}: a row is assumed to be one document of seq_len={config.seq_len} with a label for every token"
     if config.optim.steps is None:
-        how += f"; the steps of optim.epochs={config.optim.epochs:g} are not known without data"
-    return DataSummary(config.optim.steps, 1, [config.seq_len], config.seq_len, f"note: {how}")
+        message += f"; the steps of optim.epochs={config.optim.epochs:g} are not known without data"
+    return DataSummary(config.optim.steps, 1, [config.seq_len], config.seq_len, f"note: {message}")
 
 
 def cluster_precision(config: PlanConfig) -> Precision:
-    """The number format that training would take on the cluster's GPUs.
+    """The number format that training uses on the cluster's GPUs.
 
     Raises:
-        UserError: they do not have the one that is asked for.
+        UserError: the GPUs do not support the configured number format.
     """
-    asked, gpu = config.hardware.precision, config.cluster.gpu
+    requested, gpu = config.hardware.precision, config.cluster.gpu
     if config.cluster.on_cpu:
-        return Precision.fp32 if asked is Precision.auto else asked
+        return Precision.fp32 if requested is Precision.auto else requested
     has_bf16 = peak_flops(gpu, Precision.fp16, None) is None or peak_flops(gpu, Precision.bf16, None) is not None
-    if asked is Precision.auto:
+    if requested is Precision.auto:
         return Precision.bf16 if has_bf16 else Precision.fp16
-    if asked is Precision.bf16 and not has_bf16:
+    if requested is Precision.bf16 and not has_bf16:
         raise UserError(f"hardware.precision=bf16: cluster.gpu={gpu} has no bf16. Use hardware.precision=fp16")
-    return asked
+    return requested
 
 
 def cluster_peak(config: PlanConfig, precision: Precision) -> float:
-    """FLOP/s of one GPU at most.
+    """Peak FLOP/s of one GPU.
 
     Raises:
-        UserError: it is not known.
+        UserError: the peak of this GPU is not known.
     """
     peak = peak_flops(config.cluster.gpu, precision, config.hardware.peak_tflops)
     if peak is None:
@@ -136,58 +137,60 @@ def cluster_peak(config: PlanConfig, precision: Precision) -> float:
 
 
 def checkpoint_bytes(shape: ModelShape) -> float:
-    """Of one checkpoint: 32-bit weights and optimizer states of what trains, over all ranks; and of adapters and rows beside
-    them what was learnt, in float32."""
+    """Bytes of one checkpoint over all ranks: float32 master weights and optimizer states of the trainable parameters;
+    unless `tuning=full`, also the trained weights in float32, which are saved in addition."""
     return 4 * shape.trained + shape.state_bytes + 4 * shape.adapters
 
 
 def disk_bytes(each: float, config: PlanConfig, steps: int | None) -> float:
-    """The most that checkpoints take: a new one is whole before the oldest beyond what is kept goes. Infinite where
-    `checkpoint.keep_every` adds to them as long as nobody says how long the run is."""
-    kept = config.checkpoint
-    most: float = kept.keep + 1 + bool(kept.best_metric)
-    if kept.keep_every:
-        most += math.inf if steps is None else steps // math.lcm(kept.keep_every, kept.every)
-    written = math.inf if steps is None else math.ceil(steps / kept.every)
-    limit = math.inf if kept.max_gib is None else kept.max_gib * GIB + each
-    return min(each * min(most, written), max(limit, 2 * each))
+    """Peak disk usage of all checkpoints in bytes; `each`: bytes of one checkpoint. A new checkpoint is complete before
+    the oldest surplus one is deleted. Infinite if `checkpoint.keep_every` adds checkpoints and `steps` is unknown."""
+    checkpoint = config.checkpoint
+    max_count: float = checkpoint.keep + 1 + bool(checkpoint.best_metric)
+    if checkpoint.keep_every:
+        max_count += math.inf if steps is None else steps // math.lcm(checkpoint.keep_every, checkpoint.every)
+    num_written = math.inf if steps is None else math.ceil(steps / checkpoint.every)
+    byte_limit = math.inf if checkpoint.max_gib is None else checkpoint.max_gib * GIB + each
+    return min(each * min(max_count, num_written), max(byte_limit, 2 * each))
 
 
-def _disk(each: float, config: PlanConfig, steps: int | None) -> str:
-    kept, most = config.checkpoint, disk_bytes(each, config, steps)
-    if math.isinf(most) and kept.keep_every:
-        most = each * (kept.keep + 1 + bool(kept.best_metric))
-        every = math.lcm(kept.keep_every, kept.every)
-        return f"{most / GIB:.2f} GiB of a run, and it grows by one every {every:,} steps (checkpoint.keep_every)"
-    limit = "" if kept.max_gib is None else f", checkpoint.max_gib={kept.max_gib:g}"
-    return f"{most / GIB:.2f} GiB at most (checkpoint.keep={kept.keep}{limit})"
+def _format_disk(checkpoint_size: float, config: PlanConfig, steps: int | None) -> str:
+    checkpoint, total = config.checkpoint, disk_bytes(checkpoint_size, config, steps)
+    if math.isinf(total) and checkpoint.keep_every:
+        total = checkpoint_size * (checkpoint.keep + 1 + bool(checkpoint.best_metric))
+        every = math.lcm(checkpoint.keep_every, checkpoint.every)
+        return f"{total / GIB:.2f} GiB per run plus one checkpoint every {every:,} steps (checkpoint.keep_every)"
+    limit = "" if checkpoint.max_gib is None else f", checkpoint.max_gib={checkpoint.max_gib:g}"
+    return f"{total / GIB:.2f} GiB at most (checkpoint.keep={checkpoint.keep}{limit})"
 
 
 def make_plan(
     config: PlanConfig, shape: ModelShape, flops: StepFlops, precision: Precision, data: DataSummary
 ) -> TrainingPlan:
-    """Everything about a run.
+    """Computes the plan of a run.
 
     Raises:
-        UserError: the peak of the GPU is not known, or they do not divide the global batch.
+        UserError: the peak of the GPU is not known, or the global batch is not a multiple of the number of GPUs.
     """
     peak = cluster_peak(config, precision)
     work = choices.step_cost(flops, shape, config.global_batch_size / data.rows_looked_at, data.lengths, data.labelled)
-    given = (shape, config, precision, work, peak, data.labelled_share)
-    found = choices.all_candidates(*given)
+    arguments = (shape, config, precision, work, peak, data.labelled_share)
+    candidates = choices.all_candidates(*arguments)
     world_size = config.cluster.world_size
-    own = choices.evaluate_candidate(*given, placement_of(config, world_size, config.accumulation_steps(world_size)))
-    return TrainingPlan(config, shape, precision, peak, data, work, own, found)
+    configured = choices.evaluate_candidate(
+        *arguments, placement_of(config, world_size, config.accumulation_steps(world_size))
+    )
+    return TrainingPlan(config, shape, precision, peak, data, work, configured, candidates)
 
 
 def as_json(plan: TrainingPlan, notes: list[str]) -> dict[str, Any]:
-    """The plan for programs. Sizes in bytes, times in seconds; `memory_per_gpu` and disk are those of the
-    configuration itself (null where it grows with the steps and nobody knows how many), hours and tokens/s those of the
-    fastest choice that fits, where one does."""
+    """The plan as a JSON object. Sizes in bytes, times in seconds. `memory_per_gpu` and `disk_of_run` are those of the
+    configured layout (disk: null where it grows with an unknown number of steps), `hours` and `tokens_per_second` those
+    of the fastest candidate that fits, or of the configured one if none fits."""
     config, data, best, steps = plan.config, plan.data, plan.best, plan.data.steps
     disk = disk_bytes(plan.checkpoint_bytes, config, steps)
     return {
-        "cluster": {name: getattr(config.cluster, name) for name in _MACHINE},
+        "cluster": {name: getattr(config.cluster, name) for name in _CLUSTER_FIELDS},
         "precision": plan.precision.name,
         "steps": steps,
         "tokens_per_step": plan.work.tokens,
@@ -202,21 +205,21 @@ def as_json(plan: TrainingPlan, notes: list[str]) -> dict[str, Any]:
         "disk_of_run": None if math.isinf(disk) else disk,
         "memory_per_gpu": plan.own.memory.items | {"total": plan.own.memory.total},
         "host_memory_per_node": plan.own.host_per_node,
-        "own": _told(plan.own, plan.work),
-        "fastest": None if plan.fastest is None else _told(plan.fastest, plan.work),
-        "choices": [_told(choice, plan.work) for choice in plan.choices],
+        "own": _candidate_json(plan.own, plan.work),
+        "fastest": None if plan.fastest is None else _candidate_json(plan.fastest, plan.work),
+        "choices": [_candidate_json(choice, plan.work) for choice in plan.choices],
         "notes": [*filter(None, [data.note]), *notes],
     }
 
 
-def _told(choice: Candidate, work: StepCost) -> dict[str, Any]:
-    where = choice.where
+def _candidate_json(choice: Candidate, work: StepCost) -> dict[str, Any]:
+    placement = choice.where
     return {
-        "stage": where.stage,
+        "stage": placement.stage,
         "offload": choice.offload,
-        "micro_batch_size": where.micro_batch_size,
-        "gradient_accumulation_steps": where.accumulation,
-        "gradient_checkpointing": where.checkpointing,
+        "micro_batch_size": placement.micro_batch_size,
+        "gradient_accumulation_steps": placement.accumulation,
+        "gradient_checkpointing": placement.checkpointing,
         "fits": choice.fits,
         "why_not": choice.why_not,
         "memory_per_gpu": choice.memory.items | {"total": choice.memory.total},
@@ -232,34 +235,41 @@ def _told(choice: Candidate, work: StepCost) -> dict[str, Any]:
 
 
 def format_plan(plan: TrainingPlan, notes: list[str]) -> str:
-    """The plan for people."""
-    config, data, own, each = plan.config, plan.data, plan.own, plan.checkpoint_bytes
+    """The plan as text."""
+    config, data, configured, checkpoint_size = plan.config, plan.data, plan.own, plan.checkpoint_bytes
     cluster = config.cluster
     gpus = f"{cluster.world_size} x {cluster.gpu} ({cluster.gpu_memory_gib:g} GiB), {plan.precision.name}"
-    lines = [f"\n{gpus}, {plan.peak / 1e12:g} TFLOP/s at most, MFU {cluster.mfu:.0%} expected", _length(plan)]
-    lines.append(f"checkpoint: {each / GIB:.2f} GiB on disk, {_disk(each, config, data.steps)}")
+    lines = [f"\n{gpus}, {plan.peak / 1e12:g} TFLOP/s at most, MFU {cluster.mfu:.0%} expected", _format_duration(plan)]
+    lines.append(
+        f"checkpoint: {checkpoint_size / GIB:.2f} GiB on disk, {_format_disk(checkpoint_size, config, data.steps)}"
+    )
     unit = choices.units(cluster)[:-1]
-    lines += ["", f"GiB per {unit} at the moment of a step that needs most, host GiB per machine:", _head()]
-    lines += [_row(choice, plan.work, choice is plan.fastest) for choice in plan.choices if choice.fits]
-    refused = [choice for choice in plan.choices if not choice.fits]
-    if refused:
-        least = min(refused, key=lambda choice: choice.memory.total)
+    lines += ["", f"peak GiB per {unit} within a step, host GiB per machine:", _table_header()]
+    lines += [_table_row(choice, plan.work, choice is plan.fastest) for choice in plan.choices if choice.fits]
+    rejected = [choice for choice in plan.choices if not choice.fits]
+    if rejected:
+        smallest = min(rejected, key=lambda choice: choice.memory.total)
         lines.append(
-            f"{len(refused)} further choices do not fit; the smallest of them: {_name(least)}, {least.why_not}"
+            f"{len(rejected)} further layouts do not fit; the smallest of them: {_describe_candidate(smallest)}, {smallest.why_not}"
         )
-    lines += ["", f"as configured ({_name(own)}): {f'does not fit: {own.why_not}' if own.why_not else 'fits'}"]
-    lines += [_head(), _row(own, plan.work, False)]
-    lines.append(f"fastest: {_name(plan.fastest)}" if plan.fastest else f"fastest: {_nothing(config)}")
+    lines += [
+        "",
+        f"as configured ({_describe_candidate(configured)}): {f'does not fit: {configured.why_not}' if configured.why_not else 'fits'}",
+    ]
+    lines += [_table_header(), _table_row(configured, plan.work, False)]
+    lines.append(
+        f"fastest: {_describe_candidate(plan.fastest)}" if plan.fastest else f"fastest: {_format_nothing_fits(config)}"
+    )
     return "\n".join([*lines, *filter(None, [data.note]), *notes])
 
 
-def _nothing(config: PlanConfig) -> str:
+def _format_nothing_fits(config: PlanConfig) -> str:
     smaller = "tuning=qlora, " if config.tuning.method is not TuningMethod.qlora else ""
     larger = "machines or memory" if config.cluster.on_cpu else "or larger GPUs"
     return f"nothing fits. Give more {larger} (cluster.*), or try {smaller}a shorter seq_len, tuning.head=frozen"
 
 
-def _length(plan: TrainingPlan) -> str:
+def _format_duration(plan: TrainingPlan) -> str:
     config, data, work, best = plan.config, plan.data, plan.work, plan.best
     speed = f"{work.tokens / best.seconds:,.0f} tokens/s"
     if data.steps is None:
@@ -271,25 +281,25 @@ def _length(plan: TrainingPlan) -> str:
     )
 
 
-def _name(choice: Candidate) -> str:
-    where = choice.where
-    checkpointing = "with" if where.checkpointing else "without"
-    return f"zero={where.stage}, offload {choice.offload}, micro_batch_size={where.micro_batch_size}, {checkpointing} checkpointing"
+def _describe_candidate(choice: Candidate) -> str:
+    placement = choice.where
+    checkpointing = "with" if placement.checkpointing else "without"
+    return f"zero={placement.stage}, offload {choice.offload}, micro_batch_size={placement.micro_batch_size}, {checkpointing} checkpointing"
 
 
 _ITEMS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers")
 
 
-def _head() -> str:
+def _table_header() -> str:
     names = "".join(f"{name:>12}" for name in (*_ITEMS, "total"))
-    return f"{'zero':<5}{'offload':<16}{'micro':>5}{'ckpt':>5}{names}{'host':>8}{'s/step':>9}{'tokens/s':>11}  moment"
+    return f"{'zero':<5}{'offload':<16}{'micro':>5}{'ckpt':>5}{names}{'host':>8}{'s/step':>9}{'tokens/s':>11}  phase"
 
 
-def _row(choice: Candidate, work: StepCost, best: bool) -> str:
-    where, items = choice.where, choice.memory.items
+def _table_row(choice: Candidate, work: StepCost, is_fastest: bool) -> str:
+    placement, items = choice.where, choice.memory.items
     sizes = "".join(f"{items[name] / GIB:>12.2f}" for name in _ITEMS) + f"{choice.memory.total / GIB:>12.2f}"
-    checkpointing = "yes" if where.checkpointing else "no"
+    checkpointing = "yes" if placement.checkpointing else "no"
     return (
-        f"{where.stage:<5}{choice.offload:<16}{where.micro_batch_size:>5}{checkpointing:>5}{sizes}"
-        f"{choice.host_per_node / GIB:>8.0f}{choice.seconds:>9.2f}{work.tokens / choice.seconds:>11,.0f}  {choice.memory.moment}{', fastest' * best}"
+        f"{placement.stage:<5}{choice.offload:<16}{placement.micro_batch_size:>5}{checkpointing:>5}{sizes}"
+        f"{choice.host_per_node / GIB:>8.0f}{choice.seconds:>9.2f}{work.tokens / choice.seconds:>11,.0f}  {choice.memory.moment}{', fastest' * is_fastest}"
     )

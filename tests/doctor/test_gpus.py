@@ -33,7 +33,7 @@ def test_a_torch_without_volta_is_red_on_v100_and_says_which_wheel_has_it() -> N
     assert gpus.check_kernels_for(TorchBuild("2.14.0", "12.6", CU126), [V100]).severity is Severity.ok
     check = gpus.check_kernels_for(TorchBuild("2.15.0", "13.0", CU130), [V100, H200])
     assert check.severity is Severity.error
-    assert "none for sm_70" in check.message
+    assert "no kernels for sm_70" in check.message
     assert "'torch<=2.14' --index-url https://download.pytorch.org/whl/cu126" in check.remedy
     newer = gpus.check_kernels_for(TorchBuild("2.10", "12.6", CU126), [Gpu("B200", 100, 180, 180)])
     assert newer.severity is Severity.error
@@ -79,10 +79,10 @@ def test_gpus_of_the_hosts_are_compared() -> None:
     alike = gpus.check_same([["H200"] * 2, ["H200"] * 2, ["H200"] * 2], hosts)
     assert (alike.severity, alike.message) == (Severity.ok, "H200 on all 2 hosts")
     gone = gpus.check_same([["H200"], ["H200"], []], hosts)
-    assert (gone.severity, gone.message) == (Severity.error, "none for rank 2 on n2, others have them")
+    assert (gone.severity, gone.message) == (Severity.error, "none for rank 2 on n2, but other ranks have GPUs")
     mixed = gpus.check_same([["H200"], ["H200"], ["V100"]], hosts)
     assert (mixed.severity, mixed.message) == (Severity.warning, "H200 on n1, V100 on n2")
-    assert mixed.remedy.startswith("set hardware.precision yourself")
+    assert mixed.remedy.startswith("set hardware.precision explicitly")
     assert gpus.check_same([[], [], []], hosts).severity is Severity.ok
 
 

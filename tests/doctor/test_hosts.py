@@ -15,15 +15,15 @@ def test_hosts_with_unequal_ranks_or_without_an_address_are_yellow(monkeypatch) 
     monkeypatch.setattr(hosts.socket, "gethostbyname", lambda name: "127.0.1.1")
     loop = hosts.check_hosts(["a", "b"], "a")
     assert loop.severity is Severity.warning
-    assert "a is 127.0.1.1 to itself" in loop.message
+    assert "a resolves its own name to 127.0.1.1" in loop.message
     assert hosts.check_hosts(["a", "a"], "a").severity is Severity.ok  # one host needs none
 
 
 def test_silent_ranks_are_named_by_their_node_where_they_have_not_said_their_host(monkeypatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     me = RankInfo(0, 0, 32, "north", 29500)
-    check = hosts.check_unresponsive(UnresponsiveRanksError("here", [15, 16], {}), me, [], 60)
-    assert check.message.startswith("rank 15 (node 1), rank 16 (node 2) of 32: not come within 60 s")
+    check = hosts.check_unresponsive(UnresponsiveRanksError("identify", [15, 16], {}), me, [], 60)
+    assert check.message.startswith("rank 15 (node 1), rank 16 (node 2) of 32: did not connect within 60 s")
 
 
 def test_machines_of_one_name_get_a_number() -> None:

@@ -116,7 +116,7 @@ def test_broken_and_missing_weights_are_named(tmp_path, encoder) -> None:
         shards[0].write_bytes(broken)
         check = _checks(model=model)["weights"]
         assert check.severity is Severity.error
-        assert f"{shards[0].name} not as long as its header says" in check.message
+        assert f"{shards[0].name}: length differs from its header" in check.message
     shards[0].unlink()
     assert f"{shards[0].name} missing of {len(shards)} files" in _checks(model=model)["weights"].message
     (model / "model.safetensors.index.json").write_text("{")

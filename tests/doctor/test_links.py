@@ -56,8 +56,8 @@ def test_a_slow_all_reduce_is_yellow_and_a_wrong_sum_red(backend: str, right: bo
         ({1: (0.9, 0.01), 2: (-0.9, 0.01)}, Severity.warning, "b is 1.800 s ahead of c, ± 0.0200 s"),
         ({1: (0.9, 0.01), 2: (0.1, 0.01)}, Severity.ok, "0.9000 s apart at most"),
         ({1: (-200.0, 0.0), 2: (200.0, 0.0)}, Severity.error, "c is 400.000 s ahead of b"),
-        ({1: (0.0, 0.0)}, Severity.error, "not known: no answer of rank 2 on c"),
-        ({}, Severity.error, "no answer of rank 1 on b, rank 2 on c"),
+        ({1: (0.0, 0.0)}, Severity.error, "unknown: no answer from rank 2 on c"),
+        ({}, Severity.error, "no answer from rank 1 on b, rank 2 on c"),
     ],
 )
 def test_clocks_are_compared_with_each_other_and_all_are_asked(found, severity: Severity, words: str) -> None:

@@ -33,7 +33,7 @@ def _checks() -> list[Check]:
 
 def test_hosts_are_put_together_and_the_worst_stands_first() -> None:
     assert report.format_checks(_checks(), HOSTS, coloured=False).splitlines() == [
-        "disk               ok      n1 (as good on 2 more): 5 MiB/s",
+        "disk               ok      n1 (similar on 2 more): 5 MiB/s",
         "cores              warning all hosts: 1 of 8",
         "                           -> ask for more",
         "gpus               error   n2: none",
@@ -48,7 +48,7 @@ def test_green_findings_are_put_together_only_where_they_differ_in_numbers_alone
     found = {"n1": "8 x A100, 80 GiB", "n2": "8 x A100, 79 GiB", "n3": "none; training runs on the CPU"}
     checks = [on_host(host, [passed("gpus", text)])[0] for host, text in found.items()]
     assert report.format_checks(checks, HOSTS, coloured=False).splitlines()[:-1] == [
-        "gpus               ok      n1 (as good on 1 more): 8 x A100, 80 GiB",
+        "gpus               ok      n1 (similar on 1 more): 8 x A100, 80 GiB",
         "gpus               ok      n3: none; training runs on the CPU",
     ]
 
@@ -106,9 +106,9 @@ def test_the_worst_finding_decides() -> None:
 
 
 def test_a_finding_that_is_not_green_has_a_remedy() -> None:
-    with pytest.raises(ValueError, match="disk: a remedy belongs"):
+    with pytest.raises(ValueError, match="disk: a remedy is required"):
         failed("disk", "full", "")
-    with pytest.raises(ValueError, match="disk: a remedy belongs"):
+    with pytest.raises(ValueError, match="disk: a remedy is required"):
         Check("disk", Severity.ok, "fine", "buy another")
 
 

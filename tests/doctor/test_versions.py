@@ -51,9 +51,9 @@ def test_libraries_that_ask_for_another_of_each_other_are_yellow() -> None:
     assert versions.check_demands(asked, there.get).severity is Severity.ok
     torn = versions.check_demands(asked, (there | {"protobuf": "7.36.2"}).get)
     assert torn.severity is Severity.warning
-    assert torn.message == "swanlab 0.10 asks for protobuf<7, there is 7.36.2"
+    assert torn.message == "swanlab 0.10 requires protobuf<7, installed: 7.36.2"
     assert "'protobuf<7'" in torn.remedy
-    assert "click, there is none" in versions.check_demands(asked, (there | {"click": None}).get).message
+    assert "click, installed: none" in versions.check_demands(asked, (there | {"click": None}).get).message
 
 
 def test_what_libraries_need_is_followed_once_and_to_the_end() -> None:

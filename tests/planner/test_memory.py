@@ -120,7 +120,7 @@ def test_the_line_of_a_run_names_the_peak_and_its_parts() -> None:
     config = app.compose("train", ["run=x", "model=a/b", "data=c/d", "optim.steps=1", "zero=1", "seq_len=65536"])
     text = memory.format_memory(tiny("llama", num_key_value_heads=2), config, Precision.fp32, 1, 1)
     assert text.startswith("planned peak 0.")
-    assert "GiB a rank, libraries aside, at its " in text
+    assert "GiB per rank, without libraries, phase: " in text
     assert "activations 0." in text
 
 
@@ -128,4 +128,4 @@ def test_what_was_measured_is_told_over_what_was_there_before(monkeypatch: pytes
     before = memory.resident_bytes()
     assert before > 2**27
     monkeypatch.setattr(memory, "resident_bytes", lambda: before + 3 * 2**29)
-    assert memory.format_peak(before) == "measured peak 1.50 GiB a rank, libraries aside"
+    assert memory.format_peak(before) == "measured peak 1.50 GiB per rank, without libraries"

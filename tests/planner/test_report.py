@@ -51,7 +51,7 @@ def test_the_fastest_that_fits_stands_first_and_what_does_not_fit_last() -> None
     # 16 bytes x 6.9 billion do not fit 80 GB; sharded states do.
     assert {c.where.stage for c in fitting} == {1, 2, 3}
     stage0 = next(c for c in made.choices if c.where.stage == 0)
-    assert stage0.why_not.endswith("GiB of 74.4 GiB that a GPU has for it")
+    assert stage0.why_not.endswith("GiB needed, 74.4 GiB available per GPU")
     assert not made.fastest.where.checkpointing
 
 
@@ -122,10 +122,10 @@ def test_a_checkpoint_holds_masters_and_states_of_what_trains() -> None:
 def test_without_data_the_plan_says_what_it_takes_for_granted() -> None:
     found = plan.summarize_data(_config("optim.steps=null", "optim.epochs=2"), None)
     assert (found.steps, found.lengths, found.labelled_share) == (None, [1024], 1)
-    assert found.note.startswith("note: no data= given: a row was taken as one document of seq_len=1024")
+    assert found.note.startswith("note: no data= given: a row is assumed to be one document of seq_len=1024")
     assert found.note.endswith("the steps of optim.epochs=2 are not known without data")
     assert plan.summarize_data(_config("data=stores/none"), None).note.startswith(
-        "note: data.store=stores/none is not there"
+        "note: data.store=stores/none does not exist"
     )
 
 

@@ -41,7 +41,7 @@ def test_the_host_holds_a_copy_of_masters_and_states_while_a_checkpoint_is_writt
     assert made.own.host_per_node == (18 + 12) * trained + 3 * GIB
     between = (18 + 6) * trained / GIB + 3
     refused = _plan(*given, f"cluster.host_memory_gib={between:.1f}")
-    assert refused.own.why_not == f"{made.own.host_per_node / GIB:.0f} GiB of {between:.1f} GiB of the host"
+    assert refused.own.why_not == f"{made.own.host_per_node / GIB:.0f} GiB needed, {between:.1f} GiB available per host"
     # Every rank saves its share.
     shared = _plan(*FULL, "cluster=a100x8", "zero=1", "global_batch_size=48")
     assert shared.own.memory.host_saving == 12 * trained / 8
@@ -72,8 +72,8 @@ def test_the_cpu_is_the_cpu_however_it_is_written() -> None:
 def test_a_plan_for_cpus_speaks_of_ranks() -> None:
     small = plan.format_plan(_plan(*ON_CPU, "zero=1", "cluster.gpu_memory_gib=1"), [])
     assert "GPU" not in small
-    assert "GiB per rank at the moment" in small
-    assert "of 1.0 GiB that a rank has for it" in small
+    assert "peak GiB per rank within a step" in small
+    assert "GiB needed, 1.0 GiB available per rank" in small
     assert "nothing fits. Give more machines or memory (cluster.*)" in small
 
 
@@ -157,7 +157,7 @@ def test_disk_that_grows_as_long_as_the_run_is_said_to_grow() -> None:
     given = [*FULL, "cluster=h200", "zero=1", "optim.steps=null", "optim.epochs=2", "checkpoint.every=100", "checkpoint.keep=2"]  # fmt: skip
     grows = _plan(*given, "checkpoint.keep_every=250")
     each = 12 * grows.shape.trained
-    line = f"checkpoint: {each / GIB:.2f} GiB on disk, {3 * each / GIB:.2f} GiB of a run, and it grows by one every 500 steps"
+    line = f"checkpoint: {each / GIB:.2f} GiB on disk, {3 * each / GIB:.2f} GiB per run plus one checkpoint every 500 steps"
     assert f"{line} (checkpoint.keep_every)" in plan.format_plan(grows, [])
     assert plan.as_json(grows, [])["disk_of_run"] is None
     limited = replace(grows, config=_config(*given, "checkpoint.keep_every=250", "checkpoint.max_gib=500"))
