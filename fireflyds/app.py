@@ -55,7 +55,7 @@ def main(verb: Callable[..., Any], about: str, *, passes_on: bool = False) -> No
             raise UserError("--cfg takes one value here: --cfg job")
         flags = [argument for argument in arguments if argument.startswith("-")]
         if flags:
-            raise UserError(f"{flags[0]}: no such option. Keys are written key=value; -h lists them")
+            raise UserError("no such option", key=flags[0], remedy="Keys are written key=value; -h lists them")
         rest: list[str] = []
         if passes_on:
             arguments, rest = split(name, arguments)
@@ -128,7 +128,9 @@ def compose(verb: str, overrides: list[str]) -> Any:
                 OmegaConf.update(composed, key, text)
         missing = sorted(OmegaConf.missing_keys(composed))
         if missing:
-            raise UserError(f"{missing[0]} is not set: {verb} needs {', '.join(missing)}. Give {missing[0]}=<value>")
+            raise UserError(
+                f"{missing[0]} is not set: {verb} needs {', '.join(missing)}", remedy=f"Give {missing[0]}=<value>"
+            )
         return OmegaConf.to_object(composed)
     except UserError:
         raise
@@ -161,7 +163,7 @@ def from_yaml(path: Path, schema: type[C]) -> C:
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise UserError(
-            f"{path}: {str(error).splitlines()[0]}. The file was written by another version or edited"
+            f"{str(error).splitlines()[0]}", key=path, remedy="The file was written by another version or edited"
         ) from error
 
 
@@ -174,7 +176,9 @@ def option(group: str, name: str) -> Path:
     file = Path(name) if name.endswith(".yaml") else CONF / group / f"{name}.yaml"
     if not file.is_file():
         known = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
-        raise UserError(f"{group}={name}: no such file, here or in conf/{group}. Known: {', '.join(known)}")
+        raise UserError(
+            f"no such file, here or in conf/{group}", key=group, value=name, remedy=f"Known: {', '.join(known)}"
+        )
     return file
 
 
@@ -209,9 +213,13 @@ def _take(arguments: list[str], flag: str) -> str | None:
 def _frozen(verb: str, file: str, arguments: list[str]) -> Any:
     """A configuration that was composed before, such as by `launch/submit.py`."""
     if arguments:
-        raise UserError(f"{arguments[0]}: --config {file} is the whole configuration. Leave the key out, or the file")
+        raise UserError(
+            f"--config {file} is the whole configuration", key=arguments[0], remedy="Leave the key out, or the file"
+        )
     if not Path(file).is_file():
-        raise UserError(f"--config {file}: no such file. Give a configuration that was written whole, as `config.yaml`")
+        raise UserError(
+            f"--config {file}: no such file", remedy="Give a configuration that was written whole, as `config.yaml`"
+        )
     return from_yaml(Path(file), VERBS[verb].config)
 
 
@@ -232,7 +240,9 @@ def _rewrite(verb: str, override: str) -> list[str]:
         return [override]
     if key.startswith("sweep.space."):  # the range of a key, whose name has dots of its own
         if value[:1] not in ("{", "["):
-            raise UserError(f"{override}: is no range. Give {key}={{low: 1e-5, high: 1e-3}} or {key}=[1e-5, 1e-4]")
+            raise UserError(
+                "is no range", key=override, remedy=f"Give {key}={{low: 1e-5, high: 1e-3}} or {key}=[1e-5, 1e-4]"
+            )
         one = f"{{choices: {value}}}" if value.startswith("[") else value
         return [f"++sweep.space={{{key.removeprefix('sweep.space.')}: {one}}}"]
     if key == "zero" and value in tuple("0123"):  # Hydra takes no number for an option
@@ -251,7 +261,10 @@ def _rewrite(verb: str, override: str) -> list[str]:
     if not (os.sep in value or os.path.exists(value) or set("*?.") & set(value)):
         known = sorted(p.stem for p in (CONF / key).glob("*.yaml"))
         raise UserError(
-            f"{key}={value}: neither a file or folder nor an option of conf/{key}. Known: {', '.join(known)}"
+            f"neither a file or folder nor an option of conf/{key}",
+            key=key,
+            value=value,
+            remedy=f"Known: {', '.join(known)}",
         )
     short = VERBS[verb].path_options[key]
     return [f"{key}={short.option}", short.override.format(quoted)]

@@ -1,13 +1,59 @@
 """Errors that the user can correct. They are shown as one message, without a traceback."""
 
+import copy
+from typing import Self
+
+_UNSET = object()
+
+EXIT_FAILED = 1
+EXIT_USER_ERROR = 2
+
 
 class UserError(ValueError):
-    """Invalid input or environment. The message contains the field or file and line, the value, the rule, remedy."""
+    """Invalid input or environment.
 
-    exit_code = 2
+    The message is `key=value: rule. remedy`, of the parts that are given; the parts are attributes for readers other
+    than people. `key` is a configuration key, a file or `file:line`, `value` what was given for it, `rule` what is
+    wrong or what must hold, `remedy` what to do about it.
+    """
+
+    exit_code = EXIT_USER_ERROR
+    kind = "user_error"
+    """The kind of failure in `status.json`."""
+
+    def __init__(self, rule: str, *, key: object = "", value: object = _UNSET, remedy: str = "") -> None:
+        super().__init__(rule)
+        self.key, self.rule, self.remedy = str(key), rule, remedy
+        self.value = None if value is _UNSET else str(value)
+        self.context = ""
+
+    def __str__(self) -> str:
+        subject = self.key if self.value is None else f"{self.key}={self.value}"
+        message = ": ".join(part for part in (self.context, subject, self.rule) if part)
+        return f"{message}. {self.remedy}" if self.remedy else message
+
+    def within(self, context: str) -> Self:
+        """Returns the same error with `context` (such as `step 12`) before its message."""
+        error = copy.copy(self)
+        error.context = f"{context}: {self.context}" if self.context else context
+        return error
 
 
 class LostRankError(UserError):
-    """Another rank or its host failed. The user's input is valid, and the same command resumes the run."""
+    """Another rank or its host failed. The user's input is valid, and the same command resumes the run.
 
-    exit_code = 1
+    `rank` is the lost rank, where one is known.
+    """
+
+    exit_code = EXIT_FAILED
+    kind = "lost_rank"
+
+    def __init__(self, rule: str, *, rank: int | None = None, remedy: str = "") -> None:
+        super().__init__(rule, remedy=remedy)
+        self.rank = rank
+
+
+class DivergedError(UserError):
+    """The loss or the gradients are not finite, or the loss keeps spiking: other settings or data are needed."""
+
+    kind = "diverged"

@@ -27,9 +27,13 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read as JSON ({error}). Repair the file, or get it again") from error
+        raise UserError(
+            f"cannot be read as JSON ({error})", key=file, remedy="Repair the file, or get it again"
+        ) from error
     if not isinstance(document, dict):
-        raise UserError(f"{file}: an object was expected, found a {type(document).__name__}. Get the file again")
+        raise UserError(
+            f"an object was expected, found a {type(document).__name__}", key=file, remedy="Get the file again"
+        )
     return document
 
 
@@ -41,8 +45,9 @@ def plain_file_name(name: Any, source: Path) -> str:
     """
     if not isinstance(name, str) or Path(name).name != name or name in ("", ".", "..") or {"\\", "\0"} & set(name):
         raise UserError(
-            f"{source}: names the file {name!r}, which is no plain file name and could be outside the folder. Correct "
-            "the file, or get it again"
+            f"names the file {name!r}, which is no plain file name and could be outside the folder",
+            key=source,
+            remedy="Correct the file, or get it again",
         )
     return name
 
@@ -53,7 +58,12 @@ def refuse_inputs_inside(out: Path, **inputs: str) -> None:
     for name, path in inputs.items():
         resolved = Path(path).resolve() if path and not any(c in path for c in "*?[") else None
         if resolved is not None and (resolved == out or out in resolved.parents):
-            raise UserError(f"out={out}: {name}={path} is in this folder and would be replaced. Give another folder")
+            raise UserError(
+                f"{name}={path} is in this folder and would be replaced",
+                key="out",
+                value=out,
+                remedy="Give another folder",
+            )
 
 
 def lock_file(file: Path, busy: str, *, wait: bool = False) -> IO[str]:
@@ -89,7 +99,7 @@ def _exclusive_writer(out: Path) -> Iterator[None]:
         if isinstance(error, UserError):
             raise
         reason = getattr(error, "strerror", None) or "it is not a valid path of a folder"
-        raise UserError(f"out={out}: cannot be written ({reason}). Give another folder") from error
+        raise UserError(f"cannot be written ({reason})", key="out", value=out, remedy="Give another folder") from error
     with lock:
         try:
             yield
@@ -131,12 +141,17 @@ class Output:
             written, kind = set(), ""
         if not written:
             raise UserError(
-                f"out={folder}: the folder holds other things (no {MARKER} of fireflyds) and is not overwritten. Give "
-                "another folder"
+                f"the folder holds other things (no {MARKER} of fireflyds) and is not overwritten",
+                key="out",
+                value=folder,
+                remedy="Give another folder",
             )
         if kind != self.kind:
             raise UserError(
-                f"out={folder}: the folder holds the output of {kind}, not {self.kind}. Give another folder"
+                f"the folder holds the output of {kind}, not {self.kind}",
+                key="out",
+                value=folder,
+                remedy="Give another folder",
             )
         names = (path.relative_to(folder) for path in present)
         return [name for name in names if str(name) not in written and name.parts[0] not in self.caches]
@@ -207,14 +222,19 @@ def atomic_dir(out: Path, output: Output) -> Iterator[Path]:
 def _prepare_staging(out: Path, output: Output, *, fresh: bool) -> Path:
     """Creates the sibling folder to write into, after checking that `out` may be replaced."""
     if out.is_file():
-        raise UserError(f"out={out}: cannot be written (a file of that name is there). Give another folder")
+        raise UserError(
+            "cannot be written (a file of that name is there)", key="out", value=out, remedy="Give another folder"
+        )
     staging, old = (out.with_name(f".{out.name}.{suffix}") for suffix in ("partial", "old"))
     if old.exists() and not out.exists():  # a replacement was interrupted between its two renames
         old.rename(out)
     output.foreign_files(out)
     if (staging.exists() and any(staging.iterdir())) and not (staging / PARTIAL).exists():
         raise UserError(
-            f"out={out}: {staging} holds other things and is not overwritten. Move it, or give another folder"
+            f"{staging} holds other things and is not overwritten",
+            key="out",
+            value=out,
+            remedy="Move it, or give another folder",
         )
     try:
         if fresh:
@@ -222,7 +242,9 @@ def _prepare_staging(out: Path, output: Output, *, fresh: bool) -> Path:
         staging.mkdir(parents=True, exist_ok=not fresh)
         (staging / PARTIAL).touch()
     except OSError as error:
-        raise UserError(f"out={out}: cannot be written ({error.strerror}). Give another folder") from error
+        raise UserError(
+            f"cannot be written ({error.strerror})", key="out", value=out, remedy="Give another folder"
+        ) from error
     return staging
 
 
@@ -234,7 +256,12 @@ def _replace(out: Path, staging: Path, output: Output) -> None:
         return
     for name in output.foreign_files(out):
         if (staging / name).exists():
-            raise UserError(f"out={out}: {name} was not written by fireflyds and would be replaced. Move it elsewhere")
+            raise UserError(
+                f"{name} was not written by fireflyds and would be replaced",
+                key="out",
+                value=out,
+                remedy="Move it elsewhere",
+            )
         (staging / name).parent.mkdir(parents=True, exist_ok=True)
         _link_or_copy(out / name, staging / name)
     old = out.with_name(f".{out.name}.old")

@@ -24,5 +24,5 @@ def find(package: str, name: str) -> ModuleType:
     entries = names(package)
     if name not in entries:
         kind = package.rsplit(".", 1)[-1]
-        raise UserError(f"{kind}: no entry {name!r}. Known: {', '.join(entries)}")
+        raise UserError(f"no entry {name!r}", key=kind, remedy=f"Known: {', '.join(entries)}")
     return importlib.import_module(f"{package}.{name}")

@@ -17,7 +17,9 @@ from fireflyds.errors import UserError
 
 def chat(config: ChatConfig) -> None:
     if not (Path(config.model) / "config.json").is_file():
-        raise UserError(f"model={config.model}: no config.json there. Give the directory of a Hugging Face model")
+        raise UserError(
+            "no config.json there", key="model", value=config.model, remedy="Give the directory of a Hugging Face model"
+        )
     from fireflyds.inference.chat import ChatSession
 
     if isinstance(sys.stdin, io.TextIOWrapper):

@@ -56,7 +56,9 @@ def demo(config: DemoConfig) -> None:
     failed = [check.rule for check in checks if not check.passed]
     if failed:
         raise UserError(
-            f"{config.road.name}: {len(failed)} of {len(checks)} checks failed: {'; '.join(failed)}. See {out / 'report.md'}"
+            f"{len(failed)} of {len(checks)} checks failed: {'; '.join(failed)}",
+            key=config.road.name,
+            remedy=f"See {out / 'report.md'}",
         )
 
 

@@ -31,7 +31,7 @@ def export(config: ExportConfig) -> None:
     fingerprint.require_base(config.run, train_config.model.path, inputs)
     out = Path(config.out or run_dir / ("adapter" if config.what is ExportWhat.adapter else "export"))
     if train_config.model.path and out.resolve() == Path(train_config.model.path).resolve():
-        raise UserError(f"out={out}: is the base model of the run. Give another folder")
+        raise UserError("is the base model of the run", key="out", value=out, remedy="Give another folder")
     # Heavy imports come after the checks above.
     from fireflyds.checkpoint.restore import find_checkpoint
 
@@ -99,7 +99,10 @@ def write_adapter(config: ExportConfig, trained: TrainConfig, checkpoint: Path, 
     trainable = read_trainable_weights(checkpoint)
     if not trainable.adapters:
         raise UserError(
-            f"what=adapter: the run {config.run} has no adapters (tuning={trained.tuning.method.name}). Use what=merged"
+            f"the run {config.run} has no adapters (tuning={trained.tuning.method.name})",
+            key="what",
+            value="adapter",
+            remedy="Use what=merged",
         )
     with atomic_dir(out, Output("export of an adapter")) as folder:
         save_trainable_weights(trainable, folder)

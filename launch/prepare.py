@@ -35,7 +35,7 @@ def prepare(config: PrepareConfig) -> None:
             "data.sources is empty: give data=<file, folder or glob> or an option of conf/data that lists sources"
         )
     if not config.tokenizer:
-        raise UserError("tokenizer is not set: prepare needs it. Give tokenizer=<directory or .model>")
+        raise UserError("tokenizer is not set: prepare needs it", remedy="Give tokenizer=<directory or .model>")
     registry.find("fireflyds.data.templates", config.template)
     encoder = load_encoder(config.tokenizer)
     if config.inspect:
@@ -69,7 +69,12 @@ def refuse_overlap(config: PrepareConfig, out: Path) -> None:
     refuse_inputs_inside(out, tokenizer=config.tokenizer, **paths)
     for name, path in paths.items():
         if Path(path).is_dir() and Path(path).resolve() in out.resolve().parents:
-            raise UserError(f"out={out}: is inside {name}={path}, and would be read as text. Give another folder")
+            raise UserError(
+                f"is inside {name}={path}, and would be read as text",
+                key="out",
+                value=out,
+                remedy="Give another folder",
+            )
 
 
 def print_stats(out: Path) -> None:

@@ -41,7 +41,10 @@ def submit(config: SubmitConfig, rest: list[str]) -> None:
         return
     if config.cluster.scheduler is not Scheduler.slurm:
         raise UserError(
-            "cluster.scheduler=none: submit is for a scheduler. Give cluster=slurm, or start the verb itself"
+            "submit is for a scheduler",
+            key="cluster.scheduler",
+            value="none",
+            remedy="Give cluster=slurm, or start the verb itself",
         )
     folder, planned = _plan_pipeline(config, rest) if config.road else _plan_verb(config, rest)
     command = f"python launch/submit.py {{}} run={folder.relative_to(config.runs)}"
@@ -90,7 +93,9 @@ def _plan_verb(config: SubmitConfig, rest: list[str]) -> tuple[Path, list[Planne
 def _plan_pipeline(config: SubmitConfig, rest: list[str]) -> tuple[Path, list[PlannedJob]]:
     file = app.option("road", config.road)
     if rest:
-        raise UserError(f"{rest[0]}: no such key for submit. The keys of a pipeline's stages are in its file, {file}")
+        raise UserError(
+            "no such key for submit", key=rest[0], remedy=f"The keys of a pipeline's stages are in its file, {file}"
+        )
     stages = app.from_yaml(file, RoadConfig)
     run = config.run or stages.name
     folder = Path(config.runs) / run
@@ -116,7 +121,7 @@ def _plan_pipeline(config: SubmitConfig, rest: list[str]) -> tuple[Path, list[Pl
 
 def _compose_stage(file: Path, stage: StageConfig) -> Any:
     if stage.verb not in VERBS or not VERBS[stage.verb].submittable:
-        raise UserError(f"{file}: stage {stage.name}: verb={stage.verb} is not submitted")
+        raise UserError(f"stage {stage.name}: verb={stage.verb} is not submitted", key=file)
     return app.compose(stage.verb, stage.overrides)
 
 
@@ -141,12 +146,14 @@ def _check_inputs(
 
 def _run_action(config: SubmitConfig, rest: list[str]) -> None:
     if rest:
-        raise UserError(f"{rest[0]}: action={config.action.name} takes run= and runs= only")
+        raise UserError(f"action={config.action.name} takes run= and runs= only", key=rest[0])
     folder = Path(config.runs) / config.run
     records = submission.read_job_records(folder)
     if not records:
         raise UserError(
-            f"run={config.run}: nothing was submitted under this name in {config.runs} (no {folder / submission.RECORDS})"
+            f"nothing was submitted under this name in {config.runs} (no {folder / submission.RECORDS})",
+            key="run",
+            value=config.run,
         )
     if config.action is SubmitAction.logs:
         print(report.logs(records, config.lines))

@@ -29,7 +29,9 @@ FREE = ("trials", "parallel", "poll_seconds", "retries", "pruner", "startup_tria
 
 def sweep(config: SweepConfig, rest: list[str]) -> None:
     if reserved := [word for word in rest if word.lstrip("+").startswith(("run=", "runs=", "tracking.group="))]:
-        raise UserError(f"{reserved[0]}: trials get theirs from study={config.study} and runs={config.runs}. Remove it")
+        raise UserError(
+            f"trials get theirs from study={config.study} and runs={config.runs}", key=reserved[0], remedy="Remove it"
+        )
     # Heavy imports are deferred until the configuration is validated.
     from fireflyds.cluster.sweep import results
     from fireflyds.cluster.sweep.runner import Sweep, only_one, run_name
@@ -60,7 +62,9 @@ def sweep(config: SweepConfig, rest: list[str]) -> None:
     if not finished:
         raise KeyboardInterrupt
     if study.best is None:
-        raise UserError(f"study={config.study}: no trial completed. {folder / 'trials.md'} lists the reasons")
+        raise UserError(
+            f"no trial completed. {folder / 'trials.md'} lists the reasons", key="study", value=config.study
+        )
 
 
 def _require_same_study(folder: Path, config: SweepConfig, rest: list[str]) -> None:
@@ -72,7 +76,10 @@ def _require_same_study(folder: Path, config: SweepConfig, rest: list[str]) -> N
     file = folder / "study.json"
     if file.exists() and (changed := config_diff.diff_configs(json.loads(file.read_text(encoding="utf-8")), settings)):
         raise UserError(
-            f"study={config.study}: was started with other settings ({'; '.join(changed)}). Give another study=, or the same settings to resume"
+            f"was started with other settings ({'; '.join(changed)})",
+            key="study",
+            value=config.study,
+            remedy="Give another study=, or the same settings to resume",
         )
     atomic_write_text(file, json.dumps(settings, indent=2, ensure_ascii=False))
 

@@ -34,8 +34,10 @@ def synthesize(config: SynthesizeConfig) -> None:
     user_texts = list(read_texts(config.corpus)) if config.corpus else []
     if len(user_texts) == 1:
         raise UserError(
-            f"corpus={config.corpus}: one document only; at least 2 are needed, to train and to evaluate on. "
-            "A .txt file has one document per line"
+            "one document only; at least 2 are needed, to train and to evaluate on",
+            key="corpus",
+            value=config.corpus,
+            remedy="A .txt file has one document per line",
         )
     with atomic_dir(Path(config.out), Output("synthesize")) as out:
         for language, num_bytes in ((CHINESE, config.zh_bytes), (ENGLISH, config.en_bytes)):

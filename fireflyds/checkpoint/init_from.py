@@ -94,7 +94,9 @@ def copy_initial_weights(config: TrainConfig, identity: dict[str, Any]) -> None:
     ):
         if recorded.get(key) != identity[key]:
             raise UserError(
-                f"init_from={config.init_from}: that run's {key} is {_short(recorded.get(key))}, this one's {_short(identity[key])}. {remedy}"
+                f"that run's {key} is {_short(recorded.get(key))}, this one's {_short(identity[key])}. {remedy}",
+                key="init_from",
+                value=config.init_from,
             )
     weights = read_trainable_weights(newest)
     if (earlier_dir / layout.START).is_dir():
@@ -118,6 +120,11 @@ def _check_adapters(config: TrainConfig, earlier: TrainConfig, weights: Trainabl
         if not now.has_adapters or getattr(before, key) != getattr(now, key):
             value = getattr(now, key) if now.has_adapters else f"none, tuning={now.method.name}"
             raise UserError(
-                f"init_from={config.init_from}: that run has adapters with {key}={getattr(before, key)}, this one {value}. Use "
-                f"the same, or merge them: python launch/export.py run={config.init_from}, then model={earlier.run_dir}/export"
+                f"that run has adapters with {key}={getattr(before, key)}, this one {value}",
+                key="init_from",
+                value=config.init_from,
+                remedy=(
+                    f"Use the same, or merge them: python launch/export.py run={config.init_from}, then "
+                    f"model={earlier.run_dir}/export"
+                ),
             )

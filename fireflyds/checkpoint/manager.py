@@ -129,8 +129,9 @@ class CheckpointManager:
         if messages := [f"rank {rank}: {text}" for rank, text in enumerate(failures) if text]:
             self._abandoned.set()
             raise UserError(
-                f"{self._folder}: the newest checkpoint was not saved ({messages[0]}). The previous one is "
-                "intact. Correct the cause, and run the same command again"
+                f"the newest checkpoint was not saved ({messages[0]}). The previous one is intact",
+                key=self._folder,
+                remedy="Correct the cause, and run the same command again",
             ) from self._failure
 
     def _write_in_background(self, name: str, copies: dict[str, Any], manifest: dict[str, Any]) -> None:
@@ -184,7 +185,9 @@ class CheckpointManager:
         try:
             self._storage.remove_leftovers()
         except OSError as error:
-            raise UserError(f"{self._folder}: cannot be written ({error.strerror}). Give another runs=") from error
+            raise UserError(
+                f"cannot be written ({error.strerror})", key=self._folder, remedy="Give another runs="
+            ) from error
 
     def _require_space(self) -> None:
         """Raises `UserError` if the disk has too little space, before training a step that could not be saved."""
@@ -209,7 +212,10 @@ def _require_free_space(storage: CheckpointStorage, needed: int) -> None:
     free = storage.free_bytes()
     if free < needed * 1.1:
         raise UserError(
-            f"{storage.staging('').parent}: a checkpoint takes {needed / 2**30:.2f} GiB and the disk has "
-            f"{free / 2**30:.2f} GiB free. Earlier checkpoints are intact. Free space, lower checkpoint.keep or set "
-            "checkpoint.max_gib, then run the same command again"
+            (
+                f"a checkpoint takes {needed / 2**30:.2f} GiB and the disk has {free / 2**30:.2f} GiB free. "
+                "Earlier checkpoints are intact"
+            ),
+            key=storage.staging("").parent,
+            remedy="Free space, lower checkpoint.keep or set checkpoint.max_gib, then run the same command again",
         )

@@ -43,8 +43,9 @@ def restore_latest(
         return _restore_from(engine, folder, say)
     if listed[0]:
         raise UserError(
-            f"{storage.open(listed[0][-1]).parent}: all {len(listed[0])} checkpoints are damaged. Restore one from a backup, or remove the folder to "
-            "start the run from the beginning"
+            f"all {len(listed[0])} checkpoints are damaged",
+            key=storage.open(listed[0][-1]).parent,
+            remedy="Restore one from a backup, or remove the folder to start the run from the beginning",
         )
     return TrainState()
 
@@ -53,7 +54,9 @@ def _restore_from(engine: Engine, folder: Path, say: Callable[[str], None]) -> T
     manifest = read_json(folder / MANIFEST)
     if manifest["version"] != FORMAT_VERSION:
         raise UserError(
-            f"{folder}: version {manifest['version']}, this code reads {FORMAT_VERSION}. Use the code that wrote it"
+            f"version {manifest['version']}, this code reads {FORMAT_VERSION}",
+            key=folder,
+            remedy="Use the code that wrote it",
         )
     partitions.load_into_engine(engine, ShardReader(folder), manifest["scaler"])
     state = TrainState(**manifest["train_state"])
@@ -76,10 +79,10 @@ def find_checkpoint(run_dir: Path, step: int | None) -> Path:
     storage = LocalStorage(run_dir)
     available = storage.list()
     if not available:
-        raise UserError(f"run: {run_dir} has no checkpoint. Train it first, or check the name")
+        raise UserError(f"{run_dir} has no checkpoint", key="run", remedy="Train it first, or check the name")
     candidates, names = available[::-1] if step is None else [layout.step_name(step)], ", ".join(available)
     if step is not None and candidates[0] not in available:
-        raise UserError(f"step={step}: {run_dir} has no such checkpoint. It has: {names}")
+        raise UserError(f"{run_dir} has no such checkpoint", key="step", value=step, remedy=f"It has: {names}")
     for name in candidates:
         folder = storage.open(name)
         problem = find_corruption(folder)
@@ -89,6 +92,7 @@ def find_checkpoint(run_dir: Path, step: int | None) -> Path:
             f"{folder} is damaged ({problem}){'; the previous checkpoint is used' if step is None else ''}", flush=True
         )
     raise UserError(
-        f"{storage.open(candidates[0])}: is damaged, and there is no other candidate. "
-        f"The run has: {names}. Give another step=, or train it again"
+        f"is damaged, and there is no other candidate. The run has: {names}",
+        key=storage.open(candidates[0]),
+        remedy="Give another step=, or train it again",
     )

@@ -97,7 +97,9 @@ class ShardReader:
                         (int(first), length, opened, key)
                     )
             except SafetensorError as error:
-                raise UserError(f"{file}: cannot be read ({error}). Resume from an earlier checkpoint") from error
+                raise UserError(
+                    f"cannot be read ({error})", key=file, remedy="Resume from an earlier checkpoint"
+                ) from error
         return dict(index)
 
     def state_names(self, name: str) -> list[str]:
@@ -141,8 +143,9 @@ class ShardReader:
                 covered += high - low
         if result is None or covered < length:
             raise UserError(
-                f"{self.folder}: holds {covered} of {length} elements of {name} ({kind}). Resume from an earlier "
-                "checkpoint, or give the run that this checkpoint belongs to"
+                f"holds {covered} of {length} elements of {name} ({kind})",
+                key=self.folder,
+                remedy="Resume from an earlier checkpoint, or give the run that this checkpoint belongs to",
             )
         return result
 
@@ -152,12 +155,17 @@ class ShardReader:
             num_elements = sum(length for _, length, _, _ in self._index.get((name, MASTER), ()))
             if self.shapes.get(name) != shape or num_elements != torch.Size(shape).numel():
                 raise UserError(
-                    f"{self.folder}: {name} was not saved completely ({num_elements} elements of {[*shape]}). The "
-                    "previous checkpoint is intact; all ranks must write to the same folder: give runs= on a disk that "
-                    "all nodes share"
+                    f"{name} was not saved completely ({num_elements} elements of {[*shape]})",
+                    key=self.folder,
+                    remedy=(
+                        "The previous checkpoint is intact; all ranks must write to the same folder: give runs= on a "
+                        "disk that all nodes share"
+                    ),
                 )
         if not any(values.any() for name in expected for values in [self.read(name, MASTER, 0, self._numel(name))]):
-            raise UserError(f"{self.folder}: all weights were saved as zeros. The previous checkpoint is intact")
+            raise UserError(
+                "all weights were saved as zeros", key=self.folder, remedy="The previous checkpoint is intact"
+            )
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yields name and full tensor of every trained parameter."""

@@ -63,7 +63,9 @@ def load_metadata(folder: Path) -> TrainableWeights:
         UserError: the file is missing.
     """
     if not (folder / METADATA).is_file():
-        raise UserError(f"{folder}: has no {METADATA}, so it holds no trained weights. Give a complete checkpoint")
+        raise UserError(
+            f"has no {METADATA}, so it holds no trained weights", key=folder, remedy="Give a complete checkpoint"
+        )
     metadata = read_json(folder / METADATA)
     first_rows, adapter_config = metadata.pop("first_rows"), metadata.pop("adapter_config")
     return TrainableWeights(first_rows=first_rows, adapter_config=adapter_config, metadata=metadata)
@@ -112,15 +114,19 @@ def verify_saved_weights(
     mismatched = [name for name, shape in expected.items() if shapes.get(name) != shape]
     if mismatched:
         raise UserError(
-            f"{folder}: {len(mismatched)} of {len(expected)} trained tensors were not saved whole, such as "
-            f"{mismatched[0]} ({shapes.get(mismatched[0], 'missing')}, trained {expected[mismatched[0]]}). The "
-            "previous checkpoint is intact; check the disk"
+            (
+                f"{len(mismatched)} of {len(expected)} trained tensors were not saved whole, such as "
+                f"{mismatched[0]} ({shapes.get(mismatched[0], 'missing')}, trained {expected[mismatched[0]]})"
+            ),
+            key=folder,
+            remedy="The previous checkpoint is intact; check the disk",
         )
     starts_at_zero = {name for name in expected if ".lora_B" in name}
     unexpected_zeros = zeros - starts_at_zero
     if unexpected_zeros or (updated and starts_at_zero and starts_at_zero <= zeros):
         name = min(unexpected_zeros or starts_at_zero)
         raise UserError(
-            f"{folder}: {name} was saved as zeros only, so training did not reach it. The previous checkpoint is "
-            "intact; check optim.lr and which parameters tuning.* trains"
+            f"{name} was saved as zeros only, so training did not reach it",
+            key=folder,
+            remedy="The previous checkpoint is intact; check optim.lr and which parameters tuning.* trains",
         )

@@ -147,8 +147,9 @@ def load_into_model(model: Any, trainable: TrainableWeights, source: Path | str,
     missing = [name for name in trainable_shapes(model) if name not in trainable.names()]
     if must_cover and missing:
         raise UserError(
-            f"{source}: lacks {len(missing)} trained tensors, such as {missing[0]}. The checkpoint belongs to another "
-            "run; give that run, or another step"
+            f"lacks {len(missing)} trained tensors, such as {missing[0]}",
+            key=source,
+            remedy="The checkpoint belongs to another run; give that run, or another step",
         )
     buffers = {name for name, _ in model.named_buffers()}
     matrices = {
@@ -164,8 +165,9 @@ def load_into_model(model: Any, trainable: TrainableWeights, source: Path | str,
                 continue
             elif name not in parameters:
                 raise UserError(
-                    f"{source}: {name} has no matching parameter in this model; that run used another tuning.*. Export "
-                    "it with launch/export.py and give the export as model="
+                    f"{name} has no matching parameter in this model; that run used another tuning.*",
+                    key=source,
+                    remedy="Export it with launch/export.py and give the export as model=",
                 )
             else:
                 _load_parameter(parameters[name], name, tensor, trainable.first_rows.get(name, 0), source)
@@ -174,14 +176,16 @@ def load_into_model(model: Any, trainable: TrainableWeights, source: Path | str,
 def _load_parameter(parameter: Tensor, name: str, tensor: Tensor, first: int, source: Path | str) -> None:
     if is_quantised(parameter):
         raise UserError(
-            f"{source}: {name} was trained in that run and is quantised here. Export that run with "
-            "launch/export.py and give the export as model="
+            f"{name} was trained in that run and is quantised here",
+            key=source,
+            remedy="Export that run with launch/export.py and give the export as model=",
         )
     target = parameter[first:] if first else parameter
     if target.shape != tensor.shape:
         raise UserError(
-            f"{source}: {name} is {[*tensor.shape]}, the model has {[*target.shape]}. Its base changed since, or its "
-            "adapters differ: give the base and the tuning of that run"
+            f"{name} is {[*tensor.shape]}, the model has {[*target.shape]}",
+            key=source,
+            remedy="Its base changed since, or its adapters differ: give the base and the tuning of that run",
         )
     target.copy_(tensor)
 
@@ -191,8 +195,9 @@ def _load_split_rows(matrix: Any, name: str, tensor: Tensor, first: int, source:
     rows = len(matrix.frozen) + len(matrix.trainable)
     if first + len(tensor) != rows:
         raise UserError(
-            f"{source}: {name} ends at row {first + len(tensor)}, the model's at {rows}. Its base changed since: "
-            "give the base of that run"
+            f"{name} ends at row {first + len(tensor)}, the model's at {rows}",
+            key=source,
+            remedy="Its base changed since: give the base of that run",
         )
     split = max(matrix.first - first, 0)
     matrix.frozen[first : first + split].copy_(tensor[:split])

@@ -37,7 +37,10 @@ def require_input_paths(verb: str, config: Any, promised: Iterable[Path] = ()) -
             exists = not text or set("*?[:") & set(text) or path.exists()
             if not exists and not any(root == path or root in path.parents for root in outputs):
                 raise UserError(
-                    f"{key}={text}: is not there ({path}). Give a folder or file that the compute nodes can read"
+                    f"is not there ({path})",
+                    key=key,
+                    value=text,
+                    remedy="Give a folder or file that the compute nodes can read",
                 )
 
 
@@ -73,6 +76,8 @@ def check_training_inputs(config: TrainConfig) -> None:
             return
         if isinstance(positions, int) and config.seq_len > positions:
             raise UserError(
-                f"seq_len={config.seq_len}: the model has {positions} positions. Use {positions} or less, or extend them with "
-                "model.rope_scaling"
+                f"the model has {positions} positions",
+                key="seq_len",
+                value=config.seq_len,
+                remedy=f"Use {positions} or less, or extend them with model.rope_scaling",
             )

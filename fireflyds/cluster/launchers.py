@@ -51,15 +51,21 @@ class LocalLauncher:
     def __init__(self, cluster: ClusterConfig, parallel: int) -> None:
         if cluster.nodes > 1:
             raise UserError(
-                f"cluster.nodes={cluster.nodes}: local trials run on one node. Give cluster=slurm, or nodes=1"
+                "local trials run on one node",
+                key="cluster.nodes",
+                value=cluster.nodes,
+                remedy="Give cluster=slurm, or nodes=1",
             )
         self._ranks, self._parallel = cluster.gpus_per_node, parallel
         self._gpus: list[str] = [] if cluster.on_cpu else _visible_gpus()
         needed = parallel * self._ranks
         if not cluster.on_cpu and needed > len(self._gpus):
             raise UserError(
-                f"sweep.parallel={parallel} x cluster.gpus_per_node={self._ranks} = {needed} GPUs, but {len(self._gpus)} are "
-                "visible. Give fewer, or cluster=local_cpu"
+                (
+                    f"sweep.parallel={parallel} x cluster.gpus_per_node={self._ranks} = {needed} GPUs, but "
+                    f"{len(self._gpus)} are visible"
+                ),
+                remedy="Give fewer, or cluster=local_cpu",
             )
         self._started: dict[Path, subprocess.Popen[bytes]] = {}
 

@@ -106,7 +106,9 @@ def _format_option(name: str, value: str) -> str:
     """Formats an option. Slurm reads values with spaces in double quotes, but no other shell syntax."""
     if match := re.search(r'["\n\\]', value):
         raise UserError(
-            f"{value!r}: contains {match.group()!r}, invalid in an #SBATCH line. Give another name or folder"
+            f"contains {match.group()!r}, invalid in an #SBATCH line",
+            key=f"{value!r}",
+            remedy="Give another name or folder",
         )
     return f'--{name}="{value}"' if re.search(r"[\s#']", value) else f"--{name}={value}"
 

@@ -70,8 +70,13 @@ def require() -> None:
     """Raises `UserError` if sbatch is not on the path."""
     if shutil.which("sbatch") is None:
         raise UserError(
-            "cluster.scheduler=slurm: there is no sbatch on the path. Submit from a login node (`module load slurm`?), or "
-            "give dry_run=true to write the script without submitting it"
+            "there is no sbatch on the path",
+            key="cluster.scheduler",
+            value="slurm",
+            remedy=(
+                "Submit from a login node (`module load slurm`?), or give dry_run=true to write the script "
+                "without submitting it"
+            ),
         )
 
 
@@ -170,7 +175,9 @@ def _run(command: list[str], stdin: str = "") -> "subprocess.CompletedProcess[st
             command, env=environment, input=stdin, capture_output=True, text=True, errors="replace", timeout=_PATIENCE
         )
     except FileNotFoundError as error:
-        raise UserError(f"{command[0]}: not on the path. Slurm's commands are available on login nodes") from error
+        raise UserError(
+            "not on the path", key=command[0], remedy="Slurm's commands are available on login nodes"
+        ) from error
     except subprocess.TimeoutExpired as error:
         stderr = error.stderr.decode(errors="replace") if isinstance(error.stderr, bytes) else error.stderr or ""
         raise UnavailableError(

@@ -90,7 +90,9 @@ def refuse_active(folder: Path) -> None:
     ]
     if active:
         raise UserError(
-            f"{folder}: submitted already: {', '.join(active)}. Wait, cancel it (`launch/submit.py action=cancel run=...`) or give another run="
+            f"submitted already: {', '.join(active)}",
+            key=folder,
+            remedy="Wait, cancel it (`launch/submit.py action=cancel run=...`) or give another run=",
         )
 
 
@@ -100,7 +102,9 @@ def _refuse_unrecorded(planned: Sequence[PlannedJob], folder: Path) -> None:
     unknown = [job for job in slurm.queued(_scripts(planned)) if job not in recorded]
     if unknown:
         raise UserError(
-            f"{folder}: submitted already, as job {', '.join(unknown)}. Wait for it, or `scancel {' '.join(unknown)}`"
+            f"submitted already, as job {', '.join(unknown)}",
+            key=folder,
+            remedy=f"Wait for it, or `scancel {' '.join(unknown)}`",
         )
 
 
@@ -148,7 +152,9 @@ def _cancel_queued(planned: Sequence[PlannedJob], queued: Sequence[JobRecord], e
             remedy = (
                 f"jobs {', '.join(job_ids)} may still be queued: `scancel {' '.join(job_ids)}` when Slurm answers again"
             )
-            raise UserError(f"{error}. Cancelling the queued jobs failed as well ({cancel_error}): {remedy}") from error
+            raise UserError(
+                f"{error}", remedy=f"Cancelling the queued jobs failed as well ({cancel_error}): {remedy}"
+            ) from error
 
 
 def _scripts(planned: Sequence[PlannedJob]) -> dict[str, Path]:

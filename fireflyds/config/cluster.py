@@ -90,9 +90,14 @@ class ClusterConfig:
         require_at_least(self, "cluster.", max_failures=0, gpu_memory_gib=0, host_memory_gib=0)
         for name in ("mfu", "link_gb_per_s", "host_link_gb_per_s"):
             if getattr(self, name) <= 0:
-                raise UserError(f"cluster.{name}={getattr(self, name)}: must be greater than 0")
+                raise UserError("must be greater than 0", key=f"cluster.{name}", value=getattr(self, name))
         if self.mfu > 1:
-            raise UserError(f"cluster.mfu={self.mfu}: is a share of the peak, at most 1. Real runs reach 0.3 to 0.6")
+            raise UserError(
+                "is a share of the peak, at most 1",
+                key="cluster.mfu",
+                value=self.mfu,
+                remedy="Real runs reach 0.3 to 0.6",
+            )
         self._check_job()
 
     def _check_job(self) -> None:
@@ -102,28 +107,45 @@ class ClusterConfig:
         for option in self.sbatch.split():
             name = option.partition("=")[0]
             if not name.startswith("--"):
-                raise UserError(f"cluster.sbatch={option}: options are written --name=value, such as --exclusive")
+                raise UserError(
+                    "options are written --name=value, such as --exclusive", key="cluster.sbatch", value=option
+                )
             if name in _CONFIG_KEYS:
                 raise UserError(
-                    f"cluster.sbatch={option}: has a key of its own, cluster.{_CONFIG_KEYS[name]}. Use that"
+                    f"has a key of its own, cluster.{_CONFIG_KEYS[name]}",
+                    key="cluster.sbatch",
+                    value=option,
+                    remedy="Use that",
                 )
         if self.time and not re.fullmatch(_TIME, self.time):
             raise UserError(
-                f"cluster.time={self.time}: must be hours:minutes:seconds, such as 24:00:00 or 2-12:00:00. In a file put it in quotes: time: '24:00:00'"
+                "must be hours:minutes:seconds, such as 24:00:00 or 2-12:00:00",
+                key="cluster.time",
+                value=self.time,
+                remedy="In a file put it in quotes: time: '24:00:00'",
             )
         if 0 < self.time_seconds <= self.signal_seconds:
             raise UserError(
-                f"cluster.signal_seconds={self.signal_seconds}: a job of cluster.time={self.time} would be signalled to save at its "
-                f"start. Give a longer cluster.time, or less than {self.time_seconds}"
+                f"a job of cluster.time={self.time} would be signalled to save at its start",
+                key="cluster.signal_seconds",
+                value=self.signal_seconds,
+                remedy=f"Give a longer cluster.time, or less than {self.time_seconds}",
             )
         for name in self.environment:
             if not re.fullmatch(r"[A-Za-z_]\w*", name):
-                raise UserError(f"cluster.environment.{name}: is not a valid variable name. Use letters, digits and _")
+                raise UserError(
+                    "is not a valid variable name",
+                    key=f"cluster.environment.{name}",
+                    remedy="Use letters, digits and _",
+                )
         if self.container is not Container.none and not self.image:
             raise UserError(f"cluster.container={self.container.name} needs an image: give cluster.image=<image>")
         if self.chain > 1 and self.requeue:
             raise UserError(
-                f"cluster.chain={self.chain}: is for clusters that forbid requeueing. Give cluster.requeue=false too, or no chain"
+                "is for clusters that forbid requeueing",
+                key="cluster.chain",
+                value=self.chain,
+                remedy="Give cluster.requeue=false too, or no chain",
             )
 
     @property
@@ -152,12 +174,17 @@ class ClusterConfig:
         for name in ("gpu", "gpu_memory_gib", "host_memory_gib"):
             if not getattr(self, name):
                 raise UserError(
-                    f"cluster.{name} is not set: a plan needs cluster.gpu, cluster.gpu_memory_gib and cluster.host_memory_gib. "
-                    f"Give cluster.{name}=<value>, or a cluster file that sets it"
+                    (
+                        f"cluster.{name} is not set: a plan needs cluster.gpu, cluster.gpu_memory_gib and "
+                        "cluster.host_memory_gib"
+                    ),
+                    remedy=f"Give cluster.{name}=<value>, or a cluster file that sets it",
                 )
 
 
 def _reject_shell_syntax(key: str, value: str) -> None:
     """Raises `UserError` for shell syntax in `value`: Slurm parses `#SBATCH` lines itself, without a shell."""
     if match := re.search(r"[\n\r$`\"']", value):
-        raise UserError(f"{key}={value!r}: holds {match.group()!r}, which Slurm does not expand in an #SBATCH line")
+        raise UserError(
+            f"holds {match.group()!r}, which Slurm does not expand in an #SBATCH line", key=key, value=f"{value!r}"
+        )

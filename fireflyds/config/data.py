@@ -61,7 +61,7 @@ class DataConfig:
         check_weights("data.max_epochs", self.max_epochs)
         starts = [phase.tokens for phase in self.curriculum]
         if starts != sorted(set(starts)):
-            raise UserError(f"data.curriculum: tokens {starts} must increase from phase to phase")
+            raise UserError(f"tokens {starts} must increase from phase to phase", key="data.curriculum")
 
     @property
     def shares(self) -> dict[str, float]:
@@ -77,7 +77,9 @@ def check_weights(name: str, weights: dict[str, float]) -> None:
     """Raises `UserError` for a weight that is not positive."""
     for domain, weight in weights.items():
         if weight <= 0:
-            raise UserError(f"{name}.{domain}={weight}: must be greater than 0. Leave the domain out instead")
+            raise UserError(
+                "must be greater than 0", key=f"{name}.{domain}", value=weight, remedy="Leave the domain out instead"
+            )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -110,7 +112,12 @@ class CleanConfig:
         require_at_least(self, min_characters=0, overlap=4)
         for name in ("max_repetition", "similarity"):
             if not 0 < getattr(self, name) <= 1:
-                raise UserError(f"clean.{name}={getattr(self, name)}: must be in (0, 1]. Give a share such as 0.8")
+                raise UserError(
+                    "must be in (0, 1]",
+                    key=f"clean.{name}",
+                    value=getattr(self, name),
+                    remedy="Give a share such as 0.8",
+                )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -138,4 +145,6 @@ class PrepareConfig:
     def __post_init__(self) -> None:
         require_at_least(self, workers=0, inspect=0)
         if not 0 <= self.max_rejected <= 1:
-            raise UserError(f"max_rejected={self.max_rejected}: must be in [0, 1]. Give a share such as 0.01")
+            raise UserError(
+                "must be in [0, 1]", key="max_rejected", value=self.max_rejected, remedy="Give a share such as 0.01"
+            )

@@ -57,10 +57,15 @@ class DoctorConfig:
         )
         require_at_least(self, min_free_gib=0, min_disk_mib_s=0, min_bus_gb_s=0, max_clock_skew=0)
         if not self.runs:
-            raise UserError("runs='': give the folder of the runs, such as runs=runs")
+            raise UserError("give the folder of the runs, such as runs=runs", key="runs", value="''")
         if self.packing and not self.model:
             raise UserError("packing=true needs a model: give model=<Hugging Face directory>")
         if not self.documents or min(self.documents) < 1:
-            raise UserError(f"documents={self.documents}: give lengths of at least 1, such as [7,1,130]")
+            raise UserError("give lengths of at least 1, such as [7,1,130]", key="documents", value=self.documents)
         if max(self.documents) < 2:
-            raise UserError(f"documents={self.documents}: one token has none after it to learn. Give one of at least 2")
+            raise UserError(
+                "one token has none after it to learn",
+                key="documents",
+                value=self.documents,
+                remedy="Give one of at least 2",
+            )

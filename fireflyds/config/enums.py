@@ -175,4 +175,4 @@ def require_at_least(config: Any, section: str = "", /, **least: float) -> None:
     for name, bound in least.items():
         value = getattr(config, name)
         if value is not None and value < bound:
-            raise UserError(f"{section}{name}={value}: must be at least {bound:g}")
+            raise UserError(f"must be at least {bound:g}", key=f"{section}{name}", value=value)

@@ -54,4 +54,6 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         require_at_least(self, max_tokens=2, limit=1)
         if not self.tasks:
-            raise UserError("tasks=[]: nothing to do. Name entries of fireflyds/evaluation/tasks")
+            raise UserError(
+                "nothing to do", key="tasks", value="[]", remedy="Name entries of fireflyds/evaluation/tasks"
+            )

@@ -69,12 +69,14 @@ class OptimConfig:
         for name in ("steps", "epochs", "lr", "muon_lr", "power", "eps"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                raise UserError(f"optim.{name}={value}: must be greater than 0")
+                raise UserError("must be greater than 0", key=f"optim.{name}", value=value)
         for name in ("warmup_ratio", "min_lr_ratio", "decay_ratio"):
             if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"optim.{name}={getattr(self, name)}: must be in [0, 1]")
+                raise UserError("must be in [0, 1]", key=f"optim.{name}", value=getattr(self, name))
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise UserError(f"optim.betas={list(self.betas)}: two numbers in [0, 1) are needed, such as [0.9, 0.95]")
+            raise UserError(
+                "two numbers in [0, 1) are needed, such as [0.9, 0.95]", key="optim.betas", value=list(self.betas)
+            )
         not_negative = {
             name: getattr(self, name)
             for name in ("neftune_noise_alpha", "max_grad_norm", "weight_decay", "warmup_steps")
@@ -84,4 +86,4 @@ class OptimConfig:
             not_negative |= {f"{group}.lr": group_config.lr, f"{group}.weight_decay": group_config.weight_decay}
         for name, value in not_negative.items():
             if value is not None and not 0 <= value < math.inf:
-                raise UserError(f"optim.{name}={value}: must be a number of at least 0")
+                raise UserError("must be a number of at least 0", key=f"optim.{name}", value=value)

@@ -40,5 +40,7 @@ class SubmitConfig:
             raise UserError(f"run is not set: action={self.action.name} needs run=<name under which it was submitted>")
         if self.run.startswith("/") or ".." in self.run.split("/"):
             raise UserError(
-                f"run={self.run!r}: must be a name below the folder of runs, such as run=cpt or run=demo/cpt"
+                "must be a name below the folder of runs, such as run=cpt or run=demo/cpt",
+                key="run",
+                value=f"{self.run!r}",
             )

@@ -23,15 +23,19 @@ class RangeConfig:
     def require_sound(self, name: str) -> None:
         """Raises `UserError` where the range is incomplete or contradictory; `name` is its key."""
         if bool(self.choices) == (self.low is not None or self.high is not None):
-            raise UserError(f"{name}: needs either choices, such as [1e-4, 3e-4], or low and high. Give one of them")
+            raise UserError(
+                "needs either choices, such as [1e-4, 3e-4], or low and high", key=name, remedy="Give one of them"
+            )
         if self.choices:
             return
         if self.low is None or self.high is None or self.low >= self.high:
-            raise UserError(f"{name}: low={self.low}, high={self.high}: both must be given, low less than high")
+            raise UserError(f"low={self.low}, high={self.high}: both must be given, low less than high", key=name)
         if self.log and (self.low <= 0 or self.step):
-            raise UserError(f"{name}: log=true, low={self.low}, step={self.step}: needs low above 0 and no step")
+            raise UserError(f"log=true, low={self.low}, step={self.step}: needs low above 0 and no step", key=name)
         if self.step is not None and self.step <= 0:
-            raise UserError(f"{name}: step={self.step}: must be greater than 0. Leave it out for a range without steps")
+            raise UserError(
+                f"step={self.step}: must be greater than 0", key=name, remedy="Leave it out for a range without steps"
+            )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -85,7 +89,9 @@ class SearchConfig:
         for key, search_range in self.space.items():
             search_range.require_sound(f"sweep.space.{key}")
             if self.sampler is Sampler.grid and not search_range.choices and search_range.step is None:
-                raise UserError(f"sweep.space.{key}: sweep.sampler=grid tries all values. Give choices or step")
+                raise UserError(
+                    "sweep.sampler=grid tries all values", key=f"sweep.space.{key}", remedy="Give choices or step"
+                )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -100,4 +106,6 @@ class SweepConfig:
 
     def __post_init__(self) -> None:
         if not self.study or self.study.startswith("/") or ".." in self.study.split("/"):
-            raise UserError(f"study={self.study!r}: must be a name below the folder of runs, such as study=lr")
+            raise UserError(
+                "must be a name below the folder of runs, such as study=lr", key="study", value=f"{self.study!r}"
+            )

@@ -43,7 +43,8 @@ class ModelConfig:
         """`tokenizer`, or `path` where it is empty. Raises `UserError` where both are empty."""
         if not (self.tokenizer or self.path):
             raise UserError(
-                "model.path is empty: a pretrained model needs its Hugging Face directory. Give model.path=<dir>"
+                "model.path is empty: a pretrained model needs its Hugging Face directory",
+                remedy="Give model.path=<dir>",
             )
         return self.tokenizer or self.path
 
@@ -74,7 +75,7 @@ class ZeroConfig:
 
     def __post_init__(self) -> None:
         if self.stage not in (0, 1, 2, 3):
-            raise UserError(f"zero.stage={self.stage}: must be 0, 1, 2 or 3")
+            raise UserError("must be 0, 1, 2 or 3", key="zero.stage", value=self.stage)
         if self.offload_param is not Offload.none and self.stage != 3:
             raise UserError(f"zero.offload_param={self.offload_param.name} needs zero.stage=3, got {self.stage}")
         if self.offload_optimizer is not Offload.none and self.stage == 0:
@@ -116,13 +117,16 @@ class HardwareConfig:
         require_at_least(self, "hardware.", loss_scale_window=1, hysteresis=1, min_loss_scale=2.0**-14)
         for key in ("timeout_minutes", "start_timeout_minutes"):
             if not 0 < getattr(self, key) < math.inf:
-                raise UserError(f"hardware.{key}={getattr(self, key)}: must be a number greater than 0")
+                raise UserError("must be a number greater than 0", key=f"hardware.{key}", value=getattr(self, key))
         if self.peak_tflops is not None and not 0 < self.peak_tflops < math.inf:
-            raise UserError(f"hardware.peak_tflops={self.peak_tflops}: must be a number greater than 0, or null")
+            raise UserError(
+                "must be a number greater than 0, or null", key="hardware.peak_tflops", value=self.peak_tflops
+            )
         if not 0 <= self.initial_scale_power <= 32 or 2.0**self.initial_scale_power < self.min_loss_scale:
             raise UserError(
-                f"hardware.initial_scale_power={self.initial_scale_power}: must be from 0 to 32, and 2 to it at least "
-                f"hardware.min_loss_scale={self.min_loss_scale:g}"
+                f"must be from 0 to 32, and 2 to it at least hardware.min_loss_scale={self.min_loss_scale:g}",
+                key="hardware.initial_scale_power",
+                value=self.initial_scale_power,
             )
 
 
@@ -147,7 +151,7 @@ class TrackingConfig:
 
     def __post_init__(self) -> None:
         if not self.finish_seconds > 0:
-            raise UserError(f"tracking.finish_seconds={self.finish_seconds:g}: must be greater than 0")
+            raise UserError("must be greater than 0", key="tracking.finish_seconds", value=f"{self.finish_seconds:g}")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -188,7 +192,9 @@ class RecoveryConfig:
     def __post_init__(self) -> None:
         require_at_least(self, "recovery.", max_skipped=1, max_rollbacks=1, heartbeat_seconds=5)
         if self.rollback_above is not None and self.rollback_above <= 1:
-            raise UserError(f"recovery.rollback_above={self.rollback_above}: must be greater than 1, such as 2")
+            raise UserError(
+                "must be greater than 1, such as 2", key="recovery.rollback_above", value=self.rollback_above
+            )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -226,10 +232,14 @@ class TrainConfig:
         require_at_least(self, seq_len=2, micro_batch_size=1, global_batch_size=1, log_every=1)
         if not self.run or self.run.startswith("/") or ".." in self.run.split("/"):
             raise UserError(
-                f"run={self.run!r}: must be a name below the folder of runs, such as run=cpt or run=demo/cpt"
+                "must be a name below the folder of runs, such as run=cpt or run=demo/cpt",
+                key="run",
+                value=f"{self.run!r}",
             )
         if self.init_from == self.run:
-            raise UserError(f"init_from={self.init_from}: is the run itself; give another run= to start from it")
+            raise UserError(
+                "is the run itself; give another run= to start from it", key="init_from", value=self.init_from
+            )
 
     @property
     def run_dir(self) -> str:
@@ -244,8 +254,10 @@ class TrainConfig:
         rows = self.micro_batch_size * world_size
         if self.global_batch_size % rows:
             raise UserError(
-                f"global_batch_size={self.global_batch_size}: must be a multiple of micro_batch_size={self.micro_batch_size} "
-                f"x {world_size} ranks = {rows}. Nearest: {max(rows, self.global_batch_size // rows * rows)}"
+                f"must be a multiple of micro_batch_size={self.micro_batch_size} x {world_size} ranks = {rows}",
+                key="global_batch_size",
+                value=self.global_batch_size,
+                remedy=f"Nearest: {max(rows, self.global_batch_size // rows * rows)}",
             )
         return self.global_batch_size // rows
 

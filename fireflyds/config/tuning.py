@@ -41,28 +41,36 @@ class TuningConfig:
 
     def __post_init__(self) -> None:
         if self.r < 1:
-            raise UserError(f"tuning.r={self.r}: the rank must be at least 1")
+            raise UserError("the rank must be at least 1", key="tuning.r", value=self.r)
         if not 0 <= self.dropout < 1:
-            raise UserError(f"tuning.dropout={self.dropout}: must be in [0, 1)")
+            raise UserError("must be in [0, 1)", key="tuning.dropout", value=self.dropout)
         if self.bits not in (4, 8):
-            raise UserError(f"tuning.bits={self.bits}: must be 4 or 8")
+            raise UserError("must be 4 or 8", key="tuning.bits", value=self.bits)
         for name in ("alpha", "loraplus_lr_ratio"):
             if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"tuning.{name}={getattr(self, name)}: must be greater than 0")
+                raise UserError("must be greater than 0", key=f"tuning.{name}", value=getattr(self, name))
         if self.bits == 8 and self.method is not TuningMethod.qlora:
             raise UserError(
-                f"tuning.bits=8: only tuning=qlora has a quantised base, this is {self.method.name}. Leave it out"
+                f"only tuning=qlora has a quantised base, this is {self.method.name}",
+                key="tuning.bits",
+                value="8",
+                remedy="Leave it out",
             )
         adapter_defaults = {"use_rslora": False, "use_dora": False, "loraplus_lr_ratio": 1.0}
         for name, default in adapter_defaults.items():
             if getattr(self, name) != default and not self.has_adapters:
                 raise UserError(
-                    f"tuning.{name}={getattr(self, name)}: tuning={self.method.name} has no adapters. Use tuning=lora or qlora"
+                    f"tuning={self.method.name} has no adapters",
+                    key=f"tuning.{name}",
+                    value=getattr(self, name),
+                    remedy="Use tuning=lora or qlora",
                 )
         if self.trainable and self.method is not TuningMethod.freeze:
             raise UserError(
-                f"tuning.trainable={list(self.trainable)}: only tuning=freeze reads it, this is {self.method.name}. "
-                "Use tuning=freeze, or leave it out"
+                f"only tuning=freeze reads it, this is {self.method.name}",
+                key="tuning.trainable",
+                value=list(self.trainable),
+                remedy="Use tuning=freeze, or leave it out",
             )
 
     @property

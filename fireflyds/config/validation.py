@@ -34,7 +34,7 @@ class ValidationConfig:
                 "validation.stop=true needs validation.store=<store of held-out data> and validation.guard=<domain in it>"
             )
         if "" in self.prompts:
-            raise UserError("validation.prompts: one is empty. Leave it out")
+            raise UserError("one is empty", key="validation.prompts", remedy="Leave it out")
 
     @property
     def wanted(self) -> bool:

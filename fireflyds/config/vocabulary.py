@@ -89,13 +89,16 @@ class ExpandConfig:
                 )
             return
         if self.other:
-            raise UserError(f"other={self.other}: is compared only with report=only. Leave it out")
+            raise UserError("is compared only with report=only", key="other", value=self.other, remedy="Leave it out")
         if not self.out:
-            raise UserError("out is not set: expand needs it. Give out=<directory>")
+            raise UserError("out is not set: expand needs it", remedy="Give out=<directory>")
         if bool(self.pieces) == bool(self.num_pieces):
             raise UserError(
-                f"expand: give either pieces=<.model or list> or num_pieces=<N> with corpus=<files>, "
-                f"got pieces={self.pieces!r}, num_pieces={self.num_pieces}"
+                (
+                    "give either pieces=<.model or list> or num_pieces=<N> with corpus=<files>, got "
+                    f"pieces={self.pieces!r}, num_pieces={self.num_pieces}"
+                ),
+                key="expand",
             )
         if self.num_pieces and not self.corpus:
             raise UserError(

@@ -83,8 +83,10 @@ def _int_variable(environment: Mapping[str, str], name: str, default: int | None
         return int(text or "")
     except ValueError:
         raise UserError(
-            f"{name}={text!r}: is no number. The launcher sets it: start with deepspeed, torchrun, srun or mpirun, and do "
-            "not set it by hand"
+            "is no number",
+            key=name,
+            value=f"{text!r}",
+            remedy="The launcher sets it: start with deepspeed, torchrun, srun or mpirun, and do not set it by hand",
         ) from None
 
 
@@ -109,8 +111,8 @@ def _rank_from_mpi(environment: Mapping[str, str], rank: str, size: str, local_n
     rank_number, world_size = _int_variable(environment, rank), _int_variable(environment, size)
     if local_name not in environment and world_size > 1:
         raise UserError(
-            f"{rank} is set and {local_name} is not, so the GPU of this rank is unknown. Start with the mpirun of "
-            "Open MPI, MVAPICH, MPICH or Intel MPI, or with torchrun"
+            f"{rank} is set and {local_name} is not, so the GPU of this rank is unknown",
+            remedy="Start with the mpirun of Open MPI, MVAPICH, MPICH or Intel MPI, or with torchrun",
         )
     local_rank = _int_variable(environment, local_name, 0)
     if "MASTER_ADDR" in environment:
@@ -118,8 +120,8 @@ def _rank_from_mpi(environment: Mapping[str, str], rank: str, size: str, local_n
         return RankInfo(rank_number, local_rank, world_size, environment["MASTER_ADDR"], port)
     if world_size > _int_variable(environment, local_size, world_size if world_size == 1 else 0):
         raise UserError(
-            f"MASTER_ADDR is not set and {size}={world_size} ranks are on several hosts: MPI sets no rank 0 address. "
-            "Start with mpirun -x MASTER_ADDR=<rank 0's host> (MPICH and Intel MPI: -genv MASTER_ADDR <host>)"
+            (f"MASTER_ADDR is not set and {size}={world_size} ranks are on several hosts: MPI sets no rank 0 address"),
+            remedy="Start with mpirun -x MASTER_ADDR=<rank 0's host> (MPICH and Intel MPI: -genv MASTER_ADDR <host>)",
         )
     port = free_port() if world_size == 1 else _shared_free_port(rank_number)
     return RankInfo(rank_number, local_rank, world_size, "127.0.0.1", port)

@@ -84,8 +84,10 @@ def _copy_once(cache: Path, name: str, source: Path, files: dict[str, Path], log
         size, free = sum(sizes.values()), shutil.disk_usage(cache).free
         if size > free:
             raise UserError(
-                f"hardware.local_cache={cache}: {name} needs {size / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free. Remove "
-                "files that are no longer needed, use a larger disk, or leave hardware.local_cache empty"
+                f"{name} needs {size / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free",
+                key="hardware.local_cache",
+                value=cache,
+                remedy="Remove files that are no longer needed, use a larger disk, or leave hardware.local_cache empty",
             )
         for relative, file in files.items():
             target = partial / relative

@@ -20,15 +20,20 @@ def set_network_interface(names: str, environment: MutableMapping[str, str]) -> 
     present = psutil.net_if_addrs()
     if missing := [name for name in names.split(",") if name not in present]:
         raise UserError(
-            f"hardware.network_interface={names}: this host has no {', '.join(missing)}. It has "
-            f"{', '.join(sorted(present))}; where hosts differ, leave it empty and set NCCL_SOCKET_IFNAME on each"
+            f"this host has no {', '.join(missing)}",
+            key="hardware.network_interface",
+            value=names,
+            remedy=(
+                f"It has {', '.join(sorted(present))}; where hosts differ, leave it empty and set "
+                "NCCL_SOCKET_IFNAME on each"
+            ),
         )
     # NCCL takes a plain name as a prefix, and `=name` as an exact name (NCCL user guide, NCCL_SOCKET_IFNAME).
     for variable, value in (("NCCL_SOCKET_IFNAME", f"={names}"), ("GLOO_SOCKET_IFNAME", names)):
         current = environment.get(variable, "")
         if current and current.lstrip("=") != names:
             raise UserError(
-                f"hardware.network_interface={names}, but {variable}={current} in the environment. Unset the variable, "
-                "or leave hardware.network_interface empty"
+                f"hardware.network_interface={names}, but {variable}={current} in the environment",
+                remedy="Unset the variable, or leave hardware.network_interface empty",
             )
         environment[variable] = current or value

@@ -130,20 +130,28 @@ def check_weights(folder: Path) -> Check:
     names = weight_files(folder)
     if not names:
         raise UserError(
-            f"model={folder}: no weights there. Give the directory of a Hugging Face model with its weights"
+            "no weights there",
+            key="model",
+            value=folder,
+            remedy="Give the directory of a Hugging Face model with its weights",
         )
     if missing := [name for name in names if not (folder / name).is_file()]:
-        raise UserError(f"model={folder}: {', '.join(missing)} missing of {len(names)} files. Download them")
+        raise UserError(
+            f"{', '.join(missing)} missing of {len(names)} files", key="model", value=folder, remedy="Download them"
+        )
     if not names[0].endswith(".safetensors"):
         if empty := [name for name in names if not (folder / name).stat().st_size]:
-            raise UserError(f"model={folder}: {', '.join(empty)} empty. Download the file again")
+            raise UserError(f"{', '.join(empty)} empty", key="model", value=folder, remedy="Download the file again")
         suffix = f" and {len(names) - 3} more" * (len(names) > 3)
         message = f"{folder}: {', '.join(names[:3])}{suffix} (not safetensors, their lengths are not known)"
         return passed("weights", message)
     damaged = [name for name in names if (folder / name).stat().st_size != expected_size(folder / name)]
     if damaged:
         raise UserError(
-            f"model={folder}: {', '.join(damaged)}: length differs from its header. Download the file again"
+            f"{', '.join(damaged)}: length differs from its header",
+            key="model",
+            value=folder,
+            remedy="Download the file again",
         )
     size = sum((folder / name).stat().st_size for name in names)
     return passed("weights", f"{folder}: {len(names)} file{'s' * (len(names) > 1)}, {size / (1 << 30):.2f} GiB, intact")

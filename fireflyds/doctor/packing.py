@@ -108,7 +108,7 @@ def _device(name: str) -> torch.device:
     gpus = torch.cuda.device_count()
     known = ["cpu", *(["cuda"] if gpus else []), *(f"cuda:{index}" for index in range(gpus))]
     if name and name not in known:
-        raise UserError(f"device={name}: not on this machine. Known: {', '.join(known)}")
+        raise UserError("not on this machine", key="device", value=name, remedy=f"Known: {', '.join(known)}")
     return torch.device(name or ("cuda" if gpus else "cpu"))
 
 

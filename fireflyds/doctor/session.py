@@ -157,7 +157,7 @@ class ReportBuilder:
     def _identify_ranks(self) -> list[dict[str, Any]]:
         answers = self._call("identify")
         if failing := [rank for rank, answer in enumerate(answers) if "error" in answer]:
-            raise UserError(f"rank {failing[0]}: {answers[failing[0]]['error']}. See the log of that rank")
+            raise UserError(f"rank {failing[0]}: {answers[failing[0]]['error']}", remedy="See the log of that rank")
         return answers
 
     def _call(self, step: str, payload: Any = None, times: int = 1) -> list[Any]:

@@ -49,7 +49,9 @@ def read_results(folder: Path) -> list[EvaluationResult]:
         return [EvaluationResult(**row) for row in read_json(file)["results"]]
     except (KeyError, TypeError) as error:
         raise UserError(
-            f"{file}: is not a list of results ({error}). Another version wrote it, or it was edited: move it elsewhere"
+            f"is not a list of results ({error})",
+            key=file,
+            remedy="Another version wrote it, or it was edited: move it elsewhere",
         ) from error
 
 
@@ -69,5 +71,5 @@ def latest_figures(folder: Path, task: str) -> dict[str, float]:
         if result.task == task and result.complete:
             return result.figures
     raise UserError(
-        f"{folder / FILE}: no complete result of {task}. Evaluate it with tasks=[{task}] and without limit="
+        f"no complete result of {task}", key=folder / FILE, remedy=f"Evaluate it with tasks=[{task}] and without limit="
     )

@@ -67,7 +67,7 @@ def load_evaluated_model(config: EvaluateConfig) -> EvaluatedModel:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     has_template = tokenizer.chat_template is not None
     if config.prompt is PromptStyle.chat and not has_template:
-        raise UserError(f"prompt=chat: {folder} has no chat template. Use prompt=plain")
+        raise UserError(f"{folder} has no chat template", key="prompt", value="chat", remedy="Use prompt=plain")
     wants_chat = has_template and config.prompt is not PromptStyle.plain
     return EvaluatedModel(fuse(model), encoder, tokenizer if wants_chat else None, config.max_tokens)
 
@@ -99,7 +99,9 @@ def continuation_losses(model: EvaluatedModel, prompt: list[int], continuations:
     longest = max(map(len, continuations))
     room = model.max_length - longest
     if room < 1:
-        raise UserError(f"a choice of {longest} tokens does not fit into the model's {model.max_length}. Leave it out")
+        raise UserError(
+            f"a choice of {longest} tokens does not fit into the model's {model.max_length}", remedy="Leave it out"
+        )
     kept = prompt if len(prompt) <= room else (model.prefix + prompt[-(room - len(model.prefix)) :])[-room:]
     losses = token_losses(model, [kept + continuation for continuation in continuations])
     return [float(loss[len(kept) - 1 :].sum()) for loss in losses]

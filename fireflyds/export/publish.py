@@ -107,8 +107,9 @@ def reload_difference(folder: Path, ids: Tensor, trained_logits: Tensor, dtype: 
     difference = float((trained_logits - logits).abs().max() / trained_logits.abs().max())
     if not difference <= TOLERANCE[dtype]:
         raise UserError(
-            f"{folder}: logits differ from the trained model's by {difference:.1e}, more than {TOLERANCE[dtype]:.0e}. "
-            "Nothing was written"
+            f"logits differ from the trained model's by {difference:.1e}, more than {TOLERANCE[dtype]:.0e}",
+            key=folder,
+            remedy="Nothing was written",
         )
     return difference
 

@@ -18,7 +18,10 @@ class ChatSession:
         self._tokenizer = AutoTokenizer.from_pretrained(config.model)
         if self._tokenizer.chat_template is None:
             raise UserError(
-                f"model={config.model}: has no chat template, so it is a base model. Instruction-tune it first"
+                "has no chat template, so it is a base model",
+                key="model",
+                value=config.model,
+                remedy="Instruction-tune it first",
             )
         self._model = load_for_inference(config.model)
         torch.manual_seed(config.seed)

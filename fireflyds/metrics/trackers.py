@@ -138,8 +138,10 @@ def require_installed(config: TrackingConfig) -> None:
     package = {TrackerKind.none: "", TrackerKind.wandb: "wandb", TrackerKind.tensorboard: "tensorboard"}[config.kind]
     if package and importlib.util.find_spec(package) is None:
         raise UserError(
-            f"tracking={config.kind.name}: {package} is not installed. Install it with pip install 'fireflyds[tracking]', or use "
-            "tracking=none"
+            f"{package} is not installed",
+            key="tracking",
+            value=config.kind.name,
+            remedy="Install it with pip install 'fireflyds[tracking]', or use tracking=none",
         )
 
 
@@ -201,8 +203,10 @@ def require_wandb_run(config: TrackingConfig, run: str) -> None:
     """Raises `UserError` where the run is not tracked by W&B."""
     if config.kind is not TrackerKind.wandb or config.mode is WandbMode.disabled:
         raise UserError(
-            f"artifact=true: the run {run} is not tracked by W&B (tracking={config.kind.name}, tracking.mode={config.mode.name}). "
-            "Remove artifact=true"
+            (f"the run {run} is not tracked by W&B (tracking={config.kind.name}, tracking.mode={config.mode.name})"),
+            key="artifact",
+            value="true",
+            remedy="Remove artifact=true",
         )
     require_installed(config)
 
@@ -229,7 +233,10 @@ def log_model_artifact(config: TrackingConfig, run: str, run_dir: Path, folder: 
         wandb_run.finish()
     except Exception as error:
         raise UserError(
-            f"artifact=true: W&B failed ({_short(error)}). The export in {folder} is complete; fix this error and run the same command again"
+            f"W&B failed ({_short(error)})",
+            key="artifact",
+            value="true",
+            remedy=f"The export in {folder} is complete; fix this error and run the same command again",
         ) from error
     return name
 

@@ -35,9 +35,15 @@ def read_config(config: ModelConfig, encoder: Encoder) -> Any:
     folder, hf_config = Path(config.path), _read_directory_config(config)
     if not 0 <= hf_config.vocab_size - encoder.vocab_size < MAX_PADDING:
         raise UserError(
-            f"model.path={folder}: the embeddings have {hf_config.vocab_size} rows but the tokenizer "
-            f"{config.tokenizer_path} has {encoder.vocab_size} tokens; rows may exceed tokens by padding only. Set "
-            "the tokenizer of this model, or expand the model for a larger tokenizer with launch/expand.py"
+            (
+                f"the embeddings have {hf_config.vocab_size} rows but the tokenizer {config.tokenizer_path} has "
+                f"{encoder.vocab_size} tokens; rows may exceed tokens by padding only"
+            ),
+            key="model.path",
+            value=folder,
+            remedy=(
+                "Set the tokenizer of this model, or expand the model for a larger tokenizer with launch/expand.py"
+            ),
         )
     return apply_rope_scaling(hf_config, config)
 
@@ -51,13 +57,19 @@ def config_of(key: str, path: str) -> Any:
         UserError: no config.json, or an architecture that transformers does not support.
     """
     if not (Path(path) / "config.json").is_file():
-        raise UserError(f"{key}={path}: no config.json there. Give the directory of a Hugging Face model")
+        raise UserError(
+            "no config.json there", key=key, value=path, remedy="Give the directory of a Hugging Face model"
+        )
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (ValueError, OSError) as error:
         raise UserError(
-            f"{key}={path}: {str(error).splitlines()[0]}. Remote code is not run (trust_remote_code): give a model "
-            "that this version of transformers supports"
+            f"{str(error).splitlines()[0]}",
+            key=key,
+            value=path,
+            remedy=(
+                "Remote code is not run (trust_remote_code): give a model that this version of transformers supports"
+            ),
         ) from error
 
 
@@ -67,8 +79,10 @@ def _read_directory_config(config: ModelConfig) -> Any:
     for key, value in config.architecture.items():
         if getattr(hf_config, key, None) != value:
             raise UserError(
-                f"model.path={folder}: has {key}={getattr(hf_config, key, None)}, model.architecture has {value}. "
-                "Give the directory of that model, or model=<path> for this one"
+                f"has {key}={getattr(hf_config, key, None)}, model.architecture has {value}",
+                key="model.path",
+                value=folder,
+                remedy="Give the directory of that model, or model=<path> for this one",
             )
     return hf_config
 
@@ -84,7 +98,9 @@ def architecture_of(config: ModelConfig) -> Any:
     settings = dict(config.architecture)
     if "model_type" not in settings:
         raise UserError(
-            "model: neither model.path nor model.architecture is set. Give model=<path>, or an option of conf/model"
+            "neither model.path nor model.architecture is set",
+            key="model",
+            remedy="Give model=<path>, or an option of conf/model",
         )
     return apply_rope_scaling(AutoConfig.for_model(settings.pop("model_type"), **settings), config)
 
@@ -99,8 +115,10 @@ def base_vocab_size(config: ModelConfig, hf_config: Any) -> int | None:
     configured = config.base_vocab_size
     if recorded is not None and configured is not None and recorded != configured:
         raise UserError(
-            f"model.base_vocab_size={configured}: the model's config.json has {recorded}. Remove the setting, or "
-            "give the model that it belongs to"
+            f"the model's config.json has {recorded}",
+            key="model.base_vocab_size",
+            value=configured,
+            remedy="Remove the setting, or give the model that it belongs to",
         )
     return recorded if configured is None else configured
 

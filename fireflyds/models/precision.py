@@ -41,7 +41,10 @@ def resolve_precision(config: HardwareConfig) -> Precision:
         return Precision.bf16 if supported else Precision.fp16
     if config.precision is Precision.bf16 and not supported:
         raise UserError(
-            f"hardware.precision=bf16: {torch.cuda.get_device_name()} has no bf16. Use hardware.precision=fp16"
+            f"{torch.cuda.get_device_name()} has no bf16",
+            key="hardware.precision",
+            value="bf16",
+            remedy="Use hardware.precision=fp16",
         )
     return config.precision
 

@@ -54,23 +54,27 @@ def apply_rope_scaling(hf_config: Any, config: ModelConfig) -> Any:
         return hf_config
     kind = settings.pop("rope_type", None)
     if kind not in _REQUIRED:
-        raise UserError(f"model.rope_scaling.rope_type={kind}: no such kind. Known: {', '.join(_REQUIRED)}")
+        raise UserError(
+            "no such kind", key="model.rope_scaling.rope_type", value=kind, remedy=f"Known: {', '.join(_REQUIRED)}"
+        )
     rope_parameters = getattr(hf_config, "rope_parameters", None)
     if not rope_parameters or "rope_theta" not in rope_parameters:
         raise UserError(
-            f"model.rope_scaling: {hf_config.model_type} does not have one set of RoPE parameters for all layers. "
-            "Remove the setting"
+            f"{hf_config.model_type} does not have one set of RoPE parameters for all layers",
+            key="model.rope_scaling",
+            remedy="Remove the setting",
         )
     if rope_parameters.get("rope_type", "default") != "default":
         raise UserError(
-            f"model.rope_scaling: the model's positions are scaled already ({rope_parameters['rope_type']}). "
-            "Remove the setting, or give the unscaled model"
+            f"the model's positions are scaled already ({rope_parameters['rope_type']})",
+            key="model.rope_scaling",
+            remedy="Remove the setting, or give the unscaled model",
         )
     missing, unknown = _REQUIRED[kind] - settings.keys(), settings.keys() - _REQUIRED[kind] - _OPTIONAL.get(kind, set())
     if missing or unknown:
         problem = f"{min(missing)} is missing" if missing else f"{min(unknown)} is not one of its settings"
         accepted = ", ".join(sorted(_REQUIRED[kind] | _OPTIONAL.get(kind, set()))) or "nothing"
-        raise UserError(f"model.rope_scaling: {problem}. {kind} takes {accepted}")
+        raise UserError(f"{problem}. {kind} takes {accepted}", key="model.rope_scaling")
     for name, value in settings.items():
         _check_value(name, value)
     _apply_settings(hf_config, kind, settings, rope_parameters)
@@ -81,14 +85,18 @@ def _check_value(name: str, value: Any) -> None:
     """Raises `UserError` for a value of the wrong type, not finite, or below the minimum of the setting."""
     if name == "truncate":
         if not isinstance(value, bool):
-            raise UserError(f"model.rope_scaling.truncate={value!r}: must be true or false")
+            raise UserError("must be true or false", key="model.rope_scaling.truncate", value=f"{value!r}")
         return
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if name in ("factor", "alpha", "seq_len"):
         if not is_number or value < 1:
-            raise UserError(f"model.rope_scaling.{name}={value!r}: must be a number of at least 1, such as {name}: 4")
+            raise UserError(
+                f"must be a number of at least 1, such as {name}: 4",
+                key=f"model.rope_scaling.{name}",
+                value=f"{value!r}",
+            )
     elif not is_number or value <= 0:
-        raise UserError(f"model.rope_scaling.{name}={value!r}: must be a number above 0")
+        raise UserError("must be a number above 0", key=f"model.rope_scaling.{name}", value=f"{value!r}")
 
 
 def _apply_settings(hf_config: Any, kind: str, settings: dict[str, Any], rope_parameters: dict[str, Any]) -> None:
@@ -104,7 +112,9 @@ def _apply_settings(hf_config: Any, kind: str, settings: dict[str, Any], rope_pa
         )
         if alpha < 1:
             raise UserError(
-                f"model.rope_scaling: alpha={alpha:g} would shrink the context. Set more than {max_positions} positions"
+                f"alpha={alpha:g} would shrink the context",
+                key="model.rope_scaling",
+                remedy=f"Set more than {max_positions} positions",
             )
         hf_config.rope_parameters = rope_parameters | {"rope_theta": ntk_base(theta, alpha, dim)}
         hf_config.max_position_embeddings = max(max_positions, settings.get("seq_len", round(max_positions * alpha)))
@@ -123,6 +133,8 @@ def check_max_positions(hf_config: Any, key: str, length: int) -> None:
     is_dynamic = (getattr(hf_config, "rope_parameters", None) or {}).get("rope_type") == "dynamic"
     if max_positions is not None and length > max_positions and not is_dynamic:
         raise UserError(
-            f"{key}={length}: the model has {max_positions} positions. Use {max_positions} or less, or extend "
-            "the context with model.rope_scaling"
+            f"the model has {max_positions} positions",
+            key=key,
+            value=length,
+            remedy=f"Use {max_positions} or less, or extend the context with model.rope_scaling",
         )

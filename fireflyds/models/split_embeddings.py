@@ -77,8 +77,10 @@ def split_new_rows(model: Any, config: TuningConfig, base_vocab_size: int | None
     tied = head.weight is embeddings.weight
     if TrainableRows.new_rows in (config.embeddings, config.head) and type(embeddings) is not nn.Embedding:
         raise UserError(
-            f"tuning.embeddings=new_rows: the embeddings are a {type(embeddings).__name__}, which cannot be split. Use "
-            "tuning.embeddings=all"
+            f"the embeddings are a {type(embeddings).__name__}, which cannot be split",
+            key="tuning.embeddings",
+            value="new_rows",
+            remedy="Use tuning.embeddings=all",
         )
     if tied and config.embeddings is not config.head:
         raise UserError(
@@ -104,11 +106,15 @@ def check_first_new_row(name: str, first: int | None, rows: int) -> None:
     """Raises `UserError` unless `first`, the index of the first new row, lies within a matrix of `rows` rows."""
     if first is None:
         raise UserError(
-            f"tuning.{name}=new_rows: the model's config.json has no base_vocab_size. Expand it with launch/expand.py, "
-            "or give model.base_vocab_size=<rows before the expansion>"
+            "the model's config.json has no base_vocab_size",
+            key=f"tuning.{name}",
+            value="new_rows",
+            remedy="Expand it with launch/expand.py, or give model.base_vocab_size=<rows before the expansion>",
         )
     if not 0 < first < rows:
         raise UserError(
-            f"tuning.{name}=new_rows: model.base_vocab_size={first}, but the model has {rows} rows; it must be at "
-            f"least 1 and less than that. Use tuning.{name}=all for a model that was not expanded"
+            (f"model.base_vocab_size={first}, but the model has {rows} rows; it must be at least 1 and less than that"),
+            key=f"tuning.{name}",
+            value="new_rows",
+            remedy=f"Use tuning.{name}=all for a model that was not expanded",
         )

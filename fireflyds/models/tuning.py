@@ -69,8 +69,10 @@ def apply_tuning(model: Any, family: Family, config: TuningConfig, base_vocab_si
     split_new_rows(model, config, base_vocab_size)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(
-            f"tuning={config.method.name}: no parameter is trainable. Give tuning.trainable=[<expression>], or rows of "
-            "tuning.embeddings and tuning.head"
+            "no parameter is trainable",
+            key="tuning",
+            value=config.method.name,
+            remedy="Give tuning.trainable=[<expression>], or rows of tuning.embeddings and tuning.head",
         )
     return model
 
@@ -110,7 +112,12 @@ def _resolve_targets(model: Any, patterns: list[str]) -> list[str]:
         matches = [name for name in linear if name.endswith(f".{pattern}") or _full_match(pattern, name)]
         if not matches:
             known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
-            raise UserError(f"tuning.target_modules={patterns}: {pattern!r} matches no linear layer. Known: {known}")
+            raise UserError(
+                f"{pattern!r} matches no linear layer",
+                key="tuning.target_modules",
+                value=patterns,
+                remedy=f"Known: {known}",
+            )
         targets.update(matches)
     return patterns if all(re.fullmatch(r"\w+", pattern) for pattern in patterns) else sorted(targets)
 
@@ -120,7 +127,9 @@ def _full_match(expression: str, name: str) -> bool:
     try:
         return re.fullmatch(expression, name) is not None
     except re.error as error:
-        raise UserError(f"tuning.target_modules: {expression!r} is not a valid regular expression ({error})") from error
+        raise UserError(
+            f"{expression!r} is not a valid regular expression ({error})", key="tuning.target_modules"
+        ) from error
 
 
 def _unfreeze(model: Any, expressions: list[str]) -> None:
@@ -131,17 +140,25 @@ def _unfreeze(model: Any, expressions: list[str]) -> None:
         try:
             matches = [name for name in parameters if re.search(expression, name)]
         except re.error as error:
-            raise UserError(f"tuning.trainable: {expression!r} is not a valid regular expression ({error})") from error
+            raise UserError(
+                f"{expression!r} is not a valid regular expression ({error})", key="tuning.trainable"
+            ) from error
         if not matches:
             raise UserError(
-                f"tuning.trainable={expressions}: {expression!r} matches no parameter. Examples of names: "
-                f"{', '.join(list(parameters)[1:6])}"
+                f"{expression!r} matches no parameter",
+                key="tuning.trainable",
+                value=expressions,
+                remedy=f"Examples of names: {', '.join(list(parameters)[1:6])}",
             )
         matches = [name for name in matches if id(parameters[name]) not in vocabulary]
         if not matches:
             raise UserError(
-                f"tuning.trainable={expressions}: {expression!r} matches only embeddings or head; tuning.embeddings "
-                "and tuning.head set which of their rows are trainable"
+                (
+                    f"{expression!r} matches only embeddings or head; tuning.embeddings and tuning.head set which of "
+                    "their rows are trainable"
+                ),
+                key="tuning.trainable",
+                value=expressions,
             )
         for name in matches:
             parameters[name].data = parameters[name].data.float()

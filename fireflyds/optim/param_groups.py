@@ -39,7 +39,12 @@ def parameter_groups(model: Any, config: TrainConfig) -> list[ParamGroup]:
             in_embeddings, in_head = id(parameter) in embeddings, id(parameter) in head
             by_name[_group_name(name, parameter, in_embeddings, in_head)].parameters.append(parameter)
     if matrices_apart and not by_name["matrices"].parameters:
-        raise UserError(f"optim={optim.name}: no matrix of the body trains, so it has no parameters. Use optim=adamw")
+        raise UserError(
+            "no matrix of the body trains, so it has no parameters",
+            key="optim",
+            value=optim.name,
+            remedy="Use optim=adamw",
+        )
     _check_unused_settings(optim, by_name)
     return [group for group in groups if group.parameters]
 
@@ -51,8 +56,10 @@ def _check_unused_settings(optim: OptimConfig, by_name: dict[str, ParamGroup]) -
             value = getattr(getattr(optim, name), key)
             if value is not None and not by_name[name].parameters:
                 raise UserError(
-                    f"optim.{name}.{key}={value}: no parameter of that group trains (a tied head is embeddings). "
-                    f"Remove it (optim.{name}.{key}=null), or make them trainable with tuning.*"
+                    "no parameter of that group trains (a tied head is embeddings)",
+                    key=f"optim.{name}.{key}",
+                    value=value,
+                    remedy=f"Remove it (optim.{name}.{key}=null), or make them trainable with tuning.*",
                 )
 
 

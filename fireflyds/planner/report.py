@@ -117,7 +117,12 @@ def cluster_precision(config: PlanConfig) -> Precision:
     if requested is Precision.auto:
         return Precision.bf16 if has_bf16 else Precision.fp16
     if requested is Precision.bf16 and not has_bf16:
-        raise UserError(f"hardware.precision=bf16: cluster.gpu={gpu} has no bf16. Use hardware.precision=fp16")
+        raise UserError(
+            f"cluster.gpu={gpu} has no bf16",
+            key="hardware.precision",
+            value="bf16",
+            remedy="Use hardware.precision=fp16",
+        )
     return requested
 
 
@@ -130,8 +135,10 @@ def cluster_peak(config: PlanConfig, precision: Precision) -> float:
     peak = peak_flops(config.cluster.gpu, precision, config.hardware.peak_tflops)
     if peak is None:
         raise UserError(
-            f"cluster.gpu={config.cluster.gpu}: its peak in {precision.name} is not known. Give hardware.peak_tflops=<TFLOP/s>, or "
-            f"one of {', '.join(known_gpus())}"
+            f"its peak in {precision.name} is not known",
+            key="cluster.gpu",
+            value=config.cluster.gpu,
+            remedy=f"Give hardware.peak_tflops=<TFLOP/s>, or one of {', '.join(known_gpus())}",
         )
     return peak
 

@@ -103,8 +103,10 @@ def all_candidates(
     rows, remainder = divmod(config.global_batch_size, world_size)
     if remainder:
         raise UserError(
-            f"global_batch_size={config.global_batch_size}: must be a multiple of {world_size} {units(config.cluster)} "
-            f"(cluster.nodes x cluster.gpus_per_node). Nearest: {max(1, rows) * world_size}"
+            (f"must be a multiple of {world_size} {units(config.cluster)} (cluster.nodes x cluster.gpus_per_node)"),
+            key="global_batch_size",
+            value=config.global_batch_size,
+            remedy=f"Nearest: {max(1, rows) * world_size}",
         )
     candidates = []
     for stage, optimizer, parameters in _layouts():

@@ -44,5 +44,8 @@ def require_same_config(run_dir: Path, yaml_text: str, run: str, more: list[str]
     changed = diff_configs(plain(file.read_text(encoding="utf-8")), plain(yaml_text)) + (more or [])
     if changed:
         raise UserError(
-            f"run={run}: {run_dir} was started with another configuration ({'; '.join(changed)}). Give another run=, or the same values to resume"
+            f"{run_dir} was started with another configuration ({'; '.join(changed)})",
+            key="run",
+            value=run,
+            remedy="Give another run=, or the same values to resume",
         )

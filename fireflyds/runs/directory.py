@@ -31,7 +31,10 @@ def open_run(config: TrainConfig, yaml_text: str, inputs: dict[str, Any]) -> IO[
         lock = lock_file(run_dir / ".lock", busy)
     except OSError as error:
         raise UserError(
-            f"run={config.run}: {run_dir} cannot be written ({error.strerror}). Give another run= or runs="
+            f"{run_dir} cannot be written ({error.strerror})",
+            key="run",
+            value=config.run,
+            remedy="Give another run= or runs=",
         ) from error
     if file.exists() and has_started(run_dir):
         input_changes = diff_configs(read_json(run_dir / layout.INPUTS), inputs)

@@ -21,5 +21,5 @@ def find_run(runs: str, key: str, name: str) -> Path:
             if len(names) > 5
             else f"Known: {', '.join(names) or 'none'}"
         )
-        raise UserError(f"{key}={name}: no such run in {runs}. {hint}")
+        raise UserError(f"no such run in {runs}. {hint}", key=key, value=name)
     return folder

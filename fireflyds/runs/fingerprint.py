@@ -42,7 +42,9 @@ def _last_rows(file: Path) -> Iterator[bytes]:
                 stream.seek(8 + header_bytes + end - row_bytes)
                 yield stream.read(row_bytes)
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-            raise UserError(f"{file}: cannot be read as safetensors ({error}). Get the file again") from error
+            raise UserError(
+                f"cannot be read as safetensors ({error})", key=file, remedy="Get the file again"
+            ) from error
 
 
 def read_inputs(run_dir: Path) -> dict[str, Any]:
@@ -54,8 +56,9 @@ def read_inputs(run_dir: Path) -> dict[str, Any]:
     recorded = read_json(run_dir / layout.INPUTS)
     if missing := {"base", "tokenizer", "vocab_size", "store", "template", "languages"} - recorded.keys():
         raise UserError(
-            f"{run_dir / layout.INPUTS}: has no {min(missing)}. The file was edited or written by another version: restore it, or "
-            "train again under another run="
+            f"has no {min(missing)}",
+            key=run_dir / layout.INPUTS,
+            remedy="The file was edited or written by another version: restore it, or train again under another run=",
         )
     return recorded
 
@@ -66,9 +69,9 @@ def require_base(run: str, path: str, recorded: dict[str, Any]) -> None:
         return
     remedy = "Restore the base, or train again under another run="
     if not (Path(path) / "config.json").is_file():
-        raise UserError(f"run={run}: its base model.path={path} is gone (no config.json there). {remedy}")
+        raise UserError(f"its base model.path={path} is gone (no config.json there). {remedy}", key="run", value=run)
     if weights_hash(Path(path)) != recorded["base"]:
-        raise UserError(f"run={run}: its base model.path={path} has changed since. {remedy}")
+        raise UserError(f"its base model.path={path} has changed since. {remedy}", key="run", value=run)
 
 
 def base_identity(config: TrainConfig, tokenizer: str, vocab_size: int) -> dict[str, Any]:

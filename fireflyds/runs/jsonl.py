@@ -27,7 +27,9 @@ class JsonlFile:
             self._stream.flush()
         except OSError as error:
             raise UserError(
-                f"{self._stream.name}: cannot be written ({error.strerror}). Make room, and run the same command again"
+                f"cannot be written ({error.strerror})",
+                key=self._stream.name,
+                remedy="Make room, and run the same command again",
             ) from error
 
     def sync(self) -> None:

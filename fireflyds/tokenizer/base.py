@@ -59,18 +59,24 @@ def load_base(path: Path, *, tied: bool = False) -> Base:
         UserError: there is no tokenizer at `path`, or pieces cannot be merged into a tokenizer of its type.
     """
     if not path.exists():
-        raise UserError(f"base={path}: no such file or directory. Give a Hugging Face directory or a .model file")
+        raise UserError(
+            "no such file or directory", key="base", value=path, remedy="Give a Hugging Face directory or a .model file"
+        )
     file = model_file(path)
     if file is not None:
         return SentencePieceBase(file, path if path.is_dir() else None, tied=tied)
     if (path / "tokenizer.json").is_file():
         if tied:
             raise UserError(
-                f"cure=false: {path} stores its merges in tokenizer.json, where pieces without merges are unreachable. "
-                "Use cure=true"
+                f"{path} stores its merges in tokenizer.json, where pieces without merges are unreachable",
+                key="cure",
+                value="false",
+                remedy="Use cure=true",
             )
         return JsonBase(path)
     raise UserError(
-        f"base={path}: no tokenizer found (neither tokenizer.model nor tokenizer.json). "
-        "Give a directory that has one, or a .model file"
+        "no tokenizer found (neither tokenizer.model nor tokenizer.json)",
+        key="base",
+        value=path,
+        remedy="Give a directory that has one, or a .model file",
     )

@@ -164,7 +164,9 @@ def load_encoder(path: str | Path) -> Encoder:
     """
     path = Path(path)
     if not path.exists():
-        raise UserError(f"tokenizer {path}: no such file or directory. Give a Hugging Face directory or a .model file")
+        raise UserError(
+            f"tokenizer {path}: no such file or directory", remedy="Give a Hugging Face directory or a .model file"
+        )
     file = model_file(path)
     if file is not None:
         try:
@@ -179,10 +181,14 @@ def load_encoder(path: str | Path) -> Encoder:
             tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         except (ValueError, OSError) as error:
             raise UserError(
-                f"tokenizer {path}: {str(error).splitlines()[0]}. Custom tokenizer code is not executed: give a "
-                "tokenizer that this version of transformers supports"
+                f"tokenizer {path}: {str(error).splitlines()[0]}",
+                remedy=(
+                    "Custom tokenizer code is not executed: give a tokenizer that this version of transformers supports"
+                ),
             ) from error
         document = (path / "tokenizer.json").read_text(encoding="utf-8")
         has_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
         return FastEncoder(document, bos_id=tokenizer.bos_token_id, eos_id=tokenizer.eos_token_id, adds_bos=has_bos)
-    raise UserError(f"tokenizer {path}: neither tokenizer.model nor tokenizer.json found. Give another directory")
+    raise UserError(
+        f"tokenizer {path}: neither tokenizer.model nor tokenizer.json found", remedy="Give another directory"
+    )

@@ -100,9 +100,14 @@ def _plan_learned(config: ExpandConfig, base: Base, scripts: Scripts, sample: Co
     expansion = _measure(config, base, plan, sample, min_saved=config.min_count)
     if not expansion.saved:
         raise UserError(
-            f"corpus={config.corpus}: no piece of {', '.join(scripts.names)} saves min_count={config.min_count} tokens in the "
-            f"{sample.characters:,} characters sampled ({len(rejected):,} characters cannot be pieces of this base). "
-            "Give more text of these scripts, a larger sample_characters, or a smaller min_count"
+            (
+                f"no piece of {', '.join(scripts.names)} saves min_count={config.min_count} tokens in the "
+                f"{sample.characters:,} characters sampled ({len(rejected):,} characters cannot be pieces of this "
+                "base)"
+            ),
+            key="corpus",
+            value=config.corpus,
+            remedy="Give more text of these scripts, a larger sample_characters, or a smaller min_count",
         )
     expansion.asked = len(set(characters + learned))
     max_rows = expansion.knees.get(config.size.name, config.num_pieces)
@@ -129,8 +134,13 @@ def _plan_given(
         piece, reason = next(iter(plan.dropped.items()), ("", ""))
         first_reason = f", the first {base.text(piece)!r}: {reason}" if reason else ""
         raise UserError(
-            f"pieces={config.pieces}: of {len(texts):,} pieces {len(plan.present):,} are in the base already and "
-            f"{len(plan.dropped):,} cannot be merged{first_reason}. Give different pieces or scripts"
+            (
+                f"of {len(texts):,} pieces {len(plan.present):,} are in the base already and "
+                f"{len(plan.dropped):,} cannot be merged{first_reason}"
+            ),
+            key="pieces",
+            value=config.pieces,
+            remedy="Give different pieces or scripts",
         )
     expansion = _measure(config, base, plan, sample, min_saved=0) if sample else Expansion(plan, 0)
     expansion.asked = len(texts)
@@ -163,11 +173,18 @@ def _plan_without_merges(config: ExpandConfig, base: Base, scripts: Scripts, tex
         steps=[Step(piece, None) for piece in new], present=[piece for piece in pieces if base.knows(piece)]
     )
     if not new:
-        raise UserError(f"pieces={config.pieces}: all {len(pieces):,} are already in the base. Give different pieces")
+        raise UserError(
+            f"all {len(pieces):,} are already in the base",
+            key="pieces",
+            value=config.pieces,
+            remedy="Give different pieces",
+        )
     if 0 < config.max_vocab_size < base.num_tokens + len(new):
         raise UserError(
-            f"max_vocab_size={config.max_vocab_size:,}: the base's {base.num_tokens:,} tokens and {len(new):,} new "
-            "pieces exceed it, and cure=false drops none. Raise the limit, or set cure=true to select"
+            (f"the base's {base.num_tokens:,} tokens and {len(new):,} new pieces exceed it, and cure=false drops none"),
+            key="max_vocab_size",
+            value=f"{config.max_vocab_size:,}",
+            remedy="Raise the limit, or set cure=true to select",
         )
     fill_missing_merges(base, plan, scripts, base.num_tokens + _num_new_rows(config, base, len(new), upwards=True))
     return Expansion(plan, len(texts))
@@ -200,8 +217,12 @@ def _num_new_rows(config: ExpandConfig, base: Base, count: int, *, upwards: bool
     if size <= base.num_tokens:
         limit = f"max_vocab_size={config.max_vocab_size:,}, " if config.max_vocab_size else ""
         raise UserError(
-            f"{limit}vocab_multiple={multiple}: the base has {base.num_tokens:,} tokens and {count:,} would be added; "
-            f"no multiple of {multiple} lies between, the next is {(base.num_tokens // multiple + 1) * multiple:,}. "
-            "Ask for more pieces, a larger limit or a smaller multiple"
+            (
+                f"the base has {base.num_tokens:,} tokens and {count:,} would be added; no multiple of {multiple} "
+                f"lies between, the next is {(base.num_tokens // multiple + 1) * multiple:,}"
+            ),
+            key=f"{limit}vocab_multiple",
+            value=multiple,
+            remedy="Ask for more pieces, a larger limit or a smaller multiple",
         )
     return size - base.num_tokens

@@ -119,7 +119,9 @@ def check_supported(proto: sp_pb2.ModelProto) -> None:
     violations = [rule for rule, applies in rules.items() if applies]
     if violations:
         raise UserError(
-            f"tokenizer.model: {violations[0]}; this type of model is not supported as a base. Use a LLaMA-style one"
+            f"{violations[0]}; this type of model is not supported as a base",
+            key="tokenizer.model",
+            remedy="Use a LLaMA-style one",
         )
 
 
@@ -146,7 +148,9 @@ def read_proto(file: Path) -> sp_pb2.ModelProto:
     try:
         proto.ParseFromString(file.read_bytes())
     except (DecodeError, OSError) as error:
-        raise UserError(f"{file}: not a SentencePiece model ({error}). Give a SentencePiece tokenizer.model") from error
+        raise UserError(
+            f"not a SentencePiece model ({error})", key=file, remedy="Give a SentencePiece tokenizer.model"
+        ) from error
     return proto
 
 

@@ -28,14 +28,17 @@ class JsonBase:
             model = self._document["model"]
             kind, self._vocab, merges = model["type"], model["vocab"], model.get("merges", [])
         except (KeyError, TypeError) as error:
-            raise UserError(f"{file}: not a tokenizer ({type(error).__name__}: {error}). Give another base") from error
+            raise UserError(
+                f"not a tokenizer ({type(error).__name__}: {error})", key=file, remedy="Give another base"
+            ) from error
         self.has_fragments = '"ByteLevel"' in json.dumps(
             [self._document.get("pre_tokenizer"), self._document.get("decoder")]
         )
         if kind != "BPE" or not (self.has_fragments or model.get("byte_fallback")):
             raise UserError(
-                f"{file}: a {kind} model {'without byte fallback ' if kind == 'BPE' else ''}cannot be merged into. "
-                "Give a base with byte-level BPE, or BPE with byte fallback"
+                f"a {kind} model {('without byte fallback ' if kind == 'BPE' else '')}cannot be merged into",
+                key=file,
+                remedy="Give a base with byte-level BPE, or BPE with byte fallback",
             )
         self._merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in merges]
         # `tokenizers` renumbers added tokens that are not in the model's vocabulary; new pieces follow them.

@@ -33,7 +33,9 @@ def count_words(texts: Iterable[str], scripts: Scripts) -> Counter[str]:
         words.update(scripts.words(text))
     if not words:
         raise UserError(
-            f"corpus: no {' or '.join(scripts.names)} text in it to learn pieces from. Give such text, or set scripts"
+            f"no {' or '.join(scripts.names)} text in it to learn pieces from",
+            key="corpus",
+            remedy="Give such text, or set scripts",
         )
     return words
 
@@ -164,7 +166,7 @@ def _weighted(words: Counter[str]) -> Iterator[str]:
 def _train(sentences: Iterator[str], vocab_size: int, model_type: str, **options: Any) -> bytes:
     first = next(sentences, None)
     if first is None:
-        raise UserError("corpus: no text in it to learn from. Give files with text")
+        raise UserError("no text in it to learn from", key="corpus", remedy="Give files with text")
     requested_size = vocab_size
     # The trainer's vocabulary size includes <unk>, <s> and </s>.
     vocab_size += 3 - int(options.pop("special", 0))
@@ -187,8 +189,8 @@ def _train(sentences: Iterator[str], vocab_size: int, model_type: str, **options
         match = re.search(r"smaller than required_chars\. (\d+) vs (\d+)", str(error))
         if match:
             raise UserError(
-                f"{requested_size} pieces are too few: the characters of the text require at least {match.group(2)}. "
-                "Raise vocab_size (learn) or num_pieces (expand)"
+                (f"{requested_size} pieces are too few: the characters of the text require at least {match.group(2)}"),
+                remedy="Raise vocab_size (learn) or num_pieces (expand)",
             ) from error
         raise UserError(f"learning pieces from the corpus failed: {error}") from error
     return model.getvalue()

@@ -87,8 +87,12 @@ def fill_missing_merges(base: Base, plan: MergePlan, scripts: Scripts, vocab_siz
     missing = vocab_size - base.num_tokens - len(plan.steps)
     if missing > 0:
         raise UserError(
-            f"vocab_multiple: {missing:,} more pieces would be needed to reach {vocab_size:,}, and the scripts "
-            f"{', '.join(scripts.names)} have no more characters. Give a smaller multiple, or more scripts"
+            (
+                f"{missing:,} more pieces would be needed to reach {vocab_size:,}, and the scripts "
+                f"{', '.join(scripts.names)} have no more characters"
+            ),
+            key="vocab_multiple",
+            remedy="Give a smaller multiple, or more scripts",
         )
 
 

@@ -18,7 +18,10 @@ def read_pieces(path: Path) -> list[str]:
     """
     if not path.is_file():
         raise UserError(
-            f"pieces={path}: no such file. Give a SentencePiece .model, tokenizer.json or list with one piece per line"
+            "no such file",
+            key="pieces",
+            value=path,
+            remedy="Give a SentencePiece .model, tokenizer.json or list with one piece per line",
         )
     try:
         if path.suffix == ".model":
@@ -27,18 +30,25 @@ def read_pieces(path: Path) -> list[str]:
             return _json_pieces(path)
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
     except DecodeError as error:
-        raise UserError(f"pieces={path}: not a SentencePiece model ({error}). Give another file") from error
+        raise UserError(
+            f"not a SentencePiece model ({error})", key="pieces", value=path, remedy="Give another file"
+        ) from error
     except UnicodeDecodeError as error:
         raise UserError(
-            f"pieces={path}: not UTF-8 ({error.reason} at byte {error.start}). Save the list as UTF-8"
+            f"not UTF-8 ({error.reason} at byte {error.start})",
+            key="pieces",
+            value=path,
+            remedy="Save the list as UTF-8",
         ) from error
     first_lines: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
         piece = line.replace("▁", " ")
         if line and first_lines.setdefault(piece, number) != number:
-            raise UserError(f"{path}:{number}: piece {line!r} is already in line {first_lines[piece]}. Remove one")
+            raise UserError(
+                f"piece {line!r} is already in line {first_lines[piece]}", key=f"{path}:{number}", remedy="Remove one"
+            )
     if not first_lines:
-        raise UserError(f"pieces={path}: there is no piece in it. Write one piece per line")
+        raise UserError("there is no piece in it", key="pieces", value=path, remedy="Write one piece per line")
     return list(first_lines)
 
 
@@ -56,7 +66,7 @@ def _json_pieces(path: Path) -> list[str]:
         document = json.loads(path.read_text(encoding="utf-8"))
         vocab = sorted(document["model"]["vocab"].items(), key=lambda item: item[1])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"pieces={path}: not a tokenizer.json ({type(error).__name__}: {error})") from error
+        raise UserError(f"not a tokenizer.json ({type(error).__name__}: {error})", key="pieces", value=path) from error
     if '"ByteLevel"' not in json.dumps([document.get("pre_tokenizer"), document.get("decoder")]):
         return [piece.replace("▁", " ") for piece, _ in vocab]
     texts = []

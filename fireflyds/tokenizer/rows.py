@@ -167,8 +167,10 @@ class _MatrixTracker:
             return False, False
         if tensor.shape[0] != self.rows:
             raise UserError(
-                f"base={self.base}: {name} has {tensor.shape[0]} rows but config.json has vocab_size={self.rows}. "
-                "Correct config.json, or use a complete copy of the model"
+                f"{name} has {tensor.shape[0]} rows but config.json has vocab_size={self.rows}",
+                key="base",
+                value=self.base,
+                remedy="Correct config.json, or use a complete copy of the model",
             )
         if is_embeddings:
             self.embeddings, self.width = tensor, tensor.shape[1]
@@ -188,18 +190,24 @@ class _MatrixTracker:
         """
         if self.embeddings is None:
             raise UserError(
-                f"base={self.base}: no embeddings among its weights (a name ending in {', '.join(EMBEDDINGS)}). "
-                "This architecture is not supported"
+                f"no embeddings among its weights (a name ending in {', '.join(EMBEDDINGS)})",
+                key="base",
+                value=self.base,
+                remedy="This architecture is not supported",
             )
         if self.head is not None and not torch.equal(self.head, self.embeddings):
             raise UserError(
-                f"base={self.base}: tie_word_embeddings is true, but the head's weights differ from the embeddings. "
-                "Set it to false in config.json if the head is in use, or remove the head if it is not"
+                "tie_word_embeddings is true, but the head's weights differ from the embeddings",
+                key="base",
+                value=self.base,
+                remedy="Set it to false in config.json if the head is in use, or remove the head if it is not",
             )
         if not (self.tied or self.has_head):
             raise UserError(
-                f"base={self.base}: tie_word_embeddings is false, but there is no head ({', '.join(HEADS)}). "
-                "Set it to true in config.json if the head shares the embeddings"
+                f"tie_word_embeddings is false, but there is no head ({', '.join(HEADS)})",
+                key="base",
+                value=self.base,
+                remedy="Set it to true in config.json if the head shares the embeddings",
             )
 
 
@@ -207,7 +215,9 @@ def _read_config(base: Path) -> tuple[dict[str, Any], bool]:
     """Returns the contents of `config.json`, and True where the head is tied to the embeddings."""
     config = read_json(base / "config.json")
     if "vocab_size" not in config:
-        raise UserError(f"base={base}: config.json has no top-level vocab_size. Give the language model only")
+        raise UserError(
+            "config.json has no top-level vocab_size", key="base", value=base, remedy="Give the language model only"
+        )
     if "tie_word_embeddings" in config:
         return config, bool(config["tie_word_embeddings"])
     from transformers import AutoConfig
@@ -216,8 +226,13 @@ def _read_config(base: Path) -> tuple[dict[str, Any], bool]:
         return config, bool(AutoConfig.from_pretrained(base).tie_word_embeddings)
     except (ValueError, KeyError, OSError) as error:
         raise UserError(
-            f"base={base}: config.json has no tie_word_embeddings, and transformers has no default for its model type "
-            f"({str(error).splitlines()[0]}). Add the key"
+            (
+                "config.json has no tie_word_embeddings, and transformers has no default for its model type "
+                f"({str(error).splitlines()[0]})"
+            ),
+            key="base",
+            value=base,
+            remedy="Add the key",
         ) from error
 
 
@@ -230,8 +245,10 @@ def check_model(base: Path, num_tokens: int) -> None:
     config, _ = _read_config(base)
     if config["vocab_size"] < num_tokens:
         raise UserError(
-            f"base={base}: config.json has vocab_size={config['vocab_size']}, fewer than the tokenizer's {num_tokens} "
-            "tokens. Give the tokenizer and the weights of the same model"
+            (f"config.json has vocab_size={config['vocab_size']}, fewer than the tokenizer's {num_tokens} tokens"),
+            key="base",
+            value=base,
+            remedy="Give the tokenizer and the weights of the same model",
         )
     for file in (base / "config.json", base / "generation_config.json"):
         settings = read_json(file) if file.is_file() else {}
@@ -240,8 +257,12 @@ def check_model(base: Path, num_tokens: int) -> None:
             for index in value if isinstance(value, list) else [value]:
                 if isinstance(index, int) and index >= num_tokens:
                     raise UserError(
-                        f"{file}: {name} is {index}, but the tokenizer has no such token (it has {num_tokens}); a new piece "
-                        "would get this id. Correct the file, or add the token to the tokenizer"
+                        (
+                            f"{name} is {index}, but the tokenizer has no such token (it has {num_tokens}); a new piece would "
+                            "get this id"
+                        ),
+                        key=file,
+                        remedy="Correct the file, or add the token to the tokenizer",
                     )
     for _, read in _shards(base):
         next(read(), None)
@@ -265,12 +286,19 @@ def _shards(base: Path) -> list[tuple[str, Reader]]:
             names = [whole] if (base / whole).is_file() else sorted(file.name for file in base.glob(f"{stem}*{suffix}"))
         missing = [name for name in names if not (base / name).is_file()]
         if missing:
-            raise UserError(f"base={base}: {missing[0]} is missing, which {index.name} names. Get the file again")
+            raise UserError(
+                f"{missing[0]} is missing, which {index.name} names",
+                key="base",
+                value=base,
+                remedy="Get the file again",
+            )
         if names:
             return [(name, partial(_read_checked, read, base / name)) for name in names]
     raise UserError(
-        f"base={base}: no weights there (model*.safetensors or pytorch_model*.bin). "
-        "Give a complete model, or only its tokenizer (without config.json)"
+        "no weights there (model*.safetensors or pytorch_model*.bin)",
+        key="base",
+        value=base,
+        remedy="Give a complete model, or only its tokenizer (without config.json)",
     )
 
 
@@ -280,7 +308,9 @@ def _read_checked(
     try:
         yield from read(file)
     except (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
-        raise UserError(f"{file}: cannot be read ({str(error).splitlines()[0]}). Get the file again") from error
+        raise UserError(
+            f"cannot be read ({str(error).splitlines()[0]})", key=file, remedy="Get the file again"
+        ) from error
 
 
 def _read_safetensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:

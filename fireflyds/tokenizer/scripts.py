@@ -32,7 +32,12 @@ class Scripts:
 
     def __init__(self, names: Sequence[str]) -> None:
         if not names:
-            raise UserError(f"scripts=[]: at least one script is needed. Give for example scripts=[Han,{PUNCTUATION}]")
+            raise UserError(
+                "at least one script is needed",
+                key="scripts",
+                value="[]",
+                remedy=f"Give for example scripts=[Han,{PUNCTUATION}]",
+            )
         self.names = tuple(names)
         self._letters = {name: _letters(name) for name in names if name != PUNCTUATION}
         character_class = "".join(self._letters.values()) + (_PUNCTUATION if PUNCTUATION in names else "")
@@ -88,7 +93,9 @@ def _letters(name: str) -> str:
         regex.compile(letters)
     except regex.error as error:
         raise UserError(
-            f"scripts: {name!r} is no Unicode script. Give names like Han, Hiragana, Hangul, Cyrillic, Thai or {PUNCTUATION}"
+            f"{name!r} is no Unicode script",
+            key="scripts",
+            remedy=f"Give names like Han, Hiragana, Hangul, Cyrillic, Thai or {PUNCTUATION}",
         ) from error
     return letters + _EXTRA.get(name, "")
 

@@ -79,8 +79,13 @@ def _append_added_tokens(proto: sp_pb2.ModelProto, folder: Path) -> None:
     for row in tokens:
         if row["id"] != len(proto.pieces):
             raise UserError(
-                f"base={folder}: the added token {row['content']!r} has id {row['id']}, but the next free id after the "
-                f"pieces of tokenizer.model is {len(proto.pieces)}. Use a base whose added tokens follow its pieces"
+                (
+                    f"the added token {row['content']!r} has id {row['id']}, but the next free id after the pieces of "
+                    f"tokenizer.model is {len(proto.pieces)}"
+                ),
+                key="base",
+                value=folder,
+                remedy="Use a base whose added tokens follow its pieces",
             )
         piece_type = _PIECE.CONTROL if row.get("special", True) else _PIECE.USER_DEFINED
         proto.pieces.add(piece=row["content"], score=0.0, type=piece_type)
@@ -92,6 +97,8 @@ def _refuse_unknown_names(proto: sp_pb2.ModelProto, folder: Path) -> None:
         token = content(settings_of(folder).get(name))
         if token is not None and token not in pieces:
             raise UserError(
-                f"base={folder}: {name} is {token!r}, which has no id; a new piece would get its id on loading. "
-                f"Add it to the base (tokenizer and rows), or set another {name}"
+                f"{name} is {token!r}, which has no id; a new piece would get its id on loading",
+                key="base",
+                value=folder,
+                remedy=f"Add it to the base (tokenizer and rows), or set another {name}",
             )

@@ -25,7 +25,7 @@ def shard_names(index: Path) -> list[str]:
     """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
-        raise UserError(f"{index}: has no weight_map. Get the file again")
+        raise UserError("has no weight_map", key=index, remedy="Get the file again")
     return sorted({plain_file_name(name, index) for name in weight_map.values()})
 
 
@@ -54,7 +54,9 @@ def save_streamed(file: Path, entries: dict[str, Entry]) -> None:
     for name, entry in entries.items():
         if entry.dtype not in _DTYPES:
             raise UserError(
-                f"{file.name}: {name} is {entry.dtype}, not supported by safetensors. Save the model in another dtype"
+                f"{name} is {entry.dtype}, not supported by safetensors",
+                key=file.name,
+                remedy="Save the model in another dtype",
             )
         size = entry.num_bytes
         header[name] = {"dtype": _DTYPES[entry.dtype], "shape": entry.shape, "data_offsets": [offset, offset + size]}

@@ -49,7 +49,9 @@ def encode_prompts(encoder: Encoder, template: str | None, texts: Sequence[str],
     for text, tokens in zip(texts, ids, strict=True):
         if room is not None and len(tokens) >= room:
             raise UserError(
-                f"validation.prompts: {text[:40]!r} has {len(tokens)} tokens, the model takes {room}. Shorten it"
+                f"{text[:40]!r} has {len(tokens)} tokens, the model takes {room}",
+                key="validation.prompts",
+                remedy="Shorten it",
             )
     return EncodedPrompts(texts, ids, frozenset(stop for stop in stops if stop is not None))
 

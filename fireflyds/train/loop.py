@@ -74,9 +74,11 @@ class _Step:
             if not watching:
                 raise
             raise UserError(
-                f"a gradient overflows float16 at the least loss scale ({loss_scale(self.engine):g}); "
-                f"{self.detector.report(self.documents)}. The newest checkpoint is intact. Lower optim.lr, inspect that batch, or "
-                "train on hardware with bf16"
+                (
+                    f"a gradient overflows float16 at the least loss scale ({loss_scale(self.engine):g}); "
+                    f"{self.detector.report(self.documents)}. The newest checkpoint is intact"
+                ),
+                remedy="Lower optim.lr, inspect that batch, or train on hardware with bf16",
             ) from error
 
     def describe_non_finite(self, loss: float, norm: float, in_row: int) -> str:

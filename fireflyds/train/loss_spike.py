@@ -33,6 +33,9 @@ def rollback(spoilt: TrainState, saved: TrainState, config: RecoveryConfig) -> N
     saved.rollbacks = spoilt.rollbacks + 1
     if saved.rollbacks > config.max_rollbacks:
         raise UserError(
-            f"step {spoilt.step}: the loss spikes again after {config.max_rollbacks} rollbacks (recovery.max_rollbacks). The newest "
-            "checkpoint is intact. Lower optim.lr, inspect the data, or raise recovery.rollback_above"
+            (
+                f"step {spoilt.step}: the loss spikes again after {config.max_rollbacks} rollbacks "
+                "(recovery.max_rollbacks). The newest checkpoint is intact"
+            ),
+            remedy="Lower optim.lr, inspect the data, or raise recovery.rollback_above",
         )

@@ -153,7 +153,7 @@ class Trainer:
         self.status.write("running")
         while self.state.step < self.total_steps:
             if stop_reason := self.validator.begin(self.engine, self.logger, self.state.step):
-                raise UserError(f"validation.stop=true: {stop_reason}")
+                raise UserError(f"{stop_reason}", key="validation.stop", value="true")
             for step in self._steps():
                 if loss_spike.is_spike(self.state, step.loss, self.config.recovery) and self._rollback(step):
                     break
@@ -182,7 +182,7 @@ class Trainer:
             self._save(step)
         if stop_reason:
             self.checkpoints.wait()
-            raise UserError(f"validation.stop=true: {stop_reason}. A checkpoint was saved")
+            raise UserError(f"{stop_reason}", key="validation.stop", value="true", remedy="A checkpoint was saved")
         if not stopping:
             return 0
         self.checkpoints.wait()

@@ -227,8 +227,10 @@ def open_validator(
     held_out = _held_out(config, encoder.fingerprint()) if validation.store else None
     if held_out and validation.stop and validation.guard not in held_out.domains:
         raise UserError(
-            f"validation.guard={validation.guard}: {validation.store} holds no document of that domain, so nothing would ever stop the run. It "
-            f"has: {', '.join(held_out.domains)}"
+            f"{validation.store} holds no document of that domain, so nothing would ever stop the run",
+            key="validation.guard",
+            value=validation.guard,
+            remedy=f"It has: {', '.join(held_out.domains)}",
         )
     room = getattr(hf_config, "max_position_embeddings", None)
     prompts = (

@@ -90,8 +90,8 @@ def _with_device(ranks: RankInfo) -> RankInfo:
     if num_gpus == 1 and not local_size:
         return replace(ranks, local_rank=0)
     raise UserError(
-        f"local rank {ranks.local_rank} of {local_size or 'several'}: {num_gpus} GPUs are visible on this host. "
-        "Start no more ranks per host than it has GPUs, or check CUDA_VISIBLE_DEVICES"
+        (f"local rank {ranks.local_rank} of {local_size or 'several'}: {num_gpus} GPUs are visible on this host"),
+        remedy="Start no more ranks per host than it has GPUs, or check CUDA_VISIBLE_DEVICES",
     )
 
 

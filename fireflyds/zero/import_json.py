@@ -126,7 +126,7 @@ def _ignore_reason(source: str, key: str, value: Any, config: TrainConfig) -> st
     if key in _REMOVED:
         if value in (False, None, 0) or (isinstance(value, dict) and value.get("enabled") is False):
             return "DeepSpeed no longer has it, and it is off"
-        raise UserError(f"{source}: {key}: not taken over; {_REMOVED[key]}, and remove the key")
+        raise UserError(f"{key}: not taken over; {_REMOVED[key]}, and remove the key", key=source)
     if key in _IGNORED_KEYS:
         return _IGNORED_KEYS[key]
     if key in ("bf16.enabled", "fp16.enabled"):
@@ -150,8 +150,9 @@ def _ignore_reason(source: str, key: str, value: Any, config: TrainConfig) -> st
         return f"it is {config_key}={value}"
     if key.startswith(("fp16.", "bf16.", "optimizer.")):
         raise UserError(
-            f"{source}: {key}={value}: fireflyds sets that section itself. "
-            "Set hardware.* or optim.*, and remove the key"
+            f"{key}={value}: fireflyds sets that section itself",
+            key=source,
+            remedy="Set hardware.* or optim.*, and remove the key",
         )
     return None
 
@@ -174,7 +175,9 @@ def _check_precision(source: str, key: str, value: Any, config: TrainConfig) -> 
 
 def _raise_conflict(source: str, key: str, value: Any, config_key: str, configured: Any) -> None:
     raise UserError(
-        f"{source}: {key}={value}, but {config_key}={configured}. Give {config_key}={value}, or remove the key"
+        f"{key}={value}, but {config_key}={configured}",
+        key=source,
+        remedy=f"Give {config_key}={value}, or remove the key",
     )
 
 

@@ -180,14 +180,19 @@ def load_into_engine(engine: Engine, saved: SavedPartitions, scaler: dict[str, A
     current, previous = partition_layout(engine), saved.layout
     if saved.has_opaque_states and previous != current:
         raise UserError(
-            f"{saved.folder}: the states of this optimizer cannot be repartitioned; they were saved by "
-            f"{previous['world_size']} ranks at zero.stage={previous['stage']}, this run has {current['world_size']} "
-            f"ranks at zero.stage={current['stage']}. Use the same ranks and stage, or export the run and give "
-            "model=<its export> under another run="
+            (
+                "the states of this optimizer cannot be repartitioned; they were saved by "
+                f"{previous['world_size']} ranks at zero.stage={previous['stage']}, this run has "
+                f"{current['world_size']} ranks at zero.stage={current['stage']}"
+            ),
+            key=saved.folder,
+            remedy="Use the same ranks and stage, or export the run and give model=<its export> under another run=",
         )
     missing = [name for name in param_shapes(engine) if name not in saved.shapes]
     if missing:
-        raise UserError(f"{saved.folder}: lacks the trainable {missing[0]}. Give the run that this checkpoint is from")
+        raise UserError(
+            f"lacks the trainable {missing[0]}", key=saved.folder, remedy="Give the run that this checkpoint is from"
+        )
     _create_optimizer_states(engine)
     for number, partition in enumerate(_all_partitions(engine)):
         _load_partition(partition, number, saved)

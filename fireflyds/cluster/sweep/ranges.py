@@ -72,11 +72,14 @@ def _takes_whole_numbers(key: str, key_range: RangeConfig) -> bool:
     kind = type_of(key)
     if kind not in (int, float):
         name = "may be anything" if kind is None else f"is of type {kind.__name__}"
-        raise UserError(f"sweep.space.{key}: low and high are for numbers, and the key {name}. Give choices=[...]")
+        raise UserError(
+            f"low and high are for numbers, and the key {name}", key=f"sweep.space.{key}", remedy="Give choices=[...]"
+        )
     bounds = (key_range.low, key_range.high, key_range.step)
     if kind is int and any(value is not None and value != int(value) for value in bounds):
         raise UserError(
-            f"sweep.space.{key}: the key takes whole numbers, got low={key_range.low}, high={key_range.high}, step={key_range.step}"
+            (f"the key takes whole numbers, got low={key_range.low}, high={key_range.high}, step={key_range.step}"),
+            key=f"sweep.space.{key}",
         )
     return kind is int
 

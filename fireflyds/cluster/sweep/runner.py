@@ -32,7 +32,9 @@ def only_one(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = lock_file(folder / ".lock", f"{folder}: another process works on this study now. Wait for it, or end it")
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}). Give another study= or runs=") from error
+        raise UserError(
+            f"cannot be written ({error.strerror})", key=folder, remedy="Give another study= or runs="
+        ) from error
     with lock:
         yield
 
@@ -148,7 +150,8 @@ class Sweep:
             for other in self._running():
                 watch.archive_output(self._run_dir(other))
             raise UserError(
-                f"trial {trial.number} ended before its first step: {run_outcome.message}. Fix the cause; the same command resumes the study"
+                f"trial {trial.number} ended before its first step: {run_outcome.message}",
+                remedy="Fix the cause; the same command resumes the study",
             )
         if run_outcome.state not in ("lost", "interrupted"):
             self._record(trial, run_outcome)
@@ -229,4 +232,6 @@ class Sweep:
         summary = f"{self._search.metric} {final_value:.5f}" if final_value is not None else message
         print(f"trial {trial.number}: {outcome} after {steps} steps, {summary}", flush=True)
         if run_outcome.state == "finished" and value is None and self._study.best is None:
-            raise UserError(f"trial {trial.number}: {message}. Give another study= and one of these, or measure it")
+            raise UserError(
+                f"trial {trial.number}: {message}", remedy="Give another study= and one of these, or measure it"
+            )

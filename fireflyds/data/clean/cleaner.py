@@ -129,8 +129,12 @@ def contamination(config: CleanConfig) -> np.ndarray:
         hashes = [run_hashes(text, config.overlap) for text in _evaluation_texts(path)]
         if not sum(map(len, hashes)):
             raise UserError(
-                f"clean.decontaminate: {path} has no text of clean.overlap={config.overlap} characters, "
-                "so no contamination can be detected. Give a readable file, or a smaller clean.overlap"
+                (
+                    f"{path} has no text of clean.overlap={config.overlap} characters, so no contamination can be "
+                    "detected"
+                ),
+                key="clean.decontaminate",
+                remedy="Give a readable file, or a smaller clean.overlap",
             )
         all_hashes += hashes
     return np.unique(np.concatenate(all_hashes)) if all_hashes else np.zeros(0, np.uint64)

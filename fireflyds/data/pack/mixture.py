@@ -35,8 +35,10 @@ class DomainRows:
         self.rows_per_epoch = len(self.plan(0))
         if self.rows_per_epoch == 0:
             raise UserError(
-                f"{store.key}={store.path}: domain {name} has no document or complete dialogue turn "
-                f"of at most seq_len={seq_len} tokens. Raise seq_len"
+                f"domain {name} has no document or complete dialogue turn of at most seq_len={seq_len} tokens",
+                key=store.key,
+                value=store.path,
+                remedy="Raise seq_len",
             )
         self.tokens_per_row = float(self.slices.lengths.sum()) / self.rows_per_epoch
 
@@ -157,8 +159,10 @@ class PackedRowSampler:
         for name, pool, limit in zip(self.names, self.pools, self._row_limits, strict=True):
             if limit < 1:
                 raise UserError(
-                    f"data.max_epochs.{name}={data.max_epochs[name]}: less than one of its {pool.rows_per_epoch:,} rows. "
-                    "Remove the domain from data.weights instead"
+                    f"less than one of its {pool.rows_per_epoch:,} rows",
+                    key=f"data.max_epochs.{name}",
+                    value=data.max_epochs[name],
+                    remedy="Remove the domain from data.weights instead",
                 )
         changes = [(0, weights or {"all": 1.0}), *((phase.tokens, phase.weights) for phase in data.curriculum)]
         self.phases, self.num_rows = self._phases(
@@ -206,8 +210,9 @@ class PackedRowSampler:
         """Raises `UserError` if the sequence has fewer than `rows` rows."""
         if self.num_rows is not None and rows > self.num_rows:
             raise UserError(
-                f"data.max_epochs: the data provide {self.num_rows:,} rows, the run needs {rows:,}. "
-                "Lower optim.steps, or allow more epochs"
+                f"the data provide {self.num_rows:,} rows, the run needs {rows:,}",
+                key="data.max_epochs",
+                remedy="Lower optim.steps, or allow more epochs",
             )
 
     def _phases(self, changes: list[tuple[int, list[float]]]) -> tuple[list[MixturePhase], int | None]:
@@ -267,17 +272,24 @@ def refuse_unknown_domains(store: TokenStore, weights: dict[str, float], data: D
     unknown = sorted(set(weights) - set(store.domains))
     if unknown:
         raise UserError(
-            f"data.weights.{unknown[0]}: the store {store.path} has no such domain. It has: {', '.join(store.domains)}"
+            f"the store {store.path} has no such domain",
+            key=f"data.weights.{unknown[0]}",
+            remedy=f"It has: {', '.join(store.domains)}",
         )
     unweighted = sorted(set(data.max_epochs) - set(weights))
     if unweighted:
         raise UserError(
-            f"data.max_epochs.{unweighted[0]}: limits a domain that is mixed by weight; domains with a weight: "
-            f"{', '.join(weights) or 'none'}. Set data.weights.{unweighted[0]} too"
+            f"limits a domain that is mixed by weight; domains with a weight: {', '.join(weights) or 'none'}",
+            key=f"data.max_epochs.{unweighted[0]}",
+            remedy=f"Set data.weights.{unweighted[0]} too",
         )
     for phase in data.curriculum:
         if set(phase.weights) != set(weights):
             raise UserError(
-                f"data.curriculum: the phase from {phase.tokens} tokens has weights for {sorted(phase.weights)}, the first phase for "
-                f"{sorted(weights)}. Name the same domains in all phases"
+                (
+                    f"the phase from {phase.tokens} tokens has weights for {sorted(phase.weights)}, the first phase "
+                    f"for {sorted(weights)}"
+                ),
+                key="data.curriculum",
+                remedy="Name the same domains in all phases",
             )

@@ -61,13 +61,16 @@ def find_files(path: str) -> list[Path]:
         files = sorted(Path(name) for name in glob.glob(path, recursive=True) if Path(name).is_file())
     if not files:
         raise UserError(
-            f"{path}: no such file, folder or glob, or nothing in it ends in {' '.join(SUFFIXES)}. Check the path"
+            f"no such file, folder or glob, or nothing in it ends in {' '.join(SUFFIXES)}",
+            key=path,
+            remedy="Check the path",
         )
     for file in files:
         if kind(file) not in SUFFIXES:
             raise UserError(
-                f"{file}: ending {file.suffix!r} is not known. "
-                f"Known: {' '.join(SUFFIXES)}, each also with {' '.join(PACKED)}"
+                f"ending {file.suffix!r} is not known",
+                key=file,
+                remedy=f"Known: {' '.join(SUFFIXES)}, each also with {' '.join(PACKED)}",
             )
     return files
 

@@ -33,11 +33,15 @@ def read_dataset(path: str) -> Iterator[dict[str, Any]]:
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"{path}: cannot be read as a data set ({reason}). Give hf:<name>, hf:<name>:<config> or a saved folder"
+            f"cannot be read as a data set ({reason})",
+            key=path,
+            remedy="Give hf:<name>, hf:<name>:<config> or a saved folder",
         ) from error
     splits = dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
     if len(splits) > 1 and "train" not in splits:
         raise UserError(
-            f"{path}: no split 'train' among {', '.join(splits)}. Save the required split as a separate data set"
+            f"no split 'train' among {', '.join(splits)}",
+            key=path,
+            remedy="Save the required split as a separate data set",
         )
     yield from splits.get("train", next(iter(splits.values())))

@@ -104,7 +104,9 @@ def read_texts(path: str) -> Iterator[str]:
     first = f"{rejected[0].file}:{rejected[0].line}: {rejected[0].reason}" if rejected else ""
     if count == 0:
         detail = f"{len(rejected)} rows were rejected, the first: {first}" if rejected else "it is empty"
-        raise UserError(f"{path}: no documents in it ({detail}). Give text with at least one non-empty document")
+        raise UserError(
+            f"no documents in it ({detail})", key=path, remedy="Give text with at least one non-empty document"
+        )
     if rejected:
         print(f"{path}: {len(rejected):,} rows were rejected, the first: {first}", file=sys.stderr)
 

@@ -169,20 +169,27 @@ def refuse_rejected(
             if dropped
             else ""
         )
-        raise UserError(f"{config.data.sources[0].path}: no document could be used{detail}")
+        raise UserError(f"no document could be used{detail}", key=config.data.sources[0].path)
     broken = [task for task, info in zip(tasks, infos, strict=True) if any(not row["line"] for row in info["rejected"])]
     size = sum(task.size for task in broken)
     if size > config.max_rejected * sum(task.size for task in tasks):
         reason = next(row["reason"] for row in rejected if not row["line"])
         raise UserError(
-            f"max_rejected={config.max_rejected}: {len(broken):,} files of {size:,} bytes cannot be read to their end, the first "
-            f"{broken[0].part.file} ({reason}). Replace them, or raise max_rejected; parts encoded so far are reused"
+            (
+                f"{len(broken):,} files of {size:,} bytes cannot be read to their end, the first "
+                f"{broken[0].part.file} ({reason})"
+            ),
+            key="max_rejected",
+            value=config.max_rejected,
+            remedy="Replace them, or raise max_rejected; parts encoded so far are reused",
         )
     rows = documents + dropped.total() + len(rejected)
     if len(rejected) > config.max_rejected * rows:
         reasons = Counter(row["reason"].split(":")[0] for row in rejected)
         summary = ", ".join(f"{reason} ({count:,})" for reason, count in reasons.most_common(3))
         raise UserError(
-            f"max_rejected={config.max_rejected}: {len(rejected):,} of {rows:,} rows cannot be used ({summary}); the first: {first}. "
-            "Correct the files, or raise max_rejected; parts encoded so far are reused"
+            f"{len(rejected):,} of {rows:,} rows cannot be used ({summary}); the first: {first}",
+            key="max_rejected",
+            value=config.max_rejected,
+            remedy="Correct the files, or raise max_rejected; parts encoded so far are reused",
         )

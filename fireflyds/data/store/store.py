@@ -94,12 +94,17 @@ class TokenStore:
         self.manifest = read_manifest(folder, key)
         if self.manifest["version"] != VERSION:
             raise UserError(
-                f"{key}={folder}: version {self.manifest['version']}, this code reads {VERSION}. Prepare it again"
+                f"version {self.manifest['version']}, this code reads {VERSION}",
+                key=key,
+                value=folder,
+                remedy="Prepare it again",
             )
         try:
             arrays = {name: _load_mapped(folder / "index" / f"{name}.npy") for name in INDEX}
         except (OSError, ValueError) as error:
-            raise UserError(f"{key}={folder}: its index is damaged ({error}). Prepare it again") from error
+            raise UserError(
+                f"its index is damaged ({error})", key=key, value=folder, remedy="Prepare it again"
+            ) from error
         self._part, self._start = arrays["part"], arrays["start"]
         self.lengths = arrays["length"]
         """Tokens of each document: int32 `[n]`."""
@@ -120,8 +125,10 @@ class TokenStore:
         num_stored = file.stat().st_size // self._dtype.itemsize if file.exists() else 0
         if num_stored != part["tokens"]:
             raise UserError(
-                f"{self._key}={self.path}: {file.name} has {num_stored} tokens, "
-                f"the manifest records {part['tokens']}. Prepare it again"
+                f"{file.name} has {num_stored} tokens, the manifest records {part['tokens']}",
+                key=self._key,
+                value=self.path,
+                remedy="Prepare it again",
             )
 
     @property
@@ -189,8 +196,10 @@ def open_store(key: str, folder: str, fingerprint: str, tokenizer: str) -> Token
     store_fingerprint = store.manifest["made_from"]["tokenizer"]
     if store_fingerprint != fingerprint:
         raise UserError(
-            f"{key}={folder}: made with another tokenizer (hash {store_fingerprint[:12]}) than {tokenizer} (hash {fingerprint[:12]}). "
-            f"Prepare it again with tokenizer={tokenizer}"
+            (f"made with another tokenizer (hash {store_fingerprint[:12]}) than {tokenizer} (hash {fingerprint[:12]})"),
+            key=key,
+            value=folder,
+            remedy=f"Prepare it again with tokenizer={tokenizer}",
         )
     return store
 
@@ -209,9 +218,14 @@ def read_manifest(folder: Path, key: str = "data.store") -> dict[str, Any]:
     file = folder / MANIFEST
     if not file.is_file():
         raise UserError(
-            f"{key}={folder}: no token store there ({MANIFEST} is missing). Make one with launch/prepare.py out={folder}"
+            f"no token store there ({MANIFEST} is missing)",
+            key=key,
+            value=folder,
+            remedy=f"Make one with launch/prepare.py out={folder}",
         )
     manifest = read_json(file)
     if "made_from" not in manifest:
-        raise UserError(f"{key}={folder}: its {MANIFEST} does not belong to a token store. Give another folder")
+        raise UserError(
+            f"its {MANIFEST} does not belong to a token store", key=key, value=folder, remedy="Give another folder"
+        )
     return manifest

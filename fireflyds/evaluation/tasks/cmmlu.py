@@ -21,11 +21,14 @@ def evaluate(model: EvaluatedModel, options: CmmluConfig, limit: int | None) -> 
     names = sorted(path.stem for path in (folder / "test").glob("*.csv"))
     if not names:
         raise UserError(
-            f"cmmlu.data={options.data!r}: no test/*.csv there. Give the folder of CMMLU with dev/ and test/"
+            "no test/*.csv there",
+            key="cmmlu.data",
+            value=f"{options.data!r}",
+            remedy="Give the folder of CMMLU with dev/ and test/",
         )
     unknown = sorted(set(options.subjects) - set(names))
     if unknown:
-        raise UserError(f"cmmlu.subjects: no {unknown[0]!r} in {folder}. Known: {', '.join(names)}")
+        raise UserError(f"no {unknown[0]!r} in {folder}", key="cmmlu.subjects", remedy=f"Known: {', '.join(names)}")
     results = {
         name: _score_subject(model, folder, name, options.num_shots, limit) for name in options.subjects or names
     }
@@ -54,7 +57,7 @@ def _score_subject(
         right += LETTERS[losses.index(min(losses))] == row["Answer"]
         questions += 1
     if questions == 0:
-        raise UserError(f"{folder}/test/{name}.csv: no question in it")
+        raise UserError("no question in it", key=f"{folder}/test/{name}.csv")
     return right, questions
 
 

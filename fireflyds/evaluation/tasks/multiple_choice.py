@@ -30,7 +30,10 @@ def _read(options: MultipleChoiceConfig, limit: int | None) -> list[tuple[str, l
     path = Path(options.questions)
     if not path.is_file():
         raise UserError(
-            f"multiple_choice.questions={options.questions!r}: no such file. The task needs JSON lines with question, choices, answer"
+            "no such file",
+            key="multiple_choice.questions",
+            value=f"{options.questions!r}",
+            remedy="The task needs JSON lines with question, choices, answer",
         )
     rows = []
     for record in islice(read_records(path), limit):
@@ -43,10 +46,11 @@ def _read(options: MultipleChoiceConfig, limit: int | None) -> list[tuple[str, l
             case _:
                 shown = json.dumps(fields, ensure_ascii=False)[:100] if fields else "not JSON"
                 raise UserError(
-                    f"{record.file}:{record.line}: {shown}: a row needs question (text), choices (two or more) and answer (index)"
+                    f"{shown}: a row needs question (text), choices (two or more) and answer (index)",
+                    key=f"{record.file}:{record.line}",
                 )
     if not rows:
-        raise UserError(f"multiple_choice.questions={path}: no question in it")
+        raise UserError("no question in it", key="multiple_choice.questions", value=path)
     return rows
 
 

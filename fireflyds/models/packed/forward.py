@@ -40,7 +40,7 @@ def _attention(
     """Packed attention as a function of transformers' `AttentionInterface`: `[1, H, T, D]` in, `[1, T, H, D]` out."""
     unsupported = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None] + ["dropout"] * bool(dropout)
     if unsupported:
-        raise UserError(f"{type(module).__name__}: packed attention does not support {', '.join(unsupported)}")
+        raise UserError(f"packed attention does not support {', '.join(unsupported)}", key=type(module).__name__)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     return boundaries.attention(q, k, v, scale=scaling, window=sliding_window, causal=causal)[None], None
@@ -112,9 +112,16 @@ def attention_override(config: HardwareConfig, hf_config: Any, precision: Precis
     refusals = dispatch.refusals("packed_attention", attention_dispatch_key(hf_config, device, DTYPES[precision]))
     available = ", ".join(["auto", *(name for name, reason in refusals.items() if reason is None)])
     if config.attention not in refusals:
-        raise UserError(f"hardware.attention={config.attention}: no such implementation. Available: {available}")
+        raise UserError(
+            "no such implementation", key="hardware.attention", value=config.attention, remedy=f"Available: {available}"
+        )
     if reason := refusals[config.attention]:
-        raise UserError(f"hardware.attention={config.attention}: cannot run here ({reason}). Available: {available}")
+        raise UserError(
+            f"cannot run here ({reason})",
+            key="hardware.attention",
+            value=config.attention,
+            remedy=f"Available: {available}",
+        )
     return dispatch.force(packed_attention=config.attention)
 
 
@@ -124,13 +131,17 @@ def _check_supported(model: Any, table: Any) -> None:
     replaces_attention = any("attention" in function for function in table.values())
     if not replaces_attention and not getattr(model, "_supports_attention_backend", False):
         raise UserError(
-            f"{name} does not use transformers' AttentionInterface, and no family of fireflyds replaces its attention. "
-            f"Families: {', '.join(registry.names('fireflyds.models.families'))}"
+            (
+                f"{name} does not use transformers' AttentionInterface, and no family of fireflyds replaces its "
+                "attention"
+            ),
+            remedy=f"Families: {', '.join(registry.names('fireflyds.models.families'))}",
         )
     dropout = getattr(config, "attention_dropout", 0.0)
     if dropout:
         raise UserError(
-            f"attention_dropout={dropout} in the model's config.json: packed attention has no dropout. Set it to 0"
+            f"attention_dropout={dropout} in the model's config.json: packed attention has no dropout",
+            remedy="Set it to 0",
         )
     other_types = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if other_types or any(isinstance(module, nn.Conv1d) for module in model.modules()):
@@ -140,8 +151,8 @@ def _check_supported(model: Any, table: Any) -> None:
         )
     if any(getattr(module, "rope_type", None) == "longrope" for module in model.modules()):
         raise UserError(
-            f"{name} has rope_type=longrope, whose frequencies depend on the longest document of a row. "
-            "Train it unpacked"
+            f"{name} has rope_type=longrope, whose frequencies depend on the longest document of a row",
+            remedy="Train it unpacked",
         )
     for key, neutral in _LOGIT_TRANSFORMS.items():
         if getattr(config, key, None) not in (None, neutral):

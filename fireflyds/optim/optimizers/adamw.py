@@ -20,8 +20,10 @@ def build(groups: Sequence[ParamGroup], config: TrainConfig) -> torch.optim.Opti
         optimizer: torch.optim.Optimizer = DeepSpeedCPUAdam(settings, betas=betas, eps=eps)
     except RuntimeError as error:
         raise UserError(
-            f"zero.offload_optimizer=cpu: DeepSpeed's CPU Adam cannot be built here ({error.__cause__ or error}). Install "
-            "ninja and a C++ compiler, or use zero.offload_optimizer=none"
+            f"DeepSpeed's CPU Adam cannot be built here ({error.__cause__ or error})",
+            key="zero.offload_optimizer",
+            value="cpu",
+            remedy="Install ninja and a C++ compiler, or use zero.offload_optimizer=none",
         ) from error
     return optimizer
 
