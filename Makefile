@@ -6,10 +6,14 @@ CORPUS ?=
 WORKERS ?= 2
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo quick test test-all coverage lint clean
 
 demo: $(VENV)/installed
 	@$(BIN)/python launch/demo.py $(if $(CORPUS),'corpus=$(CORPUS)')
+
+# What needs no launch of its own.
+quick: $(VENV)/installed
+	$(BIN)/pytest -n $(WORKERS) --dist loadscope $(UNIT_TESTS)
 
 test: $(VENV)/installed
 	$(BIN)/pytest -n $(WORKERS) --dist loadscope
@@ -17,10 +21,18 @@ test: $(VENV)/installed
 test-all: $(VENV)/installed
 	$(BIN)/pytest -m "not gpu"
 
+coverage: $(VENV)/installed
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -n $(WORKERS) --dist loadscope
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	git ls-files -z | xargs -0 $(BIN)/codespell
+	$(BIN)/python tests/support/links.py
 
 # The constraints pin torch's CPU build where that is what the index offers; a GPU machine installs its own torch first.
 $(VENV)/installed: pyproject.toml .ci/constraints.txt

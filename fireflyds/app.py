@@ -135,7 +135,7 @@ def compose(verb: str, overrides: list[str]) -> Any:
     except UserError:
         raise
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_readable(verb, error)) from error
+        raise _user_error(verb, error) from error
 
 
 def to_yaml(config: Any) -> str:
@@ -270,24 +270,23 @@ def _rewrite(verb: str, override: str) -> list[str]:
     return [f"{key}={short.option}", short.override.format(quoted)]
 
 
-def unknown_key(verb: str, key: str) -> str:
-    """What to say of a key that a verb does not have."""
-    near = difflib.get_close_matches(
-        key, [name for name, _, _ in reference.options(VERBS[verb].config)], n=3, cutoff=0.5
-    )
-    hint = f" Did you mean {' or '.join(near)}?" if near else ""
-    return f"{key}: no such key for {verb}.{hint} `python launch/{verb}.py -h` lists all keys"
+def unknown_key(verb: str, key: str, section: str = "") -> UserError:
+    """Returns the error for a key that a verb does not have; `section` is what stands before the key, as typed."""
+    known = [row[0] for row in reference.options(VERBS[verb].config)]
+    near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+    hint = f"Did you mean {' or '.join(near)}? " if near else ""
+    remedy = f"{hint}`python launch/{verb}.py -h` lists all keys"
+    return UserError(f"no such key for {verb}", key=section + key, remedy=remedy)
 
 
-def _readable(verb: str, error: Exception) -> str:
-    """Hydra's message with what it leaves out: the nearest known keys, and where to look."""
+def _user_error(verb: str, error: Exception) -> UserError:
+    """Hydra's error with what it leaves out: the nearest known keys, and where to look."""
     text = str(error.__cause__ or error).split("\nConfig search path")[0]
     if "You must specify" in text:
         text += f" (or a path: {verb} takes <group>=<path> too)" if VERBS[verb].path_options else ""
     found = re.search(r"[Kk]ey '([^']+)'", text)
-    if found and ("not in" in text or "not exist" in text):
-        full = re.search(r"full_key: (\S+)", text)
-        return unknown_key(verb, full.group(1) if full else found.group(1))
     full = re.search(r"full_key: (\S+)", text)
+    if found and ("not in" in text or "not exist" in text):
+        return unknown_key(verb, full.group(1) if full else found.group(1))
     first = " ".join(line.strip() for line in text.split("full_key:")[0].split("\n") if line.strip())
-    return f"{full.group(1)}: {first}" if full else first
+    return UserError(first, key=full.group(1) if full else "")

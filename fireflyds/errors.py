@@ -5,9 +5,6 @@ from typing import Self
 
 _UNSET = object()
 
-EXIT_FAILED = 1
-EXIT_USER_ERROR = 2
-
 
 class UserError(ValueError):
     """Invalid input or environment.
@@ -17,7 +14,7 @@ class UserError(ValueError):
     wrong or what must hold, `remedy` what to do about it.
     """
 
-    exit_code = EXIT_USER_ERROR
+    exit_code = 2
     kind = "user_error"
     """The kind of failure in `status.json`."""
 
@@ -27,15 +24,19 @@ class UserError(ValueError):
         self.value = None if value is _UNSET else str(value)
         self.context = ""
 
-    def __str__(self) -> str:
+    @property
+    def finding(self) -> str:
+        """The message without the remedy."""
         subject = self.key if self.value is None else f"{self.key}={self.value}"
-        message = ": ".join(part for part in (self.context, subject, self.rule) if part)
-        return f"{message}. {self.remedy}" if self.remedy else message
+        return ": ".join(part for part in (self.context, subject, self.rule) if part)
+
+    def __str__(self) -> str:
+        return f"{self.finding}. {self.remedy}" if self.remedy else self.finding
 
     def within(self, context: str) -> Self:
         """Returns the same error with `context` (such as `step 12`) before its message."""
         error = copy.copy(self)
-        error.context = f"{context}: {self.context}" if self.context else context
+        error.context = ": ".join(part for part in (context, self.context) if part)
         return error
 
 
@@ -45,7 +46,7 @@ class LostRankError(UserError):
     `rank` is the lost rank, where one is known.
     """
 
-    exit_code = EXIT_FAILED
+    exit_code = 1
     kind = "lost_rank"
 
     def __init__(self, rule: str, *, rank: int | None = None, remedy: str = "") -> None:

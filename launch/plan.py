@@ -23,11 +23,12 @@ def plan(config: PlanConfig) -> None:
     from fireflyds.optim import param_groups as groups
     from fireflyds.planner import report
     from fireflyds.planner.model_shape import model_shape
+    from fireflyds.planner.plan import cluster_precision, make_plan, summarize_data
     from fireflyds.tokenizer.encoder import load_encoder
     from fireflyds.zero.import_json import extra_settings
 
     config.cluster.require_machine()
-    precision = report.cluster_precision(config)
+    precision = cluster_precision(config)
     notes = [*check_compatibility(config, precision), *extra_settings(config)[1]]
     encoder = load_encoder(config.model.tokenizer_path) if _has_tokenizer(config.model) else None
     hf_config = load.architecture_of(config.model) if encoder is None else load.read_config(config.model, encoder)
@@ -35,14 +36,14 @@ def plan(config: PlanConfig) -> None:
         notes.append(
             f"note: no tokenizer at {config.model.tokenizer} yet: vocab_size={hf_config.vocab_size} was assumed"
         )
-    data = report.summarize_data(config, None if encoder is None else encoder.fingerprint())
+    data = summarize_data(config, None if encoder is None else encoder.fingerprint())
     family = load.family_of(hf_config.model_type)
     new_rows_from = load.base_vocab_size(config.model, hf_config)
     model = tuning.apply_tuning(load.bare_model(hf_config), family, config.tuning, new_rows_from, config.seed)
     rows = groups.summarize_groups(model, config, precision)
     total, trainable = groups.count_parameters(model)
 
-    training_plan = report.make_plan(config, model_shape(model, config), step_flops(model), precision, data)
+    training_plan = make_plan(config, model_shape(model, config), step_flops(model), precision, data)
     if config.format is PlanFormat.json:
         metadata = {"parameters": total, "trainable_parameters": trainable, "groups": [asdict(row) for row in rows]}
         print(json.dumps(metadata | report.as_json(training_plan, notes)))

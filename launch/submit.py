@@ -141,7 +141,7 @@ def _check_inputs(
                 run_names.find_run(composed.runs, "init_from", composed.init_from)
             config_diff.require_same_config(Path(composed.run_dir), app.to_yaml(composed), composed.run)
     except UserError as error:
-        raise UserError(f"stage {stage}: {error}" if stage else str(error)) from error
+        raise error.within(f"stage {stage}" if stage else "") from error
 
 
 def _run_action(config: SubmitConfig, rest: list[str]) -> None:

@@ -52,7 +52,7 @@ def sweep(config: SweepConfig, rest: list[str]) -> None:
             try:
                 freeze(run_name(config.study, 0), {key: value})
             except UserError as error:
-                raise UserError(f"sweep.space.{key}, at {value}: {error}") from error
+                raise error.within(f"sweep.space.{key}, at {value}") from error
     launcher = launcher_of(config.cluster, config.sweep.parallel)
     with only_one(folder):
         _require_same_study(folder, config, rest)

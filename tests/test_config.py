@@ -1,6 +1,7 @@
 """Composition: what is accepted, what is refused, and in which words."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -123,12 +124,80 @@ def test_every_attribute_of_the_schema_is_a_documented_field() -> None:
             names = {field.name for field in dataclasses.fields(schema)}
             assert names == {name for base in schema.__mro__[:-1] for name in base.__annotations__}
     for schema in (verb.config for verb in config.VERBS.values()):
-        for key, _, meaning in reference.options(schema):
-            assert meaning, key
+        for row in reference.rows(schema):
+            assert row.meaning, row.key
 
 
 def test_option_reference_is_in_step_with_the_schema() -> None:
     assert (app.CONF / "README.md").read_text(encoding="utf-8") == reference.markdown(app.CONF)
+
+
+def _rows_shown(text: str) -> list[tuple[str, ...]]:
+    """Key, type, default and meaning of every row of the tables, without Markdown."""
+    lines = [line for line in text.splitlines() if line.startswith("| `")]
+    cells = [[cell.replace("\\|", "|") for cell in line[2:-2].split(" | ", 3)] for line in lines]
+    return [(*(cell.replace("`", "") for cell in line[:3]), line[3]) for line in cells]
+
+
+def test_option_reference_shows_every_key_of_every_verb_once() -> None:
+    text = reference.markdown(app.CONF)
+    expected = {tuple(row) for verb in config.VERBS.values() for row in reference.rows(verb.config)}
+    assert sorted(_rows_shown(text)) == sorted(expected)
+    assert len(expected) > 200
+    assert "| `init` | `mean` \\| `weighted` \\| `random` | `mean` | " in text
+    assert "| `data.sources[].path` | `str` | `required` | " in text
+    for verb, record in config.VERBS.items():
+        block = re.split(r"\n##", text.partition(f"\n### Verb `{verb}`\n")[2])[0]
+        shown = {key for key, *_ in _rows_shown(block)}
+        for line in re.findall(r"^(?:Sections:|As in .*?\):) (.*)", block, re.MULTILINE):
+            shown |= set(re.findall(r"`(.+?)`", line))
+        taken = reference.sections(record.config)
+        keys = {row.key for row in reference.rows(record.config)}
+        assert shown == {key.partition(".")[0] if key.partition(".")[0] in taken else key for key in keys}
+
+
+def test_help_names_the_type_and_the_default() -> None:
+    shown = reference.help_text("expand", "About.", app.CONF)
+    assert re.search(r"^  init  +.* \[mean \| weighted \| random; mean\]$", shown, re.MULTILINE)
+    assert re.search(r"^  base  +.* \[str; required\]$", shown, re.MULTILINE)
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Section:
+    size: int = 1
+    """Size."""
+    rule: config.RowInit | None = None
+    """Rule."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class _OtherSection(_Section):
+    size: int = 2
+
+
+@dataclasses.dataclass(kw_only=True)
+class _One:
+    part: _Section = dataclasses.field(default_factory=_Section)
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Two:
+    part: _OtherSection = dataclasses.field(default_factory=_OtherSection)
+
+
+def test_option_reference_shows_sections_of_one_name_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "VERBS", {"train": config.Verb(_One), "plan": config.Verb(_Two)})
+    text = reference.markdown(app.CONF)
+    first, second = text.split("### Section `part` of ")[1:]
+    assert first.startswith("`train`\n")
+    assert [row[:3] for row in _rows_shown(first)] == [
+        ("part.size", "int", "1"),
+        ("part.rule", "mean | weighted | random | null", "null"),
+    ]
+    assert second.startswith("`plan`\n")
+    assert _rows_shown(second) == [("part.size", "int", "2", "Size.")]
+    assert "As in [section `part` of `train`](#section-part-of-train): `part.rule`." in second
+    assert "Sections: [`part`](#section-part-of-plan)." in text
 
 
 def test_help_and_cfg_job_answer_without_torch(verb) -> None:

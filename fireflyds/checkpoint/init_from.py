@@ -123,8 +123,6 @@ def _check_adapters(config: TrainConfig, earlier: TrainConfig, weights: Trainabl
                 f"that run has adapters with {key}={getattr(before, key)}, this one {value}",
                 key="init_from",
                 value=config.init_from,
-                remedy=(
-                    f"Use the same, or merge them: python launch/export.py run={config.init_from}, then "
-                    f"model={earlier.run_dir}/export"
-                ),
+                remedy=f"Use the same, or merge them: python launch/export.py run={config.init_from}, then "
+                f"model={earlier.run_dir}/export",
             )

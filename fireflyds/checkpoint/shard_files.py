@@ -157,10 +157,8 @@ class ShardReader:
                 raise UserError(
                     f"{name} was not saved completely ({num_elements} elements of {[*shape]})",
                     key=self.folder,
-                    remedy=(
-                        "The previous checkpoint is intact; all ranks must write to the same folder: give runs= on a "
-                        "disk that all nodes share"
-                    ),
+                    remedy="The previous checkpoint is intact; all ranks must write to the same folder: give runs= on a "
+                    "disk that all nodes share",
                 )
         if not any(values.any() for name in expected for values in [self.read(name, MASTER, 0, self._numel(name))]):
             raise UserError(

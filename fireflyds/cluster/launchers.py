@@ -61,10 +61,8 @@ class LocalLauncher:
         needed = parallel * self._ranks
         if not cluster.on_cpu and needed > len(self._gpus):
             raise UserError(
-                (
-                    f"sweep.parallel={parallel} x cluster.gpus_per_node={self._ranks} = {needed} GPUs, but "
-                    f"{len(self._gpus)} are visible"
-                ),
+                f"sweep.parallel={parallel} x cluster.gpus_per_node={self._ranks} = {needed} GPUs, but "
+                f"{len(self._gpus)} are visible",
                 remedy="Give fewer, or cluster=local_cpu",
             )
         self._started: dict[Path, subprocess.Popen[bytes]] = {}

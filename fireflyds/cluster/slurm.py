@@ -73,10 +73,8 @@ def require() -> None:
             "there is no sbatch on the path",
             key="cluster.scheduler",
             value="slurm",
-            remedy=(
-                "Submit from a login node (`module load slurm`?), or give dry_run=true to write the script "
-                "without submitting it"
-            ),
+            remedy="Submit from a login node (`module load slurm`?), or give dry_run=true to write the script "
+            "without submitting it",
         )
 
 

@@ -9,10 +9,15 @@ from typing import Any
 
 from fireflyds.cluster.launchers import LOG
 from fireflyds.config import Direction, ObjectiveAt, SearchConfig
+from fireflyds.errors import DivergedError, LostRankError
+from fireflyds.runs.layout import EXIT_STOPPED
 
 STOP = "STOP"
 # Maximum number of values reported to the pruner per run: it compares few, and the study stores all of them.
 _MAX_REPORTS = 200
+
+# The state of a run that failed, by the kind of its error.
+_STATES = {LostRankError.kind: "lost", DivergedError.kind: "diverged"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,14 +85,9 @@ def run_outcome(run_dir: Path) -> RunOutcome:
     """Returns the outcome of a run whose processes have exited."""
     run_status = read_status(run_dir)
     state, message = run_status.get("state"), run_status.get("message", "")
-    if state == "failed" and run_status.get("lost"):
-        return RunOutcome("lost", message)
     if state == "failed":
-        return RunOutcome(
-            "diverged" if "recovery.max_skipped" in message or "recovery.max_rollbacks" in message else "failed",
-            message,
-        )
-    if state == "finished" or (state == "stopped" and run_status["exit_code"] == 76):
+        return RunOutcome(_STATES.get(run_status["kind"], "failed"), message)
+    if state == "finished" or (state == "stopped" and run_status["exit_code"] == EXIT_STOPPED):
         return RunOutcome(str(state), message)
     if state == "stopped":
         return RunOutcome("interrupted", message)

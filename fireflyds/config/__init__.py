@@ -43,6 +43,7 @@ from fireflyds.config.evaluate import BitsPerByteConfig, CmmluConfig, EvaluateCo
 from fireflyds.config.export import ExportConfig
 from fireflyds.config.optim import GroupConfig, OptimConfig
 from fireflyds.config.pipeline import DemoConfig, RoadConfig, StageConfig
+from fireflyds.config.profile import ProfileConfig
 from fireflyds.config.submit import SubmitConfig
 from fireflyds.config.sweep import RangeConfig, SearchConfig, SweepConfig
 from fireflyds.config.synthesize import SynthesizeConfig
@@ -97,6 +98,7 @@ __all__ = [
     "PlanFormat",
     "Precision",
     "PrepareConfig",
+    "ProfileConfig",
     "PromptStyle",
     "Pruner",
     "RangeConfig",

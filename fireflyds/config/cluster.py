@@ -174,10 +174,8 @@ class ClusterConfig:
         for name in ("gpu", "gpu_memory_gib", "host_memory_gib"):
             if not getattr(self, name):
                 raise UserError(
-                    (
-                        f"cluster.{name} is not set: a plan needs cluster.gpu, cluster.gpu_memory_gib and "
-                        "cluster.host_memory_gib"
-                    ),
+                    f"cluster.{name} is not set: a plan needs cluster.gpu, cluster.gpu_memory_gib and "
+                    "cluster.host_memory_gib",
                     remedy=f"Give cluster.{name}=<value>, or a cluster file that sets it",
                 )
 

@@ -10,6 +10,7 @@ from fireflyds.config.cluster import ClusterConfig
 from fireflyds.config.data import DataConfig
 from fireflyds.config.enums import ModelInit, Offload, PlanFormat, Precision, TrackerKind, WandbMode, require_at_least
 from fireflyds.config.optim import OptimConfig
+from fireflyds.config.profile import ProfileConfig
 from fireflyds.config.tuning import TuningConfig
 from fireflyds.config.validation import ValidationConfig
 from fireflyds.errors import UserError
@@ -214,6 +215,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     init_from: str = ""
     """Earlier run whose trained weights initialize this run, with a new schedule (to resume a run, give the same `run`
     instead)."""

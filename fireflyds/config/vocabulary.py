@@ -94,10 +94,8 @@ class ExpandConfig:
             raise UserError("out is not set: expand needs it", remedy="Give out=<directory>")
         if bool(self.pieces) == bool(self.num_pieces):
             raise UserError(
-                (
-                    "give either pieces=<.model or list> or num_pieces=<N> with corpus=<files>, got "
-                    f"pieces={self.pieces!r}, num_pieces={self.num_pieces}"
-                ),
+                "give either pieces=<.model or list> or num_pieces=<N> with corpus=<files>, got "
+                f"pieces={self.pieces!r}, num_pieces={self.num_pieces}",
                 key="expand",
             )
         if self.num_pieces and not self.corpus:

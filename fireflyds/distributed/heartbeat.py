@@ -17,7 +17,8 @@ import torch.distributed as dist
 from fireflyds.distributed.host_identity import boot_id
 from fireflyds.distributed.launcher_env import RankInfo, is_alive
 from fireflyds.errors import LostRankError, UserError
-from fireflyds.runs.status import EXIT_FAILED, Status
+from fireflyds.runs.layout import EXIT_FAILED, log_file
+from fireflyds.runs.status import Status
 
 _INTERVAL = 1.0
 # Seconds for the others to end too after a rank ended with a `UserError`: each waits for its checkpoint first.
@@ -85,7 +86,7 @@ class Heartbeat:
             self._stop_threads()
         elif lost := self._lost_soon():
             self._stop_threads()
-            raise LostRankError(lost) from error
+            raise lost from error
         else:
             self._publish(f"failed/{self._me.rank}", f"{kind.__name__}: {error}")
             self._stop_threads()
@@ -125,74 +126,75 @@ class Heartbeat:
             if time.monotonic() - self._last_check > self._seconds + 5 * _INTERVAL:
                 self._end(self._unreachable(f"no answer for {self._seconds:.0f} s"))
 
-    def _end(self, lost: str) -> None:
-        if self._me.rank == 0 or lost.startswith("rank 0 "):
+    def _end(self, lost: LostRankError) -> None:
+        if self._me.rank == 0 or lost.rank == 0:
             print(f"error: {lost}", file=sys.stderr, flush=True)
         # The disk may be unreachable together with the lost host.
-        writer = threading.Thread(
-            target=self._status.failed, args=(lost, EXIT_FAILED), kwargs={"lost": True}, daemon=True
-        )
+        writer = threading.Thread(target=self._status.failed, args=(lost,), daemon=True)
         writer.start()
         writer.join(5 * _INTERVAL)
         os._exit(EXIT_FAILED)
 
-    def _unreachable(self, reason: str) -> str:
-        return self._message(
+    def _unreachable(self, reason: str) -> LostRankError:
+        return self._lost(
             0,
             f"cannot be reached from {socket.gethostname()} at {self._me.master_addr}:{self._me.master_port} ({reason})",
         )
 
-    def _look(self) -> str | None:
-        """Write a heartbeat. Returns a message about a lost rank, or None."""
+    def _look(self) -> LostRankError | None:
+        """Write a heartbeat. Returns the error of a lost rank, or None."""
         try:
             self._beat()
             others = range(1, self._me.world_size) if self._me.rank == 0 else [0]
             for rank in others:
                 if lost := self._check_rank(rank):
-                    self._publish("lost", lost)
+                    self._publish("lost", json.dumps([lost.rank, lost.rule, lost.remedy]))
                     return lost
-            return self._get("lost")
+            if found := self._get("lost"):
+                rank, rule, remedy = json.loads(found)
+                return LostRankError(rule, rank=rank, remedy=remedy)
+            return None
         except Exception as error:
             return self._unreachable(str(error).splitlines()[0])
 
     def _get(self, key: str) -> str | None:
         return self._store.get(key).decode() if self._store.check([key]) else None
 
-    def _check_rank(self, rank: int) -> str | None:
-        """Returns a message if `rank` is lost, else None."""
+    def _check_rank(self, rank: int) -> LostRankError | None:
+        """Returns an error if `rank` is lost, else None."""
         if self._get(f"left/{rank}"):
             return self._check_refused(rank)
         beat = self._get(f"beat/{rank}")
         if failure := self._get(f"failed/{rank}"):
             self._seen[rank] = (beat, time.monotonic())
-            return self._message(rank, f"failed ({failure})")
+            return self._lost(rank, f"failed ({failure})")
         last_beat, since = self._seen.get(rank, (None, time.monotonic()))
         if beat != last_beat or rank not in self._seen:
             self._seen[rank] = (beat, time.monotonic())
         elif time.monotonic() - since > (limit := self._silence_limit()):
-            return self._message(rank, f"has been silent for {limit:.0f} s")
+            return self._lost(rank, f"has been silent for {limit:.0f} s")
         if beat:
             metadata = json.loads(beat)
             if metadata["machine"] == process_namespace() and not _pid_is_alive(metadata["pid"]):
-                return self._message(rank, f"died (process {metadata['pid']}, after step {metadata['step']})")
+                return self._lost(rank, f"died (process {metadata['pid']}, after step {metadata['step']})")
         return None
 
-    def _check_refused(self, rank: int) -> str | None:
-        """Returns a message if `rank` alone ended with a `UserError` (such as for a missing file), else None."""
+    def _check_refused(self, rank: int) -> LostRankError | None:
+        """Returns an error if `rank` alone ended with a `UserError` (such as for a missing file), else None."""
         refusal = self._get(f"refused/{rank}")
         if (
             refusal is None
             or time.monotonic() - self._refused_at.setdefault(rank, time.monotonic()) <= _REFUSAL_SECONDS
         ):
             return None
-        return self._message(rank, f"refused ({refusal})")
+        return self._lost(rank, f"refused ({refusal})")
 
     def _silence_limit(self) -> float:
         """Seconds without a heartbeat after which a rank is lost; fewer once a collective has failed on some rank."""
         return min(self._seconds, _MAX_MISSED_BEATS * _INTERVAL) if self._get("trouble") else self._seconds
 
-    def _lost_soon(self) -> str | None:
-        """Returns a message if a collective failed because of a lost rank, which shows within seconds, else None."""
+    def _lost_soon(self) -> LostRankError | None:
+        """Returns an error if a collective failed because of a lost rank, which shows within seconds, else None."""
         self._publish("trouble", "yes")
         deadline = time.monotonic() + 8 * _INTERVAL
         while time.monotonic() < deadline:
@@ -201,10 +203,11 @@ class Heartbeat:
             time.sleep(_INTERVAL / 4)
         return None
 
-    def _message(self, rank: int, event: str) -> str:
+    def _lost(self, rank: int, event: str) -> LostRankError:
         beat, _ = self._seen.get(rank, (None, 0.0))
         host = f" on {json.loads(beat)['host']}" if beat else ""
-        return (
-            f"rank {rank}{host} {event}; its log: {self._run_dir}/logs/rank_{rank}.log. The newest checkpoint is "
-            "intact: the same command resumes from it"
+        return LostRankError(
+            f"rank {rank}{host} {event}; its log: {log_file(self._run_dir, rank)}",
+            rank=rank,
+            remedy="The newest checkpoint is intact: the same command resumes from it",
         )

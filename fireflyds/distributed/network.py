@@ -23,10 +23,8 @@ def set_network_interface(names: str, environment: MutableMapping[str, str]) -> 
             f"this host has no {', '.join(missing)}",
             key="hardware.network_interface",
             value=names,
-            remedy=(
-                f"It has {', '.join(sorted(present))}; where hosts differ, leave it empty and set "
-                "NCCL_SOCKET_IFNAME on each"
-            ),
+            remedy=f"It has {', '.join(sorted(present))}; where hosts differ, leave it empty and set "
+            "NCCL_SOCKET_IFNAME on each",
         )
     # NCCL takes a plain name as a prefix, and `=name` as an exact name (NCCL user guide, NCCL_SOCKET_IFNAME).
     for variable, value in (("NCCL_SOCKET_IFNAME", f"={names}"), ("GLOO_SOCKET_IFNAME", names)):

@@ -178,10 +178,8 @@ def _compare(channel: StoreChannel, answers: list[dict[str, Any]], text: str, se
     for rank, answer in enumerate(answers):
         if answer["world_size"] != reference["world_size"]:
             raise UserError(
-                (
-                    f"rank {rank} on {answer['host']} was started with {answer['world_size']} ranks, rank 0 on "
-                    f"{reference['host']} with {reference['world_size']}"
-                ),
+                f"rank {rank} on {answer['host']} was started with {answer['world_size']} ranks, rank 0 on "
+                f"{reference['host']} with {reference['world_size']}",
                 remedy="Give the same number of hosts and ranks everywhere",
             )
     for key in ("code", "configuration", "versions", "inputs"):

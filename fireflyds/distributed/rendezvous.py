@@ -68,10 +68,8 @@ class StoreChannel:
         """Claim this rank. Raises `UserError` if another process has claimed it."""
         if self._store.add(f"channel/claimed/{self.me.rank}", 1) > 1:
             raise UserError(
-                (
-                    f"rank {self.me.rank} on {socket.gethostname()}: another process has connected to "
-                    f"{self.me.master_addr}:{self.me.master_port} as the same rank"
-                ),
+                f"rank {self.me.rank} on {socket.gethostname()}: another process has connected to "
+                f"{self.me.master_addr}:{self.me.master_port} as the same rank",
                 remedy="Give every host its own --node_rank, and every job its own port",
             )
 

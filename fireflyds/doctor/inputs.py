@@ -62,9 +62,8 @@ def _run_check(name: str, check: Callable[[], Check], seconds: float) -> Check:
 
 
 def error_from(name: str, error: UserError) -> Check:
-    """Converts a `UserError` to a failed check; its last sentence is the remedy."""
-    message, _, remedy = str(error).rpartition(". ")
-    return failed(name, message or remedy, remedy)
+    """Returns the failed check of a `UserError`."""
+    return failed(name, error.finding, error.remedy)
 
 
 def check_tokenizer(path: str, loaded: list[Encoder]) -> Check:

@@ -136,7 +136,7 @@ def check_same(versions: Mapping[str, Mapping[str, str]]) -> Check:
 
 
 def check_flash_attention(error: str | None) -> Check:
-    """Checks that flash_attn, built for one torch and CUDA, can be imported. `error`: import error, None if it worked."""
+    """Checks that flash_attn, built for one torch and CUDA, can be imported. `error`: import error, None if none."""
     if error is None:
         return passed("flash_attn", f"flash_attn {version_of('flash_attn')} loads")
     return failed(

@@ -13,7 +13,7 @@ from fireflyds.metrics.console import format_steps, progress_bar
 from fireflyds.metrics.history import History
 from fireflyds.metrics.trackers import Tracker
 from fireflyds.runs.jsonl import MetricsFile, read_jsonl, without_nan
-from fireflyds.runs.status import EXIT_FAILED
+from fireflyds.runs.layout import EXIT_FAILED
 from fireflyds.types import StepMetrics
 
 

@@ -35,15 +35,11 @@ def read_config(config: ModelConfig, encoder: Encoder) -> Any:
     folder, hf_config = Path(config.path), _read_directory_config(config)
     if not 0 <= hf_config.vocab_size - encoder.vocab_size < MAX_PADDING:
         raise UserError(
-            (
-                f"the embeddings have {hf_config.vocab_size} rows but the tokenizer {config.tokenizer_path} has "
-                f"{encoder.vocab_size} tokens; rows may exceed tokens by padding only"
-            ),
+            f"the embeddings have {hf_config.vocab_size} rows but the tokenizer {config.tokenizer_path} has "
+            f"{encoder.vocab_size} tokens; rows may exceed tokens by padding only",
             key="model.path",
             value=folder,
-            remedy=(
-                "Set the tokenizer of this model, or expand the model for a larger tokenizer with launch/expand.py"
-            ),
+            remedy="Set the tokenizer of this model, or expand the model for a larger tokenizer with launch/expand.py",
         )
     return apply_rope_scaling(hf_config, config)
 
@@ -67,9 +63,7 @@ def config_of(key: str, path: str) -> Any:
             f"{str(error).splitlines()[0]}",
             key=key,
             value=path,
-            remedy=(
-                "Remote code is not run (trust_remote_code): give a model that this version of transformers supports"
-            ),
+            remedy="Remote code is not run (trust_remote_code): give a model that this version of transformers supports",
         ) from error
 
 

@@ -153,10 +153,8 @@ def _unfreeze(model: Any, expressions: list[str]) -> None:
         matches = [name for name in matches if id(parameters[name]) not in vocabulary]
         if not matches:
             raise UserError(
-                (
-                    f"{expression!r} matches only embeddings or head; tuning.embeddings and tuning.head set which of "
-                    "their rows are trainable"
-                ),
+                f"{expression!r} matches only embeddings or head; tuning.embeddings and tuning.head set which of "
+                "their rows are trainable",
                 key="tuning.trainable",
                 value=expressions,
             )

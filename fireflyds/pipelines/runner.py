@@ -115,10 +115,7 @@ class RoadRunner:
         code = _execute(stage_command(stage), self._out / "logs" / f"{stage.name}.log", self._timer(record))
         if code != 0:
             raise UserError(
-                (
-                    f"{record['command']} failed with exit code {code}; its output: "
-                    f"{self._out / 'logs' / stage.name}.log"
-                ),
+                f"{record['command']} failed with exit code {code}; its output: {self._out / 'logs' / stage.name}.log",
                 key=stage.name,
             )
         if not (self._out / stage.output).exists():

@@ -5,7 +5,6 @@ memory of a phase is the sum of its items, and the estimate is that of the highe
 its source (0.19), ZeRO stages follow arXiv 1910.02054.
 """
 
-import resource
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -289,16 +288,3 @@ def format_memory(model: Any, config: TrainConfig, precision: Precision, world_s
     host = f"; host {estimated.host / GIB:.1f} GiB per rank" if estimated.host and device == "cuda" else ""
     unit = "per GPU" if device == "cuda" else "per rank, without libraries"
     return f"planned peak {estimated.total / GIB:.2f} GiB {unit}, phase: {estimated.moment} ({parts}){host}"
-
-
-def resident_bytes() -> int:
-    """Peak resident memory of this process so far, in bytes; before a model is loaded, that of the libraries."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def format_peak(before: int = 0) -> str:
-    """Describes the measured peak of this rank so far; on the CPU minus `before` bytes (see `resident_bytes`)."""
-    if torch.cuda.is_available():
-        peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-        return f"measured peak {peak / GIB:.2f} GiB per GPU ({reserved / GIB:.2f} GiB reserved)"
-    return f"measured peak {(resident_bytes() - before) / GIB:.2f} GiB per rank, without libraries"

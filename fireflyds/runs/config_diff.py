@@ -8,8 +8,8 @@ from fireflyds.errors import UserError
 
 # Keys that may change between the start of a run and its resumption without making it another run.
 FREE_TO_CHANGE = (
-    "tracking", "checkpoint", "recovery", "validation", "log_every", "runs", "optim.steps", "optim.epochs", "zero",
-    "micro_batch_size", "hardware.timeout_minutes", "hardware.gradient_checkpointing", "hardware.peak_tflops",
+    "tracking", "checkpoint", "recovery", "validation", "profile", "log_every", "runs", "optim.steps", "optim.epochs",
+    "zero", "micro_batch_size", "hardware.timeout_minutes", "hardware.gradient_checkpointing", "hardware.peak_tflops",
     "hardware.start_timeout_minutes", "hardware.network_interface", "hardware.local_cache",
 )  # fmt: skip
 

@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+from fireflyds.errors import UserError
 from fireflyds.fs import remove_empty_folders
 
 CONFIG = "config.yaml"
@@ -21,6 +22,8 @@ LOGS = "logs"
 TENSORBOARD = "tensorboard"
 WANDB = "wandb"
 WANDB_ID = "wandb.json"
+PROFILE = "profile"
+"""Traces and operator tables of the steps that `profile.start` and `profile.steps` name."""
 
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
@@ -42,7 +45,7 @@ LAUNCHER_LOG = "logs/launcher.log"
 LAUNCHER_PID = "logs/launcher.pid"
 
 EXIT_FAILED = 1
-EXIT_USER_ERROR = 2
+EXIT_USER_ERROR = UserError.exit_code
 EXIT_INTERRUPTED = 75
 """The run saved a checkpoint and exited after a signal: a scheduler may run the same command again."""
 EXIT_STOPPED = 76
@@ -51,7 +54,7 @@ EXIT_CTRL_C = 130
 
 FILES = (CONFIG, INPUTS, PROVENANCE, STATUS, LOCK, METRICS, VALIDATION, SAMPLES, TRAINER_STATE, LOSS_PLOT, TRAIN_LOG,
          WANDB_ID, JOBS, SUBMIT_SCRIPT)  # fmt: skip
-FOLDERS = (CHECKPOINTS, START, LOGS, TENSORBOARD, WANDB, JOBS_FOLDER)
+FOLDERS = (CHECKPOINTS, START, LOGS, TENSORBOARD, WANDB, PROFILE, JOBS_FOLDER)
 
 
 def step_name(step: int) -> str:

@@ -8,13 +8,7 @@ from pathlib import Path
 
 from fireflyds.errors import LostRankError, UserError
 from fireflyds.fs import atomic_write_text, read_json
-
-# A scheduler may run the same command again after this exit code.
-EXIT_INTERRUPTED = 75
-# The user stopped the run: a scheduler must not restart it.
-EXIT_STOPPED = 76
-EXIT_FAILED = 1
-_EXIT_CTRL_C = 130
+from fireflyds.runs.layout import EXIT_CTRL_C, EXIT_FAILED, STATUS
 
 
 class Status:
@@ -24,7 +18,7 @@ class Status:
     """
 
     def __init__(self, run_dir: Path, rank: int, total_steps: int) -> None:
-        self._file, self._rank, self._total_steps = run_dir / "status.json", rank, total_steps
+        self._file, self._rank, self._total_steps = run_dir / STATUS, rank, total_steps
         self.step = 0
 
     def __enter__(self) -> "Status":
@@ -34,32 +28,32 @@ class Status:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if kind is None or issubclass(kind, SystemExit):
             return
-        if issubclass(kind, KeyboardInterrupt):
-            self.write("stopped", _EXIT_CTRL_C, "interrupted outside of training steps")
-        else:
-            code = kind.exit_code if issubclass(kind, UserError) else EXIT_FAILED
-            self.failed(str(error) or kind.__name__, code, lost=issubclass(kind, LostRankError))
+        if isinstance(error, KeyboardInterrupt):
+            self.write("stopped", EXIT_CTRL_C, "interrupted outside of training steps")
+        elif error is not None:
+            self.failed(error)
 
     def write(self, state: str, exit_code: int | None = None, message: str = "") -> None:
         if self._rank == 0:
             self._write(state, exit_code, message)
 
-    def failed(self, message: str, exit_code: int, *, lost: bool = False) -> None:
-        """Records a failure. `lost`: another rank or its host failed, and the same command resumes the run."""
-        if self._rank == (1 if message.startswith("rank 0 ") else 0) and not (
-            self._rank and self._written_by_rank_zero()
-        ):
-            # If the disk is the cause of the failure, the original error is reported, not the one raised here.
-            with contextlib.suppress(OSError):
-                self._write("failed", exit_code, message, lost=lost)
+    def failed(self, error: BaseException) -> None:
+        """Records a failure: its message, exit code and `kind` (`user_error`, `lost_rank`, `diverged` or `error`)."""
+        writer = 1 if isinstance(error, LostRankError) and error.rank == 0 else 0
+        if self._rank != writer or (self._rank and self._written_by_rank_zero()):
+            return
+        code, kind = (error.exit_code, error.kind) if isinstance(error, UserError) else (EXIT_FAILED, "error")
+        # If the disk is the cause of the failure, the original error is reported, not the one raised here.
+        with contextlib.suppress(OSError):
+            self._write("failed", code, str(error) or type(error).__name__, kind)
 
     def _written_by_rank_zero(self) -> bool:
         """True where rank 0 has written a final state, which takes precedence if both ranks miss each other."""
         return self._file.is_file() and read_json(self._file)["state"] != "running"
 
-    def _write(self, state: str, exit_code: int | None, message: str, *, lost: bool = False) -> None:
+    def _write(self, state: str, exit_code: int | None, message: str, kind: str = "") -> None:
         content = {
             "state": state, "step": self.step, "total_steps": self._total_steps, "exit_code": exit_code,
-            "message": message, "lost": lost, "pid": os.getpid(), "time": time.time(),
+            "message": message, "kind": kind, "pid": os.getpid(), "time": time.time(),
         }  # fmt: skip
         atomic_write_text(self._file, json.dumps(content, indent=2))

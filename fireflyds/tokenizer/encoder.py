@@ -182,9 +182,7 @@ def load_encoder(path: str | Path) -> Encoder:
         except (ValueError, OSError) as error:
             raise UserError(
                 f"tokenizer {path}: {str(error).splitlines()[0]}",
-                remedy=(
-                    "Custom tokenizer code is not executed: give a tokenizer that this version of transformers supports"
-                ),
+                remedy="Custom tokenizer code is not executed: give a tokenizer that this version of transformers supports",
             ) from error
         document = (path / "tokenizer.json").read_text(encoding="utf-8")
         has_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]

@@ -87,10 +87,8 @@ def fill_missing_merges(base: Base, plan: MergePlan, scripts: Scripts, vocab_siz
     missing = vocab_size - base.num_tokens - len(plan.steps)
     if missing > 0:
         raise UserError(
-            (
-                f"{missing:,} more pieces would be needed to reach {vocab_size:,}, and the scripts "
-                f"{', '.join(scripts.names)} have no more characters"
-            ),
+            f"{missing:,} more pieces would be needed to reach {vocab_size:,}, and the scripts "
+            f"{', '.join(scripts.names)} have no more characters",
             key="vocab_multiple",
             remedy="Give a smaller multiple, or more scripts",
         )

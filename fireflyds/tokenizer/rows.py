@@ -2,10 +2,8 @@
 
 import json
 import math
-import pickle
 import shutil
-import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 
 from fireflyds.config import RowInit
 from fireflyds.errors import UserError
 from fireflyds.fs import read_json
 from fireflyds.tokenizer.hf_files import FILES
-from fireflyds.tokenizer.shards import Entry, save_streamed, shard_name, shard_names
+from fireflyds.tokenizer.shards import Entry, save_streamed, shard_name
+from fireflyds.tokenizer.weight_files import weight_readers
 
 # Names of the two matrices in transformers: LLaMA and similar models, InternLM2, Falcon and Bloom, GPT-2, GPT-NeoX.
 EMBEDDINGS = ("embed_tokens.weight", "tok_embeddings.weight", "word_embeddings.weight", "wte.weight", "embed_in.weight")
@@ -105,7 +103,7 @@ def expand_model(base: Path, out: Path, new: NewRows) -> dict[str, int]:
     out.mkdir(parents=True, exist_ok=True)
     weight_map: dict[str, str] = {}
     total = 0
-    files = _shards(base)
+    files = weight_readers(base)
     for number, (name, read) in enumerate(files, 1):
         entries: dict[str, Entry] = {}
         for key, tensor in read():
@@ -226,10 +224,8 @@ def _read_config(base: Path) -> tuple[dict[str, Any], bool]:
         return config, bool(AutoConfig.from_pretrained(base).tie_word_embeddings)
     except (ValueError, KeyError, OSError) as error:
         raise UserError(
-            (
-                "config.json has no tie_word_embeddings, and transformers has no default for its model type "
-                f"({str(error).splitlines()[0]})"
-            ),
+            "config.json has no tie_word_embeddings, and transformers has no default for its model type "
+            f"({str(error).splitlines()[0]})",
             key="base",
             value=base,
             remedy="Add the key",
@@ -257,72 +253,13 @@ def check_model(base: Path, num_tokens: int) -> None:
             for index in value if isinstance(value, list) else [value]:
                 if isinstance(index, int) and index >= num_tokens:
                     raise UserError(
-                        (
-                            f"{name} is {index}, but the tokenizer has no such token (it has {num_tokens}); a new piece would "
-                            "get this id"
-                        ),
+                        f"{name} is {index}, but the tokenizer has no such token (it has {num_tokens}); a new piece would "
+                        "get this id",
                         key=file,
                         remedy="Correct the file, or add the token to the tokenizer",
                     )
-    for _, read in _shards(base):
+    for _, read in weight_readers(base):
         next(read(), None)
-
-
-Reader = Callable[[], Iterator[tuple[str, torch.Tensor]]]
-
-
-def _shards(base: Path) -> list[tuple[str, Reader]]:
-    """Returns the weight files (from the index if there is one), each with a reader; safetensors take precedence.
-
-    Raises:
-        UserError: there are no weights, or a file of the index is missing.
-    """
-    for stem, suffix, read in (("model", ".safetensors", _read_safetensors), ("pytorch_model", ".bin", _read_pytorch)):
-        index = base / f"{stem}{suffix}.index.json"
-        if index.is_file():
-            names = shard_names(index)
-        else:
-            whole = f"{stem}{suffix}"
-            names = [whole] if (base / whole).is_file() else sorted(file.name for file in base.glob(f"{stem}*{suffix}"))
-        missing = [name for name in names if not (base / name).is_file()]
-        if missing:
-            raise UserError(
-                f"{missing[0]} is missing, which {index.name} names",
-                key="base",
-                value=base,
-                remedy="Get the file again",
-            )
-        if names:
-            return [(name, partial(_read_checked, read, base / name)) for name in names]
-    raise UserError(
-        "no weights there (model*.safetensors or pytorch_model*.bin)",
-        key="base",
-        value=base,
-        remedy="Give a complete model, or only its tokenizer (without config.json)",
-    )
-
-
-def _read_checked(
-    read: Callable[[Path], Iterator[tuple[str, torch.Tensor]]], file: Path
-) -> Iterator[tuple[str, torch.Tensor]]:
-    try:
-        yield from read(file)
-    except (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
-        raise UserError(
-            f"cannot be read ({str(error).splitlines()[0]})", key=file, remedy="Get the file again"
-        ) from error
-
-
-def _read_safetensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    with safe_open(file, "pt") as tensors:
-        for name in tensors.keys():  # noqa: SIM118 - not a dict
-            yield name, tensors.get_tensor(name)
-
-
-def _read_pytorch(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    # Memory-mapped: tensors are loaded on use. Files in the format before PyTorch 1.6 (2020) cannot be mapped.
-    can_mmap = zipfile.is_zipfile(file)
-    yield from torch.load(file, map_location="cpu", mmap=can_mmap, weights_only=True).items()
 
 
 def _copy_other_files(base: Path, out: Path) -> None:

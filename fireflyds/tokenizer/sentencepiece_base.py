@@ -79,10 +79,8 @@ def _append_added_tokens(proto: sp_pb2.ModelProto, folder: Path) -> None:
     for row in tokens:
         if row["id"] != len(proto.pieces):
             raise UserError(
-                (
-                    f"the added token {row['content']!r} has id {row['id']}, but the next free id after the pieces of "
-                    f"tokenizer.model is {len(proto.pieces)}"
-                ),
+                f"the added token {row['content']!r} has id {row['id']}, but the next free id after the pieces of "
+                f"tokenizer.model is {len(proto.pieces)}",
                 key="base",
                 value=folder,
                 remedy="Use a base whose added tokens follow its pieces",

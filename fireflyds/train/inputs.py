@@ -46,6 +46,7 @@ class RunInputs:
         notes = [*check_compatibility(config, precision), *extra_settings(config)[1], *emulation_notes(precision)]
         trackers.require_installed(config.tracking)
         accumulation = config.accumulation_steps(world_size)
+        config.profile.check_world_size(world_size)
         objective = load_objective(config.objective)
         encoder = load_encoder(config.model.tokenizer_path)
         hf_config = read_config(config.model, encoder)
@@ -53,6 +54,8 @@ class RunInputs:
         store = open_store("data.store", config.data.store, encoder.fingerprint(), config.model.tokenizer_path)
         rows = PackedRowSampler(store, config.seq_len, config.seed, config.data)
         total_steps = count_steps(config, rows)
+        if config.profile.start > total_steps:
+            notes.append(f"profile.start={config.profile.start}: the run has {total_steps} steps, so none is recorded")
         return cls(
             config=config,
             encoder=encoder,

@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 
 from fireflyds.config import TrainConfig
-from fireflyds.errors import UserError
+from fireflyds.errors import DivergedError, UserError
 from fireflyds.metrics.accumulator import MetricsContext, StepMetricsAccumulator
+from fireflyds.metrics.profiler import Span
 from fireflyds.optim.lr_schedule import lr_factor
 from fireflyds.train.nonfinite import NonFiniteDetector, SkippedSteps
 from fireflyds.train.objectives import Objective
@@ -45,6 +46,7 @@ class _Step:
     detector: NonFiniteDetector
     documents: Callable[[int], str]
     """Describes the documents of a micro-batch, given its number, for error messages."""
+    span: Span
 
     def run(self, accumulator: StepMetricsAccumulator, *, watching: bool) -> tuple[float, float]:
         """Runs forward, backward and update. Returns the normalized loss and the gradient norm before clipping.
@@ -56,13 +58,15 @@ class _Step:
         norm = 0.0
         for number, batch in enumerate(self.batches):
             with self.detector.watch(number) if watching else nullcontext():
-                with accumulator.time_forward():
+                with self.span("forward"), accumulator.time_forward():
                     inputs = batch.model_inputs(self.engine.device)
                     loss_sum, token_losses = self.engine(**inputs, compute=self.objective)
                 accumulator.add_micro_batch(number, loss_sum, token_losses)
-                self.engine.backward(loss_sum * scale)
+                with self.span("backward"):
+                    self.engine.backward(loss_sum * scale)
             if self.engine.is_gradient_accumulation_boundary():
-                norm = self._update(watching)
+                with self.span("optimizer"):
+                    norm = self._update(watching)
             else:
                 self.engine.step()
         return float(accumulator.reduce()) / max(self.num_targets, 1), norm
@@ -73,16 +77,14 @@ class _Step:
         except LossScaleError as error:
             if not watching:
                 raise
-            raise UserError(
-                (
-                    f"a gradient overflows float16 at the least loss scale ({loss_scale(self.engine):g}); "
-                    f"{self.detector.report(self.documents)}. The newest checkpoint is intact"
-                ),
+            raise DivergedError(
+                f"a gradient overflows float16 at the least loss scale ({loss_scale(self.engine):g}); "
+                f"{self.detector.report(self.documents)}. The newest checkpoint is intact",
                 remedy="Lower optim.lr, inspect that batch, or train on hardware with bf16",
             ) from error
 
-    def describe_non_finite(self, loss: float, norm: float, in_row: int) -> str:
-        """Describes the cause, located by repeating the forward passes with the same weights and random state."""
+    def non_finite_error(self, loss: float, norm: float, in_row: int) -> DivergedError:
+        """Returns the error that names the cause, located by repeating the forward passes with the same weights and random state."""
         if not math.isfinite(loss):
             self.detector.reset()
             with torch.no_grad():
@@ -90,10 +92,10 @@ class _Step:
                     with self.detector.watch(number):
                         self.engine.module(**batch.model_inputs(self.engine.device), compute=self.objective)
         symptom = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradients' norm is {norm}"
-        return (
+        return DivergedError(
             f"{symptom}, the {in_row}. step in a row that is not finite (recovery.max_skipped); "
-            f"{self.detector.report(self.documents)}. These steps changed no weights and the newest checkpoint is intact. Lower "
-            "optim.lr, or inspect the data"
+            f"{self.detector.report(self.documents)}. These steps changed no weights and the newest checkpoint is intact",
+            remedy="Lower optim.lr, or inspect the data",
         )
 
 
@@ -105,15 +107,16 @@ def train_steps(
     config: TrainConfig,
     total_steps: int,
     metrics_context: MetricsContext,
+    span: Span = nullcontext,
 ) -> Iterator[StepMetrics]:
     """Runs the steps `state.step` to `total_steps`; `state` is advanced before each yield.
 
     The loss of a step is the sum over all targets of all ranks and micro-batches, divided by their number: all
     batches of a step are read first, and their targets are counted over all ranks. A step whose loss or gradients are
-    not finite does not update the weights and is counted as skipped.
+    not finite does not update the weights and is counted as skipped. `span` marks the parts of a step in a profile.
 
     Raises:
-        UserError: `max_skipped` such steps in a row, or under fp16 a non-finite gradient at the minimum loss scale; the
+        DivergedError: `max_skipped` such steps in a row, or under fp16 a non-finite gradient at the minimum loss scale; the
             message names the first non-finite tensor and the documents of its micro-batch.
     """
     engine.train()
@@ -123,7 +126,8 @@ def train_steps(
     batches_of_steps = loader.steps(state.step + state.skipped_batches, total_steps + state.skipped_batches)
     for number in range(state.step, total_steps):
         started = time.perf_counter()
-        batches = next(batches_of_steps)
+        with span("data"):
+            batches = next(batches_of_steps)
         data_wait = time.perf_counter() - started
         # Seeded by step and rank, so a resumed run has the same dropout masks as an uninterrupted one.
         reseed = partial(torch.manual_seed, config.seed * 1_000_003 + number * dist.get_world_size() + dist.get_rank())
@@ -133,14 +137,14 @@ def train_steps(
         rates = set_learning_rates(engine, factor)
         detector.reset()
         documents = partial(loader.documents, number + state.skipped_batches)
-        step = _Step(engine, objective, batches, num_targets, detector, documents)
+        step = _Step(engine, objective, batches, num_targets, detector, documents, span)
         try:
             loss, norm = step.run(accumulator, watching=skips.begin_step())
             if skips.end_step(loss):
                 reseed()
-                raise UserError(step.describe_non_finite(loss, norm, skips.in_row))
+                raise step.non_finite_error(loss, norm, skips.in_row)
         except UserError as error:
-            raise UserError(f"step {number + 1}: {error}") from error
+            raise error.within(f"step {number + 1}") from error
         state.step, state.tokens = number + 1, state.tokens + tokens
         state.learned_tokens += accumulator.learned_tokens
         seconds = time.perf_counter() - started

@@ -4,7 +4,7 @@ import math
 from statistics import fmean
 
 from fireflyds.config import RecoveryConfig
-from fireflyds.errors import UserError
+from fireflyds.errors import DivergedError
 from fireflyds.types import TrainState
 
 # Maximum and minimum number of recent losses whose mean is the baseline of spike detection.
@@ -27,15 +27,13 @@ def rollback(spoilt: TrainState, saved: TrainState, config: RecoveryConfig) -> N
     """Advances the data position of the saved state past the global batches that led to the spike.
 
     Raises:
-        UserError: there were more than `recovery.max_rollbacks` rollbacks.
+        DivergedError: there were more than `recovery.max_rollbacks` rollbacks.
     """
     saved.skipped_batches = spoilt.skipped_batches + spoilt.step - saved.step
     saved.rollbacks = spoilt.rollbacks + 1
     if saved.rollbacks > config.max_rollbacks:
-        raise UserError(
-            (
-                f"step {spoilt.step}: the loss spikes again after {config.max_rollbacks} rollbacks "
-                "(recovery.max_rollbacks). The newest checkpoint is intact"
-            ),
+        raise DivergedError(
+            f"step {spoilt.step}: the loss spikes again after {config.max_rollbacks} rollbacks "
+            "(recovery.max_rollbacks). The newest checkpoint is intact",
             remedy="Lower optim.lr, inspect the data, or raise recovery.rollback_above",
         )

@@ -23,11 +23,12 @@ from fireflyds.errors import UserError
 from fireflyds.metrics.accumulator import MetricsContext, build_metrics_context
 from fireflyds.metrics.console import configure_logging
 from fireflyds.metrics.logger import MetricsLogger
+from fireflyds.metrics.profiler import StepProfiler
 from fireflyds.metrics.trackers import open_tracker
 from fireflyds.models.neftune import add_embedding_noise
 from fireflyds.models.packed.forward import fuse
 from fireflyds.models.tuning import adapter_config_of, load_tuned_model
-from fireflyds.planner import memory
+from fireflyds.planner import measured_memory, memory
 from fireflyds.runs.directory import open_run
 from fireflyds.runs.layout import EXIT_INTERRUPTED, EXIT_STOPPED
 from fireflyds.runs.status import Status
@@ -57,6 +58,7 @@ class Trainer:
     status: Status
     state: TrainState
     total_steps: int
+    profiler: StepProfiler | None = None
     memory_plan: str = ""
     """Planned peak memory, logged together with the measured one at the end."""
     resident_before: int = 0
@@ -98,7 +100,7 @@ class Trainer:
         log = configure_logging(run_dir, rank.rank)
         local_config, store = stage_inputs(config, identity["base"], inputs.store, log.info)
 
-        resident_before = memory.resident_bytes()
+        resident_before = measured_memory.resident_bytes()
         model = build_model(local_config, inputs.hf_config, inputs.precision)
         memory_plan = memory.format_memory(model, config, inputs.precision, rank.world_size, inputs.accumulation)
         log.info("\n".join([describe_run(inputs, model, rank.world_size), memory_plan, *inputs.notes, *notes]))
@@ -132,6 +134,7 @@ class Trainer:
             status=status,
             state=state,
             total_steps=total_steps,
+            profiler=stack.enter_context(StepProfiler(config.profile, run_dir, rank.rank, log)),
             memory_plan=memory_plan,
             resident_before=resident_before,
         )
@@ -145,7 +148,7 @@ class Trainer:
         with self._stack:
             exit_code = self._fit()
             if self.memory_plan:
-                self.logger.log.info(f"{self.memory_plan}; {memory.format_peak(self.resident_before)}")
+                self.logger.log.info(f"{self.memory_plan}; {measured_memory.format_peak(self.resident_before)}")
         return exit_code
 
     def _fit(self) -> int:
@@ -153,7 +156,7 @@ class Trainer:
         self.status.write("running")
         while self.state.step < self.total_steps:
             if stop_reason := self.validator.begin(self.engine, self.logger, self.state.step):
-                raise UserError(f"{stop_reason}", key="validation.stop", value="true")
+                raise UserError(stop_reason, key="validation.stop", value="true")
             for step in self._steps():
                 if loss_spike.is_spike(self.state, step.loss, self.config.recovery) and self._rollback(step):
                     break
@@ -166,9 +169,11 @@ class Trainer:
         return 0
 
     def _steps(self) -> Any:
-        return train_steps(
-            self.engine, self.objective, self.loader, self.state, self.config, self.total_steps, self.metrics_context
-        )
+        inputs = (self.engine, self.objective, self.loader, self.state, self.config, self.total_steps)
+        if self.profiler is None:
+            return train_steps(*inputs, self.metrics_context)
+        steps = train_steps(*inputs, self.metrics_context, self.profiler.span)
+        return self.profiler.follow(steps, self.state.step, self.total_steps)
 
     def _after_step(self, step: StepMetrics) -> int:
         """Validates, saves and handles stop requests. Returns the exit code where the run must stop early, or 0."""
@@ -182,7 +187,7 @@ class Trainer:
             self._save(step)
         if stop_reason:
             self.checkpoints.wait()
-            raise UserError(f"{stop_reason}", key="validation.stop", value="true", remedy="A checkpoint was saved")
+            raise UserError(stop_reason, key="validation.stop", value="true", remedy="A checkpoint was saved")
         if not stopping:
             return 0
         self.checkpoints.wait()
@@ -235,9 +240,9 @@ class Trainer:
         try:
             self.loader.require(self.total_steps + restored.skipped_batches)
         except UserError as error:
-            raise UserError(
+            raise error.within(
                 f"step {diverged.step}: loss {step.loss:.4f} is a spike (recovery.rollback_above), and with "
-                f"{restored.skipped_batches} steps of data skipped too few remain: {error}"
+                f"{restored.skipped_batches} steps of data skipped too few remain"
             ) from error
         self.logger.log.warning(
             f"step {step.step}: loss {step.loss:.4f} is a spike (recovery.rollback_above); rolled back to step {restored.step}, the "

@@ -1,4 +1,4 @@
-"""A road goes on where it stopped, re-uses what is whole, and does again what a change touches."""
+"""A road goes on where it stopped, reuses what is whole, and does again what a change touches."""
 
 import sys
 from pathlib import Path

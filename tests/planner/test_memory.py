@@ -8,7 +8,8 @@ from tiny import tiny
 from fireflyds import app
 from fireflyds.config import Precision
 from fireflyds.models import load, tuning
-from fireflyds.planner import memory
+from fireflyds.planner import measured_memory, memory
+from fireflyds.planner.measured_memory import format_peak, resident_bytes
 from fireflyds.planner.memory import Placement, kept_of
 from fireflyds.planner.model_shape import model_shape
 
@@ -125,7 +126,7 @@ def test_the_line_of_a_run_names_the_peak_and_its_parts() -> None:
 
 
 def test_what_was_measured_is_told_over_what_was_there_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = memory.resident_bytes()
+    before = resident_bytes()
     assert before > 2**27
-    monkeypatch.setattr(memory, "resident_bytes", lambda: before + 3 * 2**29)
-    assert memory.format_peak(before) == "measured peak 1.50 GiB per rank, without libraries"
+    monkeypatch.setattr(measured_memory, "resident_bytes", lambda: before + 3 * 2**29)
+    assert format_peak(before) == "measured peak 1.50 GiB per rank, without libraries"

@@ -9,9 +9,10 @@ from plans import plan_of
 
 from fireflyds import app
 from fireflyds.config import PlanConfig, Precision
-from fireflyds.planner import report as plan
+from fireflyds.planner import plan, report
 from fireflyds.planner import search as choices
 from fireflyds.planner.memory import GIB, Placement
+from fireflyds.planner.plan import TrainingPlan
 
 LAYERS, WIDTH, INNER, VOCAB = 2, 4096, 11008, 55_296
 BODY = LAYERS * (4 * WIDTH**2 + 3 * WIDTH * INNER)
@@ -24,11 +25,11 @@ def _config(*overrides: str) -> PlanConfig:
     return app.compose("plan", [*given, *overrides])
 
 
-def _plan(*overrides: str) -> plan.TrainingPlan:
+def _plan(*overrides: str) -> TrainingPlan:
     return plan_of(_config(*overrides))
 
 
-def _layouts(made: plan.TrainingPlan) -> set[tuple[int, str]]:
+def _layouts(made: TrainingPlan) -> set[tuple[int, str]]:
     return {(choice.where.stage, choice.offload) for choice in made.choices}
 
 
@@ -70,7 +71,7 @@ def test_the_cpu_is_the_cpu_however_it_is_written() -> None:
 
 
 def test_a_plan_for_cpus_speaks_of_ranks() -> None:
-    small = plan.format_plan(_plan(*ON_CPU, "zero=1", "cluster.gpu_memory_gib=1"), [])
+    small = report.format_plan(_plan(*ON_CPU, "zero=1", "cluster.gpu_memory_gib=1"), [])
     assert "GPU" not in small
     assert "peak GiB per rank within a step" in small
     assert "GiB needed, 1.0 GiB available per rank" in small
@@ -138,7 +139,7 @@ def test_dora_computes_the_base_again_behind_its_dropout() -> None:
     assert more[True] == pytest.approx(2 * BODY / LAYERS)
 
 
-def _highest(made: plan.TrainingPlan, checkpointing: bool) -> float:
+def _highest(made: TrainingPlan, checkpointing: bool) -> float:
     return next(
         choice.memory.highest["activations"]
         for choice in made.choices
@@ -158,12 +159,12 @@ def test_disk_that_grows_as_long_as_the_run_is_said_to_grow() -> None:
     grows = _plan(*given, "checkpoint.keep_every=250")
     each = 12 * grows.shape.trained
     line = f"checkpoint: {each / GIB:.2f} GiB on disk, {3 * each / GIB:.2f} GiB per run plus one checkpoint every 500 steps"
-    assert f"{line} (checkpoint.keep_every)" in plan.format_plan(grows, [])
-    assert plan.as_json(grows, [])["disk_of_run"] is None
+    assert f"{line} (checkpoint.keep_every)" in report.format_plan(grows, [])
+    assert report.as_json(grows, [])["disk_of_run"] is None
     limited = replace(grows, config=_config(*given, "checkpoint.keep_every=250", "checkpoint.max_gib=500"))
-    assert plan.as_json(limited, [])["disk_of_run"] == 500 * GIB + each
+    assert report.as_json(limited, [])["disk_of_run"] == 500 * GIB + each
     shown = f"{500 + each / GIB:.2f} GiB at most (checkpoint.keep=2, checkpoint.max_gib=500)"
-    assert shown in plan.format_plan(limited, [])
+    assert shown in report.format_plan(limited, [])
     assert plan.disk_bytes(5.0, _config(*given, "checkpoint.keep_every=250"), 1000) == (3 + 2) * 5
 
 

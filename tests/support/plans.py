@@ -3,11 +3,12 @@
 from fireflyds.config import PlanConfig
 from fireflyds.metrics.flops import step_flops
 from fireflyds.models import load, tuning
-from fireflyds.planner import report as plan
+from fireflyds.planner import plan
 from fireflyds.planner.model_shape import model_shape
+from fireflyds.planner.plan import TrainingPlan
 
 
-def plan_of(config: PlanConfig) -> plan.TrainingPlan:
+def plan_of(config: PlanConfig) -> TrainingPlan:
     hf_config = load.architecture_of(config.model)
     family, rows = load.family_of(hf_config.model_type), load.base_vocab_size(config.model, hf_config)
     model = tuning.apply_tuning(load.bare_model(hf_config), family, config.tuning, rows, 0)

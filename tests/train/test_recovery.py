@@ -18,7 +18,7 @@ from fireflyds.config import RecoveryConfig
 from fireflyds.distributed.heartbeat import Heartbeat, process_namespace
 from fireflyds.distributed.launcher_env import RankInfo, free_port
 from fireflyds.distributed.signals import StopRequest, StopSignals
-from fireflyds.errors import UserError
+from fireflyds.errors import LostRankError, UserError
 from fireflyds.runs.status import Status
 from fireflyds.train import loss_spike as spikes
 from fireflyds.train.nonfinite import NonFiniteDetector
@@ -114,10 +114,10 @@ def test_a_rank_that_lives_is_left_alone_and_one_that_died_is_named(tmp_path: Pa
         here.beating._left.set()  # before it ends this process too
     child.wait()
     assert lost is not None
-    assert lost.startswith(
+    assert str(lost).startswith(
         f"rank 1 on {socket.gethostname()} died (process {child.pid}, after step 4); its log: {tmp_path}"
     )
-    assert here.others.get("lost").decode() == lost
+    assert json.loads(here.others.get("lost"))[0] == lost.rank == 1
 
 
 def test_a_silent_rank_on_another_host_is_lost_after_the_time_given(tmp_path: Path, monkeypatch) -> None:
@@ -171,9 +171,9 @@ def test_a_disk_that_is_gone_does_not_keep_a_rank(tmp_path: Path, monkeypatch) -
     monkeypatch.setattr("fireflyds.distributed.heartbeat.os._exit", ended.append)
     monkeypatch.setattr("fireflyds.distributed.heartbeat._INTERVAL", 0.01)
     beating = Heartbeat(RankInfo(0, 0, 2, "10.0.0.1", 29500), tmp_path, 30, status)
-    beating._end("rank 1 died")
+    beating._end(LostRankError("rank 1 died", rank=1))
     monkeypatch.setattr(status, "_write", lambda *words, **more: time.sleep(30))
-    beating._end("rank 1 died")
+    beating._end(LostRankError("rank 1 died", rank=1))
     assert ended == [1, 1]
 
 
@@ -253,11 +253,11 @@ def test_a_store_that_answers_no_more_ends_the_rank_that_asks_it(tmp_path: Path,
 def test_of_two_that_miss_each_other_the_word_of_rank_zero_counts(tmp_path: Path) -> None:
     first, second = Status(tmp_path, 0, 9), Status(tmp_path, 1, 9)
     first.write("running")
-    second.failed("rank 0 on host-a cannot be reached", 1)
+    second.failed(LostRankError("rank 0 on host-a cannot be reached", rank=0))
     assert json.loads((tmp_path / "status.json").read_text())["message"] == "rank 0 on host-a cannot be reached"
     first.write("running")
-    first.failed("rank 1 on host-b has been silent for 5 s", 1)
-    second.failed("rank 0 on host-a cannot be reached", 1)
+    first.failed(LostRankError("rank 1 on host-b has been silent for 5 s", rank=1))
+    second.failed(LostRankError("rank 0 on host-a cannot be reached", rank=0))
     assert json.loads((tmp_path / "status.json").read_text())["message"].startswith("rank 1 on host-b")
 
 

@@ -28,7 +28,7 @@ def type_of(key: str) -> type | None:
         elif key_type is not Any:
             key_type = None
         if key_type is None:
-            raise UserError(f"sweep.space.{unknown_key('train', key)}")
+            raise unknown_key("train", key, "sweep.space.")
     if get_origin(key_type) in (Union, types.UnionType):
         key_type = next(kind for kind in get_args(key_type) if kind is not types.NoneType)
     return None if key_type is Any else key_type

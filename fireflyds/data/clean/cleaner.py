@@ -129,10 +129,7 @@ def contamination(config: CleanConfig) -> np.ndarray:
         hashes = [run_hashes(text, config.overlap) for text in _evaluation_texts(path)]
         if not sum(map(len, hashes)):
             raise UserError(
-                (
-                    f"{path} has no text of clean.overlap={config.overlap} characters, so no contamination can be "
-                    "detected"
-                ),
+                f"{path} has no text of clean.overlap={config.overlap} characters, so no contamination can be detected",
                 key="clean.decontaminate",
                 remedy="Give a readable file, or a smaller clean.overlap",
             )

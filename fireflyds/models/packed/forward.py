@@ -131,10 +131,7 @@ def _check_supported(model: Any, table: Any) -> None:
     replaces_attention = any("attention" in function for function in table.values())
     if not replaces_attention and not getattr(model, "_supports_attention_backend", False):
         raise UserError(
-            (
-                f"{name} does not use transformers' AttentionInterface, and no family of fireflyds replaces its "
-                "attention"
-            ),
+            f"{name} does not use transformers' AttentionInterface, and no family of fireflyds replaces its attention",
             remedy=f"Families: {', '.join(registry.names('fireflyds.models.families'))}",
         )
     dropout = getattr(config, "attention_dropout", 0.0)

@@ -79,14 +79,12 @@ class Played:
             self._say(place, "finished", exit_code=0)
         return None
 
-    def _say(
-        self, place: Path, state: str, exit_code: int | None = None, message: str = "", lost: bool = False
-    ) -> None:
+    def _say(self, place: Path, state: str, exit_code: int | None = None, message: str = "", kind: str = "") -> None:
         about = {
             "state": state,
             "exit_code": exit_code,
             "message": message,
-            "lost": lost,
+            "kind": kind,
             "step": 0,
             "total_steps": STEPS,
         }
@@ -204,11 +202,15 @@ def test_no_draw_is_repeated_after_a_restart(tmp_path: Path) -> None:
 
 
 ENDINGS = {
-    "failed": ({"state": "failed", "exit_code": 1, "message": "the disk is full"}, "failed", "the disk is full"),
+    "failed": (
+        {"state": "failed", "exit_code": 1, "message": "the disk is full", "kind": "error"},
+        "failed",
+        "the disk is full",
+    ),
     "diverged": (
-        {"state": "failed", "exit_code": 2, "message": "in a row (recovery.max_skipped); x"},
+        {"state": "failed", "exit_code": 2, "message": "the loss is nan", "kind": "diverged"},
         "diverged",
-        "max_skipped",
+        "the loss is nan",
     ),
     "stopped": ({"state": "stopped", "exit_code": 76, "message": "STOP file"}, "stopped by hand", "STOP"),
 }
@@ -236,7 +238,7 @@ def test_a_trial_whose_processes_died_goes_on(tmp_path: Path) -> None:
 
 def test_a_trial_that_lost_a_rank_goes_on(tmp_path: Path) -> None:
     played = Played(tmp_path)
-    played.die["trial-0000"] = {"state": "failed", "exit_code": 1, "message": "rank 1 died", "lost": True}
+    played.die["trial-0000"] = {"state": "failed", "exit_code": 1, "message": "rank 1 died", "kind": "lost_rank"}
     study = run(tmp_path, played, search(trials=3))
     assert played.started.count("trial-0000") == 2
     assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 3

@@ -1,0 +1,137 @@
+"""A tiny run on one CPU rank is profiled: what is recorded, where it is written, what happens when the run ends early."""
+
+import gzip
+import json
+import logging
+import re
+from pathlib import Path
+
+import pytest
+from samples import CHINESE
+
+from fireflyds import app
+from fireflyds.config import ProfileConfig
+from fireflyds.errors import UserError
+from fireflyds.metrics.profiler import StepProfiler
+from fireflyds.runs.config_diff import diff_configs
+
+GOOD = ["run=x", "model=some/model", "data=some/store", "optim.steps=3"]
+
+
+def marks(file: Path) -> list[str]:
+    """The names of steps and of their parts in the trace, by time."""
+    trace = json.loads(gzip.decompress(file.read_bytes()))
+    spans = [event for event in trace["traceEvents"] if event.get("cat") == "user_annotation"]
+    names = [event["name"] for event in sorted(spans, key=lambda event: event["ts"])]
+    return [name for name in names if re.fullmatch(r"ProfilerStep#\d+|data|forward|backward|optimizer", name)]
+
+
+def names(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "profile").iterdir())
+
+
+@pytest.fixture
+def arguments(verb, tmp_path: Path, base_tokenizer: Path) -> list[str]:
+    (tmp_path / "zh.txt").write_text("\n".join(CHINESE), encoding="utf-8")
+    verb("prepare", "data=zh.txt", f"tokenizer={base_tokenizer}", "out=store", "workers=1")
+    return [
+        "data=store", "model=at_path", "model.init=scratch", f"model.tokenizer={base_tokenizer}", "optim.steps=4",
+        "model.architecture={model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 2}",
+        "seq_len=128", "global_batch_size=2", "optim.schedule=constant", "checkpoint.background=false",
+    ]  # fmt: skip
+
+
+def test_a_run_records_exactly_the_steps_asked_for(verb, arguments: list[str], tmp_path: Path) -> None:
+    shown = verb("train", "run=on", *arguments, "profile.start=2", "profile.steps=2", "profile.memory=true").stderr
+    run = tmp_path / "runs" / "on"
+    assert names(run) == ["rank-0.steps-2-3.trace.json.gz", "rank-0.steps-2-3.txt"]
+    assert shown.count("profile of steps 2 to 3 on rank 0: ") == 1
+    parts = ["data", "forward", "backward", "forward", "backward", "optimizer"]
+    assert marks(run / "profile" / "rank-0.steps-2-3.trace.json.gz") == [
+        "ProfilerStep#2", *parts, "ProfilerStep#3", *parts
+    ]  # fmt: skip
+    table = (run / "profile" / "rank-0.steps-2-3.txt").read_text()
+    assert "aten::mm" in table
+    assert "Self CPU" in table
+    # A resume may profile other steps; numbers are those of the run, and what is beyond its end is left out.
+    verb("train", "run=on", *arguments[:4], "optim.steps=6", *arguments[5:], "profile.start=6", "profile.steps=9")
+    assert marks(run / "profile" / "rank-0.steps-6-6.trace.json.gz") == ["ProfilerStep#6", *parts]
+
+
+def test_a_run_without_a_profile_has_no_folder_and_a_missing_rank_is_refused(verb, arguments, tmp_path) -> None:
+    refused = verb("train", "run=off", *arguments, "profile.start=1", "profile.ranks=[0,1]", check=False)
+    assert refused.returncode == 2
+    assert "profile.ranks=[0, 1]: this start has ranks 0 to 0. Give ranks among them" in refused.stderr
+    shown = verb("train", "run=off", *arguments, "profile.start=5").stderr
+    assert "profile.start=5: the run has 4 steps, so none is recorded" in shown
+    verb("train", "run=never", *arguments)
+    assert not list(tmp_path.glob("runs/*/profile"))
+
+
+def fails_at(number: int):
+    for step in range(1, 10):
+        if step == number:
+            raise RuntimeError("lost")
+        yield step
+
+
+def record(tmp_path: Path, played, *, done: int = 0, leave_at: int = 0, **options) -> list[str]:
+    """Follows steps that are played, and returns the log."""
+    lines: list[str] = []
+    log = logging.Logger("profile")
+    log.addHandler(handler := logging.Handler())
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    with StepProfiler(ProfileConfig(**options), tmp_path, 0, log) as profiler:
+        for step in profiler.follow(played, done, 9):
+            if step == leave_at:
+                break
+    return lines
+
+
+def test_a_run_that_fails_or_stops_within_the_steps_writes_what_it_has(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="lost"):
+        record(tmp_path / "failed", fails_at(4), start=3, steps=5)
+    assert names(tmp_path / "failed") == ["rank-0.steps-3-4.trace.json.gz", "rank-0.steps-3-4.txt"]
+    assert marks(tmp_path / "failed" / "profile" / "rank-0.steps-3-4.trace.json.gz") == [
+        "ProfilerStep#3", "ProfilerStep#4"
+    ]  # fmt: skip
+    record(tmp_path / "stopped", iter(range(1, 10)), leave_at=2, start=1, steps=5)
+    assert names(tmp_path / "stopped") == ["rank-0.steps-1-2.trace.json.gz", "rank-0.steps-1-2.txt"]
+    record(tmp_path / "resumed", iter(range(8, 10)), done=7, start=6, steps=3, stacks=True)
+    assert names(tmp_path / "resumed") == ["rank-0.steps-8-8.trace.json.gz", "rank-0.steps-8-8.txt"]
+
+
+def test_other_ranks_and_steps_that_are_past_record_nothing(tmp_path: Path) -> None:
+    assert record(tmp_path, iter(range(1, 10)), start=1, ranks=[1]) == []
+    assert record(tmp_path, iter(range(5, 10)), done=4, start=1, steps=4) == []
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_one_warning(tmp_path: Path) -> None:
+    (tmp_path / "profile").write_text("in the way")
+    lines = record(tmp_path, iter(range(1, 10)), start=1, steps=2)
+    assert len(lines) == 1
+    assert lines[0].startswith("profile of rank 0: was not written (")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["profile.start=-1"], "profile.start=-1: must be at least 0"),
+        (["profile.steps=0"], "profile.steps=0: must be at least 1"),
+        (["profile.start=1", "profile.ranks=[]"], "profile.ranks=[]: names no rank"),
+        (["profile.ranks=[0,-1]"], "profile.ranks=[0, -1]: must be numbers of at least 0"),
+    ],
+)
+def test_wrong_keys_are_refused(overrides: list[str], expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        app.compose("train", [*GOOD, *overrides])
+    assert expected in str(caught.value)
+
+
+def test_another_profile_is_the_same_run() -> None:
+    old, new = (app.plain(app.to_yaml(app.compose("train", [*GOOD, *more]))) for more in ([], ["profile.start=9"]))
+    assert old != new
+    assert diff_configs(old, new) == []
+    del old["profile"]  # a run of an earlier version
+    assert diff_configs(old, new) == []
