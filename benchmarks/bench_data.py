@@ -86,9 +86,17 @@ def encoding_rows(source: Path, model: Path, folder: Path) -> list[str]:
     megabytes = text.stat().st_size / 1e6
     documents = text.read_text(encoding="utf-8").splitlines()
     subprocess.run(
-        [sys.executable, str(ROOT / "launch" / "expand.py"), f"base={model}", f"pieces={_one_piece(folder)}", f"out={folder}/fast", "vocab_multiple=1"],
-        check=True, capture_output=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            str(ROOT / "launch" / "expand.py"),
+            f"base={model}",
+            f"pieces={_one_piece(folder)}",
+            f"out={folder}/fast",
+            "vocab_multiple=1",
+        ],
+        check=True,
+        capture_output=True,
+    )
     rows = []
     for name, work in (
         ("text → store, 2 processes", lambda: prepare_here(text, model, folder / "store")),
@@ -117,7 +125,10 @@ def packing_rows() -> list[str]:
     seconds = time.perf_counter() - start
     fill = lengths.sum() / (len(made) * SEQ_LEN)
     rows = [
-        f"| packing 10 M lengths, {fill:.4%} full | {len(lengths) / seconds / 1e6:.2f} M documents/s | {seconds:.1f} s |"
+        (
+            f"| packing 10 M lengths, {fill:.4%} full | {len(lengths) / seconds / 1e6:.2f} M documents/s | "
+            f"{seconds:.1f} s |"
+        )
     ]
     try:
         from trl import pack_dataset
@@ -133,7 +144,10 @@ def packing_rows() -> list[str]:
     fill = few.sum() / (len(packed) * SEQ_LEN)
     return [
         *rows,
-        f'| `trl.pack_dataset(strategy="bfd")` on 200,000 of them, {fill:.4%} full (baseline; it moves the tokens too) | {len(few) / seconds / 1e6:.3f} M documents/s | {seconds:.1f} s |',
+        (
+            f'| `trl.pack_dataset(strategy="bfd")` on 200,000 of them, {fill:.4%} full (baseline; it moves the '
+            f"tokens too) | {len(few) / seconds / 1e6:.3f} M documents/s | {seconds:.1f} s |"
+        ),
     ]
 
 
@@ -148,7 +162,10 @@ def loader_rows(store: TokenStore) -> list[str]:
         tokens += sum(batch.input_ids.numel() for batch in loader.step(number))
     seconds = time.perf_counter() - start
     return [
-        f"| loader, batches of {tokens / steps / 1000:.1f} k tokens, warm, one thread | {tokens / seconds / 1e6:.1f} M tokens/s | {seconds / steps * 1e3:.2f} ms a batch |"
+        (
+            f"| loader, batches of {tokens / steps / 1000:.1f} k tokens, warm, one thread | "
+            f"{tokens / seconds / 1e6:.1f} M tokens/s | {seconds / steps * 1e3:.2f} ms a batch |"
+        )
     ]
 
 
@@ -162,14 +179,28 @@ def resume_rows(folder: Path) -> list[str]:
     with (folder / "parts" / "a.ids").open("wb") as file:
         file.truncate(2 * total)
     columns = {
-        "part": np.zeros(count, np.int32), "start": np.cumsum(lengths, dtype=np.int64) - lengths, "length": lengths,
-        "domain": np.zeros(count, np.uint16), "language": np.zeros(count, np.uint16), "num_bytes": lengths.astype(np.int64),
-        "span_offsets": np.zeros(count + 1, np.int64), "spans": np.zeros((0, 2), np.int32), "sentence_ends": np.zeros(0, np.int64),
-    }  # fmt: skip
+        "part": np.zeros(count, np.int32),
+        "start": np.cumsum(lengths, dtype=np.int64) - lengths,
+        "length": lengths,
+        "domain": np.zeros(count, np.uint16),
+        "language": np.zeros(count, np.uint16),
+        "num_bytes": lengths.astype(np.int64),
+        "span_offsets": np.zeros(count + 1, np.int64),
+        "spans": np.zeros((0, 2), np.int32),
+        "sentence_ends": np.zeros(0, np.int64),
+    }
     for name, column in columns.items():
         np.save(folder / "index" / f"{name}.npy", column)
-    manifest = {"version": 2, "dtype": "uint16", "domains": ["text"], "languages": [""], "template": None, "weights": {},
-                "made_from": {"tokenizer": "x"}, "parts": [{"key": "a", "tokens": total}]}  # fmt: skip
+    manifest = {
+        "version": 2,
+        "dtype": "uint16",
+        "domains": ["text"],
+        "languages": [""],
+        "template": None,
+        "weights": {},
+        "made_from": {"tokenizer": "x"},
+        "parts": [{"key": "a", "tokens": total}],
+    }
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
     def resume() -> None:
@@ -207,7 +238,10 @@ def near_duplicate_rows(source: Path) -> list[str]:
         false += max(_similarity(documents[at], other) for other in documents[:at]) < 0.75
     size = sum(map(len, documents + planted)) * 3 / 1e6
     return [
-        f"| near-duplicates: recall of {int(wanted.sum())} planted at Jaccard ≥ 0.8 | {recall:.1%} | false among {len(documents):,}: {false / len(documents):.2%}; {size / seconds:.1f} MB/s |"
+        (
+            f"| near-duplicates: recall of {int(wanted.sum())} planted at Jaccard ≥ 0.8 | {recall:.1%} | false "
+            f"among {len(documents):,}: {false / len(documents):.2%}; {size / seconds:.1f} MB/s |"
+        )
     ]
 
 
@@ -235,7 +269,8 @@ def memory_rows(source: Path, model: Path, folder: Path) -> list[str]:
         peak = _watch(running)
         seconds = time.perf_counter() - start
         rows.append(
-            f"| `prepare` of {name}, whole process | {peak / 2**20:,.0f} MiB at most | {text.stat().st_size / seconds / 1e6:.1f} MB/s |"
+            f"| `prepare` of {name}, whole process | {peak / 2**20:,.0f} MiB at most | "
+            f"{text.stat().st_size / seconds / 1e6:.1f} MB/s |"
         )
     return rows
 

@@ -82,7 +82,10 @@ def attention() -> str:
         for name, (least, median) in (found := timing.interleaved(attention_ways(documents, dtype))).items():
             ratio = least / found["ours"][0]
             rows.append([str(dtype)[6:], name, f"{least:.0f}", f"{median:.0f}", f"{ratio:.2f}×"])
-    title = f"Attention, forward and backward: T = 4,096, 16 documents of {min(documents)} to {max(documents)} tokens, H = 8, D = 64"
+    title = (
+        f"Attention, forward and backward: T = 4,096, 16 documents of {min(documents)} to {max(documents)} "
+        "tokens, H = 8, D = 64"
+    )
     return timing.table(title, ["", "way", "least ms", "median ms", "ours is faster by"], rows)
 
 
@@ -202,10 +205,13 @@ def training_ways(dtype: torch.dtype) -> Ways:
     padded_targets = torch.nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=-100)
     attended = (torch.arange(padded.shape[1])[None] < torch.tensor(documents)[:, None]).long()
     batch = {
-        "input_ids": flat, "labels": shifted, "position_ids": positions, "max_seqlen": max(documents),
+        "input_ids": flat,
+        "labels": shifted,
+        "position_ids": positions,
+        "max_seqlen": max(documents),
         "cu_seqlens": torch.tensor([0, *accumulate(documents)], dtype=torch.int32),
         "num_labels": int((shifted != -100).sum()),
-    }  # fmt: skip
+    }
     plain, plain_optimizer = model("sdpa")
     pads, pads_optimizer = model("sdpa")
     ours, ours_optimizer = model("sdpa")
@@ -213,12 +219,16 @@ def training_ways(dtype: torch.dtype) -> Ways:
     return {
         "ours": partial(step, lambda: ours(**batch) / batch["num_labels"], ours_optimizer),
         "transformers, packed by position_ids": partial(
-            step, lambda: plain(input_ids=flat, labels=hf_targets, position_ids=positions, use_cache=False).loss, plain_optimizer
+            step,
+            lambda: plain(input_ids=flat, labels=hf_targets, position_ids=positions, use_cache=False).loss,
+            plain_optimizer,
         ),
         "transformers, padded": partial(
-            step, lambda: pads(input_ids=padded, labels=padded_targets, attention_mask=attended, use_cache=False).loss, pads_optimizer
+            step,
+            lambda: pads(input_ids=padded, labels=padded_targets, attention_mask=attended, use_cache=False).loss,
+            pads_optimizer,
         ),
-    }  # fmt: skip
+    }
 
 
 def training() -> str:
@@ -241,7 +251,11 @@ def main() -> None:
     before = timing.load()
     parts = [attention(), loss_head(), training()]
     about = machine.describe("torch", "transformers")
-    head = f"# Kernels on the CPU\n\n{about}; {THREADS} threads; {before} at the start.\nLeast and median of 5 to 7 turns, ways taken in turns in one process.\n"
+    head = (
+        "# Kernels on the CPU\n\n"
+        f"{about}; {THREADS} threads; {before} at the start.\n"
+        "Least and median of 5 to 7 turns, ways taken in turns in one process.\n"
+    )
     out = Path(__file__).parent / "results" / f"kernels_cpu{os.cpu_count()}_{date.today():%Y%m}.md"
     out.write_text("\n".join([head, *parts]), encoding="utf-8")
     print(out.read_text(encoding="utf-8"))

@@ -2,10 +2,10 @@
 
     python benchmarks/bench_plan.py [results folder]
 
-Every setting runs in processes of its own: the engine is built as `launch/train.py` builds it and takes two steps over packed
-random documents. On the CPU the peak is that of anonymous memory over what the process held after a step of a tiny model
-(libraries, thread pools), of the rank with most; on a GPU it is `max_memory_allocated`. Writes `plan_<machine>.{md,csv}`;
-a setting whose row stands in the csv is not measured again.
+Every setting runs in processes of its own: the engine is built as `launch/train.py` builds it and takes two steps over
+packed random documents. On the CPU the peak is that of anonymous memory over what the process held after a step of a
+tiny model (libraries, thread pools), of the rank with most; on a GPU it is `max_memory_allocated`. Writes
+`plan_<machine>.{md,csv}`; a setting whose row stands in the csv is not measured again.
 """
 
 import contextlib
@@ -48,19 +48,37 @@ CPU = [
     ("111M", 1, 2, "zero=2 hardware=cpu seq_len=1024 tuning=lora"),
     ("111M", 1, 2, "zero=0 hardware=bf16 seq_len=2048 tuning=lora hardware.gradient_checkpointing=true"),
     ("111M", 1, 4, "zero=2 hardware=bf16 seq_len=1024 micro_batch_size=2 tuning=qlora"),
-    ("111M", 1, 2, "zero=2 hardware=bf16 seq_len=4096 tuning=qlora tuning.embeddings=all tuning.head=all hardware.gradient_checkpointing=true"),
+    (
+        "111M",
+        1,
+        2,
+        (
+            "zero=2 hardware=bf16 seq_len=4096 tuning=qlora tuning.embeddings=all tuning.head=all "
+            "hardware.gradient_checkpointing=true"
+        ),
+    ),
     ("111M", 2, 4, "zero=1 hardware=bf16 seq_len=2048 tuning=lora tuning.head=all"),
     ("111M", 1, 2, "zero=2 hardware=cpu seq_len=1024 zero.offload_optimizer=cpu"),
-]  # fmt: skip
+]
 GPU = [
     ("1.1B", 1, 2, "zero=1 hardware=bf16 seq_len=4096"),
     ("1.1B", 1, 2, "zero=3 hardware=bf16 seq_len=4096 hardware.gradient_checkpointing=true"),
-    ("1.1B", 1, 8, "zero=2 hardware=bf16 seq_len=4096 micro_batch_size=4 tuning=lora hardware.gradient_checkpointing=true"),
+    (
+        "1.1B",
+        1,
+        8,
+        "zero=2 hardware=bf16 seq_len=4096 micro_batch_size=4 tuning=lora hardware.gradient_checkpointing=true",
+    ),
     ("7B", 1, 2, "zero=1 hardware=bf16 seq_len=2048 hardware.gradient_checkpointing=true"),
     ("7B", 1, 2, "zero=2 hardware=bf16 seq_len=4096 tuning=qlora"),
-    ("7B", 1, 8, "zero=2 hardware=bf16 seq_len=4096 micro_batch_size=4 tuning=qlora tuning.embeddings=all tuning.head=all "
-     "hardware.gradient_checkpointing=true"),
-]  # fmt: skip
+    (
+        "7B",
+        1,
+        8,
+        "zero=2 hardware=bf16 seq_len=4096 micro_batch_size=4 tuning=qlora tuning.embeddings=all tuning.head=all "
+        "hardware.gradient_checkpointing=true",
+    ),
+]
 DOCUMENTS = 4
 """In a row."""
 
@@ -68,10 +86,16 @@ DOCUMENTS = 4
 def architecture(name: str) -> dict[str, Any]:
     vocab_size, hidden_size, intermediate_size, layers, heads = SHAPES[name]
     return {
-        "model_type": "llama", "vocab_size": vocab_size, "hidden_size": hidden_size,
-        "intermediate_size": intermediate_size, "num_hidden_layers": layers, "num_attention_heads": heads,
-        "num_key_value_heads": heads, "max_position_embeddings": 4096, "tie_word_embeddings": False,
-    }  # fmt: skip
+        "model_type": "llama",
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
+    }
 
 
 class Peak:
@@ -213,9 +237,12 @@ def measure(folder: Path, name: str, num_ranks: int, rows: int, options: str) ->
     start = ["-m", "torch.distributed.run", "--nproc_per_node", str(num_ranks), "--master_port", "29655"]
     # Freed memory goes back at once, so that the peak is what was in use.
     environment = os.environ | {
-        "MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576", "MALLOC_ARENA_MAX": "2",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "FIREFLYDS_BENCH_PLAN": json.dumps([str(out), str(folder), name, given]),
-    }  # fmt: skip
+        "MALLOC_MMAP_THRESHOLD_": "1048576",
+        "MALLOC_TRIM_THRESHOLD_": "1048576",
+        "MALLOC_ARENA_MAX": "2",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+        "FIREFLYDS_BENCH_PLAN": json.dumps([str(out), str(folder), name, given]),
+    }
     subprocess.run([sys.executable, *start, __file__], check=True, env=environment)
     found = [json.loads(out.with_suffix(f".{rank}").read_text()) for rank in range(num_ranks)]
     return max(found, key=lambda each: each["measured"])
@@ -245,10 +272,17 @@ def main(results: Path) -> None:
             found = measure(Path(folder), name, num_ranks, step, options)
             items = {item: round(size / 2**20) for item, size in found["items"].items()}
             rows.append(
-                {"model": name, "ranks": num_ranks, "options": options, "planned_mib": round(found["planned"] / 2**20),
-                 "measured_mib": round(found["measured"] / 2**20), "planned_over_measured": round(found["planned"] / found["measured"], 3),
-                 "moment": found["moment"]} | items
-            )  # fmt: skip
+                {
+                    "model": name,
+                    "ranks": num_ranks,
+                    "options": options,
+                    "planned_mib": round(found["planned"] / 2**20),
+                    "measured_mib": round(found["measured"] / 2**20),
+                    "planned_over_measured": round(found["planned"] / found["measured"], 3),
+                    "moment": found["moment"],
+                }
+                | items
+            )
             with table.open("w", newline="", encoding="utf-8") as stream:
                 writer = csv.DictWriter(stream, list(rows[0]))
                 writer.writeheader()
@@ -256,16 +290,21 @@ def main(results: Path) -> None:
     bound = 0.10 if torch.cuda.is_available() else 0.15
     within = sum(abs(row["planned_over_measured"] - 1) <= bound for row in rows)
     lines = [
-        "# Planned memory and measured", "", describe("torch", "transformers", "deepspeed", "peft", "bitsandbytes"), "",
-        f"Peak of one rank, MiB; {within} of {len(rows)} within {bound:.0%}. Two micro-batches a step, two steps, four documents "
-        "a row. The moment is the one that the plan takes for the highest.", "",
-        "| model | ranks | options | planned | measured | ratio | moment |", "|---|---|---|---|---|---|---|",
+        "# Planned memory and measured",
+        "",
+        describe("torch", "transformers", "deepspeed", "peft", "bitsandbytes"),
+        "",
+        f"Peak of one rank, MiB; {within} of {len(rows)} within {bound:.0%}. Two micro-batches a step, two steps, "
+        "four documents a row. The moment is the one that the plan takes for the highest.",
+        "",
+        "| model | ranks | options | planned | measured | ratio | moment |",
+        "|---|---|---|---|---|---|---|",
         *(
-            f"| {row['model']} | {row['ranks']} | `{row['options']}` | {row['planned_mib']:,} | {row['measured_mib']:,} | "
-            f"{row['planned_over_measured']:.2f} | {row['moment']} |"
+            f"| {row['model']} | {row['ranks']} | `{row['options']}` | {row['planned_mib']:,} | "
+            f"{row['measured_mib']:,} | {row['planned_over_measured']:.2f} | {row['moment']} |"
             for row in rows
         ),
-    ]  # fmt: skip
+    ]
     stem.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

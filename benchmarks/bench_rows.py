@@ -2,8 +2,9 @@
 
     python benchmarks/bench_rows.py en.txt zh.txt out_folder
 
-A small LLaMA is trained on English and Chinese with an English tokenizer, expanded three times with the same pieces, and
-trained on the same batches of unseen Chinese. Everything is done by the verbs. Writes `rows_<...>.csv` and `.md` lines.
+A small LLaMA is trained on English and Chinese with an English tokenizer, expanded three times with the same pieces,
+and trained on the same batches of unseen Chinese. Everything is done by the verbs. Writes `rows_<...>.csv` and `.md`
+lines.
 """
 
 import csv
@@ -84,9 +85,10 @@ def main() -> None:
         "",
         describe("torch", "transformers", "deepspeed"),
         "",
-        f"A LLaMA of 3 layers and 192 columns with 4,096 English pieces, {BASE_STEPS} steps of 4,096 tokens on English and Chinese; "
-        f"about 3,000 Chinese rows added three times; the same {CPT_STEPS} steps on unseen Chinese (lr 5e-4). Baseline: `random`, "
-        "a normal with the old rows' mean and covariance. All steps: the CSV beside this file.",
+        f"A LLaMA of 3 layers and 192 columns with 4,096 English pieces, {BASE_STEPS} steps of 4,096 tokens on "
+        f"English and Chinese; about 3,000 Chinese rows added three times; the same {CPT_STEPS} steps on unseen "
+        "Chinese (lr 5e-4). Baseline: `random`, a normal with the old rows' mean and covariance. All steps: the CSV "
+        "beside this file.",
         "",
         "| init | " + " | ".join(f"step {step}" for step in shown) + " |",
         "|---|" + "---:|" * len(shown),

@@ -2,10 +2,10 @@
 
     python benchmarks/bench_train.py <data folder> [results folder] [--rounds 3] [--seq-len 2048] [--quick]
 
-The folder holds `corpora/` and `instructions/`. Real documents and dialogues become one token store; the packed rows that
-our loader takes from it are exported as documents for the others, so that every contender learns the same tokens in as many
-steps. Contenders take turns, round by round, each a fresh process per rank. Peers that are not installed are named
-(`requirements-train.txt`). Writes `train_cpu<cores>_<yyyymm>.{md,csv}`. `bench_train_gpu.py` is for a GPU.
+The folder holds `corpora/` and `instructions/`. Real documents and dialogues become one token store; the packed rows
+that our loader takes from it are exported as documents for the others, so that every contender learns the same tokens
+in as many steps. Contenders take turns, round by round, each a fresh process per rank. Peers that are not installed are
+named (`requirements-train.txt`). Writes `train_cpu<cores>_<yyyymm>.{md,csv}`. `bench_train_gpu.py` is for a GPU.
 """
 
 import argparse
@@ -137,9 +137,13 @@ def export_documents(turn: Turn) -> dict[str, float]:
     flat = np.concatenate(labels)
     np.savez(turn.documents, ids=np.concatenate(ids), labels=flat, bounds=bounds, rows=np.array(rows))
     return {
-        "documents": len(rows), "tokens": int(bounds[-1]), "learned": int((flat != IGNORE_INDEX).sum()),
-        "longest": max(lengths), "median": statistics.median(lengths), "fill": bounds[-1] / turn.rows / turn.seq_len,
-    }  # fmt: skip
+        "documents": len(rows),
+        "tokens": int(bounds[-1]),
+        "learned": int((flat != IGNORE_INDEX).sum()),
+        "longest": max(lengths),
+        "median": statistics.median(lengths),
+        "fill": bounds[-1] / turn.rows / turn.seq_len,
+    }
 
 
 def take_turn(folder: Path, turn: Turn, name: str, warmup: int) -> Found:
@@ -168,10 +172,18 @@ def take_turn(folder: Path, turn: Turn, name: str, warmup: int) -> Found:
 def measure(folder: Path, shape: str, plan: Plan, out: list[list[Any]]) -> str:
     """All contenders on one model; a Markdown table."""
     turn = Turn(
-        folder="", model=make_model(folder, shape), store=str(folder / "store"), tokenizer=str(folder / "tokenizer"),
-        documents=str(folder / "documents.npz"), seq_len=plan.seq_len, steps=plan.warmup + plan.steps,
-        accumulation=plan.accumulation, world_size=RANKS, lr=1e-3, reduce_bucket_size=50_000_000,
-    )  # fmt: skip
+        folder="",
+        model=make_model(folder, shape),
+        store=str(folder / "store"),
+        tokenizer=str(folder / "tokenizer"),
+        documents=str(folder / "documents.npz"),
+        seq_len=plan.seq_len,
+        steps=plan.warmup + plan.steps,
+        accumulation=plan.accumulation,
+        world_size=RANKS,
+        lr=1e-3,
+        reduce_bucket_size=50_000_000,
+    )
     about = export_documents(turn)
     able = [name for name, (_, needed, _) in CONTENDERS.items() if find_spec(needed)]
     found: dict[str, list[Found]] = {name: [] for name in able}
@@ -182,17 +194,29 @@ def measure(folder: Path, shape: str, plan: Plan, out: list[list[Any]]) -> str:
             found[name].append(each)
             said = f"{each['learned']:,.0f} learned tokens/s, {each['megabytes']:,.0f} MB"
             print(f"{shape}, round {number + 1}, {name}: {said}", flush=True)
-            out.append([
-                shape, number + 1, name, f"{each['tokens']:.1f}", f"{each['learned']:.1f}",
-                f"{each['per_processor']:.1f}", each["all_learned"], f"{each['megabytes']:.0f}", f"{each['losses'].get(turn.steps, float('nan')):.4f}", f"{each['load']:.2f}",
-            ])  # fmt: skip
+            out.append(
+                [
+                    shape,
+                    number + 1,
+                    name,
+                    f"{each['tokens']:.1f}",
+                    f"{each['learned']:.1f}",
+                    f"{each['per_processor']:.1f}",
+                    each["all_learned"],
+                    f"{each['megabytes']:.0f}",
+                    f"{each['losses'].get(turn.steps, float('nan')):.4f}",
+                    f"{each['load']:.2f}",
+                ]
+            )
     title = (
-        f"{shape}: LLaMA of {SHAPES[shape]['num_hidden_layers']} layers, d = {SHAPES[shape]['hidden_size']}, V = {VOCAB:,}; "
-        f"{about['documents']:,.0f} documents and dialogues, {about['tokens']:,.0f} tokens ({about['learned']:,.0f} learned)"
+        f"{shape}: LLaMA of {SHAPES[shape]['num_hidden_layers']} layers, d = {SHAPES[shape]['hidden_size']}, V = "
+        f"{VOCAB:,}; {about['documents']:,.0f} documents and dialogues, {about['tokens']:,.0f} tokens "
+        f"({about['learned']:,.0f} learned)"
     )
     note = (
-        f"Median length {about['median']:,.0f}, longest {about['longest']:,.0f}; rows of {plan.seq_len:,} tokens, {about['fill']:.1%} full; {plan.accumulation} "
-        f"accumulated; {plan.warmup} steps of warm-up, {plan.steps} measured.\n"
+        f"Median length {about['median']:,.0f}, longest {about['longest']:,.0f}; rows of {plan.seq_len:,} tokens, "
+        f"{about['fill']:.1%} full; {plan.accumulation} accumulated; {plan.warmup} steps of warm-up, {plan.steps} "
+        "measured.\n"
     )
     return timing.table(title, COLUMNS, [row_of(name, found) for name in CONTENDERS]) + "\n" + note
 
@@ -209,20 +233,35 @@ def row_of(name: str, found: dict[str, list[Found]]) -> list[str]:
     )
     speeds, losses = [turn["learned"] for turn in turns], turns[0]["losses"]
     return [
-        name, f"{statistics.median(speeds):,.0f}", f"{min(speeds):,.0f} to {max(speeds):,.0f}",
-        f"{statistics.median(turn['tokens'] for turn in turns):,.0f}", f"{ratio:.2f}×",
-        f"{asked:g}×" if asked else "", f"{by_processor:.2f}×", f"{statistics.median(turn['megabytes'] for turn in turns):,.0f}",
-        f"{turns[0]['all_learned']:,}", f"{losses[min(losses)]:.4f}", f"{losses[max(losses)]:.4f}",
-    ]  # fmt: skip
+        name,
+        f"{statistics.median(speeds):,.0f}",
+        f"{min(speeds):,.0f} to {max(speeds):,.0f}",
+        f"{statistics.median(turn['tokens'] for turn in turns):,.0f}",
+        f"{ratio:.2f}×",
+        f"{asked:g}×" if asked else "",
+        f"{by_processor:.2f}×",
+        f"{statistics.median(turn['megabytes'] for turn in turns):,.0f}",
+        f"{turns[0]['all_learned']:,}",
+        f"{losses[min(losses)]:.4f}",
+        f"{losses[max(losses)]:.4f}",
+    ]
 
 
 def overhead(folder: Path, shape: str, plan: Plan) -> str:
     """Our loop against a bare one."""
     turn = Turn(
-        folder=str(folder), model=str(folder / shape), store=str(folder / "store"), tokenizer=str(folder / "tokenizer"),
-        documents="", seq_len=plan.seq_len, steps=plan.overhead_steps, accumulation=plan.accumulation,
-        world_size=RANKS, lr=1e-3, reduce_bucket_size=50_000_000,
-    )  # fmt: skip
+        folder=str(folder),
+        model=str(folder / shape),
+        store=str(folder / "store"),
+        tokenizer=str(folder / "tokenizer"),
+        documents="",
+        seq_len=plan.seq_len,
+        steps=plan.overhead_steps,
+        accumulation=plan.accumulation,
+        world_size=RANKS,
+        lr=1e-3,
+        reduce_bucket_size=50_000_000,
+    )
     (folder / "overhead.json").write_text(json.dumps(asdict(turn)), encoding="utf-8")
     ranks(folder, "train_overhead.py", str(folder / "overhead.json"))
     return (folder / f"overhead-{shape}.md").read_text(encoding="utf-8")
@@ -245,9 +284,12 @@ def main(data: Path, results: Path, plan: Plan) -> None:
         f"{describe('torch', 'transformers', 'accelerate', 'deepspeed')}, {trl}; {RANKS} ranks, {before} at the start"
     )
     head = (
-        f"# Training\n\n{about}.\n\nfloat32, ZeRO-2, gloo, AdamW, one row (or as many padded documents) a micro-batch, rounds of turns: {plan.rounds}; medians. "
-        "Padding is no token. Peak memory: resident, of the larger rank, over the libraries' own. The ratio is that of learned tokens "
-        f"a second, round by round; by processor time, of learned tokens a second of the processor. All turns: the CSV. Everything took {time.time() - started:,.0f} s.\n"
+        "# Training\n\n"
+        f"{about}.\n\n"
+        "float32, ZeRO-2, gloo, AdamW, one row (or as many padded documents) a micro-batch, rounds of turns: "
+        f"{plan.rounds}; medians. Padding is no token. Peak memory: resident, of the larger rank, over the libraries' "
+        "own. The ratio is that of learned tokens a second, round by round; by processor time, of learned tokens a "
+        f"second of the processor. All turns: the CSV. Everything took {time.time() - started:,.0f} s.\n"
     )
     (results / f"{name}.md").write_text("\n".join([head, *parts]), encoding="utf-8")
     with (results / f"{name}.csv").open("w", newline="", encoding="utf-8") as stream:

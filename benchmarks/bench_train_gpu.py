@@ -2,14 +2,16 @@
 
     python benchmarks/bench_train_gpu.py [folder] [--rounds 2] [--only full|qlora]
 
-Writes `train_<gpu>_<yyyymm>.md` there (`train_full_<...>` with `--only full`). Full-parameter: 7B, V = 55,296, 8,192 packed tokens, bfloat16 weights and AdamW states. QLoRA: 7B and 13B, 4,096 packed tokens, NF4 with
-double quantisation, r = 64 on every linear layer of the blocks. All recompute layers, and all take attention per document:
-peers by `torch.nn.attention.varlen` (FlashAttention-2) with boundaries given once a batch, as FlashAttention's own road has it.
-Every contender is a process of its own, in turns; the same weights, documents and optimizer; one process without DeepSpeed.
-Needs torch, transformers and omegaconf; peers that are not installed are named (`requirements-train.txt`).
+Writes `train_<gpu>_<yyyymm>.md` there (`train_full_<...>` with `--only full`). Full-parameter: 7B, V = 55,296, 8,192
+packed tokens, bfloat16 weights and AdamW states. QLoRA: 7B and 13B, 4,096 packed tokens, NF4 with double quantisation,
+r = 64 on every linear layer of the blocks. All recompute layers, and all take attention per document: peers by
+`torch.nn.attention.varlen` (FlashAttention-2) with boundaries given once a batch, as FlashAttention's own road has it.
+Every contender is a process of its own, in turns; the same weights, documents and optimizer; one process without
+DeepSpeed. Needs torch, transformers and omegaconf; peers that are not installed are named (`requirements-train.txt`).
 
-MFU: 6 FLOPs a weight and token (4 where the weight is frozen) of every linear layer and the head, and attention's products
-over each document's own triangle; what is recomputed does not count. Over the matrix product's speed measured in the same run.
+MFU: 6 FLOPs a weight and token (4 where the weight is frozen) of every linear layer and the head, and attention's
+products over each document's own triangle; what is recomputed does not count. Over the matrix product's speed measured
+in the same run.
 """
 
 import argparse
@@ -35,7 +37,8 @@ SHAPES = {
     "7B": {"hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32, "num_attention_heads": 32},
     "13B": {"hidden_size": 5120, "intermediate_size": 13_824, "num_hidden_layers": 40, "num_attention_heads": 40},
 }
-# Documents learn everything; of real dialogues in a chat template 88.8 % of the tokens are learned (bench_train's store).
+# Documents learn everything; of real dialogues in a chat template 88.8 % of the tokens are learned (bench_train's
+# store).
 TASKS = {
     "full": {"tokens": 8192, "documents": 16, "learned": 1.0},
     "qlora": {"tokens": 4096, "documents": 12, "learned": 0.888},
@@ -78,16 +81,28 @@ def make_batch(task: str, vocab: int, device: str) -> tuple[Batch, Batch, list[i
     learned = int((shifted != -100).sum())
     ours = both | {"labels": shifted.to(device), "cu_seqlens": cu, "max_seqlen": longest, "num_labels": learned}
     theirs = both | {
-        "labels": labels.to(device), "use_cache": False, "cu_seq_lens_q": cu, "cu_seq_lens_k": cu,
-        "max_length_q": longest, "max_length_k": longest,
-    }  # fmt: skip
+        "labels": labels.to(device),
+        "use_cache": False,
+        "cu_seq_lens_q": cu,
+        "cu_seq_lens_k": cu,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
     return ours, theirs, documents
 
 
 def varlen(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, cu_seq_lens_q: Tensor,
-    max_length_q: int, scaling: float | None = None, **_: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    cu_seq_lens_q: Tensor,
+    max_length_q: int,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
     """transformers' attention interface over torch's FlashAttention-2: `[1, H, T, D]` in, `[1, T, H, D]` out."""
     from fireflyds_kernels.packed_attention.flash import torch_varlen
 
@@ -118,7 +133,8 @@ def make_model(shape: dict[str, int], vocab: int, device: str) -> Any:
 
 
 def to_four_bit(model: nn.Module, device: str) -> None:
-    """Every linear layer of the blocks to NF4, double quantisation, as `BitsAndBytesConfig` would load it; then adapters."""
+    """Every linear layer of the blocks to NF4, double quantisation, as `BitsAndBytesConfig` would load it; then
+    adapters."""
     import bitsandbytes
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -126,9 +142,14 @@ def to_four_bit(model: nn.Module, device: str) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and ".layers." in name:
             layer = bitsandbytes.nn.Linear4bit(
-                module.in_features, module.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4",
-                compress_statistics=True, device="meta",
-            )  # fmt: skip
+                module.in_features,
+                module.out_features,
+                bias=False,
+                compute_dtype=torch.bfloat16,
+                quant_type="nf4",
+                compress_statistics=True,
+                device="meta",
+            )
             layer.weight = bitsandbytes.nn.Params4bit(
                 module.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True, module=layer
             )
@@ -211,9 +232,13 @@ def measure(task: str, shape: str, name: str) -> dict[str, float]:
         first = first or (float(loss.detach()) if step == 0 else 0.0)
     seconds = statistics.median(times[WARMUP:])
     return {
-        "ms": seconds * 1e3, "tokens": sum(documents) / seconds, "learned": ours["num_labels"] / seconds, "loss": first,
-        "flops": flops / seconds, "gib": torch.cuda.max_memory_allocated() / 2**30,
-    }  # fmt: skip
+        "ms": seconds * 1e3,
+        "tokens": sum(documents) / seconds,
+        "learned": ours["num_labels"] / seconds,
+        "loss": first,
+        "flops": flops / seconds,
+        "gib": torch.cuda.max_memory_allocated() / 2**30,
+    }
 
 
 def matrix_peak() -> float:
@@ -248,13 +273,25 @@ def report(found: dict[Case, list[dict[str, float]]], failed: dict[Case, str], p
             middle = {what: statistics.median(turn[what] for turn in turns) for what in turns[0]}
             speeds = [turn["tokens"] for turn in turns]
             ratio = f"{statistics.median(turn['tokens'] for turn in own) / middle['tokens']:.2f}×" if own else ""
-            rows.append([
-                name, f"{middle['ms']:,.0f}", f"{middle['tokens']:,.0f}", f"{min(speeds):,.0f} to {max(speeds):,.0f}",
-                f"{middle['learned']:,.0f}", f"{middle['flops'] / peak:.1%}", ratio, f"{asked:g}×" if asked else "",
-                f"{middle['gib']:.1f}", f"{middle['loss']:.4f}",
-            ])  # fmt: skip
+            rows.append(
+                [
+                    name,
+                    f"{middle['ms']:,.0f}",
+                    f"{middle['tokens']:,.0f}",
+                    f"{min(speeds):,.0f} to {max(speeds):,.0f}",
+                    f"{middle['learned']:,.0f}",
+                    f"{middle['flops'] / peak:.1%}",
+                    ratio,
+                    f"{asked:g}×" if asked else "",
+                    f"{middle['gib']:.1f}",
+                    f"{middle['loss']:.4f}",
+                ]
+            )
         about = TASKS[task]
-        title = f"{task}, {shape}: {about['tokens']:,} tokens, {about['documents']} documents, {about['learned']:.1%} learned"
+        title = (
+            f"{task}, {shape}: {about['tokens']:,} tokens, {about['documents']} documents, {about['learned']:.1%} "
+            "learned"
+        )
         parts.append(timing.table(title, COLUMNS.split("|"), rows))
     return "\n".join(parts)
 
@@ -281,7 +318,11 @@ def main(folder: Path, rounds: int, only: str | None) -> None:
             else:
                 found.setdefault((task, shape, who), []).append(json.loads(result))
             print(number + 1, task, shape, who, result or failed[task, shape, who], flush=True)
-            head = f"# Training steps on {name}\n\n{versions}, CUDA {torch.version.cuda}, {date.today().isoformat()}. Matrix peak measured: {peak / 1e12:,.0f} TFLOP/s. {STEPS} steps a turn after {WARMUP} of warm-up; medians.\n\n"
+            head = (
+                f"# Training steps on {name}\n\n"
+                f"{versions}, CUDA {torch.version.cuda}, {date.today().isoformat()}. Matrix peak measured: "
+                f"{peak / 1e12:,.0f} TFLOP/s. {STEPS} steps a turn after {WARMUP} of warm-up; medians.\n\n"
+            )
             # What was measured stands even if a later turn fails.
             out.write_text(head + report(found, failed, peak), encoding="utf-8")
     print(out.read_text(encoding="utf-8"))

@@ -1,11 +1,12 @@
-"""What trains and what it costs: Firefly's two stages on a small LLaMA-2 with an expanded vocabulary, by method and rows.
+"""What trains and what it costs: Firefly's two stages on a small LLaMA-2 with an expanded vocabulary, by method and
+rows.
 
     python benchmarks/bench_tuning.py <data folder> [results folder]
 
 The folder holds `tokenizers/llama2_32000.model`, `tokenizers/chinese_llama2_55296.model`, `corpora/` and
-`instructions/`. A 2-layer LLaMA learns English and a fifth of Chinese with the 32,000 tokens, is expanded to 55,296, and goes through the shipped
-recipes (`firefly_llama2_7b_ext_{cpt,sft}_qlora`) once for every way of training; then a 4-bit load is measured. Everything
-is done by the verbs, one process, all cores. Writes `tuning_<machine>.{md,csv,png}`.
+`instructions/`. A 2-layer LLaMA learns English and a fifth of Chinese with the 32,000 tokens, is expanded to 55,296,
+and goes through the shipped recipes (`firefly_llama2_7b_ext_{cpt,sft}_qlora`) once for every way of training; then a
+4-bit load is measured. Everything is done by the verbs, one process, all cores. Writes `tuning_<machine>.{md,csv,png}`.
 """
 
 import csv
@@ -46,7 +47,8 @@ from fireflyds import app
 from fireflyds.config import Precision
 from fireflyds.models import load, tuning
 import bitsandbytes, peft
-config = app.compose("train", ["run=x", "data=a/b", "optim.steps=1", "model={model}", "tuning={tuning}", "hardware=bf16"])
+config = app.compose("train", ["run=x", "data=a/b", "optim.steps=1", "model={model}", \
+"tuning={tuning}", "hardware=bf16"])
 def anonymous():
     text = open("/proc/self/status").read()
     return int(text.split("RssAnon:")[1].split()[0]) / 1024
@@ -121,28 +123,37 @@ def train(folder: Path, way: str, stage: str, model: str, steps: int) -> dict[st
     memory = verb(folder, "train", f"run={run}", *recipe, *WAYS[way], *RATES[stage], f"optim.steps={steps}", *BATCH)
     verb(folder, "export", f"run={run}")
     verb(
-        folder, "evaluate", f"model=runs/{run}/export", "tasks=[bits_per_byte]", "texts.zh=zh_held_out.txt",
+        folder,
+        "evaluate",
+        f"model=runs/{run}/export",
+        "tasks=[bits_per_byte]",
+        "texts.zh=zh_held_out.txt",
         "texts.en=en_held_out.txt",
-    )  # fmt: skip
+    )
     scores = json.loads((folder / "runs" / run / "export" / "eval" / "scores.json").read_text())["scores"]
     rows = [json.loads(line) for line in (folder / "runs" / run / "metrics.jsonl").read_text().splitlines()]
     manifest = json.loads((folder / "stores" / stage / "manifest.json").read_text())["totals"]
     table = json.loads(
         subprocess.run(
             [sys.executable, str(ROOT / "launch" / "plan.py"), *recipe[:3], *WAYS[way], "optim.steps=1", "format=json"],
-            cwd=folder, check=True, capture_output=True, text=True,
+            cwd=folder,
+            check=True,
+            capture_output=True,
+            text=True,
         ).stdout
-    )  # fmt: skip
+    )
     checkpoint = next((folder / "runs" / run / "checkpoints").glob("step-*"))
     return {
-        "run": run, "memory": memory, "trained": table["trainable_parameters"],
+        "run": run,
+        "memory": memory,
+        "trained": table["trainable_parameters"],
         "state": sum(row["memory_bytes"] for row in table["groups"][:-1]),
         "checkpoint": sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file()),
         "speed": statistics.median(row["tokens_per_second"] for row in rows[5:]),
         # Bits per byte of text: from one vocabulary to another, losses per token do not compare.
         "curve": [row["loss"] / math.log(2) * manifest["tokens"] / manifest["bytes"] for row in rows],
         "scores": scores["bits_per_byte"],
-    }  # fmt: skip
+    }
 
 
 def loading(folder: Path) -> list[str]:
@@ -151,17 +162,23 @@ def loading(folder: Path) -> list[str]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     settings = LlamaConfig(
-        vocab_size=8192, hidden_size=1024, intermediate_size=4096, num_hidden_layers=16, num_attention_heads=8,
+        vocab_size=8192,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=16,
+        num_attention_heads=8,
         tie_word_embeddings=False,
-    )  # fmt: skip
+    )
     large = folder / "large"
     LlamaForCausalLM(settings).to(torch.bfloat16).save_pretrained(large, max_shard_size="80MB")
     shards = [file.stat().st_size / 2**20 for file in large.glob("*.safetensors")]
     lines = [
-        f"\nA base of {sum(shards):,.0f} MiB in {len(shards)} shards of at most {max(shards):.0f} MiB, loaded on the CPU: anonymous "
-        "memory at its peak over the libraries' own, and what the model's parameters hold.\n",
-        "| | peak MiB | parameters MiB |", "|---|---|---|",
-    ]  # fmt: skip
+        "\n"
+        f"A base of {sum(shards):,.0f} MiB in {len(shards)} shards of at most {max(shards):.0f} MiB, loaded on the "
+        "CPU: anonymous memory at its peak over the libraries' own, and what the model's parameters hold.\n",
+        "| | peak MiB | parameters MiB |",
+        "|---|---|---|",
+    ]
     for tuning in ("lora", "qlora"):
         code = LOADER.format(paths=[str(ROOT), str(ROOT / "kernels")], model=large, tuning=tuning)
         # Freed memory goes back at once, so that the peak is what was in use.
@@ -209,24 +226,33 @@ def main(data: Path, out: Path) -> None:
         for stage, ways in results.items():
             for way, found in ways.items():
                 writer.writerows([stage, way, step, f"{value:.4f}"] for step, value in enumerate(found["curve"], 1))
-    chart({"continued pre-training": {w: r["curve"] for w, r in results["cpt"].items()},
-           "instruction tuning": {w: r["curve"] for w, r in results["sft"].items()}}, out / f"{name}.png")  # fmt: skip
+    chart(
+        {
+            "continued pre-training": {w: r["curve"] for w, r in results["cpt"].items()},
+            "instruction tuning": {w: r["curve"] for w, r in results["sft"].items()},
+        },
+        out / f"{name}.png",
+    )
     machine = describe("torch", "transformers", "deepspeed", "peft", "bitsandbytes")
     lines = [
-        f"# What trains\n\n{machine}\n", __doc__[__doc__.index("A 2-layer") :],
+        f"# What trains\n\n{machine}\n",
+        __doc__[__doc__.index("A 2-layer") :],
         "| stage | way | trained | state MiB | checkpoint MiB | peak MiB | tokens/s | bits/byte zh | en |",
         "|---|---|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
+    ]
     for stage, ways in results.items():
         for way, r in ways.items():
             lines.append(
-                f"| {stage} | {way} | {r['trained']:,} | {r['state'] / 2**20:.0f} | {r['checkpoint'] / 2**20:.0f} | {r['memory']:.0f} | "
-                f"{r['speed']:,.0f} | {r['scores']['zh']:.3f} | {r['scores']['en']:.3f} |"
+                f"| {stage} | {way} | {r['trained']:,} | {r['state'] / 2**20:.0f} | {r['checkpoint'] / 2**20:.0f} | "
+                f"{r['memory']:.0f} | {r['speed']:,.0f} | {r['scores']['zh']:.3f} | {r['scores']['en']:.3f} |"
             )
     lines += [
-        "\ntrained: parameters. state: their weights, gradients and optimizer states. peak: the process's, libraries included. "
-        f"Bits per byte on held-out documents (a tenth, at most {HELD_OUT}). Everything took {time.time() - started:.0f} s.", *loaded,
-    ]  # fmt: skip
+        "\n"
+        "trained: parameters. state: their weights, gradients and optimizer states. peak: the process's, libraries "
+        f"included. Bits per byte on held-out documents (a tenth, at most {HELD_OUT}). Everything took "
+        f"{time.time() - started:.0f} s.",
+        *loaded,
+    ]
     (out / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
 

@@ -124,15 +124,16 @@ def main() -> None:
         "",
         describe("sentencepiece", "tokenizers"),
         "",
-        f"{PIECES:,} pieces from {megabytes:.0f} MB of text, from start to end of a process. Learning here includes reading,"
-        " sampling, the merge, what every piece saves, and the curve of sizes; the trainer alone gives a piece list.",
+        f"{PIECES:,} pieces from {megabytes:.0f} MB of text, from start to end of a process. Learning here includes "
+        "reading, sampling, the merge, what every piece saves, and the curve of sizes; the trainer alone gives a "
+        "piece list.",
         "",
         "| | seconds | MB/s | peak MiB | |",
         "|---|---:|---:|---:|---|",
         *rows,
         "",
-        f"Merging `{Path(pieces).name}` into `{Path(base).name}`, checking that every piece is reached, writing the tokenizer: "
-        f"{seconds:.1f} s, {peak:,.0f} MiB ({said}).",
+        f"Merging `{Path(pieces).name}` into `{Path(base).name}`, checking that every piece is reached, writing the "
+        f"tokenizer: {seconds:.1f} s, {peak:,.0f} MiB ({said}).",
     ]
     Path(out).write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))

@@ -2,8 +2,8 @@
 
     torchrun --nproc_per_node 2 benchmarks/train_hf.py turn.json padded|packed
 
-`padded`: the documents of a step, shuffled, in as many padded batches as we have rows in it. `packed`: exactly our rows,
-flattened by `DataCollatorWithFlattening`, documents told apart by `position_ids`.
+`padded`: the documents of a step, shuffled, in as many padded batches as we have rows in it. `packed`: exactly our
+rows, flattened by `DataCollatorWithFlattening`, documents told apart by `position_ids`.
 """
 
 import sys
@@ -17,13 +17,30 @@ Features = list[dict[str, list[int]]]
 def training_arguments(turn: Turn) -> dict[str, Any]:
     """What Trainer and SFTTrainer share. AdamW is the default one of each (fused)."""
     return {
-        "output_dir": f"{turn.folder}/out", "use_cpu": True, "deepspeed": deepspeed_settings(turn),
-        "max_steps": turn.steps, "per_device_train_batch_size": 1, "gradient_accumulation_steps": turn.accumulation,
-        "learning_rate": turn.lr, "lr_scheduler_type": "constant", "warmup_steps": 0, "adam_beta1": 0.9,
-        "adam_beta2": 0.95, "adam_epsilon": 1e-8, "weight_decay": 0.0, "max_grad_norm": 1.0, "bf16": False,
-        "gradient_checkpointing": False, "logging_steps": 1, "logging_nan_inf_filter": False, "disable_tqdm": True,
-        "save_strategy": "no", "report_to": "none", "dataloader_pin_memory": False, "seed": 42,
-    }  # fmt: skip
+        "output_dir": f"{turn.folder}/out",
+        "use_cpu": True,
+        "deepspeed": deepspeed_settings(turn),
+        "max_steps": turn.steps,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": turn.accumulation,
+        "learning_rate": turn.lr,
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.95,
+        "adam_epsilon": 1e-8,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "report_to": "none",
+        "dataloader_pin_memory": False,
+        "seed": 42,
+    }
 
 
 def counting(trainer: type[Any], record: Record) -> type[Any]:

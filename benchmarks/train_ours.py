@@ -59,11 +59,21 @@ def main(turn: Turn) -> None:
 def overrides(turn: Turn) -> list[str]:
     """What a person would give `launch/train.py`."""
     return [
-        "run=turn", f"runs={turn.folder}/runs", f"model={turn.model}", f"model.tokenizer={turn.tokenizer}",
-        f"data={turn.store}", "tuning=full", "hardware=cpu", f"zero.reduce_bucket_size={turn.reduce_bucket_size}",
-        f"seq_len={turn.seq_len}", f"global_batch_size={turn.accumulation * turn.world_size}",
-        f"optim.steps={turn.steps}", f"optim.lr={turn.lr}", "optim.schedule=constant", "optim.warmup_ratio=0",
-    ]  # fmt: skip
+        "run=turn",
+        f"runs={turn.folder}/runs",
+        f"model={turn.model}",
+        f"model.tokenizer={turn.tokenizer}",
+        f"data={turn.store}",
+        "tuning=full",
+        "hardware=cpu",
+        f"zero.reduce_bucket_size={turn.reduce_bucket_size}",
+        f"seq_len={turn.seq_len}",
+        f"global_batch_size={turn.accumulation * turn.world_size}",
+        f"optim.steps={turn.steps}",
+        f"optim.lr={turn.lr}",
+        "optim.schedule=constant",
+        "optim.warmup_ratio=0",
+    ]
 
 
 if __name__ == "__main__":

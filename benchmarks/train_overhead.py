@@ -2,9 +2,9 @@
 
     torchrun --nproc_per_node 2 benchmarks/train_overhead.py turn.json        writes overhead-<model>.md beside it
 
-Ours: `train_steps` with its loader's thread, the count of learned tokens over the ranks, the loss, the norm, the journal with
-its files, and the agreement to go on. Bare: forward, backward and step over batches that lie ready, scaled by a number known
-beforehand; nothing is read, counted or written.
+Ours: `train_steps` with its loader's thread, the count of learned tokens over the ranks, the loss, the norm, the
+journal with its files, and the agreement to go on. Bare: forward, backward and step over batches that lie ready, scaled
+by a number known beforehand; nothing is read, counted or written.
 """
 
 import logging
@@ -139,7 +139,10 @@ def report(turn: Turn, seconds: dict[str, list[float]], processor: dict[str, lis
     )
     title = f"{Path(turn.model).name}: our loop over a bare loop on the same engine, {len(seconds['ours'])} steps each"
     columns = ["", "least ms", "median ms", "processor, least ms", "median ms"]
-    said = f"Overhead, the median of the ratios of equal steps: {clock:+.1%} by the clock, {used:+.1%} by processor time; asked: at most 3 %.\n"
+    said = (
+        f"Overhead, the median of the ratios of equal steps: {clock:+.1%} by the clock, {used:+.1%} by processor "
+        "time; asked: at most 3 %.\n"
+    )
     return timing.table(title, columns, rows) + "\n" + said
 
 

@@ -1,9 +1,11 @@
-"""A turn of TRL's SFTTrainer in `bench_train.py`, under the same ZeRO-2. Needs `pip install -r benchmarks/requirements-train.txt`.
+"""A turn of TRL's SFTTrainer in `bench_train.py`, under the same ZeRO-2. Needs
+`pip install -r benchmarks/requirements-train.txt`.
 
     torchrun --nproc_per_node 2 benchmarks/train_trl.py turn.json bfd|padded
 
-`bfd`: TRL packs the documents itself; rows of `seq_len` tokens, no padding, documents told apart by `position_ids` (free of
-contamination under SDPA: transformers masks by them). `padded`: as many documents in a batch as make up a row on average.
+`bfd`: TRL packs the documents itself; rows of `seq_len` tokens, no padding, documents told apart by `position_ids`
+(free of contamination under SDPA: transformers masks by them). `padded`: as many documents in a batch as make up a row
+on average.
 """
 
 import sys

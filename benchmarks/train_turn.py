@@ -1,8 +1,8 @@
 """One turn of one contender of `bench_train.py`: what it trains on, and what every rank writes down.
 
-A turn is a process per rank. It reads `turn.json`, trains `steps` optimizer steps, and leaves `rank<N>.json`: the seconds of
-each step by the clock and of the processor (which others on the machine do not lengthen), the tokens and the learned tokens
-this rank saw in it, the losses that were reported, and the most memory over the libraries' own.
+A turn is a process per rank. It reads `turn.json`, trains `steps` optimizer steps, and leaves `rank<N>.json`: the
+seconds of each step by the clock and of the processor (which others on the machine do not lengthen), the tokens and the
+learned tokens this rank saw in it, the losses that were reported, and the most memory over the libraries' own.
 """
 
 import json
@@ -45,7 +45,8 @@ class Turn:
 
 
 class Documents:
-    """The documents of our rows, exported once: `ids`, `labels` int64 `[n]`, `bounds` int64 `[m + 1]`, `rows` int64 `[m]`.
+    """The documents of our rows, exported once: `ids`, `labels` int64 `[n]`, `bounds` int64 `[m + 1]`, `rows` int64
+    `[m]`.
 
     `labels[t]` is token t where it is learned (transformers shifts them), -100 elsewhere and at every document's begin.
     """
@@ -116,9 +117,14 @@ class Record:
 
     def write(self, turn: Turn) -> None:
         found = {
-            "seconds": self.seconds, "processor_seconds": self.processor_seconds, "tokens": self.tokens, "learned": self.learned,
-            "losses": self.losses, "own_megabytes": self._own, "megabytes": self._peak - self._own,
-        }  # fmt: skip
+            "seconds": self.seconds,
+            "processor_seconds": self.processor_seconds,
+            "tokens": self.tokens,
+            "learned": self.learned,
+            "losses": self.losses,
+            "own_megabytes": self._own,
+            "megabytes": self._peak - self._own,
+        }
         rank = os.environ["RANK"]
         Path(turn.folder, f"rank{rank}.json").write_text(json.dumps(found), encoding="utf-8")
 

@@ -37,7 +37,7 @@ def main(verb: Callable[..., Any], about: str, *, passes_on: bool = False) -> No
     """Compose the config of a verb from `sys.argv` and call it. Leaves the process with an exit code.
 
     `about` is the verb's module docstring, shown by `-h`. With `passes_on` the verb also gets the arguments that are
-    none of its own keys. A `UserError` becomes one message on stderr and exit code 2; an interrupt becomes exit code 130.
+    none of its own keys. A `UserError` becomes one message on stderr and exit code 2, an interrupt exit code 130.
     """
     name = Path(sys.argv[0]).stem
     # Progress bars of weight loading are noise in logs; transformers' reads this when it is imported.
@@ -52,7 +52,7 @@ def main(verb: Callable[..., Any], about: str, *, passes_on: bool = False) -> No
             return
         show, file = _take(arguments, "--cfg"), _take(arguments, "--config")
         if show not in (None, "job"):
-            raise UserError("--cfg takes one value here: --cfg job")
+            raise UserError("only the value job is known", key="--cfg", value=show, remedy="Give --cfg job")
         flags = [argument for argument in arguments if argument.startswith("-")]
         if flags:
             raise UserError("no such option", key=flags[0], remedy="Keys are written key=value; -h lists them")
@@ -80,7 +80,7 @@ def main(verb: Callable[..., Any], about: str, *, passes_on: bool = False) -> No
 
 
 def _refusals() -> tuple[type[Exception], ...]:
-    """What becomes one message: a user's error, and a kernel named that cannot run, where kernels were loaded at all."""
+    """Returns the errors shown as one message: `UserError` and, if kernels are loaded, that of one that cannot run."""
     kernels = sys.modules.get("fireflyds_kernels.dispatch")
     return (UserError,) if kernels is None else (UserError, kernels.CannotRunError)
 
@@ -129,7 +129,7 @@ def compose(verb: str, overrides: list[str]) -> Any:
         missing = sorted(OmegaConf.missing_keys(composed))
         if missing:
             raise UserError(
-                f"{missing[0]} is not set: {verb} needs {', '.join(missing)}", remedy=f"Give {missing[0]}=<value>"
+                f"is not set; {verb} needs {', '.join(missing)}", key=missing[0], remedy=f"Give {missing[0]}=<value>"
             )
         return OmegaConf.to_object(composed)
     except UserError:
@@ -218,7 +218,9 @@ def _frozen(verb: str, file: str, arguments: list[str]) -> Any:
         )
     if not Path(file).is_file():
         raise UserError(
-            f"--config {file}: no such file", remedy="Give a configuration that was written whole, as `config.yaml`"
+            "no such file",
+            key=f"--config {file}",
+            remedy="Give a configuration that was written whole, as `config.yaml`",
         )
     return from_yaml(Path(file), VERBS[verb].config)
 
@@ -234,7 +236,7 @@ def _is_text(verb: str, override: str) -> bool:
 
 
 def _rewrite(verb: str, override: str) -> list[str]:
-    """`model=<path>` becomes `model=at_path` and `model.path=<path>`; values that Hydra's grammar misreads are quoted."""
+    """Replaces `model=<path>` by `model=at_path` and `model.path=<path>`, and quotes values that Hydra misreads."""
     key, equals, value = override.partition("=")
     if not equals or key.startswith(("+", "~")):
         return [override]
@@ -289,4 +291,5 @@ def _user_error(verb: str, error: Exception) -> UserError:
     if found and ("not in" in text or "not exist" in text):
         return unknown_key(verb, full.group(1) if full else found.group(1))
     first = " ".join(line.strip() for line in text.split("full_key:")[0].split("\n") if line.strip())
-    return UserError(first, key=full.group(1) if full else "")
+    remedy = f"`python launch/{verb}.py -h` lists all keys"
+    return UserError(first.rstrip("."), key=full.group(1) if full else "", remedy=remedy)

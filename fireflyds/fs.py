@@ -66,23 +66,23 @@ def refuse_inputs_inside(out: Path, **inputs: str) -> None:
             )
 
 
-def lock_file(file: Path, busy: str, *, wait: bool = False) -> IO[str]:
-    """Locks `file` until the returned stream is closed. `wait`: block until another process releases the lock.
+def lock_file(file: Path, busy: UserError | None) -> IO[str]:
+    """Locks `file` until the returned stream is closed. `busy` None: blocks until another process releases the lock.
 
     Raises:
-        UserError: another process holds the lock; the message is `busy`.
+        UserError: another process holds the lock; the error is `busy`.
         OSError: the file cannot be opened.
     """
     while True:
         lock = file.open("w")
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(lock, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
             # The previous holder may have removed the file between open() and flock().
             if os.path.samestat(file.stat(), os.fstat(lock.fileno())):
                 return lock
         except BlockingIOError as error:
             lock.close()
-            raise UserError(busy) from error
+            raise busy or error from error
         except FileNotFoundError:
             pass
         lock.close()
@@ -94,7 +94,8 @@ def _exclusive_writer(out: Path) -> Iterator[None]:
     file = out.with_name(f".{out.name}.lock")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        lock = lock_file(file, f"out={out}: another process writes there now. Wait for it, or give another folder")
+        remedy = "Wait for it, or give another folder"
+        lock = lock_file(file, UserError("another process writes there now", key="out", value=out, remedy=remedy))
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise

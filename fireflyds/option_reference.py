@@ -18,12 +18,14 @@ _INTRO = """# Options
 
 Written by `python -m fireflyds.option_reference`; a test keeps it in step with `fireflyds/config`.
 
-A key is set on the command line, as `key=value`: `python launch/train.py run=cpt model=./base data=./store optim.steps=100`.
+A key is set on the command line, as `key=value`: \
+`python launch/train.py run=cpt model=./base data=./store optim.steps=100`.
 `-h` lists the keys of a verb, `--cfg job` prints the composed configuration. A group is a folder of option files:
 `tuning=qlora` reads `conf/tuning/qlora.yaml`, which sets keys of the section `tuning`; an `experiment` sets keys of any
 section. `conf/<verb>.yaml` selects the options that are not given. Keys on the command line take precedence.
 
-A `required` key has no default: an option file or the command line sets it. `data.sources[].path` is a key of every item
+A `required` key has no default: an option file or the command line sets it. \
+`data.sources[].path` is a key of every item
 of a list, as in `'data.sources=[{path: zh.jsonl, domain: zh}]'`."""
 
 

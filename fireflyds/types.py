@@ -71,7 +71,8 @@ class Encoder(Protocol):
     def token_id(self, token: str) -> int | None:
         """The id of a special token, or None."""
 
-    def decode(self, ids: Sequence[int]) -> str: ...
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the ids, without special tokens."""
 
     def fragments(self) -> frozenset[int]:
         """Ids of tokens that decode to bytes of an incomplete character (byte fallback)."""
@@ -190,6 +191,7 @@ class TrainState:
     """Losses of the last steps, the baseline of spike detection."""
 
     def as_dict(self) -> dict[str, Any]:
+        """Returns the fields by name, as they are stored in a checkpoint."""
         return asdict(self)
 
 
@@ -208,6 +210,7 @@ class StepMetrics:
     extra: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, float]:
+        """Returns the fields by name, with the entries of `extra` among them."""
         row = asdict(self)
         extra: dict[str, float] = row.pop("extra")
         return row | extra

@@ -16,6 +16,11 @@ from fireflyds.errors import UserError
 
 
 def chat(config: ChatConfig) -> None:
+    """Answers `prompt`, or the messages typed in the terminal until `/exit`.
+
+    Raises:
+        UserError: `model` is not a Hugging Face directory, or has no chat template.
+    """
     if not (Path(config.model) / "config.json").is_file():
         raise UserError(
             "no config.json there", key="model", value=config.model, remedy="Give the directory of a Hugging Face model"

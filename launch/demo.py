@@ -19,10 +19,16 @@ from fireflyds.fs import atomic_write_text
 from fireflyds.metrics.plots import plot_loss
 from fireflyds.pipelines import demo_report
 from fireflyds.pipelines.runner import RoadRunner
+from fireflyds.runs import layout
 from fireflyds.runs.jsonl import read_jsonl
 
 
 def demo(config: DemoConfig) -> None:
+    """Runs the stages of the road, writes the report and prints its figures.
+
+    Raises:
+        UserError: a stage failed, or a check of the figures did.
+    """
     # The stages depend on the options, so a changed option reruns them.
     seed_hash = hashlib.sha256(app.options_hash().encode())
     if config.corpus:
@@ -40,7 +46,7 @@ def demo(config: DemoConfig) -> None:
     curves = {}
     for stage in config.road.stages:
         if stage.verb == "train":
-            curves[stage.name] = list(read_jsonl(out / stage.output / "metrics.jsonl"))
+            curves[stage.name] = list(read_jsonl(out / stage.output / layout.METRICS))
             stages[stage.name] |= demo_report.training(curves[stage.name])
     figures = demo_report.figures(out)
     checks = demo_report.checks(figures, own_text=bool(config.corpus))

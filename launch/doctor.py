@@ -1,4 +1,4 @@
-"""Check whether this machine, or every machine of a cluster, is ready to train: green, yellow or red, with remedies.
+"""Check whether this machine, or every machine of a cluster, is ready to train: ok, warning or error, with remedies.
 
     python launch/doctor.py
     torchrun --nproc_per_node 8 launch/doctor.py runs=/shared/runs model=models/llama-2-7b data=stores/cpt
@@ -7,11 +7,12 @@
 
 Checks versions and their conflicts, GPUs, disk, limits and environment variables of every host, and whether tokenizer,
 store and base model match; with several ranks also the all-reduce, ports, clocks and the shared folder. Ranks that do
-not respond are listed. Yellow: training works, but slower or with fewer features; red: training fails or is incorrect.
+not respond are listed. `warning`: training works, but slower or with fewer features; `error`: training fails or is
+incorrect.
 
 packing=true packs documents of random tokens and compares, for every attention implementation available here: loss and
 gradients of the packed documents with those of each document alone in transformers' own forward pass, and the values of
-all other documents when one document is replaced. Exits with 1 if a check is red.
+all other documents when one document is replaced. Exits with 1 if a check is an `error`.
 """
 
 import contextlib
@@ -24,6 +25,7 @@ from fireflyds.doctor import signal_guards
 
 
 def doctor(config: DoctorConfig) -> None:
+    """Runs the checks and exits with the code of `examine`."""
     with signal_guards.sigint_guard():
         code = examine(config)
     sys.exit(code)

@@ -14,6 +14,11 @@ from fireflyds.config import EvaluateConfig
 
 
 def evaluate(config: EvaluateConfig) -> None:
+    """Evaluates the tasks in order and appends each result to `scores.json`.
+
+    Raises:
+        UserError: a task or its data, or the model, is not found.
+    """
     # Heavy imports are deferred until the configuration is validated.
     from fireflyds.evaluation.results import FILE, EvaluationResult, append_result, versions
     from fireflyds.evaluation.scorer import load_evaluated_model

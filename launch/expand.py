@@ -35,6 +35,11 @@ PROOF_LINES = 20_000
 
 
 def expand(config: ExpandConfig) -> None:
+    """Plans, writes and verifies an expansion, or compares two tokenizers (`report=only`).
+
+    Raises:
+        UserError: an input cannot be read or used, or a property of the merge does not hold.
+    """
     if config.report is ReportMode.only:
         write_comparison(config)
         return
@@ -78,6 +83,7 @@ def expand(config: ExpandConfig) -> None:
 def expand_rows(
     config: ExpandConfig, base: Base, found: Expansion, sample: CorpusSample | None, out: Path
 ) -> dict[str, Any]:
+    """Writes the model with the new embedding rows to `out`. Returns the counts for the report, under `model`."""
     from fireflyds.tokenizer.rows import NewRows, expand_model
     from fireflyds.tokenizer.select import shares
 
@@ -88,12 +94,14 @@ def expand_rows(
 
 
 def proof_lines(config: ExpandConfig, sample: CorpusSample | None) -> Iterator[str]:
+    """Yields the lines for verification: at most `PROOF_LINES` of the sample and of each text."""
     yield from islice((sample.held_out + sample.learn) if sample else [], PROOF_LINES)
     for path in config.texts.values():
         yield from islice(lines(read_texts(path)), PROOF_LINES)
 
 
 def measured_texts(config: ExpandConfig, sample: CorpusSample | None) -> Iterator[tuple[str, str]]:
+    """Yields `(domain, text)` pairs for the report: `texts`, or else the held-out lines of the corpus."""
     for domain, path in config.texts.items():
         yield from ((domain, text) for text in read_texts(path))
     if sample and not config.texts:
@@ -101,6 +109,7 @@ def measured_texts(config: ExpandConfig, sample: CorpusSample | None) -> Iterato
 
 
 def refuse_broken(config: ExpandConfig, base: Base, checks: list[VerificationResult]) -> None:
+    """Raises `UserError` if a property of the merge does not hold, unless `cure=false` or the difference is known."""
     broken = [check for check in checks if not check.passed and not (check.of_auto_tokenizer and base.disagreement)]
     if config.cure and broken:
         raise UserError(
@@ -117,6 +126,7 @@ def _input_paths(texts: dict[str, str]) -> dict[str, str]:
 
 
 def write_comparison(config: ExpandConfig) -> None:
+    """Prints the comparison of `base` and `other` on texts, and writes it to `out` if that is set."""
     texts = config.texts or {"corpus": config.corpus}
     pairs = ((domain, text) for domain, path in texts.items() for text in read_texts(path))
     rows = [row.as_dict() for row in compare_tokenizers(load_encoder(config.base), load_encoder(config.other), pairs)]

@@ -18,13 +18,18 @@ from fireflyds.config import ExportConfig, ExportWhat, Precision, TrainConfig, T
 from fireflyds.errors import UserError
 from fireflyds.fs import Output, atomic_dir
 from fireflyds.metrics import trackers
-from fireflyds.runs import fingerprint
+from fireflyds.runs import fingerprint, layout
 from fireflyds.runs.find import find_run
 
 
 def export(config: ExportConfig) -> None:
+    """Writes the run's model, or its adapters, as a directory, and uploads it if `artifact` is set.
+
+    Raises:
+        UserError: the run, its base model or its checkpoint is not usable, or `out` is the base model.
+    """
     run_dir = find_run(config.runs, "run", config.run)
-    train_config = app.from_yaml(run_dir / "config.yaml", TrainConfig)
+    train_config = app.from_yaml(run_dir / layout.CONFIG, TrainConfig)
     if config.artifact:
         trackers.require_wandb_run(train_config.tracking, config.run)
     inputs = fingerprint.read_inputs(run_dir)
@@ -45,9 +50,8 @@ def export(config: ExportConfig) -> None:
     if config.artifact:
         name = trackers.log_model_artifact(train_config.tracking, config.run, run_dir, out, metadata)
         sync_hint = f"; send it with `wandb sync {run_dir}/wandb/offline-run-*`"
-        print(
-            f"{out} is the artifact {name} of its W&B run{sync_hint * (train_config.tracking.mode is WandbMode.offline)}"
-        )
+        offline = train_config.tracking.mode is WandbMode.offline
+        print(f"{out} is the artifact {name} of its W&B run{sync_hint * offline}")
 
 
 def write_model(

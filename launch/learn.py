@@ -18,6 +18,11 @@ from fireflyds.tokenizer.learn import learn_bpe, learn_byte_level
 
 
 def learn(config: LearnConfig) -> None:
+    """Learns a tokenizer from the corpus and writes its directory.
+
+    Raises:
+        UserError: the corpus cannot be read or has no text, or `vocab_size` is too small for its characters.
+    """
     with atomic_dir(Path(config.out), Output("learn")) as out:
         texts = read_texts(config.corpus)
         options = {"vocab_size": config.vocab_size, "max_piece_length": config.max_piece_length}

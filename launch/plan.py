@@ -1,7 +1,8 @@
-"""Estimate trainable parameters, memory and duration of a training run on given GPUs, without weights, network or GPU.
+r"""Estimate trainable parameters, memory and duration of a training run on given GPUs, without weights, network or GPU.
 
     python launch/plan.py experiment=firefly_llama2_7b_ext_cpt_qlora cluster=v100x4
-    python launch/plan.py experiment=firefly_llama2_7b_ext_cpt_qlora cluster=a100x8 tuning=full optim=adamw data=stores/cpt
+    python launch/plan.py experiment=firefly_llama2_7b_ext_cpt_qlora cluster=a100x8 tuning=full optim=adamw \
+      data=stores/cpt
     python launch/plan.py model=models/llama-2-7b-zh tuning=lora tuning.embeddings=new_rows optim.steps=1000 format=json
 
 Takes the keys of `launch/train.py`, and `cluster`; `run` and `data` are optional, and so is `model.path` if
@@ -18,6 +19,11 @@ from fireflyds.optim.compatibility import check_compatibility
 
 
 def plan(config: PlanConfig) -> None:
+    """Prints the parameter groups, and the memory and duration of the planned configurations.
+
+    Raises:
+        UserError: the configuration is contradictory, or a value of the cluster is missing.
+    """
     from fireflyds.metrics.flops import step_flops
     from fireflyds.models import load, tuning
     from fireflyds.optim import param_groups as groups
@@ -49,7 +55,8 @@ def plan(config: PlanConfig) -> None:
         print(json.dumps(metadata | report.as_json(training_plan, notes)))
         return
     print(
-        f"{trainable:,} of {total:,} parameters train\n{groups.format_groups(rows)}\n{report.format_plan(training_plan, notes)}"
+        f"{trainable:,} of {total:,} parameters train\n{groups.format_groups(rows)}\n"
+        f"{report.format_plan(training_plan, notes)}"
     )
 
 

@@ -26,23 +26,30 @@ from fireflyds.tokenizer.encoder import load_encoder
 
 
 def prepare(config: PrepareConfig) -> None:
+    """Writes the token store, or prints samples (`inspect`) or statistics (`stats=only`).
+
+    Raises:
+        UserError: a source, the tokenizer or `out` is missing or unusable, or too many rows are unreadable.
+    """
     out = Path(config.out or config.data.store)
     if config.stats is StatsMode.only:
         print_stats(out)
         return
     if not config.data.sources:
         raise UserError(
-            "data.sources is empty: give data=<file, folder or glob> or an option of conf/data that lists sources"
+            "is empty",
+            key="data.sources",
+            remedy="Give data=<file, folder or glob>, or an option of conf/data that lists sources",
         )
     if not config.tokenizer:
-        raise UserError("tokenizer is not set: prepare needs it", remedy="Give tokenizer=<directory or .model>")
+        raise UserError("is not set; prepare needs it", key="tokenizer", remedy="Give tokenizer=<directory or .model>")
     registry.find("fireflyds.data.templates", config.template)
     encoder = load_encoder(config.tokenizer)
     if config.inspect:
         show.print_samples(config, encoder)
         return
     if out == Path():
-        raise UserError("out is empty and data.store too: give out=<folder>")
+        raise UserError("is empty and data.store too", key="out", remedy="Give out=<folder>")
     refuse_overlap(config, out)
     tasks = plan_tasks(config, encoder.fingerprint())
     made_from = store_provenance(config, encoder.fingerprint(), tasks)
@@ -78,6 +85,7 @@ def refuse_overlap(config: PrepareConfig, out: Path) -> None:
 
 
 def print_stats(out: Path) -> None:
+    """Prints the statistics of the store at `out` and plots its document lengths in `stats.png`."""
     store = TokenStore(out)
     print(show.format_manifest(store.manifest))
     print(show.histogram(store))

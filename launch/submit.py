@@ -31,11 +31,18 @@ from fireflyds.config import (
 )
 from fireflyds.errors import UserError
 from fireflyds.pipelines import runner
-from fireflyds.runs import config_diff
+from fireflyds.runs import config_diff, layout
 from fireflyds.runs import find as run_names
 
 
 def submit(config: SubmitConfig, rest: list[str]) -> None:
+    """Submits the verb or the stages of the road, or runs `action` on submitted jobs.
+
+    `rest` are the arguments for the verb.
+
+    Raises:
+        UserError: an input of a job is missing or invalid, or the scheduler refuses a job.
+    """
     if config.action is not SubmitAction.submit:
         _run_action(config, rest)
         return
@@ -75,7 +82,10 @@ def _plan_verb(config: SubmitConfig, rest: list[str]) -> tuple[Path, list[Planne
     if verb not in VERBS or not VERBS[verb].submittable:
         submittable = ", ".join(name for name, record in VERBS.items() if record.submittable)
         raise UserError(
-            f"verb={verb}: is not submitted. Known: {submittable}" + ("; road=demo does" if verb == "demo" else "")
+            "is not submitted",
+            key="verb",
+            value=verb,
+            remedy=f"Known: {submittable}" + ("; road=demo does" if verb == "demo" else ""),
         )
     fields = VERBS[verb].config.__dataclass_fields__
     run_overrides = [f"run={config.run}"] if config.run and "run" in fields else []
@@ -83,7 +93,7 @@ def _plan_verb(config: SubmitConfig, rest: list[str]) -> tuple[Path, list[Planne
     composed = app.compose(verb, [*rest, *run_overrides])
     name = config.run or getattr(composed, "run", "")
     if not name:
-        raise UserError(f"run is not set: give run=<name>, which identifies the job of {verb}")
+        raise UserError(f"is not set; it identifies the job of {verb}", key="run", remedy="Give run=<name>")
     _check_inputs(verb, composed, config.cluster)
     folder = Path(config.runs) / name
     run_dir = folder if isinstance(composed, TrainConfig) else None
@@ -121,7 +131,7 @@ def _plan_pipeline(config: SubmitConfig, rest: list[str]) -> tuple[Path, list[Pl
 
 def _compose_stage(file: Path, stage: StageConfig) -> Any:
     if stage.verb not in VERBS or not VERBS[stage.verb].submittable:
-        raise UserError(f"stage {stage.name}: verb={stage.verb} is not submitted", key=file)
+        raise UserError(f"stage {stage.name}: verb={stage.verb} is not submitted", key=file, remedy="Remove the stage")
     return app.compose(stage.verb, stage.overrides)
 
 
@@ -146,14 +156,15 @@ def _check_inputs(
 
 def _run_action(config: SubmitConfig, rest: list[str]) -> None:
     if rest:
-        raise UserError(f"action={config.action.name} takes run= and runs= only", key=rest[0])
+        raise UserError(f"action={config.action.name} takes run= and runs= only", key=rest[0], remedy="Leave it out")
     folder = Path(config.runs) / config.run
     records = submission.read_job_records(folder)
     if not records:
         raise UserError(
-            f"nothing was submitted under this name in {config.runs} (no {folder / submission.RECORDS})",
+            f"nothing was submitted under this name in {config.runs} (no {folder / layout.JOBS})",
             key="run",
             value=config.run,
+            remedy="Give the run= or the runs= of the submit command",
         )
     if config.action is SubmitAction.logs:
         print(report.logs(records, config.lines))
@@ -162,9 +173,8 @@ def _run_action(config: SubmitConfig, rest: list[str]) -> None:
     if config.action is SubmitAction.cancel:
         active = [record for record in records if states[record.id].active]
         slurm.cancel([record.id for record in active])
-        print(
-            f"cancelled: {', '.join(f'{record.name} (job {record.id})' for record in active) or 'nothing, no job was active'}"
-        )
+        names = ", ".join(f"{record.name} (job {record.id})" for record in active)
+        print(f"cancelled: {names or 'nothing, no job was active'}")
         return
     print(report.status(records, states))
 

@@ -1,8 +1,9 @@
-"""Search for good values of some keys: a study of training runs, several at a time, on this machine or as Slurm jobs.
+r"""Search for good values of some keys: a study of training runs, several at a time, on this machine or as Slurm jobs.
 
-    python launch/sweep.py study=sft_lr sweep=lr_and_r experiment=demo_sft sweep.trials=12 sweep.parallel=2 cluster=local_cpu
-    python launch/sweep.py study=lr cluster=slurm cluster.nodes=2 sweep.space.optim.lr='{low: 1e-5, high: 1e-3, log: true}' \\
-      model=llama-2-7b-zh data=stores/sft tuning=qlora optim.epochs=1
+    python launch/sweep.py study=sft_lr sweep=lr_and_r experiment=demo_sft \
+      sweep.trials=12 sweep.parallel=2 cluster=local_cpu
+    python launch/sweep.py study=lr cluster=slurm cluster.nodes=2 model=llama-2-7b-zh \
+      sweep.space.optim.lr='{low: 1e-5, high: 1e-3, log: true}' data=stores/sft tuning=qlora optim.epochs=1
 
 Keys that are not listed here are passed to `train`, the same for every trial. A trial is a run, `<study>/trial-0000`
 and so on, and can be exported like any other. The same command resumes an interrupted or killed study. Writes
@@ -28,6 +29,13 @@ FREE = ("trials", "parallel", "poll_seconds", "retries", "pruner", "startup_tria
 
 
 def sweep(config: SweepConfig, rest: list[str]) -> None:
+    """Runs or resumes the study and prints its results.
+
+    `rest` are the arguments for `train`, the same in every trial.
+
+    Raises:
+        UserError: a range or an argument is invalid, the study has other settings, or no trial completed.
+    """
     if reserved := [word for word in rest if word.lstrip("+").startswith(("run=", "runs=", "tracking.group="))]:
         raise UserError(
             f"trials get theirs from study={config.study} and runs={config.runs}", key=reserved[0], remedy="Remove it"
@@ -63,7 +71,7 @@ def sweep(config: SweepConfig, rest: list[str]) -> None:
         raise KeyboardInterrupt
     if study.best is None:
         raise UserError(
-            f"no trial completed. {folder / 'trials.md'} lists the reasons", key="study", value=config.study
+            "no trial completed", key="study", value=config.study, remedy=f"See {folder / 'trials.md'} for the reasons"
         )
 
 

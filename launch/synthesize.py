@@ -25,12 +25,14 @@ HELDOUT_EVERY = 20
 
 
 def synthesize(config: SynthesizeConfig) -> None:
+    """Writes the corpus of the demo and prints the size of each file.
+
+    Raises:
+        UserError: the world is too small for the options, or `corpus` has one document only.
+    """
     rng = random.Random(config.seed)
-    try:
-        worlds = {lang.code: build_world(lang, config.num_entities, rng) for lang in (CHINESE, ENGLISH)}
-        question_facts, dialogue_facts = split_facts(worlds["zh"], config.num_questions, rng)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    worlds = {lang.code: build_world(lang, config.num_entities, rng) for lang in (CHINESE, ENGLISH)}
+    question_facts, dialogue_facts = split_facts(worlds["zh"], config.num_questions, rng)
     user_texts = list(read_texts(config.corpus)) if config.corpus else []
     if len(user_texts) == 1:
         raise UserError(

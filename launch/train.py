@@ -14,6 +14,11 @@ from fireflyds.config import TrainConfig
 
 
 def train(config: TrainConfig) -> None:
+    """Trains or resumes the run and ends the process with its exit code.
+
+    Raises:
+        UserError: the configuration or an input is invalid.
+    """
     # Heavy imports are deferred until the configuration is validated.
     from fireflyds.distributed.collectives import exit_process
     from fireflyds.train.trainer import Trainer

@@ -70,8 +70,12 @@ def verbs_in(folder: Path):
         )
         done = subprocess.run(
             [*head, str(ROOT / "launch" / f"{name}.py"), *arguments],
-            cwd=folder, capture_output=True, text=True, env=environment, timeout=280,
-        )  # fmt: skip
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=280,
+        )
         if check:
             assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         return done

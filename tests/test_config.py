@@ -28,13 +28,13 @@ def test_overrides_reach_the_typed_config() -> None:
     [
         ([*GOOD, "optim.stepz=3"], "Did you mean optim.steps"),
         ([*GOOD, "experiment=demo_ctp"], "demo_cpt"),
-        (GOOD[1:], "run is not set"),
+        (GOOD[1:], "run: is not set; train needs"),
         ([*GOOD, "seq_len=abc"], "seq_len"),
         ([*GOOD, "seq_len=0"], "seq_len=0: must be at least 2"),
         ([*GOOD, "zero.stage=4"], "zero.stage=4: must be 0, 1, 2 or 3"),
         ([*GOOD, "zero.offload_param=cpu"], "needs zero.stage=3"),
         (["run=x", "model=nonsense", "data=s/t", "optim.steps=3"], "Known: "),
-        (GOOD[:3], "optim.steps and optim.epochs are both unset"),
+        (GOOD[:3], "optim.steps: is unset and so is optim.epochs"),
         ([*GOOD, "tuning=qlora", "tuning.r=0"], "tuning.r=0"),
         ([*GOOD, "checkpoint.keep_every=0"], "checkpoint.keep_every=0: must be at least 1"),
         ([*GOOD, "recovery.rollback_above=1"], "recovery.rollback_above=1.0: must be greater than 1"),
@@ -47,7 +47,7 @@ def test_overrides_reach_the_typed_config() -> None:
         ([*GOOD, "hardware.initial_scale_power=-3"], "hardware.initial_scale_power=-3: must be from 0 to 32"),
         ([*GOOD, "init_from=x"], "init_from=x: is the run itself"),
     ],
-)  # fmt: skip
+)
 def test_wrong_input_is_named_with_its_remedy(overrides: list[str], expected: str) -> None:
     with pytest.raises(UserError) as caught:
         app.compose("train", overrides)
@@ -93,7 +93,7 @@ def test_a_composed_config_survives_its_yaml(tmp_path: Path) -> None:
 
 def test_a_model_without_its_directory_says_so_first() -> None:
     made = app.compose("train", ["run=x", "model=llama2_7b", "data=some/store", "optim.steps=3"])
-    with pytest.raises(UserError, match="model.path is empty"):
+    with pytest.raises(UserError, match="model.path: is empty"):
         assert made.model.tokenizer_path
 
 

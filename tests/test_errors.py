@@ -1,5 +1,7 @@
-"""Errors carry their parts as fields; the message is composed of them, and the kind decides the exit code and the status."""
+"""Errors carry their parts as fields; the message is composed of them, and the kind decides the exit code and the
+status."""
 
+import ast
 import json
 import pickle
 from pathlib import Path
@@ -8,6 +10,14 @@ import pytest
 
 from fireflyds.errors import DivergedError, LostRankError, UserError
 from fireflyds.runs.status import Status
+
+ROOT = Path(__file__).parents[1]
+# Files that raise again an error of another rank, whose text already ends with its remedy.
+CARRIED = {
+    "fireflyds/distributed/collectives.py": 1,
+    "fireflyds/distributed/local_cache.py": 1,
+    "fireflyds/distributed/preflight.py": 2,
+}
 
 
 @pytest.mark.parametrize(
@@ -61,3 +71,14 @@ def test_the_status_records_the_kind_of_an_error(tmp_path: Path, error: Exceptio
         raise error
     status = json.loads((tmp_path / "status.json").read_text())
     assert (status["state"], status["kind"], status["exit_code"], status["message"]) == ("failed", kind, exit_code, "x")
+
+
+def test_every_user_error_has_a_remedy() -> None:
+    without: dict[str, list[int]] = {}
+    for path in sorted(path for folder in ("fireflyds", "launch") for path in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or any(keyword.arg == "remedy" for keyword in node.keywords):
+                continue
+            if ast.unparse(node.func).split(".")[-1] in ("UserError", "LostRankError", "DivergedError"):
+                without.setdefault(path.relative_to(ROOT).as_posix(), []).append(node.lineno)
+    assert {file: len(lines) for file, lines in without.items()} == CARRIED, without

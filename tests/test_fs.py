@@ -205,6 +205,6 @@ def test_one_writer_at_a_time_also_where_the_lock_file_is_removed(tmp_path: Path
 
 
 def test_a_lock_is_given_up_when_it_is_closed(tmp_path: Path) -> None:
-    with lock_file(tmp_path / "lock", "busy"), pytest.raises(UserError, match="^busy$"):
-        lock_file(tmp_path / "lock", "busy")
-    lock_file(tmp_path / "lock", "busy").close()
+    with lock_file(tmp_path / "lock", UserError("busy")), pytest.raises(UserError, match="^busy$"):
+        lock_file(tmp_path / "lock", UserError("busy"))
+    lock_file(tmp_path / "lock", UserError("busy")).close()

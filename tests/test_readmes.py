@@ -33,8 +33,13 @@ ELLIPSIS = {
 ROOMS = sorted(path.parent.name for path in (ROOT / "fireflyds").glob("*/__init__.py"))
 # Folders in which every file is an entry of the same kind; a README names the folder only.
 REGISTRIES = (
-    "data/formats", "data/templates", "evaluation/tasks", "models/families", "optim/optimizers", "train/objectives",
-)  # fmt: skip
+    "data/formats",
+    "data/templates",
+    "evaluation/tasks",
+    "models/families",
+    "optim/optimizers",
+    "train/objectives",
+)
 SOURCES = ("benchmarks", "fireflyds", "kernels", "launch", "tests")
 RESULTS = ROOT / "benchmarks" / "results"
 

@@ -85,7 +85,7 @@ def copy_initial_weights(config: TrainConfig, identity: dict[str, Any]) -> None:
         return
     earlier_dir = find_run(config.runs, "init_from", config.init_from)
     newest = find_checkpoint(earlier_dir, None)
-    earlier = app.from_yaml(earlier_dir / "config.yaml", TrainConfig)
+    earlier = app.from_yaml(earlier_dir / layout.CONFIG, TrainConfig)
     recorded = read_inputs(earlier_dir)
     for key, remedy in (
         ("base", f"Give model={earlier.model.path or 'as there'}, or export that run and give model=<its export>"),
@@ -94,9 +94,10 @@ def copy_initial_weights(config: TrainConfig, identity: dict[str, Any]) -> None:
     ):
         if recorded.get(key) != identity[key]:
             raise UserError(
-                f"that run's {key} is {_short(recorded.get(key))}, this one's {_short(identity[key])}. {remedy}",
+                f"that run's {key} is {_short(recorded.get(key))}, this one's {_short(identity[key])}",
                 key="init_from",
                 value=config.init_from,
+                remedy=remedy,
             )
     weights = read_trainable_weights(newest)
     if (earlier_dir / layout.START).is_dir():

@@ -14,7 +14,7 @@ from fireflyds.checkpoint import shard_files
 from fireflyds.checkpoint.restore import restore_latest
 from fireflyds.checkpoint.retention import checkpoints_to_delete, read_checkpoint_info
 from fireflyds.checkpoint.shard_files import FORMAT_VERSION, MANIFEST
-from fireflyds.checkpoint.storage import CheckpointStorage, LocalStorage, step_of
+from fireflyds.checkpoint.storage import CheckpointStorage, step_of
 from fireflyds.config import CheckpointConfig
 from fireflyds.distributed.collectives import run_on_rank_zero
 from fireflyds.errors import UserError
@@ -32,7 +32,8 @@ _EXIT_WAIT_SECONDS = 60.0
 class TrainableWeightsSink(Protocol):
     """Adds metadata of the trained weights to a checkpoint on rank 0; raises `UserError` if these are incomplete."""
 
-    def write(self, folder: Path, step: int, skipped: int) -> None: ...
+    def write(self, folder: Path, step: int, skipped: int) -> None:
+        """Writes the metadata to `folder`. `skipped`: number of optimizer steps skipped before step `step`."""
 
 
 class CheckpointManager:
@@ -42,11 +43,10 @@ class CheckpointManager:
     """
 
     def __init__(
-        self, engine: Engine, run_dir: Path, config: CheckpointConfig, weights_sink: TrainableWeightsSink
+        self, engine: Engine, storage: CheckpointStorage, config: CheckpointConfig, weights_sink: TrainableWeightsSink
     ) -> None:
         self._engine, self._config, self._weights_sink = engine, config, weights_sink
-        self._storage = LocalStorage(run_dir)
-        self._folder = self._storage.folder
+        self._storage = storage
         self._thread: threading.Thread | None = None
         self._written, self._abandoned = threading.Event(), threading.Event()
         self._failure: BaseException | None = None
@@ -130,7 +130,7 @@ class CheckpointManager:
             self._abandoned.set()
             raise UserError(
                 f"the newest checkpoint was not saved ({messages[0]}). The previous one is intact",
-                key=self._folder,
+                key=self._storage.location,
                 remedy="Correct the cause, and run the same command again",
             ) from self._failure
 
@@ -161,7 +161,11 @@ class CheckpointManager:
         try:
             self._prune(step)
         except OSError as error:  # the new checkpoint is complete nevertheless
-            print(f"warning: {self._folder}: old checkpoints were not removed ({error})", file=sys.stderr, flush=True)
+            print(
+                f"warning: {self._storage.location}: old checkpoints were not removed ({error})",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _prune(self, saved: int) -> None:
         """Delete the checkpoints that are not to be kept after step `saved`.
@@ -186,7 +190,7 @@ class CheckpointManager:
             self._storage.remove_leftovers()
         except OSError as error:
             raise UserError(
-                f"cannot be written ({error.strerror})", key=self._folder, remedy="Give another runs="
+                f"cannot be written ({error.strerror})", key=self._storage.location, remedy="Give another runs="
             ) from error
 
     def _require_space(self) -> None:
@@ -214,6 +218,6 @@ def _require_free_space(storage: CheckpointStorage, needed: int) -> None:
         raise UserError(
             f"a checkpoint takes {needed / 2**30:.2f} GiB and the disk has {free / 2**30:.2f} GiB free. "
             "Earlier checkpoints are intact",
-            key=storage.staging("").parent,
+            key=storage.location,
             remedy="Free space, lower checkpoint.keep or set checkpoint.max_gib, then run the same command again",
         )

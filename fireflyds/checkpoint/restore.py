@@ -7,7 +7,7 @@ from typing import Any
 import torch.distributed as dist
 
 from fireflyds.checkpoint.shard_files import FORMAT_VERSION, MANIFEST, ShardReader, find_corruption
-from fireflyds.checkpoint.storage import CheckpointStorage, LocalStorage
+from fireflyds.checkpoint.storage import CheckpointStorage, storage_of
 from fireflyds.errors import UserError
 from fireflyds.fs import read_json
 from fireflyds.runs import layout
@@ -44,7 +44,7 @@ def restore_latest(
     if listed[0]:
         raise UserError(
             f"all {len(listed[0])} checkpoints are damaged",
-            key=storage.open(listed[0][-1]).parent,
+            key=storage.location,
             remedy="Restore one from a backup, or remove the folder to start the run from the beginning",
         )
     return TrainState()
@@ -76,7 +76,7 @@ def find_checkpoint(run_dir: Path, step: int | None) -> Path:
     Raises:
         UserError: there is none; the message lists the existing ones.
     """
-    storage = LocalStorage(run_dir)
+    storage = storage_of(run_dir)
     available = storage.list()
     if not available:
         raise UserError(f"{run_dir} has no checkpoint", key="run", remedy="Train it first, or check the name")

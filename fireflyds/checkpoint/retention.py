@@ -21,6 +21,7 @@ class CheckpointInfo:
 
 
 def read_checkpoint_info(folder: Path, step: int, metric: str) -> CheckpointInfo:
+    """Returns step, size in bytes and recorded value of `metric` (None if empty or absent) of a checkpoint folder."""
     return CheckpointInfo(step, num_bytes_of(folder), _recorded_metric(folder, metric) if metric else None)
 
 

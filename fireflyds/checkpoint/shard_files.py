@@ -1,7 +1,7 @@
 """Shard files of a checkpoint: slices of parameters, named by parameter and offset, for reading on any number of ranks.
 
-A rank's file `rank-00001.safetensors` holds one-dimensional tensors named `<parameter>|<first element>|<kind>`. Kinds are
-`master` (the weights in the optimizer's dtype), the optimizer's states (`exp_avg`, ...), and its scalar states
+A rank's file `rank-00001.safetensors` holds one-dimensional tensors named `<parameter>|<first element>|<kind>`. Kinds
+are `master` (the weights in the optimizer's dtype), the optimizer's states (`exp_avg`, ...), and its scalar states
 (`#step`), of one element each. States that belong to a rank's whole partition, and cannot be divided, are named
 `raw|<number of the partition>|<kind>`.
 """
@@ -108,6 +108,7 @@ class ShardReader:
 
     @property
     def has_opaque_states(self) -> bool:
+        """True where a saved state cannot be sliced with the weights, such as one quantised in blocks."""
         return any(name.startswith(f"{OPAQUE}|") for name, _ in self._index)
 
     def opaque_states(self, rank: int, number: int) -> dict[str, Tensor]:
@@ -157,8 +158,8 @@ class ShardReader:
                 raise UserError(
                     f"{name} was not saved completely ({num_elements} elements of {[*shape]})",
                     key=self.folder,
-                    remedy="The previous checkpoint is intact; all ranks must write to the same folder: give runs= on a "
-                    "disk that all nodes share",
+                    remedy="The previous checkpoint is intact; all ranks must write to the same folder: give runs= on "
+                    "a disk that all nodes share",
                 )
         if not any(values.any() for name in expected for values in [self.read(name, MASTER, 0, self._numel(name))]):
             raise UserError(

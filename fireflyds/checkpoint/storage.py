@@ -13,6 +13,10 @@ from fireflyds.runs import layout
 class CheckpointStorage(Protocol):
     """Checkpoints by name (`step-000100`). Those that `list` returns are complete; all other folders are ignored."""
 
+    @property
+    def location(self) -> str:
+        """Where the checkpoints are, for messages."""
+
     def list(self) -> list[str]:
         """Names of the complete checkpoints, sorted by step."""
 
@@ -44,22 +48,32 @@ class LocalStorage:
     def __init__(self, run_dir: Path) -> None:
         self.folder = run_dir / layout.CHECKPOINTS
 
+    @property
+    def location(self) -> str:
+        """The folder of all checkpoints."""
+        return str(self.folder)
+
     def list(self) -> list[str]:
+        """Names of the complete checkpoints, by ascending step."""
         names = [path.name for path in self.folder.glob(f"{layout.STEP_PREFIX}*")]
         # Other names, such as `step-000100.bak`, are copies that users made.
         return sorted((name for name in names if name.removeprefix(layout.STEP_PREFIX).isdecimal()), key=step_of)
 
     def open(self, name: str) -> Path:
+        """Folder of a complete checkpoint."""
         return self.folder / name
 
     def staging(self, name: str) -> Path:
+        """Folder in which a checkpoint is written before `commit`."""
         return self.folder / f".{name}.partial"
 
     def begin(self, name: str) -> None:
+        """Creates the empty staging folder, in place of an earlier one."""
         shutil.rmtree(self.staging(name), ignore_errors=True)
         self.staging(name).mkdir(parents=True)
 
     def commit(self, name: str) -> None:
+        """Moves the staging folder to its final name, and writes that name to `latest`."""
         folder = self.folder / name
         shutil.rmtree(folder, ignore_errors=True)
         self.staging(name).rename(folder)
@@ -67,18 +81,26 @@ class LocalStorage:
         atomic_write_text(self.folder / layout.LATEST, f"{name}\n")
 
     def remove(self, name: str) -> None:
+        """Renames the checkpoint, then deletes it."""
         # Removal takes time: what an interrupted one leaves must not look like a complete checkpoint.
         removed = self.folder / f".{name}.dropped"
         (self.folder / name).rename(removed)
         shutil.rmtree(removed, ignore_errors=True)
 
     def remove_leftovers(self) -> None:
+        """Deletes incomplete folders, of interrupted saves and of interrupted removals."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in [*self.folder.glob(".*.partial"), *self.folder.glob(".*.dropped")]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def free_bytes(self) -> int:
+        """Free space of the file system, in bytes."""
         return shutil.disk_usage(self.folder).free
+
+
+def storage_of(run_dir: Path) -> CheckpointStorage:
+    """The storage of a run's checkpoints."""
+    return LocalStorage(run_dir)
 
 
 def step_of(name: str) -> int:
@@ -97,5 +119,6 @@ def num_bytes_of(folder: Path) -> int:
 
 
 def sha256_of(file: Path) -> str:
+    """Hexadecimal SHA-256 of a file's content."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -52,9 +52,11 @@ class TrainableWeights:
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
+        """Iterates over names and tensors: first the adapters, then the other trained weights."""
         return chain(self.adapters.items(), self.weights.items())
 
     def names(self) -> set[str]:
+        """Names of all tensors, adapters and other trained weights."""
         return {*self.adapters, *self.weights}
 
     def over(self, earlier: "TrainableWeights") -> "TrainableWeights":
@@ -89,6 +91,7 @@ def base_name(name: str) -> str:
 
 
 def is_adapter(name: str) -> bool:
+    """True for the name of a LoRA parameter."""
     return ".lora_" in name
 
 

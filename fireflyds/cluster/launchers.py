@@ -14,12 +14,15 @@ import psutil
 from fireflyds.cluster import script, slurm, submission
 from fireflyds.config import ClusterConfig, Scheduler
 from fireflyds.errors import UserError
+from fireflyds.runs import layout
 
 _PID = "logs/launcher.pid"
 LOG = "logs/launcher.log"
 
 
 class Launcher(Protocol):
+    """Starts, observes and ends trials; each is identified by its run directory."""
+
     def start(self, run_dir: Path, slot: int) -> None:
         """Starts training from the run's frozen `config.yaml`; `slot` is the index among concurrent trials."""
 
@@ -68,8 +71,9 @@ class LocalLauncher:
         self._started: dict[Path, subprocess.Popen[bytes]] = {}
 
     def start(self, run_dir: Path, slot: int) -> None:
+        """Starts the run as a process in a new session, on the GPUs or cores of `slot`, with its output in `LOG`."""
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-        train = [str(script.LAUNCH / "train.py"), "--config", str(run_dir / "config.yaml")]
+        train = [str(script.LAUNCH / "train.py"), "--config", str(run_dir / layout.CONFIG)]
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self._ranks}"]
         command = [*(torchrun if self._ranks > 1 else [sys.executable]), *train]
         environment = dict(os.environ)
@@ -84,12 +88,17 @@ class LocalLauncher:
         slot_cores = cores[slot :: self._parallel] if not self._gpus else cores
         with (run_dir / LOG).open("ab") as log:
             self._started[run_dir] = subprocess.Popen(
-                ["sh", "-c", shell], env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                ["sh", "-c", shell],
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
                 # Concurrent trials on CPUs get disjoint cores: sharing them slows all of them down.
                 preexec_fn=lambda: os.sched_setaffinity(0, slot_cores or cores),
-            )  # fmt: skip
+            )
 
     def is_running(self, run_dir: Path) -> bool:
+        """True while the process of the run is alive, including one started by an earlier sweep process."""
         if run_dir in self._started:
             return self._started[run_dir].poll() is None
         return self._process(run_dir) is not None
@@ -98,15 +107,17 @@ class LocalLauncher:
         """Returns the live process of the run, or None. Compares the command line: PIDs are reused."""
         with contextlib.suppress(OSError, ValueError, psutil.Error):
             process = psutil.Process(int((run_dir / _PID).read_text()))
-            if process.status() != psutil.STATUS_ZOMBIE and str(run_dir / "config.yaml") in " ".join(process.cmdline()):
+            if process.status() != psutil.STATUS_ZOMBIE and str(run_dir / layout.CONFIG) in " ".join(process.cmdline()):
                 return process
         return None
 
     def stop(self, run_dir: Path) -> bool:
+        """Sends SIGTERM to the process, which saves and exits. Returns True."""
         self._signal(run_dir, signal.SIGTERM)
         return True
 
     def kill(self, run_dir: Path) -> None:
+        """Sends SIGKILL to the process."""
         self._signal(run_dir, signal.SIGKILL)
 
     def _signal(self, run_dir: Path, number: signal.Signals) -> None:
@@ -133,7 +144,8 @@ class SlurmLauncher:
         self._cluster = cluster
 
     def start(self, run_dir: Path, slot: int) -> None:
-        config = (run_dir / "config.yaml").read_text(encoding="utf-8")
+        """Submits the run as a Slurm job; `slot` is not used."""
+        config = (run_dir / layout.CONFIG).read_text(encoding="utf-8")
         planned = submission.plan_job("train", self._name(run_dir), run_dir, run_dir, config)
         submission.submit([planned], self._cluster, run_dir)
 
@@ -149,10 +161,13 @@ class SlurmLauncher:
         )
 
     def is_running(self, run_dir: Path) -> bool:
+        """True while a job of the run is pending or running."""
         return bool(self._jobs(run_dir))
 
     def stop(self, run_dir: Path) -> bool:
+        """Returns False: jobs keep running when the sweep is interrupted."""
         return False
 
     def kill(self, run_dir: Path) -> None:
+        """Cancels the jobs of the run."""
         slurm.cancel(self._jobs(run_dir))

@@ -8,6 +8,7 @@ from pathlib import Path
 from fireflyds.cluster.script import code_file
 from fireflyds.cluster.slurm import JobState
 from fireflyds.cluster.submission import JobRecord
+from fireflyds.runs import layout
 
 # Explanations of Slurm's reasons for a pending job.
 _REASONS = {
@@ -16,13 +17,21 @@ _REASONS = {
     "Dependency": "waits for the previous job",
     "DependencyNeverSatisfied": "the previous job failed",
     "BeginTime": "was requeued, starts again soon",
-    "PartitionTimeLimit": "requests more time than the partition allows: it will never start. Cancel it, give a shorter cluster.time",
-    "PartitionNodeLimit": "requests more nodes than the partition allows: it will never start. Cancel it, give another cluster.partition",
+    "PartitionTimeLimit": (
+        "requests more time than the partition allows: it will never start. Cancel it, give a shorter cluster.time"
+    ),
+    "PartitionNodeLimit": (
+        "requests more nodes than the partition allows: it will never start. Cancel it, give another cluster.partition"
+    ),
     "ReqNodeNotAvail": "the nodes are down, reserved or draining",
-    "Nodes_required_for_job_are_DOWN,_DRAINED_or_reserved_for_jobs_in_higher_priority_partitions": "waits for nodes that are down or drained",
+    "Nodes_required_for_job_are_DOWN,_DRAINED_or_reserved_for_jobs_in_higher_priority_partitions": (
+        "waits for nodes that are down or drained"
+    ),
     "JobHeldUser": "is held: release it with `scontrol release`",
     "JobHeldAdmin": "is held by an administrator",
-    "launch_failed_requeued_held": "could not be started on its node and is held: check the log, then `scontrol release`",
+    "launch_failed_requeued_held": (
+        "could not be started on its node and is held: check the log, then `scontrol release`"
+    ),
 }
 _TAIL_BYTES = 1 << 16
 
@@ -50,16 +59,16 @@ def status(records: Sequence[JobRecord], states: Mapping[str, JobState]) -> str:
 
 def _progress(folder: Path) -> list[str]:
     """Returns the state and step of a run and the age of its last update, from `status.json` and `metrics.jsonl`."""
-    file = folder / "status.json"
+    file = folder / layout.STATUS
     if not file.exists():
         return ["training has not started"]
     run_status = json.loads(file.read_text(encoding="utf-8"))
     age = time.time() - file.stat().st_mtime
     step = run_status["step"]
-    rows = _last_lines(folder / "metrics.jsonl", 1)
+    rows = _last_lines(folder / layout.METRICS, 1)
     if rows and run_status["state"] == "running":
         row = json.loads(rows[0])
-        step, age = row["step"], time.time() - (folder / "metrics.jsonl").stat().st_mtime
+        step, age = row["step"], time.time() - (folder / layout.METRICS).stat().st_mtime
     details = [f"run is {run_status['state']} at step {step} of {run_status['total_steps']}, {age:.0f} s ago"]
     return details + ([run_status["message"]] if run_status["message"] else [])
 

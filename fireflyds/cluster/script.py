@@ -36,6 +36,7 @@ class Job:
 
     @property
     def done(self) -> Path:
+        """Path of the file that is written when the job succeeds."""
         return self.script.with_suffix(".done")
 
     @property
@@ -45,6 +46,7 @@ class Job:
 
 
 def code_file(script: Path) -> Path:
+    """Path of the file with the exit code of the last start of a job script."""
     return script.with_suffix(".code")
 
 
@@ -178,9 +180,12 @@ def _exit_lines(job: Job, cluster: ClusterConfig) -> list[str]:
             "# 0: all steps are done. 2: invalid input. 76: a STOP file. After any other code (75: time limit or",
             "# preemption; otherwise a lost rank or node) the job is requeued, as long as there are newer checkpoints.",
             'case "$code" in 0 | 2 | 76) exit "$code" ;; esac',
-            f'saved=$(ls -d {checkpoints}/step-* 2> /dev/null | sort -V | tail -n 1); echo "${{saved:-none}}" >> {requeues}',
-            f"if [ \"$(tail -n {max_starts} {requeues} | uniq -c | awk 'NR == 1 {{print $1}}')\" = {max_starts} ]; then",
-            f'  echo "exited with code $code, {max_starts} times in a row without a newer checkpoint: not requeued"; exit "$code"',
+            f'saved=$(ls -d {checkpoints}/step-* 2> /dev/null | sort -V | tail -n 1); echo "${{saved:-none}}" >> '
+            f"{requeues}",
+            f"if [ \"$(tail -n {max_starts} {requeues} | uniq -c | awk 'NR == 1 {{print $1}}')\" = {max_starts} ]; "
+            "then",
+            f'  echo "exited with code $code, {max_starts} times in a row without a newer checkpoint: not requeued"; '
+            'exit "$code"',
             "fi",
             'echo "exited with code $code: requeued"',
             'scontrol requeue "$SLURM_JOB_ID"',

@@ -16,22 +16,48 @@ _UNREACHABLE = "Unable to contact|Connection refused|connect failure|timed out"
 _QUEUE_FULL = "queue is full|temporarily unable to accept|MaxSubmit"
 # Pattern of Slurm's error text, and the remedy with the key to change.
 _REMEDIES = (
-    ("Max\\w*(Wall|PerJob)|Max(Wall|Node|Cpu|Gres)\\w*Limit", "the limit of a single job is exceeded: give a shorter cluster.time or fewer cluster.nodes; `sacctmgr show qos,associations` shows the limits"),
-    (f"{_QUEUE_FULL}|QOSMax|AssocMax|AssocGrp|QOSGrp", "the queue accepts no more of your jobs; wait until some have ended, or give another cluster.qos or cluster.account"),
+    (
+        "Max\\w*(Wall|PerJob)|Max(Wall|Node|Cpu|Gres)\\w*Limit",
+        "the limit of a single job is exceeded: give a shorter cluster.time or fewer cluster.nodes; `sacctmgr show "
+        "qos,associations` shows the limits",
+    ),
+    (
+        f"{_QUEUE_FULL}|QOSMax|AssocMax|AssocGrp|QOSGrp",
+        "the queue accepts no more of your jobs; wait until some have ended, or give another cluster.qos or "
+        "cluster.account",
+    ),
     ("account", "give cluster.account=<one of yours>; `sacctmgr show associations user=$USER` lists them"),
     ("partition", "give cluster.partition=<one of `sinfo`>"),
     ("qos", "give cluster.qos=<one of `sacctmgr show qos`>"),
     ("time limit", "give a shorter cluster.time; `sinfo` shows the limit of each partition"),
     ("feature|constraint", "give another cluster.constraint; `sinfo -o '%n %f'` lists the features of nodes"),
-    ("gres|generic resource", "this cluster has another name for its GPUs: see `sinfo -o '%n %G'`, give cluster.sbatch=--gres=gpu:8 or cluster.gpu=cpu"),
-    ("node configuration|node count|Memory|CPU count", "no node has the requested resources: compare cluster.nodes, gpus_per_node, cpus_per_task and memory with `sinfo -o '%n %c %m %G'`"),
+    (
+        "gres|generic resource",
+        "this cluster has another name for its GPUs: see `sinfo -o '%n %G'`, give cluster.sbatch=--gres=gpu:8 or "
+        "cluster.gpu=cpu",
+    ),
+    (
+        "node configuration|node count|Memory|CPU count",
+        "no node has the requested resources: compare cluster.nodes, gpus_per_node, cpus_per_task and memory with "
+        "`sinfo -o '%n %c %m %G'`",
+    ),
     (_UNREACHABLE, "the controller does not respond: check `scontrol ping` and SLURM_CONF"),
     ("unrecognized option|invalid option", "this version of Slurm does not have the option: check cluster.sbatch"),
-)  # fmt: skip
+)
 
 _TERMINAL_STATES = (
-    "gone", "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY", "REVOKED",
-)  # fmt: skip
+    "gone",
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "PREEMPTED",
+    "BOOT_FAIL",
+    "DEADLINE",
+    "OUT_OF_MEMORY",
+    "REVOKED",
+)
 # Variables of a job or launcher around this process: the new job would inherit them and its ranks would use them.
 _REMOVED_PREFIXES = ("SLURM_", "SRUN_", "SBATCH_", "PMI", "OMPI_")
 _KEPT_VARIABLES = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
@@ -63,6 +89,7 @@ class JobState:
 
     @property
     def active(self) -> bool:
+        """True unless Slurm reports a terminal state."""
         return self.state not in _TERMINAL_STATES
 
 

@@ -20,8 +20,8 @@ from fireflyds.cluster.script import Job
 from fireflyds.config import ClusterConfig
 from fireflyds.errors import UserError
 from fireflyds.fs import atomic_write_text
+from fireflyds.runs import layout
 
-RECORDS = "jobs.json"
 # Seconds within which the remaining ranks exit after a first one has exited, beyond training's own timeouts.
 _WAIT_SECONDS = 180
 
@@ -57,7 +57,7 @@ def plan_job(verb: str, name: str, folder: Path, run_dir: Path | None, config: s
     """
     # A single training run keeps its configuration where training itself writes it.
     is_single_run = run_dir == folder
-    config_path = folder / "config.yaml" if is_single_run else folder / "jobs" / f"{name}.yaml"
+    config_path = folder / layout.CONFIG if is_single_run else folder / "jobs" / f"{name}.yaml"
     script_path = folder / "submit.sh" if is_single_run else folder / "jobs" / f"{name}.sh"
     return PlannedJob(
         Job(name, verb, run_dir or folder, config_path, script_path, stamp, _wait_seconds(verb, config)), config
@@ -77,7 +77,7 @@ def _wait_seconds(verb: str, config: str) -> int:
 
 def read_job_records(folder: Path) -> list[JobRecord]:
     """Returns the recorded jobs of a run; empty before its first submission."""
-    file = folder / RECORDS
+    file = folder / layout.JOBS
     return [JobRecord(**record) for record in json.loads(file.read_text(encoding="utf-8"))] if file.exists() else []
 
 
@@ -119,7 +119,7 @@ def submit(planned: Sequence[PlannedJob], cluster: ClusterConfig, folder: Path) 
     _refuse_unrecorded(planned, folder)
     for planned_job in planned:
         slurm.try_out(script.text(planned_job.job, cluster))
-    files = [*_files(planned), folder / RECORDS]
+    files = [*_files(planned), folder / layout.JOBS]
     original_texts = {path: path.read_text(encoding="utf-8") if path.exists() else None for path in files}
     queued: list[JobRecord] = []
     # SIGHUP (a dropped connection) and SIGTERM raise KeyboardInterrupt, as Ctrl-C does.
@@ -195,5 +195,5 @@ def _queue(job: Job, cluster: ClusterConfig, queued: list[JobRecord], folder: Pa
         name = job.name if position == 1 else f"{job.name} ({position})"
         log = str(job.log).replace("%j", job_id)
         queued.append(JobRecord(name, job.verb, job_id, str(job.folder), str(job.script), log, time.time()))
-        atomic_write_text(folder / RECORDS, json.dumps([asdict(record) for record in queued], indent=2))
+        atomic_write_text(folder / layout.JOBS, json.dumps([asdict(record) for record in queued], indent=2))
         dependency = f"afterany:{job_id}"

@@ -10,6 +10,7 @@ from typing import Any
 from fireflyds.cluster.launchers import LOG
 from fireflyds.config import Direction, ObjectiveAt, SearchConfig
 from fireflyds.errors import DivergedError, LostRankError
+from fireflyds.runs import layout
 from fireflyds.runs.layout import EXIT_STOPPED
 
 STOP = "STOP"
@@ -34,11 +35,11 @@ def metric_history(run_dir: Path, metric: str) -> list[tuple[int, float, int]]:
     """Returns (step, value, trained tokens) of every measurement of the metric; NaN where the value is not a number."""
     tokens: dict[int, int] = {}
     history = []
-    for row in _rows(run_dir / "metrics.jsonl"):
+    for row in _rows(run_dir / layout.METRICS):
         tokens[row["step"]] = row["tokens"]
         if metric in row:
             history.append((row["step"], _number(row[metric]), row["tokens"]))
-    validated = [row for row in _rows(run_dir / "validation.jsonl") if metric in row and row["step"] in tokens]
+    validated = [row for row in _rows(run_dir / layout.VALIDATION) if metric in row and row["step"] in tokens]
     history += [(row["step"], _number(row[metric]), tokens[row["step"]]) for row in validated]
     return history
 
@@ -77,7 +78,7 @@ def objective_value(run_dir: Path, search: SearchConfig) -> float | None:
 
 def read_status(run_dir: Path) -> dict[str, Any]:
     """Returns the contents of the run's `status.json`; empty before it exists."""
-    file = run_dir / "status.json"
+    file = run_dir / layout.STATUS
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
@@ -98,7 +99,7 @@ def run_outcome(run_dir: Path) -> RunOutcome:
 
 def archive_output(run_dir: Path) -> None:
     """Removes `status.json` and renames the logs of a failed start, so that they do not affect the next outcome."""
-    (run_dir / "status.json").unlink(missing_ok=True)
+    (run_dir / layout.STATUS).unlink(missing_ok=True)
     for file in [run_dir / LOG, *(run_dir / "logs").glob("slurm-*.log")]:
         if file.exists():
             file.rename(file.with_suffix(".refused"))
@@ -106,7 +107,7 @@ def archive_output(run_dir: Path) -> None:
 
 def training_totals(run_dir: Path) -> tuple[int, int, float]:
     """Returns the steps, tokens and seconds of training."""
-    rows = list(_rows(run_dir / "metrics.jsonl"))
+    rows = list(_rows(run_dir / layout.METRICS))
     return (rows[-1]["step"], rows[-1]["tokens"], sum(row["seconds"] for row in rows)) if rows else (0, 0, 0.0)
 
 

@@ -41,6 +41,7 @@ from fireflyds.config.enums import (
 )
 from fireflyds.config.evaluate import BitsPerByteConfig, CmmluConfig, EvaluateConfig, MultipleChoiceConfig
 from fireflyds.config.export import ExportConfig
+from fireflyds.config.hardware import HardwareConfig, ZeroConfig
 from fireflyds.config.optim import GroupConfig, OptimConfig
 from fireflyds.config.pipeline import DemoConfig, RoadConfig, StageConfig
 from fireflyds.config.profile import ProfileConfig
@@ -49,14 +50,12 @@ from fireflyds.config.sweep import RangeConfig, SearchConfig, SweepConfig
 from fireflyds.config.synthesize import SynthesizeConfig
 from fireflyds.config.training import (
     CheckpointConfig,
-    HardwareConfig,
     ModelConfig,
     ObjectiveConfig,
     PlanConfig,
     RecoveryConfig,
     TrackingConfig,
     TrainConfig,
-    ZeroConfig,
 )
 from fireflyds.config.tuning import TuningConfig
 from fireflyds.config.validation import ValidationConfig

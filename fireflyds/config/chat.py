@@ -9,6 +9,8 @@ from fireflyds.config.enums import require_at_least
 
 @dataclass(kw_only=True, slots=True)
 class ChatConfig:
+    """Keys of the verb `chat`."""
+
     model: str = MISSING
     """Hugging Face directory with a chat template."""
     prompt: str = ""

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass, field
 
-from fireflyds.config.enums import Container, Scheduler, require_at_least
+from fireflyds.config.enums import Container, Scheduler, require_above, require_at_least
 from fireflyds.errors import UserError
 
 # Formats of `sbatch --time`, except minutes alone: YAML parses an unquoted 24:00:00 as the number 86400.
@@ -11,13 +11,16 @@ _TIME = r"\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d){0,2}"
 
 _CONFIG_KEYS = {
     "--nodes": "nodes", "--ntasks-per-node": "gpus_per_node", "--gpus-per-node": "gpus_per_node", "--time": "time",
-    "--cpus-per-task": "cpus_per_task", "--mem": "memory", "--partition": "partition", "--account": "account", "--qos": "qos",
-    "--constraint": "constraint", "--signal": "signal_seconds", "--requeue": "requeue", "--no-requeue": "requeue",
+    "--cpus-per-task": "cpus_per_task", "--mem": "memory", "--partition": "partition", "--account": "account",
+    "--qos": "qos", "--constraint": "constraint", "--signal": "signal_seconds",
+    "--requeue": "requeue", "--no-requeue": "requeue",
 }  # fmt: skip
 
 
 @dataclass(kw_only=True, slots=True)
 class ClusterConfig:
+    """Section `cluster`: the hardware of the ranks, and the scheduler's settings for their jobs."""
+
     gpu: str = ""
     """GPU model, such as `V100`, `A100`, `H100`, `H200` or `RTX 4090`; or `cpu`, where every rank runs on the CPU."""
     nodes: int = 1
@@ -88,9 +91,7 @@ class ClusterConfig:
     def __post_init__(self) -> None:
         require_at_least(self, "cluster.", nodes=1, gpus_per_node=1, cpus_per_task=1, chain=1, signal_seconds=1)
         require_at_least(self, "cluster.", max_failures=0, gpu_memory_gib=0, host_memory_gib=0)
-        for name in ("mfu", "link_gb_per_s", "host_link_gb_per_s"):
-            if getattr(self, name) <= 0:
-                raise UserError("must be greater than 0", key=f"cluster.{name}", value=getattr(self, name))
+        require_above(self, "cluster.", mfu=0, link_gb_per_s=0, host_link_gb_per_s=0)
         if self.mfu > 1:
             raise UserError(
                 "is a share of the peak, at most 1",
@@ -108,7 +109,10 @@ class ClusterConfig:
             name = option.partition("=")[0]
             if not name.startswith("--"):
                 raise UserError(
-                    "options are written --name=value, such as --exclusive", key="cluster.sbatch", value=option
+                    "options are written --name=value",
+                    key="cluster.sbatch",
+                    value=option,
+                    remedy="Give options such as --exclusive",
                 )
             if name in _CONFIG_KEYS:
                 raise UserError(
@@ -139,7 +143,12 @@ class ClusterConfig:
                     remedy="Use letters, digits and _",
                 )
         if self.container is not Container.none and not self.image:
-            raise UserError(f"cluster.container={self.container.name} needs an image: give cluster.image=<image>")
+            raise UserError(
+                "needs an image",
+                key="cluster.container",
+                value=self.container.name,
+                remedy="Give cluster.image=<image>",
+            )
         if self.chain > 1 and self.requeue:
             raise UserError(
                 "is for clusters that forbid requeueing",
@@ -163,10 +172,12 @@ class ClusterConfig:
 
     @property
     def world_size(self) -> int:
+        """Number of ranks on all nodes."""
         return self.nodes * self.gpus_per_node
 
     @property
     def on_cpu(self) -> bool:
+        """True where the ranks run on the CPU (`gpu: cpu`)."""
         return self.gpu.lower() == "cpu"
 
     def require_machine(self) -> None:
@@ -174,8 +185,8 @@ class ClusterConfig:
         for name in ("gpu", "gpu_memory_gib", "host_memory_gib"):
             if not getattr(self, name):
                 raise UserError(
-                    f"cluster.{name} is not set: a plan needs cluster.gpu, cluster.gpu_memory_gib and "
-                    "cluster.host_memory_gib",
+                    "is not set; a plan needs cluster.gpu, cluster.gpu_memory_gib and cluster.host_memory_gib",
+                    key=f"cluster.{name}",
                     remedy=f"Give cluster.{name}=<value>, or a cluster file that sets it",
                 )
 
@@ -184,5 +195,8 @@ def _reject_shell_syntax(key: str, value: str) -> None:
     """Raises `UserError` for shell syntax in `value`: Slurm parses `#SBATCH` lines itself, without a shell."""
     if match := re.search(r"[\n\r$`\"']", value):
         raise UserError(
-            f"holds {match.group()!r}, which Slurm does not expand in an #SBATCH line", key=key, value=f"{value!r}"
+            f"holds {match.group()!r}, which Slurm does not expand in an #SBATCH line",
+            key=key,
+            value=f"{value!r}",
+            remedy="Write the value out, without shell syntax",
         )

@@ -10,6 +10,8 @@ from fireflyds.errors import UserError
 
 @dataclass(kw_only=True, slots=True)
 class SourceConfig:
+    """An item of `data.sources`: one source of raw text or dialogues."""
+
     path: str = MISSING
     """File, folder or glob (.txt .jsonl .json .csv .tsv .parquet .arrow, also .gz and .zst), a folder written by
     `datasets.save_to_disk`, or `hf:<dataset>[:<config>]`."""
@@ -32,6 +34,8 @@ class SourceConfig:
 
 @dataclass(kw_only=True, slots=True)
 class PhaseConfig:
+    """An item of `data.curriculum`: the weights of the domains from a number of training tokens on."""
+
     tokens: int = MISSING
     """Number of training tokens after which these weights apply."""
     weights: dict[str, float] = field(default_factory=dict)
@@ -44,6 +48,8 @@ class PhaseConfig:
 
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
+    """Section `data`: the token store, its sources and the mixture of its domains."""
+
     store: str = ""
     """Token store directory: `prepare` writes it (unless `out` is set), `train` reads it."""
     sources: list[SourceConfig] = field(default_factory=list)
@@ -61,7 +67,11 @@ class DataConfig:
         check_weights("data.max_epochs", self.max_epochs)
         starts = [phase.tokens for phase in self.curriculum]
         if starts != sorted(set(starts)):
-            raise UserError(f"tokens {starts} must increase from phase to phase", key="data.curriculum")
+            raise UserError(
+                f"tokens {starts} must increase from phase to phase",
+                key="data.curriculum",
+                remedy="Give the phases in order, each tokens once",
+            )
 
     @property
     def shares(self) -> dict[str, float]:
@@ -84,6 +94,8 @@ def check_weights(name: str, weights: dict[str, float]) -> None:
 
 @dataclass(kw_only=True, slots=True)
 class CleanConfig:
+    """Section `clean`: normalisation, filters and removal of duplicates."""
+
     unicode: UnicodeForm = UnicodeForm.none
     """Unicode normalisation: `nfc`, or `nfkc` (which also converts full-width letters and punctuation to
     half-width)."""
@@ -122,6 +134,8 @@ class CleanConfig:
 
 @dataclass(kw_only=True, slots=True)
 class PrepareConfig:
+    """Keys of the verb `prepare`."""
+
     data: DataConfig = MISSING
     tokenizer: str = ""
     """Hugging Face directory, or a SentencePiece `.model`."""

@@ -8,6 +8,8 @@ from fireflyds.errors import UserError
 
 @dataclass(kw_only=True, slots=True)
 class DoctorConfig:
+    """Keys of the verb `doctor`."""
+
     format: PlanFormat = PlanFormat.table
     """`table` for people, `json` for programs: one line."""
     runs: str = "runs"
@@ -27,13 +29,13 @@ class DoctorConfig:
     disk_mib: int = 256
     """Size of the file that is written to `runs` and read back, in MiB."""
     min_free_gib: float = 100.0
-    """Less free space for `runs`, in GiB, is a warning (yellow)."""
+    """Less free space for `runs`, in GiB, is a warning."""
     min_disk_mib_s: float = 100.0
-    """A lower disk throughput, in MiB/s, is a warning (yellow)."""
+    """A lower disk throughput, in MiB/s, is a warning."""
     min_bus_gb_s: float = 1.0
-    """A lower bus bandwidth of the NCCL all-reduce, in GB/s, is a warning (yellow)."""
+    """A lower bus bandwidth of the NCCL all-reduce, in GB/s, is a warning."""
     max_clock_skew: float = 1.0
-    """A larger clock difference between hosts, in seconds, is a warning (yellow)."""
+    """A larger clock difference between hosts, in seconds, is a warning."""
     packing: bool = False
     """Verify on `model` that packed documents give the same results as single documents, for every attention
     implementation that runs here."""
@@ -57,11 +59,16 @@ class DoctorConfig:
         )
         require_at_least(self, min_free_gib=0, min_disk_mib_s=0, min_bus_gb_s=0, max_clock_skew=0)
         if not self.runs:
-            raise UserError("give the folder of the runs, such as runs=runs", key="runs", value="''")
+            raise UserError("is empty", key="runs", remedy="Give the folder of the runs, such as runs=runs")
         if self.packing and not self.model:
-            raise UserError("packing=true needs a model: give model=<Hugging Face directory>")
+            raise UserError("needs a model", key="packing", value="true", remedy="Give model=<Hugging Face directory>")
         if not self.documents or min(self.documents) < 1:
-            raise UserError("give lengths of at least 1, such as [7,1,130]", key="documents", value=self.documents)
+            raise UserError(
+                "must be lengths of at least 1",
+                key="documents",
+                value=self.documents,
+                remedy="Give some, such as [7,1,130]",
+            )
         if max(self.documents) < 2:
             raise UserError(
                 "one token has none after it to learn",

@@ -10,18 +10,24 @@ from fireflyds.errors import UserError
 
 @dataclass(kw_only=True, slots=True)
 class BitsPerByteConfig:
+    """Section `bits_per_byte`: the held-out texts of this task."""
+
     texts: dict[str, str] = field(default_factory=dict)
     """Held-out text: name to file, folder or glob."""
 
 
 @dataclass(kw_only=True, slots=True)
 class MultipleChoiceConfig:
+    """Section `multiple_choice`: the questions of this task."""
+
     questions: str = ""
     """JSON lines with `question`, `choices` and `answer` (an index)."""
 
 
 @dataclass(kw_only=True, slots=True)
 class CmmluConfig:
+    """Section `cmmlu`: the data and the prompts of this task."""
+
     data: str = ""
     """Folder of CMMLU with `dev/` and `test/`."""
     subjects: list[str] = field(default_factory=list)
@@ -35,6 +41,8 @@ class CmmluConfig:
 
 @dataclass(kw_only=True, slots=True)
 class EvaluateConfig:
+    """Keys of the verb `evaluate`."""
+
     model: str = MISSING
     """Hugging Face directory."""
     tasks: list[str] = field(default_factory=lambda: ["bits_per_byte"])

@@ -9,6 +9,8 @@ from fireflyds.config.enums import ExportWhat, Precision
 
 @dataclass(kw_only=True, slots=True)
 class ExportConfig:
+    """Keys of the verb `export`."""
+
     run: str = MISSING
     """Name of the run to export."""
     runs: str = "runs"

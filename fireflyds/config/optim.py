@@ -5,12 +5,14 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from fireflyds.config.enums import Schedule
+from fireflyds.config.enums import Schedule, require_above
 from fireflyds.errors import UserError
 
 
 @dataclass(kw_only=True, slots=True)
 class GroupConfig:
+    """Sections `optim.embeddings`, `head`, `norms` and `biases`: settings of one parameter group."""
+
     lr: float | None = None
     """Peak learning rate of this group; unset: `optim.lr`."""
     weight_decay: float | None = None
@@ -19,6 +21,8 @@ class GroupConfig:
 
 @dataclass(kw_only=True, slots=True)
 class OptimConfig:
+    """Section `optim`: the optimizer, the length of the run and the learning rate schedule."""
+
     name: str = MISSING
     """Entry of `fireflyds/optim/optimizers`: `adamw` (fused on a GPU; DeepSpeed's CPU Adam where
     `zero.offload_optimizer` is on), `paged_adamw_32bit`, `adamw_8bit` (both bitsandbytes) or `muon` (Muon for hidden
@@ -64,18 +68,25 @@ class OptimConfig:
     def __post_init__(self) -> None:
         if self.steps is None and self.epochs is None:
             raise UserError(
-                "optim.steps and optim.epochs are both unset: set the length of the run, e.g. optim.steps=1000"
+                "is unset and so is optim.epochs, so the run has no length",
+                key="optim.steps",
+                remedy="Give one of them, e.g. optim.steps=1000",
             )
-        for name in ("steps", "epochs", "lr", "muon_lr", "power", "eps"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise UserError("must be greater than 0", key=f"optim.{name}", value=value)
+        require_above(self, "optim.", steps=0, epochs=0, lr=0, muon_lr=0, power=0, eps=0)
         for name in ("warmup_ratio", "min_lr_ratio", "decay_ratio"):
             if not 0 <= getattr(self, name) <= 1:
-                raise UserError("must be in [0, 1]", key=f"optim.{name}", value=getattr(self, name))
+                raise UserError(
+                    "must be in [0, 1]",
+                    key=f"optim.{name}",
+                    value=getattr(self, name),
+                    remedy="Give a share, such as 0.1",
+                )
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(
-                "two numbers in [0, 1) are needed, such as [0.9, 0.95]", key="optim.betas", value=list(self.betas)
+                "two numbers in [0, 1) are needed",
+                key="optim.betas",
+                value=list(self.betas),
+                remedy="Give some, such as [0.9, 0.95]",
             )
         not_negative = {
             name: getattr(self, name)
@@ -86,4 +97,6 @@ class OptimConfig:
             not_negative |= {f"{group}.lr": group_config.lr, f"{group}.weight_decay": group_config.weight_decay}
         for name, value in not_negative.items():
             if value is not None and not 0 <= value < math.inf:
-                raise UserError("must be a number of at least 0", key=f"optim.{name}", value=value)
+                raise UserError(
+                    "must be a number of at least 0", key=f"optim.{name}", value=value, remedy="Give 0 or more"
+                )

@@ -7,6 +7,8 @@ from omegaconf import MISSING
 
 @dataclass(kw_only=True, slots=True)
 class StageConfig:
+    """An item of `road.stages`: one verb with its arguments."""
+
     name: str = MISSING
     """Name of the stage, and its key in `summary.json`."""
     verb: str = MISSING
@@ -21,6 +23,8 @@ class StageConfig:
 
 @dataclass(kw_only=True, slots=True)
 class RoadConfig:
+    """Section `road`: a pipeline of stages that run in order."""
+
     name: str = MISSING
     """Name of the road, and of its folder `runs/<name>`."""
     stages: list[StageConfig] = field(default_factory=list)
@@ -28,11 +32,14 @@ class RoadConfig:
 
     @property
     def out(self) -> str:
+        """Folder of the road's outputs."""
         return f"runs/{self.name}"
 
 
 @dataclass(kw_only=True, slots=True)
 class DemoConfig:
+    """Keys of the verb `demo`."""
+
     road: RoadConfig = MISSING
     corpus: str = ""
     """User-provided text (.txt .jsonl .json .csv .parquet; file, folder or glob) instead of the generated Chinese

@@ -8,6 +8,8 @@ from fireflyds.errors import UserError
 
 @dataclass(kw_only=True, slots=True)
 class ProfileConfig:
+    """Section `profile`: the steps and ranks that the profiler records."""
+
     start: int = 0
     """First optimizer step to record with `torch.profiler`, counted from 1 over all starts of the run; 0: none. Traces
     and tables of operators are written to `profile/` of the run directory."""
@@ -30,7 +32,9 @@ class ProfileConfig:
                 remedy="Give profile.ranks=[0], or profile.start=0 to record nothing",
             )
         if any(rank < 0 for rank in self.ranks):
-            raise UserError("must be numbers of at least 0", key="profile.ranks", value=self.ranks)
+            raise UserError(
+                "must be numbers of at least 0", key="profile.ranks", value=self.ranks, remedy="Give ranks such as [0]"
+            )
 
     @property
     def last(self) -> int:

@@ -11,6 +11,8 @@ from fireflyds.errors import UserError
 
 @dataclass(kw_only=True, slots=True)
 class SubmitConfig:
+    """Keys of the verb `submit`."""
+
     action: SubmitAction = SubmitAction.submit
     """`submit`; or `status`, `logs`, `cancel` of the jobs submitted as `run`."""
     verb: str = ""
@@ -34,13 +36,21 @@ class SubmitConfig:
         if self.action is SubmitAction.submit:
             if bool(self.verb) == bool(self.road):
                 raise UserError(
-                    "submit needs a verb or a road: give verb=train and its keys, or road=<file of conf/road>"
+                    "submit needs a verb or a road, and one of them only",
+                    key="verb",
+                    value=f"{self.verb!r}",
+                    remedy="Give verb=train and its keys, or road=<file of conf/road>",
                 )
         elif not self.run:
-            raise UserError(f"run is not set: action={self.action.name} needs run=<name under which it was submitted>")
+            raise UserError(
+                f"is not set; action={self.action.name} needs it",
+                key="run",
+                remedy="Give run=<name under which it was submitted>",
+            )
         if self.run.startswith("/") or ".." in self.run.split("/"):
             raise UserError(
-                "must be a name below the folder of runs, such as run=cpt or run=demo/cpt",
+                "must be a name below the folder of runs",
                 key="run",
                 value=f"{self.run!r}",
+                remedy="Give a name such as run=cpt or run=demo/cpt",
             )

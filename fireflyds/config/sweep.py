@@ -29,9 +29,17 @@ class RangeConfig:
         if self.choices:
             return
         if self.low is None or self.high is None or self.low >= self.high:
-            raise UserError(f"low={self.low}, high={self.high}: both must be given, low less than high", key=name)
+            raise UserError(
+                f"low={self.low}, high={self.high}: both must be given, low less than high",
+                key=name,
+                remedy="Give both, or choices=[...]",
+            )
         if self.log and (self.low <= 0 or self.step):
-            raise UserError(f"log=true, low={self.low}, step={self.step}: needs low above 0 and no step", key=name)
+            raise UserError(
+                f"log=true, low={self.low}, step={self.step}: needs low above 0 and no step",
+                key=name,
+                remedy="Raise low and leave out step, or leave out log",
+            )
         if self.step is not None and self.step <= 0:
             raise UserError(
                 f"step={self.step}: must be greater than 0", key=name, remedy="Leave it out for a range without steps"
@@ -40,6 +48,8 @@ class RangeConfig:
 
 @dataclass(kw_only=True, slots=True)
 class SearchConfig:
+    """Section `sweep`: the search space, the sampler and the pruner of a study."""
+
     space: dict[str, RangeConfig] = field(default_factory=dict)
     """Keys of `train` and their search ranges, such as `sweep.space.optim.lr={low: 1e-5, high: 1e-3, log: true}` or
     `sweep.space.tuning.r=[4, 8, 16]`, the same as `{choices: [4, 8, 16]}`; the range of an integer key contains
@@ -80,11 +90,17 @@ class SearchConfig:
         require_at_least(self, "sweep.", retries=0, poll_seconds=0.05, tokens=1)
         if (self.value is ObjectiveAt.at_tokens) != (self.tokens is not None):
             raise UserError(
-                f"sweep.value={self.value.name}, sweep.tokens={self.tokens}: give both value=at_tokens and tokens, or neither"
+                f"value=at_tokens and sweep.tokens (here {self.tokens}) go together",
+                key="sweep.value",
+                value=self.value.name,
+                remedy="Give both value=at_tokens and tokens, or neither",
             )
         if not self.space:
             raise UserError(
-                "sweep.space is empty: give a range, such as sweep.space.optim.lr={low: 1e-5, high: 1e-3, log: true}, or a file of conf/sweep"
+                "is empty",
+                key="sweep.space",
+                remedy="Give a range, such as sweep.space.optim.lr={low: 1e-5, high: 1e-3, log: true}, "
+                "or a file of conf/sweep",
             )
         for key, search_range in self.space.items():
             search_range.require_sound(f"sweep.space.{key}")
@@ -96,6 +112,8 @@ class SearchConfig:
 
 @dataclass(kw_only=True, slots=True)
 class SweepConfig:
+    """Keys of the verb `sweep`."""
+
     study: str = MISSING
     """Name of the study and of its folder below `runs`. Trials are the runs `<study>/trial-0000` and following. A study
     started with an existing name is resumed."""
@@ -107,5 +125,8 @@ class SweepConfig:
     def __post_init__(self) -> None:
         if not self.study or self.study.startswith("/") or ".." in self.study.split("/"):
             raise UserError(
-                "must be a name below the folder of runs, such as study=lr", key="study", value=f"{self.study!r}"
+                "must be a name below the folder of runs",
+                key="study",
+                value=f"{self.study!r}",
+                remedy="Give a name such as study=lr",
             )

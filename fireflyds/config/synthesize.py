@@ -7,6 +7,8 @@ from omegaconf import MISSING
 
 @dataclass(kw_only=True, slots=True)
 class SynthesizeConfig:
+    """Keys of the verb `synthesize`."""
+
     out: str = MISSING
     """Output folder of documents, dialogues and questions."""
     corpus: str = ""

@@ -1,6 +1,5 @@
 """Options of a training run: one dataclass per section, and `TrainConfig` of all of them."""
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,7 +7,8 @@ from omegaconf import MISSING
 
 from fireflyds.config.cluster import ClusterConfig
 from fireflyds.config.data import DataConfig
-from fireflyds.config.enums import ModelInit, Offload, PlanFormat, Precision, TrackerKind, WandbMode, require_at_least
+from fireflyds.config.enums import ModelInit, PlanFormat, TrackerKind, WandbMode, require_above, require_at_least
+from fireflyds.config.hardware import HardwareConfig, ZeroConfig
 from fireflyds.config.optim import OptimConfig
 from fireflyds.config.profile import ProfileConfig
 from fireflyds.config.tuning import TuningConfig
@@ -18,6 +18,8 @@ from fireflyds.errors import UserError
 
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
+    """Section `model`: the weights, the tokenizer and the architecture."""
+
     init: ModelInit = MISSING
     """`pretrained` loads weights from `model.path`; `scratch` initializes weights of `model.architecture` randomly."""
     path: str = ""
@@ -37,14 +39,20 @@ class ModelConfig:
     def __post_init__(self) -> None:
         require_at_least(self, "model.", base_vocab_size=1)
         if self.init is ModelInit.scratch and not (self.tokenizer and self.architecture.get("model_type")):
-            raise UserError("model.init=scratch needs model.tokenizer and model.architecture.model_type; give both")
+            raise UserError(
+                "needs model.tokenizer and model.architecture.model_type",
+                key="model.init",
+                value="scratch",
+                remedy="Give both",
+            )
 
     @property
     def tokenizer_path(self) -> str:
         """`tokenizer`, or `path` where it is empty. Raises `UserError` where both are empty."""
         if not (self.tokenizer or self.path):
             raise UserError(
-                "model.path is empty: a pretrained model needs its Hugging Face directory",
+                "is empty; a pretrained model needs its Hugging Face directory",
+                key="model.path",
                 remedy="Give model.path=<dir>",
             )
         return self.tokenizer or self.path
@@ -52,87 +60,16 @@ class ModelConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ObjectiveConfig:
+    """Section `objective`: the training objective."""
+
     name: str = MISSING
     """Training objective: an entry of `fireflyds/train/objectives`."""
 
 
 @dataclass(kw_only=True, slots=True)
-class ZeroConfig:
-    stage: int = MISSING
-    """ZeRO stage: 0 replicates all states, 1 partitions optimizer states, 2 also gradients, 3 also parameters."""
-    offload_optimizer: Offload = Offload.none
-    """Device that stores optimizer states (stages 1-3): `none`, the GPU; `cpu`, the host."""
-    offload_param: Offload = Offload.none
-    """Device that stores parameters (stage 3): `none`, the GPU; `cpu`, the host."""
-    reduce_bucket_size: int = 50_000_000
-    """Number of elements per gradient reduction."""
-    overlap_comm: bool = False
-    """Overlap gradient reduction with the backward pass."""
-    json: str = ""
-    """DeepSpeed JSON file of another project: keys that this configuration has too must agree with it, keys that
-    DeepSpeed has removed are errors, the others are passed on (and printed)."""
-    extra: dict[str, Any] = field(default_factory=dict)
-    """Additional DeepSpeed configuration, treated like the content of `json`."""
-
-    def __post_init__(self) -> None:
-        if self.stage not in (0, 1, 2, 3):
-            raise UserError("must be 0, 1, 2 or 3", key="zero.stage", value=self.stage)
-        if self.offload_param is not Offload.none and self.stage != 3:
-            raise UserError(f"zero.offload_param={self.offload_param.name} needs zero.stage=3, got {self.stage}")
-        if self.offload_optimizer is not Offload.none and self.stage == 0:
-            raise UserError("zero.offload_optimizer needs zero.stage of at least 1, got 0")
-
-
-@dataclass(kw_only=True, slots=True)
-class HardwareConfig:
-    precision: Precision = MISSING
-    """Training precision; `auto`: bf16 on a GPU that supports it, fp16 on an older GPU, fp32 on the CPU."""
-    attention: str = "auto"
-    """Implementation of packed attention (`launch/doctor.py` lists them); `auto`: the preferred one of those that run
-    here."""
-    initial_scale_power: int = 16
-    """fp16: the initial loss scale is 2 to this power."""
-    loss_scale_window: int = 1000
-    """fp16: steps without an overflow before the loss scale doubles."""
-    hysteresis: int = 2
-    """fp16: overflows before the loss scale halves."""
-    min_loss_scale: float = 1.0
-    """fp16: smallest loss scale; an overflow at it ends the run with an error that names the tensor."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass to save memory."""
-    timeout_minutes: float = 30.0
-    """Timeout of a collective in minutes; exceeding it ends the run."""
-    start_timeout_minutes: float = 10.0
-    """Minutes that the ranks wait for each other at the start; the error names the missing ranks."""
-    network_interface: str = ""
-    """Network interface that NCCL and gloo use between hosts, such as `ib0`, or several separated by commas; empty:
-    NCCL and gloo choose."""
-    local_cache: str = ""
-    """Folder on a local disk of every host: base model and token store are copied to it once, within
-    `hardware.timeout_minutes`, and read from it. Empty: they are read from their own paths."""
-    peak_tflops: float | None = None
-    """Peak matrix multiplication throughput of one device in the training precision, in TFLOP/s: the reference of MFU.
-    Unset: the published peak of a known GPU; no MFU on other devices."""
-
-    def __post_init__(self) -> None:
-        require_at_least(self, "hardware.", loss_scale_window=1, hysteresis=1, min_loss_scale=2.0**-14)
-        for key in ("timeout_minutes", "start_timeout_minutes"):
-            if not 0 < getattr(self, key) < math.inf:
-                raise UserError("must be a number greater than 0", key=f"hardware.{key}", value=getattr(self, key))
-        if self.peak_tflops is not None and not 0 < self.peak_tflops < math.inf:
-            raise UserError(
-                "must be a number greater than 0, or null", key="hardware.peak_tflops", value=self.peak_tflops
-            )
-        if not 0 <= self.initial_scale_power <= 32 or 2.0**self.initial_scale_power < self.min_loss_scale:
-            raise UserError(
-                f"must be from 0 to 32, and 2 to it at least hardware.min_loss_scale={self.min_loss_scale:g}",
-                key="hardware.initial_scale_power",
-                value=self.initial_scale_power,
-            )
-
-
-@dataclass(kw_only=True, slots=True)
 class TrackingConfig:
+    """Section `tracking`: the tracker that receives the metrics."""
+
     kind: TrackerKind = MISSING
     """`none` (files only), `wandb` or `tensorboard` (rank 0 only)."""
     project: str = "fireflyds"
@@ -151,12 +88,13 @@ class TrackingConfig:
     """Maximum wait for the tracker at the end of the run, in seconds; data not uploaded by then stay on the disk."""
 
     def __post_init__(self) -> None:
-        if not self.finish_seconds > 0:
-            raise UserError("must be greater than 0", key="tracking.finish_seconds", value=f"{self.finish_seconds:g}")
+        require_above(self, "tracking.", finish_seconds=0)
 
 
 @dataclass(kw_only=True, slots=True)
 class CheckpointConfig:
+    """Section `checkpoint`: when checkpoints are written, and which are kept."""
+
     every: int = 500
     """Steps between two checkpoints; the last step is always saved."""
     keep: int = 2
@@ -192,14 +130,13 @@ class RecoveryConfig:
 
     def __post_init__(self) -> None:
         require_at_least(self, "recovery.", max_skipped=1, max_rollbacks=1, heartbeat_seconds=5)
-        if self.rollback_above is not None and self.rollback_above <= 1:
-            raise UserError(
-                "must be greater than 1, such as 2", key="recovery.rollback_above", value=self.rollback_above
-            )
+        require_above(self, "recovery.", rollback_above=1)
 
 
 @dataclass(kw_only=True, slots=True)
 class TrainConfig:
+    """Keys of the verb `train`."""
+
     run: str = MISSING
     """Name of the run and of its folder below `runs`. A run started with an existing name is resumed."""
     runs: str = "runs"
@@ -234,17 +171,19 @@ class TrainConfig:
         require_at_least(self, seq_len=2, micro_batch_size=1, global_batch_size=1, log_every=1)
         if not self.run or self.run.startswith("/") or ".." in self.run.split("/"):
             raise UserError(
-                "must be a name below the folder of runs, such as run=cpt or run=demo/cpt",
+                "must be a name below the folder of runs",
                 key="run",
                 value=f"{self.run!r}",
+                remedy="Give a name such as run=cpt or run=demo/cpt",
             )
         if self.init_from == self.run:
             raise UserError(
-                "is the run itself; give another run= to start from it", key="init_from", value=self.init_from
+                "is the run itself", key="init_from", value=self.init_from, remedy="Give another run= to start from it"
             )
 
     @property
     def run_dir(self) -> str:
+        """Folder of the run, `<runs>/<run>`."""
         return f"{self.runs}/{self.run}"
 
     def accumulation_steps(self, world_size: int) -> int:
@@ -266,6 +205,8 @@ class TrainConfig:
 
 @dataclass(kw_only=True, slots=True)
 class PlanConfig(TrainConfig):
+    """Keys of the verb `plan`: those of `train`, the cluster and the output format."""
+
     run: str = "plan"
     """As in `train`; optional here."""
     cluster: ClusterConfig = MISSING

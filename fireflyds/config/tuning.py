@@ -1,16 +1,17 @@
 """Options of the trainable parameters: the method, its adapters, and the rows of the vocabulary."""
 
-import math
 from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from fireflyds.config.enums import TrainableRows, TuningMethod
+from fireflyds.config.enums import TrainableRows, TuningMethod, require_above
 from fireflyds.errors import UserError
 
 
 @dataclass(kw_only=True, slots=True)
 class TuningConfig:
+    """Section `tuning`: the method, its adapters, and the trainable rows of the vocabulary."""
+
     method: TuningMethod = MISSING
     """`full`, `freeze` (only the parameters matched by `trainable` train), `lora` (adapters on a 16/32-bit base) or
     `qlora` (adapters on a quantised base)."""
@@ -41,14 +42,16 @@ class TuningConfig:
 
     def __post_init__(self) -> None:
         if self.r < 1:
-            raise UserError("the rank must be at least 1", key="tuning.r", value=self.r)
+            raise UserError(
+                "the rank must be at least 1", key="tuning.r", value=self.r, remedy="Give 1 or more, such as 16"
+            )
         if not 0 <= self.dropout < 1:
-            raise UserError("must be in [0, 1)", key="tuning.dropout", value=self.dropout)
+            raise UserError(
+                "must be in [0, 1)", key="tuning.dropout", value=self.dropout, remedy="Give 0 or a share such as 0.05"
+            )
         if self.bits not in (4, 8):
-            raise UserError("must be 4 or 8", key="tuning.bits", value=self.bits)
-        for name in ("alpha", "loraplus_lr_ratio"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError("must be greater than 0", key=f"tuning.{name}", value=getattr(self, name))
+            raise UserError("must be 4 or 8", key="tuning.bits", value=self.bits, remedy="Give one of them")
+        require_above(self, "tuning.", alpha=0, loraplus_lr_ratio=0)
         if self.bits == 8 and self.method is not TuningMethod.qlora:
             raise UserError(
                 f"only tuning=qlora has a quantised base, this is {self.method.name}",
@@ -75,4 +78,5 @@ class TuningConfig:
 
     @property
     def has_adapters(self) -> bool:
+        """True where the method trains adapters."""
         return self.method in (TuningMethod.lora, TuningMethod.qlora)

@@ -8,6 +8,8 @@ from fireflyds.errors import UserError
 
 @dataclass(kw_only=True, slots=True)
 class ValidationConfig:
+    """Section `validation`: held-out loss, the guarded domain and generated samples during training."""
+
     store: str = ""
     """Token store of held-out data, made with the run's tokenizer; empty: no held-out loss is measured."""
     every: int = 500
@@ -31,11 +33,15 @@ class ValidationConfig:
         require_at_least(self, "validation.", every=1, rows=1, max_rise=0, max_new_tokens=1)
         if self.stop and not (self.store and self.guard):
             raise UserError(
-                "validation.stop=true needs validation.store=<store of held-out data> and validation.guard=<domain in it>"
+                "needs validation.store and validation.guard",
+                key="validation.stop",
+                value="true",
+                remedy="Give validation.store=<store of held-out data> and validation.guard=<domain in it>",
             )
         if "" in self.prompts:
             raise UserError("one is empty", key="validation.prompts", remedy="Leave it out")
 
     @property
     def wanted(self) -> bool:
+        """True where there is something to validate: held-out data or prompts."""
         return bool(self.store or self.prompts)

@@ -10,6 +10,8 @@ from fireflyds.errors import UserError
 
 @dataclass(kw_only=True, slots=True)
 class LearnConfig:
+    """Keys of the verb `learn`."""
+
     corpus: str = MISSING
     """Training text of the tokenizer: file, folder or glob."""
     out: str = MISSING
@@ -27,6 +29,8 @@ class LearnConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ExpandConfig:
+    """Keys of the verb `expand`."""
+
     base: str = MISSING
     """Hugging Face directory of the model or its tokenizer (`tokenizer.model` or `tokenizer.json`), or a `.model`."""
     out: str = ""
@@ -85,26 +89,45 @@ class ExpandConfig:
         if self.report is ReportMode.only:
             if not (self.other and (self.corpus or self.texts)):
                 raise UserError(
-                    "report=only compares two tokenizers on text: give base=, other= and corpus= or texts.<domain>="
+                    "compares two tokenizers on text",
+                    key="report",
+                    value="only",
+                    remedy="Give base=, other= and corpus= or texts.<domain>=",
                 )
             return
         if self.other:
             raise UserError("is compared only with report=only", key="other", value=self.other, remedy="Leave it out")
         if not self.out:
-            raise UserError("out is not set: expand needs it", remedy="Give out=<directory>")
+            raise UserError("is not set; expand needs it", key="out", remedy="Give out=<directory>")
         if bool(self.pieces) == bool(self.num_pieces):
             raise UserError(
-                "give either pieces=<.model or list> or num_pieces=<N> with corpus=<files>, got "
-                f"pieces={self.pieces!r}, num_pieces={self.num_pieces}",
-                key="expand",
+                f"either pieces or num_pieces is needed, got num_pieces={self.num_pieces}",
+                key="pieces",
+                value=f"{self.pieces!r}",
+                remedy="Give either pieces=<.model or list> or num_pieces=<N> with corpus=<files>",
             )
         if self.num_pieces and not self.corpus:
             raise UserError(
-                f"num_pieces={self.num_pieces} needs text to learn from: give corpus=<file, folder or glob>"
+                "needs text to learn from",
+                key="num_pieces",
+                value=self.num_pieces,
+                remedy="Give corpus=<file, folder or glob>",
             )
         if not self.cure and not self.pieces:
-            raise UserError("cure=false appends given pieces as they are: give pieces=<.model or list>")
+            raise UserError(
+                "appends given pieces as they are", key="cure", value="false", remedy="Give pieces=<.model or list>"
+            )
         if self.size is not VocabSizeRule.fixed and not self.corpus:
-            raise UserError(f"size={self.size.name} is read from a curve on text: give corpus=<file, folder or glob>")
+            raise UserError(
+                "is read from a curve on text",
+                key="size",
+                value=self.size.name,
+                remedy="Give corpus=<file, folder or glob>",
+            )
         if self.init is RowInit.weighted and not self.corpus:
-            raise UserError("init=weighted weighs by how often tokens occur: give corpus=<file, folder or glob>")
+            raise UserError(
+                "weighs by how often tokens occur in text",
+                key="init",
+                value="weighted",
+                remedy="Give corpus=<file, folder or glob>",
+            )

@@ -21,6 +21,7 @@ class ClockOffset:
     precision: float
 
     def exceeds(self, limit: float) -> bool:
+        """True where the offset is larger than `limit` seconds even after subtracting its measurement error."""
         return self.seconds - self.precision > limit
 
 

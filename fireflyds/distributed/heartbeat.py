@@ -101,8 +101,12 @@ class Heartbeat:
 
     def _beat(self) -> None:
         metadata = {
-            "host": socket.gethostname(), "machine": process_namespace(), "pid": os.getpid(), "step": self._status.step, "time": time.time(),
-        }  # fmt: skip
+            "host": socket.gethostname(),
+            "machine": process_namespace(),
+            "pid": os.getpid(),
+            "step": self._status.step,
+            "time": time.time(),
+        }
         self._store.set(f"beat/{self._me.rank}", json.dumps(metadata))
 
     def _publish(self, key: str, value: str) -> None:
@@ -138,7 +142,8 @@ class Heartbeat:
     def _unreachable(self, reason: str) -> LostRankError:
         return self._lost(
             0,
-            f"cannot be reached from {socket.gethostname()} at {self._me.master_addr}:{self._me.master_port} ({reason})",
+            f"cannot be reached from {socket.gethostname()} at {self._me.master_addr}:{self._me.master_port} "
+            f"({reason})",
         )
 
     def _look(self) -> LostRankError | None:

@@ -1,6 +1,7 @@
 """Host identity of a rank. Host names do not suffice: cloned images share one, containers of a machine may differ."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -27,9 +28,9 @@ def distinct_host_names(names: list[str], boot_ids: list[str]) -> list[str]:
     return distinct
 
 
-def local_world_size() -> int:
+def local_world_size(environment: Mapping[str, str] = os.environ) -> int:
     """Number of ranks on this host according to the launcher's variables; 0 if they are not set."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "0")))
+    return int(environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or 0)
 
 
 def describe_ranks(ranks: list[int], hosts: list[str] | None = None) -> str:

@@ -146,7 +146,11 @@ def _shared_free_port(rank: int, timeout: float = 120.0) -> int:
     deadline = time.monotonic() + timeout
     while not file.exists():
         if time.monotonic() > deadline:
-            raise UserError(f"rank {rank}: rank 0 did not write its port to {file} within {timeout:.0f} s; see its log")
+            raise UserError(
+                f"rank 0 did not write its port to {file} within {timeout:.0f} s",
+                key=f"rank {rank}",
+                remedy="See the log of rank 0",
+            )
         time.sleep(0.05)
     return int(file.read_text())
 
@@ -157,7 +161,9 @@ def _master_addr(environment: Mapping[str, str]) -> str:
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_NODELIST", "")
     if not nodes:
         raise UserError(
-            "MASTER_ADDR is not set and there is no Slurm node list: start with deepspeed, torchrun, srun or mpirun"
+            "is not set, and there is no Slurm node list",
+            key="MASTER_ADDR",
+            remedy="Start with deepspeed, torchrun, srun or mpirun",
         )
     return _resolvable_address(first_host(nodes))
 

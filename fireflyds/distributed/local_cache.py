@@ -74,7 +74,7 @@ def _copy_once(cache: Path, name: str, source: Path, files: dict[str, Path], log
     folder, partial = cache / name, cache / f".{name}.partial"
     cache.mkdir(parents=True, exist_ok=True)
     # Other ranks of this host wait here.
-    with lock_file(cache / f".{name}.lock", "", wait=True):
+    with lock_file(cache / f".{name}.lock", None):
         sizes = {relative: file.stat().st_size for relative, file in files.items()}
         if folder.is_dir() and sizes == {name: _size_or_missing(folder / name) for name in sizes}:
             log(f"{name} is read from {folder} (local_cache)")

@@ -159,8 +159,9 @@ def _wait_for_all(channel: StoreChannel, seconds: float) -> list[dict[str, Any]]
             raise LostRankError(
                 f"{describe_ranks(list(missing))} of {me.world_size} did not connect to "
                 f"{me.master_addr}:{me.master_port} within {seconds:g} s "
-                "(hardware.start_timeout_minutes). See the logs there: was it started, with the same number of hosts, and "
-                "can that host reach this address? `launch/doctor.py`, started the same way, tests the connection"
+                "(hardware.start_timeout_minutes)",
+                remedy="See the logs there: was it started, with the same number of hosts, and can that host reach "
+                "this address? `launch/doctor.py`, started the same way, tests the connection",
             )
         if waited > _NOTICE_SECONDS and not notice_printed:
             print(
@@ -195,7 +196,8 @@ def _compare(channel: StoreChannel, answers: list[dict[str, Any]], text: str, se
         note = f" ({len(different_ranks)} ranks differ)" if len(different_ranks) > 1 else ""
         raise UserError(
             f"rank {rank} on {answers[rank]['host']} has another {key.rstrip('s')} than rank 0 on "
-            f"{reference['host']}{note}: {_difference(key, ours, theirs)}. {_REMEDIES[key]}"
+            f"{reference['host']}{note}: {_difference(key, ours, theirs)}",
+            remedy=_REMEDIES[key],
         )
 
 
@@ -216,7 +218,7 @@ def _compare_hosts(channel: StoreChannel, hosts: list[str], runs: str) -> list[s
         reader = partial(read_token, runs, _SHARED_FOLDER_SECONDS)
         answers = channel.call("shared folder", payload, reader, _ANSWER_SECONDS)
     if text := describe_blind_ranks(answers, hosts, runs):
-        raise UserError(f"{text}. {REMEDY[:1].upper()}{REMEDY[1:]}")
+        raise UserError(text, remedy=f"{REMEDY[:1].upper()}{REMEDY[1:]}")
     offsets: dict[int, tuple[float, float]] = {}
 
     def measure(request: Any) -> None:

@@ -60,7 +60,7 @@ class StoreChannel:
                 multi_tenant=True,
             )
         except (dist.DistError, ValueError) as error:
-            raise LostRankError(_store_error(me, str(error).splitlines()[0])) from error
+            raise _store_error(me, str(error).splitlines()[0]) from error
         # The agent's store outlives a restart of its ranks: a prefix hides the values of earlier attempts.
         self._store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)  # type: ignore[attr-defined]
 
@@ -99,9 +99,10 @@ class StoreChannel:
             raise self._rank_zero_left() from error
 
     def _rank_zero_left(self) -> UserError:
-        return LostRankError(f"rank {self.me.rank}: rank 0 has left; see its report or its log for the reason")
+        return LostRankError(f"rank {self.me.rank}: rank 0 has left", remedy="See its report or its log for the reason")
 
     def has(self, key: str) -> bool:
+        """True where a rank has set `key`; does not wait."""
         return bool(self._store.check([f"channel/{key}"]))
 
     def call(self, step: str, payload: Any, part: Handler, seconds: float) -> list[Any]:
@@ -140,8 +141,9 @@ class StoreChannel:
                 step, payload = self.get(f"call/{self._steps}", longest)
             except TimeoutError as error:
                 raise LostRankError(
-                    f"rank {self.me.rank}: no message from rank 0 for {longest:g} s; see its log, or raise the timeout "
-                    "(timeout= of launch/doctor.py, hardware.start_timeout_minutes of a run)"
+                    f"rank {self.me.rank}: no message from rank 0 for {longest:g} s",
+                    remedy="See its log, or raise the timeout (timeout= of launch/doctor.py, "
+                    "hardware.start_timeout_minutes of a run)",
                 ) from error
             if step == _END:
                 self.set(f"answer/{self._steps}/{self.me.rank}", None)
@@ -154,17 +156,18 @@ class StoreChannel:
             self.call(_END, last, lambda payload: None, 0.0)
 
 
-def _store_error(me: RankInfo, reason: str) -> str:
+def _store_error(me: RankInfo, reason: str) -> LostRankError:
     address = f"MASTER_ADDR:MASTER_PORT={me.master_addr}:{me.master_port}"
     if "EADDRINUSE" in reason or "already in use" in reason:
-        return (
+        return LostRankError(
             f"{address}: the port is taken on rank 0's host {socket.gethostname()}, by another job or a process of an "
-            "earlier one. Choose another with deepspeed --master_port, torchrun --master_port or MASTER_PORT, "
-            "the same on all hosts"
+            "earlier one",
+            remedy="Choose another with deepspeed --master_port, torchrun --master_port or MASTER_PORT, the same on "
+            "all hosts",
         )
-    return (
-        f"{address}: rank {me.rank} on {socket.gethostname()} cannot use this address ({reason}). MASTER_ADDR must be "
-        "an address of rank 0's host that all hosts can reach, MASTER_PORT a free port of that host"
+    return LostRankError(
+        f"{address}: rank {me.rank} on {socket.gethostname()} cannot use this address ({reason})",
+        remedy="Give an address of rank 0's host that all hosts can reach, and a free port of that host",
     )
 
 
@@ -184,8 +187,10 @@ def _wait_for_store(me: RankInfo, timeout: float) -> None:
         else "Check that rank 0 is running, that the address belongs to its host, and that no firewall blocks the port"
     )
     raise LostRankError(
-        f"MASTER_ADDR:MASTER_PORT={me.master_addr}:{me.master_port}: rank {me.rank} on {socket.gethostname()} did not reach "
-        f"rank 0 there within {timeout:g} s ({reason}). {remedy}"
+        f"MASTER_ADDR:MASTER_PORT={me.master_addr}:{me.master_port}: rank {me.rank} on {socket.gethostname()} did "
+        "not reach "
+        f"rank 0 there within {timeout:g} s ({reason})",
+        remedy=remedy,
     )
 
 

@@ -32,22 +32,27 @@ class Check:
             raise ValueError(f"{self.name}: a remedy is required for warnings and errors, and not allowed otherwise")
 
     def to_dict(self) -> dict[str, Any]:
+        """The check as a JSON object; `severity` by name."""
         return asdict(self) | {"severity": self.severity.name}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Check":
+        """Inverse of `to_dict`."""
         return cls(**{**values, "severity": Severity[values["severity"]]})
 
 
 def passed(name: str, message: str, value: float | None = None, unit: str = "") -> Check:
+    """A check without findings; `value` is in units of `unit`."""
     return Check(name, Severity.ok, message, "", "", value, unit)
 
 
 def warning(name: str, message: str, remedy: str, value: float | None = None, unit: str = "") -> Check:
+    """A check that found a limitation, with its remedy; `value` is in units of `unit`."""
     return Check(name, Severity.warning, message, remedy, "", value, unit)
 
 
 def failed(name: str, message: str, remedy: str) -> Check:
+    """A check that found an error, with its remedy."""
     return Check(name, Severity.error, message, remedy)
 
 
@@ -57,4 +62,5 @@ def on_host(host: str, checks: Iterable[Check]) -> list[Check]:
 
 
 def worst(checks: Iterable[Check]) -> Severity:
+    """The highest severity of the checks; `ok` where there are none."""
     return max((check.severity for check in checks), default=Severity.ok)

@@ -22,6 +22,8 @@ _MAX_SHARE_IN_USE = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
+    """Name, compute capability and memory of a visible GPU."""
+
     name: str
     capability: int
     """90 for sm_90."""
@@ -31,6 +33,8 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class TorchBuild:
+    """Version of torch, and the CUDA version and GPU architectures it was built for."""
+
     version: str
     cuda: str
     """CUDA version it is built for; empty for a CPU build."""
@@ -39,10 +43,12 @@ class TorchBuild:
 
 
 def torch_build() -> TorchBuild:
+    """The installed build of torch."""
     return TorchBuild(torch.__version__, torch.version.cuda or "", tuple(torch.cuda.get_arch_list()))
 
 
 def look() -> list[Gpu]:
+    """The GPUs visible to this process, with their total and free memory in GiB."""
     gpus = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         free, total = torch.cuda.mem_get_info(index)
@@ -66,6 +72,7 @@ def has_card(devices: Path) -> bool:
 
 
 def check_all(ranks_here: int) -> list[Check]:
+    """All checks of GPUs and of the libraries built for them; `ranks_here`: number of ranks on this host."""
     build, visible_gpus = torch_build(), look()
     if not visible_gpus:
         card_exists, visible_devices = has_card(Path("/dev")), os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -94,6 +101,7 @@ def check_none(build: TorchBuild, card: bool, visible: str | None, why: str) -> 
 
 
 def check_gpus(gpus: list[Gpu], ranks_here: int) -> Check:
+    """Compares the number of ranks on this host with its GPUs, and these with each other."""
     counts = {gpu.name: sum(other.name == gpu.name for other in gpus) for gpu in gpus}
     summary = ", ".join(f"{count} x {name}" for name, count in counts.items())
     summary += f", {min(gpu.memory_gib for gpu in gpus):.0f} GiB, {min(gpu.free_gib for gpu in gpus):.0f} GiB free"
@@ -180,7 +188,8 @@ def check_ability(gpus: list[Gpu]) -> Check:
     if has_bf16(lowest):
         return passed("capability", f"sm_{lowest}: bf16 and FlashAttention-2; packed attention runs on {attention}")
     remedy = (
-        "no action needed: hardware.precision=auto selects fp16. Start with hardware.initial_scale_power from 12 to 16, "
+        "no action needed: hardware.precision=auto selects fp16. Start with hardware.initial_scale_power from 12 to "
+        "16, "
         "monitor loss_scale; models trained in bf16 (LLaMA-2-7B) may overflow in fp16, so prefer tuning=lora or qlora. "
         "Do not force Triton's matrix kernels: below sm_80 they run without tensor cores"
     )

@@ -41,14 +41,19 @@ def check_unresponsive(silent: UnresponsiveRanksError, me: RankInfo, hosts: list
     """Names the ranks that did not respond, with their hosts where known, else with the index of their node."""
     step = "connect" if silent.step == "identify" else f"answer `{silent.step}`"
     remedy = (
-        f"see their logs: were they started, does their host reach MASTER_ADDR={me.master_addr} port {me.master_port}, do "
+        f"see their logs: were they started, does their host reach MASTER_ADDR={me.master_addr} port "
+        f"{me.master_port}, do "
         "they hang (py-spy dump)? If startup is slow, increase timeout="
     )
-    message = f"{describe_ranks(silent.ranks, hosts)} of {me.world_size}: did not {step} within {timeout:g} s; later checks skipped"
+    message = (
+        f"{describe_ranks(silent.ranks, hosts)} of {me.world_size}: did not {step} within {timeout:g} s; later "
+        "checks skipped"
+    )
     return failed("ranks", message, remedy)
 
 
 def check_terminated() -> Check:
+    """An error: the launcher sent SIGTERM to this rank during the checks."""
     message = "the launcher terminated this rank (SIGTERM) during the checks: another rank has failed"
     remedy = (
         "see the other ranks' logs and dmesg: a bus error means that /dev/shm is too small (Docker: --shm-size=8g), "

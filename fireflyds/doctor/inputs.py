@@ -73,7 +73,7 @@ def check_tokenizer(path: str, loaded: list[Encoder]) -> Check:
 
 
 def check_base(config: DoctorConfig, encoder: Encoder) -> Check:
-    """Compares embedding rows with tokenizer pieces, and special ids; checks that the GPU supports the model's dtype."""
+    """Compares embedding rows with tokenizer pieces, and special ids; checks that the GPU supports the dtype."""
     model_config = ModelConfig(init=ModelInit.pretrained, path=config.model, tokenizer=config.tokenizer)
     hf_config: Any = read_config(model_config, encoder)
     family_of(hf_config.model_type)
@@ -115,7 +115,10 @@ def check_store(folder: str, tokenizer: str, encoder: Encoder | None) -> Check:
             "store", f"{summary}, made with tokenizer {store_fingerprint[:12]}, which was not compared", remedy
         )
     if store_fingerprint != encoder.fingerprint():
-        message = f"{summary}, made with another tokenizer ({store_fingerprint[:12]}) than {tokenizer} ({encoder.fingerprint()[:12]})"
+        message = (
+            f"{summary}, made with another tokenizer ({store_fingerprint[:12]}) than {tokenizer} "
+            f"({encoder.fingerprint()[:12]})"
+        )
         return failed(
             "store",
             message,

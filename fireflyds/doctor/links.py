@@ -86,8 +86,10 @@ def check_shared_folder(answers: list[dict[str, Any]], hosts: list[str], runs: s
 
 
 def all_reduce(channel: StoreChannel, config: DoctorConfig) -> dict[str, Any]:
-    """Initializes the process group as training does and sums a tensor over all ranks repeatedly. Returns the seconds of
-    each repetition, whether all sums were right, and the backend."""
+    """Initializes the process group as training does and sums a tensor over all ranks repeatedly.
+
+    Returns the seconds of each repetition, whether all sums were right, and the backend.
+    """
 
     def work() -> dict[str, Any]:
         # Longer than the timeout of the doctor: the watchdog of the group would end the process before the report.
@@ -128,7 +130,7 @@ def bus_bandwidth(bytes_reduced: int, ranks: int, seconds: float) -> float:
 def check_all_reduce(
     answers: list[dict[str, Any]], hosts: list[str], joined: list[bool], config: DoctorConfig
 ) -> Check:
-    """`answers`, `hosts` and whether ranks `joined` the group, by rank. `error` is empty for a rank without an answer."""
+    """`answers`, `hosts` and whether ranks `joined` the group, by rank. `error`: empty for a rank without an answer."""
     failing = [rank for rank, answer in enumerate(answers) if "error" in answer]
     if failing:
         not_joined = [rank for rank, has_joined in enumerate(joined) if not has_joined]
@@ -144,7 +146,8 @@ def check_all_reduce(
             else "; all ranks had joined the group"
         )
         remedy = (
-            "start again with NCCL_DEBUG=INFO (TORCH_CPP_LOG_LEVEL=INFO for gloo) and see which interface it takes; name it "
+            "start again with NCCL_DEBUG=INFO (TORCH_CPP_LOG_LEVEL=INFO for gloo) and see which interface it takes; "
+            "name it "
             "with NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME, or give a longer timeout="
         )
         return failed("all-reduce", failures + group_status, remedy)
@@ -153,12 +156,16 @@ def check_all_reduce(
         return failed("all-reduce", f"the sum is wrong on rank {', '.join(map(str, wrong))}", remedy)
     slowest = max(median(answer["seconds"]) for answer in answers)
     speed = bus_bandwidth(config.all_reduce_mib * MIB, len(answers), slowest) / 1e9
-    message = f"{answers[0]['backend']}, {len(answers)} ranks, {config.all_reduce_mib} MiB in {1000 * slowest:.1f} ms: {speed:.2f} GB/s bus bandwidth"
+    message = (
+        f"{answers[0]['backend']}, {len(answers)} ranks, {config.all_reduce_mib} MiB in {1000 * slowest:.1f} ms: "
+        f"{speed:.2f} GB/s bus bandwidth"
+    )
     # gloo is slow between CPU cores, which indicates no problem.
     if speed >= config.min_bus_gb_s or answers[0]["backend"] != "nccl":
         return passed("all-reduce", message, speed, "GB/s")
     remedy = (
-        f"less than min_bus_gb_s={config.min_bus_gb_s:g}: see `variables`, nvidia-smi topo -m and NCCL_DEBUG=INFO for the "
+        f"less than min_bus_gb_s={config.min_bus_gb_s:g}: see `variables`, nvidia-smi topo -m and NCCL_DEBUG=INFO "
+        "for the "
         "transport; on slow links prefer zero=stage1 or stage2, and gradient accumulation"
     )
     return warning("all-reduce", message, remedy, speed, "GB/s")

@@ -82,7 +82,10 @@ def _measure_disk(config: DoctorConfig) -> Check:
         )
         return warning("disk", summary, remedy, writing, "MiB/s")
     if min(writing, reading) < config.min_disk_mib_s:
-        remedy = f"less than min_disk_mib_s={config.min_disk_mib_s:g}: saving checkpoints will be slow; give runs= on a faster disk"
+        remedy = (
+            f"less than min_disk_mib_s={config.min_disk_mib_s:g}: saving checkpoints will be slow; give runs= on a "
+            "faster disk"
+        )
         return warning("disk", summary, remedy, writing, "MiB/s")
     return passed("disk", summary, writing, "MiB/s")
 
@@ -119,7 +122,8 @@ def check_memlock(limit: int | None, gpus: int, num_hosts: int) -> Check:
         " and InfiniBand between the hosts" if num_hosts > 1 else ""
     )
     remedy = (
-        f"{features} may need more: `ulimit -l unlimited`, `* - memlock unlimited` in /etc/security/limits.conf, for Slurm "
+        f"{features} may need more: `ulimit -l unlimited`, `* - memlock unlimited` in /etc/security/limits.conf, for "
+        "Slurm "
         "LimitMEMLOCK=infinity in slurmd's unit, for Docker --ulimit memlock=-1"
     )
     return warning("locked memory", summary, remedy)
@@ -137,14 +141,17 @@ def check_shared_memory(free: int, ranks_here: int, gpus: int) -> Check:
 
 
 def check_open_files(limit: int | None) -> Check:
+    """Checks the limit of open files of a process; None: unlimited."""
     if limit is None or limit >= _LEAST_OPEN_FILES:
         return passed("open files", "unlimited" if limit is None else f"up to {limit:,}")
     return warning("open files", f"up to {limit:,}", f"`ulimit -n {_LEAST_OPEN_FILES * 16}` before the start")
 
 
 def check_cores(allowed: int, cores: int, ranks_here: int, threads: str | None, gpus: int) -> Check:
-    """`allowed`: cores that the ranks of this host may use together, of all `cores`; `threads`: OMP_NUM_THREADS. Without a
-    GPU, training divides the cores among the ranks itself (`zero.engine.init_distributed`)."""
+    """`allowed`: cores that the ranks of this host may use together, of all `cores`; `threads`: OMP_NUM_THREADS.
+
+    Without a GPU, training divides the cores among the ranks itself (`zero.engine.init_distributed`).
+    """
     summary = (
         f"{allowed} of {cores} for {ranks_here} rank{'s' * (ranks_here > 1)}, OMP_NUM_THREADS {threads or 'not set'}"
     )

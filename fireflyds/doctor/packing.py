@@ -77,7 +77,10 @@ def _check_packing(config: DoctorConfig) -> tuple[Check, str]:
         remedy = "check FIREFLYDS_KERNELS, and the kernels above for the GPU and number format that each requires"
         return failed("packing", "not proven: no packed attention runs this model here", remedy), comparison
     if wrong := [finding.implementation for finding in findings if not finding.proven]:
-        remedy = f"do not train with it: FIREFLYDS_KERNELS=packed_attention=<another>, and report the table with {config.model}"
+        remedy = (
+            "do not train with it: FIREFLYDS_KERNELS=packed_attention=<another>, and report the table with "
+            f"{config.model}"
+        )
         return failed("packing", f"differs from separate documents with {', '.join(wrong)}", remedy), comparison
     return passed("packing", f"proven for {', '.join(finding.implementation for finding in findings)}"), comparison
 
@@ -152,7 +155,8 @@ def table(findings: list[ImplementationResult]) -> str:
     for finding in findings:
         severity = "proven" if finding.proven else "NOT EQUAL"
         lines.append(
-            f"{finding.implementation:<14} {finding.loss:>12.1e}  {finding.gradients:>16.1e}  {finding.leakage:>7.1e}   {severity}"
+            f"{finding.implementation:<14} {finding.loss:>12.1e}  {finding.gradients:>16.1e}  "
+            f"{finding.leakage:>7.1e}   {severity}"
         )
     return "\n".join(lines)
 

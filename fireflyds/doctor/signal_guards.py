@@ -41,8 +41,11 @@ class TerminatedError(BaseException):
 
 @contextlib.contextmanager
 def sigterm_guard() -> Iterator[list[int]]:
-    """Raises `TerminatedError` on the first SIGTERM within the block and appends the signal to the yielded list. Later ones
-    are ignored, also after the block: launchers wait 30 seconds before SIGKILL, enough to print a partial report."""
+    """Raises `TerminatedError` on the first SIGTERM within the block and appends the signal to the yielded list.
+
+    Later ones are ignored, also after the block: launchers wait 30 seconds before SIGKILL, enough to print a partial
+    report.
+    """
     received: list[int] = []
 
     def handle_sigterm(number: int, frame: Any) -> None:

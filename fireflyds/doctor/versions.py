@@ -39,6 +39,7 @@ def installed(requirements: Iterable[str]) -> dict[str, str]:
 
 
 def check_all() -> list[Check]:
+    """Checks of the installed package versions: required ranges, demands of dependencies, and FlashAttention."""
     requirements = own_requirements()
     checks = [check_ranges(requirements, version_of)]
     if requirements:
@@ -90,7 +91,8 @@ def check_demands(asked: Mapping[str, list[str]], version: Callable[[str], str |
             installed_version = version(requirement.name)
             if installed_version is None or not requirement.specifier.contains(installed_version, prereleases=True):
                 faults.append(
-                    f"{library} {version(library)} requires {requirement.name}{requirement.specifier}, installed: {installed_version or 'none'}"
+                    f"{library} {version(library)} requires {requirement.name}{requirement.specifier}, installed: "
+                    f"{installed_version or 'none'}"
                 )
                 specifiers.append(f"'{requirement.name}{requirement.specifier}'")
     if faults:
@@ -126,7 +128,10 @@ def check_same(versions: Mapping[str, Mapping[str, str]]) -> Check:
         for host, host_versions in versions.items():
             by_version.setdefault(host_versions.get(name, "none"), []).append(host)
         if len(by_version) > 1:
-            descriptions = (f"{version} on {hosts[0]}{f' and {len(hosts) - 1} more' * (len(hosts) > 1)}" for version, hosts in by_version.items())  # fmt: skip
+            descriptions = (
+                f"{version} on {hosts[0]}{f' and {len(hosts) - 1} more' * (len(hosts) > 1)}"
+                for version, hosts in by_version.items()
+            )
             differences.append(f"{name} {', '.join(descriptions)}")
     if differences:
         return failed(

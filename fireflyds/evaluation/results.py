@@ -56,6 +56,7 @@ def read_results(folder: Path) -> list[EvaluationResult]:
 
 
 def append_result(folder: Path, result: EvaluationResult) -> None:
+    """Appends a result to the results file in `folder`, which is created if absent."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [asdict(each) for each in [*read_results(folder), result]]
     atomic_write_text(folder / FILE, json.dumps({"results": rows}, ensure_ascii=False, indent=2))

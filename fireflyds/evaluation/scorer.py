@@ -29,6 +29,7 @@ class EvaluatedModel:
 
     @property
     def device(self) -> torch.device:
+        """Device of the input embeddings."""
         return self.model.get_input_embeddings().weight.device
 
     @property
@@ -39,6 +40,7 @@ class EvaluatedModel:
 
     @property
     def max_length(self) -> int:
+        """Longest input in tokens: `max_tokens`, or the model's number of positions if that is smaller."""
         return min(self.max_tokens, getattr(self.model.config, "max_position_embeddings", self.max_tokens))
 
     def prompt_ids(self, question: str) -> list[int]:

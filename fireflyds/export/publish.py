@@ -45,11 +45,15 @@ def write_weights(
         if expected.get(name) != entry.shape:
             raise UserError(
                 f"the trained weights do not match {plain_config.model_type}: {name} is {entry.shape}, the "
-                f"architecture has {expected.get(name, 'no such weight')}"
+                f"architecture has {expected.get(name, 'no such weight')}",
+                remedy="Give the model that the run was trained from",
             )
     missing = expected.keys() - entries.keys() - tied
     if missing:
-        raise UserError(f"the trained weights do not match {plain_config.model_type}: {min(missing)} is missing")
+        raise UserError(
+            f"the trained weights do not match {plain_config.model_type}: {min(missing)} is missing",
+            remedy="Give the model that the run was trained from",
+        )
     plain_config.save_pretrained(folder)
     save_sharded(folder, entries, max_shard_bytes)
 

@@ -34,7 +34,8 @@ _NUM_TOTALS = 4
 class FlopsModel(Protocol):
     """Computes the FLOPs, forward and backward, of documents of `lengths` tokens with `labelled` labelled rows."""
 
-    def count(self, lengths: Any, labelled: int) -> float: ...
+    def count(self, lengths: Any, labelled: int) -> float:
+        """Floating-point operations of one forward and backward pass."""
 
 
 @dataclass(frozen=True, slots=True)

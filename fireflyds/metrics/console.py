@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 
+from fireflyds.runs import layout
 from fireflyds.types import StepMetrics
 
 
@@ -20,7 +21,7 @@ def configure_logging(run_dir: Path, rank: int) -> logging.Logger:
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     handlers: list[logging.Handler] = [logging.FileHandler(run_dir / "logs" / f"rank_{rank}.log", encoding="utf-8")]
     if rank == 0:
-        handlers += [logging.FileHandler(run_dir / "train.log", encoding="utf-8"), logging.StreamHandler()]
+        handlers += [logging.FileHandler(run_dir / layout.TRAIN_LOG, encoding="utf-8"), logging.StreamHandler()]
     for handler in handlers:
         to_console = type(handler) is logging.StreamHandler
         handler.setFormatter(logging.Formatter("%(message)s" if to_console else "%(asctime)s %(message)s"))

@@ -14,16 +14,8 @@ import numpy as np
 from torch import nn
 
 from fireflyds.config import Precision
+from fireflyds.models.architecture import attention_windows, block_order, head_dim
 
-# Execution order of the modules of a block; equal numbers are independent of each other. Norms precede their consumers.
-_ORDER = {
-    "input_layernorm": 0, "ln_attn": 0, "ln_mlp": 0,
-    "q_proj": 1, "k_proj": 1, "v_proj": 1, "q_norm": 1, "k_norm": 1, "query_key_value": 1,
-    "o_proj": 3, "dense": 3, "post_attention_layernorm": 4,
-    "gate_proj": 5, "up_proj": 5, "dense_h_to_4h": 5, "down_proj": 6, "dense_4h_to_h": 6,
-}  # fmt: skip
-# Overrides for parallel blocks (Falcon), whose feed-forward layer has the same input as attention.
-_PARALLEL = {"dense_h_to_4h": 1, "dense_4h_to_h": 3}
 _ATTENTION = 2
 _EMBEDDINGS, _AFTER_BLOCKS = (-1, 0, 0), 1 << 30
 
@@ -84,34 +76,12 @@ def step_flops(model: Any) -> StepFlops:
 
 def _attention_flops(hf_config: Any, lowest: Place) -> tuple[tuple[int | None, float], ...]:
     """FLOPs per query-key pair. Forward: scores, weighted sum; backward: dV, dP, dQ, dK, without recomputed scores."""
-    heads = hf_config.num_attention_heads
-    head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads
+    query_width = hf_config.num_attention_heads * head_dim(hf_config)
     costs: dict[int | None, float] = {}
     for layer, window in enumerate(attention_windows(hf_config)):
         backward = 4 if lowest < (layer, _ATTENTION, 0) else 0
-        costs[window] = costs.get(window, 0.0) + 2 * heads * head_dim * (2 + backward)
+        costs[window] = costs.get(window, 0.0) + 2 * query_width * (2 + backward)
     return tuple(costs.items())
-
-
-def attention_windows(hf_config: Any) -> list[int | None]:
-    """The sliding window of every layer; None where attention covers whole documents."""
-    window = getattr(hf_config, "sliding_window", None)
-    kinds = getattr(hf_config, "layer_types", None)
-    if kinds:
-        return [window if kind == "sliding_attention" else None for kind in kinds]
-    return [window] * int(hf_config.num_hidden_layers)
-
-
-def is_parallel(hf_config: Any) -> bool:
-    """True where the feed-forward layer has the same input as attention (Falcon)."""
-    return bool(getattr(hf_config, "parallel_attn", False) or getattr(hf_config, "new_decoder_architecture", False))
-
-
-def block_order(hf_config: Any) -> dict[str, int]:
-    """Execution order of a block's modules by name, according to their input: 1 the attention input, 3 the attention
-    output, 5 the feed-forward input, 6 the feed-forward activations. In parallel blocks attention and feed-forward
-    layers have the same numbers."""
-    return _ORDER | (_PARALLEL if is_parallel(hf_config) else {})
 
 
 def _positions(model: Any) -> Iterator[tuple[str, Place]]:
@@ -141,9 +111,11 @@ _PEAKS: dict[str, tuple[float, float, float]] = {
     "V100S": (130, 0, 16.4), "V100-PCIE": (112, 0, 14), "V100": (125, 0, 15.7), "T4": (65, 0, 8.1),
     "A100": (312, 312, 19.5), "A800": (312, 312, 19.5), "A30": (165, 165, 10.3), "A40": (149.7, 149.7, 37.4),
     "A10": (125, 125, 31.2), "RTX A6000": (154.8, 154.8, 38.7), "L40S": (362, 362, 91.6), "L40": (181, 181, 90.5),
-    "L4": (121, 121, 30.3), "RTX 3090": (71, 71, 35.6), "RTX 4090": (165.2, 165.2, 82.6), "RTX 5090": (209.5, 209.5, 104.8),
+    "L4": (121, 121, 30.3), "RTX 3090": (71, 71, 35.6), "RTX 4090": (165.2, 165.2, 82.6),
+    "RTX 5090": (209.5, 209.5, 104.8),
     "H100 PCIe": (756, 756, 51), "H100 NVL": (835, 835, 60), "H100": (989, 989, 67), "H800 PCIe": (756, 756, 51),
-    "H800": (989, 989, 67), "H200 NVL": (835, 835, 60), "H200": (989, 989, 67), "GH200": (989, 989, 67), "H20": (148, 148, 44),
+    "H800": (989, 989, 67), "H200 NVL": (835, 835, 60), "H200": (989, 989, 67), "GH200": (989, 989, 67),
+    "H20": (148, 148, 44),
     "GB200": (2500, 2500, 80), "B200": (2250, 2250, 75), "B100": (1750, 1750, 60),
 }  # fmt: skip
 

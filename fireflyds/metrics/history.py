@@ -7,6 +7,7 @@ from typing import Any
 
 from fireflyds.fs import atomic_write_text
 from fireflyds.metrics.plots import plot_loss
+from fireflyds.runs import layout
 
 _COLUMNS = ("step", "loss", "lr", "grad_norm", "tokens", "flops")
 
@@ -35,7 +36,7 @@ class History:
             return
         atomic_write_text(self._run_dir / "trainer_state.json", json.dumps(self._trainer_state(steps), indent=2))
         if any(row["loss"] is not None for row in steps):
-            plot_loss({self._run_dir.name: steps}, self._run_dir / "loss.png")
+            plot_loss({self._run_dir.name: steps}, self._run_dir / layout.LOSS_PLOT)
 
     def _trainer_state(self, steps: list[dict[str, Any]]) -> dict[str, Any]:
         """The state in the format of transformers' `TrainerState`, for tools that read it."""

@@ -12,6 +12,7 @@ from typing import Any
 from fireflyds.metrics.console import format_steps, progress_bar
 from fireflyds.metrics.history import History
 from fireflyds.metrics.trackers import Tracker
+from fireflyds.runs import layout
 from fireflyds.runs.jsonl import MetricsFile, read_jsonl, without_nan
 from fireflyds.runs.layout import EXIT_FAILED
 from fireflyds.types import StepMetrics
@@ -57,7 +58,7 @@ class MetricsLogger:
         self._history = History(self._run_dir, self._total_steps, self._log_every, self._steps_per_epoch)
         for row in self._file.kept:
             self._history.add(row)
-        for row in read_jsonl(self._run_dir / "validation.jsonl"):
+        for row in read_jsonl(self._run_dir / layout.VALIDATION):
             if row["step"] <= done:
                 self._history.add_validation(row)
 
@@ -70,6 +71,7 @@ class MetricsLogger:
         self._tracker.rollback(done)
 
     def log_step(self, step: StepMetrics) -> None:
+        """Records a step in `metrics.jsonl` and the trackers, and prints a summary every `log_every` steps."""
         if self._file:
             self._history.add(self._file.record(step))
         self._tracker.log(step.as_dict())
@@ -93,7 +95,7 @@ class MetricsLogger:
         self.log.info(f"checkpoint of step {step}: training waited {stall:.2f} s")
         if self._file:
             # A checkpoint survives a crash of the host, so the metrics of the steps before it must be on disk too.
-            self._warn_on_failure("metrics.jsonl", self._file.sync)
+            self._warn_on_failure(layout.METRICS, self._file.sync)
         if self._file and (self._pending_plot is None or self._pending_plot.done()):
             self._pending_plot = self._plot_executor.submit(
                 self._warn_on_failure, "trainer_state.json or loss.png", self._history.save
@@ -112,6 +114,6 @@ class MetricsLogger:
             self._stack.close()
             if self._file:
                 self._warn_on_failure("trainer_state.json or loss.png", self._history.save)
-                self._warn_on_failure("metrics.jsonl", self._file.close)
+                self._warn_on_failure(layout.METRICS, self._file.close)
         finally:
             self._tracker.finish(0 if error is None else EXIT_FAILED)

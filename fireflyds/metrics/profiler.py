@@ -104,7 +104,8 @@ class StepProfiler:
             self._warn("was not written", error)
             return
         self._log.info(
-            f"profile of steps {self._first} to {self._newest} on rank {self._rank}: {self._folder / name}.trace.json.gz "
+            f"profile of steps {self._first} to {self._newest} on rank {self._rank}: "
+            f"{self._folder / name}.trace.json.gz "
             "(open it in https://ui.perfetto.dev) and .txt"
         )
 

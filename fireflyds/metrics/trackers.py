@@ -13,32 +13,41 @@ from typing import Any, Protocol
 from fireflyds.config import TrackerKind, TrackingConfig, TrainConfig, WandbMode
 from fireflyds.errors import UserError
 from fireflyds.fs import atomic_write_text, read_json
+from fireflyds.runs import layout
 
-ID_FILE = "wandb.json"
 _COLUMNS = ("step", "prompt", "text")
 
 
 class Tracker(Protocol):
     """Receives rows of `metrics.jsonl` and `validation.jsonl`; each contains its `step`."""
 
-    def log(self, row: Mapping[str, Any]) -> None: ...
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Records a row."""
 
-    def log_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None: ...
+    def log_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Records generated texts of a step; each row has `prompt` and `text`."""
 
-    def rollback(self, step: int) -> None: ...
+    def rollback(self, step: int) -> None:
+        """Continues after a return to `step`: rows of later steps are logged again."""
 
     def finish(self, exit_code: int) -> None:
         """Closes the tracker. `exit_code`: 0 where the run succeeded."""
 
 
 class NoTracker:
-    def log(self, row: Mapping[str, Any]) -> None: ...
+    """Discards all rows; used where no tracker is configured."""
 
-    def log_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None: ...
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Does nothing."""
 
-    def rollback(self, step: int) -> None: ...
+    def log_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Does nothing."""
 
-    def finish(self, exit_code: int) -> None: ...
+    def rollback(self, step: int) -> None:
+        """Does nothing."""
+
+    def finish(self, exit_code: int) -> None:
+        """Does nothing."""
 
 
 class WandbTracker:
@@ -53,11 +62,13 @@ class WandbTracker:
         self._run.define_metric("*", step_metric="step")
 
     def log(self, row: Mapping[str, Any]) -> None:
+        """Logs a row to W&B; of a validation also a table of its domains."""
         self._run.log(dict(row))
         if any(key.startswith("validation/") for key in row):
             self._run.log({"step": row["step"], "validation_table": _domains_table(row)})
 
     def log_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Logs generated texts as a W&B table."""
         import wandb
 
         table = wandb.Table(columns=list(_COLUMNS), data=[[step, row["prompt"], row["text"]] for row in rows])
@@ -67,6 +78,7 @@ class WandbTracker:
         """Does nothing: a step that is logged again replaces the earlier one."""
 
     def finish(self, exit_code: int) -> None:
+        """Ends the W&B run with `exit_code`."""
         self._run.finish(exit_code=exit_code)
 
 
@@ -83,19 +95,23 @@ class TensorBoardTracker:
         return SummaryWriter(self._folder, purge_step=done + 1)
 
     def log(self, row: Mapping[str, Any]) -> None:
+        """Writes every number of a row as a scalar at its step."""
         for key, value in row.items():
             if key != "step" and isinstance(value, int | float):
                 self._writer.add_scalar(key, value, row["step"])
 
     def log_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Writes prompt and text of each sample as a text entry."""
         for number, row in enumerate(rows):
             self._writer.add_text(f"samples/{number}", f"{row['prompt']}\n\n---\n\n{row['text']}", step)
 
     def rollback(self, step: int) -> None:
+        """Reopens the event file at `step`, so that TensorBoard discards later rows."""
         self._writer.close()
         self._writer = self._open(step)
 
     def finish(self, exit_code: int) -> None:
+        """Closes the event file."""
         self._writer.close()
 
 
@@ -107,12 +123,15 @@ class FaultTolerantTracker:
         self._name, self._log, self._finish_seconds = name, log, finish_seconds
 
     def log(self, row: Mapping[str, Any]) -> None:
+        """Calls the wrapped tracker; an exception becomes a warning."""
         self._try(lambda: self._tracker.log(row))
 
     def log_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Calls the wrapped tracker; an exception becomes a warning."""
         self._try(lambda: self._tracker.log_samples(step, rows))
 
     def rollback(self, step: int) -> None:
+        """Calls the wrapped tracker; an exception becomes a warning."""
         self._try(lambda: self._tracker.rollback(step))
 
     def finish(self, exit_code: int) -> None:
@@ -193,7 +212,7 @@ def init_wandb(
 
 def wandb_run_id(run_dir: Path) -> str:
     """The W&B id shared by all starts of a run. It is not the name, which may be reused for another run."""
-    file = run_dir / ID_FILE
+    file = run_dir / layout.WANDB_ID
     if not file.exists():
         atomic_write_text(file, json.dumps({"id": secrets.token_hex(4)}))
     return str(read_json(file)["id"])

@@ -63,7 +63,9 @@ def config_of(key: str, path: str) -> Any:
             f"{str(error).splitlines()[0]}",
             key=key,
             value=path,
-            remedy="Remote code is not run (trust_remote_code): give a model that this version of transformers supports",
+            remedy=(
+                "Remote code is not run (trust_remote_code): give a model that this version of transformers supports"
+            ),
         ) from error
 
 

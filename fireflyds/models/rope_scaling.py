@@ -9,6 +9,7 @@ from typing import Any
 
 from fireflyds.config import ModelConfig
 from fireflyds.errors import UserError
+from fireflyds.models.architecture import head_dim
 
 # Required and optional settings of each `rope_type`. `ntk` and `ntk_auto` are converted to a larger `rope_theta`.
 _REQUIRED: dict[str, set[str]] = {
@@ -73,8 +74,8 @@ def apply_rope_scaling(hf_config: Any, config: ModelConfig) -> Any:
     missing, unknown = _REQUIRED[kind] - settings.keys(), settings.keys() - _REQUIRED[kind] - _OPTIONAL.get(kind, set())
     if missing or unknown:
         problem = f"{min(missing)} is missing" if missing else f"{min(unknown)} is not one of its settings"
-        accepted = ", ".join(sorted(_REQUIRED[kind] | _OPTIONAL.get(kind, set()))) or "nothing"
-        raise UserError(f"{problem}. {kind} takes {accepted}", key="model.rope_scaling")
+        accepted = ", ".join(sorted(_REQUIRED[kind] | _OPTIONAL.get(kind, set()))) or "none"
+        raise UserError(problem, key="model.rope_scaling", remedy=f"Settings of {kind}: {accepted}")
     for name, value in settings.items():
         _check_value(name, value)
     _apply_settings(hf_config, kind, settings, rope_parameters)
@@ -85,27 +86,35 @@ def _check_value(name: str, value: Any) -> None:
     """Raises `UserError` for a value of the wrong type, not finite, or below the minimum of the setting."""
     if name == "truncate":
         if not isinstance(value, bool):
-            raise UserError("must be true or false", key="model.rope_scaling.truncate", value=f"{value!r}")
+            raise UserError(
+                "must be true or false",
+                key="model.rope_scaling.truncate",
+                value=f"{value!r}",
+                remedy="Give one of them",
+            )
         return
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if name in ("factor", "alpha", "seq_len"):
         if not is_number or value < 1:
             raise UserError(
-                f"must be a number of at least 1, such as {name}: 4",
+                "must be a number of at least 1",
                 key=f"model.rope_scaling.{name}",
                 value=f"{value!r}",
+                remedy=f"Give a number such as {name}: 4",
             )
     elif not is_number or value <= 0:
-        raise UserError("must be a number above 0", key=f"model.rope_scaling.{name}", value=f"{value!r}")
+        raise UserError(
+            "must be a number above 0",
+            key=f"model.rope_scaling.{name}",
+            value=f"{value!r}",
+            remedy="Give a number above 0",
+        )
 
 
 def _apply_settings(hf_config: Any, kind: str, settings: dict[str, Any], rope_parameters: dict[str, Any]) -> None:
     """Updates `rope_parameters` and `max_position_embeddings` of `hf_config` with checked settings."""
     max_positions = hf_config.max_position_embeddings
-    theta, dim = (
-        rope_parameters["rope_theta"],
-        getattr(hf_config, "head_dim", None) or (hf_config.hidden_size // hf_config.num_attention_heads),
-    )
+    theta, dim = rope_parameters["rope_theta"], head_dim(hf_config)
     if kind in ("ntk", "ntk_auto"):
         alpha = settings.get("alpha") or ntk_alpha(
             settings["seq_len"], settings.get("half_context", max_positions / 2), settings.get("coefficient", 1.0)

@@ -41,8 +41,13 @@ class FusedLossHead(nn.Linear):
         if labels is None:
             return super().forward(hidden)
         return linear_cross_entropy(
-            hidden, self.weight, labels, bias=self.bias, reduction=reduction, num_labels=num_labels  # type: ignore[call-overload]
-        )  # fmt: skip
+            hidden,
+            self.weight,
+            labels,
+            bias=self.bias,
+            reduction=reduction,
+            num_labels=num_labels,  # type: ignore[call-overload]
+        )
 
 
 class SplitLMHead(nn.Module):
@@ -60,8 +65,13 @@ class SplitLMHead(nn.Module):
         if labels is None:
             return linear(hidden, torch.cat([self.frozen, self.trainable.to(self.frozen.dtype)]), self.bias)
         return linear_cross_entropy(
-            hidden, (self.frozen, self.trainable), labels, bias=self.bias, reduction=reduction, num_labels=num_labels  # type: ignore[call-overload]
-        )  # fmt: skip
+            hidden,
+            (self.frozen, self.trainable),
+            labels,
+            bias=self.bias,
+            reduction=reduction,
+            num_labels=num_labels,  # type: ignore[call-overload]
+        )
 
 
 def split_new_rows(model: Any, config: TuningConfig, base_vocab_size: int | None) -> None:
@@ -84,8 +94,11 @@ def split_new_rows(model: Any, config: TuningConfig, base_vocab_size: int | None
         )
     if tied and config.embeddings is not config.head:
         raise UserError(
-            f"tuning.embeddings={config.embeddings.name}, tuning.head={config.head.name}: the head of this model is its "
-            "embeddings (tie_word_embeddings), so both must have the same value"
+            f"tuning.head={config.head.name}, but the head of this model is its embeddings (tie_word_embeddings), so "
+            "both must have the same value",
+            key="tuning.embeddings",
+            value=config.embeddings.name,
+            remedy="Give one of the two values for both",
         )
     for name, rows in (("embeddings", config.embeddings), ("head", config.head)):
         if rows is TrainableRows.new_rows:

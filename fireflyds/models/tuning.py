@@ -128,7 +128,9 @@ def _full_match(expression: str, name: str) -> bool:
         return re.fullmatch(expression, name) is not None
     except re.error as error:
         raise UserError(
-            f"{expression!r} is not a valid regular expression ({error})", key="tuning.target_modules"
+            f"{expression!r} is not a valid regular expression ({error})",
+            key="tuning.target_modules",
+            remedy="Correct it, or give the names of layers",
         ) from error
 
 
@@ -141,7 +143,9 @@ def _unfreeze(model: Any, expressions: list[str]) -> None:
             matches = [name for name in parameters if re.search(expression, name)]
         except re.error as error:
             raise UserError(
-                f"{expression!r} is not a valid regular expression ({error})", key="tuning.trainable"
+                f"{expression!r} is not a valid regular expression ({error})",
+                key="tuning.trainable",
+                remedy="Correct it, or give parts of parameter names",
             ) from error
         if not matches:
             raise UserError(
@@ -153,10 +157,10 @@ def _unfreeze(model: Any, expressions: list[str]) -> None:
         matches = [name for name in matches if id(parameters[name]) not in vocabulary]
         if not matches:
             raise UserError(
-                f"{expression!r} matches only embeddings or head; tuning.embeddings and tuning.head set which of "
-                "their rows are trainable",
+                f"{expression!r} matches only embeddings or head",
                 key="tuning.trainable",
                 value=expressions,
+                remedy="Leave it out, and give tuning.embeddings and tuning.head, which set which of their rows train",
             )
         for name in matches:
             parameters[name].data = parameters[name].data.float()

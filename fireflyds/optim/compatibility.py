@@ -38,7 +38,8 @@ def check_compatibility(config: TrainConfig, precision: Precision) -> list[str]:
         )
     if tuning.embeddings.name != "frozen" and tuning.head.name == "frozen":
         notes.append(
-            "note: tuning.head=frozen while embeddings train: unless the head is tied, new tokens can be read but not written"
+            "note: tuning.head=frozen while embeddings train: unless the head is tied, new tokens can be read but "
+            "not written"
         )
     return notes
 

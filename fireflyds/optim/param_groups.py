@@ -123,9 +123,10 @@ def _frozen_summary(model: Any, config: TrainConfig, precision: str, width: int)
     quantised = plain = 0
     head = model.get_output_embeddings()
     quantised_ids = {
-        id(module.weight) for module in model.modules()
+        id(module.weight)
+        for module in model.modules()
         if isinstance(module, nn.Linear) and module is not head and config.tuning.method is TuningMethod.qlora
-    }  # fmt: skip
+    }
     for parameter in model.parameters():
         if not parameter.requires_grad and id(parameter) in quantised_ids:
             quantised += logical_numel(parameter)

@@ -21,7 +21,8 @@ from fireflyds.runs import layout
 
 # Lines of DeepSpeed's launcher and of progress bars: written to the stage's log, not to the terminal.
 _HIDDEN_LINES = re.compile(
-    r"^\[\d{4}-\d\d-\d\d |it/s\]|^\s*return func|FutureWarning|kernels-community|^(Processing zero|Parsing checkpoint|Detected checkpoint|Reconstructed )"
+    r"^\[\d{4}-\d\d-\d\d |it/s\]|^\s*return func|FutureWarning|kernels-community|^(Processing zero|Parsing "
+    r"checkpoint|Detected checkpoint|Reconstructed )"
 )
 
 
@@ -87,8 +88,9 @@ class RoadRunner:
             KeyboardInterrupt: on Ctrl-C or SIGTERM.
         """
         self._out.mkdir(parents=True, exist_ok=True)
-        message = f"{self._out}: another process runs this pipeline now. Wait for it, or end it"
-        with lock_file(self._out / ".lock", message):
+        remedy = "Wait for it, or end it"
+        busy = UserError("another process runs this pipeline now", key=self._out, remedy=remedy)
+        with lock_file(self._out / ".lock", busy):
             self._run_stages()
 
     def _run_stages(self) -> None:
@@ -115,11 +117,16 @@ class RoadRunner:
         code = _execute(stage_command(stage), self._out / "logs" / f"{stage.name}.log", self._timer(record))
         if code != 0:
             raise UserError(
-                f"{record['command']} failed with exit code {code}; its output: {self._out / 'logs' / stage.name}.log",
+                f"{record['command']} failed with exit code {code}",
                 key=stage.name,
+                remedy=f"See its output in {self._out / 'logs' / stage.name}.log",
             )
         if not (self._out / stage.output).exists():
-            raise UserError(f"{record['command']} did not write {self._out / stage.output}", key=stage.name)
+            raise UserError(
+                f"{record['command']} did not write {self._out / stage.output}",
+                key=stage.name,
+                remedy="Correct the output or the out= of the stage",
+            )
         record["done"] = True
         self._save()
 

@@ -1,4 +1,4 @@
-"""Activation memory of one micro-batch between forward and backward pass: of each block of the packed model, and the loss.
+"""Activation memory of one micro-batch between forward and backward pass, of each packed block and of the loss.
 
 On a GPU the fused kernels save their inputs and recompute the rest; the reference implementations on the CPU save what
 autograd saves (`fireflyds_kernels/*/reference.py`). Tested against the tensors that autograd actually saves.
@@ -68,7 +68,7 @@ def _norm_bytes(block: BlockShape, shape: ModelShape, how: ForwardSpec) -> float
 
 
 def _rms_norm_bytes(block: BlockShape, width: int, how: ForwardSpec) -> float:
-    """Bytes per token of an RMS norm: input (CPU: float32, and the normalized input if its weight is trainable), scale."""
+    """Bytes per token of an RMS norm: input (CPU: float32, and the normalized input if its weight trains), scale."""
     itemsize = how.wide if how.device == "cuda" else 4 + how.wide * block.norms_train
     return float(width * itemsize + 4)
 
@@ -106,8 +106,11 @@ def boundary_bytes(block: BlockShape, shape: ModelShape, how: ForwardSpec) -> fl
 
 
 def passing_bytes(shape: ModelShape, how: ForwardSpec) -> float:
-    """Bytes per token of gradients that exist at the same time in the backward pass of a block: of the feed-forward layer
-    (product, gate and up; without a gate, input and output of the activation) and of two rows of the hidden size."""
+    """Bytes per token of gradients that exist at the same time in the backward pass of a block.
+
+    These are of the feed-forward layer (product, gate and up; without a gate, input and output of the activation) and
+    of two rows of the hidden size.
+    """
     inner = max(max(linear.inputs, linear.outputs) for block in shape.blocks for linear in block.linears)
     return float(how.wide * (3 * inner + 2 * shape.hidden_size))
 
@@ -125,7 +128,7 @@ def unpacked_bytes(shape: ModelShape, how: ForwardSpec) -> float:
 
 @dataclass(frozen=True, slots=True)
 class LossBytes:
-    """Bytes of the loss: at the end of the forward pass (`forming`), at the start of the backward pass (`returning`)."""
+    """Bytes of the loss: at the end of the forward pass (`forming`), at the start of the backward (`returning`)."""
 
     forming: float
     returning: float

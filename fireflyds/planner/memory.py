@@ -1,8 +1,8 @@
 """Estimated memory of a training step on one GPU (or one CPU rank), by item, and the measured peak.
 
 Memory peaks in one of four phases of a step: loss, start of the backward pass, end of the backward pass, optimizer. The
-memory of a phase is the sum of its items, and the estimate is that of the highest phase. Allocations of DeepSpeed follow
-its source (0.19), ZeRO stages follow arXiv 1910.02054.
+memory of a phase is the sum of its items, and the estimate is that of the highest phase. Allocations of DeepSpeed
+follow its source (0.19), ZeRO stages follow arXiv 1910.02054.
 """
 
 from dataclasses import dataclass
@@ -57,6 +57,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> float:
+        """Sum of the items, in bytes."""
         return sum(self.items.values())
 
     @property
@@ -66,6 +67,7 @@ class MemoryEstimate:
 
 
 def placement_of(config: TrainConfig, world_size: int, accumulation: int) -> Placement:
+    """The placement that a configuration asks for on `world_size` ranks; `accumulation`: micro-batches per step."""
     zero = config.zero
     return Placement(
         stage=zero.stage,
@@ -124,8 +126,8 @@ class _MemoryModel:
         self.shards = placement.world_size if placement.stage else 1
         self.trained = shape.trained
         self.shard_numel = self.trained / self.shards
-        # Temporaries of an optimizer step, in copies of the largest tensor: none for fused AdamW (GPU, bitsandbytes); on the
-        # CPU square root and quotient.
+        # Temporaries of an optimizer step, in copies of the largest tensor: none for fused AdamW (GPU, bitsandbytes);
+        # on the CPU square root and quotient.
         spec = load_optimizer_spec(config.optim.name)
         self.num_temporaries = spec.cpu_step_copies if device == "cpu" else 0
 
@@ -231,7 +233,7 @@ class _MemoryModel:
         return matrices * (4 + self.wide)
 
     def update(self) -> float:
-        """Gradients during the optimizer step (as accumulated, flattened or in float32), and temporaries of the optimizer."""
+        """Gradients in the optimizer step (as accumulated, flattened or in float32), and the step's temporaries."""
         itemsize, stage = self.wide, self.placement.stage
         if self.placement.offload_optimizer:
             return 0.0

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from fireflyds.config import TrainConfig, TuningMethod
-from fireflyds.metrics.flops import attention_windows, block_order, is_parallel
+from fireflyds.models.architecture import attention_windows, block_order, head_dim, is_parallel, key_value_heads
 from fireflyds.optim import param_groups as groups
 from fireflyds.optim.optimizers import load_optimizer_spec
 
@@ -53,7 +53,7 @@ class ArchTraits:
     head_norms: bool
     """Query and key heads have norms (Qwen3)."""
     turned_apart: bool
-    """One product computes queries, keys and values, and queries and keys are rotated: values keep the whole product."""
+    """One product computes queries, keys and values, queries and keys are rotated: values keep the whole product."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +79,7 @@ class ModelShape:
 
     @property
     def trained(self) -> int:
+        """Number of trained weights."""
         return sum(sum(sizes) for sizes, _ in self.groups)
 
     @property
@@ -88,9 +89,8 @@ class ModelShape:
 
 
 def model_shape(model: Any, config: TrainConfig) -> ModelShape:
-    """Reads the sizes of a model. To be called before a ZeRO-3 engine is built, which removes the parameters' shapes."""
+    """Reads the sizes of a model. Call it before a ZeRO-3 engine is built, which removes the parameters' shapes."""
     hf_config = model.config
-    num_heads = hf_config.num_attention_heads
     head = model.get_output_embeddings()
     quantised_ids = _quantised_weight_ids(model, config)
     frozen = [p for p in model.parameters() if not p.requires_grad]
@@ -99,9 +99,9 @@ def model_shape(model: Any, config: TrainConfig) -> ModelShape:
     is_full = config.tuning.method is TuningMethod.full
     return ModelShape(
         hidden_size=hf_config.hidden_size,
-        num_heads=num_heads,
-        head_dim=getattr(hf_config, "head_dim", None) or hf_config.hidden_size // num_heads,
-        num_key_value_heads=_key_value_heads(hf_config),
+        num_heads=hf_config.num_attention_heads,
+        head_dim=head_dim(hf_config),
+        num_key_value_heads=key_value_heads(hf_config),
         vocab_size=hf_config.vocab_size,
         form=_arch_traits(model),
         blocks=_blocks(model, quantised_ids, config),
@@ -127,13 +127,6 @@ def _quantised_weight_ids(model: Any, config: TrainConfig) -> set[int]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and module is not head and ".lora_" not in name
     }
-
-
-def _key_value_heads(hf_config: Any) -> int:
-    if getattr(hf_config, "multi_query", False) and not getattr(hf_config, "new_decoder_architecture", False):
-        return 1
-    num_heads = getattr(hf_config, "num_key_value_heads", None) or getattr(hf_config, "num_kv_heads", None)
-    return int(num_heads or hf_config.num_attention_heads)
 
 
 def _arch_traits(model: Any) -> ArchTraits:
@@ -181,9 +174,16 @@ def _blocks(model: Any, quantised_ids: set[int], config: TrainConfig) -> tuple[B
         adapter = next(iter(owner.lora_A.values())) if hasattr(owner, "lora_A") else None
         rank = next((order[part] for part in name[match.end() :].split(".") if part in order), 1)
         linears[int(match[1])].append(
-            LinearShape(rank, module.in_features, module.out_features, module.weight.requires_grad, id(module.weight) in quantised_ids,
-                   0 if adapter is None else adapter.out_features, adapter is not None and repeats_product)
-        )  # fmt: skip
+            LinearShape(
+                rank,
+                module.in_features,
+                module.out_features,
+                module.weight.requires_grad,
+                id(module.weight) in quantised_ids,
+                0 if adapter is None else adapter.out_features,
+                adapter is not None and repeats_product,
+            )
+        )
     blocks = []
     for layer, window in enumerate(windows):
         needs_gradient = needs_gradient or trained[layer]

@@ -33,6 +33,7 @@ class DataSummary:
 
     @property
     def labelled_share(self) -> float:
+        """Labelled tokens as a fraction of all tokens."""
         return self.labelled / sum(self.lengths)
 
 
@@ -62,6 +63,7 @@ class TrainingPlan:
 
     @property
     def checkpoint_bytes(self) -> float:
+        """Size of a checkpoint, in bytes."""
         return checkpoint_bytes(self.shape)
 
 

@@ -99,11 +99,13 @@ def format_plan(plan: TrainingPlan, notes: list[str]) -> str:
     if rejected:
         smallest = min(rejected, key=lambda choice: choice.memory.total)
         lines.append(
-            f"{len(rejected)} further layouts do not fit; the smallest of them: {_describe_candidate(smallest)}, {smallest.why_not}"
+            f"{len(rejected)} further layouts do not fit; the smallest of them: {_describe_candidate(smallest)}, "
+            f"{smallest.why_not}"
         )
     lines += [
         "",
-        f"as configured ({_describe_candidate(configured)}): {f'does not fit: {configured.why_not}' if configured.why_not else 'fits'}",
+        f"as configured ({_describe_candidate(configured)}): "
+        f"{f'does not fit: {configured.why_not}' if configured.why_not else 'fits'}",
     ]
     lines += [_table_header(), _table_row(configured, plan.work, False)]
     lines.append(
@@ -133,7 +135,10 @@ def _format_duration(plan: TrainingPlan) -> str:
 def _describe_candidate(choice: Candidate) -> str:
     placement = choice.where
     checkpointing = "with" if placement.checkpointing else "without"
-    return f"zero={placement.stage}, offload {choice.offload}, micro_batch_size={placement.micro_batch_size}, {checkpointing} checkpointing"
+    return (
+        f"zero={placement.stage}, offload {choice.offload}, micro_batch_size={placement.micro_batch_size}, "
+        f"{checkpointing} checkpointing"
+    )
 
 
 _ITEMS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers")
@@ -150,5 +155,6 @@ def _table_row(choice: Candidate, work: StepCost, is_fastest: bool) -> str:
     checkpointing = "yes" if placement.checkpointing else "no"
     return (
         f"{placement.stage:<5}{choice.offload:<16}{placement.micro_batch_size:>5}{checkpointing:>5}{sizes}"
-        f"{choice.host_per_node / GIB:>8.0f}{choice.seconds:>9.2f}{work.tokens / choice.seconds:>11,.0f}  {choice.memory.moment}{', fastest' * is_fastest}"
+        f"{choice.host_per_node / GIB:>8.0f}{choice.seconds:>9.2f}{work.tokens / choice.seconds:>11,.0f}  "
+        f"{choice.memory.moment}{', fastest' * is_fastest}"
     )

@@ -29,7 +29,7 @@ class StepCost:
     recomputed: float
     """Additional FLOPs of gradient checkpointing: second forward pass of the blocks that have a backward pass."""
     repeated: float
-    """Additional FLOPs of products that PEFT's DoRA computes twice (`LinearShape.twice`): forward, and input gradients."""
+    """Additional FLOPs of products that PEFT's DoRA computes twice (`LinearShape.twice`): forward, input gradients."""
     tokens: float
 
 
@@ -48,6 +48,7 @@ class Candidate:
 
     @property
     def fits(self) -> bool:
+        """True where no reason speaks against the candidate."""
         return not self.why_not
 
     @property
@@ -70,6 +71,7 @@ class Candidate:
 
     @property
     def offload(self) -> str:
+        """Offloaded parts, joined by `+`: `optimizer`, `param`; `none` where there are none."""
         names = ["optimizer"] * self.where.offload_optimizer + ["param"] * self.where.offload_param
         return "+".join(names) or "none"
 
@@ -204,8 +206,8 @@ def _reason_not_to_fit(estimate: MemoryEstimate, host: float, cluster: ClusterCo
 def communication_bytes(shape: ModelShape, precision: Precision, where: Placement) -> float:
     """Bytes that one GPU sends per step (ring algorithms send (N - 1) / N of a tensor; an all-reduce does so twice).
 
-    Stages 0 and 1 reduce gradients once per step, 2 and 3 after every micro-batch; 1 and 2 gather the updated weights once
-    per step, 3 gathers all weights twice per micro-batch.
+    Stages 0 and 1 reduce gradients once per step, 2 and 3 after every micro-batch; 1 and 2 gather the updated weights
+    once per step, 3 gathers all weights twice per micro-batch.
     """
     itemsize = 4 if precision is Precision.fp32 else 2
     gradients = shape.trained * itemsize
@@ -223,8 +225,9 @@ def _offload_seconds(shape: ModelShape, precision: Precision, placement: Placeme
     """Seconds per step for copies to and from the host and the update on the CPU, following DeepSpeed's source (0.19).
 
     float32 gradients are copied to the host once per step, and weights are copied back after the update. Accumulated
-    gradients stay on the GPU at stage 1; at stage 2 they are copied to the host after each micro-batch and back before the
-    next one, at stage 3 back after the first one, too. Offloaded weights are copied to the GPU twice per micro-batch.
+    gradients stay on the GPU at stage 1; at stage 2 they are copied to the host after each micro-batch and back before
+    the next one, at stage 3 back after the first one, too. Offloaded weights are copied to the GPU twice per
+    micro-batch.
     """
     itemsize = 4 if precision is Precision.fp32 else 2
     partition_numel = shape.trained / placement.world_size

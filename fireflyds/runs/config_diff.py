@@ -5,6 +5,7 @@ from typing import Any
 
 from fireflyds.app import plain
 from fireflyds.errors import UserError
+from fireflyds.runs import layout
 
 # Keys that may change between the start of a run and its resumption without making it another run.
 FREE_TO_CHANGE = (
@@ -32,13 +33,13 @@ def diff_configs(
 
 def has_started(run_dir: Path) -> bool:
     """True where the run has a checkpoint or a logged step."""
-    metrics = run_dir / "metrics.jsonl"
+    metrics = run_dir / layout.METRICS
     return any((run_dir / "checkpoints").glob("step-*")) or (metrics.exists() and metrics.stat().st_size > 0)
 
 
 def require_same_config(run_dir: Path, yaml_text: str, run: str, more: list[str] | None = None) -> None:
     """Raises `UserError` where the run was started with another configuration; `more`: additional differences."""
-    file = run_dir / "config.yaml"
+    file = run_dir / layout.CONFIG
     if not (file.exists() and has_started(run_dir)):
         return
     changed = diff_configs(plain(file.read_text(encoding="utf-8")), plain(yaml_text)) + (more or [])

@@ -24,10 +24,11 @@ def open_run(config: TrainConfig, yaml_text: str, inputs: dict[str, Any]) -> IO[
             other inputs, and the message lists the differences.
     """
     run_dir = Path(config.run_dir)
-    file = run_dir / "config.yaml"
+    file = run_dir / layout.CONFIG
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        busy = f"run={config.run}: another process trains {run_dir} now. Wait for it, end it, or give another run="
+        remedy = "Wait for it, end it, or give another run="
+        busy = UserError(f"another process trains {run_dir} now", key="run", value=config.run, remedy=remedy)
         lock = lock_file(run_dir / ".lock", busy)
     except OSError as error:
         raise UserError(
@@ -43,7 +44,7 @@ def open_run(config: TrainConfig, yaml_text: str, inputs: dict[str, Any]) -> IO[
         return lock
     # A run that failed before its first step does not reserve its name.
     shutil.rmtree(run_dir / layout.START, ignore_errors=True)
-    atomic_write_text(run_dir / "provenance.json", json.dumps(provenance(), indent=2))
+    atomic_write_text(run_dir / layout.PROVENANCE, json.dumps(provenance(), indent=2))
     atomic_write_text(run_dir / layout.INPUTS, json.dumps(inputs, indent=2))
     atomic_write_text(file, yaml_text)
     return lock

@@ -69,9 +69,11 @@ def require_base(run: str, path: str, recorded: dict[str, Any]) -> None:
         return
     remedy = "Restore the base, or train again under another run="
     if not (Path(path) / "config.json").is_file():
-        raise UserError(f"its base model.path={path} is gone (no config.json there). {remedy}", key="run", value=run)
+        raise UserError(
+            f"its base model.path={path} is gone (no config.json there)", key="run", value=run, remedy=remedy
+        )
     if weights_hash(Path(path)) != recorded["base"]:
-        raise UserError(f"its base model.path={path} has changed since. {remedy}", key="run", value=run)
+        raise UserError(f"its base model.path={path} has changed since", key="run", value=run, remedy=remedy)
 
 
 def base_identity(config: TrainConfig, tokenizer: str, vocab_size: int) -> dict[str, Any]:

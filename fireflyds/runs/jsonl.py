@@ -9,6 +9,7 @@ from typing import Any
 
 from fireflyds.errors import UserError
 from fireflyds.fs import atomic_write_text
+from fireflyds.runs import layout
 from fireflyds.types import StepMetrics
 
 
@@ -22,6 +23,11 @@ class JsonlFile:
         self._stream = path.open("a", encoding="utf-8")
 
     def write(self, row: Mapping[str, Any]) -> None:
+        """Appends a row and flushes it to the operating system.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
         try:
             self._stream.write(_json(row))
             self._stream.flush()
@@ -37,6 +43,7 @@ class JsonlFile:
         os.fsync(self._stream.fileno())
 
     def close(self) -> None:
+        """Closes the file."""
         self._stream.close()
 
 
@@ -44,9 +51,10 @@ class MetricsFile(JsonlFile):
     """`metrics.jsonl`: one row per optimizer step. NaN and infinity are written as null."""
 
     def __init__(self, run_dir: Path, resumed_at: int) -> None:
-        super().__init__(run_dir / "metrics.jsonl", resumed_at)
+        super().__init__(run_dir / layout.METRICS, resumed_at)
 
     def record(self, metrics: StepMetrics) -> dict[str, Any]:
+        """Writes the metrics of a step; returns the row as written, without NaN."""
         row = without_nan(metrics.as_dict())
         self.write(row)
         return row

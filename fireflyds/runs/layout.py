@@ -52,8 +52,22 @@ EXIT_STOPPED = 76
 """The run saved a checkpoint and exited because of `STOP_FILE`: a scheduler must not restart it."""
 EXIT_CTRL_C = 130
 
-FILES = (CONFIG, INPUTS, PROVENANCE, STATUS, LOCK, METRICS, VALIDATION, SAMPLES, TRAINER_STATE, LOSS_PLOT, TRAIN_LOG,
-         WANDB_ID, JOBS, SUBMIT_SCRIPT)  # fmt: skip
+FILES = (
+    CONFIG,
+    INPUTS,
+    PROVENANCE,
+    STATUS,
+    LOCK,
+    METRICS,
+    VALIDATION,
+    SAMPLES,
+    TRAINER_STATE,
+    LOSS_PLOT,
+    TRAIN_LOG,
+    WANDB_ID,
+    JOBS,
+    SUBMIT_SCRIPT,
+)
 FOLDERS = (CHECKPOINTS, START, LOGS, TENSORBOARD, WANDB, PROFILE, JOBS_FOLDER)
 
 
@@ -63,10 +77,12 @@ def step_name(step: int) -> str:
 
 
 def is_run(folder: Path) -> bool:
+    """True for a folder with the configuration and provenance of a run."""
     return (folder / CONFIG).is_file() and (folder / PROVENANCE).is_file()
 
 
 def log_file(run_dir: Path, rank: int) -> Path:
+    """Path of the log of a rank."""
     return run_dir / LOGS / f"rank_{rank}.log"
 
 

@@ -34,6 +34,7 @@ class Status:
             self.failed(error)
 
     def write(self, state: str, exit_code: int | None = None, message: str = "") -> None:
+        """Writes the status on rank 0; has no effect on other ranks."""
         if self._rank == 0:
             self._write(state, exit_code, message)
 
@@ -53,7 +54,13 @@ class Status:
 
     def _write(self, state: str, exit_code: int | None, message: str, kind: str = "") -> None:
         content = {
-            "state": state, "step": self.step, "total_steps": self._total_steps, "exit_code": exit_code,
-            "message": message, "kind": kind, "pid": os.getpid(), "time": time.time(),
-        }  # fmt: skip
+            "state": state,
+            "step": self.step,
+            "total_steps": self._total_steps,
+            "exit_code": exit_code,
+            "message": message,
+            "kind": kind,
+            "pid": os.getpid(),
+            "time": time.time(),
+        }
         atomic_write_text(self._file, json.dumps(content, indent=2))

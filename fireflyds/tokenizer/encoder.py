@@ -30,6 +30,7 @@ class SentencePieceEncoder:
         self._newline: list[int] = self._model.encode("\n")
 
     def encode(self, text: str, *, continues: bool = False) -> list[int]:
+        """Returns the ids of plain text, without special tokens; `continues`: without the dummy prefix."""
         if not text:
             return []
         if continues:
@@ -37,26 +38,32 @@ class SentencePieceEncoder:
         return list(self._model.encode(text))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Returns the ids of each text, as `encode` does."""
         return list(self._model.encode(list(texts), num_threads=1))
 
     def token_id(self, token: str) -> int | None:
+        """Returns the id of a token; None if the vocabulary does not contain it."""
         if token in self._added:
             return self._added[token]
         index = int(self._model.piece_to_id(token))
         return None if index == self._model.unk_id() else index
 
     def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of the ids, without added tokens."""
         return str(self._model.decode([index for index in ids if index < self._model.get_piece_size()]))
 
     def fragments(self) -> frozenset[int]:
+        """Returns the ids of byte pieces."""
         return frozenset(index for index in range(self._model.get_piece_size()) if self._model.is_byte(index))
 
     def token(self, index: int) -> str:
+        """Returns the text of a token, with spaces for `▁`; empty for an unused id."""
         if index >= self._model.get_piece_size():
             return next((token for token, added in self._added.items() if added == index), "")
         return str(self._model.id_to_piece(index)).replace("▁", " ")
 
     def token_bytes(self) -> np.ndarray:
+        """Returns the number of UTF-8 bytes of text per token: int32 `[vocab_size]`, 0 for special tokens."""
         counts = np.zeros(self.vocab_size, np.int32)
         for index in range(self._model.get_piece_size()):
             if self._model.is_byte(index):
@@ -66,6 +73,7 @@ class SentencePieceEncoder:
         return counts
 
     def fingerprint(self) -> str:
+        """Returns the SHA-256 hash of the tokenizer's model and of its use of BOS."""
         return hashlib.sha256(self._model.serialized_model_proto() + (b"" if self.adds_bos else b"no BOS")).hexdigest()
 
 
@@ -88,29 +96,36 @@ class FastEncoder:
         self._bytes = byte_values() if '"ByteLevel"' in document else None
 
     def encode(self, text: str, *, continues: bool = False) -> list[int]:
+        """Returns the ids of plain text, without special tokens; `continues`: without the dummy prefix."""
         if continues and self._has_dummy_prefix:
             newline = self._model.encode("\n", add_special_tokens=False).ids
             return list(self._model.encode("\n" + text, add_special_tokens=False).ids[len(newline) :])
         return list(self._model.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Returns the ids of each text, as `encode` does."""
         return [encoding.ids for encoding in self._model.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def token_id(self, token: str) -> int | None:
+        """Returns the id of a token; None if the vocabulary does not contain it."""
         index = self._model.token_to_id(token)
         return None if index is None else int(index)
 
     def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of the ids, without special tokens."""
         return str(self._model.decode(list(ids), skip_special_tokens=True))
 
     def fragments(self) -> frozenset[int]:
+        """Returns the ids of tokens whose bytes are an incomplete character."""
         return frozenset(index for token, index in self._model.get_vocab().items() if self._text(token) is None)
 
     def token(self, index: int) -> str:
+        """Returns the text of a token, or its spelling where its bytes are an incomplete character."""
         token = str(self._model.id_to_token(index))
         return self._text(token) or token
 
     def token_bytes(self) -> np.ndarray:
+        """Returns the number of UTF-8 bytes of text per token: int32 `[vocab_size]`, 0 for special tokens."""
         counts = np.zeros(self.vocab_size, np.int32)
         for token, index in self._model.get_vocab().items():
             counts[index] = self._num_bytes(token)
@@ -137,6 +152,7 @@ class FastEncoder:
             return None
 
     def fingerprint(self) -> str:
+        """Returns the SHA-256 hash of the tokenizer's document and of its use of BOS."""
         return hashlib.sha256(f"{self._model.to_str()}{'' if self.adds_bos else 'no BOS'}".encode()).hexdigest()
 
 
@@ -165,7 +181,9 @@ def load_encoder(path: str | Path) -> Encoder:
     path = Path(path)
     if not path.exists():
         raise UserError(
-            f"tokenizer {path}: no such file or directory", remedy="Give a Hugging Face directory or a .model file"
+            "no such file or directory",
+            key=f"tokenizer {path}",
+            remedy="Give a Hugging Face directory or a .model file",
         )
     file = model_file(path)
     if file is not None:
@@ -173,7 +191,11 @@ def load_encoder(path: str | Path) -> Encoder:
             added = {row["content"]: row["id"] for row in added_tokens(file.parent)} if path.is_dir() else {}
             return SentencePieceEncoder(file.read_bytes(), added, adds_bos=not path.is_dir() or adds_bos(path))
         except (RuntimeError, OSError) as error:
-            raise UserError(f"tokenizer {file}: not a SentencePiece model ({error})") from error
+            raise UserError(
+                f"not a SentencePiece model ({error})",
+                key=f"tokenizer {file}",
+                remedy="Get the file again, or give another",
+            ) from error
     if (path / "tokenizer.json").is_file():
         from transformers import AutoTokenizer
 
@@ -181,12 +203,15 @@ def load_encoder(path: str | Path) -> Encoder:
             tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         except (ValueError, OSError) as error:
             raise UserError(
-                f"tokenizer {path}: {str(error).splitlines()[0]}",
-                remedy="Custom tokenizer code is not executed: give a tokenizer that this version of transformers supports",
+                str(error).splitlines()[0],
+                key=f"tokenizer {path}",
+                remedy=(
+                    "Custom tokenizer code is not executed: give a tokenizer that this version of transformers supports"
+                ),
             ) from error
         document = (path / "tokenizer.json").read_text(encoding="utf-8")
         has_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
         return FastEncoder(document, bos_id=tokenizer.bos_token_id, eos_id=tokenizer.eos_token_id, adds_bos=has_bos)
     raise UserError(
-        f"tokenizer {path}: neither tokenizer.model nor tokenizer.json found", remedy="Give another directory"
+        "neither tokenizer.model nor tokenizer.json found", key=f"tokenizer {path}", remedy="Give another directory"
     )

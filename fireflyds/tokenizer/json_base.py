@@ -49,14 +49,17 @@ class JsonBase:
         self._characters = {byte: character for character, byte in self._bytes.items()}
 
     def bpe(self) -> Bpe:
+        """Returns a copy of the base's merges, for planning."""
         return Bpe({pair: float(rank) for rank, pair in enumerate(self._merges)}, by_text=False)
 
     def spelled(self, text: str) -> str:
+        """Converts text to the spelling of pieces: a character per byte (byte-level BPE), or `▁` for a space."""
         if self.has_fragments:
             return "".join(self._characters[byte] for byte in text.encode())
         return text.replace(" ", "▁")
 
     def text(self, piece: str) -> str | None:
+        """Returns the text of a piece; None where its bytes are an incomplete character."""
         if not self.has_fragments:
             return piece.replace("▁", " ")
         try:
@@ -65,14 +68,17 @@ class JsonBase:
             return None
 
     def as_bytes(self, piece: str) -> bytes:
+        """Returns the UTF-8 bytes of a piece, which may be an incomplete character."""
         if not self.has_fragments:
             return piece.replace("▁", " ").encode()
         return bytes(self._bytes[character] for character in piece)
 
     def knows(self, piece: str) -> bool:
+        """True where the piece is in the base's vocabulary."""
         return piece in self._vocab
 
     def old_ids(self, piece: str) -> list[int]:
+        """Returns the base's ids of the text of a piece, without BOS and without the dummy prefix."""
         ids: list[int] = []
         for part in self._base_bpe.split(piece):
             part_id = self._vocab.get(part)
@@ -80,9 +86,11 @@ class JsonBase:
         return ids
 
     def encoder(self, steps: Sequence[Step]) -> FastEncoder:
+        """Returns an in-memory encoder of the base with the steps appended."""
         return FastEncoder(json.dumps(self._merged(steps)))
 
     def write(self, steps: Sequence[Step], out: Path) -> None:
+        """Writes `tokenizer.json` with the steps appended, and the settings of the base's directory."""
         (out / "tokenizer.json").write_text(json.dumps(self._merged(steps), ensure_ascii=False), encoding="utf-8")
         write_settings(out, settings_of(self._folder), self._folder)
         if (self._folder / "special_tokens_map.json").is_file():

@@ -192,7 +192,9 @@ def _train(sentences: Iterator[str], vocab_size: int, model_type: str, **options
                 (f"{requested_size} pieces are too few: the characters of the text require at least {match.group(2)}"),
                 remedy="Raise vocab_size (learn) or num_pieces (expand)",
             ) from error
-        raise UserError(f"learning pieces from the corpus failed: {error}") from error
+        raise UserError(
+            f"learning pieces failed: {error}", key="corpus", remedy="Give other text, or another number of pieces"
+        ) from error
     return model.getvalue()
 
 

@@ -66,7 +66,12 @@ def _json_pieces(path: Path) -> list[str]:
         document = json.loads(path.read_text(encoding="utf-8"))
         vocab = sorted(document["model"]["vocab"].items(), key=lambda item: item[1])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"not a tokenizer.json ({type(error).__name__}: {error})", key="pieces", value=path) from error
+        raise UserError(
+            f"not a tokenizer.json ({type(error).__name__}: {error})",
+            key="pieces",
+            value=path,
+            remedy="Get the file again, or give a list",
+        ) from error
     if '"ByteLevel"' not in json.dumps([document.get("pre_tokenizer"), document.get("decoder")]):
         return [piece.replace("▁", " ") for piece, _ in vocab]
     texts = []

@@ -24,6 +24,7 @@ class Point:
     alp: float
 
     def as_dict(self) -> dict[str, float]:
+        """Returns the values by name, as in `report.json`."""
         return asdict(self)
 
 

@@ -34,28 +34,36 @@ class SentencePieceBase:
         self._encoder = SentencePieceEncoder(self._proto.SerializeToString())
 
     def bpe(self) -> Bpe:
+        """Returns a copy of the base's merges, for planning."""
         ranks = {piece.piece: -piece.score for piece in self._proto.pieces if piece.type == _PIECE.NORMAL}
         return Bpe(ranks, by_text=True)
 
     def spelled(self, text: str) -> str:
+        """Converts text to the spelling of pieces, with `▁` for a space."""
         return text.replace(" ", _SPACE)
 
     def text(self, piece: str) -> str | None:
+        """Returns the text of a piece, with spaces for `▁`."""
         return piece.replace(_SPACE, " ")
 
     def as_bytes(self, piece: str) -> bytes:
+        """Returns the UTF-8 bytes of a piece."""
         return piece.replace(_SPACE, " ").encode()
 
     def knows(self, piece: str) -> bool:
+        """True where the piece is in the base's vocabulary."""
         return piece in self._pieces
 
     def old_ids(self, piece: str) -> list[int]:
+        """Returns the base's ids of the text of a piece, without BOS and without the dummy prefix."""
         return self._encoder.encode(piece.replace(_SPACE, " "), continues=True)
 
     def encoder(self, steps: Sequence[Step]) -> SentencePieceEncoder:
+        """Returns an in-memory encoder of the base with the steps appended."""
         return SentencePieceEncoder(self.merged(steps).SerializeToString())
 
     def write(self, steps: Sequence[Step], out: Path) -> None:
+        """Writes the base with the steps appended, and the settings of its directory if it has one."""
         write_tokenizer(self.merged(steps), out, source=self._folder)
 
     def merged(self, steps: Sequence[Step]) -> sp_pb2.ModelProto:

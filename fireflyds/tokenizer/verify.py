@@ -40,9 +40,11 @@ class VerificationResult:
 
     @property
     def passed(self) -> bool:
+        """True where no case failed."""
         return not self.failures
 
     def as_dict(self) -> dict[str, Any]:
+        """Returns the property and the numbers of tried and failed cases, as in `report.json`."""
         return {"promise": self.promise, "tried": self.tried, "failed": len(self.failures)}
 
 

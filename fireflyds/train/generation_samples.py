@@ -57,7 +57,9 @@ def encode_prompts(encoder: Encoder, template: str | None, texts: Sequence[str],
 
 
 @torch.no_grad()
-def greedy_generate(model: Any, prompts: EncodedPrompts, max_new_tokens: int, room: int | None, device: torch.device) -> list[list[int]]:  # fmt: skip
+def greedy_generate(
+    model: Any, prompts: EncodedPrompts, max_new_tokens: int, room: int | None, device: torch.device
+) -> list[list[int]]:
     """Returns the new tokens of every prompt, without the token that ends it; the same on every rank."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     indices = range(rank, len(prompts.ids), world_size)

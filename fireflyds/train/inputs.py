@@ -73,6 +73,7 @@ class RunInputs:
 
     @property
     def steps_per_epoch(self) -> float:
+        """Optimizer steps per epoch of the data, as a fraction."""
         return self.rows.rows_per_epoch / self.config.global_batch_size
 
     def compared(self) -> dict[str, Any]:

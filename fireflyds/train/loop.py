@@ -84,7 +84,7 @@ class _Step:
             ) from error
 
     def non_finite_error(self, loss: float, norm: float, in_row: int) -> DivergedError:
-        """Returns the error that names the cause, located by repeating the forward passes with the same weights and random state."""
+        """Returns the error that names the cause, found by repeating the forward passes with equal random state."""
         if not math.isfinite(loss):
             self.detector.reset()
             with torch.no_grad():
@@ -94,7 +94,8 @@ class _Step:
         symptom = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradients' norm is {norm}"
         return DivergedError(
             f"{symptom}, the {in_row}. step in a row that is not finite (recovery.max_skipped); "
-            f"{self.detector.report(self.documents)}. These steps changed no weights and the newest checkpoint is intact",
+            f"{self.detector.report(self.documents)}. These steps changed no weights and the newest checkpoint is "
+            "intact",
             remedy="Lower optim.lr, or inspect the data",
         )
 
@@ -116,8 +117,8 @@ def train_steps(
     not finite does not update the weights and is counted as skipped. `span` marks the parts of a step in a profile.
 
     Raises:
-        DivergedError: `max_skipped` such steps in a row, or under fp16 a non-finite gradient at the minimum loss scale; the
-            message names the first non-finite tensor and the documents of its micro-batch.
+        DivergedError: `max_skipped` such steps in a row, or under fp16 a non-finite gradient at the minimum loss scale;
+            the message names the first non-finite tensor and the documents of its micro-batch.
     """
     engine.train()
     detector = NonFiniteDetector(engine.module)

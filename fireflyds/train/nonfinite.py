@@ -75,13 +75,17 @@ class NonFiniteDetector:
         candidates = [(candidate[0], rank, *candidate[1:]) for rank, candidate in enumerate(gathered) if candidate]
         if not candidates and not self._watched:
             return (
-                "which tensor was the first is not known, because only a step that follows a non-finite one is watched; with "
+                "which tensor was the first is not known, because only a step that follows a non-finite one is "
+                "watched; with "
                 "recovery.max_skipped=2 it is named"
             )
         if not candidates:
             return "every output and every gradient of one micro-batch was finite, so their sum is not finite"
         batch, rank, name, document_names = min(candidates)
-        return f"the first non-finite tensor is {name}, in micro-batch {batch + 1} of rank {rank}, which holds {document_names}"
+        return (
+            f"the first non-finite tensor is {name}, in micro-batch {batch + 1} of rank {rank}, which holds "
+            f"{document_names}"
+        )
 
     def _check_output(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         for tensor in output if isinstance(output, tuple | list) else (output,):

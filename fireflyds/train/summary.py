@@ -21,10 +21,12 @@ def describe_run(inputs: RunInputs, model: Any, world_size: int) -> str:
     if mixed and (unmixed := sorted(set(store.domains) - set(mixed))):
         notes += f"; without weight, so not trained on: {', '.join(unmixed)}"
     return (
-        f"{config.run}: {config.tuning.method.name}, {trainable:,} of {total:,} parameters train, ZeRO-{config.zero.stage}, "
+        f"{config.run}: {config.tuning.method.name}, {trainable:,} of {total:,} parameters train, "
+        f"ZeRO-{config.zero.stage}, "
         f"{inputs.precision.name}\n"
         f"{len(store):,} documents, {store.num_tokens:,} tokens, {rows.rows_per_epoch:,} rows an epoch{notes}; "
-        f"{inputs.total_steps:,} steps of {config.global_batch_size} rows = {world_size} ranks x {config.micro_batch_size} x "
+        f"{inputs.total_steps:,} steps of {config.global_batch_size} rows = {world_size} ranks x "
+        f"{config.micro_batch_size} x "
         f"{inputs.accumulation} accumulated\n{format_groups(groups)}"
     )
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from fireflyds import app
 from fireflyds.checkpoint import init_from
 from fireflyds.checkpoint.manager import CheckpointManager
+from fireflyds.checkpoint.storage import storage_of
 from fireflyds.config import Precision, TrainConfig
 from fireflyds.data.pack.loader import PackedLoader
 from fireflyds.distributed.collectives import run_on_rank_zero
@@ -110,7 +111,7 @@ class Trainer:
         engine = build_engine(model, config, inputs.precision, inputs.accumulation)
 
         writer = init_from.TrainableWeightsWriter(model, config, adapter_config, identity)
-        checkpoints = stack.enter_context(CheckpointManager(engine, run_dir, config.checkpoint, writer))
+        checkpoints = stack.enter_context(CheckpointManager(engine, storage_of(run_dir), config.checkpoint, writer))
         state = checkpoints.restore_latest(log.warning)
         log.info(describe_start(state, total_steps))
         tracker = open_tracker(config, app.plain(text), rank.rank, state.step, log)
@@ -156,7 +157,12 @@ class Trainer:
         self.status.write("running")
         while self.state.step < self.total_steps:
             if stop_reason := self.validator.begin(self.engine, self.logger, self.state.step):
-                raise UserError(stop_reason, key="validation.stop", value="true")
+                raise UserError(
+                    stop_reason,
+                    key="validation.stop",
+                    value="true",
+                    remedy="Lower optim.lr, change the data, or raise validation.max_rise",
+                )
             for step in self._steps():
                 if loss_spike.is_spike(self.state, step.loss, self.config.recovery) and self._rollback(step):
                     break
@@ -192,7 +198,8 @@ class Trainer:
             return 0
         self.checkpoints.wait()
         self.logger.log.info(
-            f"stopped at step {step.step} ({self.signals.reason or 'requested on another rank'}), checkpoint saved; the same "
+            f"stopped at step {step.step} ({self.signals.reason or 'requested on another rank'}), checkpoint saved; "
+            "the same "
             "command resumes from it"
         )
         exit_code = EXIT_STOPPED if request.no_requeue else EXIT_INTERRUPTED
@@ -215,8 +222,10 @@ class Trainer:
         ):
             self._warned_metrics.add(best_metric)
             self.logger.log.warning(
-                f"checkpoint.best_metric={best_metric}: not measured at step {step.step}, so this checkpoint cannot be the best. "
-                f"Measured at steps: {', '.join(step.as_dict())}; at validations: {', '.join(validation_metrics) or 'nothing'}"
+                f"checkpoint.best_metric={best_metric}: not measured at step {step.step}, so this checkpoint cannot "
+                "be the best. "
+                f"Measured at steps: {', '.join(step.as_dict())}; at validations: "
+                f"{', '.join(validation_metrics) or 'nothing'}"
             )
         self.logger.log_checkpoint(step.step, self.checkpoints.save(self.state, metrics))
 
@@ -245,7 +254,8 @@ class Trainer:
                 f"{restored.skipped_batches} steps of data skipped too few remain"
             ) from error
         self.logger.log.warning(
-            f"step {step.step}: loss {step.loss:.4f} is a spike (recovery.rollback_above); rolled back to step {restored.step}, the "
+            f"step {step.step}: loss {step.loss:.4f} is a spike (recovery.rollback_above); rolled back to step "
+            f"{restored.step}, the "
             f"data of {diverged.step - restored.step} steps is skipped"
         )
         self.logger.rollback(restored.step)

@@ -27,12 +27,12 @@ from fireflyds.errors import UserError
 from fireflyds.metrics.accumulator import bits_per_byte
 from fireflyds.metrics.logger import MetricsLogger
 from fireflyds.models.packed.head import token_losses
+from fireflyds.runs import layout
 from fireflyds.runs.jsonl import JsonlFile, without_nan
 from fireflyds.train.generation_samples import EncodedPrompts, encode_prompts, greedy_generate
 from fireflyds.types import IGNORE_INDEX, Encoder, PackedBatch
 from fireflyds.zero.engine import Engine
 
-VALIDATIONS, SAMPLES = "validation.jsonl", "samples.jsonl"
 # Independent of the run's seed, so that all runs are validated on the same held-out rows.
 _SEED = 0
 
@@ -112,8 +112,8 @@ class Validator:
                 metrics_logger.log.info(
                     f"validation.guard={self._config.guard}: no held-out domain ({domains}), nothing is guarded"
                 )
-            self._file = JsonlFile(self._run_dir / VALIDATIONS, step)
-            self._samples = JsonlFile(self._run_dir / SAMPLES, step)
+            self._file = JsonlFile(self._run_dir / layout.VALIDATION, step)
+            self._samples = JsonlFile(self._run_dir / layout.SAMPLES, step)
             self._rows = self._file.kept
             done = any(row["step"] == step for row in self._rows)
             is_current = [any(map(self._is_baseline, self._rows)) and (done or not self._is_due(step))]
@@ -194,15 +194,22 @@ class Validator:
             return None
         key = f"validation/bits_per_byte/{self._config.guard}"
         if key not in row:
-            return f"step {row['step']}: {self._config.guard} cannot be measured, none of its held-out documents has a token to learn"
+            return (
+                f"step {row['step']}: {self._config.guard} cannot be measured, none of its held-out documents has a "
+                "token to learn"
+            )
         baseline = next((candidate for candidate in self._rows if self._is_baseline(candidate)), None)
         if baseline is None:
-            return f"step {row['step']}: {self._config.guard} is {row[key]:.4f} bits per byte, which is not a valid baseline"
+            return (
+                f"step {row['step']}: {self._config.guard} is {row[key]:.4f} bits per byte, which is not a valid "
+                "baseline"
+            )
         rise = row[key] / baseline[key] - 1
         if rise <= self._config.max_rise:  # False for NaN, which is reported
             return None
         return (
-            f"step {row['step']}: {self._config.guard} rose to {row[key]:.4f} bits per byte, {100 * rise:.1f} % above its "
+            f"step {row['step']}: {self._config.guard} rose to {row[key]:.4f} bits per byte, {100 * rise:.1f} % "
+            "above its "
             f"{baseline[key]:.4f} at step {baseline['step']}; validation.max_rise={self._config.max_rise:g} allows "
             f"{100 * self._config.max_rise:g} %. Mix more {self._config.guard} into the data, or lower optim.lr"
         )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fireflyds.config import Precision, TrainConfig
+from fireflyds.distributed.host_identity import local_world_size
 from fireflyds.distributed.launcher_env import RankInfo
 from fireflyds.errors import UserError
 from fireflyds.optim.optimizers import build_optimizer, load_optimizer_spec, reset_step_counts
@@ -30,23 +31,32 @@ class Engine(Protocol):
     global_steps: int
     skipped_steps: int
 
-    def __call__(self, **inputs: Any) -> Any: ...
+    def __call__(self, **inputs: Any) -> Any:
+        """Runs the forward pass of the module."""
 
-    def train(self) -> Any: ...
+    def train(self) -> Any:
+        """Switches the module to training mode."""
 
-    def backward(self, loss: Tensor) -> Any: ...
+    def backward(self, loss: Tensor) -> Any:
+        """Accumulates the gradients of a micro-batch's loss."""
 
-    def step(self) -> Any: ...
+    def step(self) -> Any:
+        """Ends a micro-batch; the last one of a step updates the weights."""
 
-    def zero_grad(self) -> Any: ...
+    def zero_grad(self) -> Any:
+        """Clears the gradients."""
 
-    def get_global_grad_norm(self) -> Any: ...
+    def get_global_grad_norm(self) -> Any:
+        """L2 norm of the last step's gradients over all ranks, before clipping."""
 
-    def zero_optimization_stage(self) -> int: ...
+    def zero_optimization_stage(self) -> int:
+        """ZeRO stage, 0 to 3."""
 
-    def is_gradient_accumulation_boundary(self) -> bool: ...
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """True for the last micro-batch of a step."""
 
-    def fp16_enabled(self) -> bool: ...
+    def fp16_enabled(self) -> bool:
+        """True where the model computes in float16, with a loss scale."""
 
 
 class LossScaleError(Exception):
@@ -84,13 +94,13 @@ def _with_device(ranks: RankInfo) -> RankInfo:
         UserError: more ranks than GPUs on a host; on all its ranks where the launcher sets the local world size.
     """
     num_gpus = torch.cuda.device_count()
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "0")))
+    local_size = local_world_size()
     if not num_gpus or max(ranks.local_rank + 1, local_size) <= num_gpus:
         return ranks
     if num_gpus == 1 and not local_size:
         return replace(ranks, local_rank=0)
     raise UserError(
-        (f"local rank {ranks.local_rank} of {local_size or 'several'}: {num_gpus} GPUs are visible on this host"),
+        f"local rank {ranks.local_rank} of {local_size or 'several'}: {num_gpus} GPUs are visible on this host",
         remedy="Start no more ranks per host than it has GPUs, or check CUDA_VISIBLE_DEVICES",
     )
 
@@ -102,8 +112,7 @@ def _threads(ranks: RankInfo, environment: Mapping[str, str]) -> int:
     """
     if cpus := environment.get("SLURM_CPUS_PER_TASK"):
         return int(cpus)
-    sizes = (environment.get(name) for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE"))
-    local_size = next((int(size) for size in sizes if size), ranks.world_size)
+    local_size = local_world_size(environment) or int(environment.get("SLURM_NTASKS_PER_NODE") or ranks.world_size)
     # A job may have a larger CPU affinity than Slurm allocated to it.
     cores = min(len(os.sched_getaffinity(0)), int(environment.get("SLURM_CPUS_ON_NODE", 1 << 20)))
     return max(1, cores // local_size)

@@ -3,6 +3,7 @@
 Every key is passed through, ignored because the typed configuration has the same value, or rejected with a remedy.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,9 @@ _IGNORED_KEYS = {
 }
 _RENAMED = {
     "bfloat16": "bf16",
-    "zero_optimization.stage3_gather_fp16_weights_on_model_save": "zero_optimization.stage3_gather_16bit_weights_on_model_save",
+    "zero_optimization.stage3_gather_fp16_weights_on_model_save": (
+        "zero_optimization.stage3_gather_16bit_weights_on_model_save"
+    ),
 }
 # Keys that DeepSpeed has removed or that are not supported, with their replacements.
 _REMOVED = {
@@ -126,23 +129,13 @@ def _ignore_reason(source: str, key: str, value: Any, config: TrainConfig) -> st
     if key in _REMOVED:
         if value in (False, None, 0) or (isinstance(value, dict) and value.get("enabled") is False):
             return "DeepSpeed no longer has it, and it is off"
-        raise UserError(f"{key}: not taken over; {_REMOVED[key]}, and remove the key", key=source)
+        raise UserError("not taken over", key=f"{source}: {key}", remedy=f"Remove the key: {_REMOVED[key]}")
     if key in _IGNORED_KEYS:
         return _IGNORED_KEYS[key]
-    if key in ("bf16.enabled", "fp16.enabled"):
-        return _check_precision(source, key, value, config)
     if key == "fp16.loss_scale" and value == 0:
         return "the loss scale is dynamic"
-    if key == "optimizer.type":
-        name = config.optim.name
-        if str(value).lower() not in ("adam", "adamw") or not load_optimizer_spec(name).is_adam:
-            _raise_conflict(source, key, value, "optim.name", name)
-        return f"it is optim.name={name}"
-    if key in ("zero_optimization.offload_optimizer", "zero_optimization.offload_param"):
-        config_key = _CONFIG_KEYS[f"{key}.device"]
-        if (device := value.get("device", "none")) not in ("auto", _config_value(config, config_key)):
-            _raise_conflict(source, f"{key}.device", device, config_key, _config_value(config, config_key))
-        return None if set(value) - {"device"} else f"it is {config_key}={device}"
+    if check := _CHECKS.get(key):
+        return check(source, key, value, config)
     if key in _CONFIG_KEYS:
         config_key = _CONFIG_KEYS[key]
         if value != _config_value(config, config_key):
@@ -171,6 +164,36 @@ def _check_precision(source: str, key: str, value: Any, config: TrainConfig) -> 
     if value and configured not in (name, "auto"):
         _raise_conflict(source, key, value, "hardware.precision", configured)
     return f"it is hardware.precision={configured}"
+
+
+def _check_optimizer(source: str, key: str, value: Any, config: TrainConfig) -> str:
+    """Returns the reason to ignore `optimizer.type`. Raises `UserError` for another optimizer than Adam."""
+    name = config.optim.name
+    if str(value).lower() not in ("adam", "adamw") or not load_optimizer_spec(name).is_adam:
+        _raise_conflict(source, key, value, "optim.name", name)
+    return f"it is optim.name={name}"
+
+
+def _check_offload(source: str, key: str, value: Any, config: TrainConfig) -> str | None:
+    """Returns the reason to ignore an offload section; None where it has settings other than the device.
+
+    Raises:
+        UserError: another device than the configuration's.
+    """
+    config_key = _CONFIG_KEYS[f"{key}.device"]
+    if (device := value.get("device", "none")) not in ("auto", _config_value(config, config_key)):
+        _raise_conflict(source, f"{key}.device", device, config_key, _config_value(config, config_key))
+    return None if set(value) - {"device"} else f"it is {config_key}={device}"
+
+
+# Keys whose comparison with the configuration needs more than equality.
+_CHECKS: dict[str, Callable[[str, str, Any, TrainConfig], str | None]] = {
+    "bf16.enabled": _check_precision,
+    "fp16.enabled": _check_precision,
+    "optimizer.type": _check_optimizer,
+    "zero_optimization.offload_optimizer": _check_offload,
+    "zero_optimization.offload_param": _check_offload,
+}
 
 
 def _raise_conflict(source: str, key: str, value: Any, config_key: str, configured: Any) -> None:

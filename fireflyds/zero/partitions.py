@@ -59,15 +59,20 @@ class SavedPartitions(Protocol):
     layout: dict[str, Any]
 
     @property
-    def has_opaque_states(self) -> bool: ...
+    def has_opaque_states(self) -> bool:
+        """True where a saved state cannot be sliced with the weights, such as one quantised in blocks."""
 
-    def state_names(self, name: str) -> list[str]: ...
+    def state_names(self, name: str) -> list[str]:
+        """Kinds of the optimizer states saved for the parameter `name`."""
 
-    def opaque_states(self, rank: int, number: int) -> dict[str, Tensor]: ...
+    def opaque_states(self, rank: int, number: int) -> dict[str, Tensor]:
+        """States of partition `number` of `rank` that cannot be sliced, by name."""
 
-    def scalar_state(self, name: str, kind: str) -> float: ...
+    def scalar_state(self, name: str, kind: str) -> float:
+        """Value of a scalar state of the parameter `name`, such as its step count."""
 
-    def read(self, name: str, kind: str, first: int, length: int) -> Tensor: ...
+    def read(self, name: str, kind: str, first: int, length: int) -> Tensor:
+        """`[length]` elements of the flattened parameter or state `kind` of `name`, from element `first` on."""
 
 
 # Attributes of DeepSpeed's loss scaler that change during training.
@@ -111,11 +116,14 @@ def _all_partitions(engine: Engine) -> Iterator[FlatPartition]:
         for parameters, master in zip(*_param_groups(optimizer), strict=True):
             slices = [
                 ParamSlice(
-                    names[id(p)], mapping.lp_fragment_address.start,
-                    mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel,
+                    names[id(p)],
+                    mapping.lp_fragment_address.start,
+                    mapping.hp_fragment_address.start,
+                    mapping.hp_fragment_address.numel,
                 )
-                for p in parameters if (mapping := p._hp_mapping) is not None
-            ]  # fmt: skip
+                for p in parameters
+                if (mapping := p._hp_mapping) is not None
+            ]
             yield FlatPartition(master, optimizer.optimizer.state[master], slices)
     else:
         for parameter, master in _replicated_params(optimizer):

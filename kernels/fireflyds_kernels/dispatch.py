@@ -58,6 +58,7 @@ class Implementation:
     refuses: Callable[[DispatchKey], str | None]
 
     def load(self) -> Callable[..., Any]:
+        """Imports the module and returns the function."""
         function: Callable[..., Any] = getattr(importlib.import_module(self.module), self.function)
         return function
 
@@ -87,7 +88,8 @@ class Kernel:
         if refusal:
             raise CannotRunError(
                 f"{self.name} was forced to run {name!r} on {where}, which is not possible: {refusal}. "
-                f"Available here: {', '.join(runnable(self.name, where))}; set {VARIABLE} or force() to one of them, or leave the choice to the kernel"
+                f"Available here: {', '.join(runnable(self.name, where))}; set {VARIABLE} or force() to one of them, "
+                "or leave the choice to the kernel"
             )
         return name
 
@@ -118,7 +120,8 @@ def _check_name(owner: str, name: str) -> None:
     }
     if name not in names:
         raise CannotRunError(
-            f"{VARIABLE}: no implementation of {owner or 'any kernel'} is called {name!r}. Known: {', '.join(sorted(names))}"
+            f"{VARIABLE}: no implementation of {owner or 'any kernel'} is called {name!r}. Known: "
+            f"{', '.join(sorted(names))}"
         )
 
 

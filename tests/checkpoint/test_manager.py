@@ -78,7 +78,9 @@ def metrics(step: int, loss: float = 1.0) -> StepMetrics:
 def run_to(folder: Path, steps: int, keeper: Keeper | None = None, **config) -> tuple[Engine, list[dict]]:
     """A run that saves every step. Returns the engine and the weights after each step."""
     engine, state, weights = make_engine(), TrainState(), []
-    with checkpoint.CheckpointManager(engine, folder, CheckpointConfig(**config), keeper or Keeper()) as manager:
+    with checkpoint.CheckpointManager(
+        engine, LocalStorage(folder), CheckpointConfig(**config), keeper or Keeper()
+    ) as manager:
         for _ in range(steps):
             taken = take_step(engine, state)
             weights.append({name: tensor.clone() for name, tensor in engine.module.state_dict().items()})
@@ -111,7 +113,7 @@ def test_a_copy_is_written_while_training_goes_on(group, tmp_path: Path, monkeyp
 
     monkeypatch.setattr(fragments, "write_shard", slowly)
     engine, state = make_engine(), TrainState()
-    with checkpoint.CheckpointManager(engine, tmp_path, CheckpointConfig(), Keeper()) as manager:
+    with checkpoint.CheckpointManager(engine, LocalStorage(tmp_path), CheckpointConfig(), Keeper()) as manager:
         taken = take_step(engine, state)
         saved = {name: tensor.clone() for name, tensor in engine.module.state_dict().items()}
         manager.save(state, taken)
@@ -233,7 +235,7 @@ def test_what_a_killed_process_left_is_removed(group, tmp_path: Path) -> None:
 def test_the_last_the_marked_and_the_best_are_kept(group, tmp_path: Path) -> None:
     engine, state = make_engine(), TrainState()
     config = CheckpointConfig(keep=2, keep_every=4, best_metric="loss")
-    with checkpoint.CheckpointManager(engine, tmp_path, config, Keeper()) as manager:
+    with checkpoint.CheckpointManager(engine, LocalStorage(tmp_path), config, Keeper()) as manager:
         for loss in (5.0, 3.0, 1.0, 2.0, 4.0, 4.0, 4.0):
             take_step(engine, state)
             manager.save(state, metrics(state.step, loss))
@@ -242,8 +244,10 @@ def test_the_last_the_marked_and_the_best_are_kept(group, tmp_path: Path) -> Non
 
 @given(
     st.lists(st.tuples(st.integers(1, 50), st.floats(0, 9)), min_size=1, max_size=12),
-    st.integers(1, 4), st.none() | st.integers(1, 5), st.none() | st.floats(0, 100),
-)  # fmt: skip
+    st.integers(1, 4),
+    st.none() | st.integers(1, 5),
+    st.none() | st.floats(0, 100),
+)
 def test_retention_keeps_the_newest_and_what_was_asked(sizes, keep: int, every: int | None, most: float | None) -> None:
     kept = [CheckpointInfo(step, size << 30, metric) for step, (size, metric) in enumerate(sizes, start=1)]
     config = CheckpointConfig(keep=keep, keep_every=every, max_gib=most)
@@ -270,7 +274,7 @@ def test_a_run_that_ends_by_an_error_keeps_what_was_being_written(group, tmp_pat
 
     monkeypatch.setattr(fragments, "write_shard", slowly)
     engine, state = make_engine(), TrainState()
-    saver = checkpoint.CheckpointManager(engine, tmp_path, CheckpointConfig(), Keeper())
+    saver = checkpoint.CheckpointManager(engine, LocalStorage(tmp_path), CheckpointConfig(), Keeper())
     saver.save(state, take_step(engine, state))
     saver.__exit__(UserError, UserError("the loss spikes"), None)
     assert LocalStorage(tmp_path).list() == ["step-000001"]
@@ -279,7 +283,7 @@ def test_a_run_that_ends_by_an_error_keeps_what_was_being_written(group, tmp_pat
 def save_at(folder: Path, *steps: int, **config) -> int:
     """A process that resumes and saves after these steps. Returns the step that it resumed at."""
     engine = make_engine()
-    with checkpoint.CheckpointManager(engine, folder, CheckpointConfig(**config), Keeper()) as manager:
+    with checkpoint.CheckpointManager(engine, LocalStorage(folder), CheckpointConfig(**config), Keeper()) as manager:
         state = manager.restore_latest(lambda line: None)
         resumed = state.step
         for step in steps:
@@ -319,7 +323,7 @@ def test_a_step_that_is_saved_again_over_a_damaged_checkpoint_is_kept(group, tmp
 def test_a_manifest_that_was_damaged_since_is_not_the_best_and_stops_nothing(group, tmp_path: Path) -> None:
     engine, state = make_engine(), TrainState()
     config = CheckpointConfig(keep=1, best_metric="loss")
-    with checkpoint.CheckpointManager(engine, tmp_path, config, Keeper()) as manager:
+    with checkpoint.CheckpointManager(engine, LocalStorage(tmp_path), config, Keeper()) as manager:
         for step in (100, 110, 120):
             state.step = step - 1
             manager.save(state, take_step(engine, state))

@@ -92,11 +92,24 @@ def cluster(tmp_path_factory, verbs_of, base_tokenizer: Path) -> Iterator[Cluste
 @pytest.fixture(scope="module")
 def training(base_tokenizer: Path) -> list[str]:
     return [
-        "verb=train", "data=store", "model=at_path", "model.init=scratch", f"model.tokenizer={base_tokenizer}", f"optim.steps={STEPS}",
-        "model.architecture={model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2}",
-        "seq_len=256", "global_batch_size=8", "checkpoint.every=5", "log_every=5", "optim.schedule=constant", "cluster=slurm_cpu",
+        "verb=train",
+        "data=store",
+        "model=at_path",
+        "model.init=scratch",
+        f"model.tokenizer={base_tokenizer}",
+        f"optim.steps={STEPS}",
+        (
+            "model.architecture={model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, "
+            "num_attention_heads: 2}"
+        ),
+        "seq_len=256",
+        "global_batch_size=8",
+        "checkpoint.every=5",
+        "log_every=5",
+        "optim.schedule=constant",
+        "cluster=slurm_cpu",
         "cluster.nodes=2",
-    ]  # fmt: skip
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +210,8 @@ def test_a_road_is_a_chain_of_jobs(cluster: Cluster, training: list[str], base_t
     (cluster.folder / "way.yaml").write_text(f"""
 name: way
 stages:
-  - {{name: prepare, verb: prepare, output: store/manifest.json, overrides: [data=en.txt, 'tokenizer={base_tokenizer}', out=runs/way/store, workers=1]}}
+  - {{name: prepare, verb: prepare, output: store/manifest.json, \
+overrides: [data=en.txt, 'tokenizer={base_tokenizer}', out=runs/way/store, workers=1]}}
   - {{name: train, verb: train, output: sft, overrides: [run=way/sft, {keys}, data=runs/way/store, optim.steps=4]}}
   - {{name: export, verb: export, output: sft/export/export.json, overrides: [run=way/sft]}}
 """)

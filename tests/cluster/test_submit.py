@@ -1,4 +1,5 @@
-"""What is written for Slurm and when nothing is; Slurm's commands are played by small scripts. The real ones: test_slurm.py."""
+"""What is written for Slurm and when nothing is; Slurm's commands are played by small scripts. The real ones:
+test_slurm.py."""
 
 import json
 import os
@@ -12,13 +13,13 @@ import numpy as np
 import pytest
 from bases import sentencepiece_base
 from grid import ROOT
-from stores import write_store
 
 from fireflyds import app
 from fireflyds.cluster import report, script, slurm, submission
 from fireflyds.cluster.slurm import JobState
 from fireflyds.config import ClusterConfig, TrainConfig
 from fireflyds.errors import UserError
+from fireflyds.testing.stores import write_store
 from fireflyds.types import Example
 
 SBATCH = r"""#!/bin/bash
@@ -63,8 +64,9 @@ class Fake:
             (self.folder / name).chmod(0o755)
         (self.folder / "calls").touch()
         self.variables = {
-            "FAKE": str(self.folder), "PATH": f"{self.folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-        }  # fmt: skip
+            "FAKE": str(self.folder),
+            "PATH": f"{self.folder}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        }
 
     def submit(self, *arguments: str, check: bool = True):
         return self._verb("submit", *arguments, env=self.variables, check=check)
@@ -138,24 +140,39 @@ runpy.run_path({str(ROOT / "launch" / "submit.py")!r}, run_name="__main__")
         ([*TRAIN, "cluster.nodes=5"], "global_batch_size=32: must be a multiple of micro_batch_size=1 x 40 ranks = 40"),
         ([*TRAIN, "cluster.partition=$PART"], "cluster.partition='$PART': holds '$', which Slurm does not expand"),
         ([*TRAIN, "cluster.time=one day"], "cluster.time=one day: must be hours:minutes:seconds"),
-        ([*TRAIN, "cluster.time=86400"], "cluster.time=86400: must be hours:minutes:seconds, such as 24:00:00 or 2-12:00:00. In a file put it in quotes"),
-        ([*TRAIN, "cluster.time=00:04:00"], "cluster.signal_seconds=300: a job of cluster.time=00:04:00 would be signalled to save at its start"),
+        (
+            [*TRAIN, "cluster.time=86400"],
+            (
+                "cluster.time=86400: must be hours:minutes:seconds, such as 24:00:00 or 2-12:00:00. In a file put "
+                "it in quotes"
+            ),
+        ),
+        (
+            [*TRAIN, "cluster.time=00:04:00"],
+            "cluster.signal_seconds=300: a job of cluster.time=00:04:00 would be signalled to save at its start",
+        ),
         ([*TRAIN, "cluster.chain=3"], "cluster.chain=3: is for clusters that forbid requeueing"),
         ([*TRAIN, "cluster.sbatch=exclusive"], "cluster.sbatch=exclusive: options are written --name=value"),
         ([*TRAIN, "cluster.sbatch=--nodes=3"], "cluster.sbatch=--nodes=3: has a key of its own, cluster.nodes"),
-        ([*TRAIN, "cluster.container=pyxis"], "cluster.container=pyxis needs an image"),
+        ([*TRAIN, "cluster.container=pyxis"], "cluster.container=pyxis: needs an image"),
         ([*TRAIN, "cluster=h200"], "cluster.scheduler=none: submit is for a scheduler"),
         (["verb=chat", "run=x"], "verb=chat: is not submitted. Known: "),
         (["verb=demo", "run=x"], "road=demo does"),
-        (["verb=expand", "base=./base", "pieces=x.txt", "out=x"], "run is not set: give run=<name>"),
+        (
+            ["verb=expand", "base=./base", "pieces=x.txt", "out=x"],
+            "run: is not set; it identifies the job of expand. Give run=<name>",
+        ),
         (["verb=export", "run=nothing"], "run=nothing: no such run in runs"),
         (["run=x"], "submit needs a verb or a road"),
-        (["action=status"], "run is not set: action=status needs run="),
+        (["action=status"], "run: is not set; action=status needs it. Give run="),
         (["action=status", "run=never"], "run=never: nothing was submitted under this name"),
         (["road=nowhere"], "road=nowhere: no such file, here or in conf/road. Known: demo"),
-        (["road=demo", "optim.steps=3"], "optim.steps=3: no such key for submit. The keys of a pipeline's stages are in its file"),
+        (
+            ["road=demo", "optim.steps=3"],
+            "optim.steps=3: no such key for submit. The keys of a pipeline's stages are in its file",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_failed_check_never_reaches_the_queue(fake: Fake, arguments: list[str], expected: str) -> None:
     done = fake.submit(*arguments, check=False)
     assert done.returncode == 2
@@ -177,12 +194,24 @@ def test_a_run_that_has_begun_otherwise_is_refused(fake: Fake) -> None:
 @pytest.mark.parametrize(
     ("says", "remedy"),
     [
-        ("sbatch: error: Batch job submission failed: Invalid account or account/partition combination specified", "give cluster.account="),
-        ("sbatch: error: AssocMaxSubmitJobLimit\nsbatch: error: Job violates accounting/QOS policy", "the queue accepts no more of your jobs"),
-        ("sbatch: error: QOSMaxWallDurationPerJobLimit\nsbatch: error: Job violates accounting/QOS policy", "give a shorter cluster.time or fewer cluster.nodes"),
-        ("sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)", "`scontrol ping`"),
+        (
+            "sbatch: error: Batch job submission failed: Invalid account or account/partition combination specified",
+            "give cluster.account=",
+        ),
+        (
+            "sbatch: error: AssocMaxSubmitJobLimit\nsbatch: error: Job violates accounting/QOS policy",
+            "the queue accepts no more of your jobs",
+        ),
+        (
+            "sbatch: error: QOSMaxWallDurationPerJobLimit\nsbatch: error: Job violates accounting/QOS policy",
+            "give a shorter cluster.time or fewer cluster.nodes",
+        ),
+        (
+            "sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)",
+            "`scontrol ping`",
+        ),
     ],
-)  # fmt: skip
+)
 def test_when_a_later_job_is_refused_none_is_left(fake: Fake, says: str, remedy: str) -> None:
     (fake.folder / "full_at").write_text("3")
     (fake.folder / "says").write_text(says)
@@ -286,7 +315,11 @@ def test_without_sbatch_the_remedy_is_named(verb, fake: Fake) -> None:
 
 
 def test_a_queue_that_does_not_answer_is_given_up(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = "#!/bin/bash\necho 'sbatch: error: Slurm temporarily unable to accept job, sleeping and retrying' >&2\nexec sleep 60\n"
+    text = (
+        "#!/bin/bash\n"
+        "echo 'sbatch: error: Slurm temporarily unable to accept job, sleeping and retrying' >&2\n"
+        "exec sleep 60\n"
+    )
     (fake.folder / "sbatch").write_text(text)
     monkeypatch.setenv("PATH", fake.variables["PATH"])
     monkeypatch.setattr(slurm, "_PATIENCE", 0.5)

@@ -48,8 +48,9 @@ def test_a_book_is_one_document_with_its_titles_in_order() -> None:
 def test_of_a_preference_pair_the_chosen_answer_is_read() -> None:
     pair = {
         "conversations": [{"from": "human", "value": "问"}],
-        "chosen": {"from": "gpt", "value": "好"}, "rejected": {"from": "gpt", "value": "坏"},
-    }  # fmt: skip
+        "chosen": {"from": "gpt", "value": "好"},
+        "rejected": {"from": "gpt", "value": "坏"},
+    }
     assert [message.content for message in registry.find(FORMATS, "sharegpt").read(pair).messages] == ["问", "好"]
 
 

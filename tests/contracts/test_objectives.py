@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 import torch
-from tiny import documents, loss_one_by_one, tiny
 
 from fireflyds import app, registry
 from fireflyds.models.packed.forward import fuse
+from fireflyds.testing.models import loss_of_documents, random_documents, tiny_model
 from fireflyds.train.objectives import PACKAGE, load_objective
 from fireflyds.types import PackedBatch
 
@@ -17,8 +17,8 @@ def test_an_entry_has_an_option_of_its_name_and_reads_what_a_batch_holds(name: s
     config = app.compose("train", ["run=x", "model=a/b", "data=c/d", "optim.steps=3", f"objective={name}"])
     objective = load_objective(config.objective)
     assert set(objective.requires) <= {field.name for field in dataclasses.fields(PackedBatch)}
-    batch = PackedBatch.from_documents([ids.tolist() for ids in documents()])
-    model = fuse(tiny("llama"))
+    batch = PackedBatch.from_documents([ids.tolist() for ids in random_documents()])
+    model = fuse(tiny_model("llama"))
     loss_sum, token_losses = model(**batch.model_inputs("cpu"), compute=objective)
     assert loss_sum.dim() == 0
     assert loss_sum.requires_grad
@@ -31,7 +31,9 @@ def test_an_entry_has_an_option_of_its_name_and_reads_what_a_batch_holds(name: s
 def test_causal_lm_is_the_sum_over_documents_alone() -> None:
     config = app.compose("train", ["run=x", "model=a/b", "data=c/d", "optim.steps=3"])
     objective = load_objective(config.objective)
-    batch = PackedBatch.from_documents([ids.tolist() for ids in documents()])
-    loss_sum, _ = fuse(tiny("llama"))(**batch.model_inputs("cpu"), compute=objective)
-    torch.testing.assert_close(loss_sum, loss_one_by_one(tiny("llama"), documents()), rtol=1e-5, atol=1e-5)
-    assert objective.count(batch) == sum(len(ids) - 1 for ids in documents())
+    batch = PackedBatch.from_documents([ids.tolist() for ids in random_documents()])
+    loss_sum, _ = fuse(tiny_model("llama"))(**batch.model_inputs("cpu"), compute=objective)
+    torch.testing.assert_close(
+        loss_sum, loss_of_documents(tiny_model("llama"), random_documents()), rtol=1e-5, atol=1e-5
+    )
+    assert objective.count(batch) == sum(len(ids) - 1 for ids in random_documents())

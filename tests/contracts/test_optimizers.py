@@ -1,12 +1,13 @@
-"""Every optimizer entry builds over the groups of a tiny model, moves them, and holds the bytes of state that it declares."""
+"""Every optimizer entry builds over the groups of a tiny model, moves them, and holds the bytes of state that it
+declares."""
 
 import pytest
 import torch
-from tiny import tiny
 
 from fireflyds import app, registry
 from fireflyds.optim.optimizers import PACKAGE, build_optimizer, load_optimizer_spec
 from fireflyds.optim.param_groups import parameter_groups
+from fireflyds.testing.models import tiny_model
 
 
 @pytest.mark.parametrize("name", registry.names(PACKAGE))
@@ -14,7 +15,7 @@ def test_an_entry_has_an_option_of_its_name_and_declares_its_state(name: str) ->
     config = app.compose("train", ["run=x", "model=a/b", "data=c/d", "optim.steps=3", f"optim={name}", "optim.lr=1e-2"])
     assert config.optim.name == name
     spec = load_optimizer_spec(name)
-    model = tiny("llama", hidden_size=64, intermediate_size=256, vocab_size=128)
+    model = tiny_model("llama", hidden_size=64, intermediate_size=256, vocab_size=128)
     groups = parameter_groups(model, config)
     assert all(group.as_matrices == (spec.treats_matrices_apart and group.name == "matrices") for group in groups)
     if name == "muon":  # it takes part in a process group
@@ -28,7 +29,8 @@ def test_an_entry_has_an_option_of_its_name_and_declares_its_state(name: str) ->
     for group, settings in zip(groups, optimizer.param_groups, strict=True):
         assert settings["initial_lr"] == group.lr
         for parameter in group.parameters:
-            # bitsandbytes keeps four bytes for parameters of fewer than 4096 numbers, and a scale for each block of 256.
+            # bitsandbytes keeps four bytes for parameters of fewer than 4096 numbers, and a scale for each block of
+            # 256.
             if parameter.numel() >= 4096:
                 state = optimizer.state[parameter]
                 held = sum(t.numel() * t.element_size() for t in state.values() if torch.is_tensor(t) and t.dim())
@@ -38,7 +40,7 @@ def test_an_entry_has_an_option_of_its_name_and_declares_its_state(name: str) ->
 
 def test_the_bytes_of_muons_matrices_are_its_own() -> None:
     config = app.compose("train", ["run=x", "model=a/b", "data=c/d", "optim.steps=3", "optim=muon"])
-    groups = {group.name: group for group in parameter_groups(tiny("llama"), config)}
+    groups = {group.name: group for group in parameter_groups(tiny_model("llama"), config)}
     spec = load_optimizer_spec("muon")
     assert spec.state_bytes_of(groups["matrices"]) == 4
     assert spec.state_bytes_of(groups["norms"]) == spec.state_bytes_of(groups["embeddings"]) == 8

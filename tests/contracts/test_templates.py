@@ -7,9 +7,7 @@ from fireflyds import registry
 from fireflyds.types import BOS, EOS, Message
 
 TEMPLATES = "fireflyds.data.templates"
-TALK = (
-    Message("user", "你好"), Message("assistant", "你好！"), Message("user", "1+1=?"), Message("assistant", "2"),
-)  # fmt: skip
+TALK = (Message("user", "你好"), Message("assistant", "你好！"), Message("user", "1+1=?"), Message("assistant", "2"))
 SYSTEM = (Message("system", "你是助手。"), *TALK)
 
 
@@ -55,9 +53,12 @@ def test_broken_order_of_roles_is_refused(name: str, messages: tuple[Message, ..
 
 
 TWO_TURNS = {
-    "llama3": "<s><|start_header_id|>system<|end_header_id|>\n\nS<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nq"
-    "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\na<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nr"
-    "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nb<|eot_id|>",
+    "llama3": "<s><|start_header_id|>system<|end_header_id|>\n\n"
+    "S<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
+    "q<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    "a<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
+    "r<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    "b<|eot_id|>",
     "llama2": "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nq [/INST] a </s><s>[INST] r [/INST] b </s>",
     "chinese_llama2": "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nq [/INST] a</s><s>[INST] r [/INST] b</s>",
     "chatml": "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"

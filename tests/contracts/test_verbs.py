@@ -38,5 +38,5 @@ def test_path_options_are_option_files_and_keys(verb: str) -> None:
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_verb_says_how_it_is_used_before_anything_else(verb: str) -> None:
     text = Path(LAUNCH / f"{verb}.py").read_text(encoding="utf-8")
-    assert text.startswith('"""')
+    assert text.startswith(('"""', 'r"""'))
     assert f"python launch/{verb}.py" in text or f"launch/{verb}.py" in text

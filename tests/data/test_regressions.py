@@ -34,8 +34,10 @@ def test_quotation_marks_of_a_tab_separated_table_are_text(tmp_path: Path) -> No
     file = tmp_path / "a.tsv"
     file.write_text('"Yes," he said.\t“是的，”他说。\n"No\t不\nthird row.\t第三行\n', encoding="utf-8")
     assert [tuple(row.values()) for row in rows(file)[0]] == [
-        ('"Yes," he said.', "“是的，”他说。"), ('"No', "不"), ("third row.", "第三行"),
-    ]  # fmt: skip
+        ('"Yes," he said.', "“是的，”他说。"),
+        ('"No', "不"),
+        ("third row.", "第三行"),
+    ]
 
 
 def test_a_row_with_more_cells_than_columns_is_set_aside(tmp_path: Path) -> None:
@@ -67,9 +69,12 @@ def test_a_zstandard_file_of_several_frames_is_read_and_a_cut_one_says_so(tmp_pa
 
 @pytest.mark.parametrize(
     "row",
-    ['{"instruction": "1+1?", "output": 2}', '{"messages": [{"role": "user", "content": [{"type": "text"}]}, {"role": "assistant", "content": "a"}]}',
-     '{"text": "half \\ud800 pair"}'],
-)  # fmt: skip
+    [
+        '{"instruction": "1+1?", "output": 2}',
+        '{"messages": [{"role": "user", "content": [{"type": "text"}]}, {"role": "assistant", "content": "a"}]}',
+        '{"text": "half \\ud800 pair"}',
+    ],
+)
 def test_what_is_no_text_is_set_aside_before_it_is_cleaned(tmp_path: Path, row: str) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text(row + "\n")

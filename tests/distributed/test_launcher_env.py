@@ -73,8 +73,18 @@ def test_free_ports_are_free() -> None:
     assert free_port() != free_port()
 
 
-OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}  # fmt: skip
-MVAPICH = {"MV2_COMM_WORLD_RANK": "5", "MV2_COMM_WORLD_SIZE": "8", "MV2_COMM_WORLD_LOCAL_RANK": "1", "MV2_COMM_WORLD_LOCAL_SIZE": "4"}  # fmt: skip
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_RANK": "5",
+    "OMPI_COMM_WORLD_SIZE": "8",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
+}
+MVAPICH = {
+    "MV2_COMM_WORLD_RANK": "5",
+    "MV2_COMM_WORLD_SIZE": "8",
+    "MV2_COMM_WORLD_LOCAL_RANK": "1",
+    "MV2_COMM_WORLD_LOCAL_SIZE": "4",
+}
 MPICH = {"PMI_RANK": "5", "PMI_SIZE": "8", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "4"}
 
 
@@ -101,7 +111,13 @@ def test_mpi_on_one_host_finds_itself(variables: dict[str, str], tmp_path, monke
 
 
 def test_mpirun_inside_an_allocation_counts_before_slurms_step_that_started_it() -> None:
-    step = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": "gpu7"}  # fmt: skip
+    step = {
+        "SLURM_PROCID": "1",
+        "SLURM_NTASKS": "2",
+        "SLURM_STEP_ID": "0",
+        "SLURM_LOCALID": "0",
+        "SLURM_STEP_NODELIST": "gpu7",
+    }
     assert rank_from_environment(step | OPEN_MPI | {"MASTER_ADDR": "north"}).rank == 5
     assert rank_from_environment(step | {"PMI_RANK": "1", "PMI_SIZE": "2"}).master_addr == "gpu7"
     # Of mpirun's ranks one always has the number of Slurm's task.
@@ -117,7 +133,13 @@ def test_a_variable_that_is_no_number_is_named() -> None:
 
 
 def test_a_requeued_job_takes_another_port() -> None:
-    step = {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "n1", "SLURM_JOB_ID": "91"}  # fmt: skip
+    step = {
+        "SLURM_PROCID": "0",
+        "SLURM_NTASKS": "2",
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NODELIST": "n1",
+        "SLURM_JOB_ID": "91",
+    }
     ports = [rank_from_environment(step | {"SLURM_RESTART_COUNT": str(count)}).master_port for count in range(4)]
     assert len(set(ports)) == 4
     assert ports[0] == rank_from_environment(step).master_port

@@ -41,7 +41,10 @@ def store(tmp_path: Path, verb, base_tokenizer: Path) -> TokenStore:
 
 
 def test_base_and_store_are_copied_once_and_read_from_there(alone, base: Path, store: TokenStore, tmp_path) -> None:
-    config = app.compose("train", ["run=r", f"model={base}", f"data={store.path}", "optim.steps=1", f"hardware.local_cache={tmp_path}/disk"])  # fmt: skip
+    config = app.compose(
+        "train",
+        ["run=r", f"model={base}", f"data={store.path}", "optim.steps=1", f"hardware.local_cache={tmp_path}/disk"],
+    )
     said: list[str] = []
     here, copied = local_cache.stage_inputs(config, "0123456789abcdef01", store, said.append)
     folder = tmp_path / "disk" / "base-0123456789abcdef"
@@ -57,7 +60,10 @@ def test_base_and_store_are_copied_once_and_read_from_there(alone, base: Path, s
     stamp = (folder / "config.json").stat().st_mtime_ns
     again, _ = local_cache.stage_inputs(config, "0123456789abcdef01", store, said.append)
     assert again.model.path == str(folder)
-    assert said[2:] == [f"base-0123456789abcdef is read from {folder} (local_cache)", f"{copied.path.name} is read from {copied.path} (local_cache)"]  # fmt: skip
+    assert said[2:] == [
+        f"base-0123456789abcdef is read from {folder} (local_cache)",
+        f"{copied.path.name} is read from {copied.path} (local_cache)",
+    ]
     assert (folder / "config.json").stat().st_mtime_ns == stamp
 
 
@@ -67,9 +73,18 @@ def test_without_a_cache_everything_is_read_where_it_is(base: Path, store: Token
 
 
 def test_no_space_is_said_before_anything_is_copied(alone, base: Path, store, tmp_path, monkeypatch) -> None:
-    config = app.compose("train", ["run=r", f"model={base}", f"data={store.path}", "optim.steps=1", f"hardware.local_cache={tmp_path}/disk"])  # fmt: skip
+    config = app.compose(
+        "train",
+        ["run=r", f"model={base}", f"data={store.path}", "optim.steps=1", f"hardware.local_cache={tmp_path}/disk"],
+    )
     monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=20))
-    with pytest.raises(UserError, match=rf"^{os.uname().nodename}: hardware.local_cache={tmp_path}/disk: base-hash needs 0.00 GiB, 0.00 GiB are free"):  # fmt: skip
+    with pytest.raises(
+        UserError,
+        match=(
+            rf"^{os.uname().nodename}: hardware.local_cache={tmp_path}/disk: base-hash needs 0.00 GiB, 0.00 GiB "
+            r"are free"
+        ),
+    ):
         local_cache.stage_inputs(config, "hash", store, print)
     assert [path.name for path in (tmp_path / "disk").iterdir()] == [".base-hash.lock"]
     monkeypatch.undo()
@@ -97,7 +112,10 @@ def test_ranks_of_a_host_wait_for_the_one_that_copies(base: Path, tmp_path: Path
 
     monkeypatch.setattr(shutil, "copyfile", slow)
     files = local_cache.model_files(base)
-    threads = [threading.Thread(target=local_cache._copy_once, args=(tmp_path / "disk", "base-x", base, files, said.append)) for _ in range(3)]  # fmt: skip
+    threads = [
+        threading.Thread(target=local_cache._copy_once, args=(tmp_path / "disk", "base-x", base, files, said.append))
+        for _ in range(3)
+    ]
     for thread in threads:
         thread.start()
     assert begun.wait(20)

@@ -27,8 +27,18 @@ def _rank() -> int:
 def config_of(folder: Path, *more: str) -> TrainConfig:
     found = app.compose(
         "train",
-        ["run=met", f"runs={folder}", "data=at_path", "data.store=store", "model=at_path", "model.path=base", "optim.steps=1", "hardware.start_timeout_minutes=0.02", *more],
-    )  # fmt: skip
+        [
+            "run=met",
+            f"runs={folder}",
+            "data=at_path",
+            "data.store=store",
+            "model=at_path",
+            "model.path=base",
+            "optim.steps=1",
+            "hardware.start_timeout_minutes=0.02",
+            *more,
+        ],
+    )
     assert isinstance(found, TrainConfig)
     return found
 
@@ -75,7 +85,10 @@ def test_a_folder_of_runs_that_cannot_be_written_is_told_to_all(ranks, tmp_path:
 
 def test_another_store_is_named(ranks) -> None:
     found = ranks(0, 1, 2, inputs=({"store": "a"}, {"store": "a"}, {"store": "b"}))
-    expected = "rank 2 on south has another input than rank 0 on north: store: a -> b. Give the same store and tokenizer on every host"
+    expected = (
+        "rank 2 on south has another input than rank 0 on north: store: a -> b. Give the same store and tokenizer "
+        "on every host"
+    )
     assert found == dict.fromkeys(range(3), expected)
 
 
@@ -99,15 +112,18 @@ def test_another_file_of_the_code_is_named_to_all(ranks, monkeypatch) -> None:
     )
     found = ranks(0, 1, 2)
     assert found[0] == (
-        "rank 1 on north has another code than rank 0 on north (2 ranks differ): fireflyds/new.py, fireflyds/train/loop.py. "
-        "Bring the checkouts of all hosts to the same commit, or start from a folder that all hosts mount"
+        "rank 1 on north has another code than rank 0 on north (2 ranks differ): fireflyds/new.py, "
+        "fireflyds/train/loop.py. Bring the checkouts of all hosts to the same commit, or start from a folder that "
+        "all hosts mount"
     )
     assert found[2] == found[0]
 
 
 def test_another_library_is_named(ranks, monkeypatch) -> None:
     real = agreement.metadata.version
-    monkeypatch.setattr(agreement.metadata, "version", lambda name: "0.1" if _rank() == 2 and name == "deepspeed" else real(name))  # fmt: skip
+    monkeypatch.setattr(
+        agreement.metadata, "version", lambda name: "0.1" if _rank() == 2 and name == "deepspeed" else real(name)
+    )
     found = ranks(0, 1, 2)
     assert (
         f"rank 2 on south has another version than rank 0 on north: deepspeed: {real('deepspeed')} -> 0.1." in found[1]
@@ -116,7 +132,9 @@ def test_another_library_is_named(ranks, monkeypatch) -> None:
 
 def test_a_rank_that_does_not_come_is_named_to_those_that_did(ranks) -> None:
     found = ranks(0, 1)
-    assert re.match(r"rank 2 of 3 did not connect to 127\.0\.0\.1:\d+ within 1\.2 s \(hardware\.start_timeout_minutes\)", found[0])  # fmt: skip
+    assert re.match(
+        r"rank 2 of 3 did not connect to 127\.0\.0\.1:\d+ within 1\.2 s \(hardware\.start_timeout_minutes\)", found[0]
+    )
     assert found[1] == found[0]
 
 
@@ -149,12 +167,16 @@ def test_a_folder_of_runs_that_is_not_shared_is_refused(ranks, tmp_path: Path, m
     south = "localhost#2" if cloned else "south"
     real = agreement.read_token
     monkeypatch.setattr(
-        agreement, "read_token", lambda runs, timeout, request: real(runs, timeout, request) if _rank() < 2 else {"place": "/elsewhere", "seconds": None, "why": ""}
-    )  # fmt: skip
+        agreement,
+        "read_token",
+        lambda runs, timeout, request: (
+            real(runs, timeout, request) if _rank() < 2 else {"place": "/elsewhere", "seconds": None, "why": ""}
+        ),
+    )
     found = ranks(0, 1, 2)
     assert found[0] == (
-        f"{tmp_path}: rank 0's file is not seen by rank 2 (on {south}), whose runs folder is /elsewhere. Give runs=<a folder that every "
-        "host mounts>, as an absolute path, and start all ranks in the same folder"
+        f"{tmp_path}: rank 0's file is not seen by rank 2 (on {south}), whose runs folder is /elsewhere. Give runs=<a "
+        "folder that every host mounts>, as an absolute path, and start all ranks in the same folder"
     )
     assert found[1] == found[0]
 

@@ -8,13 +8,13 @@ import time
 import pytest
 import torch
 from samples import ENGLISH
-from stores import write_store
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fireflyds.config import DoctorConfig
 from fireflyds.data.store.store import MANIFEST
 from fireflyds.doctor import inputs
 from fireflyds.doctor.check import Severity
+from fireflyds.testing.stores import write_store
 from fireflyds.tokenizer.hf_files import write_tokenizer
 from fireflyds.tokenizer.learn import learn_bpe
 from fireflyds.types import Example
@@ -23,9 +23,14 @@ from fireflyds.types import Example
 def _model(folder, rows: int, **changes):
     torch.manual_seed(0)
     settings = {
-        "vocab_size": rows, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-        "bos_token_id": 1, "eos_token_id": 2,
-    }  # fmt: skip
+        "vocab_size": rows,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     config = LlamaConfig(**settings | changes)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder, max_shard_size="10KB")
     return folder
@@ -149,16 +154,20 @@ def test_inputs_on_a_drive_that_is_gone_are_red_in_time(tmp_path, monkeypatch) -
     assert time.monotonic() - started < 5
     hung.set()
     assert [(check.name, check.severity, check.message) for check in checks] == [
-        ("tokenizer", Severity.error, "not read within 1 s"), ("store", Severity.error, "not read within 1 s"),
-    ]  # fmt: skip
+        ("tokenizer", Severity.error, "not read within 1 s"),
+        ("store", Severity.error, "not read within 1 s"),
+    ]
 
 
 def test_a_tokenizer_or_model_that_is_none_is_red_and_does_not_end_the_report(tmp_path, base_tokenizer) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "unheard-of"}')
     found = _checks(model=tmp_path, tokenizer=base_tokenizer, data=tmp_path / "none")
     assert {name: check.severity.name for name, check in found.items()} == {
-        "tokenizer": "ok", "weights": "error", "base": "error", "store": "error",
-    }  # fmt: skip
+        "tokenizer": "ok",
+        "weights": "error",
+        "base": "error",
+        "store": "error",
+    }
     assert "unheard-of" in found["base"].message
     shutil.copy(base_tokenizer / "tokenizer.model", tmp_path / "tokenizer.model")
     (tmp_path / "tokenizer.model").write_bytes(b"\0broken")

@@ -16,9 +16,16 @@ from fireflyds.models.packed import boundaries
 def model_folder(tmp_path):
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=60, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+        vocab_size=60,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     return tmp_path
 
@@ -65,7 +72,7 @@ def test_an_attention_that_is_a_little_wrong_is_caught(model_folder, monkeypatch
 
 
 def test_what_cannot_be_examined_is_named(model_folder, tmp_path) -> None:
-    with pytest.raises(UserError, match="packing=true needs a model"):
+    with pytest.raises(UserError, match="packing=true: needs a model"):
         DoctorConfig(packing=True)
     with pytest.raises(UserError, match=r"documents=\[3, 0\]"):
         DoctorConfig(documents=[3, 0])

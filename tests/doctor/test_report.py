@@ -180,9 +180,13 @@ def test_the_verb_prints_kernels_and_findings_and_exits_1_where_one_is_red(verb,
 def test_an_interrupt_prints_no_traceback(tmp_path: Path, seconds: float) -> None:
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "launch" / "doctor.py"), "disk_mib=2048"],
-        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
+    )
     time.sleep(seconds)
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)

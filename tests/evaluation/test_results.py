@@ -17,8 +17,10 @@ def test_a_second_evaluation_loses_nothing_of_the_first(tmp_path: Path) -> None:
     append_result(tmp_path, result("cmmlu", 0.5, num_shots=5))
     append_result(tmp_path, result("cmmlu", 0.6, num_shots=0))
     assert [(each.task, each.figures["accuracy"]) for each in read_results(tmp_path)] == [
-        ("bits_per_byte", 1.5), ("cmmlu", 0.5), ("cmmlu", 0.6),
-    ]  # fmt: skip
+        ("bits_per_byte", 1.5),
+        ("cmmlu", 0.5),
+        ("cmmlu", 0.6),
+    ]
     assert latest_figures(tmp_path, "cmmlu") == {"accuracy": 0.6}
     assert {"fireflyds", "torch", "transformers"} <= read_results(tmp_path)[0].versions.keys()
 

@@ -1,4 +1,5 @@
-"""Triton's kernels compile for every generation without a GPU: tensor cores used, shared memory kept, nothing spilled."""
+"""Triton's kernels compile for every generation without a GPU: tensor cores used, shared memory kept, nothing
+spilled."""
 
 import json
 import os
@@ -18,8 +19,11 @@ def _compile(capability: int, what: str, cache: Path) -> dict[str, dict[str, int
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache), "PYTHONPATH": paths}
     done = subprocess.run(
         [sys.executable, str(HERE / "support" / "compile_kernels.py"), str(capability), what],
-        capture_output=True, text=True, env=environment, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return {name: row for line in done.stdout.splitlines() for name, row in json.loads(line).items()}
 

@@ -19,9 +19,10 @@ def _layer(x, norm, w, cu, table):
 
 def _loss(x, norm, w, head, labels, cu, table, through):
     hidden = through(_layer, x, norm, w, cu, table)
-    return linear_cross_entropy(hidden, head, labels) + linear_cross_entropy(
-        hidden, (head[:20], head[20:]), labels, reduction="none"
-    ).sum()  # fmt: skip
+    return (
+        linear_cross_entropy(hidden, head, labels)
+        + linear_cross_entropy(hidden, (head[:20], head[20:]), labels, reduction="none").sum()
+    )
 
 
 @pytest.fixture
@@ -78,16 +79,29 @@ def test_gradient_checkpointing_changes_nothing(inputs, reentrant) -> None:
 
     labels, cu, table = inputs[1]
     hidden = through(layer, x, norm, a, b, cu, table)
-    loss = linear_cross_entropy(hidden, head, labels) + linear_cross_entropy(
-        hidden, (head[:20], head[20:]), labels, reduction="none"
-    ).sum()  # fmt: skip
+    loss = (
+        linear_cross_entropy(hidden, head, labels)
+        + linear_cross_entropy(hidden, (head[:20], head[20:]), labels, reduction="none").sum()
+    )
     assert torch.equal(loss, wanted)
     loss.backward()
     for leaf, expected in zip(inputs[0], gradients, strict=True):
         assert torch.equal(leaf.grad, expected)
 
 
-@pytest.mark.parametrize("operator", ["packed_attention_reference", "packed_attention_triton", "rms_norm", "rms_norm_residual", "rope", "swiglu", "linear_cross_entropy_sum", "linear_cross_entropy_each"])  # fmt: skip
+@pytest.mark.parametrize(
+    "operator",
+    [
+        "packed_attention_reference",
+        "packed_attention_triton",
+        "rms_norm",
+        "rms_norm_residual",
+        "rope",
+        "swiglu",
+        "linear_cross_entropy_sum",
+        "linear_cross_entropy_each",
+    ],
+)
 def test_operators_are_registered_with_fakes_that_tell_the_truth(inputs, operator) -> None:
     import importlib
 

@@ -102,7 +102,10 @@ def test_the_description_names_every_kernel_and_reason() -> None:
         assert len(re.findall(rf"^  {kernel} ", text, re.MULTILINE)) == 3 * (torch.cuda.device_count() + 1)
     if not torch.cuda.is_available():
         assert re.search(
-            r"packed_attention +float32 +reference +flash_attn_3 needs an NVIDIA GPU; .*triton runs here only when named",
+            (
+                r"packed_attention +float32 +reference +flash_attn_3 needs an NVIDIA GPU; .*triton runs here only "
+                r"when named"
+            ),
             text,
         )
 

@@ -272,7 +272,9 @@ def test_float16_takes_a_loss_scale_and_large_weights(reduction: str, name: str,
     with force(linear_cross_entropy=name):
         found = linear_cross_entropy(hidden, weight, labels, token_weights=weights, reduction=reduction).sum() * 2.0**10
     scale = 2.0**-10  # what is compared fits float16
-    for a, b in zip(torch.autograd.grad(found * scale, (hidden, weight)), torch.autograd.grad(wanted * scale, exact), strict=True):  # fmt: skip
+    for a, b in zip(
+        torch.autograd.grad(found * scale, (hidden, weight)), torch.autograd.grad(wanted * scale, exact), strict=True
+    ):
         assert_near(a, b, 2e-3)
         rare = b.abs() < b.abs().quantile(0.5)
         assert_near(a[rare], b[rare], 5e-3)

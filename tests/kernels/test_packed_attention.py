@@ -102,9 +102,15 @@ def test_boundaries_that_change_in_place_are_read_again() -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"k": torch.zeros(5, 3, 8)}, "no multiple"), ({"cu": torch.tensor([0, 5])}, "int32"), ({"q": torch.zeros(5, 8)}, "expected"),
-     ({"window": 0}, "window=0"), ({"alibi_slopes": torch.zeros(3)}, r"\[H\] with H=4"), ({"q": torch.zeros(5, 4, 8).half()}, "one number format")],
-)  # fmt: skip
+    [
+        ({"k": torch.zeros(5, 3, 8)}, "no multiple"),
+        ({"cu": torch.tensor([0, 5])}, "int32"),
+        ({"q": torch.zeros(5, 8)}, "expected"),
+        ({"window": 0}, "window=0"),
+        ({"alibi_slopes": torch.zeros(3)}, r"\[H\] with H=4"),
+        ({"q": torch.zeros(5, 4, 8).half()}, "one number format"),
+    ],
+)
 def test_wrong_shapes_are_named(change, message) -> None:
     good = {"q": torch.zeros(5, 4, 8), "k": torch.zeros(5, 2, 8), "cu": torch.tensor([0, 5], dtype=torch.int32)}
     given = good | {key: value for key, value in change.items() if key in good}
@@ -130,8 +136,17 @@ def test_triton_equals_dense_masked_attention(heads, kv_heads, dim, causal, wind
     for lengths in ([1], [70, 1, 40, 3], [90]):
         with force(packed_attention="triton"):
             _compare(
-                packed_attention, lengths, heads, kv_heads, dim, torch.float32, device, causal=causal, window=window, alibi_slopes=slopes
-            )  # fmt: skip
+                packed_attention,
+                lengths,
+                heads,
+                kv_heads,
+                dim,
+                torch.float32,
+                device,
+                causal=causal,
+                window=window,
+                alibi_slopes=slopes,
+            )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -159,8 +174,9 @@ def flash_attn(monkeypatch):
     calls = []
 
     def flash_attn_varlen_func(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
-        window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False, block_table=None,
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
+        causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
+        return_attn_probs=False, block_table=None,
     ):  # fmt: skip
         calls.append((max_seqlen_q, max_seqlen_k, causal, window_size))
         assert torch.equal(cu_seqlens_q, cu_seqlens_k)

@@ -37,9 +37,16 @@ class Listener:
 
 def step(number: int, loss: float | None = None, **extra: float) -> StepMetrics:
     return StepMetrics(
-        step=number, loss=4 / number if loss is None else loss, lr=0.5 / number, grad_norm=1.5, tokens=1000 * number,
-        learned_tokens=900 * number, tokens_per_second=500.0, seconds=2.0, extra={"flops": 1e9, **extra},
-    )  # fmt: skip
+        step=number,
+        loss=4 / number if loss is None else loss,
+        lr=0.5 / number,
+        grad_norm=1.5,
+        tokens=1000 * number,
+        learned_tokens=900 * number,
+        tokens_per_second=500.0,
+        seconds=2.0,
+        extra={"flops": 1e9, **extra},
+    )
 
 
 def journal(tmp_path: Path, done: int, rank: int = 0) -> tuple[MetricsLogger, Listener]:
@@ -95,16 +102,26 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
 
 
 FULL = {
-    "loss/zh": 2.0, "loss/en": 1.0, "bits_per_byte": 0.75, "mfu": 0.5, "fill": 0.99, "memory_gib": 12.25, "data_wait_seconds": 0.0,
-    "step_seconds_spread": 0.0, "slowest_rank": 0, "slowest_seconds": 1.0, "eta_seconds": 3725.0, "skipped_steps": 0.0,
-}  # fmt: skip
+    "loss/zh": 2.0,
+    "loss/en": 1.0,
+    "bits_per_byte": 0.75,
+    "mfu": 0.5,
+    "fill": 0.99,
+    "memory_gib": 12.25,
+    "data_wait_seconds": 0.0,
+    "step_seconds_spread": 0.0,
+    "slowest_rank": 0,
+    "slowest_seconds": 1.0,
+    "eta_seconds": 3725.0,
+    "skipped_steps": 0.0,
+}
 
 
 def test_the_line_tells_means_of_what_varies_and_the_newest_of_the_rest() -> None:
     steps = [step(1, 3.0, **FULL), step(2, 2.0, **(FULL | {"loss/zh": 1.0, "mfu": 0.25, "bits_per_byte": 0.25}))]
     assert format_steps(steps, 10) == (
-        "step 2/10  loss 2.5000 (zh 1.500, en 1.000)  bits/byte 0.5000  lr 2.50e-01  grad_norm 1.500  500 tokens/s  MFU 37.5%  "
-        "fill 99.0%  12.2 GiB  2,000 tokens  ETA 1:02:05"
+        "step 2/10  loss 2.5000 (zh 1.500, en 1.000)  bits/byte 0.5000  lr 2.50e-01  grad_norm 1.500  500 tokens/s  "
+        "MFU 37.5%  fill 99.0%  12.2 GiB  2,000 tokens  ETA 1:02:05"
     )
 
 

@@ -1,4 +1,5 @@
-"""A tiny run on one CPU rank is profiled: what is recorded, where it is written, what happens when the run ends early."""
+"""A tiny run on one CPU rank is profiled: what is recorded, where it is written, what happens when the run ends
+early."""
 
 import gzip
 import json
@@ -35,10 +36,20 @@ def arguments(verb, tmp_path: Path, base_tokenizer: Path) -> list[str]:
     (tmp_path / "zh.txt").write_text("\n".join(CHINESE), encoding="utf-8")
     verb("prepare", "data=zh.txt", f"tokenizer={base_tokenizer}", "out=store", "workers=1")
     return [
-        "data=store", "model=at_path", "model.init=scratch", f"model.tokenizer={base_tokenizer}", "optim.steps=4",
-        "model.architecture={model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 2}",
-        "seq_len=128", "global_batch_size=2", "optim.schedule=constant", "checkpoint.background=false",
-    ]  # fmt: skip
+        "data=store",
+        "model=at_path",
+        "model.init=scratch",
+        f"model.tokenizer={base_tokenizer}",
+        "optim.steps=4",
+        (
+            "model.architecture={model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, "
+            "num_attention_heads: 2}"
+        ),
+        "seq_len=128",
+        "global_batch_size=2",
+        "optim.schedule=constant",
+        "checkpoint.background=false",
+    ]
 
 
 def test_a_run_records_exactly_the_steps_asked_for(verb, arguments: list[str], tmp_path: Path) -> None:
@@ -48,8 +59,11 @@ def test_a_run_records_exactly_the_steps_asked_for(verb, arguments: list[str], t
     assert shown.count("profile of steps 2 to 3 on rank 0: ") == 1
     parts = ["data", "forward", "backward", "forward", "backward", "optimizer"]
     assert marks(run / "profile" / "rank-0.steps-2-3.trace.json.gz") == [
-        "ProfilerStep#2", *parts, "ProfilerStep#3", *parts
-    ]  # fmt: skip
+        "ProfilerStep#2",
+        *parts,
+        "ProfilerStep#3",
+        *parts,
+    ]
     table = (run / "profile" / "rank-0.steps-2-3.txt").read_text()
     assert "aten::mm" in table
     assert "Self CPU" in table
@@ -93,8 +107,9 @@ def test_a_run_that_fails_or_stops_within_the_steps_writes_what_it_has(tmp_path:
         record(tmp_path / "failed", fails_at(4), start=3, steps=5)
     assert names(tmp_path / "failed") == ["rank-0.steps-3-4.trace.json.gz", "rank-0.steps-3-4.txt"]
     assert marks(tmp_path / "failed" / "profile" / "rank-0.steps-3-4.trace.json.gz") == [
-        "ProfilerStep#3", "ProfilerStep#4"
-    ]  # fmt: skip
+        "ProfilerStep#3",
+        "ProfilerStep#4",
+    ]
     record(tmp_path / "stopped", iter(range(1, 10)), leave_at=2, start=1, steps=5)
     assert names(tmp_path / "stopped") == ["rank-0.steps-1-2.trace.json.gz", "rank-0.steps-1-2.txt"]
     record(tmp_path / "resumed", iter(range(8, 10)), done=7, start=6, steps=3, stacks=True)

@@ -19,9 +19,12 @@ from fireflyds.metrics.trackers import FaultTolerantTracker, NoTracker, open_tra
 
 ROW = {"step": 1, "loss": 2.5, "loss/zh": 2.75, "bits_per_byte/zh": 1.5, "lr/embeddings": 0.25}
 VALIDATION = {
-    "step": 2, "validation/loss/en": 3.0, "validation/bits_per_byte/en": 1.25, "validation/loss/zh": 4.0,
+    "step": 2,
+    "validation/loss/en": 3.0,
+    "validation/bits_per_byte/en": 1.25,
+    "validation/loss/zh": 4.0,
     "validation/bits_per_byte/zh": 1.5,
-}  # fmt: skip
+}
 SAMPLES = [{"step": 2, "prompt": "青岭镇", "text": "的特产是蜂蜜。"}]
 
 
@@ -44,9 +47,14 @@ def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch):
 
 def test_wandb_offline_keeps_one_run_across_a_resume(tmp_path: Path, said) -> None:
     config = config_of(
-        tmp_path, "tracking=wandb", "tracking.mode=offline", "tracking.tags=[zh,7b]", "tracking.project=p",
-        "tracking.entity=team", "tracking.job_type=cpt",
-    )  # fmt: skip
+        tmp_path,
+        "tracking=wandb",
+        "tracking.mode=offline",
+        "tracking.tags=[zh,7b]",
+        "tracking.project=p",
+        "tracking.entity=team",
+        "tracking.job_type=cpt",
+    )
     for resumed_at in (0, 1):
         tracker = opened(config, resumed_at)
         tracker.log(ROW)
@@ -78,8 +86,9 @@ def test_wandb_offline_keeps_one_run_across_a_resume(tmp_path: Path, said) -> No
     }
     folder = files[1].parent / "files"
     assert json.loads((folder / tables["samples"]).read_text()) == {
-        "columns": ["step", "prompt", "text"], "data": [[2, "青岭镇", "的特产是蜂蜜。"]],
-    }  # fmt: skip
+        "columns": ["step", "prompt", "text"],
+        "data": [[2, "青岭镇", "的特产是蜂蜜。"]],
+    }
     table = json.loads((folder / tables["validation_table"]).read_text())
     assert table["data"] == [[2, "en", 3.0, 1.25], [2, "zh", 4.0, 1.5]]
 
@@ -232,7 +241,10 @@ def test_a_tracker_that_never_finishes_is_left_behind(said) -> None:
 @pytest.mark.parametrize("kind", ["wandb", "tensorboard"])
 def test_a_package_that_is_missing_is_named_before_anything_heavy(tmp_path: Path, kind, monkeypatch) -> None:
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=rf"tracking={kind}: {kind} is not installed. Install it with pip install 'fireflyds\[tracking\]'"):  # fmt: skip
+    with pytest.raises(
+        UserError,
+        match=rf"tracking={kind}: {kind} is not installed. Install it with pip install 'fireflyds\[tracking\]'",
+    ):
         trackers.require_installed(config_of(tmp_path, f"tracking={kind}").tracking)
     trackers.require_installed(config_of(tmp_path).tracking)
 

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import loss_one_by_one, packed
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from fireflyds.config import ModelConfig, ModelInit
 from fireflyds.errors import UserError
 from fireflyds.models.packed.forward import fuse
 from fireflyds.models.rope_scaling import apply_rope_scaling, check_max_positions, ntk_alpha, ntk_base
+from fireflyds.testing.models import loss_of_documents, packed_inputs
 
 LLAMA2 = {"max_position_embeddings": 4096, "hidden_size": 4096, "num_attention_heads": 32}
 KINDS = {
@@ -41,7 +41,9 @@ def test_known_bases_of_ntk_scaling() -> None:
     )
 
 
-@pytest.mark.parametrize(("kind", "most"), [("linear", 16384), ("dynamic", 4096), ("yarn", 16384), ("llama3", 16384), ("ntk", 12288)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "most"), [("linear", 16384), ("dynamic", 4096), ("yarn", 16384), ("llama3", 16384), ("ntk", 12288)]
+)
 def test_scaling_reaches_the_model_s_configuration(kind: str, most: int, tmp_path: Path) -> None:
     config = _scaled(KINDS[kind])
     assert config.max_position_embeddings == most
@@ -63,18 +65,18 @@ def test_packed_documents_have_the_scaled_positions_of_each_alone(kind: str, tmp
     unscaled = LlamaConfig(vocab_size=50, intermediate_size=64, num_hidden_layers=2, **small)
     plain = LlamaForCausalLM(unscaled)
     plain.load_state_dict(model.state_dict())
-    wanted = loss_one_by_one(model, documents)
-    assert (wanted - loss_one_by_one(plain, documents)).abs() > 1e-4
-    torch.testing.assert_close(fuse(model)(**packed(documents)), wanted, rtol=1e-5, atol=1e-5)
+    wanted = loss_of_documents(model, documents)
+    assert (wanted - loss_of_documents(plain, documents)).abs() > 1e-4
+    torch.testing.assert_close(fuse(model)(**packed_inputs(documents)), wanted, rtol=1e-5, atol=1e-5)
     model.save_pretrained(tmp_path)
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    torch.testing.assert_close(loss_one_by_one(reloaded, documents), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(loss_of_documents(reloaded, documents), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_wrong_settings_are_named() -> None:
     for settings, message in (
         ({"rope_type": "lienar", "factor": 2}, "rope_type=lienar: no such kind. Known: default, linear"),
-        ({"rope_type": "linear"}, "factor is missing. linear takes factor"),
+        ({"rope_type": "linear"}, "factor is missing. Settings of linear: factor"),
         ({"rope_type": "linear", "factor": 2, "beta": 1}, "beta is not one of its settings"),
         ({"rope_type": "ntk_auto", "seq_len": 2048}, "alpha=0 would shrink"),
         ({"rope_type": "ntk", "alpha": 0}, "model.rope_scaling.alpha=0: must be a number of at least 1"),

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from llama_bases import make_base
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -16,6 +15,7 @@ from fireflyds.errors import UserError
 from fireflyds.export.merge import merged_state_dict
 from fireflyds.models import load, tuning
 from fireflyds.models.tuning import reset_dora_magnitudes
+from fireflyds.testing.models import save_tiny_llama
 
 LLAMA = registry.find("fireflyds.models.families", "llama").FAMILY
 FROZEN = {"embeddings": TrainableRows.frozen, "head": TrainableRows.frozen}
@@ -26,7 +26,7 @@ LORA = {"method": TuningMethod.lora, "r": 4, "dropout": 0.0}
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    return make_base(tmp_path / "base")
+    return save_tiny_llama(tmp_path / "base")
 
 
 def tuned(base: Path, config: TuningConfig, *, zero_stage: int = 2, precision: Precision = Precision.fp32):
@@ -72,7 +72,7 @@ METHODS = {
 @pytest.mark.parametrize("rows", [FROZEN, ALL, NEW], ids=["frozen", "all", "new_rows"])
 @pytest.mark.parametrize("method", METHODS)
 def test_merged_equals_attached_and_the_frozen_stays(tmp_path: Path, method: str, rows: dict, tied: bool) -> None:
-    base = make_base(tmp_path / "base", tie_word_embeddings=tied, base_vocab_size=40)
+    base = save_tiny_llama(tmp_path / "base", tie_word_embeddings=tied, base_vocab_size=40)
     model = tuned(base, TuningConfig(**METHODS[method], **rows))
     before = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
     train_a_little(model)
@@ -94,7 +94,7 @@ def test_merged_equals_attached_and_the_frozen_stays(tmp_path: Path, method: str
 @pytest.mark.parametrize("tied", [False, True])
 def test_new_rows_alone_train_as_they_do_among_all_rows(tmp_path: Path, tied: bool) -> None:
     """50 steps against training whole matrices with the old rows' gradient put to zero."""
-    base = make_base(tmp_path / "base", tie_word_embeddings=tied, base_vocab_size=40)
+    base = save_tiny_llama(tmp_path / "base", tie_word_embeddings=tied, base_vocab_size=40)
     results = []
     for rows in (NEW, ALL):
         model = tuned(base, TuningConfig(**METHODS["lora"], **rows)).train()
@@ -163,7 +163,7 @@ def test_what_fits_nothing_is_named(base: Path) -> None:
 
 
 def test_a_tied_head_says_what_the_embeddings_say(tmp_path: Path) -> None:
-    base = make_base(tmp_path / "base", tie_word_embeddings=True, base_vocab_size=40)
+    base = save_tiny_llama(tmp_path / "base", tie_word_embeddings=True, base_vocab_size=40)
     with pytest.raises(UserError, match="so both must have the same value"):
         tuned(base, TuningConfig(**LORA, embeddings=TrainableRows.all, head=TrainableRows.frozen))
     wrong = ModelConfig(init=ModelInit.pretrained, path=str(base), base_vocab_size=50)
@@ -183,7 +183,7 @@ def _saved(model, folder: Path, about: dict | None = None) -> trained.TrainableW
 
 @pytest.mark.parametrize("method", ["lora", "rslora", "dora", "qlora", "freeze"])
 def test_what_was_learnt_comes_back_through_the_one_door(tmp_path: Path, method: str) -> None:
-    base = make_base(tmp_path / "base", base_vocab_size=40)
+    base = save_tiny_llama(tmp_path / "base", base_vocab_size=40)
     config = TuningConfig(**METHODS[method], **NEW)
     model = tuned(base, config)
     train_a_little(model)
@@ -274,7 +274,7 @@ def _saved_untrained(model) -> trained.TrainableWeights:
 
 
 def test_an_expanded_base_is_quantised_with_its_rows_in_sixteen_bit(tmp_path: Path) -> None:
-    base = make_base(tmp_path / "base", base_vocab_size=40)
+    base = save_tiny_llama(tmp_path / "base", base_vocab_size=40)
     model = tuned(base, TuningConfig(**METHODS["qlora"], **FROZEN), precision=Precision.bf16)
     assert model.get_input_embeddings().weight.dtype is torch.bfloat16
     assert model.get_output_embeddings().weight.dtype is torch.bfloat16
@@ -314,7 +314,7 @@ def test_a_later_stage_lies_over_an_earlier_one() -> None:
 
 
 def test_a_tied_model_that_trained_whole_is_a_start_for_adapters(tmp_path: Path) -> None:
-    base = make_base(tmp_path / "base", tie_word_embeddings=True, base_vocab_size=40)
+    base = save_tiny_llama(tmp_path / "base", tie_word_embeddings=True, base_vocab_size=40)
     full = tuned(base, TuningConfig(method=TuningMethod.full, **ALL))
     train_a_little(full)
     found = trained.TrainableWeights(weights=full.state_dict())
@@ -351,5 +351,5 @@ def test_settings_that_would_do_nothing_are_refused(base: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             TuningConfig(**settings, **FROZEN)
-    with pytest.raises(UserError, match="matches only embeddings or head; tuning.embeddings"):
+    with pytest.raises(UserError, match="matches only embeddings or head. Leave it out, and give tuning.embeddings"):
         tuned(base, TuningConfig(method=TuningMethod.freeze, trainable=["embed_tokens"], **FROZEN))

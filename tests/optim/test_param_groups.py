@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tiny import packed, tiny
 
 from fireflyds import app, registry
 from fireflyds.config import Precision
@@ -13,6 +12,7 @@ from fireflyds.models.packed.forward import fuse
 from fireflyds.optim import param_groups as groups
 from fireflyds.optim.compatibility import check_compatibility
 from fireflyds.optim.optimizers import gradient_clipping
+from fireflyds.testing.models import packed_inputs, tiny_model
 
 
 def _config(*overrides: str):
@@ -21,17 +21,28 @@ def _config(*overrides: str):
 
 def _groups(model_type: str, *overrides: str, **changes) -> dict[str, groups.ParamGroup]:
     config, family = _config(*overrides), registry.find("fireflyds.models.families", model_type).FAMILY
-    model = tuning.apply_tuning(tiny(model_type, **changes), family, config.tuning, None, 0)
+    model = tuning.apply_tuning(tiny_model(model_type, **changes), family, config.tuning, None, 0)
     return {group.name: group for group in groups.parameter_groups(model, config)}
 
 
 def test_matrices_decay_and_vectors_do_not_unless_asked() -> None:
     found = _groups("falcon", "optim.weight_decay=0.1", alibi=False, bias=True, tie_word_embeddings=False)
     assert {name: group.weight_decay for name, group in found.items()} == {
-        "matrices": 0.1, "embeddings": 0.1, "head": 0.1, "norms": 0.0, "biases": 0.0,
-    }  # fmt: skip
+        "matrices": 0.1,
+        "embeddings": 0.1,
+        "head": 0.1,
+        "norms": 0.0,
+        "biases": 0.0,
+    }
     assert {parameter.dim() for parameter in found["matrices"].parameters} == {2}
-    found = _groups("falcon", "optim.weight_decay=0.1", "optim.norms.weight_decay=0.2", "optim.biases.lr=0.5", alibi=False, bias=True)  # fmt: skip
+    found = _groups(
+        "falcon",
+        "optim.weight_decay=0.1",
+        "optim.norms.weight_decay=0.2",
+        "optim.biases.lr=0.5",
+        alibi=False,
+        bias=True,
+    )
     assert (found["norms"].weight_decay, found["biases"].lr) == (0.2, 0.5)
 
 
@@ -45,14 +56,17 @@ def test_a_tied_head_is_the_embeddings() -> None:
 def test_muon_takes_the_body_s_matrices_alone() -> None:
     found = _groups("llama", "optim=muon", "optim.muon_lr=0.03", tie_word_embeddings=False)
     assert {name: (group.as_matrices, group.lr) for name, group in found.items()} == {
-        "matrices": (True, 0.03), "embeddings": (False, 2e-4), "head": (False, 2e-4), "norms": (False, 2e-4),
-    }  # fmt: skip
+        "matrices": (True, 0.03),
+        "embeddings": (False, 2e-4),
+        "head": (False, 2e-4),
+        "norms": (False, 2e-4),
+    }
 
 
 def test_every_parameter_that_trains_is_in_one_group() -> None:
     for overrides in (["tuning=full"], ["tuning=dora", "tuning.embeddings=all"], ["tuning=embeddings_and_norms"]):
         config, family = _config(*overrides), registry.find("fireflyds.models.families", "qwen2").FAMILY
-        model = tuning.apply_tuning(tiny("qwen2", tie_word_embeddings=False), family, config.tuning, None, 0)
+        model = tuning.apply_tuning(tiny_model("qwen2", tie_word_embeddings=False), family, config.tuning, None, 0)
         grouped = [id(p) for group in groups.parameter_groups(model, config) for p in group.parameters]
         assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
 
@@ -64,7 +78,7 @@ def test_the_table_counts_bytes_of_weights_gradients_masters_and_states() -> Non
         (Precision.fp16, "adamw_8bit", 2 + 2 + 4 + 2),
     ):
         config = _config(f"optim={optim}", "tuning.head=frozen")
-        model = tiny("llama", tie_word_embeddings=False)
+        model = tiny_model("llama", tie_word_embeddings=False)
         tuning.apply_tuning(model, registry.find("fireflyds.models.families", "llama").FAMILY, config.tuning, None, 0)
         rows = {row.group: row for row in groups.summarize_groups(model, config, precision)}
         assert rows["embeddings"].memory_bytes == each * 50 * 32
@@ -76,14 +90,17 @@ def test_the_table_counts_bytes_of_weights_gradients_masters_and_states() -> Non
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["tuning=qlora", "tuning.bits=8", "zero=3"], r"tuning.bits=8 with zero.stage=3: .*Nearest: zero=2, or tuning.bits=4"),
+        (
+            ["tuning=qlora", "tuning.bits=8", "zero=3"],
+            r"tuning.bits=8 with zero.stage=3: .*Nearest: zero=2, or tuning.bits=4",
+        ),
         (["tuning=qlora", "tuning.use_dora=true", "zero=3"], "Nearest: tuning.bits=4 with zero=2"),
         (["tuning=qlora", "tuning.use_dora=true", "tuning.bits=8"], "Nearest: tuning.bits=4 with zero=2"),
         (["optim=paged_adamw_32bit", "zero.offload_optimizer=cpu"], "Nearest: optim=adamw"),
         (["zero=0"], "DeepSpeed scales no loss there.*Nearest: zero=1"),
         (["optim=adamw_8bit", "zero.offload_optimizer=cpu"], "Nearest: optim=adamw"),
     ],
-)  # fmt: skip
+)
 def test_combinations_that_cannot_work_are_refused_with_the_nearest(overrides: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         check_compatibility(_config(*overrides), Precision.fp16)
@@ -111,7 +128,7 @@ def test_what_is_changed_or_strange_is_said_aloud() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_noise_is_as_wide_as_each_document_s_length_says(dtype: torch.dtype) -> None:
-    model = fuse(tiny("llama").to(dtype))
+    model = fuse(tiny_model("llama").to(dtype))
     # Times the width beyond what float16 can hold.
     lengths, width = (2200, 3), 32
     documents = [torch.randint(0, 50, (length,)) for length in lengths]
@@ -119,8 +136,8 @@ def test_noise_is_as_wide_as_each_document_s_length_says(dtype: torch.dtype) -> 
     embeddings = model.get_input_embeddings()
     add_embedding_noise(model, 10.0)
     embeddings.register_forward_hook(lambda module, inputs, output: seen.append(output.detach()[0]))
-    model(**packed(documents))
-    model.eval()(**packed(documents))
+    model(**packed_inputs(documents))
+    model.eval()(**packed_inputs(documents))
     noise = seen[0] - seen[1]
     for part, length in zip(noise.split(lengths), lengths, strict=True):
         bound = 10.0 / (length * width) ** 0.5

@@ -70,9 +70,17 @@ def test_somebody_elses_folder_is_not_overwritten(verb, tmp_path: Path, base_tok
 
 def test_training_refuses_what_cannot_work(verb, store: Path, tmp_path: Path, base_tokenizer: Path) -> None:
     scratch = [
-        "run=r", "model=at_path", "model.init=scratch", f"model.tokenizer={base_tokenizer}", "optim.steps=2", "seq_len=64",
-        "model.architecture={model_type: llama, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2}",
-    ]  # fmt: skip
+        "run=r",
+        "model=at_path",
+        "model.init=scratch",
+        f"model.tokenizer={base_tokenizer}",
+        "optim.steps=2",
+        "seq_len=64",
+        (
+            "model.architecture={model_type: llama, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, "
+            "num_attention_heads: 2}"
+        ),
+    ]
     refused(
         verb("train", *scratch, "data=store", "global_batch_size=3", "micro_batch_size=2", check=False),
         "global_batch_size=3",
@@ -117,9 +125,19 @@ def test_exporting_and_evaluating_what_is_not_there(verb, tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_a_refusal_on_two_ranks_is_one_message(verb, store: Path, base_tokenizer: Path, tmp_path: Path) -> None:
     arguments = [
-        "run=r", "data=store", "model=at_path", "model.init=scratch", f"model.tokenizer={base_tokenizer}", "optim.steps=1", "seq_len=64",
-        "global_batch_size=2", "model.architecture={model_type: llama, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2}",
-    ]  # fmt: skip
+        "run=r",
+        "data=store",
+        "model=at_path",
+        "model.init=scratch",
+        f"model.tokenizer={base_tokenizer}",
+        "optim.steps=1",
+        "seq_len=64",
+        "global_batch_size=2",
+        (
+            "model.architecture={model_type: llama, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, "
+            "num_attention_heads: 2}"
+        ),
+    ]
     start = ("deepspeed", "--num_gpus", "2")
     verb("train", *arguments, start=start)
     done = verb("train", *arguments, "optim.lr=0.5", start=start, check=False)

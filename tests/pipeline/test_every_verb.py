@@ -123,7 +123,8 @@ def test_the_export_loads_where_nothing_of_ours_is_installed(verb, base: Path, t
     code = (
         "import sys; sys.modules['fireflyds'] = None; sys.modules['fireflyds_kernels'] = None\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        "t, m = AutoTokenizer.from_pretrained('runs/base/export'), AutoModelForCausalLM.from_pretrained('runs/base/export')\n"
+        "t, m = AutoTokenizer.from_pretrained('runs/base/export'), "
+        "AutoModelForCausalLM.from_pretrained('runs/base/export')\n"
         "print(m(**t('the old bridge', return_tensors='pt')).logits.shape[-1], len(t))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)

@@ -19,13 +19,24 @@ def test_a_byte_level_tokenizer_is_learnt_and_expanded_from_a_saved_dataset(verb
     datasets.Dataset.from_list([{"text": text} for text in CHINESE]).save_to_disk(tmp_path / "zh")
     verb("learn", "corpus=en.txt", "kind=byte_level", "vocab_size=400", "out=base")
     done = verb(
-        "expand", "base=base", "corpus=zh", "num_pieces=200", "min_count=1", "vocab_multiple=16", "out=merged",
-        "texts.zh=zh", "texts.en=en.txt",
-    )  # fmt: skip
+        "expand",
+        "base=base",
+        "corpus=zh",
+        "num_pieces=200",
+        "min_count=1",
+        "vocab_multiple=16",
+        "out=merged",
+        "texts.zh=zh",
+        "texts.en=en.txt",
+    )
     assert "holds: every new piece is reached" in done.stdout
     assert {path.name for path in (tmp_path / "merged").glob("[!.]*")} == {
-        "tokenizer.json", "tokenizer_config.json", "report.json", "report.md", "report.png",
-    }  # fmt: skip
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "report.json",
+        "report.md",
+        "report.png",
+    }
     report = json.loads((tmp_path / "merged" / "report.json").read_text())
     assert report["vocab_size_after"] % 16 == 0
     assert [check["failed"] for check in report["checks"]] == [0, 0, 0, 0]

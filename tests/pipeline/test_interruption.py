@@ -28,10 +28,22 @@ def arguments(verb, tmp_path: Path, base_tokenizer: Path) -> list[str]:
     (tmp_path / "en.txt").write_text("\n".join(ENGLISH * 4), encoding="utf-8")
     verb("prepare", "data=en.txt", f"tokenizer={base_tokenizer}", "out=store", "workers=1")
     return [
-        "data=store", "model=at_path", "model.init=scratch", f"model.tokenizer={base_tokenizer}", f"optim.steps={STEPS}", "optim.lr=1e-3",
-        "model.architecture={model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2}",
-        "seq_len=256", "micro_batch_size=1", "global_batch_size=4", "checkpoint.every=5", "log_every=5",
-    ]  # fmt: skip
+        "data=store",
+        "model=at_path",
+        "model.init=scratch",
+        f"model.tokenizer={base_tokenizer}",
+        f"optim.steps={STEPS}",
+        "optim.lr=1e-3",
+        (
+            "model.architecture={model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, "
+            "num_attention_heads: 2}"
+        ),
+        "seq_len=256",
+        "micro_batch_size=1",
+        "global_batch_size=4",
+        "checkpoint.every=5",
+        "log_every=5",
+    ]
 
 
 def start(tmp_path: Path, *arguments: str) -> subprocess.Popen[bytes]:
@@ -74,15 +86,20 @@ def start_ranks(tmp_path: Path, *arguments: str) -> list[subprocess.Popen[bytes]
     with (tmp_path / "out.log").open("ab") as log:
         return [
             subprocess.Popen(
-                words, cwd=tmp_path, env=os.environ | here | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=log, stderr=log
+                words,
+                cwd=tmp_path,
+                env=os.environ | here | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=log,
+                stderr=log,
             )
             for rank in (0, 1)
-        ]  # fmt: skip
+        ]
 
 
 @pytest.mark.chaos
 def test_a_run_killed_twenty_times_ends_as_if_undisturbed(arguments: list[str], tmp_path: Path) -> None:
-    """Killed at random moments, whole or one rank of it; with a save at every step many of them are in the middle of one."""
+    """Killed at random moments, whole or one rank of it; with a save at every step many of them are in the middle of
+    one."""
     arguments = [argument.replace("checkpoint.every=5", "checkpoint.every=1") for argument in arguments]
     assert [each.wait(200) for each in start_ranks(tmp_path, "run=whole", *arguments)] == [0, 0]
     chance = random.Random(7)

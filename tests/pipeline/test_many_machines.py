@@ -31,11 +31,24 @@ def arguments(hosts: Hosts, verbs_of, base_tokenizer: Path) -> list[str]:
     (hosts.folder / "en.txt").write_text("\n".join(ENGLISH * 4), encoding="utf-8")
     verbs_of(hosts.folder)("prepare", "data=en.txt", f"tokenizer={base_tokenizer}", "out=store", "workers=1")
     return [
-        "data=store", "model=at_path", "model.init=scratch", f"model.tokenizer={base_tokenizer}", f"optim.steps={STEPS}", "optim.lr=1e-3",
-        "model.architecture={model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2}",
-        "seq_len=256", "micro_batch_size=1", "global_batch_size=4", "checkpoint.every=4", "log_every=4",
-        "recovery.heartbeat_seconds=5", "hardware.start_timeout_minutes=1",
-    ]  # fmt: skip
+        "data=store",
+        "model=at_path",
+        "model.init=scratch",
+        f"model.tokenizer={base_tokenizer}",
+        f"optim.steps={STEPS}",
+        "optim.lr=1e-3",
+        (
+            "model.architecture={model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, "
+            "num_attention_heads: 2}"
+        ),
+        "seq_len=256",
+        "micro_batch_size=1",
+        "global_batch_size=4",
+        "checkpoint.every=4",
+        "log_every=4",
+        "recovery.heartbeat_seconds=5",
+        "hardware.start_timeout_minutes=1",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -75,15 +88,30 @@ def ranks(hosts: Hosts, name: str, port: int, *commands: tuple[str, ...]) -> lis
     place = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": ADDRESSES[0]}
     return [
         hosts.start(
-            host, sys.executable, *command, f"run={name}", env=place | {"RANK": str(host), "MASTER_PORT": str(port)}, log=f"{name}-{host}.log"
+            host,
+            sys.executable,
+            *command,
+            f"run={name}",
+            env=place | {"RANK": str(host), "MASTER_PORT": str(port)},
+            log=f"{name}-{host}.log",
         )
         for host, command in enumerate(commands)
         if command
-    ]  # fmt: skip
+    ]
 
 
 def test_torchrun_on_two_hosts_gives_the_losses_of_one(hosts: Hosts, between: list[str], undisturbed) -> None:
-    words = ["torchrun", "--nnodes", "2", "--nproc_per_node", "1", "--master_addr", ADDRESSES[0], "--master_port", str(PORT)]  # fmt: skip
+    words = [
+        "torchrun",
+        "--nnodes",
+        "2",
+        "--nproc_per_node",
+        "1",
+        "--master_addr",
+        ADDRESSES[0],
+        "--master_port",
+        str(PORT),
+    ]
     started = [
         hosts.start(
             host, *words, "--node_rank", str(host), TRAIN, "run=torchrun", *between, "hardware.local_cache=disk"
@@ -142,8 +170,13 @@ def test_hosts_that_differ_or_do_not_come_are_told_apart(hosts: Hosts, between: 
         file.write("# another line\n")
     train = (TRAIN, *between)
     soon = (*train, "hardware.start_timeout_minutes=0.2")
-    path = f"import sys; sys.path.insert(0, {str(other)!r}); sys.argv = sys.argv[1:]; import runpy; runpy.run_path(sys.argv[0], run_name='__main__')"
-    taken = hosts.start(0, sys.executable, "-c", "import socket, time; s = socket.create_server(('', 29531)); time.sleep(200)")  # fmt: skip
+    path = (
+        f"import sys; sys.path.insert(0, {str(other)!r}); sys.argv = sys.argv[1:]; import runpy; "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    taken = hosts.start(
+        0, sys.executable, "-c", "import socket, time; s = socket.create_server(('', 29531)); time.sleep(200)"
+    )
     started = [
         *ranks(hosts, "code", 29521, train, ("-c", path, str(other / "launch" / "train.py"), *between)),
         *ranks(hosts, "config", 29522, train, (*train, "optim.lr=2e-3")),

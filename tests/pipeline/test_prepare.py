@@ -42,7 +42,10 @@ def test_a_store_holds_every_document_in_order_with_its_domain_and_language(
     write(tmp_path / "en.txt", ENGLISH)
     write(tmp_path / "zh.jsonl", [{"text": text} for text in CHINESE] + [{"text": CHINESE[0]}])
     write(tmp_path / "talk.jsonl", TALKS)
-    sources = "data.sources=[{path: en.txt, domain: en, language: en}, {path: zh.jsonl, domain: zh, language: zh, weight: 3.0, max_documents: 10}, {path: talk.jsonl, domain: chat, language: zh}]"
+    sources = (
+        "data.sources=[{path: en.txt, domain: en, language: en}, {path: zh.jsonl, domain: zh, language: zh, "
+        "weight: 3.0, max_documents: 10}, {path: talk.jsonl, domain: chat, language: zh}]"
+    )
     done = verb("prepare", sources, f"tokenizer={base_tokenizer}", "out=s", "clean.duplicates=exact", "workers=2")
     store = TokenStore(tmp_path / "s")
     found = texts(store, encoder)
@@ -167,8 +170,14 @@ def test_whatever_stands_in_files_ends_in_the_store_or_among_the_rejected(
     assert manifest["totals"]["dropped"] == 0
     rejected = [json.loads(line) for line in (tmp_path / "s" / "rejected.jsonl").read_text().splitlines()]
     assert {Path(row["file"]).name for row in rejected} == {
-        "deep.jsonl", "surrogate.jsonl", "broken.jsonl", "empty.json", "number.json", "binary.parquet", "binary.jsonl.gz",
-    }  # fmt: skip
+        "deep.jsonl",
+        "surrogate.jsonl",
+        "broken.jsonl",
+        "empty.json",
+        "number.json",
+        "binary.parquet",
+        "binary.jsonl.gz",
+    }
     assert sum(row["file"].endswith("broken.jsonl") for row in rejected) == 5
 
 

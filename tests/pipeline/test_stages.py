@@ -1,4 +1,5 @@
-"""One stage after another: the vocabulary first, then adapters, each from the run before; the plan says what will train."""
+"""One stage after another: the vocabulary first, then adapters, each from the run before; the plan says what will
+train."""
 
 import json
 import shutil
@@ -93,9 +94,15 @@ def test_starting_from_what_does_not_fit_is_refused(verb, expanded: int, tmp_pat
     for arguments, message in (
         (["model=other", "tuning=lora", *ADAPTERS, "init_from=lora"], "that run's base is"),
         (["model=expanded", "tuning=lora", *ADAPTERS, "init_from=nothing"], "no such run in runs. Known: base, lora"),
-        (["model=expanded", "tuning=lora", *ADAPTERS, "tuning.alpha=32", "init_from=lora"], "adapters with alpha=16.0, this one 32.0"),
-        (["model=expanded", "tuning=full", "init_from=lora"], "python launch/export.py run=lora, then model=runs/lora/export"),
-    ):  # fmt: skip
+        (
+            ["model=expanded", "tuning=lora", *ADAPTERS, "tuning.alpha=32", "init_from=lora"],
+            "adapters with alpha=16.0, this one 32.0",
+        ),
+        (
+            ["model=expanded", "tuning=full", "init_from=lora"],
+            "python launch/export.py run=lora, then model=runs/lora/export",
+        ),
+    ):
         done = verb("train", "run=next", *arguments, *base, check=False)
         assert done.returncode == 2, done.stderr
         assert message in done.stderr
@@ -123,13 +130,33 @@ def test_offloaded_training_runs_on_deepspeed_s_cpu_adam(verb, expanded: int, tm
         ("firefly_llama2_7b_ext_sft_qlora", [], 612_892_672, 7_089_164_288),
         ("firefly_llama2_13b_ext_cpt_qlora", [], 816_578_560, 13_504_762_880),
         ("firefly_llama2_13b_ext_sft_qlora", [], 816_578_560, 13_504_762_880),
-        ("firefly_llama2_7b_ext_cpt_qlora", ["tuning.embeddings=frozen", "tuning.head=frozen"], 159_907_840, 7_089_164_288),
-        ("firefly_llama2_13b_ext_cpt_qlora", ["tuning.embeddings=frozen", "tuning.head=frozen"], 250_347_520, 13_504_762_880),
+        (
+            "firefly_llama2_7b_ext_cpt_qlora",
+            ["tuning.embeddings=frozen", "tuning.head=frozen"],
+            159_907_840,
+            7_089_164_288,
+        ),
+        (
+            "firefly_llama2_13b_ext_cpt_qlora",
+            ["tuning.embeddings=frozen", "tuning.head=frozen"],
+            250_347_520,
+            13_504_762_880,
+        ),
         # Both ends of 23,296 x 4,096 new rows: 191 million instead of 453.
-        ("firefly_llama2_7b_ext_cpt_qlora", ["tuning.embeddings=new_rows", "tuning.head=new_rows"], 350_748_672, 7_089_164_288),
-        ("firefly_llama2_7b_ext_cpt_qlora", ["tuning=full", "tuning.embeddings=all", "tuning.head=all"], 6_929_256_448, 6_929_256_448),
+        (
+            "firefly_llama2_7b_ext_cpt_qlora",
+            ["tuning.embeddings=new_rows", "tuning.head=new_rows"],
+            350_748_672,
+            7_089_164_288,
+        ),
+        (
+            "firefly_llama2_7b_ext_cpt_qlora",
+            ["tuning=full", "tuning.embeddings=all", "tuning.head=all"],
+            6_929_256_448,
+            6_929_256_448,
+        ),
     ],
-)  # fmt: skip
+)
 def test_the_plan_of_published_recipes_counts_what_was_published(
     experiment: str, options: list[str], trainable: int, total: int
 ) -> None:
@@ -194,9 +221,12 @@ def test_a_start_that_was_refused_leaves_the_name_free(verb, tmp_path: Path, bas
     for wrong, message in (
         (["init_from=nope"], "init_from=nope: no such run in runs. Known: "),
         (["tuning=lora", "tuning.target_modules=[q_porj]"], "'q_porj' matches no linear layer"),
-        (["hardware.attention=efficient"], "hardware.attention=efficient: cannot run here (needs an NVIDIA GPU). Available: auto, reference"),
+        (
+            ["hardware.attention=efficient"],
+            "hardware.attention=efficient: cannot run here (needs an NVIDIA GPU). Available: auto, reference",
+        ),
         (["optim.head.lr=1", "tuning=lora"], "optim.head.lr=1.0: no parameter of that group trains"),
-    ):  # fmt: skip
+    ):
         done = verb("train", *base, *wrong, check=False)
         assert done.returncode == 2, done.stderr
         assert message in done.stderr

@@ -24,12 +24,30 @@ def arguments(verb, tmp_path: Path, base_tokenizer: Path) -> list[str]:
     verb("prepare", "data=zh.txt", f"tokenizer={base_tokenizer}", "out=store", "workers=1")
     verb("prepare", sources, f"tokenizer={base_tokenizer}", "out=held", "workers=1")
     return [
-        "data=store", "model=at_path", "model.init=scratch", f"model.tokenizer={base_tokenizer}", "optim.steps=6", "optim.lr=3e-2",
-        "model.architecture={model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2}",
-        "seq_len=128", "micro_batch_size=1", "global_batch_size=4", "checkpoint.every=2", "log_every=1", "optim.schedule=constant",
-        "optim.warmup_steps=0", "tuning=lora", "tuning.r=4", "tuning.dropout=0.3", "tuning.embeddings=all", "tuning.head=all",
+        "data=store",
+        "model=at_path",
+        "model.init=scratch",
+        f"model.tokenizer={base_tokenizer}",
+        "optim.steps=6",
+        "optim.lr=3e-2",
+        (
+            "model.architecture={model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, "
+            "num_attention_heads: 2}"
+        ),
+        "seq_len=128",
+        "micro_batch_size=1",
+        "global_batch_size=4",
+        "checkpoint.every=2",
+        "log_every=1",
+        "optim.schedule=constant",
+        "optim.warmup_steps=0",
+        "tuning=lora",
+        "tuning.r=4",
+        "tuning.dropout=0.3",
+        "tuning.embeddings=all",
+        "tuning.head=all",
         "zero.extra.zero_optimization.stage3_param_persistence_threshold=0",
-    ]  # fmt: skip
+    ]
 
 
 VALIDATION = ["validation.store=held", "validation.every=2", "validation.rows=3", "validation.max_new_tokens=5"]
@@ -40,9 +58,13 @@ PROMPTS = "validation.prompts=['the old bridge','青岭镇','a']"
 def test_validation_changes_no_loss_and_both_ranks_measure_what_one_does(verb, arguments, tmp_path, stage) -> None:
     start = [*arguments, f"zero={stage}"]
     verb("train", "run=without", *start, start=TWO_RANKS)
-    shown = verb("train", "run=with", *start, *VALIDATION, PROMPTS, "tracking=wandb", "tracking.mode=offline", start=TWO_RANKS).stderr  # fmt: skip
+    shown = verb(
+        "train", "run=with", *start, *VALIDATION, PROMPTS, "tracking=wandb", "tracking.mode=offline", start=TWO_RANKS
+    ).stderr
     assert "validation at step 0: bits/byte  zh " in shown
-    found = [[(row["loss"], row["grad_norm"]) for row in rows(tmp_path, run, "metrics.jsonl")] for run in ("without", "with")]  # fmt: skip
+    found = [
+        [(row["loss"], row["grad_norm"]) for row in rows(tmp_path, run, "metrics.jsonl")] for run in ("without", "with")
+    ]
     assert found[0] == found[1]
     measured = rows(tmp_path, "with", "validation.jsonl")
     assert [row["step"] for row in measured] == [0, 2, 4, 6]
@@ -50,7 +72,12 @@ def test_validation_changes_no_loss_and_both_ranks_measure_what_one_does(verb, a
     assert measured[0]["validation/loss/zh"] == pytest.approx(5.99, abs=0.3)
     assert measured[-1]["validation/bits_per_byte/zh"] < measured[0]["validation/bits_per_byte/zh"] - 0.5
     samples = rows(tmp_path, "with", "samples.jsonl")
-    assert [(row["step"], row["prompt"]) for row in samples[:4]] == [(0, "the old bridge"), (0, "青岭镇"), (0, "a"), (2, "the old bridge")]  # fmt: skip
+    assert [(row["step"], row["prompt"]) for row in samples[:4]] == [
+        (0, "the old bridge"),
+        (0, "青岭镇"),
+        (0, "a"),
+        (2, "the old bridge"),
+    ]
     verb("train", "run=alone", *arguments, "zero=0", *VALIDATION, PROMPTS)
     for one, two in zip(rows(tmp_path, "alone", "validation.jsonl")[:1], measured, strict=False):
         assert one["validation/bits_per_byte/en"] == pytest.approx(two["validation/bits_per_byte/en"], rel=1e-5)

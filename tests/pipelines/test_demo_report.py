@@ -6,9 +6,12 @@ from fireflyds.pipelines.demo_report import checks, report, table, training
 
 GOOD = {
     "tokens_per_char_zh_before": 3.0, "tokens_per_char_zh_after": 0.6,
-    "bits_per_byte_zh_base": 2.0, "bits_per_byte_zh_unexpanded": 1.5, "bits_per_byte_zh_cpt": 1.2, "bits_per_byte_zh_sft": 1.3,
-    "bits_per_byte_en_base": 1.0, "bits_per_byte_en_unexpanded": 1.0, "bits_per_byte_en_cpt": 1.04, "bits_per_byte_en_sft": 1.1,
-    "accuracy_base": 0.25, "accuracy_unexpanded": 0.3, "accuracy_cpt": 0.4, "accuracy_sft": 0.41, "accuracy_chance": 0.25,
+    "bits_per_byte_zh_base": 2.0, "bits_per_byte_zh_unexpanded": 1.5,
+    "bits_per_byte_zh_cpt": 1.2, "bits_per_byte_zh_sft": 1.3,
+    "bits_per_byte_en_base": 1.0, "bits_per_byte_en_unexpanded": 1.0,
+    "bits_per_byte_en_cpt": 1.04, "bits_per_byte_en_sft": 1.1,
+    "accuracy_base": 0.25, "accuracy_unexpanded": 0.3, "accuracy_cpt": 0.4,
+    "accuracy_sft": 0.41, "accuracy_chance": 0.25,
     "questions": 240, "reload_max_rel_diff": 1e-6,
 }  # fmt: skip
 

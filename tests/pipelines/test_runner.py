@@ -16,8 +16,14 @@ def walk(tmp_path: Path, monkeypatch):
     """Stages that append their name to a journal, and fail while a file `broken` exists."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "r").mkdir(parents=True)
-    script = "import sys, pathlib as p; out, name = map(p.Path, sys.argv[1:3]); (out / 'journal').open('a').write(f'{name} '); "
-    script += "sys.exit(3) if (out / f'broken-{name}').exists() else ((out / name).mkdir(exist_ok=True), (out / name / 'made').touch())"
+    script = (
+        "import sys, pathlib as p; out, name = map(p.Path, sys.argv[1:3]); (out / "
+        "'journal').open('a').write(f'{name} '); "
+    )
+    script += (
+        "sys.exit(3) if (out / f'broken-{name}').exists() else ((out / name).mkdir(exist_ok=True), (out / name / "
+        "'made').touch())"
+    )
     monkeypatch.setattr(
         road_module,
         "stage_command",
@@ -89,7 +95,10 @@ def test_an_interrupt_reaches_the_stage_and_lets_it_save(tmp_path: Path) -> None
     import subprocess
     import time
 
-    stage = "import signal, sys, time; signal.signal(signal.SIGINT, lambda *_: (print('saved', flush=True), sys.exit(75))); print('ready', flush=True); time.sleep(60)"
+    stage = (
+        "import signal, sys, time; signal.signal(signal.SIGINT, lambda *_: (print('saved', flush=True), "
+        "sys.exit(75))); print('ready', flush=True); time.sleep(60)"
+    )
     code = (
         "import sys; from pathlib import Path; from fireflyds.pipelines.runner import _execute\n"
         f"try:\n    _execute([sys.executable, '-c', {stage!r}], Path('log'), lambda: None)\n"

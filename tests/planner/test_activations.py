@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from fireflyds_kernels import dispatch
-from tiny import packed, tiny
 
 from fireflyds import app, registry
 from fireflyds.config import Precision, TrainConfig
@@ -14,11 +13,13 @@ from fireflyds.models import load, tuning
 from fireflyds.models.packed.forward import fuse
 from fireflyds.planner import activations
 from fireflyds.planner.model_shape import ModelShape, model_shape
+from fireflyds.testing.models import packed_inputs, tiny_model
 
 TOKENS = 37
 LORA = ["tuning=lora", "tuning.r=4"]
 TRITON = {"rms_norm": "triton", "swiglu": "triton", "rope": "triton", "packed_attention": "triton"}
-# Falcon has one norm in front of both sides or two, one key head, several or as many as queries, and blocks in sequence.
+# Falcon has one norm in front of both sides or two, one key head, several or as many as queries, and blocks in
+# sequence.
 FORMS = {
     "falcon": [
         {"alibi": False},
@@ -44,7 +45,7 @@ class _Held:
 
 def _kept(model) -> int:
     """Bytes that autograd keeps of one pass, parameters and inputs aside."""
-    batch, held = packed([torch.arange(3, 30), torch.arange(3, 13)]), weakref.WeakSet()
+    batch, held = packed_inputs([torch.arange(3, 30), torch.arange(3, 13)]), weakref.WeakSet()
     own = {each.untyped_storage().data_ptr() for each in [*model.parameters(), *model.buffers()]}
     own |= {each.untyped_storage().data_ptr() for each in batch.values() if isinstance(each, torch.Tensor)}
     for parameter in model.parameters():
@@ -66,7 +67,7 @@ def _kept(model) -> int:
 def _saved(model_type: str, form: dict, overrides: list[str], layers: int, dtype: torch.dtype, kernels: dict[str, str]):
     config = app.compose("train", ["run=x", "model=a/b", "data=c/d", "optim.steps=1", *overrides])
     family = registry.find("fireflyds.models.families", model_type).FAMILY
-    model = tiny(model_type, num_hidden_layers=layers, tie_word_embeddings=False, **form)
+    model = tiny_model(model_type, num_hidden_layers=layers, tie_word_embeddings=False, **form)
     model = tuning.apply_tuning(model, family, config.tuning, None, 0).to(dtype).train()
     shape = model_shape(model, config)
     with dispatch.force(**kernels):
@@ -75,9 +76,14 @@ def _saved(model_type: str, form: dict, overrides: list[str], layers: int, dtype
 
 def _planned(shape: ModelShape, config: TrainConfig, dtype: torch.dtype, device: str, *, fused: bool) -> float:
     how = activations.ForwardSpec(
-        device=device, wide=dtype.itemsize, half=False, dropout=config.tuning.dropout if config.tuning.has_adapters else 0.0,
-        fused_adapters=fused, dora=config.tuning.use_dora, checkpointing=False,
-    )  # fmt: skip
+        device=device,
+        wide=dtype.itemsize,
+        half=False,
+        dropout=config.tuning.dropout if config.tuning.has_adapters else 0.0,
+        fused_adapters=fused,
+        dora=config.tuning.use_dora,
+        checkpointing=False,
+    )
     block = shape.blocks[2]
     return activations.block_bytes(block, shape, how) * TOKENS + activations.weight_bytes(block, how)
 
@@ -113,7 +119,7 @@ def _quantised(folder: Path, *overrides: str):
     found = []
     for layers in (2, 3):
         settings = {"num_hidden_layers": layers, "num_key_value_heads": 2, "tie_word_embeddings": False}
-        tiny("llama", hidden_size=64, intermediate_size=128, **settings).save_pretrained(folder / str(layers))
+        tiny_model("llama", hidden_size=64, intermediate_size=128, **settings).save_pretrained(folder / str(layers))
         given = ["run=x", f"model={folder / str(layers)}", "data=c/d", "optim.steps=1", "tuning=qlora", "tuning.r=4"]
         config = app.compose("train", [*given, *overrides])
         model = tuning.load_tuned_model(config, load.architecture_of(config.model), Precision.bf16).train()

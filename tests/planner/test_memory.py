@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import pytest
-from tiny import tiny
 
 from fireflyds import app
 from fireflyds.config import Precision
@@ -12,6 +11,7 @@ from fireflyds.planner import measured_memory, memory
 from fireflyds.planner.measured_memory import format_peak, resident_bytes
 from fireflyds.planner.memory import Placement, kept_of
 from fireflyds.planner.model_shape import model_shape
+from fireflyds.testing.models import tiny_model
 
 BODY, EMBEDDINGS, NORMS = 32 * (4 * 4096**2 + 3 * 4096 * 11008), 55_296 * 4096, 65 * 4096
 WHOLE = BODY + 2 * EMBEDDINGS + NORMS
@@ -119,7 +119,7 @@ def test_gradients_that_touch_a_part_are_kept_whole() -> None:
 
 def test_the_line_of_a_run_names_the_peak_and_its_parts() -> None:
     config = app.compose("train", ["run=x", "model=a/b", "data=c/d", "optim.steps=1", "zero=1", "seq_len=65536"])
-    text = memory.format_memory(tiny("llama", num_key_value_heads=2), config, Precision.fp32, 1, 1)
+    text = memory.format_memory(tiny_model("llama", num_key_value_heads=2), config, Precision.fp32, 1, 1)
     assert text.startswith("planned peak 0.")
     assert "GiB per rank, without libraries, phase: " in text
     assert "activations 0." in text

@@ -30,7 +30,16 @@ def _plan(*overrides: str) -> TrainingPlan:
 def test_every_stage_offloading_and_dividing_micro_batch_is_offered_once() -> None:
     found = _plan(*FULL, "cluster=a100x8", "global_batch_size=48", "micro_batch_size=1").choices
     offered = [(c.where.stage, c.offload, c.where.micro_batch_size, c.where.checkpointing) for c in found]
-    layouts = [(0, "none"), (1, "none"), (1, "optimizer"), (2, "none"), (2, "optimizer"), (3, "none"), (3, "optimizer"), (3, "optimizer+param")]  # fmt: skip
+    layouts = [
+        (0, "none"),
+        (1, "none"),
+        (1, "optimizer"),
+        (2, "none"),
+        (2, "optimizer"),
+        (3, "none"),
+        (3, "optimizer"),
+        (3, "optimizer+param"),
+    ]
     # Six rows a GPU.
     wanted = [(*layout, micro, again) for layout in layouts for micro in (1, 2, 3, 6) for again in (False, True)]
     assert sorted(offered) == sorted(wanted)
@@ -132,13 +141,22 @@ def test_without_data_the_plan_says_what_it_takes_for_granted() -> None:
 
 def test_what_the_gpus_cannot_do_is_refused() -> None:
     for overrides, message in (
-        (["cluster=v100x4", "hardware=bf16"], "hardware.precision=bf16: cluster.gpu=V100 has no bf16. Use hardware.precision=fp16"),
-        (["cluster=h200", "cluster.gpu=Z9"], "cluster.gpu=Z9: its peak in fp16 is not known. Give hardware.peak_tflops=<TFLOP/s>, or one of A10, "),
-        (["cluster=a100x8", "global_batch_size=12", "micro_batch_size=1"], "global_batch_size=12: must be a multiple of 8 GPUs"),
+        (
+            ["cluster=v100x4", "hardware=bf16"],
+            "hardware.precision=bf16: cluster.gpu=V100 has no bf16. Use hardware.precision=fp16",
+        ),
+        (
+            ["cluster=h200", "cluster.gpu=Z9"],
+            "cluster.gpu=Z9: its peak in fp16 is not known. Give hardware.peak_tflops=<TFLOP/s>, or one of A10, ",
+        ),
+        (
+            ["cluster=a100x8", "global_batch_size=12", "micro_batch_size=1"],
+            "global_batch_size=12: must be a multiple of 8 GPUs",
+        ),
         (["cluster=a100x8", "micro_batch_size=4", "zero=2"], "micro_batch_size=4"),
         (["cluster.mfu=40"], "cluster.mfu=40.0: is a share of the peak, at most 1"),
         (["cluster.nodes=0"], "cluster.nodes=0: must be at least 1"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(UserError, match=message.replace("(", r"\(").split("=<")[0]):
             _plan(*overrides)
     assert plan.cluster_precision(_config("cluster=v100x4", "hardware.precision=auto")) is Precision.fp16
@@ -149,7 +167,7 @@ def test_what_the_gpus_cannot_do_is_refused() -> None:
 def test_every_cluster_has_gpus_whose_peak_is_known_or_is_refused(name: str) -> None:
     config = _config(f"cluster={name}")
     if name.startswith(("slurm", "local")):
-        with pytest.raises(UserError, match="is not set: a plan needs cluster.gpu"):
+        with pytest.raises(UserError, match="is not set; a plan needs cluster.gpu"):
             config.cluster.require_machine()
         return
     config.cluster.require_machine()
@@ -166,9 +184,17 @@ def test_steps_tokens_and_disk_are_those_of_the_run(verb, tmp_path: Path, base_t
         "num_key_value_heads: 4, max_position_embeddings: 256, tie_word_embeddings: false}"
     )
     same = [
-        "model=at_path", "model.init=scratch", f"model.tokenizer={base_tokenizer}", f"model.architecture={architecture}",
-        "data=en", "seq_len=128", "micro_batch_size=1", "global_batch_size=4", "optim.epochs=1", "checkpoint.every=1000",
-    ]  # fmt: skip
+        "model=at_path",
+        "model.init=scratch",
+        f"model.tokenizer={base_tokenizer}",
+        f"model.architecture={architecture}",
+        "data=en",
+        "seq_len=128",
+        "micro_batch_size=1",
+        "global_batch_size=4",
+        "optim.epochs=1",
+        "checkpoint.every=1000",
+    ]
     for name, options in (("full", ["tuning=full", "zero=2"]), ("lora", ["tuning=lora", "zero=1"])):
         verb("train", f"run={name}", *same, *options, "hardware=fp32")
         one = ["cluster=cpu", "cluster.gpus_per_node=1", "hardware=fp32", "format=json"]

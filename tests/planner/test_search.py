@@ -1,4 +1,5 @@
-"""What alternatives cost beside the GPU: host, traffic, recomputation; and that they are offered where they should be."""
+"""What alternatives cost beside the GPU: host, traffic, recomputation; and that they are offered where they should
+be."""
 
 import importlib.util
 import json
@@ -21,7 +22,11 @@ ON_CPU = ["tuning=full", "optim=adamw", "cluster=cpu", "hardware=cpu", "global_b
 
 
 def _config(*overrides: str) -> PlanConfig:
-    given = ["experiment=firefly_llama2_7b_ext_cpt_qlora", "optim.steps=10", f"model.architecture.num_hidden_layers={LAYERS}"]  # fmt: skip
+    given = [
+        "experiment=firefly_llama2_7b_ext_cpt_qlora",
+        "optim.steps=10",
+        f"model.architecture.num_hidden_layers={LAYERS}",
+    ]
     return app.compose("plan", [*given, *overrides])
 
 
@@ -122,7 +127,14 @@ def test_recomputation_is_the_forward_pass_of_blocks_that_go_backward() -> None:
 
 
 def test_dora_computes_the_base_again_behind_its_dropout() -> None:
-    given = ["tuning=qlora", "tuning.use_dora=true", "cluster=h200", "zero=2", "global_batch_size=6", "hardware.gradient_checkpointing=false"]  # fmt: skip
+    given = [
+        "tuning=qlora",
+        "tuning.use_dora=true",
+        "cluster=h200",
+        "zero=2",
+        "global_batch_size=6",
+        "hardware.gradient_checkpointing=false",
+    ]
     plain, dropped = (_plan(*given, f"tuning.dropout={each}") for each in (0, 0.05))
     tokens = 6 * 1024
     assert (plain.work.repeated, dropped.work.repeated) == (0, 4 * BODY * tokens)
@@ -155,10 +167,21 @@ def _dropout_bytes(checkpointing: bool, config: PlanConfig) -> float:
 
 
 def test_disk_that_grows_as_long_as_the_run_is_said_to_grow() -> None:
-    given = [*FULL, "cluster=h200", "zero=1", "optim.steps=null", "optim.epochs=2", "checkpoint.every=100", "checkpoint.keep=2"]  # fmt: skip
+    given = [
+        *FULL,
+        "cluster=h200",
+        "zero=1",
+        "optim.steps=null",
+        "optim.epochs=2",
+        "checkpoint.every=100",
+        "checkpoint.keep=2",
+    ]
     grows = _plan(*given, "checkpoint.keep_every=250")
     each = 12 * grows.shape.trained
-    line = f"checkpoint: {each / GIB:.2f} GiB on disk, {3 * each / GIB:.2f} GiB per run plus one checkpoint every 500 steps"
+    line = (
+        f"checkpoint: {each / GIB:.2f} GiB on disk, {3 * each / GIB:.2f} GiB per run plus one checkpoint every "
+        "500 steps"
+    )
     assert f"{line} (checkpoint.keep_every)" in report.format_plan(grows, [])
     assert report.as_json(grows, [])["disk_of_run"] is None
     limited = replace(grows, config=_config(*given, "checkpoint.keep_every=250", "checkpoint.max_gib=500"))

@@ -21,8 +21,8 @@ from fireflyds.tokenizer.encoder import load_encoder
 pytestmark = pytest.mark.data
 
 WEIGHTS = {
-    "clue_corpus_small_sample_zh.txt": 0.25, "yuanqu.json": 0.1, "guwenguanzhi.json": 0.05, "news_commentary_en_zh.tsv": 0.1,
-    "wiki_demo_en.txt": 0.25, "c4_demo_en.jsonl": 0.15,
+    "clue_corpus_small_sample_zh.txt": 0.25, "yuanqu.json": 0.1,
+    "guwenguanzhi.json": 0.05, "news_commentary_en_zh.tsv": 0.1, "wiki_demo_en.txt": 0.25, "c4_demo_en.jsonl": 0.15,
     "alpaca_zh_demo.json": 0.02, "oaast_sft_zh.json": 0.02, "dpo_zh_demo.json": 0.01,
     "alpaca_en_demo.json": 0.03, "sharegpt_identity_en.json": 0.01, "identity.json": 0.01,
 }  # fmt: skip

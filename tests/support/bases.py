@@ -10,7 +10,10 @@ from fireflyds.tokenizer.hf_files import write_byte_level, write_tokenizer
 from fireflyds.tokenizer.learn import learn_bpe, learn_byte_level
 
 # Llama-3's pre-tokenizer keeps a run of letters together with one other character before it.
-LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 ADDED = ["<|begin|>", "<|end|>", "<|reserved_0|>"]
 
 
@@ -42,8 +45,10 @@ def llama3_base(folder: Path) -> Path:
     document["added_tokens"] = [{"id": len(vocab) + i, "content": token, **flags} for i, token in enumerate(ADDED)]
     merges = [" ".join(pair) for pair in document["model"]["merges"]]
     document["model"] |= {
-        "vocab": {token: index for index, token in enumerate(vocab)}, "merges": merges, "ignore_merges": True,
-    }  # fmt: skip
+        "vocab": {token: index for index, token in enumerate(vocab)},
+        "merges": merges,
+        "ignore_merges": True,
+    }
     split = {"type": "Split", "pattern": {"Regex": LLAMA3_SPLIT}, "behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     document["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, byte_level]}

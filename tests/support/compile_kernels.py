@@ -27,9 +27,14 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 # Pointers and numbers that are not of the tensors' own type; other numbers are int32.
 TYPES = {
-    "boundaries": "*i32", "labels_ptr": "*i64", "scale": "fp32", "eps": "fp32", "lift": "fp32", "sign": "fp32",
+    "boundaries": "*i32",
+    "labels_ptr": "*i64",
+    "scale": "fp32",
+    "eps": "fp32",
+    "lift": "fp32",
+    "sign": "fp32",
     **dict.fromkeys(("slopes", "lse_ptr", "delta_ptr", "scale_ptr", "bias_ptr", "losses_ptr", "dweight_ptr"), "*fp32"),
-}  # fmt: skip
+}
 
 
 def compiled(kernel: Any, dtype: torch.dtype, capability: int, constants: dict[str, Any]) -> dict[str, int]:
@@ -53,7 +58,9 @@ def compiled(kernel: Any, dtype: torch.dtype, capability: int, constants: dict[s
         usage = subprocess.run(
             [TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
         )
-    registers, stack, _, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage.stdout + usage.stderr).groups())  # fmt: skip
+    registers, stack, _, local = map(
+        int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage.stdout + usage.stderr).groups()
+    )
     products = len(re.findall(r"mma\.sync|wgmma\.mma_async", made.asm["ptx"]))
     return {"registers": registers, "spilled": stack + local, "shared": made.metadata.shared, "products": products}
 
@@ -81,8 +88,10 @@ def elementwise_kernels(capability: int, dtype: torch.dtype) -> dict[str, dict[s
         "rope": compiled(rotation.rope_kernel, dtype, capability, rotation.constants(32, 8, 128, 128)),
         "swiglu": compiled(gate.forward_kernel, dtype, capability, dict(gate.LAUNCH)),
         "swiglu backward": compiled(gate.backward_kernel, dtype, capability, dict(gate.LAUNCH)),
-        "loss": compiled(loss.dlogits_kernel, dtype, capability, {"BIAS": False, "SCALE": True, "SLOPES": True} | loss.LAUNCH),
-    }  # fmt: skip
+        "loss": compiled(
+            loss.dlogits_kernel, dtype, capability, {"BIAS": False, "SCALE": True, "SLOPES": True} | loss.LAUNCH
+        ),
+    }
 
 
 def main(capability: int, what: str) -> None:
@@ -92,7 +101,11 @@ def main(capability: int, what: str) -> None:
         print(json.dumps(rows))
         return
     for head_dim in map(int, what.split(",")):
-        print(json.dumps({f"{name} D={head_dim}": row for name, row in attention_kernels(capability, head_dim, dtype).items()}))  # fmt: skip
+        print(
+            json.dumps(
+                {f"{name} D={head_dim}": row for name, row in attention_kernels(capability, head_dim, dtype).items()}
+            )
+        )
 
 
 if __name__ == "__main__":

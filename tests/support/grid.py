@@ -24,8 +24,8 @@ class CaseResults(dict):
 
 
 def run_cases(folder: Path, cases: dict, ranks: int = 2) -> CaseResults:
-    """What `train_cases.py` measured in every case. After a launch that failed the cases behind the failed one are launched
-    again."""
+    """What `train_cases.py` measured in every case. After a launch that failed the cases behind the failed one are
+    launched again."""
     results = CaseResults()
     remaining = dict(cases)
     while remaining:

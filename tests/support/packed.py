@@ -29,9 +29,16 @@ def attention_inputs(
 
 
 def naive_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu: Tensor, *, causal: bool = True, scale: float | None = None,
-    window: int | None = None, alibi_slopes: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    alibi_slopes: Tensor | None = None,
+) -> Tensor:
     """One dense masked softmax over everything, in the inputs' number format."""
     total, heads, dim = q.shape
     k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))

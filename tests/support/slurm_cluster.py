@@ -79,7 +79,10 @@ def running() -> Iterator[dict[str, str]]:
 def _daemons(folder: Path) -> Iterator[dict[str, str]]:
     ports = _free_ports(1 + len(NODES))
     nodes = "\n".join(
-        f"NodeName={name} NodeHostname={socket.gethostname()} NodeAddr=127.0.0.1 Port={port} CPUs=1 RealMemory=4000 State=UNKNOWN"
+        (
+            f"NodeName={name} NodeHostname={socket.gethostname()} NodeAddr=127.0.0.1 Port={port} CPUs=1 "
+            "RealMemory=4000 State=UNKNOWN"
+        )
         for name, port in zip(NODES, ports[1:], strict=True)
     )
     config = folder / "slurm.conf"

@@ -1,8 +1,9 @@
 """Several short trainings in one process per rank, for tests that compare them: `train_cases.py cases.json out.json`.
 
-A case: `overrides` of the training's configuration, `steps`, and where wanted `rows` of a step, `run_dir` (a checkpoint is saved there at
-the end), `overflow` (steps whose gradients leave float16's range), `nan_at` (the step from which on a layer gives no numbers), `spoilt_gradients`
-(steps whose gradients are not finite behind a finite loss), `resume` (a run directory to go on from).
+A case: `overrides` of the training's configuration, `steps`, and where wanted `rows` of a step, `run_dir` (a checkpoint
+is saved there at the end), `overflow` (steps whose gradients leave float16's range), `nan_at` (the step from which on a
+layer gives no numbers), `spoilt_gradients` (steps whose gradients are not finite behind a finite loss), `resume` (a run
+directory to go on from).
 """
 
 import json
@@ -18,7 +19,7 @@ from fireflyds import app
 from fireflyds.checkpoint import init_from as learnt
 from fireflyds.checkpoint import manager as checkpoint
 from fireflyds.checkpoint.restore import restore_latest
-from fireflyds.checkpoint.storage import LocalStorage
+from fireflyds.checkpoint.storage import LocalStorage, storage_of
 from fireflyds.config import TrainConfig
 from fireflyds.distributed import collectives
 from fireflyds.distributed import launcher_env as ranks
@@ -140,7 +141,9 @@ def _train(case: dict, me: ranks.RankInfo) -> dict:
     if "run_dir" in case and found["error"] is None:
         about = {"base": "b", "tokenizer": "t", "vocab_size": hf_config.vocab_size}
         keeper = learnt.TrainableWeightsWriter(model, replace(config), tuning.adapter_config_of(model), about)
-        with checkpoint.CheckpointManager(engine, Path(case["run_dir"]), config.checkpoint, keeper) as manager:
+        with checkpoint.CheckpointManager(
+            engine, storage_of(Path(case["run_dir"])), config.checkpoint, keeper
+        ) as manager:
             manager.save(state, step)
     return found
 

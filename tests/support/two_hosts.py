@@ -89,13 +89,18 @@ class Hosts:
         with (self.folder / (log or f"{NAMES[host]}.log")).open("ab") as out:
             process = subprocess.Popen(
                 ["ip", "netns", "exec", self._spaces[host], "unshare", "--uts", "sh", "-c", named, "sh", *words],
-                cwd=self.folder, env=environment, stdout=out, stderr=out, start_new_session=True,
-            )  # fmt: skip
+                cwd=self.folder,
+                env=environment,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+            )
         self._started.append(process)
         return process
 
     def allow_ssh(self) -> dict[str, str]:
-        """A server on both hosts, with keys of its own in a folder of its own. Returns the environment to call it from."""
+        """A server on both hosts, with keys of its own in a folder of its own. Returns the environment to call it
+        from."""
         place = self.folder / "ssh"
         place.mkdir()
         for key in ("host", "user"):
@@ -106,10 +111,14 @@ class Hosts:
             "PermitRootLogin yes\n"
         )
         (place / "client").write_text(
-            f"IdentityFile {place}/user\nIdentitiesOnly yes\nStrictHostKeyChecking no\nUserKnownHostsFile {place}/known\nLogLevel ERROR\n"
+            f"IdentityFile {place}/user\n"
+            "IdentitiesOnly yes\n"
+            "StrictHostKeyChecking no\n"
+            f"UserKnownHostsFile {place}/known\n"
+            "LogLevel ERROR\n"
         )
-        # The server wants a folder of the system; it gets one that nobody else sees. The client would read the user's own
-        # settings, wherever HOME is.
+        # The server wants a folder of the system; it gets one that nobody else sees. The client would read the user's
+        # own settings, wherever HOME is.
         serve = f"mount -t tmpfs tmpfs /run && mkdir /run/sshd && exec {shutil.which('sshd')} -D -e -f {place}/server"
         for host in (0, 1):
             self.start(host, "sh", "-c", serve, log="sshd.log")

@@ -56,8 +56,11 @@ def test_a_bare_model_becomes_a_directory_with_the_same_ids(base_tokenizer: Path
 
 def test_what_is_no_tokenizer_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.model").write_bytes(b"nonsense")
-    for path, words in ((tmp_path, "neither tokenizer.model nor tokenizer.json"), (tmp_path / "x.model", "not a SentencePiece model"),
-                        (tmp_path / "y", "no such file or directory")):  # fmt: skip
+    for path, words in (
+        (tmp_path, "neither tokenizer.model nor tokenizer.json"),
+        (tmp_path / "x.model", "not a SentencePiece model"),
+        (tmp_path / "y", "no such file or directory"),
+    ):
         with pytest.raises(UserError, match=words):
             load_encoder(path)
 

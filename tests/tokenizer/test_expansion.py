@@ -98,13 +98,13 @@ def test_uncured_pieces_are_appended_as_they_are(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"pieces": "a", "num_pieces": 5, "corpus": "c"}, "give either pieces="),
-        ({}, "give either pieces="),
+        ({"pieces": "a", "num_pieces": 5, "corpus": "c"}, "Give either pieces="),
+        ({}, "Give either pieces="),
         ({"num_pieces": 5}, "needs text to learn from"),
-        ({"num_pieces": 5, "corpus": "c", "cure": False}, "cure=false appends given pieces"),
+        ({"num_pieces": 5, "corpus": "c", "cure": False}, "cure=false: appends given pieces"),
         ({"pieces": "a", "size": VocabSizeRule.knee}, "read from a curve on text"),
         ({"pieces": "a", "other": "b"}, "only with report=only"),
-        ({"pieces": "a", "out": ""}, "out is not set"),
+        ({"pieces": "a", "out": ""}, "out: is not set"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(options, words: str) -> None:

@@ -245,7 +245,10 @@ def test_a_store_that_answers_no_more_ends_the_rank_that_asks_it(tmp_path: Path,
     watch.join(20)
     assert ended == [1]
     here = socket.gethostname()
-    said = f"rank 0 on host-a cannot be reached from {here} at 10.0.0.1:29500 (no answer for 30 s); its log: {tmp_path}/logs/rank_0.log"
+    said = (
+        f"rank 0 on host-a cannot be reached from {here} at 10.0.0.1:29500 (no answer for 30 s); its log: "
+        f"{tmp_path}/logs/rank_0.log"
+    )
     assert f"error: {said}" in capsys.readouterr().err
     assert json.loads((tmp_path / "status.json").read_text())["message"].startswith(said)
 

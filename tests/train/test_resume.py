@@ -1,9 +1,9 @@
-"""The same data, the same losses: at every ZeRO stage, offloaded or not, for every way of training, on one rank or more,
-with and without accumulation; and from a checkpoint on as if the run had never stopped, wherever it goes on.
+"""The same data, the same losses: at every ZeRO stage, offloaded or not, for every way of training, on one rank or
+more, with and without accumulation; and from a checkpoint on as if the run had never stopped, wherever it goes on.
 
-One table of cells, all of a number of ranks in one process group. A pairwise cover of stage, way, accumulation and ranks is
-fast; the whole table with offloading is `slow`. All in float32; sums over other ranks, micro-batches and fragments round
-differently, which is what the tolerances allow.
+One table of cells, all of a number of ranks in one process group. A pairwise cover of stage, way, accumulation and
+ranks is fast; the whole table with offloading is `slow`. All in float32; sums over other ranks, micro-batches and
+fragments round differently, which is what the tolerances allow.
 """
 
 from itertools import product
@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 from grid import case, near, run_cases
-from llama_bases import make_base
+
+from fireflyds.testing.models import save_tiny_llama
 
 STAGES, ACCUMULATIONS, ROWS = (0, 1, 2, 3), (1, 3), 6
 WAYS = {"full": [], "qlora": [], "lora": ["tuning.embeddings=new_rows", "tuning.head=new_rows"]}
@@ -24,7 +25,7 @@ OFFLOADED = 1e-5
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("resume")
-    make_base(made / "base", base_vocab_size=40)
+    save_tiny_llama(made / "base", base_vocab_size=40)
     return made
 
 
@@ -76,10 +77,16 @@ def one(whole: dict, folder: Path) -> dict:
     """On one rank: a step more from the checkpoints of two."""
     cases = {
         f"{way} {stage}": _case(
-            folder, way, stage, 1, steps=1, resume=str(folder / f"{way} {stage}"), run_dir=str(folder / f"{way} {stage} one")
+            folder,
+            way,
+            stage,
+            1,
+            steps=1,
+            resume=str(folder / f"{way} {stage}"),
+            run_dir=str(folder / f"{way} {stage} one"),
         )
         for way, stage in product(WAYS, STAGES)
-    }  # fmt: skip
+    }
     return run_cases(folder, cases, ranks=1)
 
 
@@ -154,9 +161,12 @@ def test_the_whole_table_has_the_same_losses(folder: Path) -> None:
 @pytest.mark.slow
 def test_number_formats_optimizers_and_loss_scales_go_on_bit_for_bit(folder: Path) -> None:
     fp16 = [
-        "hardware.precision=fp16", "hardware.initial_scale_power=8", "hardware.hysteresis=1", "hardware.loss_scale_window=2",
+        "hardware.precision=fp16",
+        "hardware.initial_scale_power=8",
+        "hardware.hysteresis=1",
+        "hardware.loss_scale_window=2",
         "hardware.min_loss_scale=64",
-    ]  # fmt: skip
+    ]
     ways = {
         "bf16": (["hardware.precision=bf16"], STAGES),
         "fp16": (fp16, (1, 2, 3)),

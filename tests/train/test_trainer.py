@@ -1,4 +1,5 @@
-"""The course of a run, step by step, with an engine, a disk and requests that are played: what is heard, saved and passed over."""
+"""The course of a run, step by step, with an engine, a disk and requests that are played: what is heard, saved and
+passed over."""
 
 import logging
 from pathlib import Path
@@ -79,9 +80,19 @@ class Played:
         monkeypatch.setattr(module, "train_steps", self.steps)
         monkeypatch.setattr(module, "dist", SimpleNamespace(get_rank=lambda: 0))
         trainer = Trainer(
-            config=self.config, engine=self, objective=None, loader=self, metrics_context=None, validator=self,
-            checkpoints=self, logger=self, signals=self, status=self, state=TrainState(), total_steps=steps,
-        )  # fmt: skip
+            config=self.config,
+            engine=self,
+            objective=None,
+            loader=self,
+            metrics_context=None,
+            validator=self,
+            checkpoints=self,
+            logger=self,
+            signals=self,
+            status=self,
+            state=TrainState(),
+            total_steps=steps,
+        )
         return trainer.fit()
 
 
@@ -98,7 +109,8 @@ def test_a_spike_before_the_first_checkpoint_neither_deafens_a_run_nor_keeps_it_
     assert [metrics.step for metrics in run.saved] == [30, 40]
     assert run.rolled_back == []
     told = [line for line in run.lines if "is a spike, and there is no checkpoint to restore" in line]
-    # Each of them raises the mean that the next is held against: of 12 losses of 1 and n of 3 it is below 1.5 for n < 4.
+    # Each of them raises the mean that the next is held against: of 12 losses of 1 and n of 3 it is below 1.5
+    # for n < 4.
     assert [line.split(":")[0] for line in told] == ["step 13", "step 14", "step 15", "step 16"]
 
 
@@ -123,7 +135,10 @@ def test_a_run_goes_back_from_a_spike_and_asks_for_the_data_it_will_need(tmp_pat
 
 def test_data_that_do_not_last_for_what_is_passed_over_end_the_run_at_the_spike(tmp_path: Path, monkeypatch) -> None:
     run = Played(tmp_path, up_from_13, "checkpoint.every=11", last=41)
-    with pytest.raises(UserError, match=r"step 13: loss 3.0000 is a spike .* with 2 steps of data skipped too few remain: data.max_epochs"):  # fmt: skip
+    with pytest.raises(
+        UserError,
+        match=r"step 13: loss 3.0000 is a spike .* with 2 steps of data skipped too few remain: data.max_epochs",
+    ):
         run.fit(monkeypatch)
     assert run.recorded[-1] == 12
 
@@ -152,6 +167,7 @@ def test_a_best_metric_that_nobody_measures_is_told_once(tmp_path: Path, monkeyp
     assert [metrics.step for metrics in run.saved] == [2, 4, 6]
     assert run.saved[0].extra == {"loss/zh": 1.0}
     assert run.lines == [
-        "checkpoint.best_metric=validation/los: not measured at step 2, so this checkpoint cannot be the best. Measured at steps: step, "
-        "loss, lr, grad_norm, tokens, learned_tokens, tokens_per_second, seconds, loss/zh; at validations: validation/loss/en"
+        "checkpoint.best_metric=validation/los: not measured at step 2, so this checkpoint cannot be the best. "
+        "Measured at steps: step, loss, lr, grad_norm, tokens, learned_tokens, tokens_per_second, seconds, loss/zh; "
+        "at validations: validation/loss/en"
     ]

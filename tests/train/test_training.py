@@ -6,26 +6,29 @@ from pathlib import Path
 import pytest
 import torch
 from grid import case, near, run_cases
-from llama_bases import make_base
 from transformers import AutoModelForCausalLM
 
 from fireflyds.checkpoint import init_from as learnt
+from fireflyds.testing.models import save_tiny_llama
 
 STAGES = (0, 1, 2, 3)
 NEW_ROWS = ["tuning.embeddings=new_rows", "tuning.head=new_rows"]
 FP16 = [
-    "hardware.precision=fp16", "hardware.initial_scale_power=8", "hardware.hysteresis=1", "hardware.loss_scale_window=2",
+    "hardware.precision=fp16",
+    "hardware.initial_scale_power=8",
+    "hardware.hysteresis=1",
+    "hardware.loss_scale_window=2",
     "hardware.min_loss_scale=64",
-]  # fmt: skip
+]
 NUM_ADAPTED = 2 * 4 * (4 * (64 + 64) + 3 * (64 + 128))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("cases")
-    make_base(made / "base", base_vocab_size=40)
-    make_base(made / "tied", base_vocab_size=40, tie_word_embeddings=True)
-    make_base(made / "large", vocab_size=55_296, hidden_size=32, intermediate_size=32, base_vocab_size=32_000)
+    save_tiny_llama(made / "base", base_vocab_size=40)
+    save_tiny_llama(made / "tied", base_vocab_size=40, tie_word_embeddings=True)
+    save_tiny_llama(made / "large", vocab_size=55_296, hidden_size=32, intermediate_size=32, base_vocab_size=32_000)
     return made
 
 
@@ -58,9 +61,16 @@ def found(folder: Path) -> dict:
     cases["second half"] = case(base, "full", 2, *paged, steps=2, resume=str(folder / "half"))
     cases["8 bit"] = case(base, "qlora", 2, "tuning.bits=8")
     cases["groups"] = case(
-        base, "lora", 2, "tuning.embeddings=all", "tuning.head=all", "tuning.loraplus_lr_ratio=16", "optim.embeddings.lr=2e-3",
-        "optim.head.lr=0", run_dir=str(folder / "groups"),
-    )  # fmt: skip
+        base,
+        "lora",
+        2,
+        "tuning.embeddings=all",
+        "tuning.head=all",
+        "tuning.loraplus_lr_ratio=16",
+        "optim.embeddings.lr=2e-3",
+        "optim.head.lr=0",
+        run_dir=str(folder / "groups"),
+    )
     cases["noise"] = case(base, "full", 2, "optim.neftune_noise_alpha=30")
     cases["lora fp32"] = case(base, "lora", 2)
     for stage in STAGES:
@@ -223,7 +233,8 @@ def test_steps_that_are_not_finite_are_skipped_and_then_end_the_run_by_name(foun
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_step_whose_gradients_alone_are_not_finite_changes_nothing(found: dict, stage: int) -> None:
-    """Gradients of step 2 are spoilt behind a finite loss: the weights stay, and step 3 is what step 2 would have been."""
+    """Gradients of step 2 are spoilt behind a finite loss: the weights stay, and step 3 is what step 2 would have
+    been."""
     seen, whole = found[f"spoilt {stage}"], found[f"full {stage}"]
     assert seen["skipped"] == [0, 1, 1, 1]
     near(seen["losses"][:2], whole["losses"][:2], 2e-6)
@@ -234,7 +245,8 @@ def test_a_step_whose_gradients_alone_are_not_finite_changes_nothing(found: dict
 
 
 def test_no_gradient_dies_in_float16_with_a_large_vocabulary(found: dict, folder: Path) -> None:
-    """The probabilities of 55,296 tokens are below what float16 can hold; every row of the head must move all the same."""
+    """The probabilities of 55,296 tokens are below what float16 can hold; every row of the head must move all the
+    same."""
     near(found["large fp16"]["losses"], found["large fp32"]["losses"], 2e-3)
     start = AutoModelForCausalLM.from_pretrained(folder / "large").state_dict()["lm_head.weight"]
     moved = []

@@ -12,13 +12,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from bitsandbytes.nn import Linear8bitLt
-from stores import write_store
-from tiny import loss_one_by_one, tiny
 
 from fireflyds import app, registry
 from fireflyds.data.encode import encode_document, encode_sample
 from fireflyds.errors import UserError
 from fireflyds.models.packed.forward import fuse
+from fireflyds.testing.models import loss_of_documents, tiny_model
+from fireflyds.testing.stores import write_store
 from fireflyds.train.generation_samples import encode_prompts, greedy_generate
 from fireflyds.train.validation import evaluation_mode, open_validator
 from fireflyds.types import Example, Message, Sample
@@ -40,7 +40,7 @@ class Engine:
     device = torch.device("cpu")
 
     def __init__(self, **changes) -> None:
-        self.module = fuse(tiny("llama", vocab_size=400, num_key_value_heads=2, **changes))
+        self.module = fuse(tiny_model("llama", vocab_size=400, num_key_value_heads=2, **changes))
 
 
 class Journal:
@@ -71,9 +71,19 @@ def validator(tmp_path: Path, encoder, base_tokenizer: Path):
     def make(*overrides: str, template: str | None = None, engine: Engine | None = None):
         config = app.compose(
             "train",
-            ["run=r", f"runs={tmp_path}/runs", "model=a/b", f"model.tokenizer={base_tokenizer}", "data=c/d", "optim.steps=9", "seq_len=64",
-             f"validation.store={tmp_path}/held", "validation.every=2", *overrides],
-        )  # fmt: skip
+            [
+                "run=r",
+                f"runs={tmp_path}/runs",
+                "model=a/b",
+                f"model.tokenizer={base_tokenizer}",
+                "data=c/d",
+                "optim.steps=9",
+                "seq_len=64",
+                f"validation.store={tmp_path}/held",
+                "validation.every=2",
+                *overrides,
+            ],
+        )
         held_out.manifest["template"] = template
         hf_config = (engine or Engine()).module.config
         return open_validator(config, encoder, held_out, hf_config, 9)
@@ -90,10 +100,10 @@ def test_bits_per_byte_are_those_of_documents_one_by_one(tmp_path: Path, validat
     engine, journal = Engine(), Journal()
     validator(f"micro_batch_size={rows}", f"global_batch_size={rows}").begin(engine, journal, 0)
     found = journal.rows[0]
-    table, plain = encoder.token_bytes(), tiny("llama", vocab_size=400, num_key_value_heads=2)
+    table, plain = encoder.token_bytes(), tiny_model("llama", vocab_size=400, num_key_value_heads=2)
     for domain, texts in (("en", EN), ("zh", ZH)):
         ids = [torch.from_numpy(encode_document(encoder, text).input_ids.astype(np.int64)) for text in texts]
-        nats = float(loss_one_by_one(plain, ids))
+        nats = float(loss_of_documents(plain, ids))
         tokens, num_bytes = sum(len(each) - 1 for each in ids), sum(table[each[1:]].sum() for each in ids)
         # A space is put before every text.
         assert num_bytes == sum(len(text.encode()) + 1 for text in texts)
@@ -121,7 +131,10 @@ def test_the_guard_compares_with_the_start_across_a_resume(tmp_path: Path, valid
     assert first.after(engine, journal, 4) is None
     start, risen = (journal.rows[place]["validation/bits_per_byte/en"] for place in (0, 2))
     assert risen > 1.1 * start
-    said = f"step 4: en rose to {risen:.4f} bits per byte, {100 * (risen / start - 1):.1f} % above its {start:.4f} at step 0"
+    said = (
+        f"step 4: en rose to {risen:.4f} bits per byte, {100 * (risen / start - 1):.1f} % above its {start:.4f} "
+        "at step 0"
+    )
     assert f"warning: {said}" in journal.lines[-1]
     # Resumed at step 3: what came after is cut, the start stays.
     again, journal = validator("validation.max_rise=0.1", "validation.stop=true"), Journal()
@@ -186,7 +199,9 @@ def test_a_resumed_run_is_stopped_by_what_it_could_not_measure_before(tmp_path: 
         ([[5]], "warning: step 0: en cannot be measured, none of its held-out documents has a token to learn"),
     ],
 )
-def test_a_guarded_domain_of_which_nothing_can_be_measured_is_told(tmp_path: Path, validator, encoder, ids, words) -> None:  # fmt: skip
+def test_a_guarded_domain_of_which_nothing_can_be_measured_is_told(
+    tmp_path: Path, validator, encoder, ids, words
+) -> None:
     shutil.rmtree(tmp_path / "held")
     en = [Example(np.array(each), ((0, 1),), 1, is_document=True) for each in ids]
     store = write_store(tmp_path / "held", {"en": en, "zh": [encode_document(encoder, ZH[0])]}, 400)
@@ -239,7 +254,7 @@ def test_random_states_and_modes_are_put_back(validator) -> None:
 @pytest.mark.parametrize("family", ["llama", "bloom", "falcon"])
 def test_samples_are_the_likeliest_tokens(encoder, family: str) -> None:
     changes = {"num_key_value_heads": 2} if family == "llama" else {}
-    plain, ours = (tiny(family, vocab_size=400, **changes).eval() for _ in range(2))
+    plain, ours = (tiny_model(family, vocab_size=400, **changes).eval() for _ in range(2))
     prompts = encode_prompts(encoder, None, ["the old bridge", "a", "青岭镇"], None)
     assert prompts.ids[1] == [encoder.bos_id, *encoder.encode("a")]
     found = greedy_generate(fuse(ours), prompts, 6, None, torch.device("cpu"))
@@ -254,7 +269,7 @@ def test_samples_are_the_likeliest_tokens(encoder, family: str) -> None:
 
 
 def test_an_answer_ends_at_its_stop_and_at_the_model_s_room(encoder) -> None:
-    model = fuse(tiny("llama", vocab_size=400, num_key_value_heads=2).eval())
+    model = fuse(tiny_model("llama", vocab_size=400, num_key_value_heads=2).eval())
     prompts = encode_prompts(encoder, None, ["the old bridge", "a"], None)
     free = greedy_generate(model, prompts, 8, None, torch.device("cpu"))
     room = len(prompts.ids[0]) + 3
@@ -283,7 +298,9 @@ def test_samples_are_kept_by_step_and_cut_back(tmp_path: Path, validator, encode
     found.begin(engine, journal, 0)
     found.after(engine, journal, 2)
     kept = lines_of(tmp_path, "samples.jsonl")
-    assert [(row["step"], row["prompt"]) for row in kept] == [(step, text) for step in (0, 2) for text in ("the old bridge", "青岭镇")]  # fmt: skip
+    assert [(row["step"], row["prompt"]) for row in kept] == [
+        (step, text) for step in (0, 2) for text in ("the old bridge", "青岭镇")
+    ]
     assert journal.samples[0] == (0, kept[:2])
     assert kept[0]["text"] == kept[2]["text"]
     validator("validation.prompts=['the old bridge']").begin(engine, journal, 1)
@@ -291,9 +308,15 @@ def test_samples_are_kept_by_step_and_cut_back(tmp_path: Path, validator, encode
 
 
 def test_wrong_settings_are_named_before_anything_heavy(tmp_path: Path, validator, encoder) -> None:
-    with pytest.raises(UserError, match=r"validation.guard=code: .* holds no document of that domain, so nothing would ever stop the run. It has: en, zh"):  # fmt: skip
+    with pytest.raises(
+        UserError,
+        match=(
+            r"validation.guard=code: .* holds no document of that domain, so nothing would ever stop the run. It "
+            r"has: en, zh"
+        ),
+    ):
         validator("validation.guard=code", "validation.stop=true")
-    with pytest.raises(UserError, match=r"validation.stop=true needs validation.store"):
+    with pytest.raises(UserError, match=r"validation.stop=true: needs validation.store"):
         validator("validation.store=''", "validation.stop=true")
     with pytest.raises(UserError, match=r"validation.store=.*nowhere: no token store there"):
         validator(f"validation.store={tmp_path}/nowhere")

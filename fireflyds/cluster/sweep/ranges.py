@@ -80,6 +80,7 @@ def _takes_whole_numbers(key: str, key_range: RangeConfig) -> bool:
         raise UserError(
             (f"the key takes whole numbers, got low={key_range.low}, high={key_range.high}, step={key_range.step}"),
             key=f"sweep.space.{key}",
+            remedy="Give whole numbers",
         )
     return kind is int
 

@@ -47,7 +47,10 @@ def write(found: Study, search: SearchConfig, name: str, folder: Path, rest: Seq
             folder / "best.yaml",
             _option_file(best.params, f"Trial {best.number} of {name}: {search.metric} {best.value:.5f}."),
         )
-        summary += f"\nbest: trial {best.number}, {search.metric} {best.value:.5f}\n  {command}\n  as options: {folder / 'best.yaml'}"
+        summary += (
+            f"\nbest: trial {best.number}, {search.metric} {best.value:.5f}\n  {command}\n  as options: "
+            f"{folder / 'best.yaml'}"
+        )
         chart_paths = study.draw_charts(found, folder, search.metric)
         parts += ["", *(f"![{path.stem}]({path.name})" for path in chart_paths)]
     atomic_write_text(folder / "trials.md", "\n".join(parts) + "\n")
@@ -58,10 +61,16 @@ def _row(trial: Any, keys: Sequence[str], name: str) -> list[Any]:
     attributes = trial.user_attrs
     value = attributes.get("last_value")
     return [
-        trial.number, attributes.get("outcome", "running"), *(_short(trial.params[key]) for key in keys),
-        "" if value is None else f"{value:.5f}", attributes.get("steps", ""), attributes.get("tokens", ""), attributes.get("seconds", ""),
-        f"{name}/trial-{trial.number:04d}", attributes.get("message", ""),
-    ]  # fmt: skip
+        trial.number,
+        attributes.get("outcome", "running"),
+        *(_short(trial.params[key]) for key in keys),
+        "" if value is None else f"{value:.5f}",
+        attributes.get("steps", ""),
+        attributes.get("tokens", ""),
+        attributes.get("seconds", ""),
+        f"{name}/trial-{trial.number:04d}",
+        attributes.get("message", ""),
+    ]
 
 
 def _short(value: Any) -> Any:

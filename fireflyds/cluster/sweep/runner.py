@@ -18,6 +18,7 @@ from fireflyds.cluster.sweep.study import Study
 from fireflyds.config import SearchConfig
 from fireflyds.errors import UserError
 from fireflyds.fs import atomic_write_text, lock_file
+from fireflyds.runs import layout
 
 # Seconds that a pruned trial has to finish its step and save before it is killed.
 _STOP_TIMEOUT_SECONDS = 300.0
@@ -30,7 +31,9 @@ def only_one(folder: Path) -> Iterator[None]:
     """Holds the lock of a study, so that no second process works on it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = lock_file(folder / ".lock", f"{folder}: another process works on this study now. Wait for it, or end it")
+        remedy = "Wait for it, or end it"
+        busy = UserError("another process works on this study now", key=folder, remedy=remedy)
+        lock = lock_file(folder / ".lock", busy)
     except OSError as error:
         raise UserError(
             f"cannot be written ({error.strerror})", key=folder, remedy="Give another study= or runs="
@@ -109,7 +112,8 @@ class Sweep:
             raise KeyboardInterrupt
         self._leaving = True
         print(
-            "stopping: local trials save and exit, Slurm jobs keep running; the same command resumes the study (again: exit at once)",
+            "stopping: local trials save and exit, Slurm jobs keep running; the same command resumes the study "
+            "(again: exit at once)",
             flush=True,
         )
 
@@ -128,14 +132,14 @@ class Sweep:
     def _advance(self, trial: FrozenTrial) -> None:
         """Advances a trial: freezes, starts, monitors or records it, depending on its state."""
         run_dir = self._run_dir(trial)
-        if not (run_dir / "config.yaml").exists():
+        if not (run_dir / layout.CONFIG).exists():
             try:
                 config_text = self._freeze(run_name(self._name, trial.number), trial.params)
             except UserError as error:  # only the ends of each range were validated, one key at a time
                 self._record(trial, watch.RunOutcome("failed", str(error)))
                 return
             run_dir.mkdir(parents=True, exist_ok=True)
-            atomic_write_text(run_dir / "config.yaml", config_text)
+            atomic_write_text(run_dir / layout.CONFIG, config_text)
         if self._launcher.is_running(run_dir):
             self._slot(trial)
             self._monitor(trial)
@@ -214,7 +218,10 @@ class Sweep:
             state, outcome = study_of.PRUNED, "pruned" if trial.user_attrs.get("pruned") else "stopped by hand"
         elif run_outcome.state == "finished" and value is None:
             outcome = "failed"
-            message = f"sweep.metric={self._search.metric} was not measured as asked. There is: {', '.join(watch.metric_names(run_dir))}"
+            message = (
+                f"sweep.metric={self._search.metric} was not measured as asked. There is: "
+                f"{', '.join(watch.metric_names(run_dir))}"
+            )
         elif run_outcome.state == "finished" and not math.isfinite(value or 0.0):
             outcome, message = "diverged", f"{self._search.metric} is not finite"
         elif run_outcome.state == "finished":

@@ -19,10 +19,14 @@ _WIDTH = {code: code - 0xFEE0 for code in (*range(0xFF10, 0xFF1A), *range(0xFF21
 _WIDTH[0x3000] = 0x20
 # Navigation, copyright and similar lines of web pages.
 _BOILERPLATE = re.compile(
-    r"^\s*(首页|上一[页篇]|下一[页篇]|返回(顶部|首页|列表)|登录|注册|分享到[:：].{0,30}|责任编辑[:：].{0,20}|编辑[:：]\S{1,8}|来源[:：]\S{1,30}|"
-    r"版权(所有|声明).{0,60}|未经.{0,12}(授权|许可).{0,8}(转载|使用).{0,30}|.{0,30}(ICP备|公网安备).{0,30}|点击(查看|进入|这里).{0,20}|"
-    r"扫(码|一扫).{0,20}|关注.{0,12}(公众号|微信).{0,20}|(copyright\s*)?(©|\(c\)|copyright\s+\d{4}).{0,60}|all rights reserved.{0,20}|"
-    r"(click|tap) here.{0,30}|share (this|on) .{0,30}|(accept|we use) cookies.{0,60}|subscribe to .{0,30}|sign (in|up)|log ?in)\s*$",
+    r"^\s*(首页|上一[页篇]|下一[页篇]|返回(顶部|首页|列表)|登录|注册|分享到[:：].{0,30}|责任编辑[:：].{0,20}|编辑[:：]\S{1,8}|"
+    r"来源[:：]\S{1,30}|"
+    r"版权(所有|声明).{0,60}|未经.{0,12}(授权|许可).{0,8}(转载|使用).{0,30}|"
+    r".{0,30}(ICP备|公网安备).{0,30}|点击(查看|进入|这里).{0,20}|"
+    r"扫(码|一扫).{0,20}|关注.{0,12}(公众号|微信).{0,20}|"
+    r"(copyright\s*)?(©|\(c\)|copyright\s+\d{4}).{0,60}|all rights reserved.{0,20}|"
+    r"(click|tap) here.{0,30}|share (this|on) .{0,30}|(accept|we use) cookies.{0,60}|"
+    r"subscribe to .{0,30}|sign (in|up)|log ?in)\s*$",
     re.IGNORECASE,
 )
 _RUN_LENGTH = 10
@@ -94,7 +98,9 @@ def _simplifier() -> Callable[[str], str]:
     try:
         import opencc
     except ImportError as error:
-        raise UserError("clean.simplify needs OpenCC: pip install 'fireflyds[clean]'") from error
+        raise UserError(
+            "needs OpenCC", key="clean.simplify", value="true", remedy="Install it with pip install 'fireflyds[clean]'"
+        ) from error
     convert: Callable[[str], str] = opencc.OpenCC("t2s").convert
     return convert
 

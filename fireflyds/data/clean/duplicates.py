@@ -27,7 +27,9 @@ def signature(text: str) -> list[int]:
     try:
         import rensa
     except ImportError as error:
-        raise UserError("clean.duplicates=near needs rensa: pip install 'fireflyds[clean]'") from error
+        raise UserError(
+            "needs rensa", key="clean.duplicates", value="near", remedy="Install it with pip install 'fireflyds[clean]'"
+        ) from error
     minhash: Any = rensa.RMinHash(num_perm=NUM_PERM, seed=_SEED)
     last = max(1, len(text) - _SHINGLE + 1)
     minhash.update([text[start : start + _SHINGLE] for start in range(last)])

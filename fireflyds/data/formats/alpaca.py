@@ -1,4 +1,4 @@
-"""Alpaca: `instruction`, `input`, `output`, and earlier turns in `history` as pairs (Stanford Alpaca; LLaMA-Factory)."""
+"""Alpaca: `instruction`, `input`, `output`; earlier turns as pairs in `history` (Stanford Alpaca; LLaMA-Factory)."""
 
 from typing import Any
 
@@ -14,12 +14,18 @@ EXAMPLE = {
 
 
 def matches(record: dict[str, Any]) -> bool:
+    """True where the record has this layout, and `instruction` is not a rendered BiLLa prompt."""
     instruction = record.get("instruction")
     rendered = isinstance(instruction, str) and instruction.startswith("Human: ")  # the BiLLa layout
     return "instruction" in record and "output" in record and not rendered
 
 
 def read(record: dict[str, Any]) -> Sample:
+    """Returns the dialogue of the record: system message, history, and the last pair.
+
+    Raises:
+        ValueError: `instruction` or `output` is empty.
+    """
     user = "\n".join(filter(None, [record["instruction"], record.get("input")]))
     if not user or not record["output"]:
         raise ValueError("instruction and output must not be empty")

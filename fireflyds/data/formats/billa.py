@@ -1,4 +1,4 @@
-"""BiLLa: `instruction`, `input` and `output` as in Alpaca, or the rendered `Human: …` in `instruction` and an `output`."""
+"""BiLLa: `instruction`, `input` and `output` as in Alpaca, or a rendered `Human: …` in `instruction`, and `output`."""
 
 from typing import Any
 
@@ -8,11 +8,17 @@ EXAMPLE = {"instruction": "Human: 你好\nAssistant: ", "input": "", "output": "
 
 
 def matches(record: dict[str, Any]) -> bool:
+    """True where the record has the rendered prompt of this layout in `instruction`."""
     instruction = record.get("instruction")
     return isinstance(instruction, str) and instruction.startswith("Human: ") and "output" in record
 
 
 def read(record: dict[str, Any]) -> Sample:
+    """Returns the dialogue of the record, one question and its answer.
+
+    Raises:
+        ValueError: the question or `output` is empty.
+    """
     user = record["instruction"].removeprefix("Human: ").rstrip().removesuffix("Assistant:").rstrip()
     user = "\n".join(filter(None, [user, record.get("input")]))
     if not user or not record["output"]:

@@ -8,10 +8,16 @@ EXAMPLE = {"conversation_id": 1, "category": "chat", "conversation": [{"human": 
 
 
 def matches(record: dict[str, Any]) -> bool:
+    """True where the record has a list in `conversation`."""
     return isinstance(record.get("conversation"), list)
 
 
 def read(record: dict[str, Any]) -> Sample:
+    """Returns the dialogue of the record.
+
+    Raises:
+        ValueError: it has no message.
+    """
     messages = [Message("system", record["system"])] if record.get("system") else []
     for turn in record["conversation"]:
         messages += [Message("user", turn["human"]), Message("assistant", turn["assistant"])]

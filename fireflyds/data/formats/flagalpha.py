@@ -1,4 +1,4 @@
-"""FlagAlpha (Llama-Chinese, Atom): a dialogue rendered into `text`, `<s>Human: …\\n</s><s>Assistant: …\\n</s>`."""
+r"""FlagAlpha (Llama-Chinese, Atom): a dialogue rendered into `text`, `<s>Human: …\n</s><s>Assistant: …\n</s>`."""
 
 import re
 from typing import Any
@@ -12,11 +12,17 @@ _ROLES = {"System": "system", "Human": "user", "Assistant": "assistant"}
 
 
 def matches(record: dict[str, Any]) -> bool:
+    """True where the record has a dialogue of this layout in `text`."""
     text = record.get("text")
     return isinstance(text, str) and text.startswith(("<s>Human:", "<s>System:"))
 
 
 def read(record: dict[str, Any]) -> Sample:
+    """Returns the dialogue of the record.
+
+    Raises:
+        ValueError: `text` has content outside of the turns.
+    """
     text = record["text"].strip()
     turns = _TURN.findall(text)
     if not turns or _TURN.sub("", text).strip():

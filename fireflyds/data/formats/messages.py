@@ -16,10 +16,16 @@ ROLES = ("system", "user", "assistant")
 
 
 def matches(record: dict[str, Any]) -> bool:
+    """True where the record has a list in `messages`."""
     return isinstance(record.get("messages"), list)
 
 
 def read(record: dict[str, Any]) -> Sample:
+    """Returns the dialogue of the record.
+
+    Raises:
+        ValueError: a role is unknown, or the assistant has no message.
+    """
     messages = tuple(Message(turn["role"], turn["content"]) for turn in record["messages"])
     for message in messages:
         if message.role not in ROLES:

@@ -9,10 +9,16 @@ EXAMPLE = {"en": "Good morning.", "zh": "早上好。"}
 
 
 def matches(record: dict[str, Any]) -> bool:
+    """True where the record has both sides of a sentence pair."""
     return _sides(record) is not None
 
 
 def read(record: dict[str, Any]) -> Sample:
+    """Returns both sentences as one document, in an order that depends on their lengths.
+
+    Raises:
+        ValueError: a side is missing or empty.
+    """
     sides = _sides(record)
     if sides is None or not (sides[0].strip() and sides[1].strip()):
         raise ValueError("one side of the pair is missing or empty")

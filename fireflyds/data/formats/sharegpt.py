@@ -10,12 +10,18 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 
 
 def matches(record: dict[str, Any]) -> bool:
+    """True where the record has a list in `conversations`, without turns of the YaYi layout."""
     turns = record.get("conversations")
     # The YaYi layout has the same fields, but its own name for the assistant.
     return isinstance(turns, list) and not any(isinstance(t, dict) and t.get("from") == "yayi" for t in turns)
 
 
 def read(record: dict[str, Any]) -> Sample:
+    """Returns the dialogue of the record, with the `chosen` answer where the last turn is the user's.
+
+    Raises:
+        ValueError: the assistant has no turn.
+    """
     turns = list(record["conversations"])
     if record.get("chosen") and turns and ROLES[turns[-1]["from"]] == "user":
         turns.append(record["chosen"])

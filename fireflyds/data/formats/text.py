@@ -1,4 +1,4 @@
-"""A document: `text` (or `content`), or `paragraphs` with an optional `title`, also in chapters (chinese-poetry's books)."""
+"""A document: `text` or `content`, or `paragraphs` with optional `title`, also by chapter (chinese-poetry's books)."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,12 +9,18 @@ EXAMPLE = {"text": "白日依山尽，黄河入海流。"}
 
 
 def matches(record: dict[str, Any]) -> bool:
+    """True where the record has a text, or the lines of a poem or book."""
     text = record.get("text", record.get("content"))
     rendered = isinstance(text, str) and text.startswith(("<s>Human:", "<s>System:"))  # the FlagAlpha layout
     return (isinstance(text, str) and not rendered) or next(_lines(record), None) is not None
 
 
 def read(record: dict[str, Any]) -> Sample:
+    """Returns the text of the record as a document.
+
+    Raises:
+        ValueError: it is empty.
+    """
     text = record.get("text", record.get("content"))
     if not isinstance(text, str):
         text = "\n".join(_lines(record))

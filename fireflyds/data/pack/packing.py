@@ -32,6 +32,7 @@ class DocumentSlices:
         return len(self.documents)
 
     def take(self, indices: np.ndarray) -> "DocumentSlices":
+        """Returns the slices at `indices`, an integer array or a boolean mask."""
         return DocumentSlices(self.documents[indices], self.starts[indices], self.lengths[indices])
 
     def as_tuples(self) -> list[tuple[int, int, int]]:
@@ -40,6 +41,7 @@ class DocumentSlices:
 
     @staticmethod
     def concatenate(rows: Sequence["DocumentSlices"]) -> "DocumentSlices":
+        """Returns the slices of all `rows` in order, without their counts of truncated and dropped dialogues."""
         return DocumentSlices(
             documents=np.concatenate([row.documents for row in rows]),
             starts=np.concatenate([row.starts for row in rows]),
@@ -103,6 +105,7 @@ class RowPlan:
         return len(self.row_offsets) - 1
 
     def row(self, index: int) -> np.ndarray:
+        """Returns the indices of the slices in row `index`: int32 `[k]`."""
         return self.order[self.row_offsets[index] : self.row_offsets[index + 1]]
 
 

@@ -169,7 +169,11 @@ def refuse_rejected(
             if dropped
             else ""
         )
-        raise UserError(f"no document could be used{detail}", key=config.data.sources[0].path)
+        raise UserError(
+            f"no document could be used{detail}",
+            key=config.data.sources[0].path,
+            remedy="Give other data, or change the template or the cleaning",
+        )
     broken = [task for task, info in zip(tasks, infos, strict=True) if any(not row["line"] for row in info["rejected"])]
     size = sum(task.size for task in broken)
     if size > config.max_rejected * sum(task.size for task in tasks):

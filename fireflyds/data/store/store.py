@@ -48,6 +48,7 @@ class PartWriter:
         self._span_counts: list[int] = []
 
     def add(self, example: Example) -> None:
+        """Appends the tokens, the byte length and the learned spans of one record."""
         self._file.write(example.input_ids.astype(self._dtype).tobytes())
         self._lengths.append(len(example.input_ids))
         self._num_bytes.append(example.num_bytes)
@@ -150,6 +151,7 @@ class TokenStore:
 
     @property
     def num_tokens(self) -> int:
+        """Number of tokens of all documents."""
         return int(self.lengths.sum(dtype=np.int64))
 
     def ids(self, document: int, start: int, length: int) -> np.ndarray:
@@ -191,7 +193,7 @@ def open_store(key: str, folder: str, fingerprint: str, tokenizer: str) -> Token
         UserError: the folder is no store, or the store is damaged or was made with another tokenizer.
     """
     if not folder:
-        raise UserError(f"{key} is empty: give {key}=<store made by launch/prepare.py>")
+        raise UserError("is empty", key=key, remedy=f"Give {key}=<store made by launch/prepare.py>")
     store = TokenStore(folder, key)
     store_fingerprint = store.manifest["made_from"]["tokenizer"]
     if store_fingerprint != fingerprint:

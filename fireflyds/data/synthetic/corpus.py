@@ -9,6 +9,7 @@ from typing import Any
 
 from fireflyds.data.synthetic.language import Language
 from fireflyds.data.synthetic.world import Entity, Fact, write_documents
+from fireflyds.errors import UserError
 
 NUM_CHOICES = 4
 
@@ -35,12 +36,15 @@ def split_facts(world: list[Entity], num_questions: int, rng: random.Random) -> 
     """Splits the facts into those of the evaluation questions and those of the dialogues; no fact is in both.
 
     Raises:
-        ValueError: fewer facts than questions, or none left for dialogues.
+        UserError: fewer facts than questions, or none left for dialogues.
     """
     facts = [fact for entity in world for fact in entity.facts]
     if num_questions >= len(facts):
-        raise ValueError(
-            f"num_questions={num_questions}: the world has {len(facts)} facts, and dialogues need some too"
+        raise UserError(
+            f"the world has {len(facts)} facts, and dialogues need some too",
+            key="num_questions",
+            value=num_questions,
+            remedy="Give fewer, or more num_entities",
         )
     rng.shuffle(facts)
     return facts[:num_questions], facts[num_questions:]
@@ -76,6 +80,7 @@ def dialogues(language: Language, facts: list[Fact], rng: random.Random) -> Iter
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Writes one JSON object per line, in UTF-8."""
     with path.open("w", encoding="utf-8") as stream:
         for row in rows:
             stream.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -25,9 +25,10 @@ HARBOUR = Kind(
         Relation(
             name="tower",
             values=tuple(
-                "a lighthouse|a windmill|a stone church|an old castle|a clock tower|a market hall|a wooden bridge|a fish market|a ruined abbey|a long pier".split(
-                    "|"
-                )
+                (
+                    "a lighthouse|a windmill|a stone church|an old castle|a clock tower|a market hall|"
+                    "a wooden bridge|a fish market|a ruined abbey|a long pier"
+                ).split("|")
             ),
             statements=(
                 "The best known sight of {e} is {v}.",
@@ -143,20 +144,24 @@ ENGLISH = Language(
     ),
     slots={
         "when": tuple(
-            "in the morning|late at night|after the rain|before the harvest|on market day|in the first snow|at noon|every autumn|last winter|during the feast".split(
-                "|"
-            )
+            (
+                "in the morning|late at night|after the rain|before the harvest|on market day|"
+                "in the first snow|at noon|every autumn|last winter|during the feast"
+            ).split("|")
         ),
         "who": tuple(f"{title} {surname}" for title in TITLES for surname in SURNAMES),
         "act": tuple(
-            "sang a song|mended a net|waited for a letter|counted the ships|told a long story|sold apples|read a book|looked for a lost key|built a small boat|drew a map|lit a fire|played cards".split(
-                "|"
-            )
+            (
+                "sang a song|mended a net|waited for a letter|counted the ships|told a long story|"
+                "sold apples|read a book|looked for a lost key|built a small boat|drew a map|"
+                "lit a fire|played cards"
+            ).split("|")
         ),
         "where": tuple(
-            "by the river|under the oak tree|near the gate|on the hill|in the kitchen|behind the church|at the crossroads|in the harbour|on the bridge|in the garden".split(
-                "|"
-            )
+            (
+                "by the river|under the oak tree|near the gate|on the hill|in the kitchen|"
+                "behind the church|at the crossroads|in the harbour|on the bridge|in the garden"
+            ).split("|")
         ),
         "mood": tuple("cold and clear|soft|strange|bright|strong|gentle|grey|warm".split("|")),
     },

@@ -4,21 +4,28 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from fireflyds.errors import UserError
+
 from .language import Kind, Language, Relation
 
 
 @dataclass(frozen=True, slots=True)
 class Fact:
+    """The value of one relation of one entity."""
+
     entity: str
     relation: Relation
     value: str
 
     def answer(self, value: str | None = None) -> str:
+        """Returns the answer sentence with the fact's value, or with `value` as a wrong choice."""
         return self.relation.answer.format(e=self.entity, v=value or self.value)
 
 
 @dataclass(frozen=True, slots=True)
 class Entity:
+    """A named entity of the world, with one fact for every relation of its kind."""
+
     name: str
     kind: Kind
     facts: tuple[Fact, ...]
@@ -28,12 +35,17 @@ def build_world(language: Language, num_entities: int, rng: random.Random) -> li
     """Returns `num_entities` entities of each kind, with distinct names.
 
     Raises:
-        ValueError: a kind has fewer names than `num_entities`.
+        UserError: a kind has fewer names than `num_entities`.
     """
     entities = []
     for kind in language.kinds:
         if num_entities > len(kind.names):
-            raise ValueError(f"num_entities={num_entities}: {language.code}/{kind.name} has {len(kind.names)} names")
+            raise UserError(
+                f"{language.code}/{kind.name} has {len(kind.names)} names",
+                key="num_entities",
+                value=num_entities,
+                remedy=f"Give {len(kind.names)} or fewer",
+            )
         columns = [_balanced(relation.values, num_entities, rng) for relation in kind.relations]
         for name, *values in zip(rng.sample(kind.names, num_entities), *columns, strict=True):
             facts = tuple(Fact(name, relation, value) for relation, value in zip(kind.relations, values, strict=True))

@@ -6,7 +6,8 @@ CHAT = Chat(
     begin="",
     system="<|System|>:\n{}\n\n",
     default_system=(
-        "A chat between a human and an AI assistant named YaYi.\nYaYi is a helpful and harmless language model developed by Beijing Wenge Technology Co.,Ltd."
+        "A chat between a human and an AI assistant named YaYi.\n"
+        "YaYi is a helpful and harmless language model developed by Beijing Wenge Technology Co.,Ltd."
     ),
     user="<|Human|>:\n{}\n\n",
     opening="<|YaYi|>:\n",

@@ -1,4 +1,7 @@
-"""Evaluation tasks: one file is one entry, and exports `TASK`. Its options are the section of its name in `EvaluateConfig`."""
+"""Evaluation tasks: one file is one entry, and exports `TASK`.
+
+Its options are the section of its name in `EvaluateConfig`.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -14,7 +14,9 @@ def evaluate(model: EvaluatedModel, options: BitsPerByteConfig, limit: int | Non
     """`{name: bits per byte}` for every entry of `texts`."""
     if not options.texts:
         raise UserError(
-            "bits_per_byte.texts is empty: the task needs held-out text, e.g. bits_per_byte.texts.zh=heldout.jsonl"
+            "is empty; the task needs held-out text",
+            key="bits_per_byte.texts",
+            remedy="Give some, e.g. bits_per_byte.texts.zh=heldout.jsonl",
         )
     return {name: _bits_per_byte(model, path, limit) for name, path in options.texts.items()}
 

@@ -57,7 +57,7 @@ def _score_subject(
         right += LETTERS[losses.index(min(losses))] == row["Answer"]
         questions += 1
     if questions == 0:
-        raise UserError("no question in it", key=f"{folder}/test/{name}.csv")
+        raise UserError("no question in it", key=f"{folder}/test/{name}.csv", remedy="Get the file again")
     return right, questions
 
 

@@ -48,9 +48,12 @@ def _read(options: MultipleChoiceConfig, limit: int | None) -> list[tuple[str, l
                 raise UserError(
                     f"{shown}: a row needs question (text), choices (two or more) and answer (index)",
                     key=f"{record.file}:{record.line}",
+                    remedy="Correct the row, or remove it",
                 )
     if not rows:
-        raise UserError("no question in it", key="multiple_choice.questions", value=path)
+        raise UserError(
+            "no question in it", key="multiple_choice.questions", value=path, remedy="Give a file with rows"
+        )
     return rows
 
 

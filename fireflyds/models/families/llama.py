@@ -1,4 +1,4 @@
-"""LLaMA: the architecture of LLaMA-1/2/3, Chinese-LLaMA, Yi, Atom, Linly, InternLM-1 (converted, with biases), and more."""
+"""LLaMA: the architecture of LLaMA-1/2/3, Chinese-LLaMA, Yi, Atom, Linly, converted InternLM-1 (with biases), etc."""
 
 from fireflyds.types import Family
 

@@ -38,6 +38,11 @@ class PackedContext:
 
     @property
     def boundaries(self) -> SequenceBoundaries:
+        """Boundaries of the current batch.
+
+        Raises:
+            RuntimeError: the model was not called through its packed forward pass.
+        """
         if self.batch is None:
             raise RuntimeError(
                 "a fused model must be called through its packed forward pass, with cu_seqlens and max_seqlen"

@@ -12,6 +12,7 @@ from transformers import AttentionInterface
 from fireflyds import registry
 from fireflyds.config import HardwareConfig, Precision
 from fireflyds.errors import UserError
+from fireflyds.models.architecture import head_dim
 from fireflyds.models.packed import fused_modules as fused
 from fireflyds.models.packed.boundaries import PackedContext, SequenceBoundaries
 from fireflyds.models.packed.head import HeadFunction, HeadInputs, loss_sum
@@ -23,7 +24,7 @@ ATTENTION = "fireflyds"
 _LOGIT_TRANSFORMS = {"final_logit_softcapping": None, "logit_scale": None, "logits_scaling": 1, "lm_head_multiplier": 1}
 
 
-def _attention(
+def _attention(  # noqa: PLR0913  (the signature is that of transformers' AttentionInterface)
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -40,7 +41,11 @@ def _attention(
     """Packed attention as a function of transformers' `AttentionInterface`: `[1, H, T, D]` in, `[1, T, H, D]` out."""
     unsupported = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None] + ["dropout"] * bool(dropout)
     if unsupported:
-        raise UserError(f"packed attention does not support {', '.join(unsupported)}", key=type(module).__name__)
+        raise UserError(
+            f"packed attention does not support {', '.join(unsupported)}",
+            key=type(module).__name__,
+            remedy="Train it unpacked",
+        )
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     return boundaries.attention(q, k, v, scale=scaling, window=sliding_window, causal=causal)[None], None
@@ -75,7 +80,8 @@ def fuse(model: Any) -> Any:
         head.__class__ = FusedLossHead
     elif not isinstance(head, FusedLossHead | SplitLMHead):
         raise UserError(
-            f"the head of {name} is a {type(head).__name__}, not a Linear: the fused loss does not support it"
+            f"the head of {name} is a {type(head).__name__}, not a Linear: the fused loss does not support it",
+            remedy="Train it unpacked",
         )
     config._attn_implementation = ATTENTION
     packing = PackedContext()
@@ -94,10 +100,9 @@ def fuse(model: Any) -> Any:
 
 def attention_dispatch_key(hf_config: Any, device: torch.device, dtype: torch.dtype) -> dispatch.DispatchKey:
     """Returns the dispatch key of packed attention for a model, derived from its configuration."""
-    head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
     alibi = hf_config.model_type == "bloom" or bool(getattr(hf_config, "alibi", False))
     window = bool(getattr(hf_config, "sliding_window", None))
-    return dispatch.DispatchKey(device.type, dispatch.capability_of(device), dtype, head_dim, window, alibi)
+    return dispatch.DispatchKey(device.type, dispatch.capability_of(device), dtype, head_dim(hf_config), window, alibi)
 
 
 def attention_override(config: HardwareConfig, hf_config: Any, precision: Precision) -> AbstractContextManager[None]:
@@ -144,7 +149,8 @@ def _check_supported(model: Any, table: Any) -> None:
     if other_types or any(isinstance(module, nn.Conv1d) for module in model.modules()):
         raise UserError(
             f"{name} has layers other than full or sliding-window attention "
-            f"({', '.join(other_types) or 'convolutions'}), which would mix packed documents"
+            f"({', '.join(other_types) or 'convolutions'}), which would mix packed documents",
+            remedy="Train it unpacked",
         )
     if any(getattr(module, "rope_type", None) == "longrope" for module in model.modules()):
         raise UserError(
@@ -154,7 +160,8 @@ def _check_supported(model: Any, table: Any) -> None:
     for key, neutral in _LOGIT_TRANSFORMS.items():
         if getattr(config, key, None) not in (None, neutral):
             raise UserError(
-                f"{name} transforms its logits ({key}={getattr(config, key)}), which the fused loss does not apply"
+                f"{name} transforms its logits ({key}={getattr(config, key)}), which the fused loss does not apply",
+                remedy="Train it unpacked",
             )
 
 

@@ -152,7 +152,12 @@ def four_bit_lora(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return type(self).forward(self, x, *args, **kwargs)
     name, dropout = names[0], self.lora_dropout[names[0]]
     return qlora_linear(
-        x, base.weight, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name], base.bias,
+        x,
+        base.weight,
+        self.lora_A[name].weight,
+        self.lora_B[name].weight,
+        self.scaling[name],
+        base.bias,
         dropout=getattr(dropout, "p", 0.0) if dropout.training else 0.0,
         keep_weight=self.packing.recomputing and self.training,
-    )  # fmt: skip
+    )

@@ -28,13 +28,12 @@ class ParamGroup:
 
     @property
     def num_parameters(self) -> int:
+        """Number of weights in the group."""
         return sum(parameter.numel() for parameter in self.parameters)
 
     def settings(self) -> dict[str, Any]:
         """The group as torch's optimizers take it; it keeps its peak as `initial_lr`."""
-        return {
-            "params": self.parameters, "lr": self.lr, "initial_lr": self.lr, "weight_decay": self.weight_decay,
-        }  # fmt: skip
+        return {"params": self.parameters, "lr": self.lr, "initial_lr": self.lr, "weight_decay": self.weight_decay}
 
 
 def _no_check(config: TrainConfig) -> list[str]:
@@ -65,6 +64,7 @@ class OptimizerSpec:
 
     @property
     def treats_matrices_apart(self) -> bool:
+        """True where matrices have another optimizer state than the other weights."""
         return self.matrix_state_bytes is not None
 
     def state_bytes_of(self, group: ParamGroup) -> int:

@@ -10,6 +10,7 @@ from fireflyds.optim.optimizers import OptimizerSpec, ParamGroup
 
 
 def build(groups: Sequence[ParamGroup], config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW: torch's fused version on the GPU, DeepSpeed's CPU version for an offloaded optimizer."""
     settings = [group.settings() for group in groups]
     betas, eps = (config.optim.betas[0], config.optim.betas[1]), config.optim.eps
     if config.zero.offload_optimizer is Offload.none:

@@ -10,6 +10,7 @@ from fireflyds.optim.optimizers import OptimizerSpec, ParamGroup
 
 
 def build(groups: Sequence[ParamGroup], config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW of bitsandbytes, with moments quantised to 8 bits in blocks."""
     import bitsandbytes.optim
 
     settings, betas = [group.settings() for group in groups], (config.optim.betas[0], config.optim.betas[1])

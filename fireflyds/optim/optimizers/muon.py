@@ -10,6 +10,11 @@ from fireflyds.optim.optimizers import OptimizerSpec, ParamGroup
 
 
 def check(config: TrainConfig) -> list[str]:
+    """Returns notes on the configuration.
+
+    Raises:
+        UserError: adapters are trained, so that Muon has no matrix to train.
+    """
     if config.tuning.has_adapters:
         raise UserError(
             f"optim=muon with tuning={config.tuning.method.name}: no matrix of the body trains, so Muon would "
@@ -25,6 +30,7 @@ def check(config: TrainConfig) -> list[str]:
 
 
 def build(groups: Sequence[ParamGroup], config: TrainConfig) -> torch.optim.Optimizer:
+    """Muon of DeepSpeed for matrices of the body, with momentum 0.95; AdamW for the other weights."""
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
     adam = {"betas": (config.optim.betas[0], config.optim.betas[1]), "eps": config.optim.eps}

@@ -16,7 +16,8 @@ def format_comparison(rows: Sequence[dict[str, Any]], names: tuple[str, str]) ->
     lines = [
         f"`{names[0]}` → `{names[1]}`",
         "",
-        f"| domain | language | characters | tokens | | characters per token | bytes per token | byte fallback | characters in {CONTEXT:,} tokens |",
+        f"| domain | language | characters | tokens | | characters per token | bytes per token "
+        f"| byte fallback | characters in {CONTEXT:,} tokens |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
@@ -36,12 +37,14 @@ def format_summary(report: dict[str, Any]) -> str:
     """Returns the summary that the command prints."""
     pieces = report["pieces"]
     lines = [
-        f"vocabulary: {report['vocab_size_before']:,} -> {report['vocab_size_after']:,} tokens; {pieces['added']:,} pieces, "
-        f"{len(pieces['intermediates']):,} intermediates and {len(pieces['filled']):,} characters added; "
+        f"vocabulary: {report['vocab_size_before']:,} -> {report['vocab_size_after']:,} tokens; "
+        f"{pieces['added']:,} pieces, {len(pieces['intermediates']):,} intermediates "
+        f"and {len(pieces['filled']):,} characters added; "
         f"{pieces['present']:,} were already in the base, {len(pieces['dropped']):,} dropped"
     ]
     lines += [
-        f"{'does not hold' if check['failed'] else 'holds'}: {check['promise']} ({check['tried'] - check['failed']:,} of {check['tried']:,})"
+        f"{'does not hold' if check['failed'] else 'holds'}: {check['promise']} "
+        f"({check['tried'] - check['failed']:,} of {check['tried']:,})"
         for check in report["checks"]
     ]
     for row in report["measured"]:
@@ -108,8 +111,9 @@ def _costs(report: dict[str, Any]) -> str:
     parameters = rows * model["hidden_size"] * model["matrices"]
     mib = 2**20
     return (
-        f"{rows:,} rows of {model['hidden_size']:,} in {head}: {parameters:,} parameters, {2 * parameters / mib:,.1f} MiB "
-        f"in 16 bits, {TRAINING_BYTES * parameters / mib:,.1f} MiB in full training with Adam ({TRAINING_BYTES} bytes each). "
+        f"{rows:,} rows of {model['hidden_size']:,} in {head}: {parameters:,} parameters, "
+        f"{2 * parameters / mib:,.1f} MiB in 16 bits, {TRAINING_BYTES * parameters / mib:,.1f} MiB in full training "
+        f"with Adam ({TRAINING_BYTES} bytes each). "
         f"The model: {model['parameters_before']:,} → {model['parameters_after']:,} parameters."
     )
 

@@ -36,6 +36,7 @@ class TokenizerStats:
     fallback: int = 0
 
     def add(self, other: "TokenizerStats") -> None:
+        """Adds the counts of `other` to these."""
         self.documents += other.documents
         self.characters += other.characters
         self.num_bytes += other.num_bytes
@@ -43,6 +44,7 @@ class TokenizerStats:
         self.fallback += other.fallback
 
     def as_dict(self) -> dict[str, float]:
+        """Returns the counts and the ratios derived from them, by name."""
         tokens = max(self.tokens, 1)
         return asdict(self) | {
             "tokens_per_character": self.tokens / max(self.characters, 1),
@@ -63,6 +65,7 @@ class ComparisonRow:
     after: TokenizerStats
 
     def as_dict(self) -> dict[str, object]:
+        """Returns the row as it is written to `report.json`."""
         return {
             "domain": self.domain,
             "language": self.language,

@@ -90,7 +90,8 @@ def _check_shapes(
         or any(block.dim() != 2 or block.shape[1] != hidden.shape[1] for block in blocks)
     ):
         raise ValueError(
-            f"linear_cross_entropy: hidden [T, d], weight [V, d], labels [T] expected, got {[*hidden.shape]}, {shapes}, {[*labels.shape]}"
+            f"linear_cross_entropy: hidden [T, d], weight [V, d], labels [T] expected, got {[*hidden.shape]}, "
+            f"{shapes}, {[*labels.shape]}"
         )
     rows = sum(block.shape[0] for block in blocks)
     if bias is not None and bias.shape != (rows,):

@@ -29,9 +29,16 @@ def with_triton(*arguments: Any) -> Any:
 
 
 def _run(
-    fused: bool, hidden: Tensor, blocks: list[Tensor], labels: Tensor, bias: Tensor | None, token_weights: Tensor | None,
-    ignore_index: int, reduction: str, num_labels: int | None,
-) -> Any:  # fmt: skip
+    fused: bool,
+    hidden: Tensor,
+    blocks: list[Tensor],
+    labels: Tensor,
+    bias: Tensor | None,
+    token_weights: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    num_labels: int | None,
+) -> Any:
     if reduction == "none":
         losses: Tensor = _row_losses(hidden, blocks, labels, bias, ignore_index, num_labels, fused)[0]
         return losses if token_weights is None else losses * token_weights.to(losses.dtype)
@@ -104,9 +111,17 @@ def _softmax(fused: bool) -> Any:
 
 @torch.library.custom_op("fireflyds::linear_cross_entropy_sum", mutates_args=())
 def _loss_sum(
-    hidden: Tensor, blocks: list[Tensor], labels: Tensor, bias: Tensor | None, token_weights: Tensor | None,
-    ignore_index: int, num_labels: int | None, needs_grad: list[bool], fused: bool, with_losses: bool,
-) -> list[Tensor]:  # fmt: skip
+    hidden: Tensor,
+    blocks: list[Tensor],
+    labels: Tensor,
+    bias: Tensor | None,
+    token_weights: Tensor | None,
+    ignore_index: int,
+    num_labels: int | None,
+    needs_grad: list[bool],
+    fused: bool,
+    with_losses: bool,
+) -> list[Tensor]:
     """The loss, the unweighted losses `[T]` (empty unless `with_losses`), then the gradients of hidden, bias and every
     block (empty where none is needed)."""
     vocab_size = sum(map(len, blocks))
@@ -151,9 +166,17 @@ def _empty_gradients(hidden: Tensor, bias: Tensor | None, blocks: list[Tensor], 
 
 @_loss_sum.register_fake
 def _(
-    hidden: Tensor, blocks: list[Tensor], labels: Tensor, bias: Tensor | None, token_weights: Any,
-    ignore_index: int, num_labels: Any, needs_grad: list[bool], fused: bool, with_losses: bool,
-) -> list[Tensor]:  # fmt: skip
+    hidden: Tensor,
+    blocks: list[Tensor],
+    labels: Tensor,
+    bias: Tensor | None,
+    token_weights: Any,
+    ignore_index: int,
+    num_labels: Any,
+    needs_grad: list[bool],
+    fused: bool,
+    with_losses: bool,
+) -> list[Tensor]:
     total = hidden.new_empty((), dtype=wide(hidden.dtype))
     row_losses = total.new_empty(labels.shape[0] if with_losses else 0)
     return [total, row_losses, *_empty_gradients(hidden, bias, blocks, needs_grad)]
@@ -187,9 +210,14 @@ _loss_sum.register_autograd(_gradients, setup_context=_save)
 
 @torch.library.custom_op("fireflyds::linear_cross_entropy_each", mutates_args=())
 def _row_losses(
-    hidden: Tensor, blocks: list[Tensor], labels: Tensor, bias: Tensor | None, ignore_index: int,
-    num_labels: int | None, fused: bool,
-) -> list[Tensor]:  # fmt: skip
+    hidden: Tensor,
+    blocks: list[Tensor],
+    labels: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    num_labels: int | None,
+    fused: bool,
+) -> list[Tensor]:
     """The losses `[T]`. No logits are saved: the upstream gradient differs from row to row."""
     vocab_size = sum(map(len, blocks))
     rows, targets, invalid = _labelled_rows(labels, ignore_index, num_labels, vocab_size)
@@ -208,9 +236,16 @@ def _(hidden: Tensor, blocks: Any, labels: Tensor, *_: Any) -> list[Tensor]:
 
 @torch.library.custom_op("fireflyds::linear_cross_entropy_each_backward", mutates_args=())
 def _row_losses_backward(
-    upstream: Tensor, hidden: Tensor, blocks: list[Tensor], labels: Tensor, bias: Tensor | None, ignore_index: int,
-    num_labels: int | None, needs_grad: list[bool], fused: bool,
-) -> list[Tensor]:  # fmt: skip
+    upstream: Tensor,
+    hidden: Tensor,
+    blocks: list[Tensor],
+    labels: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    num_labels: int | None,
+    needs_grad: list[bool],
+    fused: bool,
+) -> list[Tensor]:
     """The gradients of the sum whose token weights are the upstream gradients of the rows."""
     outputs: list[Tensor] = _loss_sum(
         hidden, blocks, labels, bias, upstream, ignore_index, num_labels, needs_grad, fused, False
@@ -220,9 +255,16 @@ def _row_losses_backward(
 
 @_row_losses_backward.register_fake
 def _(
-    upstream: Any, hidden: Tensor, blocks: list[Tensor], labels: Any, bias: Tensor | None, ignore_index: int,
-    num_labels: Any, needs_grad: list[bool], fused: bool,
-) -> list[Tensor]:  # fmt: skip
+    upstream: Any,
+    hidden: Tensor,
+    blocks: list[Tensor],
+    labels: Any,
+    bias: Tensor | None,
+    ignore_index: int,
+    num_labels: Any,
+    needs_grad: list[bool],
+    fused: bool,
+) -> list[Tensor]:
     return _empty_gradients(hidden, bias, blocks, needs_grad)
 
 

@@ -15,9 +15,16 @@ def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | 
 
 
 def linear_cross_entropy(
-    hidden: Tensor, blocks: list[Tensor], labels: Tensor, bias: Tensor | None, token_weights: Tensor | None,
-    ignore_index: int, reduction: str, num_labels: int | None,
-) -> Any:  # fmt: skip
+    hidden: Tensor,
+    blocks: list[Tensor],
+    labels: Tensor,
+    bias: Tensor | None,
+    token_weights: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    num_labels: int | None,
+) -> Any:
+    """Loss of hidden `[T, d]` with weight blocks `[Vi, d]` and labels `[T]`: a scalar, `[T]` losses, or both."""
     weight = torch.cat([block.to(hidden.dtype) for block in blocks]) if len(blocks) > 1 else blocks[0].to(hidden.dtype)
     labelled = labels != ignore_index
     losses = token_losses(hidden, weight, labels.where(labelled, 0), bias).where(labelled, 0)

@@ -18,6 +18,7 @@ def dlogits_kernel(
     logits_ptr, labels_ptr, bias_ptr, scale_ptr, losses_ptr, stride, vocab_size, lift,
     BIAS: tl.constexpr, SCALE: tl.constexpr, SLOPES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Losses `[n]` of logits `[n, V]`; with SLOPES overwrites the logits with their gradients. One program per row."""
     row = tl.program_id(0).to(tl.int64)
     base = logits_ptr + row * stride
     label = tl.load(labels_ptr + row)

@@ -77,7 +77,8 @@ def _check_shapes(
         raise ValueError(f"packed_attention: window={window} must be at least 1")
     if slopes is not None and (slopes.shape != q.shape[1:2] or slopes.dtype != torch.float32):
         raise ValueError(
-            f"packed_attention: alibi_slopes must be float32 [H] with H={q.shape[1]}, got {slopes.dtype} {[*slopes.shape]}"
+            f"packed_attention: alibi_slopes must be float32 [H] with H={q.shape[1]}, got {slopes.dtype} "
+            f"{[*slopes.shape]}"
         )
 
 

@@ -31,9 +31,17 @@ class _Bucket(NamedTuple):
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def packed_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float,
-    window: int | None, slopes: Tensor | None,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    causal: bool,
+    scale: float,
+    window: int | None,
+    slopes: Tensor | None,
+) -> Tensor:
+    """Attention output `[T, H, D]` for q `[T, H, D]`, k and v `[T, Hk, D]`, cu_seqlens `[n + 1]`."""
     # With fewer key heads than query heads, torch's memory-efficient kernels do not support a bias.
     k, v = for_every_head(q, k, v)
     buckets, order = _buckets(cu_seqlens)
@@ -48,9 +56,15 @@ def packed_attention(
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, inside: Tensor | None, causal: bool, scale: float, window: int | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    inside: Tensor | None,
+    causal: bool,
+    scale: float,
+    window: int | None,
     slopes: Tensor | None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Attention of n padded documents, `[n, H, length, D]`. Padding follows a document, hidden from causal rows."""
     outputs, length = [], q.shape[2]
     positions = torch.arange(length, device=q.device)
@@ -73,7 +87,7 @@ def _attend(
 
 
 def _padded(length: int) -> int:
-    """The next multiple of an eighth of the length's power of two, 16 at least: at most an eighth of padding above 128."""
+    """Next multiple of an eighth of the length's power of two, at least 16: above 128 at most 1/8 of padding."""
     step = max(16, 1 << max(0, (length - 1).bit_length() - 3))
     return -(-length // step) * step
 

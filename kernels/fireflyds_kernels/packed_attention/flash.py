@@ -19,30 +19,62 @@ def _window_size(causal: bool, window: int | None) -> tuple[int, int]:
 
 
 def flash_attn_3(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float,
-    window: int | None, slopes: Tensor | None,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    causal: bool,
+    scale: float,
+    window: int | None,
+    slopes: Tensor | None,
+) -> Tensor:
     """FlashAttention-3 (Hopper), of the package `flash_attn_interface`."""
     from flash_attn_interface import flash_attn_varlen_func
 
     out = flash_attn_varlen_func(
-        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
-        softmax_scale=scale, causal=causal, window_size=_package_window(causal, window),
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        cu_seqlens,
+        cu_seqlens,
+        max_seqlen,
+        max_seqlen,
+        softmax_scale=scale,
+        causal=causal,
+        window_size=_package_window(causal, window),
+    )
     return out[0] if isinstance(out, tuple) else out
 
 
 def flash_attn_2(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float,
-    window: int | None, slopes: Tensor | None,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    causal: bool,
+    scale: float,
+    window: int | None,
+    slopes: Tensor | None,
+) -> Tensor:
     """FlashAttention-2, of the package `flash_attn`."""
     from flash_attn import flash_attn_varlen_func
 
     out: Tensor = flash_attn_varlen_func(
-        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
-        dropout_p=0.0, softmax_scale=scale, causal=causal, window_size=_package_window(causal, window), alibi_slopes=slopes,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        cu_seqlens,
+        cu_seqlens,
+        max_seqlen,
+        max_seqlen,
+        dropout_p=0.0,
+        softmax_scale=scale,
+        causal=causal,
+        window_size=_package_window(causal, window),
+        alibi_slopes=slopes,
+    )
     return out
 
 
@@ -64,9 +96,16 @@ def varlen_has_window() -> bool:
 
 
 def torch_varlen(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float,
-    window: int | None, slopes: Tensor | None,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    causal: bool,
+    scale: float,
+    window: int | None,
+    slopes: Tensor | None,
+) -> Tensor:
     """`torch.nn.attention.varlen.varlen_attn`, whose arguments differ in torch 2.10, 2.11 and from 2.12 on."""
     function, parameters = _varlen()
     options: dict[str, Any] = {}

@@ -20,9 +20,17 @@ _ROWS = 256
 
 
 def packed_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float,
-    window: int | None, slopes: Tensor | None,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    causal: bool,
+    scale: float,
+    window: int | None,
+    slopes: Tensor | None,
+) -> Tensor:
+    """Attention output `[T, H, D]` for q `[T, H, D]`, k and v `[T, Hk, D]`, cu_seqlens `[n + 1]`."""
     out: Tensor = _forward(q, k, v, cu_seqlens, max_seqlen, causal, scale, window, slopes)[0]
     return out
 
@@ -32,7 +40,8 @@ def _boundaries(cu_seqlens: Tensor, tokens: int, max_seqlen: int) -> list[int]:
     lengths = [end - start for start, end in pairwise(bounds)]
     if bounds[0] != 0 or bounds[-1] != tokens or min(lengths) < 0 or max(lengths) > max_seqlen:
         raise ValueError(
-            f"packed_attention: documents of {sum(lengths)} tokens (shortest {min(lengths)}, longest {max(lengths)}), the first "
+            f"packed_attention: documents of {sum(lengths)} tokens (shortest {min(lengths)}, longest "
+            f"{max(lengths)}), the first "
             f"at {bounds[0]}, for T={tokens}, max_seqlen={max_seqlen}"
         )
     return bounds
@@ -64,17 +73,30 @@ def _heads_first(x: Tensor, rows: slice) -> Tensor:
 
 @torch.library.custom_op("fireflyds::packed_attention_reference", mutates_args=())
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float,
-    window: int | None, slopes: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    causal: bool,
+    scale: float,
+    window: int | None,
+    slopes: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     """`[T, H, D]` and the log-sum-exp of every row's scores, `[H, T]`."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.promote_types(q.dtype, torch.float32))
     bounds = _boundaries(cu_seqlens, q.shape[0], max_seqlen)
     for rows, columns, masked, mask in _blocks(bounds, causal, window, slopes, q.dtype):
         block_out, norm = _attend(
-            _heads_first(q, rows), _heads_first(k, columns), _heads_first(v, columns), 0.0, masked, attn_mask=mask, scale=scale
-        )  # fmt: skip
+            _heads_first(q, rows),
+            _heads_first(k, columns),
+            _heads_first(v, columns),
+            0.0,
+            masked,
+            attn_mask=mask,
+            scale=scale,
+        )
         out[rows], lse[:, rows] = block_out[0].transpose(0, 1), norm[0]
     return out, lse
 
@@ -87,9 +109,19 @@ def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *_: Any) -> tuple[Ten
 
 @torch.library.custom_op("fireflyds::packed_attention_reference_backward", mutates_args=())
 def _backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int,
-    causal: bool, scale: float, window: int | None, slopes: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    causal: bool,
+    scale: float,
+    window: int | None,
+    slopes: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     # Blocks of one document share columns.
     shared = window is not None or slopes is not None
@@ -99,9 +131,17 @@ def _backward(
     bounds = _boundaries(cu_seqlens, q.shape[0], max_seqlen)
     for rows, columns, masked, mask in _blocks(bounds, causal, window, slopes, q.dtype):
         gradients = _attend_backward(
-            _heads_first(grad, rows), _heads_first(q, rows), _heads_first(k, columns), _heads_first(v, columns),
-            _heads_first(out, rows), lse[None, :, rows], 0.0, masked, attn_mask=mask, scale=scale,
-        )  # fmt: skip
+            _heads_first(grad, rows),
+            _heads_first(q, rows),
+            _heads_first(k, columns),
+            _heads_first(v, columns),
+            _heads_first(out, rows),
+            lse[None, :, rows],
+            0.0,
+            masked,
+            attn_mask=mask,
+            scale=scale,
+        )
         dq_block, dk_block, dv_block = (x[0].transpose(0, 1) for x in gradients)
         dq[rows] = dq_block
         if shared:

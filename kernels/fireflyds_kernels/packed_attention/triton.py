@@ -31,10 +31,14 @@ class Tiles:
     stages: int
 
     def launch(self) -> dict[str, Any]:
+        """Compile-time arguments of a kernel launch."""
         return {
-            "BLOCK_M": self.rows, "BLOCK_N": self.columns, "num_warps": self.warps, "num_stages": self.stages,
+            "BLOCK_M": self.rows,
+            "BLOCK_N": self.columns,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
             "enable_fp_fusion": True,
-        }  # fmt: skip
+        }
 
 
 # Chosen so that no registers spill (tests/kernels/test_compiled.py). By padded head_dim: for sm_90 with 227 KB of
@@ -84,9 +88,17 @@ def constants(
 
 
 def packed_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float,
-    window: int | None, slopes: Tensor | None,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    causal: bool,
+    scale: float,
+    window: int | None,
+    slopes: Tensor | None,
+) -> Tensor:
+    """Attention output `[T, H, D]` for q `[T, H, D]`, k and v `[T, Hk, D]`, cu_seqlens `[n + 1]`."""
     out: Tensor = _forward(q, k, v, cu_seqlens, causal, scale, window, slopes)[0]
     return out
 
@@ -114,9 +126,15 @@ def _shared_arguments(
 @torch.library.custom_op("fireflyds::packed_attention_triton", mutates_args=())
 @on_its_device
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, scale: float, window: int | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    causal: bool,
+    scale: float,
+    window: int | None,
     slopes: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """`[T, H, D]`, and the log-sum-exp of every row's scores in base 2, `[H, T]`."""
     q, k, v = map(_last_contiguous, (q, k, v))
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -142,9 +160,18 @@ def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("fireflyds::packed_attention_triton_backward", mutates_args=())
 @on_its_device
 def _backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, causal: bool,
-    scale: float, window: int | None, slopes: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    causal: bool,
+    scale: float,
+    window: int | None,
+    slopes: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     grad, q, k, v = map(_last_contiguous, (grad, q, k, v))
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     delta = torch.empty_like(lse)

@@ -19,7 +19,7 @@ def delta_kernel(
     out_ptr, grad_ptr, delta_ptr, tokens, grad_stride, grad_head, heads,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """delta = Σ_d grad · out of every row, which the softmax's gradient subtracts."""
+    """Σ_d grad · out of every row (delta), which the softmax's gradient subtracts."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     head = tl.program_id(1).to(tl.int64)
     out = load_rows(out_ptr + head * D, rows, heads * D, tokens, D, BLOCK_D, False).to(tl.float32)

@@ -23,6 +23,7 @@ def document(boundaries, steps, n, positions):
 
 @triton.jit
 def product(a, b, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
+    """Matrix product `[m, k]` x `[k, n]` in float32."""
     # The interpreter's bfloat16 products are wrong.
     if WIDEN:
         a = a.to(tl.float32)
@@ -42,6 +43,7 @@ def load_rows(base, rows, stride, tokens, D: tl.constexpr, BLOCK_D: tl.constexpr
 
 @triton.jit
 def store_rows(base, rows, stride, tokens, values, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Stores `[len(rows), BLOCK_D]` values in the type of `base`, up to the last token and the last dimension."""
     columns = tl.arange(0, BLOCK_D)
     pointers = base + rows[:, None].to(tl.int64) * stride + columns[None]
     tl.store(pointers, values.to(base.dtype.element_ty), mask=(rows < tokens)[:, None] & (columns < D)[None])

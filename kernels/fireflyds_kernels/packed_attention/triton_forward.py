@@ -54,6 +54,7 @@ def forward_kernel(
     GROUP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, ALIBI: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
+    """BLOCK_M rows of one head: output `[T, H, D]`, and log2 of the softmax's denominator `[H, T]` (`lse_ptr`)."""
     # The last rows of a long document attend to the most columns: they start first.
     start = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     head = tl.program_id(1).to(tl.int64)

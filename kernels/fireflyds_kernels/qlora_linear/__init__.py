@@ -20,7 +20,7 @@ def qlora_linear(
     dropout: float = 0.0,
     keep_weight: bool = False,
 ) -> Tensor:
-    """x Wᵀ + bias + scaling · dropout(x) Aᵀ Bᵀ, with W the frozen 4-bit weight (QLoRA, arXiv 2305.14314).
+    """`x Wᵀ + bias + scaling · dropout(x) Aᵀ Bᵀ`, with W the frozen 4-bit weight (QLoRA, arXiv 2305.14314).
 
     Args:
         x: `[..., in]`. Everything is computed in its number format; there is no float32 copy of it.

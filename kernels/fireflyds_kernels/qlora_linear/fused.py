@@ -7,9 +7,17 @@ from torch import Tensor
 
 
 def qlora_linear(
-    x: Tensor, base: Any, lora_a: Tensor, lora_b: Tensor, scaling: float, bias: Tensor | None, kept: Tensor | None,
-    dropout: float, keep_weight: bool,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    base: Any,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    kept: Tensor | None,
+    dropout: float,
+    keep_weight: bool,
+) -> Tensor:
+    """`[..., out]` for x and dropout mask kept `[..., in]`, lora_a `[r, in]`, lora_b `[out, r]`, bias `[out]`."""
     import bitsandbytes  # noqa: F401  (its operators)
 
     state = base.quant_state
@@ -17,8 +25,8 @@ def qlora_linear(
     block_sizes = [state.blocksize, state.state2.blocksize if state.nested else 0]
     rows = x.reshape(-1, x.shape[-1])
     out = _forward(
-        rows, base.data, state.absmax, nested, block_sizes, state.quant_type, len(lora_b), lora_a, lora_b, scaling, bias,
-        None if kept is None else kept.reshape(rows.shape), dropout, keep_weight,
+        rows, base.data, state.absmax, nested, block_sizes, state.quant_type, len(lora_b), lora_a, lora_b, scaling,
+        bias, None if kept is None else kept.reshape(rows.shape), dropout, keep_weight,
     )[0]  # fmt: skip
     return out.reshape(*x.shape[:-1], len(lora_b))
 
@@ -44,10 +52,21 @@ def _unpack(
 
 @torch.library.custom_op("fireflyds::qlora_linear", mutates_args=())
 def _forward(
-    x: Tensor, packed: Tensor, absmax: Tensor, nested: list[Tensor], block_sizes: list[int], kind: str,
-    out_features: int, lora_a: Tensor, lora_b: Tensor, scaling: float, bias: Tensor | None, keep_mask: Tensor | None,
-    dropout: float, keep_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested: list[Tensor],
+    block_sizes: list[int],
+    kind: str,
+    out_features: int,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    keep_mask: Tensor | None,
+    dropout: float,
+    keep_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The output `[T, out]`, the adapter's hidden values x Aᵀ `[T, r]`, and W (empty unless `keep_weight`)."""
     weight = _unpack(packed, absmax, nested, block_sizes, kind, [out_features, x.shape[1]], x.dtype)
     out = x @ weight.T if bias is None else torch.addmm(bias.to(x.dtype), x, weight.T)
@@ -62,19 +81,43 @@ def _dropout(x: Tensor, keep_mask: Tensor | None, dropout: float) -> Tensor:
 
 @_forward.register_fake
 def _(
-    x: Tensor, packed: Tensor, absmax: Tensor, nested: Any, block_sizes: Any, kind: str, out_features: int,
-    lora_a: Tensor, lora_b: Any, scaling: float, bias: Any, keep_mask: Any, dropout: float, keep_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested: Any,
+    block_sizes: Any,
+    kind: str,
+    out_features: int,
+    lora_a: Tensor,
+    lora_b: Any,
+    scaling: float,
+    bias: Any,
+    keep_mask: Any,
+    dropout: float,
+    keep_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     weight = x.new_empty(out_features, x.shape[1]) if keep_weight else x.new_empty(0)
     return x.new_empty(x.shape[0], out_features), x.new_empty(x.shape[0], lora_a.shape[0]), weight
 
 
 @torch.library.custom_op("fireflyds::qlora_linear_backward", mutates_args=())
 def _backward(
-    grad: Tensor, x: Tensor, inner: Tensor, weight: Tensor, packed: Tensor, absmax: Tensor, nested: list[Tensor],
-    block_sizes: list[int], kind: str, lora_a: Tensor, lora_b: Tensor, scaling: float, keep_mask: Tensor | None,
-    dropout: float, needs_dx: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor,
+    x: Tensor,
+    inner: Tensor,
+    weight: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested: list[Tensor],
+    block_sizes: list[int],
+    kind: str,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    keep_mask: Tensor | None,
+    dropout: float,
+    needs_dx: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
     outer = (grad @ b).mul_(scaling)
     dx = x.new_empty(0)
@@ -93,9 +136,22 @@ def _backward(
 
 @_backward.register_fake
 def _(
-    grad: Any, x: Tensor, inner: Any, weight: Any, packed: Any, absmax: Any, nested: Any, block_sizes: Any, kind: str,
-    lora_a: Tensor, lora_b: Tensor, scaling: float, keep_mask: Any, dropout: float, needs_dx: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad: Any,
+    x: Tensor,
+    inner: Any,
+    weight: Any,
+    packed: Any,
+    absmax: Any,
+    nested: Any,
+    block_sizes: Any,
+    kind: str,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    keep_mask: Any,
+    dropout: float,
+    needs_dx: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x) if needs_dx else x.new_empty(0), torch.empty_like(lora_a), torch.empty_like(lora_b)
 
 

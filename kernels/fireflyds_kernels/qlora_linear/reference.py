@@ -7,9 +7,17 @@ from torch.nn.functional import linear
 
 
 def qlora_linear(
-    x: Tensor, base: Any, lora_a: Tensor, lora_b: Tensor, scaling: float, bias: Tensor | None, kept: Tensor | None,
-    dropout: float, keep_weight: bool,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    base: Any,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    kept: Tensor | None,
+    dropout: float,
+    keep_weight: bool,
+) -> Tensor:
+    """`[..., out]` for x and dropout mask kept `[..., in]`, lora_a `[r, in]`, lora_b `[out, r]`, bias `[out]`."""
     from bitsandbytes.functional import dequantize_4bit
 
     weight = dequantize_4bit(base.data, base.quant_state).to(x.dtype)

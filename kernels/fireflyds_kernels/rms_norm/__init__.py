@@ -13,7 +13,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: None = None) -> Te
 @overload
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> tuple[Tensor, Tensor]: ...
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-    """weight · s / √(mean(s²) + eps) over the last dimension, with s = x, or x + residual (arXiv 1910.07467).
+    """`weight · s / √(mean(s²) + eps)` over the last dimension, with s = x, or x + residual (arXiv 1910.07467).
 
     Args:
         x: `[..., d]`. The mean is taken in float32, and the quotient is rounded to x's type before the multiplication

@@ -14,6 +14,7 @@ from fireflyds_kernels.dispatch import on_its_device, processors
 def forward_kernel(
     x_ptr, residual_ptr, weight_ptr, out_ptr, total_ptr, scale_ptr, d, eps, RESIDUAL: tl.constexpr, BLOCK: tl.constexpr
 ):
+    """Normalised rows of `[n, d]`, 1/RMS of each row `[n]`, and with RESIDUAL the sum `[n, d]`. One program per row."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < d
@@ -69,6 +70,7 @@ def launch(d: int) -> dict[str, Any]:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
+    """`[..., d]` for x and residual `[..., d]`, weight `[d]`; with a residual also x + residual, `[..., d]`."""
     if residual is None:
         out: Tensor = _plain(x, weight, eps)[0]
         return out

@@ -7,7 +7,7 @@ from fireflyds_kernels.dispatch import Implementation, always, requires_triton
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """x · cos + rotate_half(x) · sin on the first R dimensions of every head (arXiv 2104.09864).
+    """`x · cos + rotate_half(x) · sin` on the first R dimensions of every head (arXiv 2104.09864).
 
     Args:
         q: `[T, H, D]`; k: `[T, Hk, D]`.
@@ -23,7 +23,8 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     """
     if q.dim() != 3 or k.dim() != 3 or q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2] or q.dtype != k.dtype:
         raise ValueError(
-            f"rope: q [T, H, D] and k [T, Hk, D] of one type expected, got {q.dtype} {[*q.shape]}, {k.dtype} {[*k.shape]}"
+            f"rope: q [T, H, D] and k [T, Hk, D] of one type expected, got {q.dtype} {[*q.shape]}, {k.dtype} "
+            f"{[*k.shape]}"
         )
     if (
         cos.dim() != 2

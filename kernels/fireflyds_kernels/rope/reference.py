@@ -5,6 +5,7 @@ from torch import Tensor
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotated q `[T, H, D]` and k `[T, Hk, D]`, for cos and sin `[T, R]`."""
     return _rotate(q, cos[:, None], sin[:, None]), _rotate(k, cos[:, None], sin[:, None])
 
 

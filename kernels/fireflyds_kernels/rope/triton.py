@@ -13,7 +13,8 @@ from fireflyds_kernels.dispatch import on_its_device
 @triton.jit
 def _rotate(
     x_ptr, out_ptr, stride, head_stride, cos, sin, sign,
-    HEADS: tl.constexpr, ALL_HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+    HEADS: tl.constexpr, ALL_HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr,
+    REST: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     heads = tl.arange(0, ALL_HEADS)[:, None].to(tl.int64)
@@ -35,10 +36,12 @@ def _rotate(
 
 @triton.jit
 def rope_kernel(
-    q_ptr, k_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, q_stride, q_head, k_stride, k_head, cos_stride, sin_stride, sign,
-    H: tl.constexpr, ALL_H: tl.constexpr, HK: tl.constexpr, ALL_HK: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
+    q_ptr, k_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, q_stride, q_head, k_stride, k_head, cos_stride, sin_stride,
+    sign, H: tl.constexpr, ALL_H: tl.constexpr, HK: tl.constexpr, ALL_HK: tl.constexpr, D: tl.constexpr,
+    R: tl.constexpr,
     HALF: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
+    """Rotates all heads of one token of q `[T, H, D]` and k `[T, HK, D]`; sign = -1 gives the gradients."""
     token = tl.program_id(0).to(tl.int64)
     pairs = tl.arange(0, HALF)[None]
     cos = tl.load(cos_ptr + token * cos_stride + pairs, mask=pairs < R // 2, other=0.0).to(tl.float32)
@@ -50,13 +53,21 @@ def rope_kernel(
 def constants(q_heads: int, kv_heads: int, head_dim: int, turned: int) -> dict[str, Any]:
     """Compile-time constants of the kernel."""
     return {
-        "H": q_heads, "ALL_H": triton.next_power_of_2(q_heads), "HK": kv_heads, "ALL_HK": triton.next_power_of_2(kv_heads),
-        "D": head_dim, "R": turned, "HALF": triton.next_power_of_2(turned // 2),
-        "REST": triton.next_power_of_2(max(1, head_dim - turned)), "num_warps": 4, "enable_fp_fusion": True,
-    }  # fmt: skip
+        "H": q_heads,
+        "ALL_H": triton.next_power_of_2(q_heads),
+        "HK": kv_heads,
+        "ALL_HK": triton.next_power_of_2(kv_heads),
+        "D": head_dim,
+        "R": turned,
+        "HALF": triton.next_power_of_2(turned // 2),
+        "REST": triton.next_power_of_2(max(1, head_dim - turned)),
+        "num_warps": 4,
+        "enable_fp_fusion": True,
+    }
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotated q `[T, H, D]` and k `[T, Hk, D]`, for cos and sin `[T, R]`."""
     rotated: tuple[Tensor, Tensor] = _rotated(q, k, cos, sin, 1.0)
     return rotated
 

@@ -14,6 +14,7 @@ BLOCK = 1024
 
 @triton.jit
 def forward_kernel(gate_ptr, up_ptr, out_ptr, count, BLOCK: tl.constexpr):
+    """silu(gate) · up of BLOCK of `count` contiguous elements."""
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < count
     gate = tl.load(gate_ptr + offsets, mask=inside, other=0.0)
@@ -26,6 +27,7 @@ def forward_kernel(gate_ptr, up_ptr, out_ptr, count, BLOCK: tl.constexpr):
 
 @triton.jit
 def backward_kernel(grad_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, count, BLOCK: tl.constexpr):
+    """Gradients of gate and up of BLOCK of `count` contiguous elements."""
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < count
     grad = tl.load(grad_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
@@ -41,6 +43,7 @@ LAUNCH = {"BLOCK": BLOCK, "num_warps": 4, "enable_fp_fusion": True}
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) · up; gate, up and the result have one shape `[..., d]`."""
     out: Tensor = _forward(gate, up)
     return out
 

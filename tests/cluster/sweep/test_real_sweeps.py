@@ -21,9 +21,13 @@ STEPS = 12
 def start(folder: Path, arguments: list[str]) -> "subprocess.Popen[bytes]":
     with (folder / "sweep.log").open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, str(ROOT / "launch" / "sweep.py"), *arguments], cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=log, stderr=log, start_new_session=True,
-        )  # fmt: skip
+            [sys.executable, str(ROOT / "launch" / "sweep.py"), *arguments],
+            cwd=folder,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
 
 
 def wait_until(condition, seconds: float = 120) -> None:
@@ -54,11 +58,26 @@ def arguments(verb, tmp_path: Path, base_tokenizer: Path) -> list[str]:
     (tmp_path / "en.txt").write_text("\n".join(ENGLISH), encoding="utf-8")
     verb("prepare", "data=en.txt", f"tokenizer={base_tokenizer}", "out=store", "workers=1")
     return [
-        "study=lr", "sweep=lr", "sweep.trials=3", "sweep.parallel=2", "sweep.poll_seconds=0.1", "sweep.pruner=none", "cluster=local_cpu",
-        "data=store", "model=at_path", "model.init=scratch", f"model.tokenizer={base_tokenizer}", f"optim.steps={STEPS}",
-        "model.architecture={model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2}",
-        "seq_len=64", "global_batch_size=16", "checkpoint.every=3",
-    ]  # fmt: skip
+        "study=lr",
+        "sweep=lr",
+        "sweep.trials=3",
+        "sweep.parallel=2",
+        "sweep.poll_seconds=0.1",
+        "sweep.pruner=none",
+        "cluster=local_cpu",
+        "data=store",
+        "model=at_path",
+        "model.init=scratch",
+        f"model.tokenizer={base_tokenizer}",
+        f"optim.steps={STEPS}",
+        (
+            "model.architecture={model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, "
+            "num_attention_heads: 2}"
+        ),
+        "seq_len=64",
+        "global_batch_size=16",
+        "checkpoint.every=3",
+    ]
 
 
 @pytest.mark.slow

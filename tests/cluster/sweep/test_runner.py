@@ -25,7 +25,8 @@ class KilledError(BaseException):
 
 
 class Played:
-    """Runs whose loss is far from, or near, 0 as their `lr` is from, or to, 0.1. Each look at a run lets it make a step."""
+    """Runs whose loss is far from, or near, 0 as their `lr` is from, or to, 0.1. Each look at a run lets it make a
+    step."""
 
     def __init__(self, folder: Path, kill_at: int | None = None) -> None:
         self.folder, self.kill_at = folder, kill_at
@@ -401,25 +402,46 @@ def test_ranges_have_the_types_of_their_keys() -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["sweep.space.optim.lrr={low: 1, high: 2}"], "sweep.space.optim.lrr: no such key for train. Did you mean optim.lr"),
-        (["sweep.space.optim.lrr=[1]"], "sweep.space.optim.lrr, at 1: optim.lrr: no such key for train. Did you mean optim.lr"),
+        (
+            ["sweep.space.optim.lrr={low: 1, high: 2}"],
+            "sweep.space.optim.lrr: no such key for train. Did you mean optim.lr",
+        ),
+        (
+            ["sweep.space.optim.lrr=[1]"],
+            "sweep.space.optim.lrr, at 1: optim.lrr: no such key for train. Did you mean optim.lr",
+        ),
         (["sweep.space.optim.lr={low: -1, high: 2}"], "sweep.space.optim.lr, at -1.0: optim.lr=-1.0: must be"),
-        (["sweep.space.optim.lr={low: 3, high: 2}"], "sweep.space.optim.lr: low=3.0, high=2.0: both must be given, low less than high"),
+        (
+            ["sweep.space.optim.lr={low: 3, high: 2}"],
+            "sweep.space.optim.lr: low=3.0, high=2.0: both must be given, low less than high",
+        ),
         (["sweep.space.seq_len={low: 0, high: 64}"], "sweep.space.seq_len, at 0: seq_len=0: must be at least 2"),
         (["sweep.space.tuning.method={choices: [full, loraa]}"], "sweep.space.tuning.method, at loraa: "),
         (["sweep.space.optim.lr={low: 3}"], "sweep.space.optim.lr: low=3.0, high=None: both must be given"),
-        (["sweep.space.optim.lr=[]"], "sweep.space.optim.lr: needs either choices, such as [1e-4, 3e-4], or low and high"),
-        (["sweep.space.optim.lr=3"], "sweep.space.optim.lr=3: is no range. Give sweep.space.optim.lr={low: 1e-5, high: 1e-3} or"),
-        (["sweep.space.model.architecture.hidden_size={low: 1, high: 2}"], "the key may be anything. Give choices=[...]"),
-        ([], "sweep.space is empty"),
-        (["sweep=lr", "sweep.sampler=grid"], "sweep.space.optim.lr: sweep.sampler=grid tries all values. Give choices or step"),
+        (
+            ["sweep.space.optim.lr=[]"],
+            "sweep.space.optim.lr: needs either choices, such as [1e-4, 3e-4], or low and high",
+        ),
+        (
+            ["sweep.space.optim.lr=3"],
+            "sweep.space.optim.lr=3: is no range. Give sweep.space.optim.lr={low: 1e-5, high: 1e-3} or",
+        ),
+        (
+            ["sweep.space.model.architecture.hidden_size={low: 1, high: 2}"],
+            "the key may be anything. Give choices=[...]",
+        ),
+        ([], "sweep.space: is empty"),
+        (
+            ["sweep=lr", "sweep.sampler=grid"],
+            "sweep.space.optim.lr: sweep.sampler=grid tries all values. Give choices or step",
+        ),
         (["sweep=lr", "run=mine"], "run=mine: trials get theirs from study=s"),
-        (["sweep=lr", "sweep.value=at_tokens"], "give both value=at_tokens and tokens"),
+        (["sweep=lr", "sweep.value=at_tokens"], "Give both value=at_tokens and tokens"),
         (["sweep=lr", "sweep.parallel=3", "cluster=local"], "= 3 GPUs, but 0 are visible"),
         (["sweep=lr", "cluster=slurm"], "there is no sbatch on the path"),
         (["sweep=lr", "global_batch_size=3", "micro_batch_size=2"], "global_batch_size=3: must be a multiple"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_starts_nothing(verb, tmp_path: Path, arguments: list[str], expected: str) -> None:
     usual = ["study=s", "model=./base", "data=./store", "optim.steps=3", "cluster=local_cpu"]
     plain = {"CUDA_VISIBLE_DEVICES": "", "PATH": str(Path(sys.executable).parent)}

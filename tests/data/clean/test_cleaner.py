@@ -26,13 +26,21 @@ def cleaned(text: str, **options) -> str | None:
         ("Ａ，ﬁ", {"unicode": UnicodeForm.nfkc}, "A,fi"),
         ("e\u0301 \uf900", {"unicode": UnicodeForm.nfc}, "é \u8c48"),
         ("漢語與軟體", {"simplify": True}, "汉语与软体"),
-        ("正文第一段。\n责任编辑：张三\n版权所有 未经许可不得转载\n正文第二段。", {"boilerplate": True}, "正文第一段。\n正文第二段。"),
+        (
+            "正文第一段。\n责任编辑：张三\n版权所有 未经许可不得转载\n正文第二段。",
+            {"boilerplate": True},
+            "正文第一段。\n正文第二段。",
+        ),
         ("首页\n登录", {"boilerplate": True}, "dropped: boilerplate"),
         ("短", {"min_characters": 2}, "dropped: too short"),
         ("同一行。\n" * 20, {"max_repetition": 0.5}, "dropped: repetition"),
-        ("白日依山尽，黄河入海流。\n欲穷千里目，更上一层楼。", {"max_repetition": 0.5}, "白日依山尽，黄河入海流。\n欲穷千里目，更上一层楼。"),
+        (
+            "白日依山尽，黄河入海流。\n欲穷千里目，更上一层楼。",
+            {"max_repetition": 0.5},
+            "白日依山尽，黄河入海流。\n欲穷千里目，更上一层楼。",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_step_does_what_its_option_says(text: str, options: dict, expected: str) -> None:
     assert cleaned(text, **options) == expected
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stores import write_store
 
 from fireflyds.config import DataConfig, PhaseConfig, SourceConfig
 from fireflyds.data.pack.loader import PackedLoader, collate
@@ -16,6 +15,7 @@ from fireflyds.data.pack.mixture import PackedRowSampler
 from fireflyds.data.pack.packing import DocumentSlices, best_fit, plan_rows, split_documents
 from fireflyds.data.store.store import TokenStore
 from fireflyds.errors import UserError
+from fireflyds.testing.stores import write_store
 from fireflyds.types import IGNORE_INDEX, Example
 
 SEQ = 64

@@ -4,7 +4,6 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from fireflyds_kernels import dispatch
-from tiny import documents, loss_one_by_one, packed, tiny
 from torch import nn
 
 from fireflyds import registry
@@ -14,6 +13,7 @@ from fireflyds.models import tuning
 from fireflyds.models.packed import fused_modules as fused
 from fireflyds.models.packed import head
 from fireflyds.models.packed.forward import fuse
+from fireflyds.testing.models import loss_of_documents, packed_inputs, random_documents, tiny_model
 
 FAMILIES = "fireflyds.models.families"
 LLAMA = {"num_key_value_heads": 2}
@@ -22,7 +22,11 @@ MODELS = {
     "llama": ("llama", LLAMA),
     "llama tied": ("llama", LLAMA | {"tie_word_embeddings": True}),
     "internlm as llama": ("llama", {"attention_bias": True}),
-    "llama with NTK": ("llama", LLAMA | {"max_position_embeddings": 8, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}),
+    "llama with NTK": (
+        "llama",
+        LLAMA
+        | {"max_position_embeddings": 8, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+    ),
     "llama with gelu": ("llama", LLAMA | {"hidden_act": "gelu"}),
     "qwen2": ("qwen2", LLAMA),
     "qwen2 with windows": ("qwen2", LLAMA | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
@@ -37,7 +41,7 @@ MODELS = {
     # No family of ours: transformers' attention interface and our loss.
     "gemma": ("gemma", LLAMA | {"head_dim": 8}),
     "gpt-neox": ("gpt_neox", {}),
-}  # fmt: skip
+}
 
 
 def test_every_family_is_here() -> None:
@@ -47,34 +51,34 @@ def test_every_family_is_here() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_packed_equals_one_by_one(name: str) -> None:
     model_type, changes = MODELS[name]
-    plain, ours = tiny(model_type, **changes), fuse(tiny(model_type, **changes))
-    expected = loss_one_by_one(plain, documents())
+    plain, ours = tiny_model(model_type, **changes), fuse(tiny_model(model_type, **changes))
+    expected = loss_of_documents(plain, random_documents())
     expected.backward()
-    batch = packed(documents())
+    batch = packed_inputs(random_documents())
     loss = ours(**batch)
     loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
     for (name, a), (_, b) in zip(ours.named_parameters(), plain.named_parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5, msg=name)
     torch.testing.assert_close(ours(**batch, compute=head.token_losses).sum(), loss)
-    nexts = torch.cat([plain(ids[None]).logits[:, -1] for ids in documents()])
+    nexts = torch.cat([plain(ids[None]).logits[:, -1] for ids in random_documents()])
     torch.testing.assert_close(ours(**batch, compute=head.next_token_logits), nexts, rtol=1e-4, atol=1e-5)
     total, each = ours(**batch, compute=head.loss_sum_and_token_losses)
     assert torch.equal(total, loss)
     torch.testing.assert_close(each, ours(**batch, compute=head.token_losses).detach())
-    torch.testing.assert_close(ours(**batch, num_labels=sum(len(ids) - 1 for ids in documents())), loss)
+    torch.testing.assert_close(ours(**batch, num_labels=sum(len(ids) - 1 for ids in random_documents())), loss)
 
 
 @pytest.mark.parametrize("family", registry.names(FAMILIES))
 def test_twenty_steps_of_training_end_at_the_same_weights(family: str) -> None:
     """Losses within 1e-4 of each other and weights within 2e-4 of their size, float32, SGD with momentum."""
     changes = next(changes for model_type, changes in MODELS.values() if model_type == family)
-    plain, ours = tiny(family, **changes), fuse(tiny(family, **changes))
+    plain, ours = tiny_model(family, **changes), fuse(tiny_model(family, **changes))
     steps = [torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9) for model in (plain, ours)]
     first = last = None
     for number in range(20):
-        docs = documents(seed=number % 4)
-        losses = [loss_one_by_one(plain, docs) / 19, ours(**packed(docs)) / 19]
+        docs = random_documents(seed=number % 4)
+        losses = [loss_of_documents(plain, docs) / 19, ours(**packed_inputs(docs)) / 19]
         for loss, step in zip(losses, steps, strict=True):
             step.zero_grad()
             loss.backward()
@@ -90,14 +94,14 @@ def test_twenty_steps_of_training_end_at_the_same_weights(family: str) -> None:
 def test_the_table_s_modules_run_on_our_kernels(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     table = registry.find(FAMILIES, family).FAMILY.fused
     changes = next(changes for model_type, changes in MODELS.values() if model_type == family)
-    model = fuse(tiny(family, **changes))
+    model = fuse(tiny_model(family, **changes))
     swapped = {type(m).__name__: m.forward.__func__.__name__ for m in model.modules() if "forward" in vars(m)}
     swapped.pop(type(model).__name__)
     assert swapped == dict(table)
     chosen: list[str] = []
     select = dispatch._select
     monkeypatch.setattr(dispatch, "_select", lambda kernel, *rest: chosen.append(kernel) or select(kernel, *rest))
-    model(**packed(documents()))
+    model(**packed_inputs(random_documents()))
     expected = {"norm": "rms_norm", "gated_mlp": "swiglu", "rotary_attention": "rope", "mistral_attention": "rope"}
     wanted = {expected[function] for function in table.values() if function in expected}
     assert wanted | {"packed_attention", "linear_cross_entropy"} <= set(chosen)
@@ -107,24 +111,24 @@ def test_the_table_s_modules_run_on_our_kernels(family: str, monkeypatch: pytest
 @pytest.mark.parametrize("family", ["llama", "bloom", "falcon"])
 def test_gradient_checkpointing_changes_nothing(family: str, reentrant: bool) -> None:
     changes = next(changes for model_type, changes in MODELS.values() if model_type == family)
-    plain, ours = fuse(tiny(family, **changes)).train(), fuse(tiny(family, **changes)).train()
+    plain, ours = fuse(tiny_model(family, **changes)).train(), fuse(tiny_model(family, **changes)).train()
     for model in (plain, ours):
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
     ours.gradient_checkpointing_enable({"use_reentrant": reentrant})
     ours.enable_input_require_grads()
-    plain(**packed(documents())).backward()
-    ours(**packed(documents())).backward()
+    plain(**packed_inputs(random_documents())).backward()
+    ours(**packed_inputs(random_documents())).backward()
     for (name, a), (_, b) in zip(ours.named_parameters(), plain.named_parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-7, msg=name)
 
 
 def test_two_batches_may_go_forward_before_one_goes_backward() -> None:
     """Recomputation uses the boundaries of the batch it recomputes."""
-    plain, ours = (fuse(tiny("llama", **LLAMA)).train() for _ in range(2))
+    plain, ours = (fuse(tiny_model("llama", **LLAMA)).train() for _ in range(2))
     ours.gradient_checkpointing_enable({"use_reentrant": False})
-    batches = packed(documents((7, 5))), packed(documents((5, 7)))
+    batches = packed_inputs(random_documents((7, 5))), packed_inputs(random_documents((5, 7)))
     for model in (plain, ours):
         losses = [model(**batch) for batch in batches]
         losses[0].backward()
@@ -139,11 +143,11 @@ def test_nothing_looks_through_the_positions_for_documents(monkeypatch: pytest.M
 
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda *_: pytest.fail("called"))
     for name in ("llama", "qwen2 with windows", "mistral", "bloom", "falcon"):
-        fuse(tiny(MODELS[name][0], **MODELS[name][1]))(**packed(documents()))
+        fuse(tiny_model(MODELS[name][0], **MODELS[name][1]))(**packed_inputs(random_documents()))
 
 
 def test_torch_compile_takes_a_fused_model() -> None:
-    model, batch = fuse(tiny("llama", **LLAMA)), packed(documents())
+    model, batch = fuse(tiny_model("llama", **LLAMA)), packed_inputs(random_documents())
     wanted = model(**batch)
     torch._dynamo.reset()
     torch.testing.assert_close(torch.compile(model, backend="aot_eager")(**batch), wanted)
@@ -153,7 +157,7 @@ def _qlora(checkpointing: bool, dropout: float = 0.0):
     config = TuningConfig(
         method=TuningMethod.qlora, embeddings=TrainableRows.frozen, head=TrainableRows.frozen, r=4, dropout=dropout
     )
-    model = tiny("llama", hidden_size=64, intermediate_size=128, **LLAMA)
+    model = tiny_model("llama", hidden_size=64, intermediate_size=128, **LLAMA)
     for name, module in list(model.model.named_modules()):
         if isinstance(module, nn.Linear):
             layer = Linear4bit(module.in_features, module.out_features, bias=False, compute_dtype=torch.float32)
@@ -178,9 +182,9 @@ def test_adapters_on_a_four_bit_base_equal_peft_s_own(checkpointing: bool, monke
         fused, "qlora_linear", lambda *a, **options: calls.append(options["keep_weight"]) or original(*a, **options)
     )
     plain, ours = _qlora(False), fuse(_qlora(checkpointing))
-    wanted = loss_one_by_one(plain, documents())
+    wanted = loss_of_documents(plain, random_documents())
     wanted.backward()
-    loss = ours(**packed(documents()))
+    loss = ours(**packed_inputs(random_documents()))
     loss.backward()
     torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-5)
     assert calls == [checkpointing] * 14 * (2 if checkpointing else 1)
@@ -210,8 +214,8 @@ def test_a_disabled_adapter_is_left_to_peft() -> None:
 
 
 def test_other_instances_of_the_class_stay_as_they_are() -> None:
-    fuse(tiny("llama", **LLAMA))
-    untouched = tiny("llama", **LLAMA)
+    fuse(tiny_model("llama", **LLAMA))
+    untouched = tiny_model("llama", **LLAMA)
     assert untouched(torch.randint(0, 50, (1, 5))).logits.shape == (1, 5, 50)
     assert not [module for module in untouched.modules() if "forward" in vars(module) or hasattr(module, "packing")]
 
@@ -243,10 +247,10 @@ def test_other_instances_of_the_class_stay_as_they_are() -> None:
 )
 def test_what_would_be_computed_wrongly_is_refused(model_type: str, changes: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        fuse(tiny(model_type, **changes))
+        fuse(tiny_model(model_type, **changes))
 
 
 def test_a_fused_model_is_called_by_its_packed_forward_pass() -> None:
-    model = fuse(tiny("llama", **LLAMA))
+    model = fuse(tiny_model("llama", **LLAMA))
     with pytest.raises(TypeError, match="boundaries"):
         model.model(input_ids=torch.zeros(1, 3, dtype=torch.long))

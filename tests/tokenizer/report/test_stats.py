@@ -25,9 +25,7 @@ def test_fits_are_counted_by_domain_and_language(base_tokenizer) -> None:
     texts = [("news", CHINESE[0]), ("news", CHINESE[1]), ("news", ENGLISH[0]), ("web", CHINESE[2])]
     rows = compare_tokenizers(old, new, texts)
     found = {(row.domain, row.language): row.before.documents for row in rows}
-    assert found == {
-        ("news", "Chinese"): 2, ("news", "Latin script"): 1, ("web", "Chinese"): 1, ("all", "all"): 4,
-    }  # fmt: skip
+    assert found == {("news", "Chinese"): 2, ("news", "Latin script"): 1, ("web", "Chinese"): 1, ("all", "all"): 4}
     chinese = next(row for row in rows if row.domain == "web")
     assert chinese.before.characters == len(CHINESE[2])
     assert chinese.before.num_bytes == len(CHINESE[2].encode())

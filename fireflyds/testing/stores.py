@@ -1,17 +1,18 @@
-"""Token stores made from examples, without text."""
+"""Token stores made from examples, without text or a tokenizer."""
 
 from pathlib import Path
+from typing import cast
 
 from fireflyds.config import DataConfig, PrepareConfig, SourceConfig
 from fireflyds.data.read.files import FilePart
 from fireflyds.data.store.build import finish_store
 from fireflyds.data.store.parts import EncodeTask
 from fireflyds.data.store.store import PartWriter, TokenStore, token_dtype
-from fireflyds.types import Example
+from fireflyds.types import Encoder, Example
 
 
-class Letters:
-    """An encoder in name only: token 7 ends a sentence."""
+class _Encoder:
+    """Only the members that finishing a store uses: token 7 ends a sentence."""
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
@@ -23,7 +24,10 @@ class Letters:
 def write_store(
     folder: Path, domains: dict[str, list[Example]], vocab_size: int = 100_000, tokenizer: str = "x"
 ) -> TokenStore:
-    """A store whose documents are the examples, domain after domain. `tokenizer`: the fingerprint that it records."""
+    """Writes and opens a store whose documents are the examples, domain after domain.
+
+    `tokenizer`: the fingerprint that the store records.
+    """
     sources = [SourceConfig(path="x", domain=domain) for domain in domains]
     config = PrepareConfig(data=DataConfig(sources=sources), tokenizer="t", out=str(folder))
     tasks, infos = [], []
@@ -35,5 +39,5 @@ def write_store(
         writer.close(info)
         tasks.append(EncodeTask(number, FilePart("x"), 0, f"part{number}"))
         infos.append(info)
-    finish_store(config, tasks, infos, Letters(vocab_size), folder, {"tokenizer": tokenizer})
+    finish_store(config, tasks, infos, cast(Encoder, _Encoder(vocab_size)), folder, {"tokenizer": tokenizer})
     return TokenStore(folder)

@@ -1,0 +1,47 @@
+"""Sizes of an architecture that are derived from its Hugging Face configuration."""
+
+from typing import Any
+
+# Execution order of the modules of a block; equal numbers are independent of each other. Norms precede their consumers.
+_ORDER = {
+    "input_layernorm": 0, "ln_attn": 0, "ln_mlp": 0,
+    "q_proj": 1, "k_proj": 1, "v_proj": 1, "q_norm": 1, "k_norm": 1, "query_key_value": 1,
+    "o_proj": 3, "dense": 3, "post_attention_layernorm": 4,
+    "gate_proj": 5, "up_proj": 5, "dense_h_to_4h": 5, "down_proj": 6, "dense_4h_to_h": 6,
+}  # fmt: skip
+# Overrides for parallel blocks (Falcon), whose feed-forward layer has the same input as attention.
+_PARALLEL = {"dense_h_to_4h": 1, "dense_4h_to_h": 3}
+
+
+def head_dim(hf_config: Any) -> int:
+    """Width of one attention head: `head_dim` of the configuration, else hidden size / number of heads."""
+    return int(getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads)
+
+
+def key_value_heads(hf_config: Any) -> int:
+    """Number of key-value heads: one in Falcon's multi-query layout, and that of the queries where none is given."""
+    if getattr(hf_config, "multi_query", False) and not getattr(hf_config, "new_decoder_architecture", False):
+        return 1
+    num_heads = getattr(hf_config, "num_key_value_heads", None) or getattr(hf_config, "num_kv_heads", None)
+    return int(num_heads or hf_config.num_attention_heads)
+
+
+def attention_windows(hf_config: Any) -> list[int | None]:
+    """The sliding window of every layer; None where attention covers whole documents."""
+    window = getattr(hf_config, "sliding_window", None)
+    kinds = getattr(hf_config, "layer_types", None)
+    if kinds:
+        return [window if kind == "sliding_attention" else None for kind in kinds]
+    return [window] * int(hf_config.num_hidden_layers)
+
+
+def is_parallel(hf_config: Any) -> bool:
+    """True where the feed-forward layer has the same input as attention (Falcon)."""
+    return bool(getattr(hf_config, "parallel_attn", False) or getattr(hf_config, "new_decoder_architecture", False))
+
+
+def block_order(hf_config: Any) -> dict[str, int]:
+    """Execution order of a block's modules by name, according to their input: 1 the attention input, 3 the attention
+    output, 5 the feed-forward input, 6 the feed-forward activations. In parallel blocks attention and feed-forward
+    layers have the same numbers."""
+    return _ORDER | (_PARALLEL if is_parallel(hf_config) else {})
