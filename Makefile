@@ -4,6 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 CORPUS ?=
 WORKERS ?= 2
+# Tests that launch no training and no other process of their own for long.
+UNIT_TESTS := $(addprefix tests/,checkpoint contracts data distributed evaluation inference models optim pipelines runs \
+  tokenizer zero kernels/test_dispatch.py kernels/test_elementwise.py kernels/test_linear_cross_entropy.py test_config.py \
+  test_errors.py test_fs.py test_layers.py test_readmes.py test_registry.py)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: demo quick test test-all coverage lint clean
@@ -11,7 +15,6 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 demo: $(VENV)/installed
 	@$(BIN)/python launch/demo.py $(if $(CORPUS),'corpus=$(CORPUS)')
 
-# What needs no launch of its own.
 quick: $(VENV)/installed
 	$(BIN)/pytest -n $(WORKERS) --dist loadscope $(UNIT_TESTS)
 

@@ -63,7 +63,7 @@ def _run_check(name: str, check: Callable[[], Check], seconds: float) -> Check:
 
 def error_from(name: str, error: UserError) -> Check:
     """Returns the failed check of a `UserError`."""
-    return failed(name, error.finding, error.remedy)
+    return failed(name, error.finding, error.remedy or "follow the message")
 
 
 def check_tokenizer(path: str, loaded: list[Encoder]) -> Check:

@@ -110,7 +110,12 @@ def test_the_proof_is_a_finding_like_others(model_folder, monkeypatch) -> None:
     [
         (torch.OutOfMemoryError("CUDA out of memory"), "no memory left", "layers="),
         (RuntimeError("weights are broken\nmore"), "RuntimeError: weights are broken", "see `weights`"),
-        (UserError("model=x: cannot be fused. Give another"), "model=x: cannot be fused", "Give another"),
+        (UserError("rank 1: broken"), "rank 1: broken", "follow the message"),
+        (
+            UserError("cannot be fused", key="model", value="x", remedy="Give another"),
+            "model=x: cannot be fused",
+            "Give another",
+        ),
     ],
 )
 def test_what_keeps_it_from_being_proven_is_a_finding(
