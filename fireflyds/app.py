@@ -43,7 +43,7 @@ def main(verb: Callable[..., Any], about: str, *, passes_on: bool = False) -> No
     # Progress bars of weight loading are noise in logs; transformers' reads this when it is imported.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
-    # It regrets a kernel for 4-bit inference on CPUs, which training does not use.
+    # Its warning is about a kernel for 4-bit inference on CPUs, which training does not use.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     arguments = drop_local_rank(sys.argv[1:])
     try:
