@@ -34,7 +34,7 @@ def export(config: ExportConfig) -> None:
         trackers.require_wandb_run(train_config.tracking, config.run)
     inputs = fingerprint.read_inputs(run_dir)
     fingerprint.require_base(config.run, train_config.model.path, inputs)
-    out = Path(config.out or run_dir / ("adapter" if config.what is ExportWhat.adapter else "export"))
+    out = Path(config.out or run_dir / ("adapter" if config.what is ExportWhat.adapter else layout.EXPORT))
     if train_config.model.path and out.resolve() == Path(train_config.model.path).resolve():
         raise UserError("is the base model of the run", key="out", value=out, remedy="Give another folder")
     # Heavy imports come after the checks above.

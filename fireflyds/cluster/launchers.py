@@ -16,9 +16,6 @@ from fireflyds.config import ClusterConfig, Scheduler
 from fireflyds.errors import UserError
 from fireflyds.runs import layout
 
-_PID = "logs/launcher.pid"
-LOG = "logs/launcher.log"
-
 
 class Launcher(Protocol):
     """Starts, observes and ends trials; each is identified by its run directory."""
@@ -71,8 +68,8 @@ class LocalLauncher:
         self._started: dict[Path, subprocess.Popen[bytes]] = {}
 
     def start(self, run_dir: Path, slot: int) -> None:
-        """Starts the run as a process in a new session, on the GPUs or cores of `slot`, with its output in `LOG`."""
-        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        """Starts the run as a process in a new session, on the GPUs or cores of `slot`; its output goes to a log."""
+        (run_dir / layout.LOGS).mkdir(parents=True, exist_ok=True)
         train = [str(script.LAUNCH / "train.py"), "--config", str(run_dir / layout.CONFIG)]
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self._ranks}"]
         command = [*(torchrun if self._ranks > 1 else [sys.executable]), *train]
@@ -80,13 +77,13 @@ class LocalLauncher:
         if self._gpus:
             gpus = self._gpus[slot * self._ranks : (slot + 1) * self._ranks]
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-        pid_file = run_dir / _PID
+        pid_file = run_dir / layout.LAUNCHER_PID
         pid_file.unlink(missing_ok=True)
         # The process writes its own PID before training starts: the sweep process may be killed at any time.
         shell = f'echo $$ > "{pid_file}.partial" && mv "{pid_file}.partial" "{pid_file}" && exec {shlex.join(command)}'
         cores = sorted(os.sched_getaffinity(0))
         slot_cores = cores[slot :: self._parallel] if not self._gpus else cores
-        with (run_dir / LOG).open("ab") as log:
+        with (run_dir / layout.LAUNCHER_LOG).open("ab") as log:
             self._started[run_dir] = subprocess.Popen(
                 ["sh", "-c", shell],
                 env=environment,
@@ -106,7 +103,7 @@ class LocalLauncher:
     def _process(self, run_dir: Path) -> psutil.Process | None:
         """Returns the live process of the run, or None. Compares the command line: PIDs are reused."""
         with contextlib.suppress(OSError, ValueError, psutil.Error):
-            process = psutil.Process(int((run_dir / _PID).read_text()))
+            process = psutil.Process(int((run_dir / layout.LAUNCHER_PID).read_text()))
             if process.status() != psutil.STATUS_ZOMBIE and str(run_dir / layout.CONFIG) in " ".join(process.cmdline()):
                 return process
         return None

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fireflyds.config import VERBS, ClusterConfig, Container, Resources
 from fireflyds.errors import UserError
+from fireflyds.runs import layout
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 # Prefixes of options that are passed only to jobs with GPUs.
@@ -32,7 +33,7 @@ class Job:
     @property
     def log(self) -> Path:
         """Path of the log. Slurm replaces `%j` by the job's ID; a requeued job appends to its log."""
-        return self.folder / "logs" / f"slurm-{self.name.rpartition('/')[2]}-%j.log"
+        return self.folder / layout.LOGS / f"slurm-{self.name.rpartition('/')[2]}-%j.log"
 
     @property
     def done(self) -> Path:
@@ -174,7 +175,7 @@ def _exit_lines(job: Job, cluster: ClusterConfig) -> list[str]:
     if job.stamp:
         lines.append(f'if [ "$code" -eq 0 ]; then echo {job.stamp} > {shlex.quote(str(job.done))}; fi')
     if job.verb == "train" and cluster.requeue:
-        checkpoints, requeues = shlex.quote(str(job.folder / "checkpoints")), _requeue_file(job)
+        checkpoints, requeues = shlex.quote(str(job.folder / layout.CHECKPOINTS)), _requeue_file(job)
         max_starts = cluster.max_failures + 1
         lines += [
             "# 0: all steps are done. 2: invalid input. 76: a STOP file. After any other code (75: time limit or",

@@ -57,8 +57,8 @@ def plan_job(verb: str, name: str, folder: Path, run_dir: Path | None, config: s
     """
     # A single training run keeps its configuration where training itself writes it.
     is_single_run = run_dir == folder
-    config_path = folder / layout.CONFIG if is_single_run else folder / "jobs" / f"{name}.yaml"
-    script_path = folder / "submit.sh" if is_single_run else folder / "jobs" / f"{name}.sh"
+    config_path = folder / layout.CONFIG if is_single_run else folder / layout.JOBS_FOLDER / f"{name}.yaml"
+    script_path = folder / layout.SUBMIT_SCRIPT if is_single_run else folder / layout.JOBS_FOLDER / f"{name}.sh"
     return PlannedJob(
         Job(name, verb, run_dir or folder, config_path, script_path, stamp, _wait_seconds(verb, config)), config
     )

@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fireflyds.cluster.launchers import LOG
 from fireflyds.config import Direction, ObjectiveAt, SearchConfig
 from fireflyds.errors import DivergedError, LostRankError
 from fireflyds.runs import layout
 from fireflyds.runs.layout import EXIT_STOPPED
 
-STOP = "STOP"
 # Maximum number of values reported to the pruner per run: it compares few, and the study stores all of them.
 _MAX_REPORTS = 200
 
@@ -100,7 +98,7 @@ def run_outcome(run_dir: Path) -> RunOutcome:
 def archive_output(run_dir: Path) -> None:
     """Removes `status.json` and renames the logs of a failed start, so that they do not affect the next outcome."""
     (run_dir / layout.STATUS).unlink(missing_ok=True)
-    for file in [run_dir / LOG, *(run_dir / "logs").glob("slurm-*.log")]:
+    for file in [run_dir / layout.LAUNCHER_LOG, *(run_dir / layout.LOGS).glob("slurm-*.log")]:
         if file.exists():
             file.rename(file.with_suffix(".refused"))
 
@@ -126,7 +124,7 @@ def _number(value: Any) -> float:
 def _output(run_dir: Path) -> list[str]:
     """Returns the lines of the newest log of the run's launcher or jobs."""
     files = sorted(
-        [run_dir / LOG, *(run_dir / "logs").glob("slurm-*.log")],
+        [run_dir / layout.LAUNCHER_LOG, *(run_dir / layout.LOGS).glob("slurm-*.log")],
         key=lambda file: file.stat().st_mtime if file.exists() else 0,
     )
     return files[-1].read_text(encoding="utf-8", errors="replace").splitlines() if files[-1].exists() else []

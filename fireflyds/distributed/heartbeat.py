@@ -49,14 +49,14 @@ class Heartbeat:
 
     def __init__(self, me: RankInfo, run_dir: Path, seconds: float, status: Status) -> None:
         self._me, self._run_dir, self._seconds, self._status = me, run_dir, seconds, status
-        self._store: Any = None
-        self._left = threading.Event()
-        self._seen: dict[int, tuple[Any, float]] = {}
+        self.store: Any = None
+        self.left = threading.Event()
+        self.seen: dict[int, tuple[Any, float]] = {}
         self._refused_at: dict[int, float] = {}
         self._last_check = time.monotonic()
         self._threads = [
             threading.Thread(target=work, name=name, daemon=True)
-            for name, work in (("heartbeat", self._monitor), ("heartbeat watch", self._watch))
+            for name, work in (("heartbeat", self._monitor), ("heartbeat watch", self.watch_monitor))
         ]
 
     def __enter__(self) -> "Heartbeat":
@@ -66,25 +66,25 @@ class Heartbeat:
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             # A separate connection: that of the process group may be blocked by a collective.
             store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=self._seconds))  # type: ignore[attr-defined]
-            self._store = dist.PrefixStore(f"fireflyds/{attempt}", store)  # type: ignore[attr-defined]
+            self.store = dist.PrefixStore(f"fireflyds/{attempt}", store)  # type: ignore[attr-defined]
             self._beat()
             if self._me.rank:
                 # Waits for the first heartbeat of rank 0: its host is then known when the connection is lost.
                 with contextlib.suppress(dist.DistError):
-                    self._seen[0] = (self._store.get("beat/0").decode(), time.monotonic())
+                    self.seen[0] = (self.store.get("beat/0").decode(), time.monotonic())
             self._last_check = time.monotonic()
             for thread in self._threads:
                 thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if self._store is None:
+        if self.store is None:
             return
         if kind is None or issubclass(kind, SystemExit | KeyboardInterrupt | UserError):
             if kind is not None and issubclass(kind, UserError) and not issubclass(kind, LostRankError):
                 self._publish(f"refused/{self._me.rank}", str(error))
             self._stop_threads()
-        elif lost := self._lost_soon():
+        elif lost := self.wait_for_lost_rank():
             self._stop_threads()
             raise lost from error
         else:
@@ -93,7 +93,7 @@ class Heartbeat:
 
     def _stop_threads(self) -> None:
         self._publish(f"left/{self._me.rank}", "yes")
-        self._left.set()
+        self.left.set()
         for thread in self._threads:
             # A thread that uses the store while the process ends would abort it.
             if thread.is_alive() and thread is not threading.current_thread():
@@ -107,30 +107,31 @@ class Heartbeat:
             "step": self._status.step,
             "time": time.time(),
         }
-        self._store.set(f"beat/{self._me.rank}", json.dumps(metadata))
+        self.store.set(f"beat/{self._me.rank}", json.dumps(metadata))
 
     def _publish(self, key: str, value: str) -> None:
         try:
-            self._store.set(key, value)
+            self.store.set(key, value)
         except Exception:  # the store ended with rank 0: no rank can read the value
-            self._left.set()
+            self.left.set()
 
     def _monitor(self) -> None:
-        while not self._left.wait(_INTERVAL):
-            lost = self._look()
+        while not self.left.wait(_INTERVAL):
+            lost = self.look()
             self._last_check = time.monotonic()
             # If a collective failed because of it, the main thread raises the error, within this time.
-            if lost and not self._left.wait(3 * _INTERVAL):
-                self._end(lost)
+            if lost and not self.left.wait(3 * _INTERVAL):
+                self.end_process(lost)
 
-    def _watch(self) -> None:
+    def watch_monitor(self) -> None:
         """Ends the process if `_monitor` hangs: the store's client blocks forever when the network link is down."""
-        while not self._left.wait(_INTERVAL):
+        while not self.left.wait(_INTERVAL):
             # Later than rank 0, whose message names the lost rank.
             if time.monotonic() - self._last_check > self._seconds + 5 * _INTERVAL:
-                self._end(self._unreachable(f"no answer for {self._seconds:.0f} s"))
+                self.end_process(self._unreachable(f"no answer for {self._seconds:.0f} s"))
 
-    def _end(self, lost: LostRankError) -> None:
+    def end_process(self, lost: LostRankError) -> None:
+        """Prints and records the error and ends this process, also where the disk is unreachable."""
         if self._me.rank == 0 or lost.rank == 0:
             print(f"error: {lost}", file=sys.stderr, flush=True)
         # The disk may be unreachable together with the lost host.
@@ -146,7 +147,7 @@ class Heartbeat:
             f"({reason})",
         )
 
-    def _look(self) -> LostRankError | None:
+    def look(self) -> LostRankError | None:
         """Write a heartbeat. Returns the error of a lost rank, or None."""
         try:
             self._beat()
@@ -163,7 +164,7 @@ class Heartbeat:
             return self._unreachable(str(error).splitlines()[0])
 
     def _get(self, key: str) -> str | None:
-        return self._store.get(key).decode() if self._store.check([key]) else None
+        return self.store.get(key).decode() if self.store.check([key]) else None
 
     def _check_rank(self, rank: int) -> LostRankError | None:
         """Returns an error if `rank` is lost, else None."""
@@ -171,11 +172,11 @@ class Heartbeat:
             return self._check_refused(rank)
         beat = self._get(f"beat/{rank}")
         if failure := self._get(f"failed/{rank}"):
-            self._seen[rank] = (beat, time.monotonic())
+            self.seen[rank] = (beat, time.monotonic())
             return self._lost(rank, f"failed ({failure})")
-        last_beat, since = self._seen.get(rank, (None, time.monotonic()))
-        if beat != last_beat or rank not in self._seen:
-            self._seen[rank] = (beat, time.monotonic())
+        last_beat, since = self.seen.get(rank, (None, time.monotonic()))
+        if beat != last_beat or rank not in self.seen:
+            self.seen[rank] = (beat, time.monotonic())
         elif time.monotonic() - since > (limit := self._silence_limit()):
             return self._lost(rank, f"has been silent for {limit:.0f} s")
         if beat:
@@ -198,18 +199,18 @@ class Heartbeat:
         """Seconds without a heartbeat after which a rank is lost; fewer once a collective has failed on some rank."""
         return min(self._seconds, _MAX_MISSED_BEATS * _INTERVAL) if self._get("trouble") else self._seconds
 
-    def _lost_soon(self) -> LostRankError | None:
+    def wait_for_lost_rank(self) -> LostRankError | None:
         """Returns an error if a collective failed because of a lost rank, which shows within seconds, else None."""
         self._publish("trouble", "yes")
         deadline = time.monotonic() + 8 * _INTERVAL
         while time.monotonic() < deadline:
-            if lost := self._look():
+            if lost := self.look():
                 return lost
             time.sleep(_INTERVAL / 4)
         return None
 
     def _lost(self, rank: int, event: str) -> LostRankError:
-        beat, _ = self._seen.get(rank, (None, 0.0))
+        beat, _ = self.seen.get(rank, (None, 0.0))
         host = f" on {json.loads(beat)['host']}" if beat else ""
         return LostRankError(
             f"rank {rank}{host} {event}; its log: {log_file(self._run_dir, rank)}",

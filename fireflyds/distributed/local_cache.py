@@ -36,12 +36,12 @@ def stage_inputs(
     try:
         if base is not None:
             model_path = str(
-                _copy_once(
+                copy_once(
                     cache, f"base-{base[:16]}", Path(config.model.path), model_files(Path(config.model.path)), log
                 )
             )
         digest = hashlib.sha256((store.path / MANIFEST).read_bytes()).hexdigest()
-        store = TokenStore(_copy_once(cache, f"store-{digest[:16]}", store.path, store_files(store), log))
+        store = TokenStore(copy_once(cache, f"store-{digest[:16]}", store.path, store_files(store), log))
     except OSError as error:
         failure = f"hardware.local_cache={cache}: {error}. Give a folder on every host's disk that can be written"
     except UserError as error:
@@ -69,7 +69,7 @@ def store_files(store: TokenStore) -> dict[str, Path]:
     return {name: store.path / name for name in names}
 
 
-def _copy_once(cache: Path, name: str, source: Path, files: dict[str, Path], log: Callable[[str], None]) -> Path:
+def copy_once(cache: Path, name: str, source: Path, files: dict[str, Path], log: Callable[[str], None]) -> Path:
     """The folder `name` in the cache, copied by the first rank of the host to call; it is complete or absent."""
     folder, partial = cache / name, cache / f".{name}.partial"
     cache.mkdir(parents=True, exist_ok=True)

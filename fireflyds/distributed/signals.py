@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 from fireflyds.distributed.launcher_env import is_alive
+from fireflyds.runs import layout
 
-SAVE, STOP = "SAVE", "STOP"
 # A launcher forwards Ctrl-C as SIGTERM to processes that have received SIGINT from the terminal: seconds in which a
 # SIGTERM does not count as a second request.
 _ECHO_SECONDS = 1.0
@@ -48,9 +48,10 @@ class StopSignals:
         self._first_signal_at: float | None = None
         self._launchers = _launcher_processes()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._hear)
+            signal.signal(number, self.handle_signal)
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
+    def handle_signal(self, number: int, frame: FrameType | None) -> None:
+        """Signal handler: records the request; a second Ctrl-C ends the process at once."""
         name, now = signal.Signals(number).name, time.monotonic()
         if self._stop_requested_at is None:
             self._stop_requested_at, self.reason = now, name
@@ -67,9 +68,9 @@ class StopSignals:
         """Returns the requests at this rank: to save, to stop, and to stop without requeueing."""
         save = no_requeue = False
         if dist.get_rank() == 0:
-            save, no_requeue = (_consume(self._run_dir / name) for name in (SAVE, STOP))
+            save, no_requeue = (_consume(self._run_dir / name) for name in (layout.SAVE_FILE, layout.STOP_FILE))
         if no_requeue:
-            self.reason = f"{STOP} file"
+            self.reason = f"{layout.STOP_FILE} file"
         if self._stop_requested_at is None and (
             ended := [process for process in self._launchers if not is_alive(process)]
         ):

@@ -45,7 +45,7 @@ def check_all() -> list[Check]:
     if requirements:
         checks.append(check_demands(closure(requirements, _requires), version_of))
     if find_spec("flash_attn") is not None:
-        checks.append(check_flash_attention(_import_error("flash_attn")))
+        checks.append(check_flash_attention(import_error("flash_attn")))
     return checks
 
 
@@ -151,7 +151,7 @@ def check_flash_attention(error: str | None) -> Check:
     )
 
 
-def _import_error(package: str) -> str | None:
+def import_error(package: str) -> str | None:
     """Imports a package in a separate process, which an incompatible build may crash. Returns the error or None."""
     process = subprocess.run([sys.executable, "-c", f"import {package}"], capture_output=True, text=True)
     return (

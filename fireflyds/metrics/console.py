@@ -18,8 +18,8 @@ def configure_logging(run_dir: Path, rank: int) -> logging.Logger:
     logger.setLevel(logging.INFO)
     logger.propagate = False
     logger.handlers.clear()
-    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-    handlers: list[logging.Handler] = [logging.FileHandler(run_dir / "logs" / f"rank_{rank}.log", encoding="utf-8")]
+    (run_dir / layout.LOGS).mkdir(parents=True, exist_ok=True)
+    handlers: list[logging.Handler] = [logging.FileHandler(layout.log_file(run_dir, rank), encoding="utf-8")]
     if rank == 0:
         handlers += [logging.FileHandler(run_dir / layout.TRAIN_LOG, encoding="utf-8"), logging.StreamHandler()]
     for handler in handlers:

@@ -36,7 +36,7 @@ class MetricsLogger:
         self._total_steps, self._log_every, self._steps_per_epoch = total_steps, log_every, steps_per_epoch
         self._recent: list[StepMetrics] = []
         self._file: MetricsFile | None = None
-        self._pending_plot: Future[None] | None = None
+        self.pending_plot: Future[None] | None = None
         self._stack = contextlib.ExitStack()
         try:
             if rank == 0:
@@ -96,8 +96,8 @@ class MetricsLogger:
         if self._file:
             # A checkpoint survives a crash of the host, so the metrics of the steps before it must be on disk too.
             self._warn_on_failure(layout.METRICS, self._file.sync)
-        if self._file and (self._pending_plot is None or self._pending_plot.done()):
-            self._pending_plot = self._plot_executor.submit(
+        if self._file and (self.pending_plot is None or self.pending_plot.done()):
+            self.pending_plot = self._plot_executor.submit(
                 self._warn_on_failure, "trainer_state.json or loss.png", self._history.save
             )
 

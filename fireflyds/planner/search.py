@@ -174,7 +174,7 @@ def evaluate_candidate(
         _reason_not_to_fit(estimate, host_bytes, cluster, device),
         compute + launches,
         sent_bytes / (cluster.link_gb_per_s * 1e9),
-        _offload_seconds(shape, precision, where, cluster),
+        offload_seconds(shape, precision, where, cluster),
     )
 
 
@@ -221,7 +221,7 @@ def communication_bytes(shape: ModelShape, precision: Precision, where: Placemen
     return traffic * (where.world_size - 1) / where.world_size
 
 
-def _offload_seconds(shape: ModelShape, precision: Precision, placement: Placement, cluster: ClusterConfig) -> float:
+def offload_seconds(shape: ModelShape, precision: Precision, placement: Placement, cluster: ClusterConfig) -> float:
     """Seconds per step for copies to and from the host and the update on the CPU, following DeepSpeed's source (0.19).
 
     float32 gradients are copied to the host once per step, and weights are copied back after the update. Accumulated

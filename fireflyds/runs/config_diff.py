@@ -34,7 +34,9 @@ def diff_configs(
 def has_started(run_dir: Path) -> bool:
     """True where the run has a checkpoint or a logged step."""
     metrics = run_dir / layout.METRICS
-    return any((run_dir / "checkpoints").glob("step-*")) or (metrics.exists() and metrics.stat().st_size > 0)
+    return any((run_dir / layout.CHECKPOINTS).glob(f"{layout.STEP_PREFIX}*")) or (
+        metrics.exists() and metrics.stat().st_size > 0
+    )
 
 
 def require_same_config(run_dir: Path, yaml_text: str, run: str, more: list[str] | None = None) -> None:

@@ -65,7 +65,7 @@ class LossScaleError(Exception):
 
 def init_distributed(ranks: RankInfo, timeout_minutes: float) -> None:
     """Initialises the process group (NCCL, or gloo on the CPU) and DeepSpeed. Without a GPU rank 0 prints a notice."""
-    ranks = _with_device(ranks)
+    ranks = assign_device(ranks)
     ranks.export()
     if not pick_accelerator() and ranks.rank == 0:
         print("no GPU here: training on the CPU (DeepSpeed's cpu accelerator, gloo)", flush=True)
@@ -81,13 +81,13 @@ def init_distributed(ranks: RankInfo, timeout_minutes: float) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if backend == "gloo":
-        torch.set_num_threads(_threads(ranks, os.environ))
+        torch.set_num_threads(cpu_threads(ranks, os.environ))
     else:
         torch.cuda.set_device(ranks.local_rank)
     deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(minutes=timeout_minutes), verbose=False)
 
 
-def _with_device(ranks: RankInfo) -> RankInfo:
+def assign_device(ranks: RankInfo) -> RankInfo:
     """Returns `ranks` with local rank 0 where Slurm or an mpirun wrapper makes only its own GPU visible to each task.
 
     Raises:
@@ -105,7 +105,7 @@ def _with_device(ranks: RankInfo) -> RankInfo:
     )
 
 
-def _threads(ranks: RankInfo, environment: Mapping[str, str]) -> int:
+def cpu_threads(ranks: RankInfo, environment: Mapping[str, str]) -> int:
     """Returns the CPU threads of this rank: its Slurm allocation, or the cores of the host divided by its ranks.
 
     By default each rank would use all cores, or with launchers that set OMP_NUM_THREADS=1 only one.

@@ -113,7 +113,7 @@ def test_ranks_of_a_host_wait_for_the_one_that_copies(base: Path, tmp_path: Path
     monkeypatch.setattr(shutil, "copyfile", slow)
     files = local_cache.model_files(base)
     threads = [
-        threading.Thread(target=local_cache._copy_once, args=(tmp_path / "disk", "base-x", base, files, said.append))
+        threading.Thread(target=local_cache.copy_once, args=(tmp_path / "disk", "base-x", base, files, said.append))
         for _ in range(3)
     ]
     for thread in threads:
@@ -128,11 +128,11 @@ def test_ranks_of_a_host_wait_for_the_one_that_copies(base: Path, tmp_path: Path
 
 def test_a_copy_that_a_power_cut_left_short_is_made_again(base: Path, tmp_path: Path) -> None:
     files, said = local_cache.model_files(base), []
-    folder = local_cache._copy_once(tmp_path / "disk", "base-x", base, files, said.append)
+    folder = local_cache.copy_once(tmp_path / "disk", "base-x", base, files, said.append)
     (folder / "model.safetensors").write_text("")
-    local_cache._copy_once(tmp_path / "disk", "base-x", base, files, said.append)
+    local_cache.copy_once(tmp_path / "disk", "base-x", base, files, said.append)
     assert (folder / "model.safetensors").read_text() == "this is model.safetensors"
-    local_cache._copy_once(tmp_path / "disk", "base-x", base, files, said.append)
+    local_cache.copy_once(tmp_path / "disk", "base-x", base, files, said.append)
     assert ["copied" in line for line in said] == [True, True, False]
 
 
@@ -140,7 +140,7 @@ def test_a_copy_that_was_broken_off_is_made_again(base: Path, tmp_path: Path) ->
     broken = tmp_path / "disk" / ".base-x.partial"
     broken.mkdir(parents=True)
     (broken / "model.safetensors").write_text("th")
-    folder = local_cache._copy_once(tmp_path / "disk", "base-x", base, local_cache.model_files(base), print)
+    folder = local_cache.copy_once(tmp_path / "disk", "base-x", base, local_cache.model_files(base), print)
     assert (folder / "model.safetensors").read_text() == "this is model.safetensors"
     assert not broken.exists()
 

@@ -145,7 +145,7 @@ def test_an_interrupt_is_one_even_where_a_library_makes_another_error_of_it() ->
         ({"all_reduce_mib": 0}, "all_reduce_mib=0: must be at least 1"),
         ({"disk_mib": -1}, "disk_mib=-1: must be at least 1"),
         ({"max_clock_skew": -1.0}, "max_clock_skew=-1.0: must be at least 0"),
-        ({"runs": ""}, "runs='': give the folder"),
+        ({"runs": ""}, "runs: is empty. Give the folder"),
     ],
 )
 def test_wrong_values_are_named(values, words: str) -> None:

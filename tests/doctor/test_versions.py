@@ -70,8 +70,8 @@ def test_hosts_with_other_versions_are_red_and_named() -> None:
 
 
 def test_a_flash_attn_built_for_another_torch_is_red() -> None:
-    assert versions._import_error("json") is None
-    error = versions._import_error("no_such_library")
+    assert versions.import_error("json") is None
+    error = versions.import_error("no_such_library")
     assert error == "ModuleNotFoundError: No module named 'no_such_library'"
     assert versions.check_flash_attention("ImportError: undefined symbol: _ZN3c10").severity is Severity.error
     assert versions.check_flash_attention(None).severity is Severity.ok

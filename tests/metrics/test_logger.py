@@ -63,8 +63,8 @@ def test_every_save_leaves_a_trainer_state_that_transformers_reads(tmp_path: Pat
         for number in (1, 2, 3):
             first.log_step(step(number))
         first.log_checkpoint(3, 0.25)
-        assert first._pending_plot is not None
-        first._pending_plot.result(60)
+        assert first.pending_plot is not None
+        first.pending_plot.result(60)
         state = TrainerState.load_from_json(str(tmp_path / "trainer_state.json"))
         assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
         assert not listener.finished

@@ -99,7 +99,7 @@ def test_offloaded_gradients_add_up_where_deepspeed_adds_them_up() -> None:
 
     def bytes_each(stage: int, accumulation: int, parameters: bool = False) -> float:
         where = Placement(stage, True, parameters, 1, False, 1, accumulation)
-        return (choices._offload_seconds(shape, Precision.bf16, where, cluster) - update) * 1e9 / shape.trained
+        return (choices.offload_seconds(shape, Precision.bf16, where, cluster) - update) * 1e9 / shape.trained
 
     # float32 gradients down and weights up once a step.
     for accumulation in (1, 4):

@@ -105,13 +105,13 @@ def test_a_rank_that_lives_is_left_alone_and_one_that_died_is_named(tmp_path: Pa
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     with here.beating:
         here.beat(child.pid)
-        assert here.beating._look() is None
+        assert here.beating.look() is None
         child.kill()
         lost = None
         until = time.monotonic() + 20
         while lost is None and time.monotonic() < until:
-            lost = here.beating._look()
-        here.beating._left.set()  # before it ends this process too
+            lost = here.beating.look()
+        here.beating.left.set()  # before it ends this process too
     child.wait()
     assert lost is not None
     assert str(lost).startswith(
@@ -122,30 +122,30 @@ def test_a_rank_that_lives_is_left_alone_and_one_that_died_is_named(tmp_path: Pa
 
 def test_a_silent_rank_on_another_host_is_lost_after_the_time_given(tmp_path: Path, monkeypatch) -> None:
     here, now = Store(tmp_path, seconds=30), [100.0]
-    here.beating._store = here.others
+    here.beating.store = here.others
     monkeypatch.setattr("fireflyds.distributed.heartbeat.time.monotonic", lambda: now[0])
     here.beat(1, "elsewhere", step=1)
-    assert here.beating._look() is None
+    assert here.beating.look() is None
     now[0] += 29
-    assert here.beating._look() is None
+    assert here.beating.look() is None
     here.beat(1, "elsewhere", step=2)
     now[0] += 29
-    assert here.beating._look() is None
+    assert here.beating.look() is None
     now[0] += 31
-    assert "rank 1 on elsewhere has been silent for 30 s" in str(here.beating._look())
+    assert "rank 1 on elsewhere has been silent for 30 s" in str(here.beating.look())
 
 
 def test_when_a_collective_has_failed_whoever_beats_no_more_is_named_soon(tmp_path: Path, monkeypatch) -> None:
     here, now = Store(tmp_path, seconds=60), [100.0]
-    here.beating._store = here.others
+    here.beating.store = here.others
     monkeypatch.setattr("fireflyds.distributed.heartbeat.time.monotonic", lambda: now[0])
     monkeypatch.setattr(
         "fireflyds.distributed.heartbeat.time.sleep", lambda seconds: now.__setitem__(0, now[0] + seconds)
     )
     here.beat(1, "elsewhere", step=1)
-    assert here.beating._look() is None
+    assert here.beating.look() is None
     now[0] += 1
-    assert "rank 1 on elsewhere has been silent for 4 s" in str(here.beating._lost_soon())
+    assert "rank 1 on elsewhere has been silent for 4 s" in str(here.beating.wait_for_lost_rank())
     # The others, which may wait in a collective of their own, hear of it.
     assert here.others.get("trouble") == b"yes"
     assert b"rank 1 on elsewhere" in here.others.get("lost")
@@ -153,17 +153,17 @@ def test_when_a_collective_has_failed_whoever_beats_no_more_is_named_soon(tmp_pa
 
 def test_a_rank_that_refuses_alone_is_named_when_the_others_wait_on(tmp_path: Path, monkeypatch) -> None:
     here, now = Store(tmp_path), [100.0]
-    here.beating._store = here.others
+    here.beating.store = here.others
     monkeypatch.setattr("fireflyds.distributed.heartbeat.time.monotonic", lambda: now[0])
     here.beat(1, "elsewhere")
-    assert here.beating._look() is None
+    assert here.beating.look() is None
     here.others.set("refused/1", "model.path=/local/base: is not there")
     here.others.set("left/1", "yes")
-    assert here.beating._look() is None
+    assert here.beating.look() is None
     now[0] += 89
-    assert here.beating._look() is None
+    assert here.beating.look() is None
     now[0] += 2
-    assert "rank 1 on elsewhere refused (model.path=/local/base: is not there)" in str(here.beating._look())
+    assert "rank 1 on elsewhere refused (model.path=/local/base: is not there)" in str(here.beating.look())
 
 
 def test_a_disk_that_is_gone_does_not_keep_a_rank(tmp_path: Path, monkeypatch) -> None:
@@ -171,9 +171,9 @@ def test_a_disk_that_is_gone_does_not_keep_a_rank(tmp_path: Path, monkeypatch) -
     monkeypatch.setattr("fireflyds.distributed.heartbeat.os._exit", ended.append)
     monkeypatch.setattr("fireflyds.distributed.heartbeat._INTERVAL", 0.01)
     beating = Heartbeat(RankInfo(0, 0, 2, "10.0.0.1", 29500), tmp_path, 30, status)
-    beating._end(LostRankError("rank 1 died", rank=1))
+    beating.end_process(LostRankError("rank 1 died", rank=1))
     monkeypatch.setattr(status, "_write", lambda *words, **more: time.sleep(30))
-    beating._end(LostRankError("rank 1 died", rank=1))
+    beating.end_process(LostRankError("rank 1 died", rank=1))
     assert ended == [1, 1]
 
 
@@ -199,21 +199,21 @@ def test_only_a_second_wish_to_end_leaves_at_once(monkeypatch, tmp_path: Path, h
     monkeypatch.setattr("fireflyds.distributed.signals.os._exit", ended.append)
     for when, name in heard:
         now[0] = when
-        asked._hear(signal.Signals[name], None)
+        asked.handle_signal(signal.Signals[name], None)
     assert ended == left
     assert asked.reason == heard[0][1]
 
 
 def test_what_a_failing_rank_said_is_told_and_one_that_left_is_not_missed(tmp_path: Path) -> None:
     here = Store(tmp_path)
-    here.beating._store = here.others
+    here.beating.store = here.others
     here.beat(1, "elsewhere")
     here.others.set("failed/1", "OutOfMemoryError: no more")
-    assert "rank 1 on elsewhere failed (OutOfMemoryError: no more)" in str(here.beating._look())
+    assert "rank 1 on elsewhere failed (OutOfMemoryError: no more)" in str(here.beating.look())
     fresh = Store(tmp_path)
-    fresh.beating._store = fresh.others
+    fresh.beating.store = fresh.others
     fresh.others.set("left/1", "yes")
-    assert fresh.beating._look() is None
+    assert fresh.beating.look() is None
 
 
 def test_a_failed_collective_is_blamed_on_the_rank_that_was_lost(tmp_path: Path) -> None:
@@ -229,14 +229,14 @@ def test_a_store_that_answers_no_more_ends_the_rank_that_asks_it(tmp_path: Path,
     monkeypatch.setattr("fireflyds.distributed.heartbeat.time.monotonic", lambda: now[0])
     monkeypatch.setattr("fireflyds.distributed.heartbeat._INTERVAL", 0.01)
     beating = Heartbeat(RankInfo(1, 0, 2, "10.0.0.1", 29500), tmp_path, 30, status)
-    beating._seen[0] = (json.dumps({"host": "host-a", "pid": 1}), 100.0)
+    beating.seen[0] = (json.dumps({"host": "host-a", "pid": 1}), 100.0)
 
     def end(code: int) -> None:
         ended.append(code)
-        beating._left.set()
+        beating.left.set()
 
     monkeypatch.setattr("fireflyds.distributed.heartbeat.os._exit", end)
-    watch = threading.Thread(target=beating._watch)
+    watch = threading.Thread(target=beating.watch_monitor)
     watch.start()
     now[0] += 29
     time.sleep(0.2)

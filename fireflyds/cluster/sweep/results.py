@@ -45,7 +45,7 @@ def write(found: Study, search: SearchConfig, name: str, folder: Path, rest: Seq
         parts += ["", f"Best: trial {best.number}, {search.metric} {best.value:.5f}:", "", "```", command, "```"]
         atomic_write_text(
             folder / "best.yaml",
-            _option_file(best.params, f"Trial {best.number} of {name}: {search.metric} {best.value:.5f}."),
+            option_file(best.params, f"Trial {best.number} of {name}: {search.metric} {best.value:.5f}."),
         )
         summary += (
             f"\nbest: trial {best.number}, {search.metric} {best.value:.5f}\n  {command}\n  as options: "
@@ -82,7 +82,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
-def _option_file(params: dict[str, Any], comment: str) -> str:
+def option_file(params: dict[str, Any], comment: str) -> str:
     """Returns an option file with the swept keys only, for `conf/experiment/` or `conf/local/default.yaml`."""
     nested: dict[str, Any] = {}
     for key, value in params.items():

@@ -63,12 +63,12 @@ class Sweep:
         self._stop_requested_at: dict[int, float] = {}
         self._slots: dict[int, int] = {}
         self._interrupted: set[int] = set()
-        self._leaving = False
+        self.stopping = False
         self._last_error = ""
 
     def run(self) -> bool:
         """Runs until every trial has ended. Returns False if it was interrupted."""
-        previous = {number: signal.signal(number, self._hear) for number in (signal.SIGINT, signal.SIGTERM)}
+        previous = {number: signal.signal(number, self.handle_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             while (finished := self._advance_all()) is None:
                 time.sleep(self._search.poll_seconds)
@@ -82,16 +82,16 @@ class Sweep:
         try:
             for trial in self._running():
                 self._advance(trial)
-            while not self._leaving and len(self._running()) < self._search.parallel and self._num_remaining():
+            while not self.stopping and len(self._running()) < self._search.parallel and self._num_remaining():
                 self._advance(self._study.ask())
             if not self._running() and not self._num_remaining():
                 return True
-            if self._leaving and not self._interrupt():
+            if self.stopping and not self._interrupt():
                 return False
             self._last_error = ""
         except slurm.UnavailableError as error:
             # Expected now and then during a study of days; the jobs keep running meanwhile.
-            if self._leaving or not any(trial.user_attrs.get("starts") for trial in self._running()):
+            if self.stopping or not any(trial.user_attrs.get("starts") for trial in self._running()):
                 raise
             if str(error) != self._last_error:
                 self._last_error = str(error)
@@ -106,11 +106,11 @@ class Sweep:
                 self._interrupted.add(trial.number)
         return any(trial.number in self._interrupted for trial in active)
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
+    def handle_signal(self, number: int, frame: FrameType | None) -> None:
         """Signal handler: the first signal interrupts the sweep, the second raises `KeyboardInterrupt`."""
-        if self._leaving:
+        if self.stopping:
             raise KeyboardInterrupt
-        self._leaving = True
+        self.stopping = True
         print(
             "stopping: local trials save and exit, Slurm jobs keep running; the same command resumes the study "
             "(again: exit at once)",
@@ -159,7 +159,7 @@ class Sweep:
             )
         if run_outcome.state not in ("lost", "interrupted"):
             self._record(trial, run_outcome)
-        elif not self._leaving:
+        elif not self.stopping:
             self._start(trial, run_outcome)
 
     def _slot(self, trial: FrozenTrial) -> int:
@@ -206,7 +206,7 @@ class Sweep:
                 step, value, _ = watch.metric_history(run_dir, self._search.metric)[-1]
                 print(f"trial {trial.number}: pruned at step {step} ({self._search.metric} {value:.4f})", flush=True)
                 self._study.set_attrs(trial.number, pruned=True)
-            (run_dir / watch.STOP).touch()
+            (run_dir / layout.STOP_FILE).touch()
             self._stop_requested_at[trial.number] = time.monotonic()
 
     def _record(self, trial: FrozenTrial, run_outcome: watch.RunOutcome) -> None:
@@ -235,7 +235,7 @@ class Sweep:
         }
         final_value = value if value is not None and math.isfinite(value) else None
         self._study.tell(trial.number, state, final_value, last_value=final_value, **attributes)
-        (run_dir / watch.STOP).unlink(missing_ok=True)
+        (run_dir / layout.STOP_FILE).unlink(missing_ok=True)
         summary = f"{self._search.metric} {final_value:.5f}" if final_value is not None else message
         print(f"trial {trial.number}: {outcome} after {steps} steps, {summary}", flush=True)
         if run_outcome.state == "finished" and value is None and self._study.best is None:

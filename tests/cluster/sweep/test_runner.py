@@ -360,7 +360,7 @@ def test_the_best_values_compose_as_an_experiment(tmp_path: Path, monkeypatch) -
     params = {"optim": "muon", "optim.lr": 0.02, "data.weights.zh": 0.5, "tuning": "rslora", "tuning.dropout": 0.25}
     shutil.copytree(app.CONF, tmp_path / "conf")
     monkeypatch.setattr(app, "CONF", tmp_path / "conf")
-    (app.CONF / "experiment" / "best.yaml").write_text(results._option_file(params, "Trial 1."))
+    (app.CONF / "experiment" / "best.yaml").write_text(results.option_file(params, "Trial 1."))
     usual = ["run=a", "model=./base", "data=./store", "optim.steps=3"]
     told = app.compose("train", [*usual, *ranges.words(params)])
     assert (told.optim.lr, told.tuning.use_rslora, told.data.weights) == (0.02, True, {"zh": 0.5})
@@ -482,7 +482,8 @@ def test_an_interrupt_asks_every_trial_once_and_waits_for_all(tmp_path: Path, mo
     study = Study(tmp_path / "study.journal", "s", looking)
     sweep = Sweep(study, looking, "s", tmp_path, freeze, played)
     monkeypatch.setattr(
-        "fireflyds.cluster.sweep.runner.time.sleep", lambda seconds: None if sweep._leaving else sweep._hear(15, None)
+        "fireflyds.cluster.sweep.runner.time.sleep",
+        lambda seconds: None if sweep.stopping else sweep.handle_signal(15, None),
     )
     assert not sweep.run()
     assert played.asked == ["trial-0000", "trial-0001"]
