@@ -76,9 +76,9 @@ def learn_with_sentencepiece(corpus: str) -> None:
 
 def merge_and_check(pieces: str, base: str) -> None:
     from fireflyds.tokenizer.base import load_base
-    from fireflyds.tokenizer.merge import drop_unreachable, plan_merge, unreachable
     from fireflyds.tokenizer.pieces import read_pieces
     from fireflyds.tokenizer.scripts import Scripts
+    from fireflyds.tokenizer.vocabulary_merge import drop_unreachable, plan_merge, unreachable
 
     found = load_base(Path(base))
     plan = plan_merge(found, read_pieces(Path(pieces)), Scripts(["Han", "CJK_Punctuation"]))

@@ -18,7 +18,7 @@ from fireflyds.errors import UserError
 from fireflyds.fs import atomic_write_text
 from fireflyds.metrics.plots import plot_loss
 from fireflyds.pipelines import demo_report
-from fireflyds.pipelines.runner import RoadRunner
+from fireflyds.pipelines.stage_runner import RoadRunner
 from fireflyds.runs import layout
 from fireflyds.runs.jsonl import read_jsonl
 

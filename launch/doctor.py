@@ -36,15 +36,15 @@ def examine(config: DoctorConfig) -> int:
     import fireflyds_kernels
 
     from fireflyds.distributed import launcher_env
-    from fireflyds.doctor import packing, report, session
+    from fireflyds.doctor import check_report, packing_check, session
     from fireflyds.doctor.check import Severity, failed, worst
     from fireflyds.zero import engine
 
     engine.pick_accelerator()
     rank_info = launcher_env.rank_from_environment(os.environ)
     if config.packing:
-        packing.validate_config(config)
-    with report.exclusive_stdout() as out:
+        packing_check.validate_config(config)
+    with check_report.exclusive_stdout() as out:
         # Rank 0 prints the checks so far even if the launcher terminates it because another rank has died.
         may_be_terminated = rank_info.rank == 0 and rank_info.world_size > 1
         with signal_guards.sigterm_guard() if may_be_terminated else contextlib.nullcontext([]) as signals:
@@ -56,15 +56,17 @@ def examine(config: DoctorConfig) -> int:
         if config.packing and signals:
             checks.append(failed("packing", "not run: this rank was terminated before", "see `ranks`"))
         elif config.packing:
-            check, packing_report = packing.check_packing(config)
+            check, packing_report = packing_check.check_packing(config)
             checks.append(check)
         kernels = fireflyds_kernels.describe()
         if config.format is PlanFormat.json:
             print(
-                report.checks_to_json(checks, rank_info.world_size, hosts, kernels.splitlines()), file=out, flush=True
+                check_report.checks_to_json(checks, rank_info.world_size, hosts, kernels.splitlines()),
+                file=out,
+                flush=True,
             )
         else:
-            table = report.format_checks(checks, hosts, coloured=out.isatty() and "NO_COLOR" not in os.environ)
+            table = check_report.format_checks(checks, hosts, coloured=out.isatty() and "NO_COLOR" not in os.environ)
             print(*filter(None, [kernels, packing_report, table]), sep="\n\n", file=out, flush=True)
     return 1 if worst(checks) is Severity.error else 0
 

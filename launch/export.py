@@ -65,7 +65,7 @@ def write_model(
     """Writes the merged model. Memory: the model and one merged matrix at a time."""
     from fireflyds.checkpoint.init_from import restore_weights
     from fireflyds.export import publish
-    from fireflyds.export.merge import merged_entries
+    from fireflyds.export.merged_weights import merged_entries
     from fireflyds.models.load import read_config
     from fireflyds.models.precision import DTYPES, resolve_precision
     from fireflyds.models.tuning import load_tuned_model

@@ -27,7 +27,7 @@ def plan(config: PlanConfig) -> None:
     from fireflyds.metrics.flops import step_flops
     from fireflyds.models import load, tuning
     from fireflyds.optim import param_groups as groups
-    from fireflyds.planner import report
+    from fireflyds.planner import plan_report
     from fireflyds.planner.model_shape import model_shape
     from fireflyds.planner.plan import cluster_precision, make_plan, summarize_data
     from fireflyds.tokenizer.encoder import load_encoder
@@ -52,11 +52,11 @@ def plan(config: PlanConfig) -> None:
     training_plan = make_plan(config, model_shape(model, config), step_flops(model), precision, data)
     if config.format is PlanFormat.json:
         metadata = {"parameters": total, "trainable_parameters": trainable, "groups": [asdict(row) for row in rows]}
-        print(json.dumps(metadata | report.as_json(training_plan, notes)))
+        print(json.dumps(metadata | plan_report.as_json(training_plan, notes)))
         return
     print(
         f"{trainable:,} of {total:,} parameters train\n{groups.format_groups(rows)}\n"
-        f"{report.format_plan(training_plan, notes)}"
+        f"{plan_report.format_plan(training_plan, notes)}"
     )
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fireflyds import app
-from fireflyds.cluster import input_checks, report, script, slurm, submission
+from fireflyds.cluster import input_checks, job_status, script, slurm, submission
 from fireflyds.cluster.submission import PlannedJob
 from fireflyds.config import (
     VERBS,
@@ -30,7 +30,7 @@ from fireflyds.config import (
     TrainConfig,
 )
 from fireflyds.errors import UserError
-from fireflyds.pipelines import runner
+from fireflyds.pipelines import stage_runner
 from fireflyds.runs import config_diff, layout
 from fireflyds.runs import find as run_names
 
@@ -111,9 +111,9 @@ def _plan_pipeline(config: SubmitConfig, rest: list[str]) -> tuple[Path, list[Pl
     folder = Path(config.runs) / run
     all_composed = [_compose_stage(file, stage) for stage in stages.stages]
     for composed in all_composed:
-        runner.relocate(composed, stages, config.runs, run)
+        stage_runner.relocate(composed, stages, config.runs, run)
     texts = [app.to_yaml(composed) for composed in all_composed]
-    keys = runner.stage_keys(f"{stage.verb}\n{text}" for stage, text in zip(stages.stages, texts, strict=True))
+    keys = stage_runner.stage_keys(f"{stage.verb}\n{text}" for stage, text in zip(stages.stages, texts, strict=True))
     planned: list[PlannedJob] = []
     promised: list[Path] = []
     for stage, composed, text, key in zip(stages.stages, all_composed, texts, keys, strict=True):
@@ -167,7 +167,7 @@ def _run_action(config: SubmitConfig, rest: list[str]) -> None:
             remedy="Give the run= or the runs= of the submit command",
         )
     if config.action is SubmitAction.logs:
-        print(report.logs(records, config.lines))
+        print(job_status.logs(records, config.lines))
         return
     states = slurm.states([record.id for record in records])
     if config.action is SubmitAction.cancel:
@@ -176,7 +176,7 @@ def _run_action(config: SubmitConfig, rest: list[str]) -> None:
         names = ", ".join(f"{record.name} (job {record.id})" for record in active)
         print(f"cancelled: {names or 'nothing, no job was active'}")
         return
-    print(report.status(records, states))
+    print(job_status.status(records, states))
 
 
 if __name__ == "__main__":

@@ -41,9 +41,9 @@ def sweep(config: SweepConfig, rest: list[str]) -> None:
             f"trials get theirs from study={config.study} and runs={config.runs}", key=reserved[0], remedy="Remove it"
         )
     # Heavy imports are deferred until the configuration is validated.
-    from fireflyds.cluster.sweep import results
-    from fireflyds.cluster.sweep.runner import Sweep, only_one, run_name
+    from fireflyds.cluster.sweep import trial_table
     from fireflyds.cluster.sweep.study import Study
+    from fireflyds.cluster.sweep.sweep_runner import Sweep, only_one, run_name
 
     folder = Path(config.runs) / config.study
 
@@ -66,7 +66,7 @@ def sweep(config: SweepConfig, rest: list[str]) -> None:
         _require_same_study(folder, config, rest)
         study = Study(folder / "study.journal", config.study, config.sweep)
         finished = Sweep(study, config.sweep, config.study, folder, freeze, launcher).run()
-        print(results.write(study, config.sweep, config.study, folder, rest))
+        print(trial_table.write(study, config.sweep, config.study, folder, rest))
     if not finished:
         raise KeyboardInterrupt
     if study.best is None:

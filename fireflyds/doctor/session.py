@@ -12,7 +12,7 @@ from fireflyds.distributed.host_identity import boot_id, distinct_host_names, lo
 from fireflyds.distributed.launcher_env import RankInfo
 from fireflyds.distributed.rendezvous import StoreChannel, UnresponsiveRanksError
 from fireflyds.distributed.timeouts import run_with_timeout
-from fireflyds.doctor import clocks, gpus, inputs, links, machine, versions
+from fireflyds.doctor import clocks, gpus, input_files, links, machine, versions
 from fireflyds.doctor.check import Check, failed, on_host, passed, warning
 from fireflyds.doctor.hosts import check_hosts, check_terminated, check_unresponsive
 from fireflyds.doctor.signal_guards import TerminatedError
@@ -75,7 +75,7 @@ def inspect_host(config: DoctorConfig, ranks_here: int, num_hosts: int, cores: i
         *versions.check_all(),
         *gpus.check_all(ranks_here),
         *machine.check_all(config, ranks_here, num_hosts, len(visible_gpus), cores),
-        *inputs.check_all(config),
+        *input_files.check_all(config),
     ]
 
 

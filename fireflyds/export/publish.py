@@ -16,7 +16,7 @@ from fireflyds.errors import UserError
 from fireflyds.models.load import bare_model, load_for_inference
 from fireflyds.models.packed.forward import fuse, hidden_states
 from fireflyds.models.precision import DTYPES, is_emulated
-from fireflyds.tokenizer.shards import Entry, save_sharded
+from fireflyds.tokenizer.shards import TensorEntry, save_sharded
 from fireflyds.types import EOS, Encoder, PackedBatch
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -25,7 +25,11 @@ TOLERANCE = {Precision.fp32: 1e-5, Precision.bf16: 5e-2, Precision.fp16: 1e-2}
 
 
 def write_weights(
-    folder: Path, hf_config: Any, entries: dict[str, Entry], dtype: torch.dtype, max_shard_bytes: int = MAX_SHARD_BYTES
+    folder: Path,
+    hf_config: Any,
+    entries: dict[str, TensorEntry],
+    dtype: torch.dtype,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Writes `config.json` and safetensors shards of at most `max_shard_bytes` (or one tensor), tensor by tensor.
 

@@ -9,11 +9,11 @@ from fireflyds.errors import UserError
 from fireflyds.tokenizer.base import Base
 from fireflyds.tokenizer.bpe import Step
 from fireflyds.tokenizer.learn import common_characters, count_words, learn_pieces
-from fireflyds.tokenizer.merge import MergePlan, drop_unreachable, fill_missing_merges, plan_merge
 from fireflyds.tokenizer.sample import CorpusSample
 from fireflyds.tokenizer.scripts import Scripts
 from fireflyds.tokenizer.select import Point, by_saving, curve, knee, savings
 from fireflyds.tokenizer.verify import VerificationResult
+from fireflyds.tokenizer.vocabulary_merge import MergePlan, drop_unreachable, fill_missing_merges, plan_merge
 
 # Number of pieces in each of the report's two lists (most useful, rarest).
 _NUM_LISTED = 40

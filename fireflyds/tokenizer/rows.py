@@ -16,7 +16,7 @@ from fireflyds.config import RowInit
 from fireflyds.errors import UserError
 from fireflyds.fs import read_json
 from fireflyds.tokenizer.hf_files import FILES
-from fireflyds.tokenizer.shards import Entry, save_streamed, shard_name
+from fireflyds.tokenizer.shards import TensorEntry, save_streamed, shard_name
 from fireflyds.tokenizer.weight_files import weight_readers
 
 # Names of the two matrices in transformers: LLaMA and similar models, InternLM2, Falcon and Bloom, GPT-2, GPT-NeoX.
@@ -105,13 +105,15 @@ def expand_model(base: Path, out: Path, new: NewRows) -> dict[str, int]:
     total = 0
     files = weight_readers(base)
     for number, (name, read) in enumerate(files, 1):
-        entries: dict[str, Entry] = {}
+        entries: dict[str, TensorEntry] = {}
         for key, tensor in read():
             grown, is_copy = tracker.check(key, tensor)
             if is_copy:  # tied models store one matrix
                 continue
             shape = [new.num_tokens + len(new.old_ids), *tensor.shape[1:]] if grown else [*tensor.shape]
-            entries[key] = Entry(shape, tensor.dtype, partial(new.grow, tensor) if grown else partial(_as_is, tensor))
+            entries[key] = TensorEntry(
+                shape, tensor.dtype, partial(new.grow, tensor) if grown else partial(_as_is, tensor)
+            )
             tracker.after += math.prod(shape)
             total += math.prod(shape) * tensor.element_size()
         shard = name if name.endswith(".safetensors") else shard_name(number, len(files))

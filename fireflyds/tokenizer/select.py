@@ -8,7 +8,7 @@ import numpy as np
 
 from fireflyds.config import VocabSizeRule
 from fireflyds.tokenizer.base import Base
-from fireflyds.tokenizer.merge import MergePlan
+from fireflyds.tokenizer.vocabulary_merge import MergePlan
 from fireflyds.types import Encoder
 
 # Number of intervals of the curve of vocabulary sizes.

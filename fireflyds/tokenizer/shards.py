@@ -30,7 +30,7 @@ def shard_names(index: Path) -> list[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class TensorEntry:
     """A tensor to be written: its shape and dtype, and a function that creates it when it is written."""
 
     shape: list[int]
@@ -43,7 +43,7 @@ class Entry:
         return int(torch.Size(self.shape).numel() * self.dtype.itemsize)
 
 
-def save_streamed(file: Path, entries: dict[str, Entry]) -> None:
+def save_streamed(file: Path, entries: dict[str, TensorEntry]) -> None:
     """Writes a safetensors file (https://github.com/huggingface/safetensors, section Format): the length of the header
     as a little-endian 64-bit integer, the header in JSON, padded to a multiple of eight bytes, and the tensor data.
 
@@ -71,10 +71,10 @@ def save_streamed(file: Path, entries: dict[str, Entry]) -> None:
             stream.write(tensor.flatten().view(torch.uint8).numpy().data)
 
 
-def save_sharded(folder: Path, entries: dict[str, Entry], max_bytes: int) -> None:
+def save_sharded(folder: Path, entries: dict[str, TensorEntry], max_bytes: int) -> None:
     """Writes `model.safetensors` or, where the tensors exceed `max_bytes`, several files and their index, named as in
     transformers."""
-    shards: list[dict[str, Entry]] = [{}]
+    shards: list[dict[str, TensorEntry]] = [{}]
     size = total = 0
     for name, entry in entries.items():
         if shards[-1] and size + entry.num_bytes > max_bytes:

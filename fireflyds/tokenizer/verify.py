@@ -7,8 +7,8 @@ from typing import Any
 
 from fireflyds.tokenizer.base import Base
 from fireflyds.tokenizer.encoder import load_encoder
-from fireflyds.tokenizer.merge import MergePlan, unreachable
 from fireflyds.tokenizer.scripts import Scripts
+from fireflyds.tokenizer.vocabulary_merge import MergePlan, unreachable
 from fireflyds.types import Encoder
 
 # Difficult inputs: all kinds of white space, code, digits, supplementary planes, combining marks, joined emoji.

@@ -3,7 +3,7 @@
 from typing import Any
 
 from fireflyds.optim.param_groups import format_groups, summarize_groups
-from fireflyds.train.inputs import RunInputs
+from fireflyds.train.run_inputs import RunInputs
 from fireflyds.types import TrainState
 
 

@@ -34,9 +34,9 @@ from fireflyds.runs.directory import open_run
 from fireflyds.runs.layout import EXIT_INTERRUPTED, EXIT_STOPPED
 from fireflyds.runs.status import Status
 from fireflyds.train import loss_spike
-from fireflyds.train.inputs import RunInputs
 from fireflyds.train.loop import Loader, train_steps
 from fireflyds.train.objectives import Objective
+from fireflyds.train.run_inputs import RunInputs
 from fireflyds.train.summary import describe_run, describe_start
 from fireflyds.train.validation import Validator
 from fireflyds.types import StepMetrics, TrainState

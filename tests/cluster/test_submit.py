@@ -15,7 +15,7 @@ from bases import sentencepiece_base
 from grid import ROOT
 
 from fireflyds import app
-from fireflyds.cluster import report, script, slurm, submission
+from fireflyds.cluster import job_status, script, slurm, submission
 from fireflyds.cluster.slurm import JobState
 from fireflyds.config import ClusterConfig, TrainConfig
 from fireflyds.errors import UserError
@@ -370,7 +370,7 @@ def test_a_code_that_was_left_is_told_when_slurm_has_forgotten_the_job(fake: Fak
     _start(fake, path, 2, None)
     record = submission.JobRecord("cpt", "export", "7", str(fake.work), str(path), "a.log", 0)
     states = {"7": JobState("gone")}
-    assert report.status([record], states) == "cpt: job 7 gone; no longer known to Slurm; exited with code 2"
+    assert job_status.status([record], states) == "cpt: job 7 gone; no longer known to Slurm; exited with code 2"
 
 
 @pytest.mark.parametrize("step", [10, None])
@@ -451,7 +451,7 @@ def test_times_are_read_as_slurm_reads_them(time: str, seconds: int) -> None:
 )
 def test_how_a_job_stands_is_told_in_words(state: JobState, expected: str) -> None:
     record = submission.JobRecord("export", "export", "7", "runs/a", "a.sh", "a.log", 0)
-    assert report.status([record], {"7": state}) == f"export: job 7 {expected}"
+    assert job_status.status([record], {"7": state}) == f"export: job 7 {expected}"
 
 
 @pytest.mark.parametrize(

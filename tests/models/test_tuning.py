@@ -12,7 +12,7 @@ from fireflyds.checkpoint import trainable_files
 from fireflyds.checkpoint import trainable_weights as trained
 from fireflyds.config import ModelConfig, ModelInit, Precision, TrainableRows, TuningConfig, TuningMethod
 from fireflyds.errors import UserError
-from fireflyds.export.merge import merged_state_dict
+from fireflyds.export.merged_weights import merged_state_dict
 from fireflyds.models import load, tuning
 from fireflyds.models.tuning import reset_dora_magnitudes
 from fireflyds.testing.models import save_tiny_llama

@@ -10,7 +10,7 @@ from plans import plan_of
 
 from fireflyds import app
 from fireflyds.config import PlanConfig, Precision
-from fireflyds.planner import plan, report
+from fireflyds.planner import plan, plan_report
 from fireflyds.planner import search as choices
 from fireflyds.planner.memory import GIB, Placement
 from fireflyds.planner.plan import TrainingPlan
@@ -76,7 +76,7 @@ def test_the_cpu_is_the_cpu_however_it_is_written() -> None:
 
 
 def test_a_plan_for_cpus_speaks_of_ranks() -> None:
-    small = report.format_plan(_plan(*ON_CPU, "zero=1", "cluster.gpu_memory_gib=1"), [])
+    small = plan_report.format_plan(_plan(*ON_CPU, "zero=1", "cluster.gpu_memory_gib=1"), [])
     assert "GPU" not in small
     assert "peak GiB per rank within a step" in small
     assert "GiB needed, 1.0 GiB available per rank" in small
@@ -182,12 +182,12 @@ def test_disk_that_grows_as_long_as_the_run_is_said_to_grow() -> None:
         f"checkpoint: {each / GIB:.2f} GiB on disk, {3 * each / GIB:.2f} GiB per run plus one checkpoint every "
         "500 steps"
     )
-    assert f"{line} (checkpoint.keep_every)" in report.format_plan(grows, [])
-    assert report.as_json(grows, [])["disk_of_run"] is None
+    assert f"{line} (checkpoint.keep_every)" in plan_report.format_plan(grows, [])
+    assert plan_report.as_json(grows, [])["disk_of_run"] is None
     limited = replace(grows, config=_config(*given, "checkpoint.keep_every=250", "checkpoint.max_gib=500"))
-    assert report.as_json(limited, [])["disk_of_run"] == 500 * GIB + each
+    assert plan_report.as_json(limited, [])["disk_of_run"] == 500 * GIB + each
     shown = f"{500 + each / GIB:.2f} GiB at most (checkpoint.keep=2, checkpoint.max_gib=500)"
-    assert shown in report.format_plan(limited, [])
+    assert shown in plan_report.format_plan(limited, [])
     assert plan.disk_bytes(5.0, _config(*given, "checkpoint.keep_every=250"), 1000) == (3 + 2) * 5
 
 

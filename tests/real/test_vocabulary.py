@@ -16,10 +16,10 @@ from fireflyds.tokenizer.encoder import load_encoder
 from fireflyds.tokenizer.expansion import Expansion, plan_expansion
 from fireflyds.tokenizer.hf_files import write_byte_level
 from fireflyds.tokenizer.learn import learn_byte_level
-from fireflyds.tokenizer.merge import unreachable
 from fireflyds.tokenizer.pieces import read_pieces
 from fireflyds.tokenizer.sample import draw_sample
 from fireflyds.tokenizer.scripts import Scripts
+from fireflyds.tokenizer.vocabulary_merge import unreachable
 from fireflyds.types import Encoder
 
 pytestmark = pytest.mark.data

@@ -11,9 +11,9 @@ from fireflyds.config import ExpandConfig, VocabSizeRule
 from fireflyds.errors import UserError
 from fireflyds.tokenizer.base import Base, load_base
 from fireflyds.tokenizer.expansion import Expansion, plan_expansion
-from fireflyds.tokenizer.merge import unreachable
 from fireflyds.tokenizer.sample import draw_sample
 from fireflyds.tokenizer.scripts import Scripts
+from fireflyds.tokenizer.vocabulary_merge import unreachable
 
 SCRIPTS = Scripts(["Han", "CJK_Punctuation"])
 GIVEN = ["的特产是", "流经青岭镇", "清水河", "一天的路程", "龘"]

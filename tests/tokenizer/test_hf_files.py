@@ -13,8 +13,8 @@ from fireflyds.errors import UserError
 from fireflyds.tokenizer.base import load_base
 from fireflyds.tokenizer.encoder import load_encoder
 from fireflyds.tokenizer.hf_files import CUTS, TIES, disagreement, write_tokenizer
-from fireflyds.tokenizer.merge import plan_merge
 from fireflyds.tokenizer.scripts import Scripts
+from fireflyds.tokenizer.vocabulary_merge import plan_merge
 
 CODE = [
     "def f(x):\n    return  x ** 2  # 注释",

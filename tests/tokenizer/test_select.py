@@ -9,9 +9,9 @@ from samples import CHINESE
 
 from fireflyds.config import VocabSizeRule
 from fireflyds.tokenizer.base import load_base
-from fireflyds.tokenizer.merge import plan_merge, unreachable
 from fireflyds.tokenizer.scripts import Scripts
 from fireflyds.tokenizer.select import Point, average_log_probability, by_saving, curve, knee, savings, shares
+from fireflyds.tokenizer.vocabulary_merge import plan_merge, unreachable
 
 SCRIPTS = Scripts(["Han", "CJK_Punctuation"])
 PIECES = ["特产", "的特产是", "流经", "河是", "青岭镇", "清水河", "一天的路程", "县城", "离县城有"]

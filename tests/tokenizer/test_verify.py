@@ -7,9 +7,9 @@ from samples import CHINESE, ENGLISH
 
 from fireflyds.tokenizer.base import Base, load_base
 from fireflyds.tokenizer.bpe import Step
-from fireflyds.tokenizer.merge import MergePlan, plan_merge
 from fireflyds.tokenizer.scripts import Scripts
 from fireflyds.tokenizer.verify import HARD_LINES, verify_expansion
+from fireflyds.tokenizer.vocabulary_merge import MergePlan, plan_merge
 
 SCRIPTS = Scripts(["Han", "CJK_Punctuation"])
 

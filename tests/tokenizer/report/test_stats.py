@@ -4,10 +4,10 @@ import pytest
 from samples import CHINESE, ENGLISH
 
 from fireflyds.tokenizer.base import load_base
-from fireflyds.tokenizer.merge import plan_merge
 from fireflyds.tokenizer.report.page import format_comparison
 from fireflyds.tokenizer.report.stats import compare_tokenizers, language
 from fireflyds.tokenizer.scripts import Scripts
+from fireflyds.tokenizer.vocabulary_merge import plan_merge
 
 
 @pytest.mark.parametrize(

@@ -12,23 +12,23 @@ from torch import Tensor, nn
 
 from fireflyds.models.split_embeddings import SplitEmbedding, SplitLMHead
 from fireflyds.models.tuning import ADAPTER, adapted_direction, float_weight, is_quantised
-from fireflyds.tokenizer.shards import Entry
+from fireflyds.tokenizer.shards import TensorEntry
 
 # Substrings of state-dict names that belong to adapted layers and quantisation states, not to the plain model.
 _PARTS = (".base_layer.", ".lora_", ".weight.absmax", ".weight.quant", ".weight.nested", ".SCB", ".weight_format")
 
 
-def merged_entries(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Entry]:
+def merged_entries(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, TensorEntry]:
     """Returns every weight of the plain model by name, computed lazily: matrices are merged one at a time when written.
 
     `dtype`: that of the written weights; None: float32 for merged, joined or dequantised weights, else unchanged.
     Merging is done in float32, as merging into 4-bit weights would round off the trained update.
     """
-    entries: dict[str, Entry] = {}
+    entries: dict[str, TensorEntry] = {}
 
     def add(name: str, shape: torch.Size | list[int], source_dtype: torch.dtype, make: Callable[[], Tensor]) -> None:
         target = source_dtype if dtype is None or not source_dtype.is_floating_point else dtype
-        entries[name] = Entry([*shape], target, partial(_cast_to_host, make, target))
+        entries[name] = TensorEntry([*shape], target, partial(_cast_to_host, make, target))
 
     for name, tensor in model.state_dict().items():
         if _is_plain(name):

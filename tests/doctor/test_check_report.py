@@ -12,7 +12,7 @@ import pytest
 
 from fireflyds.config import DoctorConfig
 from fireflyds.distributed.timeouts import run_with_timeout
-from fireflyds.doctor import report
+from fireflyds.doctor import check_report
 from fireflyds.doctor import signal_guards as patience
 from fireflyds.doctor.check import Check, Severity, failed, on_host, passed, warning, worst
 from fireflyds.errors import UserError
@@ -32,7 +32,7 @@ def _checks() -> list[Check]:
 
 
 def test_hosts_are_put_together_and_the_worst_stands_first() -> None:
-    assert report.format_checks(_checks(), HOSTS, coloured=False).splitlines() == [
+    assert check_report.format_checks(_checks(), HOSTS, coloured=False).splitlines() == [
         "disk               ok      n1 (similar on 2 more): 5 MiB/s",
         "cores              warning all hosts: 1 of 8",
         "                           -> ask for more",
@@ -47,7 +47,7 @@ def test_hosts_are_put_together_and_the_worst_stands_first() -> None:
 def test_green_findings_are_put_together_only_where_they_differ_in_numbers_alone() -> None:
     found = {"n1": "8 x A100, 80 GiB", "n2": "8 x A100, 79 GiB", "n3": "none; training runs on the CPU"}
     checks = [on_host(host, [passed("gpus", text)])[0] for host, text in found.items()]
-    assert report.format_checks(checks, HOSTS, coloured=False).splitlines()[:-1] == [
+    assert check_report.format_checks(checks, HOSTS, coloured=False).splitlines()[:-1] == [
         "gpus               ok      n1 (similar on 1 more): 8 x A100, 80 GiB",
         "gpus               ok      n3: none; training runs on the CPU",
     ]
@@ -85,14 +85,14 @@ def test_every_end_leaves_what_hangs_behind(monkeypatch, end, code: int) -> None
 
 def test_colours_are_for_terminals_and_lines_no_longer_than_the_page() -> None:
     long = [warning("cores", "word " * 60, "more " * 60)]
-    plain = report.format_checks(long, ["n1"], coloured=False)
-    assert max(map(len, plain.splitlines())) <= report.WIDTH
+    plain = check_report.format_checks(long, ["n1"], coloured=False)
+    assert max(map(len, plain.splitlines())) <= check_report.WIDTH
     assert "\033" not in plain
-    assert "\033[33mwarning\033[0m" in report.format_checks(long, ["n1"], coloured=True)
+    assert "\033[33mwarning\033[0m" in check_report.format_checks(long, ["n1"], coloured=True)
 
 
 def test_json_holds_every_finding_of_every_host_in_one_line() -> None:
-    text = report.checks_to_json(_checks(), 24, HOSTS, ["CPU"])
+    text = check_report.checks_to_json(_checks(), 24, HOSTS, ["CPU"])
     assert "\n" not in text
     found = json.loads(text)
     assert (found["severity"], found["ranks"], found["hosts"], found["kernels"]) == ("error", 24, HOSTS, ["CPU"])
@@ -155,7 +155,7 @@ def test_wrong_values_are_named(values, words: str) -> None:
 
 
 def test_what_libraries_print_does_not_get_into_the_report(capfd) -> None:
-    with report.exclusive_stdout() as out:
+    with check_report.exclusive_stdout() as out:
         os.write(1, b"from C\n")
         print("the report", file=out)
     print("later")

@@ -7,8 +7,8 @@ import pytest
 
 from fireflyds.config import RoadConfig, StageConfig
 from fireflyds.errors import UserError
-from fireflyds.pipelines import runner as road_module
-from fireflyds.pipelines.runner import RoadRunner
+from fireflyds.pipelines import stage_runner as road_module
+from fireflyds.pipelines.stage_runner import RoadRunner
 
 
 @pytest.fixture

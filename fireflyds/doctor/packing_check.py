@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from fireflyds.config import DoctorConfig, HardwareConfig, Precision
 from fireflyds.doctor.check import Check, failed, passed
-from fireflyds.doctor.inputs import error_from
+from fireflyds.doctor.input_files import error_from
 from fireflyds.errors import UserError
 from fireflyds.models.load import config_of
 from fireflyds.models.packed.forward import attention_dispatch_key, fuse, hidden_states

@@ -16,9 +16,9 @@ from fireflyds.errors import UserError
 from fireflyds.tokenizer.base import Base, load_base
 from fireflyds.tokenizer.encoder import load_encoder
 from fireflyds.tokenizer.learn import common_characters, count_words, learn_pieces
-from fireflyds.tokenizer.merge import MergePlan, fill_missing_merges, plan_merge, unreachable
 from fireflyds.tokenizer.pieces import read_pieces
 from fireflyds.tokenizer.scripts import Scripts
+from fireflyds.tokenizer.vocabulary_merge import MergePlan, fill_missing_merges, plan_merge, unreachable
 from fireflyds.types import Encoder
 
 CHINESE_SCRIPTS = Scripts(["Han", "CJK_Punctuation"])

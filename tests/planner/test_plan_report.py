@@ -11,7 +11,7 @@ from fireflyds import app
 from fireflyds.config import PlanConfig, Precision
 from fireflyds.errors import UserError
 from fireflyds.metrics.flops import peak_flops
-from fireflyds.planner import plan, report
+from fireflyds.planner import plan, plan_report
 from fireflyds.planner import search as choices
 from fireflyds.planner.plan import TrainingPlan
 
@@ -75,12 +75,12 @@ def test_where_nothing_fits_the_plan_says_so_and_still_tells_its_own_choice() ->
     made = _plan(*FULL, "cluster=h200", "cluster.gpu_memory_gib=12", "cluster.host_memory_gib=64")
     assert made.fastest is None
     assert made.best is made.own
-    shown = report.format_plan(made, [])
+    shown = plan_report.format_plan(made, [])
     assert (
         "fastest: nothing fits. Give more or larger GPUs (cluster.*), or try tuning=qlora, a shorter seq_len" in shown
     )
     assert "as configured (zero=1, offload none, micro_batch_size=6, without checkpointing): does not fit: " in shown
-    assert report.as_json(made, [])["fastest"] is None
+    assert plan_report.as_json(made, [])["fastest"] is None
 
 
 def test_time_is_flops_over_what_the_gpus_reach() -> None:
@@ -98,7 +98,7 @@ def test_time_is_flops_over_what_the_gpus_reach() -> None:
     )
     flops = made.work.flops + made.work.recomputed
     assert again.seconds == pytest.approx(flops / (0.4 * 989e12) + launches * 4 / 3)
-    told = report.as_json(made, [])
+    told = plan_report.as_json(made, [])
     assert told["hours"] == pytest.approx(made.best.seconds * 10 / 3600)
     assert told["tokens"] == 10 * tokens
     assert told["flops"] == 10 * made.work.flops

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fireflyds.config import DoctorConfig
 from fireflyds.data.store.store import MANIFEST
-from fireflyds.doctor import inputs
+from fireflyds.doctor import input_files
 from fireflyds.doctor.check import Severity
 from fireflyds.testing.stores import write_store
 from fireflyds.tokenizer.hf_files import write_tokenizer
@@ -51,11 +51,11 @@ def _verdicts(**given) -> dict[str, Severity]:
 
 
 def _checks(**given):
-    return {check.name: check for check in inputs.check_all(DoctorConfig(**{k: str(v) for k, v in given.items()}))}
+    return {check.name: check for check in input_files.check_all(DoctorConfig(**{k: str(v) for k, v in given.items()}))}
 
 
 def test_nothing_given_is_nothing_said() -> None:
-    assert inputs.check_all(DoctorConfig()) == []
+    assert input_files.check_all(DoctorConfig()) == []
 
 
 def test_what_belongs_together_is_green(tmp_path, base_tokenizer, encoder) -> None:
@@ -113,9 +113,9 @@ def test_broken_and_missing_weights_are_named(tmp_path, encoder) -> None:
     model = _model(tmp_path / "model", encoder.vocab_size)
     shards = sorted(model.glob("*.safetensors"))
     assert len(shards) > 1
-    assert inputs.check_weights(model).severity is Severity.ok
+    assert input_files.check_weights(model).severity is Severity.ok
     for shard in shards:
-        assert inputs.expected_size(shard) == shard.stat().st_size
+        assert input_files.expected_size(shard) == shard.stat().st_size
     whole = shards[0].read_bytes()
     for broken in (whole[:-1], whole[:20], b"", b"not found, sorry: 404"):
         shards[0].write_bytes(broken)
@@ -139,18 +139,18 @@ def test_weights_that_are_not_safetensors_are_whole_too(tmp_path) -> None:
     (tmp_path / names[1]).touch()
     assert f"{names[1]} empty" in _checks(model=tmp_path)["weights"].message
     (tmp_path / names[1]).write_bytes(b"weights")
-    check = inputs.check_weights(tmp_path)
+    check = input_files.check_weights(tmp_path)
     assert check.severity is Severity.ok
     assert check.message == f"{tmp_path}: {', '.join(names)} (not safetensors, their lengths are not known)"
 
 
 def test_inputs_on_a_drive_that_is_gone_are_red_in_time(tmp_path, monkeypatch) -> None:
     hung = threading.Event()
-    monkeypatch.setattr(inputs, "load_encoder", lambda path: hung.wait(30))
-    monkeypatch.setattr(inputs, "TokenStore", lambda path, key: hung.wait(30))
-    monkeypatch.setattr(inputs, "_LEAST_SECONDS", 0.6)
+    monkeypatch.setattr(input_files, "load_encoder", lambda path: hung.wait(30))
+    monkeypatch.setattr(input_files, "TokenStore", lambda path, key: hung.wait(30))
+    monkeypatch.setattr(input_files, "_LEAST_SECONDS", 0.6)
     started = time.monotonic()
-    checks = inputs.check_all(DoctorConfig(tokenizer="gone", data="gone", timeout=1))
+    checks = input_files.check_all(DoctorConfig(tokenizer="gone", data="gone", timeout=1))
     assert time.monotonic() - started < 5
     hung.set()
     assert [(check.name, check.severity, check.message) for check in checks] == [

@@ -6,7 +6,7 @@ from fireflyds_kernels import packed_attention
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fireflyds.config import DoctorConfig, Precision
-from fireflyds.doctor import packing
+from fireflyds.doctor import packing_check
 from fireflyds.doctor.check import Severity
 from fireflyds.errors import UserError
 from fireflyds.models.packed import boundaries
@@ -32,8 +32,8 @@ def model_folder(tmp_path):
 
 def _examine(folder, **options):
     config = DoctorConfig(packing=True, model=str(folder), documents=[7, 1, 30, 12], **options)
-    model = packing.load_model(config, Precision.fp32)
-    return list(packing.compare_implementations(model, config.documents, config.seed)), model
+    model = packing_check.load_model(config, Precision.fp32)
+    return list(packing_check.compare_implementations(model, config.documents, config.seed)), model
 
 
 def test_a_sound_model_is_proven(model_folder) -> None:
@@ -45,7 +45,7 @@ def test_a_sound_model_is_proven(model_folder) -> None:
         assert finding.loss < 1e-6
         assert 0 < finding.gradients < 1e-5
         assert finding.leakage == 0
-    assert packing.table(findings).count("proven") == len(findings)
+    assert packing_check.table(findings).count("proven") == len(findings)
 
 
 def test_an_attention_that_crosses_documents_is_caught(model_folder, monkeypatch) -> None:
@@ -58,7 +58,7 @@ def test_an_attention_that_crosses_documents_is_caught(model_folder, monkeypatch
     assert not any(finding.proven for finding in findings)
     assert min(finding.leakage for finding in findings) > 1e-4
     assert min(finding.gradients for finding in findings) > 1e-3
-    assert "NOT EQUAL" in packing.table(findings)
+    assert "NOT EQUAL" in packing_check.table(findings)
 
 
 def test_an_attention_that_is_a_little_wrong_is_caught(model_folder, monkeypatch) -> None:
@@ -77,19 +77,19 @@ def test_what_cannot_be_examined_is_named(model_folder, tmp_path) -> None:
     with pytest.raises(UserError, match=r"documents=\[3, 0\]"):
         DoctorConfig(documents=[3, 0])
     with pytest.raises(UserError, match="no config.json there"):
-        packing.load_model(DoctorConfig(packing=True, model=str(tmp_path / "nothing")), Precision.fp32)
+        packing_check.load_model(DoctorConfig(packing=True, model=str(tmp_path / "nothing")), Precision.fp32)
     with pytest.raises(UserError, match="device=tpu: not on this machine. Known: cpu"):
-        packing.load_model(DoctorConfig(packing=True, model=str(model_folder), device="tpu"), Precision.fp32)
-    model = packing.load_model(DoctorConfig(packing=True, model=str(model_folder)), Precision.fp32)
+        packing_check.load_model(DoctorConfig(packing=True, model=str(model_folder), device="tpu"), Precision.fp32)
+    model = packing_check.load_model(DoctorConfig(packing=True, model=str(model_folder)), Precision.fp32)
     with pytest.raises(UserError, match="documents: the longest=65: the model has 64 positions"):
-        list(packing.compare_implementations(model, [65], 0))
-    small = packing.load_model(DoctorConfig(packing=True, model=str(model_folder), layers=9), Precision.fp32)
+        list(packing_check.compare_implementations(model, [65], 0))
+    small = packing_check.load_model(DoctorConfig(packing=True, model=str(model_folder), layers=9), Precision.fp32)
     assert small.config.num_hidden_layers == 3
 
 
 def test_the_proof_is_a_finding_like_others(model_folder, monkeypatch) -> None:
     config = DoctorConfig(packing=True, model=str(model_folder), documents=[5, 9], precision=Precision.fp32)
-    check, shown = packing.check_packing(config)
+    check, shown = packing_check.check_packing(config)
     assert check.severity is Severity.ok
     assert "reference" in check.message
     assert "LlamaForCausalLM" in shown
@@ -99,7 +99,7 @@ def test_the_proof_is_a_finding_like_others(model_folder, monkeypatch) -> None:
         return packed_attention(*arguments, **options) * 1.01
 
     monkeypatch.setattr(boundaries, "packed_attention", weak)
-    check, shown = packing.check_packing(config)
+    check, shown = packing_check.check_packing(config)
     assert check.severity is Severity.error
     assert "NOT EQUAL" in shown
     assert "FIREFLYDS_KERNELS" in check.remedy
@@ -124,16 +124,16 @@ def test_what_keeps_it_from_being_proven_is_a_finding(
     def fails(*arguments):
         raise error
 
-    monkeypatch.setattr(packing, "fuse", fails)
-    check, _ = packing.check_packing(DoctorConfig(packing=True, model=str(model_folder), documents=[5, 9]))
+    monkeypatch.setattr(packing_check, "fuse", fails)
+    check, _ = packing_check.check_packing(DoctorConfig(packing=True, model=str(model_folder), documents=[5, 9]))
     assert check.severity is Severity.error
     assert words in check.message
     assert remedy in check.remedy
 
 
 def test_nothing_proven_is_red(model_folder, monkeypatch) -> None:
-    monkeypatch.setattr(packing, "_implementations", lambda model, device: [])
-    check, _ = packing.check_packing(DoctorConfig(packing=True, model=str(model_folder), documents=[5, 9]))
+    monkeypatch.setattr(packing_check, "_implementations", lambda model, device: [])
+    check, _ = packing_check.check_packing(DoctorConfig(packing=True, model=str(model_folder), documents=[5, 9]))
     assert check.severity is Severity.error
     with pytest.raises(UserError, match=r"documents=\[1, 1\]: one token has none after it"):
         DoctorConfig(documents=[1, 1])
@@ -141,7 +141,7 @@ def test_nothing_proven_is_red(model_folder, monkeypatch) -> None:
 
 def test_what_cannot_be_proven_is_refused_before_anything_is_tried(model_folder) -> None:
     def refuse(**options):
-        packing.validate_config(
+        packing_check.validate_config(
             DoctorConfig(packing=True, **{"model": str(model_folder), "documents": [64], **options})
         )
 

@@ -11,9 +11,9 @@ import pytest
 
 from fireflyds import app
 from fireflyds.cluster import slurm, watch
-from fireflyds.cluster.sweep import ranges, results
-from fireflyds.cluster.sweep.runner import Sweep
+from fireflyds.cluster.sweep import ranges, trial_table
 from fireflyds.cluster.sweep.study import Study
+from fireflyds.cluster.sweep.sweep_runner import Sweep
 from fireflyds.config import Direction, ObjectiveAt, Pruner, RangeConfig, Sampler, SearchConfig
 from fireflyds.errors import UserError
 
@@ -118,7 +118,7 @@ def run(folder: Path, played: Played, looking: SearchConfig) -> Study:
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fireflyds.cluster.sweep.runner.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("fireflyds.cluster.sweep.sweep_runner.time.sleep", lambda seconds: None)
 
 
 def test_every_trial_is_started_once_and_its_value_told(tmp_path: Path) -> None:
@@ -360,7 +360,7 @@ def test_the_best_values_compose_as_an_experiment(tmp_path: Path, monkeypatch) -
     params = {"optim": "muon", "optim.lr": 0.02, "data.weights.zh": 0.5, "tuning": "rslora", "tuning.dropout": 0.25}
     shutil.copytree(app.CONF, tmp_path / "conf")
     monkeypatch.setattr(app, "CONF", tmp_path / "conf")
-    (app.CONF / "experiment" / "best.yaml").write_text(results.option_file(params, "Trial 1."))
+    (app.CONF / "experiment" / "best.yaml").write_text(trial_table.option_file(params, "Trial 1."))
     usual = ["run=a", "model=./base", "data=./store", "optim.steps=3"]
     told = app.compose("train", [*usual, *ranges.words(params)])
     assert (told.optim.lr, told.tuning.use_rslora, told.data.weights) == (0.02, True, {"zh": 0.5})
@@ -371,7 +371,7 @@ def test_results_are_a_table_an_option_file_and_charts(tmp_path: Path) -> None:
     space = {"optim.lr": RangeConfig(low=0.01, high=0.9), "tuning.r": RangeConfig(choices=[4, 8])}
     looking = search(space=space)
     study = run(tmp_path, Played(tmp_path), looking)
-    shown = results.write(study, looking, "s", tmp_path, ["experiment=demo_sft", "optim.lr=1"])
+    shown = trial_table.write(study, looking, "s", tmp_path, ["experiment=demo_sft", "optim.lr=1"])
     best = study.best
     assert best is not None
     lr, r = best.params["optim.lr"], best.params["tuning.r"]
@@ -482,13 +482,13 @@ def test_an_interrupt_asks_every_trial_once_and_waits_for_all(tmp_path: Path, mo
     study = Study(tmp_path / "study.journal", "s", looking)
     sweep = Sweep(study, looking, "s", tmp_path, freeze, played)
     monkeypatch.setattr(
-        "fireflyds.cluster.sweep.runner.time.sleep",
+        "fireflyds.cluster.sweep.sweep_runner.time.sleep",
         lambda seconds: None if sweep.stopping else sweep.handle_signal(15, None),
     )
     assert not sweep.run()
     assert played.asked == ["trial-0000", "trial-0001"]
     assert not any(played.alive_now.values())
-    monkeypatch.setattr("fireflyds.cluster.sweep.runner.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("fireflyds.cluster.sweep.sweep_runner.time.sleep", lambda seconds: None)
     # Not even one death is allowed here, and none has died.
     assert [trial.state.name for trial in run(tmp_path, Played(tmp_path), looking).trials] == ["COMPLETE"] * 6
 
