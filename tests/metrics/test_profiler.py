@@ -40,7 +40,6 @@ def arguments(verb, tmp_path: Path, base_tokenizer: Path) -> list[str]:
         "model=at_path",
         "model.init=scratch",
         f"model.tokenizer={base_tokenizer}",
-        "optim.steps=4",
         (
             "model.architecture={model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, "
             "num_attention_heads: 2}"
@@ -53,10 +52,16 @@ def arguments(verb, tmp_path: Path, base_tokenizer: Path) -> list[str]:
 
 
 def test_a_run_records_exactly_the_steps_asked_for(verb, arguments: list[str], tmp_path: Path) -> None:
-    shown = verb("train", "run=on", *arguments, "profile.start=2", "profile.steps=2", "profile.memory=true").stderr
     run = tmp_path / "runs" / "on"
+    shown = verb("train", "run=on", *arguments, "optim.steps=1", "profile.start=5").stderr
+    assert "profile.start=5: the run has 1 steps, so none is recorded" in shown
+    assert not (run / "profile").exists()
+    # Numbers are those of the run, also after a resume, and what is beyond its end is left out.
+    shown = verb(
+        "train", "run=on", *arguments, "optim.steps=3", "profile.start=2", "profile.steps=9", "profile.memory=true"
+    )
     assert names(run) == ["rank-0.steps-2-3.trace.json.gz", "rank-0.steps-2-3.txt"]
-    assert shown.count("profile of steps 2 to 3 on rank 0: ") == 1
+    assert shown.stderr.count("profile of steps 2 to 3 on rank 0: ") == 1
     parts = ["data", "forward", "backward", "forward", "backward", "optimizer"]
     assert marks(run / "profile" / "rank-0.steps-2-3.trace.json.gz") == [
         "ProfilerStep#2",
@@ -67,19 +72,14 @@ def test_a_run_records_exactly_the_steps_asked_for(verb, arguments: list[str], t
     table = (run / "profile" / "rank-0.steps-2-3.txt").read_text()
     assert "aten::mm" in table
     assert "Self CPU" in table
-    # A resume may profile other steps; numbers are those of the run, and what is beyond its end is left out.
-    verb("train", "run=on", *arguments[:4], "optim.steps=6", *arguments[5:], "profile.start=6", "profile.steps=9")
-    assert marks(run / "profile" / "rank-0.steps-6-6.trace.json.gz") == ["ProfilerStep#6", *parts]
 
 
-def test_a_run_without_a_profile_has_no_folder_and_a_missing_rank_is_refused(verb, arguments, tmp_path) -> None:
-    refused = verb("train", "run=off", *arguments, "profile.start=1", "profile.ranks=[0,1]", check=False)
-    assert refused.returncode == 2
-    assert "profile.ranks=[0, 1]: this start has ranks 0 to 0. Give ranks among them" in refused.stderr
-    shown = verb("train", "run=off", *arguments, "profile.start=5").stderr
-    assert "profile.start=5: the run has 4 steps, so none is recorded" in shown
-    verb("train", "run=never", *arguments)
-    assert not list(tmp_path.glob("runs/*/profile"))
+def test_a_rank_that_the_start_lacks_is_refused() -> None:
+    ProfileConfig(start=1, ranks=[0, 1]).check_world_size(2)
+    with pytest.raises(
+        UserError, match=r"profile\.ranks=\[0, 1\]: this start has ranks 0 to 0\. Give ranks among them"
+    ):
+        ProfileConfig(start=1, ranks=[0, 1]).check_world_size(1)
 
 
 def fails_at(number: int):
