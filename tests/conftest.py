@@ -18,6 +18,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from bases import sentencepiece_base
+from forkserver import ForkServer
 
 from fireflyds.tokenizer.encoder import SentencePieceEncoder, load_encoder
 
@@ -46,36 +47,54 @@ def data_folder() -> Path:
     return Path(place)
 
 
+# Tests that must see a process from its very start: how long it takes, how it dies, who started it.
+OWN_PROCESS = ("real_process", "slow", "chaos", "slurm", "netns", "data", "gpu")
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> ForkServer | None:
+    """A server that has imported the libraries; None on a machine with a GPU."""
+    return None if torch.cuda.is_available() else ForkServer()
+
+
 @pytest.fixture
-def verb(tmp_path: Path):
-    """Run a verb in its own process, in `tmp_path`. `start` puts a launcher in front."""
-    return verbs_in(tmp_path)
+def verb(request: pytest.FixtureRequest, tmp_path: Path):
+    """Runs a verb in `tmp_path`: in a fork that has imported the libraries, or in a process of its own.
+
+    `start` puts a launcher in front. Tests marked `real_process`, and those that are slow anyway, never fork.
+    """
+    if any(request.node.get_closest_marker(name) for name in OWN_PROCESS):
+        return verbs_in(tmp_path)
+    return verbs_in(tmp_path, request.getfixturevalue("fork_server"))
 
 
 @pytest.fixture(scope="session")
 def verbs_of():
-    """The same for any folder."""
+    """The same for any folder, in processes of their own."""
     return verbs_in
 
 
-def verbs_in(folder: Path):
+def verbs_in(folder: Path, server: ForkServer | None = None):
     def run(
         name: str, *arguments: str, start: tuple[str, ...] = (), check: bool = True, env: dict[str, str] | None = None
     ):
-        head = [*start] if start else [sys.executable]
+        script = ROOT / "launch" / f"{name}.py"
         environment = (
             {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
             | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
             | (env or {})
         )
-        done = subprocess.run(
-            [*head, str(ROOT / "launch" / f"{name}.py"), *arguments],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            env=environment,
-            timeout=280,
-        )
+        if server is not None and not start and env is None:
+            done = server.run(script, [*arguments], folder, environment, timeout=280)
+        else:
+            done = subprocess.run(
+                [*(start or [sys.executable]), str(script), *arguments],
+                cwd=folder,
+                capture_output=True,
+                text=True,
+                env=environment,
+                timeout=280,
+            )
         if check:
             assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         return done

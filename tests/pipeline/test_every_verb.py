@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from samples import CHINESE, ENGLISH
 
+pytestmark = pytest.mark.real_process
+
 ARCHITECTURE = (
     "{model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2, "
     "num_key_value_heads: 2, max_position_embeddings: 256, tie_word_embeddings: false}"
