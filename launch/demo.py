@@ -18,7 +18,7 @@ from fireflyds.errors import UserError
 from fireflyds.fs import atomic_write_text
 from fireflyds.metrics.plots import plot_loss
 from fireflyds.pipelines import demo_report
-from fireflyds.pipelines.stage_runner import RoadRunner
+from fireflyds.pipelines.stage_runner import PipelineRunner
 from fireflyds.runs import layout
 from fireflyds.runs.jsonl import read_jsonl
 
@@ -35,7 +35,7 @@ def demo(config: DemoConfig) -> None:
         config.road.stages[0].overrides.append(f"corpus={config.corpus}")
         for file in find_files(config.corpus):
             seed_hash.update(file.read_bytes())
-    runner = RoadRunner(config.road, seed_hash.hexdigest())
+    runner = PipelineRunner(config.road, seed_hash.hexdigest())
     runner.run()
 
     out = Path(config.road.out)

@@ -22,7 +22,7 @@ from fireflyds.config import (
     VERBS,
     ClusterConfig,
     ExportConfig,
-    RoadConfig,
+    PipelineConfig,
     Scheduler,
     StageConfig,
     SubmitAction,
@@ -106,7 +106,7 @@ def _plan_pipeline(config: SubmitConfig, rest: list[str]) -> tuple[Path, list[Pl
         raise UserError(
             "no such key for submit", key=rest[0], remedy=f"The keys of a pipeline's stages are in its file, {file}"
         )
-    stages = app.from_yaml(file, RoadConfig)
+    stages = app.from_yaml(file, PipelineConfig)
     run = config.run or stages.name
     folder = Path(config.runs) / run
     all_composed = [_compose_stage(file, stage) for stage in stages.stages]

@@ -43,7 +43,7 @@ from fireflyds.config.evaluate import BitsPerByteConfig, CmmluConfig, EvaluateCo
 from fireflyds.config.export import ExportConfig
 from fireflyds.config.hardware import HardwareConfig, ZeroConfig
 from fireflyds.config.optim import GroupConfig, OptimConfig
-from fireflyds.config.pipeline import DemoConfig, RoadConfig, StageConfig
+from fireflyds.config.pipeline import DemoConfig, PipelineConfig, StageConfig
 from fireflyds.config.profile import ProfileConfig
 from fireflyds.config.submit import SubmitConfig
 from fireflyds.config.sweep import RangeConfig, SearchConfig, SweepConfig
@@ -93,6 +93,7 @@ __all__ = [
     "OptimConfig",
     "PhaseConfig",
     "PieceAlgorithm",
+    "PipelineConfig",
     "PlanConfig",
     "PlanFormat",
     "Precision",
@@ -104,7 +105,6 @@ __all__ = [
     "RecoveryConfig",
     "ReportMode",
     "Resources",
-    "RoadConfig",
     "RowInit",
     "Sampler",
     "Schedule",

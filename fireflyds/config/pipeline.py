@@ -22,7 +22,7 @@ class StageConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class RoadConfig:
+class PipelineConfig:
     """Section `road`: a pipeline of stages that run in order."""
 
     name: str = MISSING
@@ -40,7 +40,7 @@ class RoadConfig:
 class DemoConfig:
     """Keys of the verb `demo`."""
 
-    road: RoadConfig = MISSING
+    road: PipelineConfig = MISSING
     corpus: str = ""
     """User-provided text (.txt .jsonl .json .csv .parquet; file, folder or glob) instead of the generated Chinese
     text."""

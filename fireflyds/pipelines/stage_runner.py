@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fireflyds.config import RoadConfig, StageConfig
+from fireflyds.config import PipelineConfig, StageConfig
 from fireflyds.errors import UserError
 from fireflyds.fs import MARKER, atomic_write_text, lock_file, remove_output
 from fireflyds.runs import layout
@@ -40,7 +40,7 @@ def stage_keys(stages: Iterable[str], seed_key: str = "") -> Iterator[str]:
         yield key
 
 
-def relocate(config: Any, road: RoadConfig, runs: str, run: str) -> None:
+def relocate(config: Any, road: PipelineConfig, runs: str, run: str) -> None:
     """Moves paths in a stage's composed `config` from the pipeline's folder to `<runs>/<run>`, in place."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -65,14 +65,14 @@ def _relocated(value: Any, old: str, new: str) -> Any:
     return [_relocated(item, old, new) for item in value] if isinstance(value, list) else value
 
 
-class RoadRunner:
+class PipelineRunner:
     """Runs the incomplete stages of a pipeline and records completed ones in `stages.json`.
 
     A stage is complete if it is recorded as done, its output exists and its key is unchanged. An interrupted stage is
     restarted with the same command and resumes from its checkpoint if it has one.
     """
 
-    def __init__(self, config: RoadConfig, seed_key: str) -> None:
+    def __init__(self, config: PipelineConfig, seed_key: str) -> None:
         self._config, self._seed_key = config, seed_key
         self._out = Path(config.out)
         self._file = self._out / "stages.json"

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from fireflyds.config import RoadConfig, StageConfig
+from fireflyds.config import PipelineConfig, StageConfig
 from fireflyds.errors import UserError
 from fireflyds.pipelines import stage_runner as road_module
-from fireflyds.pipelines.stage_runner import RoadRunner
+from fireflyds.pipelines.stage_runner import PipelineRunner
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def walk(tmp_path: Path, monkeypatch):
             for name in "abc"
         ]
         before = _journal(tmp_path / "runs" / "r")
-        RoadRunner(RoadConfig(name="r", stages=stages), seed).run()
+        PipelineRunner(PipelineConfig(name="r", stages=stages), seed).run()
         return _journal(tmp_path / "runs" / "r")[len(before) :].strip()
 
     return run
