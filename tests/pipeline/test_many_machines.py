@@ -166,7 +166,7 @@ def test_hosts_that_differ_or_do_not_come_are_told_apart(hosts: Hosts, between: 
     other = hosts.folder / "checkout"
     for folder in ("fireflyds", "conf", "launch"):
         shutil.copytree(ROOT / folder, other / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    with (other / "fireflyds" / "engine" / "loop.py").open("a") as file:
+    with (other / "fireflyds" / "train" / "loop.py").open("a") as file:
         file.write("# another line\n")
     train = (TRAIN, *between)
     soon = (*train, "hardware.start_timeout_minutes=0.2")
