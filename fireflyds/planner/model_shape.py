@@ -74,8 +74,6 @@ class ModelShape:
     largest: int
     """Elements of the largest trainable tensor."""
     head_trained: int
-    adapters: int
-    """Trainable parameters whose weights are saved in addition to a checkpoint: all, but 0 for `tuning=full`."""
 
     @property
     def trained(self) -> int:
@@ -96,7 +94,6 @@ def model_shape(model: Any, config: TrainConfig) -> ModelShape:
     frozen = [p for p in model.parameters() if not p.requires_grad]
     trained = [p for p in model.parameters() if p.requires_grad]
     quantised = sum(groups.logical_numel(p) for p in frozen if id(p) in quantised_ids)
-    is_full = config.tuning.method is TuningMethod.full
     return ModelShape(
         hidden_size=hf_config.hidden_size,
         num_heads=hf_config.num_attention_heads,
@@ -113,7 +110,6 @@ def model_shape(model: Any, config: TrainConfig) -> ModelShape:
         quantised_bytes=quantised * groups.QUANTISED_BYTES[config.tuning.bits],
         largest=max(p.numel() for p in trained),
         head_trained=sum(p.numel() for p in head.parameters() if p.requires_grad and p.dim() == 2),
-        adapters=0 if is_full else sum(p.numel() for p in trained),
     )
 
 

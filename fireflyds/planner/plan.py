@@ -134,9 +134,9 @@ def cluster_peak(config: PlanConfig, precision: Precision) -> float:
 
 
 def checkpoint_bytes(shape: ModelShape) -> float:
-    """Bytes of one checkpoint over all ranks: float32 master weights and optimizer states of the trainable parameters;
-    unless `tuning=full`, also the trained weights in float32, which are saved in addition."""
-    return 4 * shape.trained + shape.state_bytes + 4 * shape.adapters
+    """Bytes of one checkpoint over all ranks: float32 master weights and optimizer states of the trainable
+    parameters."""
+    return 4 * shape.trained + shape.state_bytes
 
 
 def disk_bytes(each: float, config: PlanConfig, steps: int | None) -> float:

@@ -276,7 +276,8 @@ def test_a_spike_goes_back_and_passes_over_its_data(arguments: list[str], tmp_pa
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=280)
     assert done.returncode == 2, done.stderr[-3000:]
     found = re.search(
-        r"step (\d+): loss [\d.]+ is a spike \(recovery.rollback_above\); back to step (\d+), the data of (\d+) steps",
+        r"step (\d+): loss [\d.]+ is a spike \(recovery.rollback_above\); rolled back to step (\d+), "
+        r"the data of (\d+) steps",
         done.stderr,
     )
     assert found

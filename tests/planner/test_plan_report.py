@@ -122,7 +122,7 @@ def test_a_checkpoint_holds_masters_and_states_of_what_trains() -> None:
     assert plan.checkpoint_bytes(made.shape) == 12 * trained
     adapters = _plan()
     assert adapters.shape.trained == 612_892_672
-    assert plan.checkpoint_bytes(adapters.shape) == (12 + 4) * 612_892_672
+    assert plan.checkpoint_bytes(adapters.shape) == 12 * 612_892_672
     config = _config("checkpoint.every=100", "checkpoint.keep=2")
     assert plan.disk_bytes(5.0, config, 150) == 10.0
     assert plan.disk_bytes(5.0, config, 1000) == 15.0
