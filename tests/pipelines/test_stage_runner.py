@@ -100,7 +100,7 @@ def test_an_interrupt_reaches_the_stage_and_lets_it_save(tmp_path: Path) -> None
         "sys.exit(75))); print('ready', flush=True); time.sleep(60)"
     )
     code = (
-        "import sys; from pathlib import Path; from fireflyds.pipelines.runner import _execute\n"
+        "import sys; from pathlib import Path; from fireflyds.pipelines.stage_runner import _execute\n"
         f"try:\n    _execute([sys.executable, '-c', {stage!r}], Path('log'), lambda: None)\n"
         "except KeyboardInterrupt:\n    sys.exit(130)"
     )
