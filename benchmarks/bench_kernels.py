@@ -83,8 +83,8 @@ def attention() -> str:
             ratio = least / found["ours"][0]
             rows.append([str(dtype)[6:], name, f"{least:.0f}", f"{median:.0f}", f"{ratio:.2f}×"])
     title = (
-        f"Attention, forward and backward: T = 4,096, 16 documents of {min(documents)} to {max(documents)} "
-        "tokens, H = 8, D = 64"
+        f"Attention, forward and backward: T = 4,096, 16 documents of {min(documents)} to {max(documents)} tokens, H = "
+        "8, D = 64"
     )
     return timing.table(title, ["", "way", "least ms", "median ms", "ours is faster by"], rows)
 

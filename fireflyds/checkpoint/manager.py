@@ -216,8 +216,8 @@ def _require_free_space(storage: CheckpointStorage, needed: int) -> None:
     free = storage.free_bytes()
     if free < needed * 1.1:
         raise UserError(
-            f"a checkpoint takes {needed / 2**30:.2f} GiB and the disk has {free / 2**30:.2f} GiB free. "
-            "Earlier checkpoints are intact",
+            f"a checkpoint takes {needed / 2**30:.2f} GiB and the disk has {free / 2**30:.2f} GiB free. Earlier "
+            "checkpoints are intact",
             key=storage.location,
             remedy="Free space, lower checkpoint.keep or set checkpoint.max_gib, then run the same command again",
         )

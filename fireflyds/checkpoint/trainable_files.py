@@ -114,8 +114,8 @@ def verify_saved_weights(
     mismatched = [name for name, shape in expected.items() if shapes.get(name) != shape]
     if mismatched:
         raise UserError(
-            f"{len(mismatched)} of {len(expected)} trained tensors were not saved whole, such as "
-            f"{mismatched[0]} ({shapes.get(mismatched[0], 'missing')}, trained {expected[mismatched[0]]})",
+            f"{len(mismatched)} of {len(expected)} trained tensors were not saved whole, such as {mismatched[0]} "
+            f"({shapes.get(mismatched[0], 'missing')}, trained {expected[mismatched[0]]})",
             key=folder,
             remedy="The previous checkpoint is intact; check the disk",
         )

@@ -86,8 +86,8 @@ def compare_ranks(
     except UnresponsiveRanksError as unresponsive:
         ranks, lost = describe_ranks(unresponsive.ranks), True
         verdict = (
-            f"{ranks} connected, but did not answer to `{unresponsive.step}` within {_ANSWER_SECONDS:g} s. "
-            "See the logs there"
+            f"{ranks} connected, but did not answer to `{unresponsive.step}` within {_ANSWER_SECONDS:g} s. See the "
+            "logs there"
         )
     except OSError as error:
         verdict = f"runs={config.runs}: cannot be written ({error.strerror}). Give another runs="
@@ -158,8 +158,7 @@ def _wait_for_all(channel: StoreChannel, seconds: float) -> list[dict[str, Any]]
         if waited > seconds:
             raise LostRankError(
                 f"{describe_ranks(list(missing))} of {me.world_size} did not connect to "
-                f"{me.master_addr}:{me.master_port} within {seconds:g} s "
-                "(hardware.start_timeout_minutes)",
+                f"{me.master_addr}:{me.master_port} within {seconds:g} s (hardware.start_timeout_minutes)",
                 remedy="See the logs there: was it started, with the same number of hosts, and can that host reach "
                 "this address? `launch/doctor.py`, started the same way, tests the connection",
             )
@@ -231,6 +230,6 @@ def _compare_hosts(channel: StoreChannel, hosts: list[str], runs: str) -> list[s
     if not largest.exceeds(_MAX_CLOCK_SKEW):
         return []
     return [
-        f"warning: clock skew: {largest.ahead} is {largest.seconds:.3f} s ahead of {largest.behind}, "
-        f"± {largest.precision:.4f} s; start chronyd or ntpd on all hosts"
+        f"warning: clock skew: {largest.ahead} is {largest.seconds:.3f} s ahead of {largest.behind}, ± "
+        f"{largest.precision:.4f} s; start chronyd or ntpd on all hosts"
     ]

@@ -187,9 +187,8 @@ def _wait_for_store(me: RankInfo, timeout: float) -> None:
         else "Check that rank 0 is running, that the address belongs to its host, and that no firewall blocks the port"
     )
     raise LostRankError(
-        f"MASTER_ADDR:MASTER_PORT={me.master_addr}:{me.master_port}: rank {me.rank} on {socket.gethostname()} did "
-        "not reach "
-        f"rank 0 there within {timeout:g} s ({reason})",
+        f"MASTER_ADDR:MASTER_PORT={me.master_addr}:{me.master_port}: rank {me.rank} on {socket.gethostname()} did not "
+        f"reach rank 0 there within {timeout:g} s ({reason})",
         remedy=remedy,
     )
 

@@ -189,9 +189,8 @@ def check_ability(gpus: list[Gpu]) -> Check:
         return passed("capability", f"sm_{lowest}: bf16 and FlashAttention-2; packed attention runs on {attention}")
     remedy = (
         "no action needed: hardware.precision=auto selects fp16. Start with hardware.initial_scale_power from 12 to "
-        "16, "
-        "monitor loss_scale; models trained in bf16 (LLaMA-2-7B) may overflow in fp16, so prefer tuning=lora or qlora. "
-        "Do not force Triton's matrix kernels: below sm_80 they run without tensor cores"
+        "16, monitor loss_scale; models trained in bf16 (LLaMA-2-7B) may overflow in fp16, so prefer tuning=lora or "
+        "qlora. Do not force Triton's matrix kernels: below sm_80 they run without tensor cores"
     )
     return warning(
         "capability", f"sm_{lowest}: no bf16, no FlashAttention-2; packed attention runs on {attention}", remedy

@@ -41,9 +41,8 @@ def check_unresponsive(silent: UnresponsiveRanksError, me: RankInfo, hosts: list
     """Names the ranks that did not respond, with their hosts where known, else with the index of their node."""
     step = "connect" if silent.step == "identify" else f"answer `{silent.step}`"
     remedy = (
-        f"see their logs: were they started, does their host reach MASTER_ADDR={me.master_addr} port "
-        f"{me.master_port}, do "
-        "they hang (py-spy dump)? If startup is slow, increase timeout="
+        f"see their logs: were they started, does their host reach MASTER_ADDR={me.master_addr} port {me.master_port}, "
+        "do they hang (py-spy dump)? If startup is slow, increase timeout="
     )
     message = (
         f"{describe_ranks(silent.ranks, hosts)} of {me.world_size}: did not {step} within {timeout:g} s; later "

@@ -147,8 +147,7 @@ def check_all_reduce(
         )
         remedy = (
             "start again with NCCL_DEBUG=INFO (TORCH_CPP_LOG_LEVEL=INFO for gloo) and see which interface it takes; "
-            "name it "
-            "with NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME, or give a longer timeout="
+            "name it with NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME, or give a longer timeout="
         )
         return failed("all-reduce", failures + group_status, remedy)
     if wrong := [rank for rank, answer in enumerate(answers) if not answer["right"]]:
@@ -164,8 +163,7 @@ def check_all_reduce(
     if speed >= config.min_bus_gb_s or answers[0]["backend"] != "nccl":
         return passed("all-reduce", message, speed, "GB/s")
     remedy = (
-        f"less than min_bus_gb_s={config.min_bus_gb_s:g}: see `variables`, nvidia-smi topo -m and NCCL_DEBUG=INFO "
-        "for the "
-        "transport; on slow links prefer zero=stage1 or stage2, and gradient accumulation"
+        f"less than min_bus_gb_s={config.min_bus_gb_s:g}: see `variables`, nvidia-smi topo -m and NCCL_DEBUG=INFO for "
+        "the transport; on slow links prefer zero=stage1 or stage2, and gradient accumulation"
     )
     return warning("all-reduce", message, remedy, speed, "GB/s")

@@ -123,8 +123,7 @@ def check_memlock(limit: int | None, gpus: int, num_hosts: int) -> Check:
     )
     remedy = (
         f"{features} may need more: `ulimit -l unlimited`, `* - memlock unlimited` in /etc/security/limits.conf, for "
-        "Slurm "
-        "LimitMEMLOCK=infinity in slurmd's unit, for Docker --ulimit memlock=-1"
+        "Slurm LimitMEMLOCK=infinity in slurmd's unit, for Docker --ulimit memlock=-1"
     )
     return warning("locked memory", summary, remedy)
 

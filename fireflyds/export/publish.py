@@ -139,8 +139,8 @@ def write_model_card(folder: Path, trained: TrainConfig, about: dict[str, Any], 
         f"# {trained.run}",
         "",
         f"Trained with fireflyds from {base}: {trained.tuning.method.name}, learning rate {trained.optim.lr:g} "
-        f"({trained.optim.schedule.name}), {trained.global_batch_size} packed rows of {trained.seq_len} tokens "
-        f"per step, {about['checkpoint']}.",
+        f"({trained.optim.schedule.name}), {trained.global_batch_size} packed rows of {trained.seq_len} tokens per "
+        f"step, {about['checkpoint']}.",
         "",
         "```json",
         json.dumps(about, indent=2),

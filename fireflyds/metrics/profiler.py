@@ -105,8 +105,7 @@ class StepProfiler:
             return
         self._log.info(
             f"profile of steps {self._first} to {self._newest} on rank {self._rank}: "
-            f"{self._folder / name}.trace.json.gz "
-            "(open it in https://ui.perfetto.dev) and .txt"
+            f"{self._folder / name}.trace.json.gz (open it in https://ui.perfetto.dev) and .txt"
         )
 
     def _warn(self, what: str, error: Exception) -> None:

@@ -57,8 +57,7 @@ def emulation_notes(precision: Precision) -> list[str]:
     ratio = _matmul_seconds(dtype) / _matmul_seconds(torch.float32)
     return [
         f"note: hardware.precision={precision.name}: this CPU has no {precision.name} arithmetic and emulates it; a "
-        "matrix "
-        f"product takes {ratio:.0f} times as long as in fp32 here. hardware.precision=fp32 is faster"
+        f"matrix product takes {ratio:.0f} times as long as in fp32 here. hardware.precision=fp32 is faster"
     ]
 
 

@@ -15,8 +15,8 @@ def check_compatibility(config: TrainConfig, precision: Precision) -> list[str]:
     notes = load_optimizer_spec(optim.name).check(config)
     if precision is Precision.fp16 and zero.stage == 0:
         raise UserError(
-            "hardware.precision=fp16 with zero.stage=0: DeepSpeed scales no loss there, so small gradients "
-            "would vanish",
+            "hardware.precision=fp16 with zero.stage=0: DeepSpeed scales no loss there, so small gradients would "
+            "vanish",
             remedy="Nearest: zero=1, which is the same on one GPU",
         )
     quantised = tuning.method is TuningMethod.qlora
@@ -49,7 +49,7 @@ def refuse_offload(config: TrainConfig) -> list[str]:
     if config.zero.offload_optimizer is Offload.none:
         return []
     raise UserError(
-        f"optim={config.optim.name} with zero.offload_optimizer={config.zero.offload_optimizer.name}: "
-        "bitsandbytes keeps its states on the GPU",
+        f"optim={config.optim.name} with zero.offload_optimizer={config.zero.offload_optimizer.name}: bitsandbytes "
+        "keeps its states on the GPU",
         remedy="Nearest: optim=adamw, which is DeepSpeed's CPU Adam there; or zero.offload_optimizer=none",
     )

@@ -101,8 +101,7 @@ def _plan_learned(config: ExpandConfig, base: Base, scripts: Scripts, sample: Co
     if not expansion.saved:
         raise UserError(
             f"no piece of {', '.join(scripts.names)} saves min_count={config.min_count} tokens in the "
-            f"{sample.characters:,} characters sampled ({len(rejected):,} characters cannot be pieces of this "
-            "base)",
+            f"{sample.characters:,} characters sampled ({len(rejected):,} characters cannot be pieces of this base)",
             key="corpus",
             value=config.corpus,
             remedy="Give more text of these scripts, a larger sample_characters, or a smaller min_count",
@@ -132,8 +131,8 @@ def _plan_given(
         piece, reason = next(iter(plan.dropped.items()), ("", ""))
         first_reason = f", the first {base.text(piece)!r}: {reason}" if reason else ""
         raise UserError(
-            f"of {len(texts):,} pieces {len(plan.present):,} are in the base already and "
-            f"{len(plan.dropped):,} cannot be merged{first_reason}",
+            f"of {len(texts):,} pieces {len(plan.present):,} are in the base already and {len(plan.dropped):,} cannot "
+            f"be merged{first_reason}",
             key="pieces",
             value=config.pieces,
             remedy="Give different pieces or scripts",
@@ -213,8 +212,8 @@ def _num_new_rows(config: ExpandConfig, base: Base, count: int, *, upwards: bool
     if size <= base.num_tokens:
         limit = f"max_vocab_size={config.max_vocab_size:,}, " if config.max_vocab_size else ""
         raise UserError(
-            f"the base has {base.num_tokens:,} tokens and {count:,} would be added; no multiple of {multiple} "
-            f"lies between, the next is {(base.num_tokens // multiple + 1) * multiple:,}",
+            f"the base has {base.num_tokens:,} tokens and {count:,} would be added; no multiple of {multiple} lies "
+            f"between, the next is {(base.num_tokens // multiple + 1) * multiple:,}",
             key=f"{limit}vocab_multiple",
             value=multiple,
             remedy="Ask for more pieces, a larger limit or a smaller multiple",

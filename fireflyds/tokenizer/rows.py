@@ -255,8 +255,8 @@ def check_model(base: Path, num_tokens: int) -> None:
             for index in value if isinstance(value, list) else [value]:
                 if isinstance(index, int) and index >= num_tokens:
                     raise UserError(
-                        f"{name} is {index}, but the tokenizer has no such token (it has {num_tokens}); "
-                        "a new piece would get this id",
+                        f"{name} is {index}, but the tokenizer has no such token (it has {num_tokens}); a new piece "
+                        "would get this id",
                         key=file,
                         remedy="Correct the file, or add the token to the tokenizer",
                     )

@@ -76,8 +76,7 @@ class NonFiniteDetector:
         if not candidates and not self._watched:
             return (
                 "which tensor was the first is not known, because only a step that follows a non-finite one is "
-                "watched; with "
-                "recovery.max_skipped=2 it is named"
+                "watched; with recovery.max_skipped=2 it is named"
             )
         if not candidates:
             return "every output and every gradient of one micro-batch was finite, so their sum is not finite"

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ class Trainer:
     status: Status
     state: TrainState
     total_steps: int
-    profiler: StepProfiler | None = None
+    profiler: StepProfiler
     memory_plan: str = ""
     """Planned peak memory, logged together with the measured one at the end."""
     resident_before: int = 0
@@ -157,12 +158,7 @@ class Trainer:
         self.status.write("running")
         while self.state.step < self.total_steps:
             if stop_reason := self.validator.begin(self.engine, self.logger, self.state.step):
-                raise UserError(
-                    stop_reason,
-                    key="validation.stop",
-                    value="true",
-                    remedy="Lower optim.lr, change the data, or raise validation.max_rise",
-                )
+                raise _guard_error(stop_reason)
             for step in self._steps():
                 if loss_spike.is_spike(self.state, step.loss, self.config.recovery) and self._rollback(step):
                     break
@@ -174,10 +170,8 @@ class Trainer:
         self.status.write("finished", 0)
         return 0
 
-    def _steps(self) -> Any:
+    def _steps(self) -> Iterator[StepMetrics]:
         inputs = (self.engine, self.objective, self.loader, self.state, self.config, self.total_steps)
-        if self.profiler is None:
-            return train_steps(*inputs, self.metrics_context)
         steps = train_steps(*inputs, self.metrics_context, self.profiler.span)
         return self.profiler.follow(steps, self.state.step, self.total_steps)
 
@@ -193,14 +187,13 @@ class Trainer:
             self._save(step)
         if stop_reason:
             self.checkpoints.wait()
-            raise UserError(stop_reason, key="validation.stop", value="true", remedy="A checkpoint was saved")
+            raise _guard_error(f"{stop_reason}; a checkpoint was saved")
         if not stopping:
             return 0
         self.checkpoints.wait()
         self.logger.log.info(
             f"stopped at step {step.step} ({self.signals.reason or 'requested on another rank'}), checkpoint saved; "
-            "the same "
-            "command resumes from it"
+            "the same command resumes from it"
         )
         exit_code = EXIT_STOPPED if request.no_requeue else EXIT_INTERRUPTED
         self.status.write("stopped", exit_code, self.signals.reason)
@@ -222,9 +215,8 @@ class Trainer:
         ):
             self._warned_metrics.add(best_metric)
             self.logger.log.warning(
-                f"checkpoint.best_metric={best_metric}: not measured at step {step.step}, so this checkpoint cannot "
-                "be the best. "
-                f"Measured at steps: {', '.join(step.as_dict())}; at validations: "
+                f"checkpoint.best_metric={best_metric}: not measured at step {step.step}, so this checkpoint cannot be "
+                f"the best. Measured at steps: {', '.join(step.as_dict())}; at validations: "
                 f"{', '.join(validation_metrics) or 'nothing'}"
             )
         self.logger.log_checkpoint(step.step, self.checkpoints.save(self.state, metrics))
@@ -255,12 +247,16 @@ class Trainer:
             ) from error
         self.logger.log.warning(
             f"step {step.step}: loss {step.loss:.4f} is a spike (recovery.rollback_above); rolled back to step "
-            f"{restored.step}, the "
-            f"data of {diverged.step - restored.step} steps is skipped"
+            f"{restored.step}, the data of {diverged.step - restored.step} steps is skipped"
         )
         self.logger.rollback(restored.step)
         self.state = restored
         return True
+
+
+def _guard_error(reason: str) -> UserError:
+    remedy = "Lower optim.lr, change the data, or raise validation.max_rise"
+    return UserError(reason, key="validation.stop", value="true", remedy=remedy)
 
 
 def build_model(config: TrainConfig, hf_config: Any, precision: Precision) -> Any:

@@ -208,9 +208,8 @@ class Validator:
         if rise <= self._config.max_rise:  # False for NaN, which is reported
             return None
         return (
-            f"step {row['step']}: {self._config.guard} rose to {row[key]:.4f} bits per byte, {100 * rise:.1f} % "
-            "above its "
-            f"{baseline[key]:.4f} at step {baseline['step']}; validation.max_rise={self._config.max_rise:g} allows "
+            f"step {row['step']}: {self._config.guard} rose to {row[key]:.4f} bits per byte, {100 * rise:.1f} % above "
+            f"its {baseline[key]:.4f} at step {baseline['step']}; validation.max_rise={self._config.max_rise:g} allows "
             f"{100 * self._config.max_rise:g} %. Mix more {self._config.guard} into the data, or lower optim.lr"
         )
 

@@ -188,9 +188,9 @@ def load_into_engine(engine: Engine, saved: SavedPartitions, scaler: dict[str, A
     current, previous = partition_layout(engine), saved.layout
     if saved.has_opaque_states and previous != current:
         raise UserError(
-            "the states of this optimizer cannot be repartitioned; they were saved by "
-            f"{previous['world_size']} ranks at zero.stage={previous['stage']}, this run has "
-            f"{current['world_size']} ranks at zero.stage={current['stage']}",
+            f"the states of this optimizer cannot be repartitioned; they were saved by {previous['world_size']} ranks "
+            f"at zero.stage={previous['stage']}, this run has {current['world_size']} ranks at "
+            f"zero.stage={current['stage']}",
             key=saved.folder,
             remedy="Use the same ranks and stage, or export the run and give model=<its export> under another run=",
         )

@@ -87,9 +87,9 @@ class Kernel:
         refusal = self.implementations[name].refuses(where)
         if refusal:
             raise CannotRunError(
-                f"{self.name} was forced to run {name!r} on {where}, which is not possible: {refusal}. "
-                f"Available here: {', '.join(runnable(self.name, where))}; set {VARIABLE} or force() to one of them, "
-                "or leave the choice to the kernel"
+                f"{self.name} was forced to run {name!r} on {where}, which is not possible: {refusal}. Available here: "
+                f"{', '.join(runnable(self.name, where))}; set {VARIABLE} or force() to one of them, or leave the "
+                "choice to the kernel"
             )
         return name
 

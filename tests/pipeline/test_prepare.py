@@ -43,8 +43,8 @@ def test_a_store_holds_every_document_in_order_with_its_domain_and_language(
     write(tmp_path / "zh.jsonl", [{"text": text} for text in CHINESE] + [{"text": CHINESE[0]}])
     write(tmp_path / "talk.jsonl", TALKS)
     sources = (
-        "data.sources=[{path: en.txt, domain: en, language: en}, {path: zh.jsonl, domain: zh, language: zh, "
-        "weight: 3.0, max_documents: 10}, {path: talk.jsonl, domain: chat, language: zh}]"
+        "data.sources=[{path: en.txt, domain: en, language: en}, {path: zh.jsonl, domain: zh, language: zh, weight: "
+        "3.0, max_documents: 10}, {path: talk.jsonl, domain: chat, language: zh}]"
     )
     done = verb("prepare", sources, f"tokenizer={base_tokenizer}", "out=s", "clean.duplicates=exact", "workers=2")
     store = TokenStore(tmp_path / "s")

@@ -101,7 +101,7 @@ def test_the_guard_compares_with_the_start_across_a_resume_and_ends_the_run(verb
     assert measured[-1][key] > measured[0][key]
     assert done.returncode == 2, done.stderr[-2000:]
     assert f"above its {measured[0][key]:.4f} at step 0" in done.stderr
-    assert "A checkpoint was saved" in done.stderr
+    assert "; a checkpoint was saved. Lower optim.lr" in done.stderr
     last = measured[-1]["step"]
     assert last < 6 or "step 6" in done.stderr
     assert (tmp_path / "runs" / "guarded" / "checkpoints" / f"step-{last:06d}").is_dir()

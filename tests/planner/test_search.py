@@ -179,8 +179,8 @@ def test_disk_that_grows_as_long_as_the_run_is_said_to_grow() -> None:
     grows = _plan(*given, "checkpoint.keep_every=250")
     each = 12 * grows.shape.trained
     line = (
-        f"checkpoint: {each / GIB:.2f} GiB on disk, {3 * each / GIB:.2f} GiB per run plus one checkpoint every "
-        "500 steps"
+        f"checkpoint: {each / GIB:.2f} GiB on disk, {3 * each / GIB:.2f} GiB per run plus one checkpoint every 500 "
+        "steps"
     )
     assert f"{line} (checkpoint.keep_every)" in plan_report.format_plan(grows, [])
     assert plan_report.as_json(grows, [])["disk_of_run"] is None

@@ -10,6 +10,7 @@ import pytest
 from fireflyds import app
 from fireflyds.distributed.signals import StopRequest
 from fireflyds.errors import UserError
+from fireflyds.metrics.profiler import StepProfiler
 from fireflyds.train import trainer as module
 from fireflyds.train.trainer import Trainer
 from fireflyds.types import StepMetrics, TrainState
@@ -92,6 +93,7 @@ class Played:
             status=self,
             state=TrainState(),
             total_steps=steps,
+            profiler=StepProfiler(self.config.profile, Path(self.config.run_dir), 0, self.log),
         )
         return trainer.fit()
 

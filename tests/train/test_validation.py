@@ -132,8 +132,8 @@ def test_the_guard_compares_with_the_start_across_a_resume(tmp_path: Path, valid
     start, risen = (journal.rows[place]["validation/bits_per_byte/en"] for place in (0, 2))
     assert risen > 1.1 * start
     said = (
-        f"step 4: en rose to {risen:.4f} bits per byte, {100 * (risen / start - 1):.1f} % above its {start:.4f} "
-        "at step 0"
+        f"step 4: en rose to {risen:.4f} bits per byte, {100 * (risen / start - 1):.1f} % above its {start:.4f} at "
+        "step 0"
     )
     assert f"warning: {said}" in journal.lines[-1]
     # Resumed at step 3: what came after is cut, the start stays.

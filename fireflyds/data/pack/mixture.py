@@ -286,8 +286,8 @@ def refuse_unknown_domains(store: TokenStore, weights: dict[str, float], data: D
     for phase in data.curriculum:
         if set(phase.weights) != set(weights):
             raise UserError(
-                f"the phase from {phase.tokens} tokens has weights for {sorted(phase.weights)}, the first phase "
-                f"for {sorted(weights)}",
+                f"the phase from {phase.tokens} tokens has weights for {sorted(phase.weights)}, the first phase for "
+                f"{sorted(weights)}",
                 key="data.curriculum",
                 remedy="Name the same domains in all phases",
             )

@@ -67,8 +67,8 @@ def read_part(source: SourceConfig, part: FilePart) -> Iterator[LocatedSample | 
             yield RejectedRow(
                 record.file,
                 record.line,
-                f"no known layout has the fields {fields}; known layouts: {layouts} "
-                "(a table must have its column names in the first line)",
+                f"no known layout has the fields {fields}; known layouts: {layouts} (a table must have its column "
+                "names in the first line)",
             )
             continue
         name = layout.__name__.rsplit(".", 1)[-1]

@@ -179,8 +179,8 @@ def refuse_rejected(
     if size > config.max_rejected * sum(task.size for task in tasks):
         reason = next(row["reason"] for row in rejected if not row["line"])
         raise UserError(
-            f"{len(broken):,} files of {size:,} bytes cannot be read to their end, the first "
-            f"{broken[0].part.file} ({reason})",
+            f"{len(broken):,} files of {size:,} bytes cannot be read to their end, the first {broken[0].part.file} "
+            f"({reason})",
             key="max_rejected",
             value=config.max_rejected,
             remedy="Replace them, or raise max_rejected; parts encoded so far are reused",

@@ -71,15 +71,11 @@ class Chat:
         lead = self._expression(self.begin, content) + ("" if "{system}" in self.user else f" + {head}")
         answer = self._expression(self.opening + self.answer + self.stop + self.after, content)
         return (
-            f"{{% set system = {_quoted(self.default_system)} %}}{{% set rest = messages %}}"
-            "{% if messages and messages[0]['role'] == 'system' %}"
-            "{% set system = messages[0]['content'] %}{% set rest = messages[1:] %}{% endif %}"
-            f"{{{{ {lead} }}}}"
-            "{% for message in rest %}"
-            f"{{% if message['role'] == 'user' %}}{{{{ {self._expression(self.user, content, where)} }}}}"
-            f"{{% else %}}{{{{ {answer} }}}}{{% endif %}}"
-            "{% endfor %}"
-            f"{{% if add_generation_prompt %}}{{{{ {self._expression(self.opening, content)} }}}}{{% endif %}}"
+            f"{{% set system = {_quoted(self.default_system)} %}}{{% set rest = messages %}}{{% if messages and "
+            "messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% set rest = messages[1:] "
+            f"%}}{{% endif %}}{{{{ {lead} }}}}{{% for message in rest %}}{{% if message['role'] == 'user' %}}{{{{ "
+            f"{self._expression(self.user, content, where)} }}}}{{% else %}}{{{{ {answer} }}}}{{% endif %}}{{% endfor "
+            f"%}}{{% if add_generation_prompt %}}{{{{ {self._expression(self.opening, content)} }}}}{{% endif %}}"
         )
 
     def _expression(self, text: str, content: str, where: dict[str, str] | None = None) -> str:

@@ -7,8 +7,8 @@ CHAT = Chat(
     begin=BOS,
     system="{} ",
     default_system=(
-        "A chat between a curious user and an artificial intelligence assistant. "
-        "The assistant gives helpful, detailed, and polite answers to the user's questions."
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the user's questions."
     ),
     user="USER: {} ",
     opening="ASSISTANT:",

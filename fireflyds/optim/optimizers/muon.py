@@ -17,8 +17,8 @@ def check(config: TrainConfig) -> list[str]:
     """
     if config.tuning.has_adapters:
         raise UserError(
-            f"optim=muon with tuning={config.tuning.method.name}: no matrix of the body trains, so Muon would "
-            "train nothing",
+            f"optim=muon with tuning={config.tuning.method.name}: no matrix of the body trains, so Muon would train "
+            "nothing",
             remedy="Nearest: optim=adamw, or tuning=full",
         )
     if not config.optim.max_grad_norm:

@@ -16,19 +16,19 @@ def format_comparison(rows: Sequence[dict[str, Any]], names: tuple[str, str]) ->
     lines = [
         f"`{names[0]}` → `{names[1]}`",
         "",
-        f"| domain | language | characters | tokens | | characters per token | bytes per token "
-        f"| byte fallback | characters in {CONTEXT:,} tokens |",
+        "| domain | language | characters | tokens | | characters per token | bytes per token | byte fallback | "
+        f"characters in {CONTEXT:,} tokens |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
         old, new = row["before"], row["after"]
         change = new["tokens"] / max(old["tokens"], 1) - 1
         lines.append(
-            f"| {row['domain']} | {row['language']} | {old['characters']:,} | {old['tokens']:,} → {new['tokens']:,} "
-            f"| {change:+.1%} | {old['characters_per_token']:.2f} → {new['characters_per_token']:.2f} "
-            f"| {old['bytes_per_token']:.2f} → {new['bytes_per_token']:.2f} "
-            f"| {old['byte_fallback_rate']:.1%} → {new['byte_fallback_rate']:.1%} "
-            f"| {old['characters_in_context']:,.0f} → {new['characters_in_context']:,.0f} |"
+            f"| {row['domain']} | {row['language']} | {old['characters']:,} | {old['tokens']:,} → {new['tokens']:,} | "
+            f"{change:+.1%} | {old['characters_per_token']:.2f} → {new['characters_per_token']:.2f} | "
+            f"{old['bytes_per_token']:.2f} → {new['bytes_per_token']:.2f} | {old['byte_fallback_rate']:.1%} → "
+            f"{new['byte_fallback_rate']:.1%} | {old['characters_in_context']:,.0f} → "
+            f"{new['characters_in_context']:,.0f} |"
         )
     return lines
 
@@ -37,9 +37,8 @@ def format_summary(report: dict[str, Any]) -> str:
     """Returns the summary that the command prints."""
     pieces = report["pieces"]
     lines = [
-        f"vocabulary: {report['vocab_size_before']:,} -> {report['vocab_size_after']:,} tokens; "
-        f"{pieces['added']:,} pieces, {len(pieces['intermediates']):,} intermediates "
-        f"and {len(pieces['filled']):,} characters added; "
+        f"vocabulary: {report['vocab_size_before']:,} -> {report['vocab_size_after']:,} tokens; {pieces['added']:,} "
+        f"pieces, {len(pieces['intermediates']):,} intermediates and {len(pieces['filled']):,} characters added; "
         f"{pieces['present']:,} were already in the base, {len(pieces['dropped']):,} dropped"
     ]
     lines += [
@@ -111,10 +110,9 @@ def _costs(report: dict[str, Any]) -> str:
     parameters = rows * model["hidden_size"] * model["matrices"]
     mib = 2**20
     return (
-        f"{rows:,} rows of {model['hidden_size']:,} in {head}: {parameters:,} parameters, "
-        f"{2 * parameters / mib:,.1f} MiB in 16 bits, {TRAINING_BYTES * parameters / mib:,.1f} MiB in full training "
-        f"with Adam ({TRAINING_BYTES} bytes each). "
-        f"The model: {model['parameters_before']:,} → {model['parameters_after']:,} parameters."
+        f"{rows:,} rows of {model['hidden_size']:,} in {head}: {parameters:,} parameters, {2 * parameters / mib:,.1f} "
+        f"MiB in 16 bits, {TRAINING_BYTES * parameters / mib:,.1f} MiB in full training with Adam ({TRAINING_BYTES} "
+        f"bytes each). The model: {model['parameters_before']:,} → {model['parameters_after']:,} parameters."
     )
 
 

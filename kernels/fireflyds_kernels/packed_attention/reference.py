@@ -40,9 +40,8 @@ def _boundaries(cu_seqlens: Tensor, tokens: int, max_seqlen: int) -> list[int]:
     lengths = [end - start for start, end in pairwise(bounds)]
     if bounds[0] != 0 or bounds[-1] != tokens or min(lengths) < 0 or max(lengths) > max_seqlen:
         raise ValueError(
-            f"packed_attention: documents of {sum(lengths)} tokens (shortest {min(lengths)}, longest "
-            f"{max(lengths)}), the first "
-            f"at {bounds[0]}, for T={tokens}, max_seqlen={max_seqlen}"
+            f"packed_attention: documents of {sum(lengths)} tokens (shortest {min(lengths)}, longest {max(lengths)}), "
+            f"the first at {bounds[0]}, for T={tokens}, max_seqlen={max_seqlen}"
         )
     return bounds
 

@@ -34,8 +34,8 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
         or cos.shape[1] % 2
     ):
         raise ValueError(
-            f"rope: cos and sin [T, R] expected with T={q.shape[0]} and an even R of at most D={q.shape[2]}, "
-            f"got {[*cos.shape]}, {[*sin.shape]}"
+            f"rope: cos and sin [T, R] expected with T={q.shape[0]} and an even R of at most D={q.shape[2]}, got "
+            f"{[*cos.shape]}, {[*sin.shape]}"
         )
     run = dispatch.select("rope", q)
     rotated: tuple[Tensor, Tensor] = run(q, k, cos, sin)
