@@ -14,6 +14,7 @@ import pytest
 import slurm_cluster
 from grid import ROOT, near
 from samples import ENGLISH
+from tiny_run import prepare_store, tiny_keys
 
 pytestmark = [
     pytest.mark.slurm,
@@ -83,8 +84,7 @@ class Cluster:
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory, verbs_of, base_tokenizer: Path) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("slurm")
-    (folder / "en.txt").write_text("\n".join(ENGLISH * 4), encoding="utf-8")
-    verbs_of(folder)("prepare", "data=en.txt", f"tokenizer={base_tokenizer}", "out=store", "workers=1")
+    prepare_store(verbs_of(folder), folder, base_tokenizer, ENGLISH * 4)
     with slurm_cluster.running() as variables:
         yield Cluster(folder, variables, verbs_of(folder))
 
@@ -93,15 +93,8 @@ def cluster(tmp_path_factory, verbs_of, base_tokenizer: Path) -> Iterator[Cluste
 def training(base_tokenizer: Path) -> list[str]:
     return [
         "verb=train",
-        "data=store",
-        "model=at_path",
-        "model.init=scratch",
-        f"model.tokenizer={base_tokenizer}",
+        *tiny_keys(base_tokenizer),
         f"optim.steps={STEPS}",
-        (
-            "model.architecture={model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, "
-            "num_attention_heads: 2}"
-        ),
         "seq_len=256",
         "global_batch_size=8",
         "checkpoint.every=5",
@@ -211,7 +204,7 @@ def test_a_road_is_a_chain_of_jobs(cluster: Cluster, training: list[str], base_t
 name: way
 stages:
   - {{name: prepare, verb: prepare, output: store/manifest.json, \
-overrides: [data=en.txt, 'tokenizer={base_tokenizer}', out=runs/way/store, workers=1]}}
+overrides: [data=documents.txt, 'tokenizer={base_tokenizer}', out=runs/way/store, workers=1]}}
   - {{name: train, verb: train, output: sft, overrides: [run=way/sft, {keys}, data=runs/way/store, optim.steps=4]}}
   - {{name: export, verb: export, output: sft/export/export.json, overrides: [run=way/sft]}}
 """)

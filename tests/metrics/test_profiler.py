@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from samples import CHINESE
+from tiny_run import prepare_store, tiny_keys
 
 from fireflyds import app
 from fireflyds.config import ProfileConfig
@@ -33,17 +34,9 @@ def names(run: Path) -> list[str]:
 
 @pytest.fixture
 def arguments(verb, tmp_path: Path, base_tokenizer: Path) -> list[str]:
-    (tmp_path / "zh.txt").write_text("\n".join(CHINESE), encoding="utf-8")
-    verb("prepare", "data=zh.txt", f"tokenizer={base_tokenizer}", "out=store", "workers=1")
+    prepare_store(verb, tmp_path, base_tokenizer, CHINESE)
     return [
-        "data=store",
-        "model=at_path",
-        "model.init=scratch",
-        f"model.tokenizer={base_tokenizer}",
-        (
-            "model.architecture={model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, "
-            "num_attention_heads: 2}"
-        ),
+        *tiny_keys(base_tokenizer, layers=1),
         "seq_len=128",
         "global_batch_size=2",
         "optim.schedule=constant",

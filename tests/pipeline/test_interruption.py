@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from samples import ENGLISH
+from tiny_run import prepare_store, tiny_keys
 from wandb_file import finished, history, records
 
 from fireflyds.checkpoint import shard_files as fragments
@@ -25,19 +26,11 @@ STEPS = 60
 
 @pytest.fixture
 def arguments(verb, tmp_path: Path, base_tokenizer: Path) -> list[str]:
-    (tmp_path / "en.txt").write_text("\n".join(ENGLISH * 4), encoding="utf-8")
-    verb("prepare", "data=en.txt", f"tokenizer={base_tokenizer}", "out=store", "workers=1")
+    prepare_store(verb, tmp_path, base_tokenizer, ENGLISH * 4)
     return [
-        "data=store",
-        "model=at_path",
-        "model.init=scratch",
-        f"model.tokenizer={base_tokenizer}",
+        *tiny_keys(base_tokenizer),
         f"optim.steps={STEPS}",
         "optim.lr=1e-3",
-        (
-            "model.architecture={model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, "
-            "num_attention_heads: 2}"
-        ),
         "seq_len=256",
         "micro_batch_size=1",
         "global_batch_size=4",

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from samples import ENGLISH
+from tiny_run import prepare_store, tiny_keys
 from two_hosts import ADDRESSES, INTERFACE, Hosts, why_not
 
 pytestmark = pytest.mark.netns
@@ -28,19 +29,11 @@ def hosts(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="module")
 def arguments(hosts: Hosts, verbs_of, base_tokenizer: Path) -> list[str]:
-    (hosts.folder / "en.txt").write_text("\n".join(ENGLISH * 4), encoding="utf-8")
-    verbs_of(hosts.folder)("prepare", "data=en.txt", f"tokenizer={base_tokenizer}", "out=store", "workers=1")
+    prepare_store(verbs_of(hosts.folder), hosts.folder, base_tokenizer, ENGLISH * 4)
     return [
-        "data=store",
-        "model=at_path",
-        "model.init=scratch",
-        f"model.tokenizer={base_tokenizer}",
+        *tiny_keys(base_tokenizer),
         f"optim.steps={STEPS}",
         "optim.lr=1e-3",
-        (
-            "model.architecture={model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, "
-            "num_attention_heads: 2}"
-        ),
         "seq_len=256",
         "micro_batch_size=1",
         "global_batch_size=4",

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from samples import CHINESE, ENGLISH
+from tiny_run import tiny_keys
 
 pytestmark = pytest.mark.slow
 
@@ -24,16 +25,9 @@ def arguments(verb, tmp_path: Path, base_tokenizer: Path) -> list[str]:
     verb("prepare", "data=zh.txt", f"tokenizer={base_tokenizer}", "out=store", "workers=1")
     verb("prepare", sources, f"tokenizer={base_tokenizer}", "out=held", "workers=1")
     return [
-        "data=store",
-        "model=at_path",
-        "model.init=scratch",
-        f"model.tokenizer={base_tokenizer}",
+        *tiny_keys(base_tokenizer),
         "optim.steps=6",
         "optim.lr=3e-2",
-        (
-            "model.architecture={model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, "
-            "num_attention_heads: 2}"
-        ),
         "seq_len=128",
         "micro_batch_size=1",
         "global_batch_size=4",

@@ -14,6 +14,7 @@ import psutil
 import pytest
 from grid import ROOT
 from samples import ENGLISH
+from tiny_run import prepare_store, tiny_keys
 
 STEPS = 12
 
@@ -55,8 +56,7 @@ def rows(place: Path) -> list[dict]:
 
 @pytest.fixture
 def arguments(verb, tmp_path: Path, base_tokenizer: Path) -> list[str]:
-    (tmp_path / "en.txt").write_text("\n".join(ENGLISH), encoding="utf-8")
-    verb("prepare", "data=en.txt", f"tokenizer={base_tokenizer}", "out=store", "workers=1")
+    prepare_store(verb, tmp_path, base_tokenizer, ENGLISH)
     return [
         "study=lr",
         "sweep=lr",
@@ -65,15 +65,8 @@ def arguments(verb, tmp_path: Path, base_tokenizer: Path) -> list[str]:
         "sweep.poll_seconds=0.1",
         "sweep.pruner=none",
         "cluster=local_cpu",
-        "data=store",
-        "model=at_path",
-        "model.init=scratch",
-        f"model.tokenizer={base_tokenizer}",
+        *tiny_keys(base_tokenizer),
         f"optim.steps={STEPS}",
-        (
-            "model.architecture={model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, "
-            "num_attention_heads: 2}"
-        ),
         "seq_len=64",
         "global_batch_size=16",
         "checkpoint.every=3",
