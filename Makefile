@@ -8,6 +8,8 @@ WORKERS ?= 2
 UNIT_TESTS := $(addprefix tests/,checkpoint contracts data distributed evaluation inference models optim pipelines runs \
   tokenizer zero kernels/test_dispatch.py kernels/test_elementwise.py kernels/test_linear_cross_entropy.py test_config.py \
   test_errors.py test_fs.py test_layers.py test_readmes.py test_registry.py)
+SPELLED := fireflyds kernels launch conf tests benchmarks .github .ci README.md CHANGELOG.md Makefile pyproject.toml \
+  .pre-commit-config.yaml
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: demo quick test test-all coverage lint clean
@@ -34,7 +36,7 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	git ls-files -z | xargs -0 $(BIN)/codespell
+	$(BIN)/codespell $(SPELLED)
 	$(BIN)/python tests/support/links.py
 
 # The constraints pin torch's CPU build where that is what the index offers; a GPU machine installs its own torch first.

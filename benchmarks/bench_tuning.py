@@ -59,7 +59,7 @@ def watch():
         peak = max(peak, anonymous())
         time.sleep(0.002)
 thread = threading.Thread(target=watch); thread.start()
-options = tuning.quantization(config.tuning, Precision.bf16, 2)
+options = tuning.quantization_config(config.tuning, Precision.bf16, 2)
 model = load.load_model(config.model, load.architecture_of(config.model), Precision.bf16, 0, options).model
 done = True; thread.join()
 held = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
@@ -127,10 +127,10 @@ def train(folder: Path, way: str, stage: str, model: str, steps: int) -> dict[st
         "evaluate",
         f"model=runs/{run}/export",
         "tasks=[bits_per_byte]",
-        "texts.zh=zh_held_out.txt",
-        "texts.en=en_held_out.txt",
+        "bits_per_byte.texts.zh=zh_held_out.txt",
+        "bits_per_byte.texts.en=en_held_out.txt",
     )
-    scores = json.loads((folder / "runs" / run / "export" / "eval" / "scores.json").read_text())["scores"]
+    results = json.loads((folder / "runs" / run / "export" / "eval" / "scores.json").read_text())["results"]
     rows = [json.loads(line) for line in (folder / "runs" / run / "metrics.jsonl").read_text().splitlines()]
     manifest = json.loads((folder / "stores" / stage / "manifest.json").read_text())["totals"]
     table = json.loads(
@@ -152,7 +152,7 @@ def train(folder: Path, way: str, stage: str, model: str, steps: int) -> dict[st
         "speed": statistics.median(row["tokens_per_second"] for row in rows[5:]),
         # Bits per byte of text: from one vocabulary to another, losses per token do not compare.
         "curve": [row["loss"] / math.log(2) * manifest["tokens"] / manifest["bytes"] for row in rows],
-        "scores": scores["bits_per_byte"],
+        "scores": results[-1]["figures"],
     }
 
 

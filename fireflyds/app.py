@@ -37,7 +37,7 @@ def main(verb: Callable[..., Any], about: str, *, passes_on: bool = False) -> No
     """Compose the config of a verb from `sys.argv` and call it. Leaves the process with an exit code.
 
     `about` is the verb's module docstring, shown by `-h`. With `passes_on` the verb also gets the arguments that are
-    none of its own keys. A `UserError` becomes one message on stderr and exit code 2, an interrupt exit code 130.
+    none of its own keys. A `UserError` becomes one message on stderr and its `exit_code`, an interrupt exit code 130.
     """
     name = Path(sys.argv[0]).stem
     # Progress bars of weight loading are noise in logs; transformers' reads this when it is imported.
@@ -163,7 +163,9 @@ def from_yaml(path: Path, schema: type[C]) -> C:
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise UserError(
-            f"{str(error).splitlines()[0]}", key=path, remedy="The file was written by another version or edited"
+            str(error).splitlines()[0],
+            key=path,
+            remedy="Another version wrote the file, or it was edited: restore it or write it again",
         ) from error
 
 
@@ -219,7 +221,8 @@ def _frozen(verb: str, file: str, arguments: list[str]) -> Any:
     if not Path(file).is_file():
         raise UserError(
             "no such file",
-            key=f"--config {file}",
+            key="--config",
+            value=file,
             remedy="Give a configuration that was written whole, as `config.yaml`",
         )
     return from_yaml(Path(file), VERBS[verb].config)

@@ -49,8 +49,10 @@ class LostRankError(UserError):
     exit_code = 1
     kind = "lost_rank"
 
-    def __init__(self, rule: str, *, rank: int | None = None, remedy: str = "") -> None:
-        super().__init__(rule, remedy=remedy)
+    def __init__(
+        self, rule: str, *, key: object = "", value: object = _UNSET, rank: int | None = None, remedy: str = ""
+    ) -> None:
+        super().__init__(rule, key=key, value=value, remedy=remedy)
         self.rank = rank
 
 

@@ -89,18 +89,18 @@ def lock_file(file: Path, busy: UserError | None) -> IO[str]:
 
 
 @contextlib.contextmanager
-def _exclusive_writer(out: Path) -> Iterator[None]:
-    """Locks `out` against a second process that writes the same folder."""
+def _exclusive_writer(out: Path, key: str) -> Iterator[None]:
+    """Locks `out`, the value of `key`, against a second process that writes the same folder."""
     file = out.with_name(f".{out.name}.lock")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         remedy = "Wait for it, or give another folder"
-        lock = lock_file(file, UserError("another process writes there now", key="out", value=out, remedy=remedy))
+        lock = lock_file(file, UserError("another process writes there now", key=key, value=out, remedy=remedy))
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
         reason = getattr(error, "strerror", None) or "it is not a valid path of a folder"
-        raise UserError(f"cannot be written ({reason})", key="out", value=out, remedy="Give another folder") from error
+        raise UserError(f"cannot be written ({reason})", key=key, value=out, remedy="Give another folder") from error
     with lock:
         try:
             yield
@@ -118,11 +118,14 @@ class Output:
 
     kind: str
     caches: tuple[str, ...] = ()
+    key: str = "out"
+    """The key of the command that names the folder, for errors."""
 
     def sign(self, folder: Path) -> None:
         """Writes the marker, which lists all files currently in `folder`."""
         files = sorted(str(path.relative_to(folder)) for path in _files(folder))
-        content = {"written_by": "fireflyds", "kind": self.kind, "files": [name for name in files if name != MARKER]}
+        files = [name for name in files if name not in (MARKER, PARTIAL)]
+        content = {"written_by": "fireflyds", "kind": self.kind, "files": files}
         (folder / MARKER).write_text(json.dumps(content, indent=0, ensure_ascii=False), encoding="utf-8")
 
     def foreign_files(self, folder: Path) -> list[Path]:
@@ -143,14 +146,14 @@ class Output:
         if not written:
             raise UserError(
                 f"the folder holds other things (no {MARKER} of fireflyds) and is not overwritten",
-                key="out",
+                key=self.key,
                 value=folder,
                 remedy="Give another folder",
             )
         if kind != self.kind:
             raise UserError(
                 f"the folder holds the output of {kind}, not {self.kind}",
-                key="out",
+                key=self.key,
                 value=folder,
                 remedy="Give another folder",
             )
@@ -160,19 +163,6 @@ class Output:
 
 def _files(folder: Path) -> Iterator[Path]:
     return (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
-
-
-def remove_output(folder: Path) -> None:
-    """Removes the files listed in the marker of a finished folder and keeps others. Does nothing without a marker."""
-    try:
-        written = read_json(folder / MARKER)["files"]
-    except (UserError, KeyError):
-        return
-    for name in [*written, MARKER]:
-        file = folder / name
-        if folder.resolve() in file.resolve().parents:
-            file.unlink(missing_ok=True)
-    remove_empty_folders(folder)
 
 
 def remove_empty_folders(folder: Path) -> None:
@@ -192,7 +182,7 @@ def resumable_dir(out: Path, output: Output, *, pieces: str) -> Iterator[Path]:
         UserError: the folder cannot be written, or contains other files.
     """
     out = out.resolve()
-    with _exclusive_writer(out):
+    with _exclusive_writer(out, output.key):
         staging = _prepare_staging(out, output, fresh=False)
         (staging / pieces).mkdir(exist_ok=True)
         try:
@@ -211,7 +201,7 @@ def atomic_dir(out: Path, output: Output) -> Iterator[Path]:
         UserError: the folder cannot be written, or contains other files.
     """
     out = out.resolve()
-    with _exclusive_writer(out):
+    with _exclusive_writer(out, output.key):
         staging = _prepare_staging(out, output, fresh=True)
         try:
             yield staging
@@ -224,16 +214,17 @@ def _prepare_staging(out: Path, output: Output, *, fresh: bool) -> Path:
     """Creates the sibling folder to write into, after checking that `out` may be replaced."""
     if out.is_file():
         raise UserError(
-            "cannot be written (a file of that name is there)", key="out", value=out, remedy="Give another folder"
+            "cannot be written (a file of that name is there)", key=output.key, value=out, remedy="Give another folder"
         )
     staging, old = (out.with_name(f".{out.name}.{suffix}") for suffix in ("partial", "old"))
     if old.exists() and not out.exists():  # a replacement was interrupted between its two renames
         old.rename(out)
     output.foreign_files(out)
-    if (staging.exists() and any(staging.iterdir())) and not (staging / PARTIAL).exists():
+    is_ours = any((staging / name).exists() for name in (PARTIAL, MARKER))
+    if staging.exists() and any(staging.iterdir()) and not is_ours:
         raise UserError(
             f"{staging} holds other things and is not overwritten",
-            key="out",
+            key=output.key,
             value=out,
             remedy="Move it, or give another folder",
         )
@@ -244,25 +235,28 @@ def _prepare_staging(out: Path, output: Output, *, fresh: bool) -> Path:
         (staging / PARTIAL).touch()
     except OSError as error:
         raise UserError(
-            f"cannot be written ({error.strerror})", key="out", value=out, remedy="Give another folder"
+            f"cannot be written ({error.strerror})", key=output.key, value=out, remedy="Give another folder"
         ) from error
     return staging
 
 
 def _replace(out: Path, staging: Path, output: Output) -> None:
-    (staging / PARTIAL).unlink()
-    output.sign(staging)
-    if not out.exists():
-        staging.rename(out)
-        return
-    for name in output.foreign_files(out):
+    foreign = output.foreign_files(out)
+    for name in foreign:
         if (staging / name).exists():
             raise UserError(
                 f"{name} was not written by fireflyds and would be replaced",
-                key="out",
+                key=output.key,
                 value=out,
                 remedy="Move it elsewhere",
             )
+    # Signed first: a folder left by a kill between these two lines is still recognised.
+    output.sign(staging)
+    (staging / PARTIAL).unlink()
+    if not out.exists():
+        staging.rename(out)
+        return
+    for name in foreign:
         (staging / name).parent.mkdir(parents=True, exist_ok=True)
         _link_or_copy(out / name, staging / name)
     old = out.with_name(f".{out.name}.old")

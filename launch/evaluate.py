@@ -20,13 +20,15 @@ def evaluate(config: EvaluateConfig) -> None:
         UserError: a task or its data, or the model, is not found.
     """
     # Heavy imports are deferred until the configuration is validated.
-    from fireflyds.evaluation.results import FILE, EvaluationResult, append_result, versions
+    from fireflyds.evaluation.results import FILE, EvaluationResult, append_result, read_results, versions
     from fireflyds.evaluation.scorer import load_evaluated_model
     from fireflyds.evaluation.tasks import load_task, task_options
+    from fireflyds.runs.fingerprint import weights_hash
 
     tasks = {name: load_task(name) for name in config.tasks}
-    model = load_evaluated_model(config)
     out = Path(config.out or Path(config.model) / "eval")
+    read_results(out)  # refused before hours of evaluation, not after
+    model = load_evaluated_model(config)
     prompt = "plain" if model.chat_tokenizer is None else "chat"
     for name, task in tasks.items():
         options = task_options(name, config)
@@ -40,11 +42,12 @@ def evaluate(config: EvaluateConfig) -> None:
             figures=figures,
             options=asdict(options) | common_options,
             complete=config.limit is None and task.covers_all(options),
+            weights=weights_hash(Path(config.model)),
             versions=versions(),
         )
-        append_result(out, result)
         for figure, value in figures.items():
             print(f"{name}.{figure}: {value:.4f}")
+        append_result(out, result)
         if not result.complete:
             print(f"note: {name} was evaluated on a subset of its data: not comparable with published figures")
     print(f"wrote {out / FILE}")

@@ -114,10 +114,10 @@ def refuse_broken(config: ExpandConfig, base: Base, checks: list[VerificationRes
     if config.cure and broken:
         raise UserError(
             f"{broken[0].promise}, but not in {len(broken[0].failures):,} of {broken[0].tried:,} cases, the first "
-            f"{broken[0].failures[0][:100]!r}",
+            f"{broken[0].failures[0][:100]!r}; nothing was written",
             key="base",
             value=config.base,
-            remedy="Nothing was written; this tokenizer cannot be expanded",
+            remedy="Give another base, or cure=false, which writes the merge without this property",
         )
 
 

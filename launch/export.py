@@ -49,7 +49,7 @@ def export(config: ExportConfig) -> None:
     print(f"wrote {out}: {json.dumps(metadata)}")
     if config.artifact:
         name = trackers.log_model_artifact(train_config.tracking, config.run, run_dir, out, metadata)
-        sync_hint = f"; send it with `wandb sync {run_dir}/wandb/offline-run-*`"
+        sync_hint = f"; send it with `wandb sync {run_dir / layout.WANDB}/offline-run-*`"
         offline = train_config.tracking.mode is WandbMode.offline
         print(f"{out} is the artifact {name} of its W&B run{sync_hint * offline}")
 

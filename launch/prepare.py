@@ -43,7 +43,7 @@ def prepare(config: PrepareConfig) -> None:
         )
     if not config.tokenizer:
         raise UserError("is not set; prepare needs it", key="tokenizer", remedy="Give tokenizer=<directory or .model>")
-    registry.find("fireflyds.data.templates", config.template)
+    registry.require("fireflyds.data.templates", config.template, "template")
     encoder = load_encoder(config.tokenizer)
     if config.inspect:
         show.print_samples(config, encoder)

@@ -1,16 +1,185 @@
 """Benchmarks that reach into the verbs still run, and compare like with like."""
 
+import ast
 import csv
+import importlib
+import importlib.util
+import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 from grid import ROOT
 
-pytestmark = [pytest.mark.slow, pytest.mark.data]
+from fireflyds import app
+from fireflyds.evaluation.results import EvaluationResult, append_result
+
+FOLDER = ROOT / "benchmarks"
+Call = tuple[str, list[str]]
 
 
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Imports a file of `benchmarks/`, as if it were started as a script."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module
+
+
+def _record_calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
+    """The verbs that benchmarks start from now on, with their arguments, instead of starting them."""
+    found: list[Call] = []
+
+    def start(command: list[Any], *_: Any, **__: Any) -> SimpleNamespace:
+        words = [str(word) for word in command]
+        verb = next(at for at, word in enumerate(words) if Path(word).parent.name == "launch")
+        found.append((Path(words[verb]).stem, words[verb + 1 :]))
+        table = {"trainable_parameters": 1, "groups": [{"memory_bytes": 1}] * 2}
+        return SimpleNamespace(returncode=0, stdout=json.dumps(table), pid=0)
+
+    monkeypatch.setattr(subprocess, "run", start)
+    monkeypatch.setattr(subprocess, "Popen", start)
+    return found
+
+
+def _data(folder: Path) -> Path:
+    """The folder that benchmarks read, with little in it."""
+    lines = "\n".join(["one line of text"] * 20)
+    for name in ("tokenizers/llama2_32000.model", "tokenizers/chinese_llama2_55296.model"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"")
+    for name in ("clue_corpus_small_sample_zh.txt", "wiki_demo_en.txt"):
+        (folder / "corpora").mkdir(exist_ok=True)
+        (folder / "corpora" / name).write_text(lines, encoding="utf-8")
+    return folder
+
+
+def _bench_tuning(module: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.os, "wait4", lambda pid, options: (pid, 0, SimpleNamespace(ru_maxrss=1024)))
+    module.prepare(folder, _data(folder / "data"))
+    for stage in ("cpt", "sft"):
+        (folder / "stores" / stage).mkdir(parents=True)
+        totals = {"totals": {"tokens": 2, "bytes": 8}}
+        (folder / "stores" / stage / "manifest.json").write_text(json.dumps(totals), encoding="utf-8")
+        for number, way in enumerate(module.WAYS):
+            run = folder / "runs" / f"{stage}-{number}"
+            (run / "checkpoints" / "step-1").mkdir(parents=True)
+            row = json.dumps({"loss": 1.0, "tokens_per_second": 2.0})
+            (run / "metrics.jsonl").write_text(f"{row}\n" * 10, encoding="utf-8")
+            figures = {"zh": 1.5, "en": 2.5}
+            result = EvaluationResult("bits_per_byte", "m", "p", "s", figures, {}, True, "w", {})
+            append_result(run / "export" / "eval", result)
+            found = module.train(folder, way, stage, "expanded", 10)
+            assert (found["scores"], found["speed"], found["trained"]) == (figures, 2.0, 1)
+
+
+def _bench_rows(module: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "losses", lambda *_: [1.0] * module.CPT_STEPS)
+    monkeypatch.setattr(module, "describe", lambda *_: "")
+    (folder / "text.txt").write_text("one\ntwo", encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["", *[str(folder / "text.txt")] * 2, str(folder / "out")])
+    module.main()
+
+
+def _bench_train(module: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "call", lambda folder, *command: subprocess.run(command))
+    module.make_store(folder, _data(folder / "data"))
+
+
+def _bench_data(module: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "repeated", lambda source, out, size: out.write_text("text"))
+    monkeypatch.setattr(module, "timed", lambda work: 1.0)
+    monkeypatch.setattr(module, "_watch", lambda running: 1)
+    module.encoding_rows(folder, folder / "model", folder)
+    module.memory_rows(folder, folder / "model", folder)
+
+
+def _train_ours(module: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    turn = importlib.import_module("train_turn").Turn("f", "m", "s", "t", "d", 64, 4, 2, 2, 1e-3, 1000)
+    subprocess.run([ROOT / "launch" / "train.py", *module.overrides(turn)])
+
+
+STARTERS = {
+    "bench_data": _bench_data,
+    "bench_rows": _bench_rows,
+    "bench_train": _bench_train,
+    "bench_tuning": _bench_tuning,
+    "train_ours": _train_ours,
+}
+
+
+def test_every_benchmark_that_starts_a_verb_is_tested() -> None:
+    starters = {file.stem for file in FOLDER.glob("*.py") if '"launch"' in file.read_text(encoding="utf-8")}
+    assert starters == set(STARTERS)
+
+
+@pytest.mark.parametrize("name", STARTERS)
+def test_the_verbs_that_benchmarks_start_take_their_keys(
+    name: str, benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = benchmark(name)
+    calls = _record_calls(monkeypatch)
+    STARTERS[name](module, tmp_path, monkeypatch)
+    assert calls
+    # `model=expanded` names a folder that the benchmark has made by then.
+    monkeypatch.chdir(tmp_path)
+    for key, _, value in (word.partition("=") for _, words in calls for word in words):
+        if key in ("model", "data") and value != "at_path" and not (tmp_path / value).exists():
+            (tmp_path / value).mkdir(parents=True)
+    for verb, words in calls:
+        app.compose(verb, words)
+
+
+def _attributes(tree: ast.AST) -> Iterator[tuple[Any, str]]:
+    """Yields what a source imports of this project, as module and name, and the attributes of the modules it names."""
+    modules: dict[str, ModuleType] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fireflyds"):
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                package = importlib.import_module(str(node.module))
+                if not hasattr(package, alias.name) and importlib.util.find_spec(name):
+                    importlib.import_module(name)
+                yield package, alias.name
+                if isinstance(value := getattr(package, alias.name, None), ModuleType):
+                    modules[alias.asname or alias.name] = value
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+            yield modules[node.value.id], node.attr
+
+
+def _sources(file: Path, module: ModuleType | None) -> Iterator[str]:
+    """Yields the text of a benchmark and the programs that it holds as strings."""
+    yield file.read_text(encoding="utf-8")
+    for value in vars(module).values() if module else ():
+        if isinstance(value, str) and "\nfrom fireflyds" in value:
+            yield value.format(paths=[], model="some/model", tuning="qlora")
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in FOLDER.glob("*.py")))
+def test_what_benchmarks_name_of_this_project_exists(name: str, benchmark) -> None:
+    module = benchmark(name) if name == "bench_tuning" else None
+    for source in _sources(FOLDER / f"{name}.py", module):
+        for owner, attribute in _attributes(ast.parse(source)):
+            assert hasattr(owner, attribute), f"{owner.__name__}.{attribute}"
+
+
+def test_the_loading_that_bench_tuning_measures_composes(benchmark) -> None:
+    program = list(_sources(FOLDER / "bench_tuning.py", benchmark("bench_tuning")))[1]
+    (call,) = [
+        node
+        for node in ast.walk(ast.parse(program))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "app.compose"
+    ]
+    verb, words = (ast.literal_eval(argument) for argument in call.args)
+    assert app.compose(verb, words).model.path == "some/model"
+
+
+@pytest.mark.slow
+@pytest.mark.data
 def test_training_beside_peers_sees_the_same_tokens_and_losses(data_folder: Path, tmp_path: Path) -> None:
     words = [sys.executable, ROOT / "benchmarks" / "bench_train.py", data_folder, tmp_path, "--quick"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=600)

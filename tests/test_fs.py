@@ -1,6 +1,5 @@
 """Output folders are whole or absent, and no file that fireflyds did not write is lost."""
 
-import json
 import threading
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from fireflyds.fs import (
     atomic_write_text,
     lock_file,
     plain_file_name,
-    remove_output,
     resumable_dir,
 )
 
@@ -146,18 +144,32 @@ def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
         raise AssertionError("not reached")
 
 
-def test_removing_an_output_leaves_the_files_of_others(tmp_path: Path) -> None:
+def test_a_refused_replacement_is_tried_again(tmp_path: Path) -> None:
+    """The file in the way is found after the work is done; once it is moved, the same command succeeds."""
+    with resumable_dir(tmp_path / "out", EXPORT, pieces="parts") as folder:
+        (folder / "weights").touch()
+    (tmp_path / "out" / "notes").touch()
+
+    def again() -> None:
+        with resumable_dir(tmp_path / "out", EXPORT, pieces="parts") as folder:
+            (folder / "parts" / "one").touch()
+            (folder / "notes").touch()
+
+    with pytest.raises(UserError, match="notes was not written by fireflyds and would be replaced"):
+        again()
+    (tmp_path / "out" / "notes").unlink()
+    again()
+    assert names(tmp_path / "out") == [MARKER, "notes", "parts/one"]
+
+
+@pytest.mark.parametrize("left", [".fireflyds.partial", MARKER])
+def test_what_a_kill_leaves_is_replaced(tmp_path: Path, left: str) -> None:
+    (tmp_path / ".out.partial").mkdir()
+    for name in ("weights", left):
+        (tmp_path / ".out.partial" / name).touch()
     with atomic_dir(tmp_path / "out", EXPORT) as folder:
-        (folder / "deep").mkdir()
-        (folder / "deep" / "weights").touch()
-    (tmp_path / "out" / "notes.txt").touch()
-    remove_output(tmp_path / "out")
-    assert names(tmp_path / "out") == ["notes.txt"]
-    victim = tmp_path / "victim"
-    victim.touch()
-    (tmp_path / "out" / MARKER).write_text(json.dumps({"written_by": "fireflyds", "files": ["../victim", str(victim)]}))
-    remove_output(tmp_path / "out")
-    assert victim.exists()
+        (folder / "new").touch()
+    assert names(tmp_path / "out") == [MARKER, "new"]
 
 
 def test_text_files_are_whole(tmp_path: Path) -> None:

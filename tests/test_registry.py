@@ -5,8 +5,8 @@ from fireflyds.errors import UserError
 
 
 def test_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(UserError, match="chatml, chinese_llama2, deepseek, firefly"):
-        registry.find("fireflyds.data.templates", "fireflies")
+    with pytest.raises(UserError, match="template=fireflies: no such entry. Known: .*chatml, chinese_llama2, deepseek"):
+        registry.find("fireflyds.data.templates", "fireflies", "template")
 
 
 @pytest.mark.parametrize(
@@ -17,4 +17,4 @@ def test_every_entry_is_found_by_its_file_name(package: str) -> None:
     known = registry.names(package)
     assert known
     for name in known:
-        assert registry.find(package, name).__name__.endswith(f".{name}")
+        assert registry.find(package, name, "key").__name__ == f"{package}.{name}"

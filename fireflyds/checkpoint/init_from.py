@@ -69,7 +69,7 @@ def restore_weights(model: Any, run_dir: Path, folder: Path | None = None) -> No
     if (run_dir / layout.START).is_dir():
         start = trainable_files.load_trainable_weights(run_dir / layout.START)
         trainable_weights.load_into_model(model, start, run_dir / layout.START, must_cover=False)
-        reset_dora_magnitudes(model, but=start.adapters)
+        reset_dora_magnitudes(model, except_names=start.adapters)
     if folder is not None:
         trainable_weights.load_into_model(model, read_trainable_weights(folder), folder, must_cover=True)
 
@@ -104,7 +104,7 @@ def copy_initial_weights(config: TrainConfig, identity: dict[str, Any]) -> None:
         weights = weights.over(trainable_files.load_trainable_weights(earlier_dir / layout.START))
     _check_adapters(config, earlier, weights)
     weights.metadata = identity | {"run": config.init_from, "checkpoint": newest.name}
-    with atomic_dir(start, Output("start of a run")) as staging:
+    with atomic_dir(start, Output("start of a run", key="run")) as staging:
         trainable_files.save_trainable_weights(weights, staging)
 
 
@@ -125,5 +125,5 @@ def _check_adapters(config: TrainConfig, earlier: TrainConfig, weights: Trainabl
                 key="init_from",
                 value=config.init_from,
                 remedy=f"Use the same, or merge them: python launch/export.py run={config.init_from}, then "
-                f"model={earlier.run_dir}/export",
+                f"model={earlier.run_dir}/{layout.EXPORT}",
             )

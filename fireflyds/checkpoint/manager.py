@@ -71,9 +71,9 @@ class CheckpointManager:
         """True if this rank could not write its shard of the newest checkpoint; `StopSignals.poll` combines all."""
         return self._failure is not None
 
-    def restore_latest(self, say: Callable[[str], None]) -> TrainState:
+    def restore_latest(self, warn: Callable[[str], None]) -> TrainState:
         """Restores the newest undamaged checkpoint (see `restore.restore_latest`) and records the corrupted ones."""
-        return restore_latest(self._engine, self._storage, say, self._corrupted)
+        return restore_latest(self._engine, self._storage, warn, self._corrupted)
 
     def save(self, state: TrainState, metrics: StepMetrics) -> float:
         """Save this step. Returns the seconds that training waited.

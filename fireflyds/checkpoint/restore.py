@@ -17,11 +17,11 @@ from fireflyds.zero.engine import Engine
 
 
 def restore_latest(
-    engine: Engine, storage: CheckpointStorage, say: Callable[[str], None], corrupted: set[str] | None = None
+    engine: Engine, storage: CheckpointStorage, warn: Callable[[str], None], corrupted: set[str] | None = None
 ) -> TrainState:
     """Restore the newest undamaged checkpoint into the engine. Returns its state; the initial state if there is none.
 
-    It may have been written by any number of ranks and at any ZeRO stage. Damaged ones are logged with `say` and added
+    It may have been written by any number of ranks and at any ZeRO stage. Damaged ones are logged with `warn` and added
     to `corrupted`.
 
     Raises:
@@ -36,11 +36,11 @@ def restore_latest(
         verdicts: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(verdicts, find_corruption(folder, dist.get_rank(), dist.get_world_size()))
         if problem := next(filter(None, verdicts), None):
-            say(f"{folder} is damaged ({problem}); the previous checkpoint is used")
+            warn(f"{folder} is damaged ({problem}); the previous checkpoint is used")
             corrupted.add(name)
             continue
         corrupted.discard(name)
-        return _restore_from(engine, folder, say)
+        return _restore_from(engine, folder, warn)
     if listed[0]:
         raise UserError(
             f"all {len(listed[0])} checkpoints are damaged",
@@ -50,7 +50,7 @@ def restore_latest(
     return TrainState()
 
 
-def _restore_from(engine: Engine, folder: Path, say: Callable[[str], None]) -> TrainState:
+def _restore_from(engine: Engine, folder: Path, warn: Callable[[str], None]) -> TrainState:
     manifest = read_json(folder / MANIFEST)
     if manifest["version"] != FORMAT_VERSION:
         raise UserError(
@@ -63,7 +63,7 @@ def _restore_from(engine: Engine, folder: Path, say: Callable[[str], None]) -> T
     engine.global_steps, engine.skipped_steps = state.step, manifest["skipped_steps"]
     saved_layout, current_layout = manifest["layout"], partitions.partition_layout(engine)
     if saved_layout != current_layout:
-        say(
+        warn(
             f"{folder.name} was written by {saved_layout['world_size']} ranks at ZeRO-{saved_layout['stage']}; "
             f"repartitioned for {current_layout['world_size']} ranks at ZeRO-{current_layout['stage']}"
         )

@@ -29,7 +29,7 @@ FORMAT_VERSION = 2
 MANIFEST, CHECKSUMS = "manifest.json", "checksums.json"
 
 
-def stage_to_cpu(stretches: Iterator[tuple[int, FlatPartition]]) -> dict[str, Tensor]:
+def stage_to_cpu(partitions: Iterator[tuple[int, FlatPartition]]) -> dict[str, Tensor]:
     """Copies partitions to host memory, by the names of the shard file. The numbers distinguish the partitions."""
     copies: dict[str, Tensor] = {}
 
@@ -37,7 +37,7 @@ def stage_to_cpu(stretches: Iterator[tuple[int, FlatPartition]]) -> dict[str, Te
         # Weights in host memory are copied too: training continues while the copy is written.
         copies[name] = torch.as_tensor(value).detach().reshape(-1).to("cpu", copy=True)
 
-    for number, partition in stretches:
+    for number, partition in partitions:
         opaque = partition.has_opaque_state
         states = {key: value for key, value in partition.state.items() if isinstance(value, Tensor | int | float)}
         for param_slice in partition.slices:
@@ -163,7 +163,10 @@ class ShardReader:
                 )
         if not any(values.any() for name in expected for values in [self.read(name, MASTER, 0, self._numel(name))]):
             raise UserError(
-                "all weights were saved as zeros", key=self.folder, remedy="The previous checkpoint is intact"
+                "all weights were saved as zeros",
+                key=self.folder,
+                remedy="The previous checkpoint is intact; check optim.lr and hardware.precision, then run the same "
+                "command again",
             )
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -194,16 +197,16 @@ def write_checksums(folder: Path) -> None:
     fsync(folder)
 
 
-def find_corruption(folder: Path, share: int = 0, shares: int = 1) -> str | None:
+def find_corruption(folder: Path, rank: int = 0, world_size: int = 1) -> str | None:
     """Describes the first corrupted file of a folder with checksums; None if there is none.
 
-    Checks every `shares`-th file, beginning with number `share`.
+    Checks every `world_size`-th file, beginning with number `rank`.
     """
     try:
         checksums = read_json(folder / CHECKSUMS)
     except UserError:
         return f"{CHECKSUMS} is missing or damaged"
-    for name, expected in sorted(checksums.items())[share::shares]:
+    for name, expected in sorted(checksums.items())[rank::world_size]:
         try:
             problem = _file_corruption(folder / name, expected)
         except OSError as error:  # a bad sector

@@ -1,11 +1,10 @@
 """Files of trained weights: writing, reading and verification."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -14,11 +13,7 @@ from fireflyds.errors import UserError
 from fireflyds.fs import read_json
 
 METADATA = "trainable.json"
-
-
 _PEFT = "base_model.model."
-
-
 _ADAPTERS, _WEIGHTS = "adapter_model.safetensors", "weights.safetensors"
 
 
@@ -84,15 +79,6 @@ def load_trainable_weights(folder: Path) -> TrainableWeights:
     if (folder / _WEIGHTS).is_file():
         trainable.weights = load_file(folder / _WEIGHTS)
     return trainable
-
-
-def stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yields names and tensors of a directory that `save_trainable_weights` wrote, one at a time."""
-    for file in (_ADAPTERS, _WEIGHTS):
-        if (folder / file).is_file():
-            with safe_open(folder / file, "pt") as stored:
-                for key in stored.keys():  # noqa: SIM118
-                    yield key.removeprefix(_PEFT), stored.get_tensor(key)
 
 
 def verify_saved_weights(

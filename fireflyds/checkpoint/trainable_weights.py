@@ -121,14 +121,6 @@ def describe_trainable_weights(model: Any, adapter_config: Any, metadata: dict[s
     return described
 
 
-def collect_trainable_weights(
-    model: Any, tensors: Mapping[str, Tensor], adapter_config: Any, metadata: dict[str, Any]
-) -> TrainableWeights:
-    """Divide `tensors`, by the names of the model's parameters, into adapters and other weights."""
-    collected = describe_trainable_weights(model, adapter_config, metadata)
-    return with_tensors(collected, {name: lambda tensor=tensor: tensor for name, tensor in tensors.items()})  # type: ignore[misc]
-
-
 def with_tensors(described: TrainableWeights, readers: Mapping[str, Callable[[], Tensor]]) -> TrainableWeights:
     """Add tensors to `described` and return it. `readers`: by the names of the model's parameters, called on access."""
     named = {base_name(name): read for name, read in readers.items()}

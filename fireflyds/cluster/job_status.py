@@ -66,7 +66,7 @@ def _progress(folder: Path) -> list[str]:
     age = time.time() - file.stat().st_mtime
     step = run_status["step"]
     rows = _last_lines(folder / layout.METRICS, 1)
-    if rows and run_status["state"] == "running":
+    if rows and run_status["state"] == layout.RUNNING:
         row = json.loads(rows[0])
         step, age = row["step"], time.time() - (folder / layout.METRICS).stat().st_mtime
     details = [f"run is {run_status['state']} at step {step} of {run_status['total_steps']}, {age:.0f} s ago"]

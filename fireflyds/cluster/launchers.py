@@ -154,7 +154,7 @@ class SlurmLauncher:
         recorded = [record.id for record in submission.read_job_records(run_dir)]
         states = slurm.states(recorded)
         return [job for job in recorded if states[job].active] or slurm.queued(
-            {self._name(run_dir): run_dir / "submit.sh"}
+            {self._name(run_dir): run_dir / layout.SUBMIT_SCRIPT}
         )
 
     def is_running(self, run_dir: Path) -> bool:

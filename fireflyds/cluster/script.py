@@ -13,6 +13,8 @@ from fireflyds.runs import layout
 LAUNCH = Path(__file__).parents[2] / "launch"
 # Prefixes of options that are passed only to jobs with GPUs.
 _GPU_OPTIONS = ("--gres=", "--gpus", "--gpu-bind")
+# Exit codes of training after which a restart is of no use, as a pattern.
+_FINAL_CODES = f"0|{layout.EXIT_USER_ERROR}|{layout.EXIT_STOPPED}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +112,8 @@ def _format_option(name: str, value: str) -> str:
     if match := re.search(r'["\n\\]', value):
         raise UserError(
             f"contains {match.group()!r}, invalid in an #SBATCH line",
-            key=f"{value!r}",
+            key=f"#SBATCH --{name}",
+            value=f"{value!r}",
             remedy="Give another name or folder",
         )
     return f'--{name}="{value}"' if re.search(r"[\s#']", value) else f"--{name}={value}"
@@ -121,7 +124,7 @@ def _setup_lines(job: Job, cluster: ClusterConfig) -> list[str]:
     if cluster.chain > 1 and job.verb == "train":
         lines += [
             "# Exit if an earlier job of the chain completed the run or failed in a way that a restart does not fix.",
-            f'if [ "${{1:-1}}" -gt 1 ] && ended=$(grep -sxE "0|2|76" {code}); then',
+            f'if [ "${{1:-1}}" -gt 1 ] && ended=$(grep -sxE "{_FINAL_CODES}" {code}); then',
             '  echo "an earlier job of this chain exited with code $ended: nothing to do"; exit "$ended"',
             "fi",
         ]
@@ -144,7 +147,7 @@ def _setup_lines(job: Job, cluster: ClusterConfig) -> list[str]:
 
 def _requeue_file(job: Job) -> str:
     """Returns the quoted path of a file with one line per requeue: the newest checkpoint at that time."""
-    return shlex.quote(str(job.folder / "logs/requeued_at"))
+    return shlex.quote(str(job.folder / layout.REQUEUED_AT))
 
 
 def _command_lines(job: Job, cluster: ClusterConfig) -> list[str]:
@@ -178,11 +181,12 @@ def _exit_lines(job: Job, cluster: ClusterConfig) -> list[str]:
         checkpoints, requeues = shlex.quote(str(job.folder / layout.CHECKPOINTS)), _requeue_file(job)
         max_starts = cluster.max_failures + 1
         lines += [
-            "# 0: all steps are done. 2: invalid input. 76: a STOP file. After any other code (75: time limit or",
-            "# preemption; otherwise a lost rank or node) the job is requeued, as long as there are newer checkpoints.",
-            'case "$code" in 0 | 2 | 76) exit "$code" ;; esac',
-            f'saved=$(ls -d {checkpoints}/step-* 2> /dev/null | sort -V | tail -n 1); echo "${{saved:-none}}" >> '
-            f"{requeues}",
+            f"# 0: finished. {layout.EXIT_USER_ERROR}: invalid input. {layout.EXIT_STOPPED}: a STOP file.",
+            f"# Any other code ({layout.EXIT_INTERRUPTED}: time limit or preemption; else a lost rank or node)",
+            "# the job is requeued, as long as there are newer checkpoints.",
+            f'case "$code" in {_FINAL_CODES.replace("|", " | ")}) exit "$code" ;; esac',
+            f"saved=$(ls -d {checkpoints}/{layout.STEP_PREFIX}* 2> /dev/null | sort -V | tail -n 1)",
+            f'echo "${{saved:-none}}" >> {requeues}',
             f"if [ \"$(tail -n {max_starts} {requeues} | uniq -c | awk 'NR == 1 {{print $1}}')\" = {max_starts} ]; "
             "then",
             f'  echo "exited with code $code, {max_starts} times in a row without a newer checkpoint: not requeued"; '

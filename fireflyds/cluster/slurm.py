@@ -13,36 +13,37 @@ from fireflyds.errors import UserError
 # Timeout of a command in seconds: sbatch retries while the queue is full or the controller is unreachable.
 _PATIENCE = 60.0
 _UNREACHABLE = "Unable to contact|Connection refused|connect failure|timed out"
+_UNREACHABLE_REMEDY = "The controller does not respond: check `scontrol ping` and SLURM_CONF"
 _QUEUE_FULL = "queue is full|temporarily unable to accept|MaxSubmit"
 # Pattern of Slurm's error text, and the remedy with the key to change.
 _REMEDIES = (
     (
         "Max\\w*(Wall|PerJob)|Max(Wall|Node|Cpu|Gres)\\w*Limit",
-        "the limit of a single job is exceeded: give a shorter cluster.time or fewer cluster.nodes; `sacctmgr show "
+        "The limit of a single job is exceeded: give a shorter cluster.time or fewer cluster.nodes; `sacctmgr show "
         "qos,associations` shows the limits",
     ),
     (
         f"{_QUEUE_FULL}|QOSMax|AssocMax|AssocGrp|QOSGrp",
-        "the queue accepts no more of your jobs; wait until some have ended, or give another cluster.qos or "
+        "The queue accepts no more of your jobs; wait until some have ended, or give another cluster.qos or "
         "cluster.account",
     ),
-    ("account", "give cluster.account=<one of yours>; `sacctmgr show associations user=$USER` lists them"),
-    ("partition", "give cluster.partition=<one of `sinfo`>"),
-    ("qos", "give cluster.qos=<one of `sacctmgr show qos`>"),
-    ("time limit", "give a shorter cluster.time; `sinfo` shows the limit of each partition"),
-    ("feature|constraint", "give another cluster.constraint; `sinfo -o '%n %f'` lists the features of nodes"),
+    ("account", "Give cluster.account=<one of yours>; `sacctmgr show associations user=$USER` lists them"),
+    ("partition", "Give cluster.partition=<one of `sinfo`>"),
+    ("qos", "Give cluster.qos=<one of `sacctmgr show qos`>"),
+    ("time limit", "Give a shorter cluster.time; `sinfo` shows the limit of each partition"),
+    ("feature|constraint", "Give another cluster.constraint; `sinfo -o '%n %f'` lists the features of nodes"),
     (
         "gres|generic resource",
-        "this cluster has another name for its GPUs: see `sinfo -o '%n %G'`, give cluster.sbatch=--gres=gpu:8 or "
+        "This cluster has another name for its GPUs: see `sinfo -o '%n %G'`, give cluster.sbatch=--gres=gpu:8 or "
         "cluster.gpu=cpu",
     ),
     (
         "node configuration|node count|Memory|CPU count",
-        "no node has the requested resources: compare cluster.nodes, gpus_per_node, cpus_per_task and memory with "
+        "No node has the requested resources: compare cluster.nodes, gpus_per_node, cpus_per_task and memory with "
         "`sinfo -o '%n %c %m %G'`",
     ),
-    (_UNREACHABLE, "the controller does not respond: check `scontrol ping` and SLURM_CONF"),
-    ("unrecognized option|invalid option", "this version of Slurm does not have the option: check cluster.sbatch"),
+    (_UNREACHABLE, _UNREACHABLE_REMEDY),
+    ("unrecognized option|invalid option", "This version of Slurm does not have the option: check cluster.sbatch"),
 )
 
 _TERMINAL_STATES = (
@@ -111,12 +112,12 @@ def try_out(script: str) -> None:
     Raises:
         UserError: Slurm would reject it.
     """
-    try:
-        _sbatch("--test-only", text=script)
-    except UserError as error:
-        # Slurm reports this also while nodes are down or drained; the job then waits for them.
-        if "node configuration is not available" not in str(error) or not _has_unavailable_nodes(script):
-            raise
+    result = _run(["sbatch", "--test-only"], script)
+    # Slurm reports this also while nodes are down or drained; the job then waits for them.
+    if "node configuration is not available" in result.stderr and _has_unavailable_nodes(script):
+        return
+    if result.returncode:
+        raise _rejected(result.stderr)
 
 
 def _has_unavailable_nodes(script: str) -> bool:
@@ -127,11 +128,11 @@ def _has_unavailable_nodes(script: str) -> bool:
     return any(not re.match("idle|mix|alloc|comp|plnd", state) for state in result.stdout.split())
 
 
-def submit(script: Path, place: int = 1, after: str = "") -> str:
+def submit(script: Path, position: int = 1, after: str = "") -> str:
     """Queues a script and returns the job's ID.
 
     Args:
-        place: the script's argument, its position in a chain of jobs, from 1.
+        position: the script's argument, its position in a chain of jobs, from 1.
         after: a dependency, such as `afterok:12`; empty for none.
 
     Raises:
@@ -139,7 +140,10 @@ def submit(script: Path, place: int = 1, after: str = "") -> str:
     """
     # Otherwise a job whose dependency can no longer be satisfied stays pending for ever.
     dependency = [f"--dependency={after}", "--kill-on-invalid-dep=yes"] if after else []
-    return _sbatch("--parsable", *dependency, str(script.absolute()), str(place)).split(";")[0]
+    result = _run(["sbatch", "--parsable", *dependency, str(script.absolute()), str(position)])
+    if result.returncode:
+        raise _rejected(result.stderr)
+    return result.stdout.strip().split(";")[0]
 
 
 def states(jobs: Sequence[str]) -> dict[str, JobState]:
@@ -182,13 +186,6 @@ def cancel(jobs: Sequence[str]) -> None:
             raise _slurm_error(f"scancel {' '.join(jobs)}", result.stderr)
 
 
-def _sbatch(*arguments: str, text: str = "") -> str:
-    result = _run(["sbatch", *arguments], text)
-    if result.returncode:
-        raise _slurm_error("sbatch rejected the job", result.stderr)
-    return result.stdout.strip()
-
-
 def _run(command: list[str], stdin: str = "") -> "subprocess.CompletedProcess[str]":
     environment = {
         name: value
@@ -205,20 +202,36 @@ def _run(command: list[str], stdin: str = "") -> "subprocess.CompletedProcess[st
         ) from error
     except subprocess.TimeoutExpired as error:
         stderr = error.stderr.decode(errors="replace") if isinstance(error.stderr, bytes) else error.stderr or ""
+        message = _one_line(stderr)
         raise UnavailableError(
-            f"{command[0]}: no answer within {_PATIENCE:.0f} s. {_describe_error(stderr)}"
+            f"{command[0]}: no answer within {_PATIENCE:.0f} s{f' ({message})' if message else ''}",
+            remedy=_remedy(message, _UNREACHABLE_REMEDY),
         ) from error
 
 
-def _slurm_error(action: str, stderr: str) -> UserError:
-    """Returns an `UnavailableError` where a retry may succeed, otherwise a `UserError`."""
+def _rejected(stderr: str) -> UserError:
+    return _slurm_error("sbatch rejected the job", stderr, "Check the #SBATCH options of the script and `sinfo`")
+
+
+def _slurm_error(
+    action: str, stderr: str, other_remedy: str = "Check `scontrol ping`, and run the command again"
+) -> UserError:
+    """Returns an `UnavailableError` where a retry may succeed, otherwise a `UserError`.
+
+    Args:
+        other_remedy: the remedy where Slurm's error text is not a known one.
+    """
     error_type = UnavailableError if re.search(f"{_UNREACHABLE}|{_QUEUE_FULL}", stderr, re.IGNORECASE) else UserError
-    return error_type(f"{action}: {_describe_error(stderr)}")
+    message = _one_line(stderr)
+    return error_type(f"{action}: {message or 'no error text'}", remedy=_remedy(message, other_remedy))
 
 
-def _describe_error(stderr: str) -> str:
-    """Returns Slurm's error text in one line, followed by the remedy."""
+def _one_line(stderr: str) -> str:
+    """Returns Slurm's error text in one line."""
     lines = dict.fromkeys(re.sub(r"^(s\w+: )?(error: )?", "", line.strip()) for line in stderr.splitlines())
-    message = "; ".join(line for line in lines if line) or "no error text"
-    remedy = next((remedy for pattern, remedy in _REMEDIES if re.search(pattern, message, re.IGNORECASE)), None)
-    return f"{message}. Remedy: {remedy or 'check the options in the script and `scontrol show config`'}"
+    return "; ".join(line for line in lines if line).rstrip(".")
+
+
+def _remedy(message: str, other: str) -> str:
+    """Returns the remedy for Slurm's error text, or `other` where none is known."""
+    return next((remedy for pattern, remedy in _REMEDIES if re.search(pattern, message, re.IGNORECASE)), other)

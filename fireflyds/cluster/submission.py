@@ -149,11 +149,10 @@ def _cancel_queued(planned: Sequence[PlannedJob], queued: Sequence[JobRecord], e
         slurm.cancel(slurm.queued(_scripts(planned)))
     except UserError as cancel_error:
         if job_ids:
-            remedy = (
-                f"jobs {', '.join(job_ids)} may still be queued: `scancel {' '.join(job_ids)}` when Slurm answers again"
-            )
             raise UserError(
-                f"{error}", remedy=f"Cancelling the queued jobs failed as well ({cancel_error}): {remedy}"
+                f"{error}; cancelling the queued jobs failed as well ({cancel_error}): jobs {', '.join(job_ids)} may "
+                "still be queued",
+                remedy=f"`scancel {' '.join(job_ids)}` when Slurm answers again",
             ) from error
 
 

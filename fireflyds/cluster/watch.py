@@ -84,14 +84,14 @@ def run_outcome(run_dir: Path) -> RunOutcome:
     """Returns the outcome of a run whose processes have exited."""
     run_status = read_status(run_dir)
     state, message = run_status.get("state"), run_status.get("message", "")
-    if state == "failed":
-        return RunOutcome(_STATES.get(run_status["kind"], "failed"), message)
-    if state == "finished" or (state == "stopped" and run_status["exit_code"] == EXIT_STOPPED):
+    if state == layout.FAILED:
+        return RunOutcome(_STATES.get(run_status["kind"], layout.FAILED), message)
+    if state == layout.FINISHED or (state == layout.STOPPED and run_status["exit_code"] == EXIT_STOPPED):
         return RunOutcome(str(state), message)
-    if state == "stopped":
+    if state == layout.STOPPED:
         return RunOutcome("interrupted", message)
     if not run_status and (error_line := _error_line(run_dir)):
-        return RunOutcome("failed", error_line)
+        return RunOutcome(layout.FAILED, error_line)
     return RunOutcome("lost", _last_line(run_dir))
 
 

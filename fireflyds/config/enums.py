@@ -237,10 +237,11 @@ def require_at_least(config: Any, section: str = "", /, **least: float) -> None:
             )
 
 
-def require_above(config: Any, section: str = "", /, **bounds: float) -> None:
-    """Raises `UserError` for the first field of `config` not above its bound, or not finite; `section` as above."""
+def require_above(config: Any, section: str = "", /, *, finite: bool = True, **bounds: float) -> None:
+    """Raises `UserError` for the first field of `config` not above its bound, or infinite where it must be `finite`;
+    `section` as above."""
     for name, bound in bounds.items():
         value = getattr(config, name)
-        if value is not None and not bound < value < math.inf:
+        if value is not None and (not value > bound or (finite and value == math.inf)):
             rule = f"must be greater than {bound:g}" + " and finite" * (value == math.inf)
             raise UserError(rule, key=f"{section}{name}", value=value, remedy=f"Give a number above {bound:g}")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from omegaconf import MISSING
 
 from fireflyds.config.enums import ExportWhat, Precision
+from fireflyds.errors import UserError
 
 
 @dataclass(kw_only=True, slots=True)
@@ -23,8 +24,18 @@ class ExportConfig:
     step: int | None = None
     """Step of the checkpoint to export; unset: the newest complete one."""
     dtype: Precision = Precision.auto
-    """Number format of the written weights; `auto`: that of the trained model."""
+    """Number format of the written weights; `auto`: that of the trained model. Adapters are always float32."""
     verify: bool = True
-    """Load the exported model with plain transformers and compare its logits with the trained model's."""
+    """Load the exported model with plain transformers and compare its logits with the trained model's (not for
+    `what=adapter`, which copies the trained tensors)."""
     artifact: bool = False
     """Upload the directory as an artifact of the run's W&B run (runs with `tracking=wandb`)."""
+
+    def __post_init__(self) -> None:
+        if self.what is ExportWhat.adapter and self.dtype is not Precision.auto:
+            raise UserError(
+                "what=adapter writes float32",
+                key="dtype",
+                value=self.dtype.name,
+                remedy="Leave dtype out, or use what=merged",
+            )

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
+from fireflyds import registry
 from fireflyds.config.enums import Schedule, require_above
 from fireflyds.errors import UserError
 
@@ -66,6 +67,7 @@ class OptimConfig:
     document; 5 to 15 in the paper; 0: no noise."""
 
     def __post_init__(self) -> None:
+        registry.require("fireflyds.optim.optimizers", self.name, "optim.name")
         if self.steps is None and self.epochs is None:
             raise UserError(
                 "is unset and so is optim.epochs, so the run has no length",

@@ -5,6 +5,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from fireflyds import registry
 from fireflyds.config.cluster import ClusterConfig
 from fireflyds.config.data import DataConfig
 from fireflyds.config.enums import ModelInit, PlanFormat, TrackerKind, WandbMode, require_above, require_at_least
@@ -65,6 +66,9 @@ class ObjectiveConfig:
     name: str = MISSING
     """Training objective: an entry of `fireflyds/train/objectives`."""
 
+    def __post_init__(self) -> None:
+        registry.require("fireflyds.train.objectives", self.name, "objective.name")
+
 
 @dataclass(kw_only=True, slots=True)
 class TrackingConfig:
@@ -88,7 +92,7 @@ class TrackingConfig:
     """Maximum wait for the tracker at the end of the run, in seconds; data not uploaded by then stay on the disk."""
 
     def __post_init__(self) -> None:
-        require_above(self, "tracking.", finish_seconds=0)
+        require_above(self, "tracking.", finite=False, finish_seconds=0)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -130,7 +134,7 @@ class RecoveryConfig:
 
     def __post_init__(self) -> None:
         require_at_least(self, "recovery.", max_skipped=1, max_rollbacks=1, heartbeat_seconds=5)
-        require_above(self, "recovery.", rollback_above=1)
+        require_above(self, "recovery.", finite=False, rollback_above=1)
 
 
 @dataclass(kw_only=True, slots=True)

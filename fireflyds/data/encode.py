@@ -84,7 +84,7 @@ def encode_sample(encoder: Encoder, template: str, sample: Sample, loss_on: Loss
     """
     if sample.text is not None:
         return encode_document(encoder, sample.text)
-    chat = registry.find("fireflyds.data.templates", template).CHAT
+    chat = registry.find("fireflyds.data.templates", template, "template").CHAT
     example = encode_segments(encoder, chat.render(sample.messages))
     if loss_on is LossOn.last_answer:
         return replace(example, spans=example.spans[-1:])

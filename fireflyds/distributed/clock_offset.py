@@ -6,6 +6,8 @@ from typing import Any
 
 from fireflyds.distributed.rendezvous import StoreChannel
 
+# Maximum age in seconds of credentials that Slurm's munge accepts, by the clock of the receiving host.
+MUNGE_SECONDS = 300
 _PINGS = 8
 # Timeout in seconds of each further rank once one did not answer, so that the others do not time out on rank 0.
 _SHORT_TIMEOUT = 1.0

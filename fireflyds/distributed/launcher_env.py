@@ -79,15 +79,13 @@ def _int_variable(environment: Mapping[str, str], name: str, default: int | None
     text = environment.get(name)
     if text is None and default is not None:
         return default
+    remedy = "The launcher sets it: start with deepspeed, torchrun, srun or mpirun, and do not set it by hand"
+    if text is None:
+        raise UserError("is not set", key=name, remedy=remedy)
     try:
-        return int(text or "")
+        return int(text)
     except ValueError:
-        raise UserError(
-            "is no number",
-            key=name,
-            value=f"{text!r}",
-            remedy="The launcher sets it: start with deepspeed, torchrun, srun or mpirun, and do not set it by hand",
-        ) from None
+        raise UserError("is no number", key=name, value=f"{text!r}", remedy=remedy) from None
 
 
 def _in_slurm_step(environment: Mapping[str, str]) -> bool:
@@ -120,7 +118,7 @@ def _rank_from_mpi(environment: Mapping[str, str], rank: str, size: str, local_n
         return RankInfo(rank_number, local_rank, world_size, environment["MASTER_ADDR"], port)
     if world_size > _int_variable(environment, local_size, world_size if world_size == 1 else 0):
         raise UserError(
-            (f"MASTER_ADDR is not set and {size}={world_size} ranks are on several hosts: MPI sets no rank 0 address"),
+            f"MASTER_ADDR is not set and {size}={world_size} ranks are on several hosts: MPI sets no rank 0 address",
             remedy="Start with mpirun -x MASTER_ADDR=<rank 0's host> (MPICH and Intel MPI: -genv MASTER_ADDR <host>)",
         )
     port = free_port() if world_size == 1 else _shared_free_port(rank_number)

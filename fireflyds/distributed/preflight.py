@@ -9,7 +9,6 @@ import socket
 import sys
 import time
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 
 import fireflyds
 from fireflyds import app
-from fireflyds.config import TrainConfig
+from fireflyds.config import DoctorConfig, TrainConfig
 from fireflyds.distributed import clock_offset, network
 from fireflyds.distributed.host_identity import boot_id, describe_ranks, distinct_host_names
 from fireflyds.distributed.launcher_env import RankInfo
@@ -32,11 +31,13 @@ from fireflyds.distributed.shared_folder import (
 )
 from fireflyds.errors import LostRankError, UserError
 from fireflyds.runs import config_diff
+from fireflyds.runs.provenance import installed_version
 
+_DOCTOR = DoctorConfig()
 # Seconds within which a connected rank must answer, and must see a file that rank 0 wrote.
-_ANSWER_SECONDS, _SHARED_FOLDER_SECONDS = 60.0, 10.0
+_ANSWER_SECONDS, _SHARED_FOLDER_SECONDS = _DOCTOR.timeout, _DOCTOR.shared_timeout
 # Clock offset in seconds above which a warning is logged.
-_MAX_CLOCK_SKEW = 1.0
+_MAX_CLOCK_SKEW = _DOCTOR.max_clock_skew
 # Seconds after which rank 0 prints the ranks that it is waiting for.
 _NOTICE_SECONDS = 30.0
 _LIBRARIES = ("torch", "deepspeed", "transformers")
@@ -124,7 +125,7 @@ def rank_fingerprint(me: RankInfo, text: str, inputs: dict[str, Any]) -> dict[st
         "world_size": me.world_size,
         "code": _hash(files.encode()),
         "configuration": _hash(text.encode()),
-        "versions": {name: metadata.version(name) for name in _LIBRARIES} | {"CUDA": str(torch.version.cuda)},
+        "versions": {name: installed_version(name) for name in _LIBRARIES} | {"CUDA": str(torch.version.cuda)},
     }
 
 
@@ -225,11 +226,13 @@ def _compare_hosts(channel: StoreChannel, hosts: list[str], runs: str) -> list[s
 
     channel.call("clock skew", clock_offset.ping_request(leaders, len(hosts)), measure, _ANSWER_SECONDS)
     if unresponsive := [rank for rank in leaders if rank and rank not in offsets]:
-        return [f"warning: clock skew is unknown: no answer from {describe_ranks(unresponsive, hosts)}"]
+        ranks = describe_ranks(unresponsive, hosts)
+        return [f"warning: clock skew is unknown: no answer from {ranks}; see the log of that rank"]
     largest = clock_offset.largest_offset(offsets, hosts)
     if not largest.exceeds(_MAX_CLOCK_SKEW):
         return []
+    refused = "; Slurm refuses such a host's credentials" * (largest.seconds > clock_offset.MUNGE_SECONDS)
     return [
         f"warning: clock skew: {largest.ahead} is {largest.seconds:.3f} s ahead of {largest.behind}, ± "
-        f"{largest.precision:.4f} s; start chronyd or ntpd on all hosts"
+        f"{largest.precision:.4f} s; start chronyd or ntpd on all hosts{refused}"
     ]

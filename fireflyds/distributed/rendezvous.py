@@ -24,6 +24,7 @@ _FIRST_POLL, _LAST_POLL = 0.0002, 0.05
 # Seconds added to timeouts: answers take time to arrive, and handlers with a timeout start later than rank 0's.
 _GRACE = 5.0
 _END = "end"
+_ADDRESS_KEY = "MASTER_ADDR:MASTER_PORT"
 
 Handler = Callable[[Any], Any]
 
@@ -157,16 +158,18 @@ class StoreChannel:
 
 
 def _store_error(me: RankInfo, reason: str) -> LostRankError:
-    address = f"MASTER_ADDR:MASTER_PORT={me.master_addr}:{me.master_port}"
     if "EADDRINUSE" in reason or "already in use" in reason:
         return LostRankError(
-            f"{address}: the port is taken on rank 0's host {socket.gethostname()}, by another job or a process of an "
-            "earlier one",
+            f"the port is taken on rank 0's host {socket.gethostname()}, by another job or a process of an earlier one",
+            key=_ADDRESS_KEY,
+            value=f"{me.master_addr}:{me.master_port}",
             remedy="Choose another with deepspeed --master_port, torchrun --master_port or MASTER_PORT, the same on "
             "all hosts",
         )
     return LostRankError(
-        f"{address}: rank {me.rank} on {socket.gethostname()} cannot use this address ({reason})",
+        f"rank {me.rank} on {socket.gethostname()} cannot use this address ({reason})",
+        key=_ADDRESS_KEY,
+        value=f"{me.master_addr}:{me.master_port}",
         remedy="Give an address of rank 0's host that all hosts can reach, and a free port of that host",
     )
 
@@ -187,8 +190,9 @@ def _wait_for_store(me: RankInfo, timeout: float) -> None:
         else "Check that rank 0 is running, that the address belongs to its host, and that no firewall blocks the port"
     )
     raise LostRankError(
-        f"MASTER_ADDR:MASTER_PORT={me.master_addr}:{me.master_port}: rank {me.rank} on {socket.gethostname()} did not "
-        f"reach rank 0 there within {timeout:g} s ({reason})",
+        f"rank {me.rank} on {socket.gethostname()} did not reach rank 0 there within {timeout:g} s ({reason})",
+        key=_ADDRESS_KEY,
+        value=f"{me.master_addr}:{me.master_port}",
         remedy=remedy,
     )
 

@@ -1,11 +1,8 @@
 """Check of the clock offsets between hosts."""
 
-from fireflyds.distributed.clock_offset import largest_offset
+from fireflyds.distributed.clock_offset import MUNGE_SECONDS, largest_offset
 from fireflyds.distributed.host_identity import describe_ranks
 from fireflyds.doctor.check import Check, failed, passed, warning
-
-# Maximum age in seconds of credentials that Slurm's munge accepts, by the clock of the receiving host.
-_MUNGE_SECONDS = 300
 
 
 def check_clocks(offsets: dict[int, tuple[float, float]], leaders: list[int], hosts: list[str], limit: float) -> Check:
@@ -19,6 +16,6 @@ def check_clocks(offsets: dict[int, tuple[float, float]], leaders: list[int], ho
         return passed("clock skew", text, largest.seconds, "s")
     text = f"{largest.ahead} is {largest.seconds:.3f} s ahead of {largest.behind}, ± {largest.precision:.4f} s"
     remedy = f"more than max_clock_skew={limit:g}: start chronyd or ntpd on all hosts (chronyc makestep, timedatectl)"
-    if largest.seconds > _MUNGE_SECONDS:
+    if largest.seconds > MUNGE_SECONDS:
         return failed("clock skew", text, f"{remedy}; Slurm refuses such a host's credentials")
     return warning("clock skew", text, remedy, largest.seconds, "s")

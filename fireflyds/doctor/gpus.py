@@ -15,7 +15,6 @@ from fireflyds.doctor.check import Check, failed, passed, warning
 from fireflyds.models.precision import has_bf16
 
 GIB = 1 << 30
-VOLTA = 70
 # Share of GPU memory used by other processes above which a warning is issued.
 _MAX_SHARE_IN_USE = 0.1
 

@@ -30,9 +30,7 @@ def check_hosts(hosts: list[str], master_addr: str) -> Check:
             remedy = f"enter {hosts[0]} in DNS or /etc/hosts, or set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
             return warning("hosts", f"{summary}; the name {hosts[0]} has no address", remedy)
         if address.startswith("127.") and "GLOO_SOCKET_IFNAME" not in os.environ:
-            remedy = (
-                "give its own address in /etc/hosts, or set GLOO_SOCKET_IFNAME: gloo sends this address to the others"
-            )
+            remedy = "give it its own address in /etc/hosts, or set GLOO_SOCKET_IFNAME: the others get this address"
             return warning("hosts", f"{summary}; {hosts[0]} resolves its own name to {address}", remedy)
     return passed("hosts", f"{summary}; MASTER_ADDR is {master_addr}")
 

@@ -1,7 +1,5 @@
 """Checks that tokenizer, token store and base model are complete and match each other."""
 
-import json
-import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +15,7 @@ from fireflyds.doctor.check import Check, failed, passed, warning
 from fireflyds.errors import UserError
 from fireflyds.models.load import family_of, read_config
 from fireflyds.models.precision import has_bf16
+from fireflyds.runs.fingerprint import read_safetensors_header
 from fireflyds.tokenizer.encoder import load_encoder
 from fireflyds.tokenizer.shards import shard_names
 from fireflyds.types import Encoder
@@ -63,7 +62,7 @@ def _run_check(name: str, check: Callable[[], Check], seconds: float) -> Check:
 
 def error_from(name: str, error: UserError) -> Check:
     """Returns the failed check of a `UserError`."""
-    return failed(name, error.finding, error.remedy or "follow the message")
+    return failed(name, error.finding, error.remedy)
 
 
 def check_tokenizer(path: str, loaded: list[Encoder]) -> Check:
@@ -75,7 +74,7 @@ def check_tokenizer(path: str, loaded: list[Encoder]) -> Check:
 def check_base(config: DoctorConfig, encoder: Encoder) -> Check:
     """Compares embedding rows with tokenizer pieces, and special ids; checks that the GPU supports the dtype."""
     model_config = ModelConfig(init=ModelInit.pretrained, path=config.model, tokenizer=config.tokenizer)
-    hf_config: Any = read_config(model_config, encoder)
+    hf_config: Any = read_config(model_config, encoder, "model")
     family_of(hf_config.model_type)
     rows, pieces = hf_config.vocab_size, encoder.vocab_size
     summary = f"{config.model}: {hf_config.model_type}, {rows:,} rows for {pieces:,} pieces"
@@ -147,14 +146,8 @@ def check_weights(folder: Path) -> Check:
         suffix = f" and {len(names) - 3} more" * (len(names) > 3)
         message = f"{folder}: {', '.join(names[:3])}{suffix} (not safetensors, their lengths are not known)"
         return passed("weights", message)
-    damaged = [name for name in names if (folder / name).stat().st_size != expected_size(folder / name)]
-    if damaged:
-        raise UserError(
-            f"{', '.join(damaged)}: length differs from its header",
-            key="model",
-            value=folder,
-            remedy="Download the file again",
-        )
+    for name in names:
+        read_safetensors_header(folder / name)
     size = sum((folder / name).stat().st_size for name in names)
     return passed("weights", f"{folder}: {len(names)} file{'s' * (len(names) > 1)}, {size / (1 << 30):.2f} GiB, intact")
 
@@ -169,18 +162,3 @@ def weight_files(folder: Path) -> list[str]:
             continue
         return shard_names(index)
     return []
-
-
-def expected_size(file: Path) -> int:
-    """Expected bytes of a safetensors file: 8, the header, and data to the last tensor's end. -1 without a header."""
-    with file.open("rb") as stream:
-        head = stream.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-        if not 0 < length <= file.stat().st_size - 8:
-            return -1
-        try:
-            header = json.loads(stream.read(length))
-        except ValueError:
-            return -1
-    ends = (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
-    return int(8 + length + max(ends, default=0))

@@ -50,10 +50,10 @@ def announced_address(me: RankInfo, timeout: float) -> tuple[str, str]:
     return address, address
 
 
-def connect_to(doors: list[tuple[str, str, int]]) -> list[str]:
+def connect_to(ports: list[tuple[str, str, int]]) -> list[str]:
     """Connects to each port (host, address, port). Returns a message for each that cannot be reached."""
     failures = []
-    for host, address, port in doors:
+    for host, address, port in ports:
         try:
             socket.create_connection((address, port), _CONNECT_SECONDS).close()
         except OSError as error:

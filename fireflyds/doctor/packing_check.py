@@ -47,7 +47,7 @@ def validate_config(config: DoctorConfig) -> None:
     """
     with dispatch.force(os.environ.get(dispatch.VARIABLE)):
         pass
-    resolve_precision(HardwareConfig(precision=config.precision))
+    resolve_precision(HardwareConfig(precision=config.precision), "precision")
     _device(config.device)
     check_max_positions(_settings(config), "documents: the longest", max(config.documents))
 
@@ -68,7 +68,7 @@ def check_packing(config: DoctorConfig) -> tuple[Check, str]:
 
 
 def _check_packing(config: DoctorConfig) -> tuple[Check, str]:
-    precision = resolve_precision(HardwareConfig(precision=config.precision))
+    precision = resolve_precision(HardwareConfig(precision=config.precision), "precision")
     model = load_model(config, precision)
     summary = f"{type(model).__name__} of {config.model}, {precision.name}, documents of {config.documents} tokens"
     findings = list(compare_implementations(model, list(config.documents), config.seed))
@@ -151,12 +151,12 @@ def compare_implementations(model: Any, lengths: list[int], seed: int) -> Iterat
 
 def table(findings: list[ImplementationResult]) -> str:
     """Formats the results as a text table."""
-    lines = ["attention      loss differs  gradients differ  leakage   severity"]
+    lines = ["attention      loss differs  gradients differ  leakage   result"]
     for finding in findings:
-        severity = "proven" if finding.proven else "NOT EQUAL"
+        result = "proven" if finding.proven else "NOT EQUAL"
         lines.append(
             f"{finding.implementation:<14} {finding.loss:>12.1e}  {finding.gradients:>16.1e}  "
-            f"{finding.leakage:>7.1e}   {severity}"
+            f"{finding.leakage:>7.1e}   {result}"
         )
     return "\n".join(lines)
 

@@ -9,7 +9,7 @@ from typing import Any
 from fireflyds.config import DoctorConfig
 from fireflyds.distributed import clock_offset, shared_folder
 from fireflyds.distributed.host_identity import boot_id, distinct_host_names, local_world_size
-from fireflyds.distributed.launcher_env import RankInfo
+from fireflyds.distributed.launcher_env import LAUNCHER_PORT, RankInfo
 from fireflyds.distributed.rendezvous import StoreChannel, UnresponsiveRanksError
 from fireflyds.distributed.timeouts import run_with_timeout
 from fireflyds.doctor import clocks, gpus, input_files, links, machine, versions
@@ -18,8 +18,6 @@ from fireflyds.doctor.hosts import check_hosts, check_terminated, check_unrespon
 from fireflyds.doctor.signal_guards import TerminatedError
 from fireflyds.errors import UserError
 
-# Default of deepspeed, and of torchrun over several hosts.
-LAUNCHERS_PORT = 29500
 # Timeouts that the inspection of a host may take: one for its disk, one for its input files, one for the rest.
 _INSPECTION_TIMEOUTS = 3
 # Timeout in seconds for removing the token file.
@@ -235,7 +233,7 @@ def _error_or_list(answer: Any) -> list[str]:
     return [answer["error"]] if isinstance(answer, dict) else answer
 
 
-def check_port(master_port: int = LAUNCHERS_PORT) -> Check:
+def check_port(master_port: int = LAUNCHER_PORT) -> Check:
     """Checks on a single host that a port can be opened and reached, and that the launchers' default port is free."""
     with contextlib.suppress(OSError), links.listening_socket("127.0.0.1") as listener:
         if failures := links.connect_to([("this host", "127.0.0.1", listener.getsockname()[1])]):

@@ -11,17 +11,10 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from fireflyds.doctor.check import Check, failed, passed, warning
+from fireflyds.runs.provenance import installed_version
 
 # Packages whose versions are part of the report.
 _REPORTED_PACKAGES = ("fireflyds", "torch", "transformers", "deepspeed", "peft", "bitsandbytes", "triton", "numpy")
-
-
-def version_of(name: str) -> str | None:
-    """The installed version; None where it is not installed."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def own_requirements() -> list[str]:
@@ -35,15 +28,15 @@ def own_requirements() -> list[str]:
 def installed(requirements: Iterable[str]) -> dict[str, str]:
     """Installed versions by name of the requirements of fireflyds, including extras."""
     names = {Requirement(text).name for text in requirements} | set(_REPORTED_PACKAGES)
-    return {name: version for name in sorted(names) if (version := version_of(name)) is not None}
+    return {name: version for name in sorted(names) if (version := installed_version(name)) is not None}
 
 
 def check_all() -> list[Check]:
     """Checks of the installed package versions: required ranges, demands of dependencies, and FlashAttention."""
     requirements = own_requirements()
-    checks = [check_ranges(requirements, version_of)]
+    checks = [check_ranges(requirements, installed_version)]
     if requirements:
-        checks.append(check_demands(closure(requirements, _requires), version_of))
+        checks.append(check_demands(closure(requirements, _requires), installed_version))
     if find_spec("flash_attn") is not None:
         checks.append(check_flash_attention(import_error("flash_attn")))
     return checks
@@ -143,7 +136,7 @@ def check_same(versions: Mapping[str, Mapping[str, str]]) -> Check:
 def check_flash_attention(error: str | None) -> Check:
     """Checks that flash_attn, built for one torch and CUDA, can be imported. `error`: import error, None if none."""
     if error is None:
-        return passed("flash_attn", f"flash_attn {version_of('flash_attn')} loads")
+        return passed("flash_attn", f"flash_attn {installed_version('flash_attn')} loads")
     return failed(
         "flash_attn",
         f"flash_attn is installed and does not load: {error}",

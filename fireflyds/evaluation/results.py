@@ -3,16 +3,15 @@
 import json
 import time
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import fireflyds
 from fireflyds.errors import UserError
 from fireflyds.fs import atomic_write_text, read_json
+from fireflyds.runs.provenance import installed_version
 
 FILE = "scores.json"
-_LIBRARIES = ("torch", "transformers", "tokenizers", "sentencepiece")
+_LIBRARIES = ("fireflyds", "torch", "transformers", "tokenizers", "sentencepiece")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +26,15 @@ class EvaluationResult:
     options: dict[str, Any]
     """The task's own section, and `limit`, `max_tokens` and the prompt style that was used."""
     complete: bool
-    versions: dict[str, str]
+    weights: str
+    """Hash of the model's weights: results stay in the folder of a model that is exported again."""
+    versions: dict[str, str | None]
     time: float = field(default_factory=time.time)
 
 
-def versions() -> dict[str, str]:
-    """Of what figures may depend on."""
-    return {"fireflyds": fireflyds.__version__} | {name: metadata.version(name) for name in _LIBRARIES}
+def versions() -> dict[str, str | None]:
+    """Versions of the libraries that figures may depend on."""
+    return {name: installed_version(name) for name in _LIBRARIES}
 
 
 def read_results(folder: Path) -> list[EvaluationResult]:
@@ -58,12 +59,12 @@ def read_results(folder: Path) -> list[EvaluationResult]:
 def append_result(folder: Path, result: EvaluationResult) -> None:
     """Appends a result to the results file in `folder`, which is created if absent."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [asdict(each) for each in [*read_results(folder), result]]
+    rows = [asdict(row) for row in [*read_results(folder), result]]
     atomic_write_text(folder / FILE, json.dumps({"results": rows}, ensure_ascii=False, indent=2))
 
 
 def latest_figures(folder: Path, task: str) -> dict[str, float]:
-    """Of the newest complete result of a task.
+    """Figures of the newest complete result of a task.
 
     Raises:
         UserError: there is none.

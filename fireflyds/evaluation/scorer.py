@@ -102,7 +102,11 @@ def continuation_losses(model: EvaluatedModel, prompt: list[int], continuations:
     room = model.max_length - longest
     if room < 1:
         raise UserError(
-            f"a choice of {longest} tokens does not fit into the model's {model.max_length}", remedy="Leave it out"
+            f"a choice of {longest} tokens does not fit into {model.max_length} tokens, the smaller of max_tokens and "
+            "the model's positions",
+            key="max_tokens",
+            value=model.max_tokens,
+            remedy="Raise it where the model has more positions, or leave the choice out",
         )
     kept = prompt if len(prompt) <= room else (model.prefix + prompt[-(room - len(model.prefix)) :])[-room:]
     losses = token_losses(model, [kept + continuation for continuation in continuations])

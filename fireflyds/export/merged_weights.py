@@ -51,11 +51,6 @@ def merged_entries(model: nn.Module, dtype: torch.dtype | None = None) -> dict[s
     return entries
 
 
-def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Returns all weights of `merged_entries` at once, for small models."""
-    return {name: entry.make() for name, entry in merged_entries(model).items()}
-
-
 @torch.no_grad()
 def _cast_to_host(make: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:
     """Computes a weight and casts it to `dtype` on the host."""

@@ -16,10 +16,12 @@ from fireflyds.errors import UserError
 from fireflyds.models.load import bare_model, load_for_inference
 from fireflyds.models.packed.forward import fuse, hidden_states
 from fireflyds.models.precision import DTYPES, is_emulated
+from fireflyds.models.tuning import keeps_training_mode
 from fireflyds.tokenizer.shards import TensorEntry, save_sharded
 from fireflyds.types import EOS, Encoder, PackedBatch
 
 MAX_SHARD_BYTES = 5 * 10**9
+_BASE_REMEDY = "Restore the base, or train again under another run="
 # Largest difference of logits between the trained and the reloaded model, relative to the largest logit: rounding only.
 TOLERANCE = {Precision.fp32: 1e-5, Precision.bf16: 5e-2, Precision.fp16: 1e-2}
 
@@ -50,13 +52,15 @@ def write_weights(
             raise UserError(
                 f"the trained weights do not match {plain_config.model_type}: {name} is {entry.shape}, the "
                 f"architecture has {expected.get(name, 'no such weight')}",
-                remedy="Give the model that the run was trained from",
+                key="run",
+                remedy=_BASE_REMEDY,
             )
     missing = expected.keys() - entries.keys() - tied
     if missing:
         raise UserError(
             f"the trained weights do not match {plain_config.model_type}: {min(missing)} is missing",
-            remedy="Give the model that the run was trained from",
+            key="run",
+            remedy=_BASE_REMEDY,
         )
     plain_config.save_pretrained(folder)
     save_sharded(folder, entries, max_shard_bytes)
@@ -66,7 +70,7 @@ def write_chat_settings(folder: Path, encoder: Encoder, template: str | None) ->
     """Writes `generation_config.json`; with a template also `chat_template.jinja`, and its stop token as EOS token."""
     stop = encoder.eos_id
     if template is not None:
-        chat = registry.find("fireflyds.data.templates", template).CHAT
+        chat = registry.find("fireflyds.data.templates", template, "template").CHAT
         (folder / "chat_template.jinja").write_text(chat.jinja, encoding="utf-8")
         stop = encoder.eos_id if chat.stop == EOS else encoder.token_id(chat.stop)
     settings = GenerationConfig(bos_token_id=encoder.bos_id, eos_token_id=stop, pad_token_id=encoder.eos_id)
@@ -86,8 +90,7 @@ def packed_logits(model: Any, ids: Tensor) -> Tensor:
     """
     device, model = model.device, fuse(model.eval())
     for module in model.modules():
-        # In evaluation mode 8-bit layers quantise their inputs too, which merged weights do not reproduce.
-        if getattr(getattr(module, "weight", None), "dtype", None) is torch.int8 and not hasattr(module, "lora_A"):
+        if keeps_training_mode(module):
             module.train()
     compute_dtype = torch.float32 if is_emulated(model.dtype) else model.dtype
     for parameter in model.parameters():
@@ -115,9 +118,9 @@ def reload_difference(folder: Path, ids: Tensor, trained_logits: Tensor, dtype: 
     difference = float((trained_logits - logits).abs().max() / trained_logits.abs().max())
     if not difference <= TOLERANCE[dtype]:
         raise UserError(
-            f"logits differ from the trained model's by {difference:.1e}, more than {TOLERANCE[dtype]:.0e}",
-            key=folder,
-            remedy="Nothing was written",
+            f"logits differ from the trained model's by {difference:.1e}, more than {TOLERANCE[dtype]:.0e}; nothing "
+            "was written",
+            remedy="Export with dtype=fp32; if it differs there too, report it with the base model",
         )
     return difference
 

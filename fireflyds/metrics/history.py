@@ -34,7 +34,7 @@ class History:
         steps = self._steps.copy()  # another thread may append rows concurrently
         if not steps:
             return
-        atomic_write_text(self._run_dir / "trainer_state.json", json.dumps(self._trainer_state(steps), indent=2))
+        atomic_write_text(self._run_dir / layout.TRAINER_STATE, json.dumps(self._trainer_state(steps), indent=2))
         if any(row["loss"] is not None for row in steps):
             plot_loss({self._run_dir.name: steps}, self._run_dir / layout.LOSS_PLOT)
 

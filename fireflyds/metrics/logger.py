@@ -17,6 +17,8 @@ from fireflyds.runs.jsonl import MetricsFile, read_jsonl, without_nan
 from fireflyds.runs.layout import EXIT_FAILED
 from fireflyds.types import StepMetrics
 
+_HISTORY_FILES = f"{layout.TRAINER_STATE} or {layout.LOSS_PLOT}"
+
 
 class MetricsLogger:
     """Context manager. Rank 0 writes the files and shows the progress bar; other ranks only log to their own file."""
@@ -36,7 +38,7 @@ class MetricsLogger:
         self._total_steps, self._log_every, self._steps_per_epoch = total_steps, log_every, steps_per_epoch
         self._recent: list[StepMetrics] = []
         self._file: MetricsFile | None = None
-        self.pending_plot: Future[None] | None = None
+        self._pending_plot: Future[None] | None = None
         self._stack = contextlib.ExitStack()
         try:
             if rank == 0:
@@ -96,10 +98,8 @@ class MetricsLogger:
         if self._file:
             # A checkpoint survives a crash of the host, so the metrics of the steps before it must be on disk too.
             self._warn_on_failure(layout.METRICS, self._file.sync)
-        if self._file and (self.pending_plot is None or self.pending_plot.done()):
-            self.pending_plot = self._plot_executor.submit(
-                self._warn_on_failure, "trainer_state.json or loss.png", self._history.save
-            )
+        if self._file and (self._pending_plot is None or self._pending_plot.done()):
+            self._pending_plot = self._plot_executor.submit(self._warn_on_failure, _HISTORY_FILES, self._history.save)
 
     def _warn_on_failure(self, files: str, write: Callable[[], None]) -> None:
         try:
@@ -113,7 +113,7 @@ class MetricsLogger:
         try:
             self._stack.close()
             if self._file:
-                self._warn_on_failure("trainer_state.json or loss.png", self._history.save)
+                self._warn_on_failure(_HISTORY_FILES, self._history.save)
                 self._warn_on_failure(layout.METRICS, self._file.close)
         finally:
             self._tracker.finish(0 if error is None else EXIT_FAILED)

@@ -86,7 +86,7 @@ class TensorBoardTracker:
     """Event files in `tensorboard/` of the run directory. A resume or rollback hides earlier events of later steps."""
 
     def __init__(self, run_dir: Path, resumed_at: int) -> None:
-        self._folder = str(run_dir / "tensorboard")
+        self._folder = str(run_dir / layout.TENSORBOARD)
         self._writer = self._open(resumed_at)
 
     def _open(self, done: int) -> Any:
@@ -185,7 +185,7 @@ def open_tracker(
         log.warning(f"{name} did not start ({_short(error)}); training continues without it")
         return NoTracker()
     if tracking.kind is TrackerKind.wandb and tracking.mode is WandbMode.offline:
-        log.info(f"W&B is offline: upload the data later with `wandb sync {run_dir}/wandb/offline-run-*`")
+        log.info(f"W&B is offline: upload the data later with `wandb sync {run_dir / layout.WANDB}/offline-run-*`")
     return FaultTolerantTracker(tracker, name, log, tracking.finish_seconds)
 
 
@@ -222,7 +222,7 @@ def require_wandb_run(config: TrackingConfig, run: str) -> None:
     """Raises `UserError` where the run is not tracked by W&B."""
     if config.kind is not TrackerKind.wandb or config.mode is WandbMode.disabled:
         raise UserError(
-            (f"the run {run} is not tracked by W&B (tracking={config.kind.name}, tracking.mode={config.mode.name})"),
+            f"the run {run} is not tracked by W&B (tracking={config.kind.name}, tracking.mode={config.mode.name})",
             key="artifact",
             value="true",
             remedy="Remove artifact=true",
@@ -230,10 +230,10 @@ def require_wandb_run(config: TrackingConfig, run: str) -> None:
     require_installed(config)
 
 
-def log_model_artifact(config: TrackingConfig, run: str, run_dir: Path, folder: Path, about: dict[str, Any]) -> str:
+def log_model_artifact(config: TrackingConfig, run: str, run_dir: Path, folder: Path, metadata: dict[str, Any]) -> str:
     """Uploads an export to its W&B run as an artifact of type `model`. Returns the artifact's name after the upload.
 
-    An offline run stores the artifact on disk until it is synced. `about`: metadata of the artifact.
+    An offline run stores the artifact on disk until it is synced. `metadata`: that of the artifact.
 
     Raises:
         UserError: the run is not tracked by W&B, or W&B failed; the export itself is complete.
@@ -244,7 +244,7 @@ def log_model_artifact(config: TrackingConfig, run: str, run_dir: Path, folder: 
     name = run.replace("/", "-")
     try:
         wandb_run = init_wandb(config, run, run_dir, None, finish_seconds=0)
-        artifact = wandb.Artifact(name, type="model", metadata=about)
+        artifact = wandb.Artifact(name, type="model", metadata=metadata)
         artifact.add_dir(str(folder))
         logged_artifact = wandb_run.log_artifact(artifact)
         if config.mode is WandbMode.online:

@@ -21,8 +21,11 @@ MAX_PADDING = 1024
 _DISABLE_ASYNC_LOAD = "HF_DEACTIVATE_ASYNC_LOAD"
 
 
-def read_config(config: ModelConfig, encoder: Encoder) -> Any:
+def read_config(config: ModelConfig, encoder: Encoder, key: str = "model.path") -> Any:
     """Returns the Hugging Face configuration of the model to train, checked against its tokenizer.
+
+    Args:
+        key: the verb's key of the model directory, for errors.
 
     Raises:
         UserError: no model in the directory, an unknown architecture, or embeddings that do not match the size of the
@@ -32,12 +35,12 @@ def read_config(config: ModelConfig, encoder: Encoder) -> Any:
         defaults = {"vocab_size": encoder.vocab_size, "bos_token_id": encoder.bos_id, "eos_token_id": encoder.eos_id}
         settings = defaults | config.architecture
         return apply_rope_scaling(AutoConfig.for_model(settings.pop("model_type"), **settings), config)
-    folder, hf_config = Path(config.path), _read_directory_config(config)
+    folder, hf_config = Path(config.path), _read_directory_config(config, key)
     if not 0 <= hf_config.vocab_size - encoder.vocab_size < MAX_PADDING:
         raise UserError(
             f"the embeddings have {hf_config.vocab_size} rows but the tokenizer {config.tokenizer_path} has "
             f"{encoder.vocab_size} tokens; rows may exceed tokens by padding only",
-            key="model.path",
+            key=key,
             value=folder,
             remedy="Set the tokenizer of this model, or expand the model for a larger tokenizer with launch/expand.py",
         )
@@ -69,14 +72,14 @@ def config_of(key: str, path: str) -> Any:
         ) from error
 
 
-def _read_directory_config(config: ModelConfig) -> Any:
-    """Reads the configuration at `model.path` and checks it against `model.architecture`."""
-    folder, hf_config = Path(config.path), config_of("model.path", config.path)
-    for key, value in config.architecture.items():
-        if getattr(hf_config, key, None) != value:
+def _read_directory_config(config: ModelConfig, key: str = "model.path") -> Any:
+    """Reads the configuration of the model directory `key` and checks it against `model.architecture`."""
+    folder, hf_config = Path(config.path), config_of(key, config.path)
+    for name, value in config.architecture.items():
+        if getattr(hf_config, name, None) != value:
             raise UserError(
-                f"has {key}={getattr(hf_config, key, None)}, model.architecture has {value}",
-                key="model.path",
+                f"has {name}={getattr(hf_config, name, None)}, model.architecture has {value}",
+                key=key,
                 value=folder,
                 remedy="Give the directory of that model, or model=<path> for this one",
             )
@@ -127,7 +130,7 @@ def bare_model(hf_config: Any) -> Any:
 
 def family_of(model_type: str) -> Family:
     """Returns the family of a Hugging Face `model_type`."""
-    family: Family = registry.find("fireflyds.models.families", model_type).FAMILY
+    family: Family = registry.find("fireflyds.models.families", model_type, "model_type").FAMILY
     return family
 
 

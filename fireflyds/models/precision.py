@@ -27,8 +27,11 @@ def is_emulated(dtype: torch.dtype) -> bool:
     return not getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")()
 
 
-def resolve_precision(config: HardwareConfig) -> Precision:
+def resolve_precision(config: HardwareConfig, key: str = "hardware.precision") -> Precision:
     """Returns the training precision. `auto`: bf16 on a GPU that supports it, fp16 on other GPUs, fp32 on a CPU.
+
+    Args:
+        key: the verb's key of the precision, for the error.
 
     Raises:
         UserError: bf16 on a GPU that does not support it.
@@ -42,9 +45,9 @@ def resolve_precision(config: HardwareConfig) -> Precision:
     if config.precision is Precision.bf16 and not supported:
         raise UserError(
             f"{torch.cuda.get_device_name()} has no bf16",
-            key="hardware.precision",
+            key=key,
             value="bf16",
-            remedy="Use hardware.precision=fp16",
+            remedy=f"Use {key}=fp16",
         )
     return config.precision
 

@@ -89,7 +89,7 @@ def _check_value(name: str, value: Any) -> None:
             raise UserError(
                 "must be true or false",
                 key="model.rope_scaling.truncate",
-                value=f"{value!r}",
+                value=repr(value),
                 remedy="Give one of them",
             )
         return
@@ -99,14 +99,14 @@ def _check_value(name: str, value: Any) -> None:
             raise UserError(
                 "must be a number of at least 1",
                 key=f"model.rope_scaling.{name}",
-                value=f"{value!r}",
-                remedy=f"Give a number such as {name}: 4",
+                value=repr(value),
+                remedy="Give 1 or more",
             )
     elif not is_number or value <= 0:
         raise UserError(
             "must be a number above 0",
             key=f"model.rope_scaling.{name}",
-            value=f"{value!r}",
+            value=repr(value),
             remedy="Give a number above 0",
         )
 

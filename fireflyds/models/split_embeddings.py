@@ -53,10 +53,10 @@ class FusedLossHead(nn.Linear):
 class SplitLMHead(nn.Module):
     """Head over frozen and trainable rows; in a model with tied weights both parameters are those of the embeddings."""
 
-    def __init__(self, old: nn.Parameter, new: nn.Parameter, bias: nn.Parameter | None) -> None:
+    def __init__(self, frozen: nn.Parameter, trainable: nn.Parameter, bias: nn.Parameter | None) -> None:
         super().__init__()
-        self.first = len(old)
-        self.frozen, self.trainable, self.bias = old, new, bias
+        self.first = len(frozen)
+        self.frozen, self.trainable, self.bias = frozen, trainable, bias
 
     def forward(
         self, hidden: Tensor, labels: Tensor | None = None, reduction: str = "sum", num_labels: int | None = None
@@ -86,11 +86,12 @@ def split_new_rows(model: Any, config: TuningConfig, base_vocab_size: int | None
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head.weight is embeddings.weight
     if TrainableRows.new_rows in (config.embeddings, config.head) and type(embeddings) is not nn.Embedding:
+        key = "tuning.embeddings" if config.embeddings is TrainableRows.new_rows else "tuning.head"
         raise UserError(
             f"the embeddings are a {type(embeddings).__name__}, which cannot be split",
-            key="tuning.embeddings",
+            key=key,
             value="new_rows",
-            remedy="Use tuning.embeddings=all",
+            remedy=f"Use {key}=all",
         )
     if tied and config.embeddings is not config.head:
         raise UserError(
@@ -126,7 +127,7 @@ def check_first_new_row(name: str, first: int | None, rows: int) -> None:
         )
     if not 0 < first < rows:
         raise UserError(
-            (f"model.base_vocab_size={first}, but the model has {rows} rows; it must be at least 1 and less than that"),
+            f"model.base_vocab_size={first}, but the model has {rows} rows; it must be at least 1 and less than that",
             key=f"tuning.{name}",
             value="new_rows",
             remedy=f"Use tuning.{name}=all for a model that was not expanded",

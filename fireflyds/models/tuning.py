@@ -174,6 +174,11 @@ def is_quantised(weight: Any) -> bool:
     )
 
 
+def keeps_training_mode(module: nn.Module) -> bool:
+    """True for an 8-bit layer: in evaluation mode it would also quantise its inputs, which merged weights do not do."""
+    return getattr(getattr(module, "weight", None), "dtype", None) is torch.int8 and not hasattr(module, "lora_A")
+
+
 def float_weight(layer: Any) -> Tensor:
     """Returns the weight of a linear layer in float32, dequantised where necessary."""
     weight = layer.weight
@@ -191,12 +196,13 @@ def adapted_direction(layer: Any) -> Tensor:
 
 
 @torch.no_grad()
-def reset_dora_magnitudes(model: nn.Module, but: Container[str]) -> None:
+def reset_dora_magnitudes(model: nn.Module, except_names: Container[str]) -> None:
     """Sets DoRA's magnitudes to the row norms of the adapted weights, for weights that were loaded after the adapters.
 
-    `but`: names (without the adapter's name) of trained magnitudes, which are left unchanged.
+    `except_names`: names (without the adapter's name) of trained magnitudes, which are left unchanged.
     """
     for name, module in model.named_modules():
-        if ADAPTER in getattr(module, "lora_magnitude_vector", {}) and f"{name}.lora_magnitude_vector" not in but:
+        is_excepted = f"{name}.lora_magnitude_vector" in except_names
+        if ADAPTER in getattr(module, "lora_magnitude_vector", {}) and not is_excepted:
             weight = adapted_direction(module)
             module.lora_magnitude_vector[ADAPTER].weight.copy_(torch.linalg.norm(weight, dim=1))

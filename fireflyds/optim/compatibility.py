@@ -15,26 +15,33 @@ def check_compatibility(config: TrainConfig, precision: Precision) -> list[str]:
     notes = load_optimizer_spec(optim.name).check(config)
     if precision is Precision.fp16 and zero.stage == 0:
         raise UserError(
-            "hardware.precision=fp16 with zero.stage=0: DeepSpeed scales no loss there, so small gradients would "
-            "vanish",
-            remedy="Nearest: zero=1, which is the same on one GPU",
+            "DeepSpeed scales no loss with zero.stage=0, so small gradients would vanish",
+            key="hardware.precision",
+            value="fp16",
+            remedy="Use zero=1, which is the same on one GPU",
         )
     quantised = tuning.method is TuningMethod.qlora
     if quantised and config.model.init is ModelInit.scratch:
         raise UserError(
-            "tuning=qlora with model.init=scratch: there are no weights to quantise",
-            remedy="Nearest: tuning=full for a model from scratch",
+            "with model.init=scratch there are no weights to quantise",
+            key="tuning",
+            value="qlora",
+            remedy="Use tuning=full for a model from scratch",
         )
     if quantised and tuning.bits == 8 and zero.stage == 3:
         raise UserError(
-            "tuning.bits=8 with zero.stage=3: 8-bit weights gathered from shards give wrong losses",
-            remedy="Nearest: zero=2, or tuning.bits=4",
+            "8-bit weights gathered from the shards of zero.stage=3 give wrong losses",
+            key="tuning.bits",
+            value=8,
+            remedy="Use zero=2, or tuning.bits=4",
         )
     if quantised and tuning.use_dora and (tuning.bits == 8 or zero.stage == 3):
         raise UserError(
-            f"tuning.use_dora=true with tuning.bits={tuning.bits}, zero.stage={zero.stage}: PEFT's DoRA on a "
-            "quantised base reads whole 4-bit weights",
-            remedy="Nearest: tuning.bits=4 with zero=2",
+            "PEFT's DoRA on a quantised base reads whole 4-bit weights, which a run with "
+            f"tuning.bits={tuning.bits} and zero.stage={zero.stage} does not have",
+            key="tuning.use_dora",
+            value="true",
+            remedy="Use tuning.bits=4 with zero=2",
         )
     if tuning.embeddings.name != "frozen" and tuning.head.name == "frozen":
         notes.append(
@@ -49,7 +56,8 @@ def refuse_offload(config: TrainConfig) -> list[str]:
     if config.zero.offload_optimizer is Offload.none:
         return []
     raise UserError(
-        f"optim={config.optim.name} with zero.offload_optimizer={config.zero.offload_optimizer.name}: bitsandbytes "
-        "keeps its states on the GPU",
-        remedy="Nearest: optim=adamw, which is DeepSpeed's CPU Adam there; or zero.offload_optimizer=none",
+        f"optim={config.optim.name} is of bitsandbytes, which keeps its states on the GPU",
+        key="zero.offload_optimizer",
+        value=config.zero.offload_optimizer.name,
+        remedy="Use optim=adamw, which is DeepSpeed's CPU Adam there, or zero.offload_optimizer=none",
     )

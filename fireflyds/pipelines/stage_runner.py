@@ -16,7 +16,7 @@ from typing import Any
 
 from fireflyds.config import PipelineConfig, StageConfig
 from fireflyds.errors import UserError
-from fireflyds.fs import MARKER, atomic_write_text, lock_file, remove_output
+from fireflyds.fs import atomic_write_text, lock_file
 from fireflyds.runs import layout
 
 # Lines of DeepSpeed's launcher and of progress bars: written to the stage's log, not to the terminal.
@@ -48,6 +48,8 @@ def relocate(config: Any, road: PipelineConfig, runs: str, run: str) -> None:
             relocate(value, road, runs, run)
         elif field.name not in ("run", "runs"):
             setattr(config, field.name, _relocated(value, road.out, f"{runs}/{run}"))
+    if hasattr(config, "init_from") and f"{config.runs}/{config.init_from}".startswith(f"{road.out}/"):
+        config.init_from = run + config.init_from.removeprefix(road.name)
     if hasattr(config, "run") and f"{config.runs}/{config.run}".startswith(f"{road.out}/"):
         config.run = run + config.run.removeprefix(road.name)
         config.runs = runs
@@ -104,9 +106,8 @@ class PipelineRunner:
                 print(f"{title}: complete, skipped (took {record['seconds']:.0f} s)", flush=True)
                 continue
             if record.get("key") != key:
-                # Only the output of an earlier stage of this name is removed; other files are not touched.
                 if record:
-                    _remove_output(output, self._out)
+                    _remove_run(output, self._out)
                 record = {"command": shlex.join(stage_command(stage)), "key": key, "seconds": 0.0, "done": False}
             print(f"{title}: {record['command']}", flush=True)
             self._run_stage(stage, record)
@@ -145,22 +146,13 @@ class PipelineRunner:
         atomic_write_text(self._file, json.dumps(self.records, indent=2, ensure_ascii=False))
 
 
-def _remove_output(output: Path, out: Path) -> None:
-    """Removes the output of an earlier, different stage of this name below `out`; other files are kept."""
-    output, out = output.resolve(), out.resolve()
-    if out not in output.parents:
-        return
-    if layout.is_run(output):
+def _remove_run(output: Path, out: Path) -> None:
+    """Removes the run of an earlier, different stage of this name below `out`: another configuration cannot resume it.
+
+    All other verbs replace or extend their own output, and keep the files of others in it.
+    """
+    if out.resolve() in output.resolve().parents and layout.is_run(output):
         layout.remove_run(output)
-        return
-    for folder in (output, *output.parents):
-        if folder == out:
-            break
-        if (folder / MARKER).is_file():
-            remove_output(folder)
-            return
-    if output.is_file():
-        output.unlink()
 
 
 def _execute(command: list[str], log: Path, note_time: Callable[[], None]) -> int:

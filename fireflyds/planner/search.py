@@ -105,7 +105,7 @@ def all_candidates(
     rows, remainder = divmod(config.global_batch_size, world_size)
     if remainder:
         raise UserError(
-            (f"must be a multiple of {world_size} {units(config.cluster)} (cluster.nodes x cluster.gpus_per_node)"),
+            f"must be a multiple of {world_size} {units(config.cluster)} (cluster.nodes x cluster.gpus_per_node)",
             key="global_batch_size",
             value=config.global_batch_size,
             remedy=f"Nearest: {max(1, rows) * world_size}",

@@ -29,7 +29,7 @@ def open_run(config: TrainConfig, yaml_text: str, inputs: dict[str, Any]) -> IO[
         run_dir.mkdir(parents=True, exist_ok=True)
         remedy = "Wait for it, end it, or give another run="
         busy = UserError(f"another process trains {run_dir} now", key="run", value=config.run, remedy=remedy)
-        lock = lock_file(run_dir / ".lock", busy)
+        lock = lock_file(run_dir / layout.LOCK, busy)
     except OSError as error:
         raise UserError(
             f"{run_dir} cannot be written ({error.strerror})",

@@ -28,23 +28,38 @@ def weights_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def read_safetensors_header(file: Path) -> tuple[int, dict[str, Any]]:
+    """Returns the position of the data in a safetensors file, and its tensors by name.
+
+    https://github.com/huggingface/safetensors, section Format: header length, header in JSON, tensors.
+
+    Raises:
+        UserError: it is not a safetensors file, or its length differs from its header, as of a partial download.
+    """
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            start = 8 + int.from_bytes(stream.read(8), "little")
+            if not 8 < start <= size:
+                raise ValueError("it has no header")
+            tensors = json.loads(stream.read(start - 8))
+        tensors.pop("__metadata__", None)
+        if start + max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0) != size:
+            raise ValueError("its length differs from its header")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"cannot be read as safetensors ({error})", key=file, remedy="Get the file again") from error
+    return start, tensors
+
+
 def _last_rows(file: Path) -> Iterator[bytes]:
-    """The bytes of the last row of every tensor of a safetensors file
-    (https://github.com/huggingface/safetensors, section Format: header length, header in JSON, tensors)."""
+    """The bytes of the last row of every tensor of a safetensors file."""
+    data, tensors = read_safetensors_header(file)
     with file.open("rb") as stream:
-        try:
-            header_bytes = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(header_bytes))
-            header.pop("__metadata__", None)
-            for _, tensor in sorted(header.items()):
-                start, end = tensor["data_offsets"]
-                row_bytes = (end - start) // max(1, tensor["shape"][0] if tensor["shape"] else 1)
-                stream.seek(8 + header_bytes + end - row_bytes)
-                yield stream.read(row_bytes)
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-            raise UserError(
-                f"cannot be read as safetensors ({error})", key=file, remedy="Get the file again"
-            ) from error
+        for _, tensor in sorted(tensors.items()):
+            start, end = tensor["data_offsets"]
+            row_bytes = (end - start) // max(1, tensor["shape"][0] if tensor["shape"] else 1)
+            stream.seek(data + end - row_bytes)
+            yield stream.read(row_bytes)
 
 
 def read_inputs(run_dir: Path) -> dict[str, Any]:

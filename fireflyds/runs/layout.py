@@ -12,6 +12,13 @@ PROVENANCE = "provenance.json"
 STATUS = "status.json"
 LOCK = ".lock"
 
+# States in `status.json`.
+RUNNING = "running"
+STOPPED = "stopped"
+"""The same command resumes the run."""
+FINISHED = "finished"
+FAILED = "failed"
+
 METRICS = "metrics.jsonl"
 VALIDATION = "validation.jsonl"
 SAMPLES = "samples.jsonl"
@@ -43,6 +50,8 @@ JOBS_FOLDER = "jobs"
 SUBMIT_SCRIPT = "submit.sh"
 LAUNCHER_LOG = "logs/launcher.log"
 LAUNCHER_PID = "logs/launcher.pid"
+REQUEUED_AT = "logs/requeued_at"
+"""One line per requeue of a Slurm job: the newest checkpoint at that time."""
 
 EXIT_FAILED = 1
 EXIT_USER_ERROR = UserError.exit_code

@@ -10,7 +10,7 @@ from typing import Any
 import fireflyds
 
 
-def _version(name: str) -> str | None:
+def installed_version(name: str) -> str | None:
     """Version of an installed distribution, or None; for fireflyds also that of an uninstalled source checkout."""
     try:
         return metadata.version(name)
@@ -27,5 +27,5 @@ def provenance() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "commit": git.stdout.strip() or None,
-        "libraries": {name: _version(name) for name in libraries},
+        "libraries": {name: installed_version(name) for name in libraries},
     }

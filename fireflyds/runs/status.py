@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fireflyds.errors import LostRankError, UserError
 from fireflyds.fs import atomic_write_text, read_json
-from fireflyds.runs.layout import EXIT_CTRL_C, EXIT_FAILED, STATUS
+from fireflyds.runs.layout import EXIT_CTRL_C, EXIT_FAILED, FAILED, RUNNING, STATUS, STOPPED
 
 
 class Status:
@@ -22,14 +22,14 @@ class Status:
         self.step = 0
 
     def __enter__(self) -> "Status":
-        self.write("running")
+        self.write(RUNNING)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if kind is None or issubclass(kind, SystemExit):
             return
         if isinstance(error, KeyboardInterrupt):
-            self.write("stopped", EXIT_CTRL_C, "interrupted outside of training steps")
+            self.write(STOPPED, EXIT_CTRL_C, "interrupted outside of training steps")
         elif error is not None:
             self.failed(error)
 
@@ -46,11 +46,11 @@ class Status:
         code, kind = (error.exit_code, error.kind) if isinstance(error, UserError) else (EXIT_FAILED, "error")
         # If the disk is the cause of the failure, the original error is reported, not the one raised here.
         with contextlib.suppress(OSError):
-            self._write("failed", code, str(error) or type(error).__name__, kind)
+            self._write(FAILED, code, str(error) or type(error).__name__, kind)
 
     def _written_by_rank_zero(self) -> bool:
         """True where rank 0 has written a final state, which takes precedence if both ranks miss each other."""
-        return self._file.is_file() and read_json(self._file)["state"] != "running"
+        return self._file.is_file() and read_json(self._file)["state"] != RUNNING
 
     def _write(self, state: str, exit_code: int | None, message: str, kind: str = "") -> None:
         content = {

@@ -176,7 +176,7 @@ def _plan_without_merges(config: ExpandConfig, base: Base, scripts: Scripts, tex
         )
     if 0 < config.max_vocab_size < base.num_tokens + len(new):
         raise UserError(
-            (f"the base's {base.num_tokens:,} tokens and {len(new):,} new pieces exceed it, and cure=false drops none"),
+            f"the base's {base.num_tokens:,} tokens and {len(new):,} new pieces exceed it, and cure=false drops none",
             key="max_vocab_size",
             value=f"{config.max_vocab_size:,}",
             remedy="Raise the limit, or set cure=true to select",

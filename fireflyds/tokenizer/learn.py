@@ -189,7 +189,7 @@ def _train(sentences: Iterator[str], vocab_size: int, model_type: str, **options
         match = re.search(r"smaller than required_chars\. (\d+) vs (\d+)", str(error))
         if match:
             raise UserError(
-                (f"{requested_size} pieces are too few: the characters of the text require at least {match.group(2)}"),
+                f"{requested_size} pieces are too few: the characters of the text require at least {match.group(2)}",
                 remedy="Raise vocab_size (learn) or num_pieces (expand)",
             ) from error
         raise UserError(

@@ -243,7 +243,7 @@ def check_model(base: Path, num_tokens: int) -> None:
     config, _ = _read_config(base)
     if config["vocab_size"] < num_tokens:
         raise UserError(
-            (f"config.json has vocab_size={config['vocab_size']}, fewer than the tokenizer's {num_tokens} tokens"),
+            f"config.json has vocab_size={config['vocab_size']}, fewer than the tokenizer's {num_tokens} tokens",
             key="base",
             value=base,
             remedy="Give the tokenizer and the weights of the same model",

@@ -39,7 +39,7 @@ def encode_prompts(encoder: Encoder, template: str | None, texts: Sequence[str],
         bos = [encoder.bos_id] if encoder.adds_bos and encoder.bos_id is not None else []
         ids = [bos + encoder.encode(text) for text in texts]
     else:
-        chat = registry.find("fireflyds.data.templates", template).CHAT
+        chat = registry.find("fireflyds.data.templates", template, "template").CHAT
         stops.add(encoder.eos_id if chat.stop == EOS else encoder.token_id(chat.stop))
         ids = []
         for text in texts:

@@ -66,24 +66,24 @@ class _Step:
                     self.engine.backward(loss_sum * scale)
             if self.engine.is_gradient_accumulation_boundary():
                 with self.span("optimizer"):
-                    norm = self._update(watching)
+                    norm = self._update()
             else:
                 self.engine.step()
         return float(accumulator.reduce()) / max(self.num_targets, 1), norm
 
-    def _update(self, watching: bool) -> float:
+    def _update(self) -> float:
         try:
             return optimizer_step(self.engine)
         except LossScaleError as error:
-            if not watching:
-                raise
             raise DivergedError(
-                f"a gradient overflows float16 at the least loss scale ({loss_scale(self.engine):g}); "
+                "a gradient overflows float16 at the minimum loss scale; "
                 f"{self.detector.report(self.documents)}. The newest checkpoint is intact",
+                key="hardware.min_loss_scale",
+                value=f"{loss_scale(self.engine):g}",
                 remedy="Lower optim.lr, inspect that batch, or train on hardware with bf16",
             ) from error
 
-    def non_finite_error(self, loss: float, norm: float, in_row: int) -> DivergedError:
+    def non_finite_error(self, loss: float, norm: float, consecutive: int) -> DivergedError:
         """Returns the error that names the cause, found by repeating the forward passes with equal random state."""
         if not math.isfinite(loss):
             self.detector.reset()
@@ -93,9 +93,10 @@ class _Step:
                         self.engine.module(**batch.model_inputs(self.engine.device), compute=self.objective)
         symptom = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradients' norm is {norm}"
         return DivergedError(
-            f"{symptom}, the {in_row}. step in a row that is not finite (recovery.max_skipped); "
-            f"{self.detector.report(self.documents)}. These steps changed no weights and the newest checkpoint is "
-            "intact",
+            f"{symptom}; non-finite steps in a row: {consecutive}; {self.detector.report(self.documents)}. These "
+            "steps changed no weights and the newest checkpoint is intact",
+            key="recovery.max_skipped",
+            value=consecutive,
             remedy="Lower optim.lr, or inspect the data",
         )
 
@@ -143,7 +144,7 @@ def train_steps(
             loss, norm = step.run(accumulator, watching=skips.begin_step())
             if skips.end_step(loss):
                 reseed()
-                raise step.non_finite_error(loss, norm, skips.in_row)
+                raise step.non_finite_error(loss, norm, skips.consecutive)
         except UserError as error:
             raise error.within(f"step {number + 1}") from error
         state.step, state.tokens = number + 1, state.tokens + tokens

@@ -23,17 +23,18 @@ def is_spike(state: TrainState, loss: float, config: RecoveryConfig) -> bool:
     return False
 
 
-def rollback(spoilt: TrainState, saved: TrainState, config: RecoveryConfig) -> None:
+def rollback(diverged: TrainState, saved: TrainState, config: RecoveryConfig) -> None:
     """Advances the data position of the saved state past the global batches that led to the spike.
 
     Raises:
         DivergedError: there were more than `recovery.max_rollbacks` rollbacks.
     """
-    saved.skipped_batches = spoilt.skipped_batches + spoilt.step - saved.step
-    saved.rollbacks = spoilt.rollbacks + 1
+    saved.skipped_batches = diverged.skipped_batches + diverged.step - saved.step
+    saved.rollbacks = diverged.rollbacks + 1
     if saved.rollbacks > config.max_rollbacks:
         raise DivergedError(
-            f"step {spoilt.step}: the loss spikes again after {config.max_rollbacks} rollbacks "
-            "(recovery.max_rollbacks). The newest checkpoint is intact",
+            f"the loss spikes again after {config.max_rollbacks} rollbacks. The newest checkpoint is intact",
+            key="recovery.max_rollbacks",
+            value=config.max_rollbacks,
             remedy="Lower optim.lr, inspect the data, or raise recovery.rollback_above",
-        )
+        ).within(f"step {diverged.step}")

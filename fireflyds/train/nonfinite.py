@@ -10,21 +10,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fireflyds.zero.engine import Engine, at_least_scale, loss_scale
+from fireflyds.zero.engine import Engine, at_min_loss_scale, loss_scale
 
 
 class SkippedSteps:
     """Counts consecutive steps that were skipped because their loss or gradients were not finite."""
 
-    def __init__(self, engine: Engine, most: int) -> None:
-        self._engine, self._most = engine, most
+    def __init__(self, engine: Engine, max_skipped: int) -> None:
+        self._engine, self._max_skipped = engine, max_skipped
         self._before, self._scale = 0, loss_scale(engine)
-        self.in_row = 0
+        self.consecutive = 0
 
     def begin_step(self) -> bool:
         """Starts a step. Returns True where it may end the run and must be watched."""
         self._before, self._scale = self._engine.skipped_steps, loss_scale(self._engine)
-        return at_least_scale(self._engine) or 0 < self.in_row == self._most - 1
+        return at_min_loss_scale(self._engine) or 0 < self.consecutive == self._max_skipped - 1
 
     def end_step(self, loss: float) -> bool:
         """Ends a step. Returns True where the run must stop.
@@ -33,8 +33,8 @@ class SkippedSteps:
         """
         skipped = self._engine.skipped_steps > self._before
         counts = skipped and (self._scale is None or not math.isfinite(loss))
-        self.in_row = self.in_row + 1 if counts else 0
-        return self.in_row >= self._most
+        self.consecutive = self.consecutive + 1 if counts else 0
+        return self.consecutive >= self._max_skipped
 
 
 class NonFiniteDetector:

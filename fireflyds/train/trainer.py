@@ -32,7 +32,7 @@ from fireflyds.models.packed.forward import fuse
 from fireflyds.models.tuning import adapter_config_of, load_tuned_model
 from fireflyds.planner import measured_memory, memory
 from fireflyds.runs.directory import open_run
-from fireflyds.runs.layout import EXIT_INTERRUPTED, EXIT_STOPPED
+from fireflyds.runs.layout import EXIT_INTERRUPTED, EXIT_STOPPED, FINISHED, RUNNING, STOPPED
 from fireflyds.runs.status import Status
 from fireflyds.train import loss_spike
 from fireflyds.train.loop import Loader, train_steps
@@ -61,12 +61,12 @@ class Trainer:
     state: TrainState
     total_steps: int
     profiler: StepProfiler
-    memory_plan: str = ""
+    memory_plan: str
     """Planned peak memory, logged together with the measured one at the end."""
-    resident_before: int = 0
+    resident_before: int
     """Resident memory of this process in bytes before the model is loaded, used by the libraries."""
     _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
-    _warned_metrics: set[str] = field(default_factory=set, init=False)
+    _warned_best_metric: bool = field(default=False, init=False)
 
     @classmethod
     def build(cls, config: TrainConfig) -> "Trainer":
@@ -149,13 +149,12 @@ class Trainer:
         """
         with self._stack:
             exit_code = self._fit()
-            if self.memory_plan:
-                self.logger.log.info(f"{self.memory_plan}; {measured_memory.format_peak(self.resident_before)}")
+            self.logger.log.info(f"{self.memory_plan}; {measured_memory.format_peak(self.resident_before)}")
         return exit_code
 
     def _fit(self) -> int:
         self.status.step = self.state.step
-        self.status.write("running")
+        self.status.write(RUNNING)
         while self.state.step < self.total_steps:
             if stop_reason := self.validator.begin(self.engine, self.logger, self.state.step):
                 raise _guard_error(stop_reason)
@@ -167,7 +166,7 @@ class Trainer:
                 if exit_code := self._after_step(step):
                     return exit_code
         self.checkpoints.wait()
-        self.status.write("finished", 0)
+        self.status.write(FINISHED, 0)
         return 0
 
     def _steps(self) -> Iterator[StepMetrics]:
@@ -196,7 +195,7 @@ class Trainer:
             "the same command resumes from it"
         )
         exit_code = EXIT_STOPPED if request.no_requeue else EXIT_INTERRUPTED
-        self.status.write("stopped", exit_code, self.signals.reason)
+        self.status.write(STOPPED, exit_code, self.signals.reason)
         return exit_code
 
     def _save(self, step: StepMetrics) -> None:
@@ -210,10 +209,10 @@ class Trainer:
         if (
             best_metric
             and best_metric not in metrics.as_dict()
-            and best_metric not in self._warned_metrics
+            and not self._warned_best_metric
             and dist.get_rank() == 0
         ):
-            self._warned_metrics.add(best_metric)
+            self._warned_best_metric = True
             self.logger.log.warning(
                 f"checkpoint.best_metric={best_metric}: not measured at step {step.step}, so this checkpoint cannot be "
                 f"the best. Measured at steps: {', '.join(step.as_dict())}; at validations: "

@@ -27,6 +27,7 @@ from fireflyds.errors import UserError
 from fireflyds.metrics.accumulator import bits_per_byte
 from fireflyds.metrics.logger import MetricsLogger
 from fireflyds.models.packed.head import token_losses
+from fireflyds.models.tuning import keeps_training_mode
 from fireflyds.runs import layout
 from fireflyds.runs.jsonl import JsonlFile, without_nan
 from fireflyds.train.generation_samples import EncodedPrompts, encode_prompts, greedy_generate
@@ -260,9 +261,7 @@ def evaluation_mode(model: nn.Module, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
         try:
             for module, _ in modes:
-                # In evaluation mode 8-bit layers also quantize their inputs, so they are left in training mode.
-                weight = getattr(module, "weight", None)
-                module.training = getattr(weight, "dtype", None) is torch.int8 and not hasattr(module, "lora_A")
+                module.training = keeps_training_mode(module)
             yield
         finally:
             for module, training in modes:

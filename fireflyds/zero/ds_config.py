@@ -4,7 +4,7 @@ from typing import Any
 
 from fireflyds.config import Offload, Precision, TrainConfig
 from fireflyds.optim.optimizers import gradient_clipping, load_optimizer_spec
-from fireflyds.zero import import_json as deepspeed_json
+from fireflyds.zero.import_json import extra_settings
 
 
 def build_ds_config(config: TrainConfig, precision: Precision, accumulation: int) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def build_ds_config(config: TrainConfig, precision: Precision, accumulation: int
         zero["offload_optimizer"] = {"device": config.zero.offload_optimizer.name}
     if config.zero.offload_param is not Offload.none:
         zero["offload_param"] = {"device": config.zero.offload_param.name}
-    extra, _ = deepspeed_json.extra_settings(config)
+    extra, _ = extra_settings(config)
     for key, value in extra.pop("zero_optimization", {}).items():
         # The device of offloading is a typed setting; its other keys, such as buffer sizes, are passed through.
         zero[key] = zero[key] | value if isinstance(value, dict) and key in zero else value

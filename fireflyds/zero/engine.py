@@ -100,7 +100,9 @@ def assign_device(ranks: RankInfo) -> RankInfo:
     if num_gpus == 1 and not local_size:
         return replace(ranks, local_rank=0)
     raise UserError(
-        f"local rank {ranks.local_rank} of {local_size or 'several'}: {num_gpus} GPUs are visible on this host",
+        f"ranks on this host: {local_size or 'several'}, visible GPUs: {num_gpus}",
+        key="LOCAL_RANK",
+        value=ranks.local_rank,
         remedy="Start no more ranks per host than it has GPUs, or check CUDA_VISIBLE_DEVICES",
     )
 
@@ -185,7 +187,7 @@ def optimizer_step(engine: Engine) -> float:
         except Exception as error:
             if "loss scale already at minimum" not in str(error):
                 raise
-            raise LossScaleError from error
+            raise LossScaleError(str(error)) from error
     return float(norm if norm is not None else engine.get_global_grad_norm() or 0.0)
 
 
@@ -217,7 +219,7 @@ def loss_scale(engine: Engine) -> float | None:
     return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else None
 
 
-def at_least_scale(engine: Engine) -> bool:
+def at_min_loss_scale(engine: Engine) -> bool:
     """True where the loss scale is at its minimum."""
     scale = loss_scale(engine)
     return scale is not None and scale <= engine.config["fp16"]["min_loss_scale"]

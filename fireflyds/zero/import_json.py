@@ -129,7 +129,7 @@ def _ignore_reason(source: str, key: str, value: Any, config: TrainConfig) -> st
     if key in _REMOVED:
         if value in (False, None, 0) or (isinstance(value, dict) and value.get("enabled") is False):
             return "DeepSpeed no longer has it, and it is off"
-        raise UserError("not taken over", key=f"{source}: {key}", remedy=f"Remove the key: {_REMOVED[key]}")
+        raise UserError(f"{key} is not supported", key=source, remedy=f"Remove the key; {_REMOVED[key]}")
     if key in _IGNORED_KEYS:
         return _IGNORED_KEYS[key]
     if key == "fp16.loss_scale" and value == 0:

@@ -221,9 +221,9 @@ overrides: [data=documents.txt, 'tokenizer={base_tokenizer}', out=runs/way/store
 
 def test_what_slurm_refuses_leaves_nothing_behind(cluster: Cluster, training: list[str]) -> None:
     for option, expected in (
-        ("cluster.partition=nope", r"[Ii]nvalid partition.*Remedy: give cluster\.partition="),
-        ("cluster.gpu=H100", r"gres.*Remedy: .*cluster\.sbatch=--gres=gpu:8"),
-        ("cluster.constraint=a100", r"Invalid feature.*Remedy: give another cluster\.constraint"),
+        ("cluster.partition=nope", r"[Ii]nvalid partition.*\. Give cluster\.partition="),
+        ("cluster.gpu=H100", r"gres.*\. This cluster .*cluster\.sbatch=--gres=gpu:8"),
+        ("cluster.constraint=a100", r"Invalid feature.*\. Give another cluster\.constraint"),
     ):
         done = cluster.submit(*training, "run=refused", option, check=False)
         assert done.returncode == 2

@@ -196,11 +196,11 @@ def test_a_run_that_has_begun_otherwise_is_refused(fake: Fake) -> None:
     [
         (
             "sbatch: error: Batch job submission failed: Invalid account or account/partition combination specified",
-            "give cluster.account=",
+            "Give cluster.account=",
         ),
         (
             "sbatch: error: AssocMaxSubmitJobLimit\nsbatch: error: Job violates accounting/QOS policy",
-            "the queue accepts no more of your jobs",
+            "The queue accepts no more of your jobs",
         ),
         (
             "sbatch: error: QOSMaxWallDurationPerJobLimit\nsbatch: error: Job violates accounting/QOS policy",
@@ -249,7 +249,7 @@ def test_jobs_that_cannot_be_taken_back_stay_known(fake: Fake) -> None:
     done = fake.submit("road=demo", "cluster=slurm_cpu", check=False)
     assert done.returncode == 2
     assert "Unable to contact slurm controller" in done.stderr
-    assert "jobs 1, 2 may still be queued: `scancel 1 2` when Slurm answers again" in done.stderr
+    assert "jobs 1, 2 may still be queued. `scancel 1 2` when Slurm answers again" in done.stderr
     records = json.loads((fake.work / "runs/demo/jobs.json").read_text())
     assert [record["id"] for record in records] == ["1", "2"]
 
@@ -324,7 +324,7 @@ def test_a_queue_that_does_not_answer_is_given_up(fake: Fake, monkeypatch: pytes
     monkeypatch.setenv("PATH", fake.variables["PATH"])
     monkeypatch.setattr(slurm, "_PATIENCE", 0.5)
     with pytest.raises(
-        UserError, match=r"no answer within 0 s\. Slurm temporarily unable.*accepts no more of your jobs"
+        UserError, match=r"no answer within 0 s \(Slurm temporarily unable.*\)\. The queue accepts no more of your jobs"
     ):
         slurm.submit(Path("x.sh"))
 
@@ -493,5 +493,5 @@ def test_the_newest_of_more_than_a_million_steps_is_taken_for_the_newest(tmp_pat
     for step in (999_999, 1_000_000):
         (tmp_path / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
     (tmp_path / "logs").mkdir()
-    done = subprocess.run(["bash", "-c", line.replace(">> ", '; echo "$saved" #')], capture_output=True, text=True)
+    done = subprocess.run(["bash", "-c", f'{line}; echo "$saved"'], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1].endswith("step-1000000")

@@ -1,4 +1,4 @@
-"""Every evaluation task has a section of its name, names its protocol, and declares its inputs."""
+"""Every evaluation task has a section of its name, names its protocol, and its inputs are those of the verb."""
 
 import dataclasses
 
@@ -6,44 +6,51 @@ import pytest
 
 from fireflyds import app, registry
 from fireflyds.cluster.input_checks import require_input_paths
-from fireflyds.config import EvaluateConfig
+from fireflyds.config import VERBS, EvaluateConfig
 from fireflyds.errors import UserError
 from fireflyds.evaluation.tasks import PACKAGE, load_task, task_options
 
 TASKS = registry.names(PACKAGE)
+SECTIONS = {
+    field.name: field.type for field in dataclasses.fields(EvaluateConfig) if dataclasses.is_dataclass(field.type)
+}
+# `<task>.<field>` that name files or folders.
+INPUTS = [key.split(".") for key in VERBS["evaluate"].inputs if "." in key]
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_a_task_has_a_section_and_says_what_its_figures_may_be_compared_with(name: str) -> None:
     task = load_task(name)
     options = task_options(name, app.compose("evaluate", ["model=x/y", f"tasks=[{name}]"]))
-    assert isinstance(options, task.config)
+    assert isinstance(options, SECTIONS[name])
     assert task.protocol
     assert task.source
     assert task.covers_all(options)
-    assert set(task.inputs) <= {field.name for field in dataclasses.fields(task.config)}
 
 
 def test_every_section_is_that_of_a_task() -> None:
-    sections = {field.name for field in dataclasses.fields(EvaluateConfig) if dataclasses.is_dataclass(field.type)}
-    assert sections == set(TASKS)
+    assert SECTIONS.keys() == set(TASKS)
+
+
+def test_every_task_has_inputs_and_they_are_fields_of_its_section() -> None:
+    assert {name for name, _ in INPUTS} == set(TASKS)
+    for name, field in INPUTS:
+        assert field in {each.name for each in dataclasses.fields(SECTIONS[name])}
 
 
 def test_protocols_are_told_apart() -> None:
     assert len({load_task(name).protocol for name in TASKS}) == len(TASKS)
 
 
-@pytest.mark.parametrize("name", TASKS)
-def test_inputs_of_a_task_are_looked_at_before_its_job_is_queued(name: str, tmp_path) -> None:
-    for field in load_task(name).inputs:
-        key = f"{name}.{field}.zh" if field == "texts" else f"{name}.{field}"
-        config = app.compose("evaluate", [f"model={tmp_path}", f"tasks=[{name}]", f"{key}=nowhere/at/all"])
-        with pytest.raises(UserError, match=rf"{name}\.{field}=nowhere/at/all: is not there"):
-            require_input_paths("evaluate", config)
+@pytest.mark.parametrize(("name", "field"), INPUTS)
+def test_inputs_of_a_task_are_looked_at_before_its_job_is_queued(name: str, field: str, tmp_path) -> None:
+    key = f"{name}.{field}.zh" if field == "texts" else f"{name}.{field}"
+    config = app.compose("evaluate", [f"model={tmp_path}", f"tasks=[{name}]", f"{key}=nowhere/at/all"])
+    with pytest.raises(UserError, match=rf"{name}\.{field}=nowhere/at/all: is not there"):
+        require_input_paths("evaluate", config)
 
 
-@pytest.mark.parametrize("name", TASKS)
-def test_a_task_without_its_inputs_is_refused_by_its_key(name: str) -> None:
-    task = load_task(name)
-    with pytest.raises(UserError, match=rf"{name}\.{task.inputs[0]}"):
-        task.evaluate(None, task.config(), None)  # type: ignore[arg-type]
+@pytest.mark.parametrize(("name", "field"), INPUTS)
+def test_a_task_without_its_inputs_is_refused_by_its_key(name: str, field: str) -> None:
+    with pytest.raises(UserError, match=rf"{name}\.{field}"):
+        load_task(name).evaluate(None, SECTIONS[name](), None)  # type: ignore[arg-type]

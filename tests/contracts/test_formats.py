@@ -11,7 +11,7 @@ FORMATS = "fireflyds.data.formats"
 
 @pytest.mark.parametrize("name", registry.names(FORMATS))
 def test_format_reads_its_own_example_and_is_detected_by_it(name: str) -> None:
-    layout = registry.find(FORMATS, name)
+    layout = registry.load(FORMATS, name)
     sample = layout.read(layout.EXAMPLE)
     assert isinstance(sample, Sample)
     assert bool(sample.text) != bool(sample.messages)
@@ -21,12 +21,12 @@ def test_format_reads_its_own_example_and_is_detected_by_it(name: str) -> None:
 
 @pytest.mark.parametrize("name", registry.names(FORMATS))
 def test_no_other_format_claims_the_example(name: str) -> None:
-    example = registry.find(FORMATS, name).EXAMPLE
-    assert [other for other in registry.names(FORMATS) if registry.find(FORMATS, other).matches(example)] == [name]
+    example = registry.load(FORMATS, name).EXAMPLE
+    assert [other for other in registry.names(FORMATS) if registry.load(FORMATS, other).matches(example)] == [name]
 
 
 def test_alpaca_keeps_system_history_and_input() -> None:
-    layout = registry.find(FORMATS, "alpaca")
+    layout = registry.load(FORMATS, "alpaca")
     roles = [(message.role, message.content) for message in layout.read(layout.EXAMPLE).messages]
     assert roles == [
         ("system", "你是翻译。"),
@@ -42,7 +42,7 @@ def test_a_book_is_one_document_with_its_titles_in_order() -> None:
         "title": "书",
         "content": [{"title": "卷一", "content": [{"chapter": "第一章", "paragraphs": ["甲。", "乙。"]}]}],
     }
-    assert registry.find(FORMATS, "text").read(book).text == "书\n卷一\n第一章\n甲。\n乙。"
+    assert registry.load(FORMATS, "text").read(book).text == "书\n卷一\n第一章\n甲。\n乙。"
 
 
 def test_of_a_preference_pair_the_chosen_answer_is_read() -> None:
@@ -51,7 +51,7 @@ def test_of_a_preference_pair_the_chosen_answer_is_read() -> None:
         "chosen": {"from": "gpt", "value": "好"},
         "rejected": {"from": "gpt", "value": "坏"},
     }
-    assert [message.content for message in registry.find(FORMATS, "sharegpt").read(pair).messages] == ["问", "好"]
+    assert [message.content for message in registry.load(FORMATS, "sharegpt").read(pair).messages] == ["问", "好"]
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_of_a_preference_pair_the_chosen_answer_is_read() -> None:
     ],
 )
 def test_dialogues_of_other_makers_keep_every_turn(name: str, record: dict, expected: str) -> None:
-    assert "".join(message.content for message in registry.find(FORMATS, name).read(record).messages) == expected
+    assert "".join(message.content for message in registry.load(FORMATS, name).read(record).messages) == expected
 
 
 @pytest.mark.parametrize(
@@ -85,4 +85,4 @@ def test_dialogues_of_other_makers_keep_every_turn(name: str, record: dict, expe
 )
 def test_rows_that_are_not_what_they_seem_are_refused(name: str, record: dict) -> None:
     with pytest.raises(ValueError, match="empty|not a row"):
-        registry.find(FORMATS, name).read(record)
+        registry.load(FORMATS, name).read(record)

@@ -12,13 +12,13 @@ SYSTEM = (Message("system", "你是助手。"), *TALK)
 
 
 def _text(name: str, messages: tuple[Message, ...]) -> str:
-    segments = registry.find(TEMPLATES, name).CHAT.render(messages)
+    segments = registry.load(TEMPLATES, name).CHAT.render(messages)
     return "".join(segment.text for segment in segments).replace(BOS, "<s>").replace(EOS, "</s>")
 
 
 def _jinja(name: str, messages: tuple[Message, ...], *, prompt: bool) -> str:
     template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(
-        registry.find(TEMPLATES, name).CHAT.jinja
+        registry.load(TEMPLATES, name).CHAT.jinja
     )
     rows = [{"role": message.role, "content": message.content} for message in messages]
     return template.render(messages=rows, bos_token="<s>", eos_token="</s>", add_generation_prompt=prompt)
@@ -40,7 +40,7 @@ def test_generation_prompt_is_the_beginning_of_the_full_dialogue(name: str) -> N
 
 @pytest.mark.parametrize("name", registry.names(TEMPLATES))
 def test_every_answer_and_its_stop_are_learnt_and_nothing_else(name: str) -> None:
-    chat = registry.find(TEMPLATES, name).CHAT
+    chat = registry.load(TEMPLATES, name).CHAT
     learnt = [segment.text.strip() for segment in chat.render(SYSTEM) if segment.learn]
     assert learnt == ["你好！", chat.stop, "2", chat.stop]
 
@@ -49,7 +49,7 @@ def test_every_answer_and_its_stop_are_learnt_and_nothing_else(name: str) -> Non
 @pytest.mark.parametrize("name", registry.names(TEMPLATES))
 def test_broken_order_of_roles_is_refused(name: str, messages: tuple[Message, ...]) -> None:
     with pytest.raises(ValueError, match="roles|empty"):
-        registry.find(TEMPLATES, name).CHAT.render(messages)
+        registry.load(TEMPLATES, name).CHAT.render(messages)
 
 
 TWO_TURNS = {
@@ -88,7 +88,7 @@ def test_renderings_are_those_of_their_makers(name: str) -> None:
 
 
 def test_what_a_user_types_is_never_a_special_token() -> None:
-    segments = registry.find(TEMPLATES, "chatml").CHAT.render(
+    segments = registry.load(TEMPLATES, "chatml").CHAT.render(
         (Message("user", "<|im_end|>{}"), Message("assistant", "{round}"))
     )
     assert [(segment.text, segment.special) for segment in segments] == [

@@ -59,7 +59,7 @@ def test_loss_can_be_on_the_last_answer_or_on_everything(encoder: SentencePieceE
 
 def test_bos_and_eos_are_never_doubled(encoder: SentencePieceEncoder) -> None:
     for name in registry.names("fireflyds.data.templates"):
-        chat = registry.find("fireflyds.data.templates", name).CHAT
+        chat = registry.load("fireflyds.data.templates", name).CHAT
         if chat.special:  # tokens this tokenizer does not have
             continue
         ids = encode_sample(encoder, name, TALK).input_ids.tolist()

@@ -105,7 +105,7 @@ TALK = (Message("user", "give me it"), Message("assistant", "好"))
 
 @pytest.mark.parametrize("name", ["llama2", "gemma", "mistral", "chatml"])
 def test_a_system_message_is_text_whatever_stands_in_it(name: str) -> None:
-    chat = registry.find("fireflyds.data.templates", name).CHAT
+    chat = registry.load("fireflyds.data.templates", name).CHAT
     segments = chat.render((Message("system", f"e.g. {{}} or {{system}}, {BOS} and <|im_end|>"), *TALK))
     text = "".join(segment.text for segment in segments)
     assert text.count(f"e.g. {{}} or {{system}}, {BOS} and <|im_end|>") == 1
@@ -115,12 +115,12 @@ def test_a_system_message_is_text_whatever_stands_in_it(name: str) -> None:
 
 
 def test_an_empty_system_message_is_none() -> None:
-    chat = registry.find("fireflyds.data.templates", "firefly").CHAT
+    chat = registry.load("fireflyds.data.templates", "firefly").CHAT
     assert chat.render((Message("system", ""), *TALK)) == chat.render(TALK)
 
 
 def test_sharegpt_takes_one_system_message_and_one_last_answer() -> None:
-    layout = registry.find("fireflyds.data.formats", "sharegpt")
+    layout = registry.load("fireflyds.data.formats", "sharegpt")
     turns = [{"from": "system", "value": "s"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
     found = layout.read({"conversations": turns, "system": "other", "chosen": {"from": "gpt", "value": "b"}})
     assert [message.content for message in found.messages] == ["s", "q", "a"]

@@ -120,9 +120,9 @@ def test_another_file_of_the_code_is_named_to_all(ranks, monkeypatch) -> None:
 
 
 def test_another_library_is_named(ranks, monkeypatch) -> None:
-    real = agreement.metadata.version
+    real = agreement.installed_version
     monkeypatch.setattr(
-        agreement.metadata, "version", lambda name: "0.1" if _rank() == 2 and name == "deepspeed" else real(name)
+        agreement, "installed_version", lambda name: "0.1" if _rank() == 2 and name == "deepspeed" else real(name)
     )
     found = ranks(0, 1, 2)
     assert (

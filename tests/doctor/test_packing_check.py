@@ -110,7 +110,6 @@ def test_the_proof_is_a_finding_like_others(model_folder, monkeypatch) -> None:
     [
         (torch.OutOfMemoryError("CUDA out of memory"), "no memory left", "layers="),
         (RuntimeError("weights are broken\nmore"), "RuntimeError: weights are broken", "see `weights`"),
-        (UserError("rank 1: broken"), "rank 1: broken", "follow the message"),
         (
             UserError("cannot be fused", key="model", value="x", remedy="Give another"),
             "model=x: cannot be fused",

@@ -9,7 +9,9 @@ from fireflyds.evaluation.results import EvaluationResult, append_result, latest
 
 
 def result(task: str, figure: float, *, complete: bool = True, **options) -> EvaluationResult:
-    return EvaluationResult(task, "model", "protocol", "source", {"accuracy": figure}, options, complete, versions())
+    return EvaluationResult(
+        task, "model", "protocol", "source", {"accuracy": figure}, options, complete, "hash", versions()
+    )
 
 
 def test_a_second_evaluation_loses_nothing_of_the_first(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_many_chunks_are_one(reduction: str, monkeypatch: pytest.MonkeyPatch) ->
     for size in (1 << 27, 97 * 16 * 8):
         monkeypatch.setitem(chunked.WHOLE_BYTES, "cpu", size)
         monkeypatch.setitem(chunked.CHUNK_BYTES, "cpu", size)
-        monkeypatch.setattr(gradients, "_STRETCH", 16 * 40)
+        monkeypatch.setattr(gradients, "_SLICE_ELEMENTS", 16 * 40)
         loss = linear_cross_entropy(hidden, weight, labels, reduction=reduction)
         found.append((loss, *torch.autograd.grad(loss, (hidden, weight), upstream)))
     for one, many in zip(*found, strict=True):

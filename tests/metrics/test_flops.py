@@ -71,7 +71,7 @@ def test_a_head_that_trains_alone_costs_no_backward_pass_below() -> None:
 )
 def test_the_count_is_that_of_torch_s_own_counter(model_type: str, overrides: list[str]) -> None:
     config = app.compose("train", ["run=x", "model=a/b", "data=c/d", "optim.steps=1", *overrides])
-    family = registry.find("fireflyds.models.families", model_type).FAMILY
+    family = registry.load("fireflyds.models.families", model_type).FAMILY
     own = {"falcon": {"alibi": False}, "bloom": {}}.get(model_type, {"num_key_value_heads": 2})
     model = tuning.apply_tuning(
         tiny_model(model_type, tie_word_embeddings=False, **own), family, config.tuning, None, 0

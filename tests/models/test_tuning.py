@@ -1,5 +1,6 @@
 """What trains, and that merged weights compute what the tuned model does."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,12 @@ from fireflyds.checkpoint import trainable_files
 from fireflyds.checkpoint import trainable_weights as trained
 from fireflyds.config import ModelConfig, ModelInit, Precision, TrainableRows, TuningConfig, TuningMethod
 from fireflyds.errors import UserError
-from fireflyds.export.merged_weights import merged_state_dict
+from fireflyds.export.merged_weights import merged_entries
 from fireflyds.models import load, tuning
 from fireflyds.models.tuning import reset_dora_magnitudes
 from fireflyds.testing.models import save_tiny_llama
 
-LLAMA = registry.find("fireflyds.models.families", "llama").FAMILY
+LLAMA = registry.load("fireflyds.models.families", "llama").FAMILY
 FROZEN = {"embeddings": TrainableRows.frozen, "head": TrainableRows.frozen}
 ALL = {"embeddings": TrainableRows.all, "head": TrainableRows.all}
 NEW = {"embeddings": TrainableRows.new_rows, "head": TrainableRows.new_rows}
@@ -54,6 +55,10 @@ def plain_from(base: Path, model):
     plain = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
     plain.load_state_dict(merged_state_dict(model), strict=True)
     return plain
+
+
+def merged_state_dict(model) -> dict[str, torch.Tensor]:
+    return {name: entry.make() for name, entry in merged_entries(model).items()}
 
 
 METHODS = {
@@ -172,13 +177,21 @@ def test_a_tied_head_says_what_the_embeddings_say(tmp_path: Path) -> None:
 
 
 def _saved(model, folder: Path, about: dict | None = None) -> trained.TrainableWeights:
-    live = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    found = trained.collect_trainable_weights(model, live, tuning.adapter_config_of(model), about or {"base": "b"})
+    found = _collected(model, about or {"base": "b"})
     trainable_files.save_trainable_weights(found, folder)
-    trainable_files.verify_saved_weights(
-        folder, trainable_files.stored_tensors(folder), trained.trainable_shapes(model), updated=True
-    )
+    _verify(folder, trained.trainable_shapes(model), updated=True)
     return found
+
+
+def _collected(model, about: dict) -> trained.TrainableWeights:
+    live = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    described = trained.describe_trainable_weights(model, tuning.adapter_config_of(model), about)
+    return trained.with_tensors(described, {name: partial(live.get, name) for name in live})
+
+
+def _verify(folder: Path, shapes: dict, *, updated: bool) -> None:
+    stored = trainable_files.load_trainable_weights(folder)
+    trainable_files.verify_saved_weights(folder, stored.items(), shapes, updated=updated)
 
 
 @pytest.mark.parametrize("method", ["lora", "rslora", "dora", "qlora", "freeze"])
@@ -215,34 +228,23 @@ def test_peft_reads_the_adapters(base: Path, tmp_path: Path, method: str) -> Non
 def test_a_save_that_lost_something_is_not_taken_for_whole(base: Path, tmp_path: Path) -> None:
     model = tuned(base, TuningConfig(**METHODS["lora"], **ALL))
     shapes = trained.trainable_shapes(model)
-    live = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    untrained = trained.collect_trainable_weights(model, live, tuning.adapter_config_of(model), {})
+    untrained = _saved_untrained(model)
     trainable_files.save_trainable_weights(untrained, tmp_path / "a")
-    trainable_files.verify_saved_weights(
-        tmp_path / "a", trainable_files.stored_tensors(tmp_path / "a"), shapes, updated=False
-    )
+    _verify(tmp_path / "a", shapes, updated=False)
     with pytest.raises(UserError, match="saved as zeros only, so training did not reach it"):
-        trainable_files.verify_saved_weights(
-            tmp_path / "a", trainable_files.stored_tensors(tmp_path / "a"), shapes, updated=True
-        )
+        _verify(tmp_path / "a", shapes, updated=True)
     trainable_files.save_trainable_weights(trained.TrainableWeights(untrained.adapters), tmp_path / "b")
     with pytest.raises(UserError, match=r"2 of 30 trained tensors were not saved whole.*missing"):
-        trainable_files.verify_saved_weights(
-            tmp_path / "b", trainable_files.stored_tensors(tmp_path / "b"), shapes, updated=False
-        )
+        _verify(tmp_path / "b", shapes, updated=False)
     untrained.weights = {**untrained.weights, "lm_head.weight": torch.zeros(60, 64)}
     trainable_files.save_trainable_weights(untrained, tmp_path / "c")
     with pytest.raises(UserError, match=r"lm_head.weight was saved as zeros only"):
-        trainable_files.verify_saved_weights(
-            tmp_path / "c", trainable_files.stored_tensors(tmp_path / "c"), shapes, updated=False
-        )
+        _verify(tmp_path / "c", shapes, updated=False)
     # What an unsharded save under ZeRO-3 would hold.
     untrained.weights = {**untrained.weights, "lm_head.weight": torch.ones(0, 64)}
     trainable_files.save_trainable_weights(untrained, tmp_path / "d")
     with pytest.raises(UserError, match=r"1 of 30 trained tensors .*\(0, 64\), trained \(60, 64\)"):
-        trainable_files.verify_saved_weights(
-            tmp_path / "d", trainable_files.stored_tensors(tmp_path / "d"), shapes, updated=False
-        )
+        _verify(tmp_path / "d", shapes, updated=False)
 
 
 def test_restoring_what_does_not_belong_is_refused(base: Path, tmp_path: Path) -> None:
@@ -269,8 +271,7 @@ def test_restoring_what_does_not_belong_is_refused(base: Path, tmp_path: Path) -
 
 
 def _saved_untrained(model) -> trained.TrainableWeights:
-    live = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    return trained.collect_trainable_weights(model, live, tuning.adapter_config_of(model), {})
+    return _collected(model, {})
 
 
 def test_an_expanded_base_is_quantised_with_its_rows_in_sixteen_bit(tmp_path: Path) -> None:
@@ -286,7 +287,7 @@ def test_an_expanded_base_is_quantised_with_its_rows_in_sixteen_bit(tmp_path: Pa
 
 
 def test_unknown_family_and_wrong_tokenizer_are_refused(base: Path, encoder) -> None:
-    with pytest.raises(UserError, match="families: no entry 'gptx'. Known: bloom, falcon, llama"):
+    with pytest.raises(UserError, match="model_type=gptx: no such entry. Known: bloom, falcon, llama"):
         load.family_of("gptx")
     with pytest.raises(UserError, match=r"the embeddings have 60 rows but the tokenizer .* has 400 tokens"):
         load.read_config(ModelConfig(init=ModelInit.pretrained, path=str(base)), encoder)
@@ -336,9 +337,9 @@ def test_dora_on_a_body_that_an_earlier_stage_trained_starts_as_that_body(base: 
     ids = torch.randint(0, 60, (1, 11))
     assert (model(ids).logits - full(ids).logits).abs().max() > 1e-4
     learnt = {name.removesuffix(".default.weight") for name, _ in model.named_parameters() if "magnitude" in name}
-    reset_dora_magnitudes(model, but=learnt)
+    reset_dora_magnitudes(model, except_names=learnt)
     assert (model(ids).logits - full(ids).logits).abs().max() > 1e-4
-    reset_dora_magnitudes(model, but=())
+    reset_dora_magnitudes(model, except_names=())
     torch.testing.assert_close(model(ids).logits, full(ids).logits)
 
 

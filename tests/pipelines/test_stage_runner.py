@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from fireflyds import app
 from fireflyds.config import PipelineConfig, StageConfig
 from fireflyds.errors import UserError
 from fireflyds.pipelines import stage_runner as road_module
@@ -87,6 +88,47 @@ def test_a_folder_that_no_stage_made_is_left_alone(walk, tmp_path: Path) -> None
     thesis.write_text("years of work")
     walk()
     assert thesis.read_text() == "years of work"
+
+
+def test_what_later_stages_and_people_put_into_an_output_is_no_obstacle(tmp_path: Path, monkeypatch) -> None:
+    """Training caches plans in a store, evaluation writes into an export: both are made again, and nothing is lost."""
+    monkeypatch.chdir(tmp_path)
+    write = (
+        "import sys; from pathlib import Path; from fireflyds.fs import Output, atomic_dir\n"
+        "with atomic_dir(Path('runs/r/model'), Output('export')) as folder:\n"
+        "    (folder / 'weights').write_text(sys.argv[1])\n"
+    )
+    score = (
+        "from pathlib import Path; Path('runs/r/model/eval').mkdir(exist_ok=True)\n"
+        "with Path('runs/r/model/eval/scores').open('a') as file: file.write('x')\n"
+    )
+    scripts = {"export": write, "evaluate": score}
+    monkeypatch.setattr(
+        road_module,
+        "stage_command",
+        lambda stage: [sys.executable, "-c", scripts[stage.name], *stage.overrides],
+    )
+
+    def run(export: str, evaluate: str) -> tuple[str, str]:
+        stages = [
+            StageConfig(name="export", verb="x", output="model/weights", overrides=[export]),
+            StageConfig(name="evaluate", verb="x", output="model/eval/scores", overrides=[evaluate]),
+        ]
+        PipelineRunner(PipelineConfig(name="r", stages=stages), "k").run()
+        model = tmp_path / "runs" / "r" / "model"
+        return (model / "weights").read_text(), (model / "eval" / "scores").read_text()
+
+    assert run("1", "a") == ("1", "x")
+    assert run("1", "b") == ("1", "xx")
+    assert run("2", "b") == ("2", "xxx")
+
+
+@pytest.mark.parametrize(("init_from", "moved"), [("demo/cpt", "mine/cpt"), ("demographics", "demographics"), ("", "")])
+def test_a_run_to_start_from_moves_with_its_pipeline(init_from: str, moved: str) -> None:
+    keys = ["run=demo/sft", "model=a/b", "data=c/d", "optim.steps=3", f"init_from={init_from}"]
+    config = app.compose("train", keys)
+    road_module.relocate(config, PipelineConfig(name="demo", stages=[]), "elsewhere", "mine")
+    assert (config.runs, config.run, config.init_from) == ("elsewhere", "mine/sft", moved)
 
 
 def test_an_interrupt_reaches_the_stage_and_lets_it_save(tmp_path: Path) -> None:

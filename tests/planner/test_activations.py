@@ -66,7 +66,7 @@ def _kept(model) -> int:
 
 def _saved(model_type: str, form: dict, overrides: list[str], layers: int, dtype: torch.dtype, kernels: dict[str, str]):
     config = app.compose("train", ["run=x", "model=a/b", "data=c/d", "optim.steps=1", *overrides])
-    family = registry.find("fireflyds.models.families", model_type).FAMILY
+    family = registry.load("fireflyds.models.families", model_type).FAMILY
     model = tiny_model(model_type, num_hidden_layers=layers, tie_word_embeddings=False, **form)
     model = tuning.apply_tuning(model, family, config.tuning, None, 0).to(dtype).train()
     shape = model_shape(model, config)

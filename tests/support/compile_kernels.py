@@ -89,7 +89,7 @@ def elementwise_kernels(capability: int, dtype: torch.dtype) -> dict[str, dict[s
         "swiglu": compiled(gate.forward_kernel, dtype, capability, dict(gate.LAUNCH)),
         "swiglu backward": compiled(gate.backward_kernel, dtype, capability, dict(gate.LAUNCH)),
         "loss": compiled(
-            loss.dlogits_kernel, dtype, capability, {"BIAS": False, "SCALE": True, "SLOPES": True} | loss.LAUNCH
+            loss.dlogits_kernel, dtype, capability, {"BIAS": False, "SCALE": True, "DLOGITS": True} | loss.LAUNCH
         ),
     }
 

@@ -25,10 +25,19 @@ HEADING = re.compile(r" {0,3}#{1,6}\s+(.*?)(?:\s+#+)?\s*$")
 
 
 def markdown_files(root: Path = ROOT) -> list[Path]:
-    """The Markdown files of a git checkout, without those that git ignores."""
+    """The Markdown files below `root` that git does not ignore. Without git: all but those in caches and in `runs`."""
     command = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard", "*.md"]
-    names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\0")
-    return [root / name for name in sorted(set(names)) if name and (root / name).is_file()]
+    try:
+        names = set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\0")) - {""}
+    except (OSError, subprocess.CalledProcessError):
+        # No git, no repository, or one of another owner.
+        paths = [path.relative_to(root) for path in root.rglob("*.md")]
+        names = {str(path) for path in paths if not any(_is_ignored(part) for part in path.parts)}
+    return [root / name for name in sorted(names) if (root / name).is_file()]
+
+
+def _is_ignored(folder: str) -> bool:
+    return folder in ("runs", "build", "__pycache__") or (folder.startswith(".") and folder not in (".github", ".ci"))
 
 
 def split_fences(text: str) -> Iterator[tuple[int, str, bool]]:

@@ -279,7 +279,7 @@ def test_the_data_of_a_spike_are_passed_over_so_many_times(tmp_path: Path) -> No
     saved = TrainState(step=20, skipped_batches=3)
     spikes.rollback(TrainState(step=27, skipped_batches=3, rollbacks=1), saved, config)
     assert (saved.step, saved.skipped_batches, saved.rollbacks) == (20, 10, 2)
-    with pytest.raises(UserError, match=r"step 27: the loss spikes again after 2 rollbacks"):
+    with pytest.raises(UserError, match=r"step 27: recovery.max_rollbacks=2: the loss spikes again after 2 rollbacks"):
         spikes.rollback(TrainState(step=27, rollbacks=2), TrainState(step=20), config)
 
 

@@ -80,6 +80,7 @@ class Played:
     def fit(self, monkeypatch: pytest.MonkeyPatch, steps: int = 40) -> int:
         monkeypatch.setattr(module, "train_steps", self.steps)
         monkeypatch.setattr(module, "dist", SimpleNamespace(get_rank=lambda: 0))
+        monkeypatch.setattr(module.measured_memory, "format_peak", lambda _: "measured")
         trainer = Trainer(
             config=self.config,
             engine=self,
@@ -94,6 +95,8 @@ class Played:
             state=TrainState(),
             total_steps=steps,
             profiler=StepProfiler(self.config.profile, Path(self.config.run_dir), 0, self.log),
+            memory_plan="planned",
+            resident_before=0,
         )
         return trainer.fit()
 
@@ -159,7 +162,7 @@ def test_a_checkpoint_knows_the_validation_of_its_step(tmp_path: Path, monkeypat
     run.fit(monkeypatch, 2)
     assert run.saved[0].as_dict()["validation/loss/en"] == 2.5
     assert run.saved[0].extra == {"loss/zh": 1.0, "validation/loss/en": 2.5}
-    assert run.lines == []
+    assert run.lines == ["planned; measured"]
 
 
 def test_a_best_metric_that_nobody_measures_is_told_once(tmp_path: Path, monkeypatch) -> None:
@@ -171,5 +174,6 @@ def test_a_best_metric_that_nobody_measures_is_told_once(tmp_path: Path, monkeyp
     assert run.lines == [
         "checkpoint.best_metric=validation/los: not measured at step 2, so this checkpoint cannot be the best. "
         "Measured at steps: step, loss, lr, grad_norm, tokens, learned_tokens, tokens_per_second, seconds, loss/zh; "
-        "at validations: validation/loss/en"
+        "at validations: validation/loss/en",
+        "planned; measured",
     ]

@@ -215,7 +215,9 @@ def test_the_loss_scale_falls_and_recovers(found: dict, stage: int) -> None:
 def test_an_overflow_at_the_least_scale_ends_the_run_and_is_named(found: dict, stage: int) -> None:
     seen = found[f"least {stage}"]
     assert seen["scales"] == [256, 256, 128]
-    assert "step 4: a gradient overflows float16 at the least loss scale (64)" in seen["error"]
+    assert (
+        "step 4: hardware.min_loss_scale=64: a gradient overflows float16 at the minimum loss scale;" in seen["error"]
+    )
     assert "the gradient of the output of model" in seen["error"]
     assert "in micro-batch 1 of rank 0" in seen["error"]
 
@@ -226,7 +228,7 @@ def test_steps_that_are_not_finite_are_skipped_and_then_end_the_run_by_name(foun
     seen = found[f"nan {stage}"]
     assert [math.isfinite(loss) for loss in seen["losses"]] == [True, True, False]
     assert seen["skipped"] == [0, 0, 1]
-    assert "step 4: the loss is nan, the 2. step in a row that is not finite (recovery.max_skipped)" in seen["error"]
+    assert "step 4: recovery.max_skipped=2: the loss is nan; non-finite steps in a row: 2;" in seen["error"]
     assert "the output of model.layers.1.mlp.down_proj, in micro-batch 1 of rank 0" in seen["error"]
     assert "which holds documents of row 0 of step 3" in seen["error"]
 

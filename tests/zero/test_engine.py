@@ -72,7 +72,7 @@ def test_more_ranks_than_gpus_are_refused_on_each(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     with pytest.raises(
-        UserError, match=f"local rank {local_rank} of 8: 4 GPUs are visible on this host. Start no more ranks"
+        UserError, match=f"LOCAL_RANK={local_rank}: ranks on this host: 8, visible GPUs: 4. Start no more ranks"
     ):
         deepspeed.assign_device(RankInfo(local_rank, local_rank, 8, "a", 1))
 

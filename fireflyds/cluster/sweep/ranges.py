@@ -78,7 +78,7 @@ def _takes_whole_numbers(key: str, key_range: RangeConfig) -> bool:
     bounds = (key_range.low, key_range.high, key_range.step)
     if kind is int and any(value is not None and value != int(value) for value in bounds):
         raise UserError(
-            (f"the key takes whole numbers, got low={key_range.low}, high={key_range.high}, step={key_range.step}"),
+            f"the key takes whole numbers, got low={key_range.low}, high={key_range.high}, step={key_range.step}",
             key=f"sweep.space.{key}",
             remedy="Give whole numbers",
         )

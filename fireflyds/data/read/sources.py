@@ -29,7 +29,7 @@ class LocatedSample:
 def detect_format(fields: dict[str, Any]) -> ModuleType | None:
     """Returns the first layout, in alphabetical order, whose `matches` accepts the fields of a row, or None."""
     for name in registry.names(FORMATS):
-        layout = registry.find(FORMATS, name)
+        layout = registry.load(FORMATS, name)
         if layout.matches(fields):
             return layout
     return None
@@ -54,7 +54,9 @@ def source_parts(source: SourceConfig) -> list[FilePart]:
 
 def read_part(source: SourceConfig, part: FilePart) -> Iterator[LocatedSample | RejectedRow]:
     """Yields the samples of a part, and a `RejectedRow` for every row without one."""
-    layout = configured = None if source.format == "auto" else registry.find(FORMATS, source.format)
+    layout = configured = (
+        None if source.format == "auto" else registry.find(FORMATS, source.format, "data.sources.format")
+    )
     for record in _records(source, part):
         if isinstance(record, RejectedRow):
             yield record

@@ -198,7 +198,7 @@ def open_store(key: str, folder: str, fingerprint: str, tokenizer: str) -> Token
     store_fingerprint = store.manifest["made_from"]["tokenizer"]
     if store_fingerprint != fingerprint:
         raise UserError(
-            (f"made with another tokenizer (hash {store_fingerprint[:12]}) than {tokenizer} (hash {fingerprint[:12]})"),
+            f"made with another tokenizer (hash {store_fingerprint[:12]}) than {tokenizer} (hash {fingerprint[:12]})",
             key=key,
             value=folder,
             remedy=f"Prepare it again with tokenizer={tokenizer}",

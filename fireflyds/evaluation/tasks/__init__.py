@@ -16,11 +16,8 @@ PACKAGE = "fireflyds.evaluation.tasks"
 
 @dataclass(frozen=True, slots=True)
 class EvaluationTask:
-    """`evaluate(model, options, limit)` gives the figures by name; `options` is an instance of `config`."""
+    """`evaluate(model, options, limit)` gives figures by name; `options`: the task's section of `EvaluateConfig`."""
 
-    config: type
-    inputs: tuple[str, ...]
-    """Fields of `config` that name files or folders."""
     protocol: str
     """What the figures may be compared with."""
     source: str
@@ -36,7 +33,7 @@ def load_task(name: str) -> EvaluationTask:
     Raises:
         UserError: there is none.
     """
-    task: EvaluationTask = registry.find(PACKAGE, name).TASK
+    task: EvaluationTask = registry.find(PACKAGE, name, "tasks").TASK
     return task
 
 

@@ -35,8 +35,6 @@ def _bits_per_byte(model: EvaluatedModel, path: str, limit: int | None) -> float
 
 
 TASK = EvaluationTask(
-    config=BitsPerByteConfig,
-    inputs=("texts",),
     protocol="bits_per_byte_windows",
     source="windows of the model's length that share one token",
     evaluate=evaluate,

@@ -147,8 +147,6 @@ NAMES = dict(
 
 
 TASK = EvaluationTask(
-    config=CmmluConfig,
-    inputs=("data",),
     protocol="cmmlu_letter_likelihood_left_cut",
     source="prompts of https://github.com/haonan-li/CMMLU; prompts that are too long are cut at their left",
     evaluate=evaluate,

@@ -5,7 +5,7 @@ from itertools import islice
 from pathlib import Path
 
 from fireflyds.config import MultipleChoiceConfig
-from fireflyds.data.read.files import RawRecord, read_records
+from fireflyds.data.read.files import RawRecord, RejectedRow, read_records
 from fireflyds.errors import UserError
 from fireflyds.evaluation.scorer import EvaluatedModel, continuation_losses
 from fireflyds.evaluation.tasks import EvaluationTask
@@ -44,7 +44,11 @@ def _read(options: MultipleChoiceConfig, limit: int | None) -> list[tuple[str, l
             ):
                 rows.append((question, choices, answer))
             case _:
-                shown = json.dumps(fields, ensure_ascii=False)[:100] if fields else "not JSON"
+                shown = (
+                    record.reason
+                    if isinstance(record, RejectedRow)
+                    else json.dumps(record.fields, ensure_ascii=False)[:100]
+                )
                 raise UserError(
                     f"{shown}: a row needs question (text), choices (two or more) and answer (index)",
                     key=f"{record.file}:{record.line}",
@@ -58,8 +62,6 @@ def _read(options: MultipleChoiceConfig, limit: int | None) -> list[tuple[str, l
 
 
 TASK = EvaluationTask(
-    config=MultipleChoiceConfig,
-    inputs=("questions",),
     protocol="choice_text_likelihood",
     source="sum of the token log-likelihoods of each choice's text, not normalised by its length",
     evaluate=evaluate,

@@ -22,6 +22,7 @@ from fireflyds.models.split_embeddings import FusedLossHead, SplitLMHead
 ATTENTION = "fireflyds"
 # Configuration keys of transformations after the head, with their neutral values; the fused loss does not apply them.
 _LOGIT_TRANSFORMS = {"final_logit_softcapping": None, "logit_scale": None, "logits_scaling": 1, "lm_head_multiplier": 1}
+_OTHER_MODEL = "Give another model: fireflyds trains packed rows only"
 
 
 def _attention(  # noqa: PLR0913  (the signature is that of transformers' AttentionInterface)
@@ -42,9 +43,9 @@ def _attention(  # noqa: PLR0913  (the signature is that of transformers' Attent
     unsupported = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None] + ["dropout"] * bool(dropout)
     if unsupported:
         raise UserError(
-            f"packed attention does not support {', '.join(unsupported)}",
-            key=type(module).__name__,
-            remedy="Train it unpacked",
+            f"{type(module).__name__} uses {', '.join(unsupported)}, which packed attention does not support",
+            key="model",
+            remedy=_OTHER_MODEL,
         )
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -70,7 +71,7 @@ def fuse(model: Any) -> Any:
     name, config = type(model).__name__, model.config
     families = registry.names("fireflyds.models.families")
     table = (
-        registry.find("fireflyds.models.families", config.model_type).FAMILY.fused
+        registry.load("fireflyds.models.families", config.model_type).FAMILY.fused
         if config.model_type in families
         else {}
     )
@@ -81,7 +82,8 @@ def fuse(model: Any) -> Any:
     elif not isinstance(head, FusedLossHead | SplitLMHead):
         raise UserError(
             f"the head of {name} is a {type(head).__name__}, not a Linear: the fused loss does not support it",
-            remedy="Train it unpacked",
+            key="model",
+            remedy=_OTHER_MODEL,
         )
     config._attn_implementation = ATTENTION
     packing = PackedContext()
@@ -137,12 +139,14 @@ def _check_supported(model: Any, table: Any) -> None:
     if not replaces_attention and not getattr(model, "_supports_attention_backend", False):
         raise UserError(
             f"{name} does not use transformers' AttentionInterface, and no family of fireflyds replaces its attention",
+            key="model",
             remedy=f"Families: {', '.join(registry.names('fireflyds.models.families'))}",
         )
     dropout = getattr(config, "attention_dropout", 0.0)
     if dropout:
         raise UserError(
-            f"attention_dropout={dropout} in the model's config.json: packed attention has no dropout",
+            f"its config.json has attention_dropout={dropout}, but packed attention has no dropout",
+            key="model",
             remedy="Set it to 0",
         )
     other_types = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
@@ -150,18 +154,21 @@ def _check_supported(model: Any, table: Any) -> None:
         raise UserError(
             f"{name} has layers other than full or sliding-window attention "
             f"({', '.join(other_types) or 'convolutions'}), which would mix packed documents",
-            remedy="Train it unpacked",
+            key="model",
+            remedy=_OTHER_MODEL,
         )
     if any(getattr(module, "rope_type", None) == "longrope" for module in model.modules()):
         raise UserError(
             f"{name} has rope_type=longrope, whose frequencies depend on the longest document of a row",
-            remedy="Train it unpacked",
+            key="model",
+            remedy=_OTHER_MODEL,
         )
     for key, neutral in _LOGIT_TRANSFORMS.items():
         if getattr(config, key, None) not in (None, neutral):
             raise UserError(
                 f"{name} transforms its logits ({key}={getattr(config, key)}), which the fused loss does not apply",
-                remedy="Train it unpacked",
+                key="model",
+                remedy=_OTHER_MODEL,
             )
 
 

@@ -55,7 +55,7 @@ class OptimizerSpec:
     """False where gradients must not be clipped to `optim.max_grad_norm`."""
     zero_optimization: dict[str, Any] = field(default_factory=dict)
     """What DeepSpeed's `zero_optimization` must say because of it."""
-    is_adam: bool = True
+    is_adam: bool = False
     """Whether a DeepSpeed JSON of another project may call it Adam or AdamW."""
     compiles: bool = False
     """Its step loads torch's compiler."""
@@ -78,7 +78,7 @@ def load_optimizer_spec(name: str) -> OptimizerSpec:
     Raises:
         UserError: there is none.
     """
-    spec: OptimizerSpec = registry.find(PACKAGE, name).OPTIMIZER
+    spec: OptimizerSpec = registry.find(PACKAGE, name, "optim.name").OPTIMIZER
     return spec
 
 

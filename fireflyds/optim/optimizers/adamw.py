@@ -29,4 +29,4 @@ def build(groups: Sequence[ParamGroup], config: TrainConfig) -> torch.optim.Opti
     return optimizer
 
 
-OPTIMIZER = OptimizerSpec(build, state_bytes=8, cpu_step_copies=2)
+OPTIMIZER = OptimizerSpec(build, state_bytes=8, is_adam=True, cpu_step_copies=2)

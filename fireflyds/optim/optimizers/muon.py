@@ -17,9 +17,10 @@ def check(config: TrainConfig) -> list[str]:
     """
     if config.tuning.has_adapters:
         raise UserError(
-            f"optim=muon with tuning={config.tuning.method.name}: no matrix of the body trains, so Muon would train "
-            "nothing",
-            remedy="Nearest: optim=adamw, or tuning=full",
+            f"with tuning={config.tuning.method.name} no matrix of the body trains, so Muon would train nothing",
+            key="optim",
+            value="muon",
+            remedy="Use optim=adamw, or tuning=full",
         )
     if not config.optim.max_grad_norm:
         return []
@@ -53,6 +54,5 @@ OPTIMIZER = OptimizerSpec(
     clips=False,
     # Muon needs whole gradients of matrices.
     zero_optimization={"reduce_scatter": False},
-    is_adam=False,
     compiles=True,
 )

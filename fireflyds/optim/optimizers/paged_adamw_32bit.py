@@ -18,4 +18,4 @@ def build(groups: Sequence[ParamGroup], config: TrainConfig) -> torch.optim.Opti
     return optimizer
 
 
-OPTIMIZER = OptimizerSpec(build, state_bytes=8, check=refuse_offload)
+OPTIMIZER = OptimizerSpec(build, state_bytes=8, check=refuse_offload, is_adam=True)

@@ -39,5 +39,5 @@ def load_objective(config: ObjectiveConfig) -> Objective:
     Raises:
         UserError: there is no objective of that name.
     """
-    objective: Objective = registry.find(PACKAGE, config.name).OBJECTIVE
+    objective: Objective = registry.find(PACKAGE, config.name, "objective.name").OBJECTIVE
     return objective

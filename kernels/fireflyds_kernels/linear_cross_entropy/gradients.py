@@ -6,7 +6,7 @@ from torch import Tensor
 # Probabilities of 1/V and below are subnormal in float16; this factor scales them into its normal range.
 _LIFT = 1024.0
 # Elements of a slice of rows in which a head's gradient is accumulated, so that no second full-size copy exists.
-_STRETCH = 1 << 25
+_SLICE_ELEMENTS = 1 << 25
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -21,34 +21,36 @@ class Gradients:
     """
 
     def __init__(
-        self, hidden: Tensor, bias: Tensor | None, blocks: list[Tensor], wanted: list[bool], chunks: int
+        self, hidden: Tensor, bias: Tensor | None, blocks: list[Tensor], needs_grad: list[bool], chunks: int
     ) -> None:
         self.lift = _LIFT if hidden.dtype is torch.float16 else 1.0
-        self._wanted = wanted
-        self._bias_kind = hidden.dtype if bias is None else result_type(hidden.dtype, bias.dtype)
+        self._needs_grad = needs_grad
+        self._bias_dtype = hidden.dtype if bias is None else result_type(hidden.dtype, bias.dtype)
         dtype = result_type(hidden.dtype, hidden.dtype)
-        self._hidden = hidden.new_zeros(hidden.shape, dtype=dtype) if wanted[0] else hidden.new_empty(0, dtype=dtype)
-        self._bias = bias.new_zeros(bias.shape, dtype=wide(bias.dtype)) if bias is not None and wanted[1] else None
+        self._hidden = (
+            hidden.new_zeros(hidden.shape, dtype=dtype) if needs_grad[0] else hidden.new_empty(0, dtype=dtype)
+        )
+        self._bias = bias.new_zeros(bias.shape, dtype=wide(bias.dtype)) if bias is not None and needs_grad[1] else None
         dtypes = [result_type(hidden.dtype, block.dtype) for block in blocks]
         self._blocks = [
             _Block(block, dtype, chunks) if needed else None
-            for block, dtype, needed in zip(blocks, dtypes, wanted[2:], strict=True)
+            for block, dtype, needed in zip(blocks, dtypes, needs_grad[2:], strict=True)
         ]
         self._empty = [block.new_empty(0, dtype=dtype) for block, dtype in zip(blocks, dtypes, strict=True)]
 
-    def add(self, rows: Tensor, hidden: Tensor, blocks: list[Tensor], slopes: Tensor) -> None:
-        """Adds a chunk. `rows` `[c]` are the indices of its `hidden` `[c, d]` in the batch, `slopes` `[c, V]` the
+    def add(self, rows: Tensor, hidden: Tensor, blocks: list[Tensor], dlogits: Tensor) -> None:
+        """Adds a chunk. `rows` `[c]` are the indices of its `hidden` `[c, d]` in the batch, `dlogits` `[c, V]` the
         gradients of its logits."""
         if self._bias is not None:
-            self._bias += slopes.sum(0, dtype=self._bias.dtype).div_(self.lift)
+            self._bias += dlogits.sum(0, dtype=self._bias.dtype).div_(self.lift)
         total, start = None, 0
         for block, gradient in zip(blocks, self._blocks, strict=True):
-            block_slopes = slopes[:, start : start + len(block)]
+            block_dlogits = dlogits[:, start : start + len(block)]
             start += len(block)
             if gradient is not None:
-                gradient.add(block_slopes, hidden, 1 / self.lift)
-            if self._wanted[0]:
-                contribution = _product(block_slopes, block, 1 / self.lift)
+                gradient.add(block_dlogits, hidden, 1 / self.lift)
+            if self._needs_grad[0]:
+                contribution = _product(block_dlogits, block, 1 / self.lift)
                 total = contribution if total is None else total.to(wide(contribution.dtype)) + contribution
         if total is not None:
             self._hidden.index_copy_(0, rows, total.to(self._hidden.dtype))
@@ -57,7 +59,7 @@ class Gradients:
         """The gradients of hidden, bias and blocks, in this order, each in its `result_type`; empty where none is
         needed."""
         bias = self._hidden.new_empty(0) if self._bias is None else self._bias
-        bias = bias.to(self._bias_kind)
+        bias = bias.to(self._bias_dtype)
         blocks = zip(self._blocks, self._empty, strict=True)
         return [self._hidden, bias, *(empty if block is None else block.finish() for block, empty in blocks)]
 
@@ -81,31 +83,31 @@ def _product(left: Tensor, right: Tensor, factor: float) -> Tensor:
 class _Block:
     """The gradient of one block of the head's rows."""
 
-    def __init__(self, block: Tensor, kind: torch.dtype, chunks: int) -> None:
-        self._like, self._kind, self._once = block, kind, chunks <= 1
-        step = max(1, _STRETCH // max(block.shape[1], 1))
+    def __init__(self, block: Tensor, dtype: torch.dtype, chunks: int) -> None:
+        self._like, self._dtype, self._once = block, dtype, chunks <= 1
+        step = max(1, _SLICE_ELEMENTS // max(block.shape[1], 1))
         self._slices = [slice(start, min(start + step, len(block))) for start in range(0, len(block), step)]
         self._sums: list[Tensor | None] = [None] * len(self._slices)
 
-    def add(self, slopes: Tensor, hidden: Tensor, factor: float) -> None:
+    def add(self, dlogits: Tensor, hidden: Tensor, factor: float) -> None:
         if self._once:
-            self._slices, self._sums = [slice(None)], [_product(slopes.T, hidden, factor)]
+            self._slices, self._sums = [slice(None)], [_product(dlogits.T, hidden, factor)]
             return
         for index, rows in enumerate(self._slices):
-            slice_slopes, total = slopes[:, rows].T, self._sums[index]
+            slice_dlogits, total = dlogits[:, rows].T, self._sums[index]
             if total is None:
-                self._sums[index] = _product(slice_slopes, hidden, factor).to(wide(hidden.dtype))
+                self._sums[index] = _product(slice_dlogits, hidden, factor).to(wide(hidden.dtype))
             elif total.dtype == hidden.dtype:
-                total.addmm_(slice_slopes, hidden)
+                total.addmm_(slice_dlogits, hidden)
             else:
-                total += _product(slice_slopes, hidden, factor)
+                total += _product(slice_dlogits, hidden, factor)
 
     def finish(self) -> Tensor:
         if not any(total is not None for total in self._sums):
-            return self._like.new_zeros(self._like.shape, dtype=self._kind)
+            return self._like.new_zeros(self._like.shape, dtype=self._dtype)
         narrow = []
         # Each slice's float32 sum is freed as soon as it is rounded.
         for index, total in enumerate(self._sums):
-            narrow.append(total.to(self._kind))  # type: ignore[union-attr]
+            narrow.append(total.to(self._dtype))  # type: ignore[union-attr]
             self._sums[index] = total = None
         return narrow[0] if len(narrow) == 1 else torch.cat(narrow)

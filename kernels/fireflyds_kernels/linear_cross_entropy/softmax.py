@@ -8,11 +8,11 @@ _ROWS = 16
 
 
 def losses_and_dlogits(
-    logits: Tensor, labels: Tensor, bias: Tensor | None, scale: Tensor | None, lift: float, slopes: bool
+    logits: Tensor, labels: Tensor, bias: Tensor | None, scale: Tensor | None, lift: float, dlogits: bool
 ) -> Tensor:
     """`-log softmax(logits + bias)[label]` of every row, `[c]` in float32 or wider.
 
-    With `slopes` the logits are overwritten by lift · scale · (softmax − one-hot), the gradient of Σ scale · loss
+    With `dlogits` the logits are overwritten by lift · scale · (softmax − one-hot), the gradient of Σ scale · loss
     times `lift`. Without, their content is undefined afterwards.
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
@@ -30,7 +30,7 @@ def losses_and_dlogits(
         torch.softmax(block, 1, out=block)
         # log Σ exp, from the largest probability: that of the label may be 0 in float32.
         losses[rows] = (highest - block.gather(1, argmax).log_() - target)[:, 0]
-        if slopes:
+        if dlogits:
             block.scatter_add_(1, targets, torch.full_like(target, -1))
             if scale is not None or lift != 1:
                 block.mul_(lift if scale is None else lift * scale[rows, None].to(wide))

@@ -16,9 +16,9 @@ BLOCK = 4096
 @triton.jit
 def dlogits_kernel(
     logits_ptr, labels_ptr, bias_ptr, scale_ptr, losses_ptr, stride, vocab_size, lift,
-    BIAS: tl.constexpr, SCALE: tl.constexpr, SLOPES: tl.constexpr, BLOCK: tl.constexpr,
+    BIAS: tl.constexpr, SCALE: tl.constexpr, DLOGITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Losses `[n]` of logits `[n, V]`; with SLOPES overwrites the logits with their gradients. One program per row."""
+    """Losses `[n]` of logits `[n, V]`; with DLOGITS overwrites the logits with their gradients. One program per row."""
     row = tl.program_id(0).to(tl.int64)
     base = logits_ptr + row * stride
     label = tl.load(labels_ptr + row)
@@ -41,7 +41,7 @@ def dlogits_kernel(
     if BIAS:
         target += tl.load(bias_ptr + label).to(tl.float32)
     tl.store(losses_ptr + row, tl.log(total) + highest - target)
-    if SLOPES:
+    if DLOGITS:
         weight = lift
         if SCALE:
             weight = lift * tl.load(scale_ptr + row).to(tl.float32)
@@ -52,8 +52,8 @@ def dlogits_kernel(
             logits = tl.load(base + start + columns, mask=inside, other=float("-inf")).to(tl.float32)
             if BIAS:
                 logits += tl.load(bias_ptr + start + columns, mask=inside, other=0.0).to(tl.float32)
-            slope = tl.exp(logits - highest) / total - tl.where(start + columns == label, 1.0, 0.0)
-            tl.store(base + start + columns, (slope * weight).to(logits_ptr.dtype.element_ty), mask=inside)
+            dlogits = tl.exp(logits - highest) / total - tl.where(start + columns == label, 1.0, 0.0)
+            tl.store(base + start + columns, (dlogits * weight).to(logits_ptr.dtype.element_ty), mask=inside)
 
 
 LAUNCH: dict[str, Any] = {"BLOCK": BLOCK, "num_warps": 8, "enable_fp_fusion": True}
@@ -61,7 +61,7 @@ LAUNCH: dict[str, Any] = {"BLOCK": BLOCK, "num_warps": 8, "enable_fp_fusion": Tr
 
 @on_its_device
 def losses_and_dlogits(
-    logits: Tensor, labels: Tensor, bias: Tensor | None, scale: Tensor | None, lift: float, slopes: bool
+    logits: Tensor, labels: Tensor, bias: Tensor | None, scale: Tensor | None, lift: float, dlogits: bool
 ) -> Tensor:
     """As `softmax.losses_and_dlogits`, in one launch."""
     losses = logits.new_empty(len(labels), dtype=torch.float32)
@@ -69,6 +69,6 @@ def losses_and_dlogits(
         dlogits_kernel[(len(labels),)](
             logits, labels, losses if bias is None else bias, losses if scale is None else scale, losses,
             logits.stride(0), logits.shape[1], lift,
-            BIAS=bias is not None, SCALE=scale is not None, SLOPES=slopes, **LAUNCH,
+            BIAS=bias is not None, SCALE=scale is not None, DLOGITS=dlogits, **LAUNCH,
         )  # fmt: skip
     return losses

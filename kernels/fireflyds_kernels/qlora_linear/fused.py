@@ -13,11 +13,11 @@ def qlora_linear(
     lora_b: Tensor,
     scaling: float,
     bias: Tensor | None,
-    kept: Tensor | None,
+    keep_mask: Tensor | None,
     dropout: float,
     keep_weight: bool,
 ) -> Tensor:
-    """`[..., out]` for x and dropout mask kept `[..., in]`, lora_a `[r, in]`, lora_b `[out, r]`, bias `[out]`."""
+    """`[..., out]` for x and keep_mask (of dropout) `[..., in]`, lora_a `[r, in]`, lora_b `[out, r]`, bias `[out]`."""
     import bitsandbytes  # noqa: F401  (its operators)
 
     state = base.quant_state
@@ -26,7 +26,7 @@ def qlora_linear(
     rows = x.reshape(-1, x.shape[-1])
     out = _forward(
         rows, base.data, state.absmax, nested, block_sizes, state.quant_type, len(lora_b), lora_a, lora_b, scaling,
-        bias, None if kept is None else kept.reshape(rows.shape), dropout, keep_weight,
+        bias, None if keep_mask is None else keep_mask.reshape(rows.shape), dropout, keep_weight,
     )[0]  # fmt: skip
     return out.reshape(*x.shape[:-1], len(lora_b))
 

@@ -92,7 +92,7 @@ def test_twenty_steps_of_training_end_at_the_same_weights(family: str) -> None:
 
 @pytest.mark.parametrize("family", registry.names(FAMILIES))
 def test_the_table_s_modules_run_on_our_kernels(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    table = registry.find(FAMILIES, family).FAMILY.fused
+    table = registry.load(FAMILIES, family).FAMILY.fused
     changes = next(changes for model_type, changes in MODELS.values() if model_type == family)
     model = fuse(tiny_model(family, **changes))
     swapped = {type(m).__name__: m.forward.__func__.__name__ for m in model.modules() if "forward" in vars(m)}
@@ -165,7 +165,7 @@ def _qlora(checkpointing: bool, dropout: float = 0.0):
             model.model.set_submodule(name, layer.to("cpu"))
     # What loading a quantised model leaves behind; PEFT picks its 4-bit layer by it.
     model.is_loaded_in_4bit = True
-    tuning.apply_tuning(model, registry.find(FAMILIES, "llama").FAMILY, config, None, seed=0)
+    tuning.apply_tuning(model, registry.load(FAMILIES, "llama").FAMILY, config, None, seed=0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(name)), std=0.1)

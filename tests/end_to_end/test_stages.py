@@ -201,7 +201,7 @@ def test_the_plan_needs_no_weights_no_data_and_no_run(verb) -> None:
     assert "as configured (zero=2, offload none, micro_batch_size=6, with checkpointing): fits" in shown
     refused = verb("plan", "experiment=firefly_llama2_7b_ext_cpt_qlora", "tuning.bits=8", "zero=3", check=False)
     assert refused.returncode == 2
-    assert "Nearest: zero=2, or tuning.bits=4" in refused.stderr
+    assert "Use zero=2, or tuning.bits=4" in refused.stderr
 
 
 @pytest.mark.slow

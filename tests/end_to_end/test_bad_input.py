@@ -117,7 +117,7 @@ def test_exporting_and_evaluating_what_is_not_there(verb, tmp_path: Path) -> Non
     refused(verb("evaluate", "model=never", check=False), "no config.json there")
     refused(
         verb("evaluate", "model=never", "tasks=[guess]", check=False),
-        "no entry 'guess'. Known: bits_per_byte, cmmlu, multiple_choice",
+        "tasks=guess: no such entry. Known: bits_per_byte, cmmlu, multiple_choice",
     )
     refused(verb("chat", "model=never", check=False), "no config.json there")
 

@@ -276,7 +276,7 @@ def test_a_spike_goes_back_and_passes_over_its_data(arguments: list[str], tmp_pa
     assert found
     spike, back, passed = map(int, found.groups())
     assert spike - back == passed
-    assert "the loss spikes again after 1 rollbacks (recovery.max_rollbacks)" in done.stderr
+    assert "recovery.max_rollbacks=1: the loss spikes again after 1 rollbacks" in done.stderr
     steps = [row["step"] for row in rows(tmp_path, "spiky")]
     assert steps == list(range(1, len(steps) + 1))
 
