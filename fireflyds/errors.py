@@ -1,7 +1,7 @@
 """Errors that the user can correct. They are shown as one message, without a traceback."""
 
 import copy
-from typing import Self
+from typing import Any, Self
 
 _UNSET = object()
 
@@ -38,6 +38,26 @@ class UserError(ValueError):
         error = copy.copy(self)
         error.context = ": ".join(part for part in (context, self.context) if part)
         return error
+
+    def as_dict(self) -> dict[str, Any]:
+        """The kind and the attributes, as JSON values."""
+        return {"kind": self.kind} | vars(self)
+
+    @staticmethod
+    def from_dict(fields: dict[str, Any]) -> "UserError":
+        """The error whose `as_dict` gave `fields`."""
+        fields = dict(fields)
+        kinds = {kind.kind: kind for kind in (UserError, LostRankError, DivergedError)}
+        error = kinds[fields.pop("kind")](fields["rule"])
+        vars(error).update(fields)
+        return error
+
+
+def describe(error: BaseException) -> str:
+    """The class and message of any error; a `UserError` without its remedy."""
+    if isinstance(error, UserError):
+        return error.finding
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 class LostRankError(UserError):

@@ -17,7 +17,7 @@ from fireflyds.checkpoint.shard_files import FORMAT_VERSION, MANIFEST
 from fireflyds.checkpoint.storage import CheckpointStorage, step_of
 from fireflyds.config import CheckpointConfig
 from fireflyds.distributed.collectives import run_on_rank_zero
-from fireflyds.errors import UserError
+from fireflyds.errors import UserError, describe
 from fireflyds.fs import atomic_write_text
 from fireflyds.runs import layout
 from fireflyds.types import StepMetrics, TrainState
@@ -125,7 +125,7 @@ class CheckpointManager:
 
     def _raise_failures(self) -> None:
         failures: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(failures, None if self._failure is None else _message(self._failure))
+        dist.all_gather_object(failures, None if self._failure is None else describe(self._failure))
         if messages := [f"rank {rank}: {text}" for rank, text in enumerate(failures) if text]:
             self._abandoned.set()
             raise UserError(
@@ -199,10 +199,6 @@ class CheckpointManager:
         sizes: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(sizes, num_bytes)
         run_on_rank_zero(lambda: _require_free_space(self._storage, sum(sizes)))
-
-
-def _message(error: BaseException) -> str:
-    return str(error) or repr(error)
 
 
 def _partition_bytes(partition: FlatPartition) -> int:

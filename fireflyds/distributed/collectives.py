@@ -8,7 +8,7 @@ from typing import NoReturn, TypeVar
 
 import torch.distributed as dist
 
-from fireflyds.errors import UserError
+from fireflyds.errors import UserError, describe
 
 T = TypeVar("T")
 
@@ -40,17 +40,23 @@ def run_on_rank_zero(work: Callable[[], T]) -> T | None:
         UserError: on every rank: `work` raised a `UserError` or an `OSError`. Any other exception of `work` is raised
             unchanged on rank 0, and as a `UserError` on the other ranks.
     """
-    result, unexpected, failure = None, None, [None]
+    result: T | None = None
+    unexpected: Exception | None = None
+    failure: list[UserError | None] = [None]
     if dist.get_rank() == 0:
         try:
             result = work()
+        except UserError as error:
+            failure = [error]
+        except OSError as error:
+            remedy = "Free disk space or correct permissions, and run the command again"
+            failure = [UserError(str(error), remedy=remedy)]
         except Exception as error:
-            unexpected = None if isinstance(error, UserError | OSError) else error
-            remedy = ". Free disk space or correct permissions, and run the command again" * isinstance(error, OSError)
-            failure = [f"{str(error) or repr(error)}{remedy}"]  # type: ignore[list-item]
+            unexpected = error
+            failure = [UserError(f"rank 0 failed ({describe(error)})", remedy="See the log of rank 0")]
     dist.broadcast_object_list(failure)
     if unexpected is not None:
         raise unexpected
     if failure[0] is not None:
-        raise UserError(failure[0])
+        raise failure[0]
     return result

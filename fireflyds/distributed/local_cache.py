@@ -32,7 +32,8 @@ def stage_inputs(
     """
     if not config.hardware.local_cache:
         return config, store
-    cache, failure, model_path = Path(config.hardware.local_cache), "", config.model.path
+    cache, model_path = Path(config.hardware.local_cache), config.model.path
+    failure: UserError | None = None
     try:
         if base is not None:
             model_path = str(
@@ -43,13 +44,14 @@ def stage_inputs(
         digest = hashlib.sha256((store.path / MANIFEST).read_bytes()).hexdigest()
         store = TokenStore(copy_once(cache, f"store-{digest[:16]}", store.path, store_files(store), log))
     except OSError as error:
-        failure = f"hardware.local_cache={cache}: {error}. Give a folder on every host's disk that can be written"
+        remedy = "Give a folder on every host's disk that can be written"
+        failure = UserError(str(error), key="hardware.local_cache", value=cache, remedy=remedy)
     except UserError as error:
-        failure = str(error)
-    failures: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(failures, failure and f"{os.uname().nodename}: {failure}")
-    if messages := [message for message in failures if message]:
-        raise UserError(messages[0])
+        failure = error
+    failures: list[UserError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failure and failure.within(os.uname().nodename))
+    if first := next(filter(None, failures), None):
+        raise first
     return dataclasses.replace(config, model=dataclasses.replace(config.model, path=model_path)), store
 
 

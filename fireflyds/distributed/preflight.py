@@ -76,32 +76,30 @@ def compare_ranks(
     if me.rank:
         _serve(channel, config, text, seconds)
         return channel, []
-    verdict, lost, notes = "", False, []
+    failure: UserError | None = None
+    notes: list[str] = []
     try:
         answers = _wait_for_all(channel, seconds)
         _compare(channel, answers, text, _ANSWER_SECONDS)
         hosts = distinct_host_names([answer["host"] for answer in answers], [answer["machine"] for answer in answers])
         notes = _compare_hosts(channel, hosts, config.runs)
     except UserError as error:
-        verdict, lost = str(error), isinstance(error, LostRankError)
+        failure = error
     except UnresponsiveRanksError as unresponsive:
-        ranks, lost = describe_ranks(unresponsive.ranks), True
-        verdict = (
-            f"{ranks} connected, but did not answer to `{unresponsive.step}` within {_ANSWER_SECONDS:g} s. See the "
-            "logs there"
+        failure = LostRankError(
+            f"{describe_ranks(unresponsive.ranks)} connected, but did not answer to `{unresponsive.step}` within "
+            f"{_ANSWER_SECONDS:g} s",
+            remedy="See the logs there",
         )
     except OSError as error:
-        verdict = f"runs={config.runs}: cannot be written ({error.strerror}). Give another runs="
+        failure = UserError(
+            f"cannot be written ({error.strerror})", key="runs", value=config.runs, remedy="Give another runs="
+        )
     # Also if ranks are missing: the connected ones must end with the same message.
-    channel.end([verdict, lost])
-    _raise_verdict(verdict, lost)
+    channel.end(failure and failure.as_dict())
+    if failure:
+        raise failure
     return channel, notes
-
-
-def _raise_verdict(verdict: str, lost: bool) -> None:
-    """Raises `LostRankError` for missing ranks, which may be present at the next start; `UserError` for differences."""
-    if verdict:
-        raise LostRankError(verdict) if lost else UserError(verdict)
 
 
 def _serve(channel: StoreChannel, config: TrainConfig, text: str, seconds: float) -> None:
@@ -112,7 +110,8 @@ def _serve(channel: StoreChannel, config: TrainConfig, text: str, seconds: float
         "shared folder": lambda payload: read_token(config.runs, _SHARED_FOLDER_SECONDS, payload),
     }
     # Rank 0 may have started later than this rank, and waits for up to `seconds` itself.
-    _raise_verdict(*channel.serve(handlers, 2 * seconds + _ANSWER_SECONDS))
+    if failure := channel.serve(handlers, 2 * seconds + _ANSWER_SECONDS):
+        raise UserError.from_dict(failure)
 
 
 def rank_fingerprint(me: RankInfo, text: str, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -156,8 +156,8 @@ class Trainer:
         self.status.step = self.state.step
         self.status.write(RUNNING)
         while self.state.step < self.total_steps:
-            if stop_reason := self.validator.begin(self.engine, self.logger, self.state.step):
-                raise _guard_error(stop_reason)
+            if guard_error := self.validator.begin(self.engine, self.logger, self.state.step):
+                raise guard_error
             for step in self._steps():
                 if loss_spike.is_spike(self.state, step.loss, self.config.recovery) and self._rollback(step):
                     break
@@ -181,12 +181,13 @@ class Trainer:
         if request.failed:
             self.checkpoints.wait()
         stopping = request.stop and not is_last
-        stop_reason = None if stopping else self.validator.after(self.engine, self.logger, step.step)
-        if stopping or request.save or stop_reason or is_last or step.step % self.config.checkpoint.every == 0:
+        guard_error = None if stopping else self.validator.after(self.engine, self.logger, step.step)
+        if stopping or request.save or guard_error or is_last or step.step % self.config.checkpoint.every == 0:
             self._save(step)
-        if stop_reason:
+        if guard_error:
             self.checkpoints.wait()
-            raise _guard_error(f"{stop_reason}; a checkpoint was saved")
+            self.logger.log.info(f"a checkpoint was saved at step {step.step}")
+            raise guard_error
         if not stopping:
             return 0
         self.checkpoints.wait()
@@ -251,11 +252,6 @@ class Trainer:
         self.logger.rollback(restored.step)
         self.state = restored
         return True
-
-
-def _guard_error(reason: str) -> UserError:
-    remedy = "Lower optim.lr, change the data, or raise validation.max_rise"
-    return UserError(reason, key="validation.stop", value="true", remedy=remedy)
 
 
 def build_model(config: TrainConfig, hf_config: Any, precision: Precision) -> Any:

@@ -101,9 +101,9 @@ class Validator:
         """The newest row of `validation.jsonl`, on rank 0; empty before the first row and on other ranks."""
         return self._rows[-1] if self._rows else {}
 
-    def begin(self, engine: Engine, metrics_logger: MetricsLogger, step: int) -> str | None:
+    def begin(self, engine: Engine, metrics_logger: MetricsLogger, step: int) -> UserError | None:
         """Removes rows after the resumed step. Validates where there is no baseline row, or where the validation of
-        `step` is missing. Returns the reason to stop the run, or None."""
+        `step` is missing. Returns the error of the guard if the run must stop, or None."""
         if not self._config.wanted:
             return None
         is_current = [False]
@@ -121,20 +121,21 @@ class Validator:
         dist.broadcast_object_list(is_current)
         return None if is_current[0] else self._validate_on_all_ranks(engine, metrics_logger, step)
 
-    def after(self, engine: Engine, metrics_logger: MetricsLogger, step: int) -> str | None:
-        """Validates after a step if due. Returns the reason to stop the run, or None; the same on every rank."""
+    def after(self, engine: Engine, metrics_logger: MetricsLogger, step: int) -> UserError | None:
+        """Validates after a step if due. Returns the error of the guard if the run must stop, or None; the same on
+        every rank."""
         return self._validate_on_all_ranks(engine, metrics_logger, step) if self._is_due(step) else None
 
-    def _validate_on_all_ranks(self, engine: Engine, metrics_logger: MetricsLogger, step: int) -> str | None:
-        warning = [self._validate(engine, metrics_logger, step)]
-        dist.broadcast_object_list(warning)
-        return warning[0] if self._config.stop else None
+    def _validate_on_all_ranks(self, engine: Engine, metrics_logger: MetricsLogger, step: int) -> UserError | None:
+        guard_error = [self._validate(engine, metrics_logger, step)]
+        dist.broadcast_object_list(guard_error)
+        return guard_error[0] if self._config.stop else None
 
     def _is_due(self, step: int) -> bool:
         return self._config.wanted and (step % self._config.every == 0 or step == self._total_steps)
 
-    def _validate(self, engine: Engine, metrics_logger: MetricsLogger, step: int) -> str | None:
-        """Validates and logs. Returns the warning of the guard on rank 0, or None."""
+    def _validate(self, engine: Engine, metrics_logger: MetricsLogger, step: int) -> UserError | None:
+        """Validates and logs. Returns the error of the guard on rank 0, or None."""
         started = time.perf_counter()
         row: dict[str, Any] = {"step": step, "data": self._contents}
         with evaluation_mode(engine.module, engine.device):
@@ -159,10 +160,10 @@ class Validator:
             metrics_logger.log_samples(step, samples)
         if self._held_out:
             metrics_logger.log.info(_format_row(row))
-        warning = self._check_guard(row)
-        if warning:
-            metrics_logger.log.warning(f"warning: {warning}")
-        return warning
+        guard_error = self._check_guard(row)
+        if guard_error:
+            metrics_logger.log.warning(f"warning: {guard_error}")
+        return guard_error
 
     def _measure(self, engine: Engine, held_out: HeldOut) -> dict[str, float]:
         num_domains = len(held_out.store.domains)
@@ -189,30 +190,28 @@ class Validator:
     def _guarded(self) -> bool:
         return self._held_out is not None and self._config.guard in self._held_out.domains
 
-    def _check_guard(self, row: dict[str, Any]) -> str | None:
-        """Returns the warning of the guard for a row, or None."""
+    def _check_guard(self, row: dict[str, Any]) -> UserError | None:
+        """Returns the error of the guard for a row, or None."""
+        guard, max_rise = self._config.guard, self._config.max_rise
         if not self._guarded:
             return None
-        key = f"validation/bits_per_byte/{self._config.guard}"
+        key = f"validation/bits_per_byte/{guard}"
         if key not in row:
-            return (
-                f"step {row['step']}: {self._config.guard} cannot be measured, none of its held-out documents has a "
-                "token to learn"
+            rule = "cannot be measured, none of its held-out documents has a token to learn"
+            remedy = "Give held-out documents of two tokens or more"
+        elif (baseline := next((candidate for candidate in self._rows if self._is_baseline(candidate)), None)) is None:
+            rule = f"{row[key]:.4f} bits per byte is not a valid baseline"
+            remedy = "Give another model= or held-out store, or leave validation.guard empty"
+        else:
+            rise = row[key] / baseline[key] - 1
+            if rise <= max_rise:  # False for NaN, which is reported
+                return None
+            rule = (
+                f"rose to {row[key]:.4f} bits per byte, {100 * rise:.1f} % above its {baseline[key]:.4f} at step "
+                f"{baseline['step']}; validation.max_rise={max_rise:g} allows {100 * max_rise:g} %"
             )
-        baseline = next((candidate for candidate in self._rows if self._is_baseline(candidate)), None)
-        if baseline is None:
-            return (
-                f"step {row['step']}: {self._config.guard} is {row[key]:.4f} bits per byte, which is not a valid "
-                "baseline"
-            )
-        rise = row[key] / baseline[key] - 1
-        if rise <= self._config.max_rise:  # False for NaN, which is reported
-            return None
-        return (
-            f"step {row['step']}: {self._config.guard} rose to {row[key]:.4f} bits per byte, {100 * rise:.1f} % above "
-            f"its {baseline[key]:.4f} at step {baseline['step']}; validation.max_rise={self._config.max_rise:g} allows "
-            f"{100 * self._config.max_rise:g} %. Mix more {self._config.guard} into the data, or lower optim.lr"
-        )
+            remedy = f"Mix more {guard} into the data, lower optim.lr, or raise validation.max_rise"
+        return UserError(rule, key="validation.guard", value=guard, remedy=remedy).within(f"step {row['step']}")
 
 
 def open_validator(

@@ -1,6 +1,7 @@
 """A run that validates: the same losses as without, a start that outlives a resume, a guard that ends it, samples."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -85,7 +86,7 @@ def test_the_guard_compares_with_the_start_across_a_resume_and_ends_the_run(verb
     guard = [*VALIDATION, "validation.max_rise=0.0001"]
     short = [argument.replace("optim.steps=6", "optim.steps=2") for argument in arguments]
     shown = verb("train", "run=guarded", *short, *guard).stderr
-    risen = "warning: step 2: en rose to" in shown
+    risen = "warning: step 2: validation.guard=en: rose to" in shown
     config = tmp_path / "runs" / "guarded" / "config.yaml"
     config.write_text(config.read_text().replace("steps: 2", "steps: 6"))
     done = verb("train", "run=guarded", *arguments, *guard, "validation.stop=true", check=False)
@@ -95,7 +96,9 @@ def test_the_guard_compares_with_the_start_across_a_resume_and_ends_the_run(verb
     assert measured[-1][key] > measured[0][key]
     assert done.returncode == 2, done.stderr[-2000:]
     assert f"above its {measured[0][key]:.4f} at step 0" in done.stderr
-    assert "; a checkpoint was saved. Lower optim.lr" in done.stderr
+    assert re.search(
+        r"allows 0.01 %\. Mix more en into the data, lower optim.lr, or raise validation.max_rise$", done.stderr
+    )
     last = measured[-1]["step"]
     assert last < 6 or "step 6" in done.stderr
     assert (tmp_path / "runs" / "guarded" / "checkpoints" / f"step-{last:06d}").is_dir()

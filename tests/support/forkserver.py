@@ -6,10 +6,12 @@ A request is one JSON line with `script`, `arguments`, `folder`, `environment` a
 answer is the exit code. Only for machines without a GPU: CUDA cannot be used after a fork.
 """
 
+import contextlib
 import importlib
 import json
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -21,31 +23,60 @@ LIBRARIES = ("torch", "transformers", "peft", "deepspeed", "datasets", "sentence
 
 
 class ForkServer:
-    """Starts the server, and runs verbs in forks of it, one at a time."""
+    """Runs verbs in forks of the server, one at a time. Starts the server, and a new one after a timeout."""
 
     def __init__(self) -> None:
+        self._start()
+
+    def _start(self) -> None:
         ours, theirs = socket.socketpair()
         self._socket = ours
         self._answers = ours.makefile()
         environment = os.environ | {"DS_ACCELERATOR": "cpu", "TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         environment.pop("TRITON_INTERPRET", None)
         self._server = subprocess.Popen(
-            [sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()], env=environment
+            [sys.executable, __file__, str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            env=environment,
+            start_new_session=True,
         )
         theirs.close()
+
+    def _restart(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._server.pid, signal.SIGKILL)  # the server and its fork
+        self._server.wait()
+        self._answers.close()
+        self._socket.close()
+        self._start()
 
     def run(
         self, script: Path, arguments: list[str], folder: Path, environment: dict[str, str], timeout: float
     ) -> subprocess.CompletedProcess[str]:
-        """Like `subprocess.run` of `python script arguments` with captured text."""
+        """Like `subprocess.run` of `python script arguments` with captured text.
+
+        Raises:
+            subprocess.TimeoutExpired: after `timeout` seconds; the fork is killed.
+            RuntimeError: the server ended.
+        """
+        command = [str(script), *arguments]
         with tempfile.TemporaryDirectory() as outputs:
             files = {name: os.path.join(outputs, name) for name in ("stdout", "stderr")}
             request = {"script": str(script), "arguments": arguments, "folder": str(folder), "environment": environment}
             self._socket.settimeout(timeout)
-            self._socket.sendall((json.dumps(request | files) + "\n").encode())
-            code = int(self._answers.readline())
+            try:
+                self._socket.sendall((json.dumps(request | files) + "\n").encode())
+                answer = self._answers.readline()
+            except TimeoutError as error:
+                self._restart()
+                raise subprocess.TimeoutExpired(command, timeout) from error
+            except ConnectionError:
+                answer = ""
+            if not answer:
+                self._restart()
+                raise RuntimeError(f"the fork server ended while it ran {' '.join(command)}")
             texts = {name: Path(file).read_text(encoding="utf-8") for name, file in files.items()}
-        return subprocess.CompletedProcess([str(script), *arguments], code, **texts)
+        return subprocess.CompletedProcess(command, int(answer), **texts)
 
 
 def serve(connection: socket.socket) -> dict[str, Any] | None:
@@ -53,7 +84,8 @@ def serve(connection: socket.socket) -> dict[str, Any] | None:
     for line in connection.makefile():
         if (pid := os.fork()) == 0:
             connection.close()
-            return json.loads(line)  # type: ignore[no-any-return]
+            request: dict[str, Any] = json.loads(line)
+            return request
         _, status = os.waitpid(pid, 0)
         connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
     return None

@@ -31,7 +31,7 @@ class Played:
         self.required: list[int] = []
         self.rolled_back: list[int] = []
         self.newest: dict = {}
-        self.risen: str | None = None
+        self.risen: UserError | None = None
         self.log = logging.Logger("course")
         self.log.addHandler(handler := logging.Handler())
         handler.emit = lambda record: self.lines.append(record.getMessage())  # type: ignore[method-assign]
@@ -150,8 +150,8 @@ def test_data_that_do_not_last_for_what_is_passed_over_end_the_run_at_the_spike(
 
 def test_a_validation_before_the_first_step_of_a_start_may_end_the_run(tmp_path: Path, monkeypatch) -> None:
     run = Played(tmp_path, up_from_13)
-    run.risen = "step 4: en rose"
-    with pytest.raises(UserError, match="validation.stop=true: step 4: en rose"):
+    run.risen = UserError("rose", key="validation.guard", value="en")
+    with pytest.raises(UserError, match="^validation.guard=en: rose$"):
         run.fit(monkeypatch)
     assert run.recorded == []
 

@@ -131,17 +131,17 @@ def test_the_guard_compares_with_the_start_across_a_resume(tmp_path: Path, valid
     assert first.after(engine, journal, 4) is None
     start, risen = (journal.rows[place]["validation/bits_per_byte/en"] for place in (0, 2))
     assert risen > 1.1 * start
-    said = (
-        f"step 4: en rose to {risen:.4f} bits per byte, {100 * (risen / start - 1):.1f} % above its {start:.4f} at "
-        "step 0"
+    message = (
+        f"step 4: validation.guard=en: rose to {risen:.4f} bits per byte, "
+        f"{100 * (risen / start - 1):.1f} % above its {start:.4f} at step 0"
     )
-    assert f"warning: {said}" in journal.lines[-1]
+    assert f"warning: {message}" in journal.lines[-1]
     # Resumed at step 3: what came after is cut, the start stays.
     again, journal = validator("validation.max_rise=0.1", "validation.stop=true"), Journal()
     again.begin(engine, journal, 3)
     assert journal.rows == []
     assert [row["step"] for row in lines_of(tmp_path, "validation.jsonl")] == [0, 2]
-    assert said in again.after(engine, journal, 4)
+    assert message in str(again.after(engine, journal, 4))
     assert [row["step"] for row in lines_of(tmp_path, "validation.jsonl")] == [0, 2, 4]
 
 
@@ -164,7 +164,7 @@ def test_a_loss_that_is_no_number_is_a_rise(tmp_path: Path, validator) -> None:
     found.begin(engine, journal, 0)
     with torch.no_grad():
         engine.module.model.norm.weight.fill_(float("nan"))
-    assert "en rose to nan" in found.after(engine, journal, 2)
+    assert "en: rose to nan" in str(found.after(engine, journal, 2))
     assert lines_of(tmp_path, "validation.jsonl")[1]["validation/loss/en"] is None
     assert found.newest["validation/loss/en"] is None
 
@@ -175,19 +175,23 @@ def test_what_is_no_number_is_no_start(tmp_path: Path, validator) -> None:
     weight = engine.module.model.norm.weight.detach().clone()
     with torch.no_grad():
         engine.module.model.norm.weight.fill_(float("nan"))
-    assert found.begin(engine, journal, 0) == "step 0: en is nan bits per byte, which is not a valid baseline"
+    error = found.begin(engine, journal, 0)
+    assert error is not None
+    assert error.finding == "step 0: validation.guard=en: nan bits per byte is not a valid baseline"
+    assert error.remedy.startswith("Give another model=")
     with torch.no_grad():
         engine.module.model.norm.weight.copy_(weight)
     assert found.after(engine, journal, 2) is None
     _worse(engine.module)
-    assert "at step 2; validation.max_rise" in found.after(engine, journal, 4)
+    assert "at step 2; validation.max_rise" in str(found.after(engine, journal, 4))
 
 
 def test_a_resumed_run_is_stopped_by_what_it_could_not_measure_before(tmp_path: Path, validator) -> None:
     engine, journal = Engine(), Journal()
     assert validator("validation.stop=true").begin(engine, journal, 0) is None
     _worse(engine.module)
-    assert "step 4: en rose to" in validator("validation.stop=true").begin(engine, journal, 4)
+    error = validator("validation.stop=true").begin(engine, journal, 4)
+    assert "step 4: validation.guard=en: rose to" in str(error)
     (tmp_path / "runs" / "r" / "validation.jsonl").write_text("")
     assert validator().begin(engine, journal, 4) is None
 
@@ -196,7 +200,11 @@ def test_a_resumed_run_is_stopped_by_what_it_could_not_measure_before(tmp_path: 
     ("ids", "words"),
     [
         ([], "validation.guard=en: no held-out domain (zh), nothing is guarded"),
-        ([[5]], "warning: step 0: en cannot be measured, none of its held-out documents has a token to learn"),
+        (
+            [[5]],
+            "warning: step 0: validation.guard=en: cannot be measured, none of its held-out documents has a token to "
+            "learn. Give held-out documents of two tokens or more",
+        ),
     ],
 )
 def test_a_guarded_domain_of_which_nothing_can_be_measured_is_told(

@@ -1,12 +1,8 @@
-import errno
-import os
-
 import pytest
 import torch
 
 from fireflyds import app
 from fireflyds.config import Precision
-from fireflyds.distributed import collectives
 from fireflyds.distributed.launcher_env import RankInfo
 from fireflyds.errors import UserError
 from fireflyds.zero import ds_config
@@ -75,15 +71,3 @@ def test_more_ranks_than_gpus_are_refused_on_each(monkeypatch: pytest.MonkeyPatc
         UserError, match=f"LOCAL_RANK={local_rank}: ranks on this host: 8, visible GPUs: 4. Start no more ranks"
     ):
         deepspeed.assign_device(RankInfo(local_rank, local_rank, 8, "a", 1))
-
-
-def test_trouble_with_rank_zeros_disk_becomes_everybodys(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full() -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/a/x")
-
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
-    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda values: None)
-    with pytest.raises(
-        UserError, match=r"No space left on device: 'runs/a/x'\. Free disk space or correct permissions"
-    ):
-        collectives.run_on_rank_zero(full)

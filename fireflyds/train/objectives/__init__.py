@@ -4,17 +4,18 @@ An objective declares the batch fields that it requires, counts the loss denomin
 last hidden states.
 """
 
+import dataclasses
 from typing import Protocol
 
 from torch import Tensor, nn
 
 from fireflyds import registry
 from fireflyds.config import ObjectiveConfig
+from fireflyds.errors import UserError
 from fireflyds.models.packed.head import HeadInputs
 from fireflyds.types import PackedBatch
 
 PACKAGE = "fireflyds.train.objectives"
-
 
 ObjectiveLoss = tuple[Tensor, Tensor]
 """Result for one micro-batch: the loss sum, a scalar that is not yet normalized; and the contribution of every position
@@ -37,7 +38,14 @@ def load_objective(config: ObjectiveConfig) -> Objective:
     """Returns the objective named in the config.
 
     Raises:
-        UserError: there is no objective of that name.
+        UserError: there is no objective of that name, or it requires fields that a batch does not have.
     """
     objective: Objective = registry.find(PACKAGE, config.name, "objective.name").OBJECTIVE
+    if missing := set(objective.requires) - {field.name for field in dataclasses.fields(PackedBatch)}:
+        raise UserError(
+            f"requires {', '.join(sorted(missing))}, which a batch does not have",
+            key="objective.name",
+            value=config.name,
+            remedy="Give another objective, or add these fields to PackedBatch",
+        )
     return objective
