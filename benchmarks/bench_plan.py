@@ -146,7 +146,7 @@ class Rows:
 def train(overrides: list[str], steps: int) -> dict[str, Any]:
     """Take steps; what was planned for them."""
     from fireflyds import app
-    from fireflyds.distributed import launcher_env as ranks
+    from fireflyds.distributed import launcher_env
     from fireflyds.metrics.accumulator import MetricsContext
     from fireflyds.metrics.flops import step_flops
     from fireflyds.models import load
@@ -158,23 +158,23 @@ def train(overrides: list[str], steps: int) -> dict[str, Any]:
     from fireflyds.train.objectives import load_objective
     from fireflyds.train.trainer import build_model
     from fireflyds.types import TrainState
-    from fireflyds.zero import engine as deepspeed
+    from fireflyds.zero.engine import build_engine, pick_accelerator
 
-    me = ranks.rank_from_environment(os.environ)
+    me = launcher_env.rank_from_environment(os.environ)
     config = app.compose("train", ["run=x", "data=a/b", "optim.steps=9", "optim.schedule=constant", *overrides])
     precision = resolve_precision(config.hardware)
     accumulation = config.accumulation_steps(me.world_size)
     hf_config = load.architecture_of(config.model)
     model = build_model(config, hf_config, precision)
     where = memory.placement_of(config, me.world_size, accumulation)
-    device = "cuda" if deepspeed.pick_accelerator() else "cpu"
+    device = "cuda" if pick_accelerator() else "cpu"
     planned = memory.estimate(model_shape(model, config), config, precision, where, device)
     names = [group.name for group in parameter_groups(model, config)]
     token_bytes = np.zeros(hf_config.vocab_size, np.int32)
     measured = MetricsContext(
         ["text"], token_bytes, names, config.global_batch_size * config.seq_len, step_flops(model), None
     )
-    engine = deepspeed.build_engine(model, config, precision, accumulation)
+    engine = build_engine(model, config, precision, accumulation)
     rows = Rows(config, hf_config.vocab_size, accumulation)
     for _ in train_steps(engine, load_objective(config.objective), rows, TrainState(), config, steps, measured):
         pass
@@ -185,12 +185,11 @@ def child(out: Path, folder: Path, name: str, options: list[str]) -> None:
     """One rank of a setting."""
     import torch
 
-    from fireflyds.distributed import collectives
-    from fireflyds.distributed import launcher_env as ranks
-    from fireflyds.zero import engine as deepspeed
+    from fireflyds.distributed import collectives, launcher_env
+    from fireflyds.zero.engine import init_distributed
 
-    me = ranks.rank_from_environment(os.environ)
-    deepspeed.init_distributed(me, 10)
+    me = launcher_env.rank_from_environment(os.environ)
+    init_distributed(me, 10)
     warm = [option for option in options if not option.startswith("seq_len")]
     train([*model(folder, "tiny", warm), *warm, "seq_len=64"], 1)
     gc.collect()

@@ -31,23 +31,23 @@ def build(turn: Turn) -> tuple[Any, Any, Any, Any]:
     from fireflyds.data.pack.loader import PackedLoader
     from fireflyds.data.pack.mixture import PackedRowSampler
     from fireflyds.data.store.store import open_store
-    from fireflyds.distributed import launcher_env as ranks
+    from fireflyds.distributed import launcher_env
     from fireflyds.metrics.accumulator import build_metrics_context
     from fireflyds.models import load
     from fireflyds.models.precision import resolve_precision
     from fireflyds.tokenizer.encoder import load_encoder
     from fireflyds.train.trainer import build_model
-    from fireflyds.zero import engine as deepspeed
+    from fireflyds.zero.engine import build_engine, init_distributed
 
     config = app.compose("train", overrides(turn))
-    me = ranks.rank_from_environment(os.environ)
-    deepspeed.init_distributed(me, config.hardware.timeout_minutes)
+    me = launcher_env.rank_from_environment(os.environ)
+    init_distributed(me, config.hardware.timeout_minutes)
     precision = resolve_precision(config.hardware)
     encoder = load_encoder(config.model.tokenizer_path)
     model = build_model(config, load.read_config(config.model, encoder), precision)
     store = open_store("data.store", config.data.store, encoder.fingerprint(), config.model.tokenizer_path)
     measured = build_metrics_context(config, model, store, encoder, precision)
-    engine = deepspeed.build_engine(model, config, precision, turn.accumulation)
+    engine = build_engine(model, config, precision, turn.accumulation)
     rows = PackedRowSampler(store, config.seq_len, config.seed, config.data)
     loader = PackedLoader(store, rows, config.micro_batch_size, config.global_batch_size, me.rank, me.world_size)
     return config, engine, loader, measured

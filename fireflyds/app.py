@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fireflyds import option_reference as reference
+from fireflyds import option_reference
 from fireflyds.config import VERBS
 from fireflyds.errors import UserError
 
@@ -48,7 +48,7 @@ def main(verb: Callable[..., Any], about: str, *, passes_on: bool = False) -> No
     arguments = drop_local_rank(sys.argv[1:])
     try:
         if {"-h", "--help"} & set(arguments):
-            print(reference.help_text(name, about, CONF), flush=True)
+            print(option_reference.help_text(name, about, CONF), flush=True)
             return
         show, file = _take(arguments, "--cfg"), _take(arguments, "--config")
         if show not in (None, "job"):
@@ -277,7 +277,7 @@ def _rewrite(verb: str, override: str) -> list[str]:
 
 def unknown_key(verb: str, key: str, section: str = "") -> UserError:
     """Returns the error for a key that a verb does not have; `section` is what stands before the key, as typed."""
-    known = [row[0] for row in reference.options(VERBS[verb].config)]
+    known = [row[0] for row in option_reference.options(VERBS[verb].config)]
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
     hint = f"Did you mean {' or '.join(near)}? " if near else ""
     remedy = f"{hint}`python launch/{verb}.py -h` lists all keys"

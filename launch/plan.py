@@ -26,7 +26,7 @@ def plan(config: PlanConfig) -> None:
     """
     from fireflyds.metrics.flops import step_flops
     from fireflyds.models import load, tuning
-    from fireflyds.optim import param_groups as groups
+    from fireflyds.optim import param_groups
     from fireflyds.planner import plan_report
     from fireflyds.planner.model_shape import model_shape
     from fireflyds.planner.plan import cluster_precision, make_plan, summarize_data
@@ -46,8 +46,8 @@ def plan(config: PlanConfig) -> None:
     family = load.family_of(hf_config.model_type)
     new_rows_from = load.base_vocab_size(config.model, hf_config)
     model = tuning.apply_tuning(load.bare_model(hf_config), family, config.tuning, new_rows_from, config.seed)
-    rows = groups.summarize_groups(model, config, precision)
-    total, trainable = groups.count_parameters(model)
+    rows = param_groups.summarize_groups(model, config, precision)
+    total, trainable = param_groups.count_parameters(model)
 
     training_plan = make_plan(config, model_shape(model, config), step_flops(model), precision, data)
     if config.format is PlanFormat.json:
@@ -55,7 +55,7 @@ def plan(config: PlanConfig) -> None:
         print(json.dumps(metadata | plan_report.as_json(training_plan, notes)))
         return
     print(
-        f"{trainable:,} of {total:,} parameters train\n{groups.format_groups(rows)}\n"
+        f"{trainable:,} of {total:,} parameters train\n{param_groups.format_groups(rows)}\n"
         f"{plan_report.format_plan(training_plan, notes)}"
     )
 

@@ -31,8 +31,7 @@ from fireflyds.config import (
 )
 from fireflyds.errors import UserError
 from fireflyds.pipelines import stage_runner
-from fireflyds.runs import config_diff, layout
-from fireflyds.runs import find as run_names
+from fireflyds.runs import config_diff, find, layout
 
 
 def submit(config: SubmitConfig, rest: list[str]) -> None:
@@ -142,13 +141,13 @@ def _check_inputs(
     try:
         input_checks.require_input_paths(verb, composed, promised)
         if isinstance(composed, ExportConfig) and not promised:
-            run_names.find_run(composed.runs, "run", composed.run)
+            find.find_run(composed.runs, "run", composed.run)
         if isinstance(composed, TrainConfig):
             composed.accumulation_steps(cluster.world_size)
             if not promised:
                 input_checks.check_training_inputs(composed)
             if composed.init_from and not promised:
-                run_names.find_run(composed.runs, "init_from", composed.init_from)
+                find.find_run(composed.runs, "init_from", composed.init_from)
             config_diff.require_same_config(Path(composed.run_dir), app.to_yaml(composed), composed.run)
     except UserError as error:
         raise error.within(f"stage {stage}" if stage else "") from error

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fireflyds import app, config
-from fireflyds import option_reference as reference
+from fireflyds import app, config, option_reference
 from fireflyds.errors import UserError
 
 GOOD = ["run=x", "model=some/model", "data=some/store", "optim.steps=3"]
@@ -124,12 +123,12 @@ def test_every_attribute_of_the_schema_is_a_documented_field() -> None:
             names = {field.name for field in dataclasses.fields(schema)}
             assert names == {name for base in schema.__mro__[:-1] for name in base.__annotations__}
     for schema in (verb.config for verb in config.VERBS.values()):
-        for row in reference.rows(schema):
+        for row in option_reference.rows(schema):
             assert row.meaning, row.key
 
 
 def test_option_reference_is_in_step_with_the_schema() -> None:
-    assert (app.CONF / "README.md").read_text(encoding="utf-8") == reference.markdown(app.CONF)
+    assert (app.CONF / "README.md").read_text(encoding="utf-8") == option_reference.markdown(app.CONF)
 
 
 def _rows_shown(text: str) -> list[tuple[str, ...]]:
@@ -140,8 +139,8 @@ def _rows_shown(text: str) -> list[tuple[str, ...]]:
 
 
 def test_option_reference_shows_every_key_of_every_verb_once() -> None:
-    text = reference.markdown(app.CONF)
-    expected = {tuple(row) for verb in config.VERBS.values() for row in reference.rows(verb.config)}
+    text = option_reference.markdown(app.CONF)
+    expected = {tuple(row) for verb in config.VERBS.values() for row in option_reference.rows(verb.config)}
     assert sorted(_rows_shown(text)) == sorted(expected)
     assert len(expected) > 200
     assert "| `init` | `mean` \\| `weighted` \\| `random` | `mean` | " in text
@@ -151,13 +150,13 @@ def test_option_reference_shows_every_key_of_every_verb_once() -> None:
         shown = {key for key, *_ in _rows_shown(block)}
         for line in re.findall(r"^(?:Sections:|As in .*?\):) (.*)", block, re.MULTILINE):
             shown |= set(re.findall(r"`(.+?)`", line))
-        taken = reference.sections(record.config)
-        keys = {row.key for row in reference.rows(record.config)}
+        taken = option_reference.sections(record.config)
+        keys = {row.key for row in option_reference.rows(record.config)}
         assert shown == {key.partition(".")[0] if key.partition(".")[0] in taken else key for key in keys}
 
 
 def test_help_names_the_type_and_the_default() -> None:
-    shown = reference.help_text("expand", "About.", app.CONF)
+    shown = option_reference.help_text("expand", "About.", app.CONF)
     assert re.search(r"^  init  +.* \[mean \| weighted \| random; mean\]$", shown, re.MULTILINE)
     assert re.search(r"^  base  +.* \[str; required\]$", shown, re.MULTILINE)
 
@@ -187,7 +186,7 @@ class _Two:
 
 def test_option_reference_shows_sections_of_one_name_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config, "VERBS", {"train": config.Verb(_One), "plan": config.Verb(_Two)})
-    text = reference.markdown(app.CONF)
+    text = option_reference.markdown(app.CONF)
     first, second = text.split("### Section `part` of ")[1:]
     assert first.startswith("`train`\n")
     assert [row[:3] for row in _rows_shown(first)] == [

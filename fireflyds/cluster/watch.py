@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,13 +9,16 @@ from typing import Any
 from fireflyds.config import Direction, ObjectiveAt, SearchConfig
 from fireflyds.errors import DivergedError, LostRankError
 from fireflyds.runs import layout
-from fireflyds.runs.layout import EXIT_STOPPED
+from fireflyds.runs.jsonl import read_jsonl
+from fireflyds.runs.layout import EXIT_STOPPED, FAILED, FINISHED, STOPPED
 
 # Maximum number of values reported to the pruner per run: it compares few, and the study stores all of them.
 _MAX_REPORTS = 200
 
+# States of a run without processes, in addition to those of `status.json`.
+INTERRUPTED, LOST, DIVERGED = "interrupted", "lost", "diverged"
 # The state of a run that failed, by the kind of its error.
-_STATES = {LostRankError.kind: "lost", DivergedError.kind: "diverged"}
+_STATES = {LostRankError.kind: LOST, DivergedError.kind: DIVERGED}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +35,11 @@ def metric_history(run_dir: Path, metric: str) -> list[tuple[int, float, int]]:
     """Returns (step, value, trained tokens) of every measurement of the metric; NaN where the value is not a number."""
     tokens: dict[int, int] = {}
     history = []
-    for row in _rows(run_dir / layout.METRICS):
+    for row in read_jsonl(run_dir / layout.METRICS):
         tokens[row["step"]] = row["tokens"]
         if metric in row:
             history.append((row["step"], _number(row[metric]), row["tokens"]))
-    validated = [row for row in _rows(run_dir / layout.VALIDATION) if metric in row and row["step"] in tokens]
+    validated = [row for row in read_jsonl(run_dir / layout.VALIDATION) if metric in row and row["step"] in tokens]
     history += [(row["step"], _number(row[metric]), tokens[row["step"]]) for row in validated]
     return history
 
@@ -45,7 +47,7 @@ def metric_history(run_dir: Path, metric: str) -> list[tuple[int, float, int]]:
 def metric_names(run_dir: Path) -> list[str]:
     """Returns the names of all metrics that a run has logged."""
     return sorted(
-        {key for name in ("metrics", "validation") for row in _rows(run_dir / f"{name}.jsonl") for key in row}
+        {key for name in ("metrics", "validation") for row in read_jsonl(run_dir / f"{name}.jsonl") for key in row}
     )
 
 
@@ -84,15 +86,15 @@ def run_outcome(run_dir: Path) -> RunOutcome:
     """Returns the outcome of a run whose processes have exited."""
     run_status = read_status(run_dir)
     state, message = run_status.get("state"), run_status.get("message", "")
-    if state == layout.FAILED:
-        return RunOutcome(_STATES.get(run_status["kind"], layout.FAILED), message)
-    if state == layout.FINISHED or (state == layout.STOPPED and run_status["exit_code"] == EXIT_STOPPED):
+    if state == FAILED:
+        return RunOutcome(_STATES.get(run_status["kind"], FAILED), message)
+    if state == FINISHED or (state == STOPPED and run_status["exit_code"] == EXIT_STOPPED):
         return RunOutcome(str(state), message)
-    if state == layout.STOPPED:
-        return RunOutcome("interrupted", message)
+    if state == STOPPED:
+        return RunOutcome(INTERRUPTED, message)
     if not run_status and (error_line := _error_line(run_dir)):
-        return RunOutcome(layout.FAILED, error_line)
-    return RunOutcome("lost", _last_line(run_dir))
+        return RunOutcome(FAILED, error_line)
+    return RunOutcome(LOST, _last_line(run_dir))
 
 
 def archive_output(run_dir: Path) -> None:
@@ -105,16 +107,8 @@ def archive_output(run_dir: Path) -> None:
 
 def training_totals(run_dir: Path) -> tuple[int, int, float]:
     """Returns the steps, tokens and seconds of training."""
-    rows = list(_rows(run_dir / layout.METRICS))
+    rows = list(read_jsonl(run_dir / layout.METRICS))
     return (rows[-1]["step"], rows[-1]["tokens"], sum(row["seconds"] for row in rows)) if rows else (0, 0, 0.0)
-
-
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a JSON Lines file; skips a last line that is not completely written."""
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n"):
-                yield json.loads(line)
 
 
 def _number(value: Any) -> float:

@@ -16,7 +16,7 @@ from fireflyds.distributed.rendezvous import StoreChannel
 from fireflyds.distributed.shared_folder import REMEDY, describe_blind_ranks
 from fireflyds.distributed.timeouts import run_with_timeout
 from fireflyds.doctor.check import Check, failed, passed, warning
-from fireflyds.zero import engine as deepspeed
+from fireflyds.zero import engine
 
 MIB = 1 << 20
 _CONNECT_SECONDS = 3.0
@@ -93,7 +93,7 @@ def all_reduce(channel: StoreChannel, config: DoctorConfig) -> dict[str, Any]:
 
     def work() -> dict[str, Any]:
         # Longer than the timeout of the doctor: the watchdog of the group would end the process before the report.
-        deepspeed.init_distributed(channel.me, 10 * config.timeout / 60)
+        engine.init_distributed(channel.me, 10 * config.timeout / 60)
         channel.set(f"joined/{channel.me.rank}", True)
         import torch.distributed as dist
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fireflyds.evaluation.results import latest_figures
+from fireflyds.runs import layout
 
 MODELS = ("base", "unexpanded", "cpt", "sft")
 
@@ -23,7 +24,8 @@ def figures(out: Path) -> dict[str, float]:
     """Returns the figures by name, read from the files that the pipeline's stages wrote."""
     scores = {
         name: {
-            task: latest_figures(out / name / "export" / "eval", task) for task in ("bits_per_byte", "multiple_choice")
+            task: latest_figures(out / name / layout.EXPORT / "eval", task)
+            for task in ("bits_per_byte", "multiple_choice")
         }
         for name in MODELS
     }
@@ -39,7 +41,7 @@ def figures(out: Path) -> dict[str, float]:
         values[f"accuracy_{name}"] = scores[name]["multiple_choice"]["accuracy"]
     values["accuracy_chance"] = scores["sft"]["multiple_choice"]["chance"]
     values["questions"] = scores["sft"]["multiple_choice"]["questions"]
-    differences = [_json(out / name / "export" / "export.json")["reload_max_rel_diff"] for name in MODELS]
+    differences = [_json(out / name / layout.EXPORT / "export.json")["reload_max_rel_diff"] for name in MODELS]
     values["reload_max_rel_diff"] = max(differences)
     return values
 

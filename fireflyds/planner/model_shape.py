@@ -8,7 +8,7 @@ from torch import nn
 
 from fireflyds.config import TrainConfig, TuningMethod
 from fireflyds.models.architecture import attention_windows, block_order, head_dim, is_parallel, key_value_heads
-from fireflyds.optim import param_groups as groups
+from fireflyds.optim import param_groups
 from fireflyds.optim.optimizers import load_optimizer_spec
 
 
@@ -93,7 +93,7 @@ def model_shape(model: Any, config: TrainConfig) -> ModelShape:
     quantised_ids = _quantised_weight_ids(model, config)
     frozen = [p for p in model.parameters() if not p.requires_grad]
     trained = [p for p in model.parameters() if p.requires_grad]
-    quantised = sum(groups.logical_numel(p) for p in frozen if id(p) in quantised_ids)
+    quantised = sum(param_groups.logical_numel(p) for p in frozen if id(p) in quantised_ids)
     return ModelShape(
         hidden_size=hf_config.hidden_size,
         num_heads=hf_config.num_attention_heads,
@@ -104,10 +104,10 @@ def model_shape(model: Any, config: TrainConfig) -> ModelShape:
         blocks=_blocks(model, quantised_ids, config),
         groups=tuple(
             (tuple(p.numel() for p in group.parameters), load_optimizer_spec(config.optim.name).state_bytes_of(group))
-            for group in groups.parameter_groups(model, config)
+            for group in param_groups.parameter_groups(model, config)
         ),
-        frozen=sum(groups.logical_numel(p) for p in frozen) - quantised,
-        quantised_bytes=quantised * groups.QUANTISED_BYTES[config.tuning.bits],
+        frozen=sum(param_groups.logical_numel(p) for p in frozen) - quantised,
+        quantised_bytes=quantised * param_groups.QUANTISED_BYTES[config.tuning.bits],
         largest=max(p.numel() for p in trained),
         head_trained=sum(p.numel() for p in head.parameters() if p.requires_grad and p.dim() == 2),
     )

@@ -10,7 +10,7 @@ from fireflyds.data.pack.mixture import PackedRowSampler, count_steps
 from fireflyds.data.store.store import TokenStore, open_store
 from fireflyds.errors import UserError
 from fireflyds.metrics.flops import StepFlops, known_gpus, peak_flops
-from fireflyds.planner import search as choices
+from fireflyds.planner import search
 from fireflyds.planner.memory import GIB, placement_of
 from fireflyds.planner.model_shape import ModelShape
 from fireflyds.planner.search import Candidate, StepCost
@@ -160,11 +160,11 @@ def make_plan(
         UserError: the peak of the GPU is not known, or the global batch is not a multiple of the number of GPUs.
     """
     peak = cluster_peak(config, precision)
-    work = choices.step_cost(flops, shape, config.global_batch_size / data.rows_looked_at, data.lengths, data.labelled)
+    work = search.step_cost(flops, shape, config.global_batch_size / data.rows_looked_at, data.lengths, data.labelled)
     arguments = (shape, config, precision, work, peak, data.labelled_share)
-    candidates = choices.all_candidates(*arguments)
+    candidates = search.all_candidates(*arguments)
     world_size = config.cluster.world_size
-    configured = choices.evaluate_candidate(
+    configured = search.evaluate_candidate(
         *arguments, placement_of(config, world_size, config.accumulation_steps(world_size))
     )
     return TrainingPlan(config, shape, precision, peak, data, work, configured, candidates)

@@ -4,8 +4,8 @@ import math
 from typing import Any
 
 from fireflyds.config import PlanConfig, TuningMethod
-from fireflyds.planner import search as choices
-from fireflyds.planner.memory import GIB
+from fireflyds.planner import search
+from fireflyds.planner.memory import GIB, ITEMS
 from fireflyds.planner.plan import TrainingPlan, disk_bytes
 from fireflyds.planner.search import Candidate, StepCost
 
@@ -92,7 +92,7 @@ def format_plan(plan: TrainingPlan, notes: list[str]) -> str:
     lines.append(
         f"checkpoint: {checkpoint_size / GIB:.2f} GiB on disk, {_format_disk(checkpoint_size, config, data.steps)}"
     )
-    unit = choices.units(cluster)[:-1]
+    unit = search.units(cluster)[:-1]
     lines += ["", f"peak GiB per {unit} within a step, host GiB per machine:", _table_header()]
     lines += [_table_row(choice, plan.work, choice is plan.fastest) for choice in plan.choices if choice.fits]
     rejected = [choice for choice in plan.choices if not choice.fits]
@@ -141,17 +141,18 @@ def _describe_candidate(choice: Candidate) -> str:
     )
 
 
-_ITEMS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers")
+# The fixed part stands only in the total.
+_TABLE_ITEMS = tuple(item for item in ITEMS if item != "fixed")
 
 
 def _table_header() -> str:
-    names = "".join(f"{name:>12}" for name in (*_ITEMS, "total"))
+    names = "".join(f"{name:>12}" for name in (*_TABLE_ITEMS, "total"))
     return f"{'zero':<5}{'offload':<16}{'micro':>5}{'ckpt':>5}{names}{'host':>8}{'s/step':>9}{'tokens/s':>11}  phase"
 
 
 def _table_row(choice: Candidate, work: StepCost, is_fastest: bool) -> str:
     placement, items = choice.where, choice.memory.items
-    sizes = "".join(f"{items[name] / GIB:>12.2f}" for name in _ITEMS) + f"{choice.memory.total / GIB:>12.2f}"
+    sizes = "".join(f"{items[name] / GIB:>12.2f}" for name in _TABLE_ITEMS) + f"{choice.memory.total / GIB:>12.2f}"
     checkpointing = "yes" if placement.checkpointing else "no"
     return (
         f"{placement.stage:<5}{choice.offload:<16}{placement.micro_batch_size:>5}{checkpointing:>5}{sizes}"

@@ -13,9 +13,8 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fireflyds.checkpoint import manager as checkpoint
-from fireflyds.checkpoint import shard_files as fragments
-from fireflyds.checkpoint import storage
+from fireflyds.checkpoint import shard_files, storage
+from fireflyds.checkpoint.manager import CheckpointManager
 from fireflyds.checkpoint.restore import find_checkpoint, restore_latest
 from fireflyds.checkpoint.retention import CheckpointInfo, checkpoints_to_delete
 from fireflyds.checkpoint.storage import LocalStorage
@@ -78,9 +77,7 @@ def metrics(step: int, loss: float = 1.0) -> StepMetrics:
 def run_to(folder: Path, steps: int, keeper: Keeper | None = None, **config) -> tuple[Engine, list[dict]]:
     """A run that saves every step. Returns the engine and the weights after each step."""
     engine, state, weights = make_engine(), TrainState(), []
-    with checkpoint.CheckpointManager(
-        engine, LocalStorage(folder), CheckpointConfig(**config), keeper or Keeper()
-    ) as manager:
+    with CheckpointManager(engine, LocalStorage(folder), CheckpointConfig(**config), keeper or Keeper()) as manager:
         for _ in range(steps):
             taken = take_step(engine, state)
             weights.append({name: tensor.clone() for name, tensor in engine.module.state_dict().items()})
@@ -105,15 +102,15 @@ def test_weights_and_optimizer_come_back_and_go_on_alike(group, tmp_path: Path) 
 
 
 def test_a_copy_is_written_while_training_goes_on(group, tmp_path: Path, monkeypatch) -> None:
-    may_write, write = threading.Event(), fragments.write_shard
+    may_write, write = threading.Event(), shard_files.write_shard
 
     def slowly(*arguments) -> None:
         assert may_write.wait(30)
         write(*arguments)
 
-    monkeypatch.setattr(fragments, "write_shard", slowly)
+    monkeypatch.setattr(shard_files, "write_shard", slowly)
     engine, state = make_engine(), TrainState()
-    with checkpoint.CheckpointManager(engine, LocalStorage(tmp_path), CheckpointConfig(), Keeper()) as manager:
+    with CheckpointManager(engine, LocalStorage(tmp_path), CheckpointConfig(), Keeper()) as manager:
         taken = take_step(engine, state)
         saved = {name: tensor.clone() for name, tensor in engine.module.state_dict().items()}
         manager.save(state, taken)
@@ -152,14 +149,14 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_line(group, tmp_path: Path, 
 
 def test_a_checkpoint_that_cannot_be_read_is_passed_over(group, tmp_path: Path, monkeypatch) -> None:
     run_to(tmp_path, 2, keep=3)
-    digest = fragments.sha256_of
+    digest = shard_files.sha256_of
 
     def bad_sector(file: Path) -> str:
         if "step-000002" in str(file):
             raise OSError(errno.EIO, os.strerror(errno.EIO), str(file))
         return digest(file)
 
-    monkeypatch.setattr(fragments, "sha256_of", bad_sector)
+    monkeypatch.setattr(shard_files, "sha256_of", bad_sector)
     said: list[str] = []
     assert restore_latest(make_engine(), LocalStorage(tmp_path), said.append).step == 1
     assert "cannot be read: Input/output error" in said[0]
@@ -182,7 +179,7 @@ def test_old_checkpoints_that_cannot_be_removed_do_not_spoil_the_new_one(
     def refused(*arguments) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(checkpoint, "checkpoints_to_delete", refused)
+    monkeypatch.setattr("fireflyds.checkpoint.manager.checkpoints_to_delete", refused)
     run_to(tmp_path, 2)
     assert find_checkpoint(tmp_path, None).name == "step-000002"
     assert "old checkpoints were not removed ([Errno 13] Permission denied)" in capsys.readouterr().err
@@ -203,7 +200,7 @@ def test_what_cannot_be_written_leaves_the_one_before(group, tmp_path: Path, mon
         Path(file).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(fragments, "save_file", full)
+    monkeypatch.setattr(shard_files, "save_file", full)
     with pytest.raises(UserError, match="rank 0: .*No space left on device.*The previous one is intact"):
         run_to(tmp_path, 2, background=background)
     assert LocalStorage(tmp_path).list() == ["step-000001"]
@@ -235,7 +232,7 @@ def test_what_a_killed_process_left_is_removed(group, tmp_path: Path) -> None:
 def test_the_last_the_marked_and_the_best_are_kept(group, tmp_path: Path) -> None:
     engine, state = make_engine(), TrainState()
     config = CheckpointConfig(keep=2, keep_every=4, best_metric="loss")
-    with checkpoint.CheckpointManager(engine, LocalStorage(tmp_path), config, Keeper()) as manager:
+    with CheckpointManager(engine, LocalStorage(tmp_path), config, Keeper()) as manager:
         for loss in (5.0, 3.0, 1.0, 2.0, 4.0, 4.0, 4.0):
             take_step(engine, state)
             manager.save(state, metrics(state.step, loss))
@@ -266,15 +263,15 @@ def test_retention_keeps_the_newest_and_what_was_asked(sizes, keep: int, every: 
 
 
 def test_a_run_that_ends_by_an_error_keeps_what_was_being_written(group, tmp_path: Path, monkeypatch) -> None:
-    write = fragments.write_shard
+    write = shard_files.write_shard
 
     def slowly(*arguments) -> None:
         threading.Event().wait(0.3)
         write(*arguments)
 
-    monkeypatch.setattr(fragments, "write_shard", slowly)
+    monkeypatch.setattr(shard_files, "write_shard", slowly)
     engine, state = make_engine(), TrainState()
-    saver = checkpoint.CheckpointManager(engine, LocalStorage(tmp_path), CheckpointConfig(), Keeper())
+    saver = CheckpointManager(engine, LocalStorage(tmp_path), CheckpointConfig(), Keeper())
     saver.save(state, take_step(engine, state))
     saver.__exit__(UserError, UserError("the loss spikes"), None)
     assert LocalStorage(tmp_path).list() == ["step-000001"]
@@ -283,7 +280,7 @@ def test_a_run_that_ends_by_an_error_keeps_what_was_being_written(group, tmp_pat
 def save_at(folder: Path, *steps: int, **config) -> int:
     """A process that resumes and saves after these steps. Returns the step that it resumed at."""
     engine = make_engine()
-    with checkpoint.CheckpointManager(engine, LocalStorage(folder), CheckpointConfig(**config), Keeper()) as manager:
+    with CheckpointManager(engine, LocalStorage(folder), CheckpointConfig(**config), Keeper()) as manager:
         state = manager.restore_latest(lambda line: None)
         resumed = state.step
         for step in steps:
@@ -323,7 +320,7 @@ def test_a_step_that_is_saved_again_over_a_damaged_checkpoint_is_kept(group, tmp
 def test_a_manifest_that_was_damaged_since_is_not_the_best_and_stops_nothing(group, tmp_path: Path) -> None:
     engine, state = make_engine(), TrainState()
     config = CheckpointConfig(keep=1, best_metric="loss")
-    with checkpoint.CheckpointManager(engine, LocalStorage(tmp_path), config, Keeper()) as manager:
+    with CheckpointManager(engine, LocalStorage(tmp_path), config, Keeper()) as manager:
         for step in (100, 110, 120):
             state.step = step - 1
             manager.save(state, take_step(engine, state))

@@ -11,9 +11,7 @@ from threads import each_in_its_thread
 
 from fireflyds import app
 from fireflyds.config import TrainConfig
-from fireflyds.distributed import clock_offset, rendezvous
-from fireflyds.distributed import network as interfaces
-from fireflyds.distributed import preflight as agreement
+from fireflyds.distributed import clock_offset, network, preflight, rendezvous
 from fireflyds.distributed.launcher_env import RankInfo, free_port
 from fireflyds.errors import UserError
 
@@ -48,7 +46,7 @@ def ranks(tmp_path: Path, monkeypatch):
     """Runs `meet` on those of three ranks that are named; returns what each noted, or was told."""
     for variable in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT"):
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(agreement.socket, "gethostname", lambda: HOSTS[_rank()])
+    monkeypatch.setattr(preflight.socket, "gethostname", lambda: HOSTS[_rank()])
     monkeypatch.setattr(rendezvous, "_GRACE", 0.3)
 
     def run(*present: int, inputs=({"store": "a"},) * 3, **of_rank: TrainConfig) -> dict[int, list[str] | str]:
@@ -58,7 +56,7 @@ def ranks(tmp_path: Path, monkeypatch):
         def one(rank: int) -> None:
             config = of_rank.get(f"rank{rank}", usual)
             try:
-                met, found[rank] = agreement.compare_ranks(
+                met, found[rank] = preflight.compare_ranks(
                     RankInfo(rank, 0, 3, "127.0.0.1", port), config, app.to_yaml(config), inputs[rank]
                 )
                 kept.append(met)
@@ -103,10 +101,10 @@ def test_another_configuration_is_named_to_all(ranks, tmp_path: Path) -> None:
 
 
 def test_another_file_of_the_code_is_named_to_all(ranks, monkeypatch) -> None:
-    real = agreement.code_hashes()
+    real = preflight.code_hashes()
     assert {"fireflyds/train/loop.py", "fireflyds_kernels/dispatch.py"} <= real.keys()
     monkeypatch.setattr(
-        agreement,
+        preflight,
         "code_hashes",
         lambda: real | ({"fireflyds/train/loop.py": "0", "fireflyds/new.py": "1"} if _rank() else {}),
     )
@@ -120,9 +118,9 @@ def test_another_file_of_the_code_is_named_to_all(ranks, monkeypatch) -> None:
 
 
 def test_another_library_is_named(ranks, monkeypatch) -> None:
-    real = agreement.installed_version
+    real = preflight.installed_version
     monkeypatch.setattr(
-        agreement, "installed_version", lambda name: "0.1" if _rank() == 2 and name == "deepspeed" else real(name)
+        preflight, "installed_version", lambda name: "0.1" if _rank() == 2 and name == "deepspeed" else real(name)
     )
     found = ranks(0, 1, 2)
     assert (
@@ -162,12 +160,12 @@ def test_what_was_told_before_a_restart_is_not_heard_after_it(monkeypatch) -> No
 @pytest.mark.parametrize("cloned", [False, True])
 def test_a_folder_of_runs_that_is_not_shared_is_refused(ranks, tmp_path: Path, monkeypatch, cloned: bool) -> None:
     if cloned:
-        monkeypatch.setattr(agreement.socket, "gethostname", lambda: "localhost")
-        monkeypatch.setattr(agreement, "boot_id", lambda: HOSTS[_rank()])
+        monkeypatch.setattr(preflight.socket, "gethostname", lambda: "localhost")
+        monkeypatch.setattr(preflight, "boot_id", lambda: HOSTS[_rank()])
     south = "localhost#2" if cloned else "south"
-    real = agreement.read_token
+    real = preflight.read_token
     monkeypatch.setattr(
-        agreement,
+        preflight,
         "read_token",
         lambda runs, timeout, request: (
             real(runs, timeout, request) if _rank() < 2 else {"place": "/elsewhere", "seconds": None, "why": ""}
@@ -191,16 +189,16 @@ def test_a_clock_that_is_ahead_is_noted_and_no_reason_to_stop(ranks, monkeypatch
 
 def test_the_interface_is_said_to_nccl_and_gloo() -> None:
     said: dict[str, str] = {}
-    interfaces.set_network_interface("", said)
+    network.set_network_interface("", said)
     assert said == {}
-    interfaces.set_network_interface("lo", said)
+    network.set_network_interface("lo", said)
     assert said == {"NCCL_SOCKET_IFNAME": "=lo", "GLOO_SOCKET_IFNAME": "lo"}
-    interfaces.set_network_interface("lo", said)
+    network.set_network_interface("lo", said)
     with pytest.raises(UserError, match=r"network_interface=lo, but NCCL_SOCKET_IFNAME=ib0 in the environment\. Unset"):
-        interfaces.set_network_interface("lo", {"NCCL_SOCKET_IFNAME": "ib0"})
+        network.set_network_interface("lo", {"NCCL_SOCKET_IFNAME": "ib0"})
     there = ", ".join(sorted(psutil.net_if_addrs()))
     with pytest.raises(UserError, match=re.escape(f"this host has no ib77. It has {there};")):
-        interfaces.set_network_interface("lo,ib77", {})
+        network.set_network_interface("lo,ib77", {})
 
 
 def test_a_name_without_an_address_is_told_from_a_host_that_does_not_answer(monkeypatch) -> None:

@@ -12,8 +12,7 @@ import pytest
 
 from fireflyds.config import DoctorConfig
 from fireflyds.distributed.timeouts import run_with_timeout
-from fireflyds.doctor import check_report
-from fireflyds.doctor import signal_guards as patience
+from fireflyds.doctor import check_report, signal_guards
 from fireflyds.doctor.check import Check, Severity, failed, on_host, passed, warning, worst
 from fireflyds.errors import UserError
 
@@ -59,17 +58,17 @@ def test_a_termination_is_raised_once_and_not_heard_again() -> None:
         time.sleep(5)
 
     before = signal.getsignal(signal.SIGTERM)
-    heeding = patience.sigterm_guard()
+    heeding = signal_guards.sigterm_guard()
     try:
         asked = heeding.__enter__()
-        with pytest.raises(patience.TerminatedError):
+        with pytest.raises(signal_guards.TerminatedError):
             is_ended()
         heeding.__exit__(None, None, None)
         assert asked == [signal.SIGTERM]
         os.kill(os.getpid(), signal.SIGTERM)  # while the report is being printed
     finally:
         signal.signal(signal.SIGTERM, before)
-    with patience.sigterm_guard():
+    with signal_guards.sigterm_guard():
         pass
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -77,8 +76,8 @@ def test_a_termination_is_raised_once_and_not_heard_again() -> None:
 @pytest.mark.parametrize(("end", "code"), [(lambda: sys.exit(2), 2), (lambda: sys.exit(), 0), (lambda: 1 // 0, 1)])
 def test_every_end_leaves_what_hangs_behind(monkeypatch, end, code: int) -> None:
     left = []
-    monkeypatch.setattr(patience, "exit_now", left.append)
-    with patience.exit_guard():
+    monkeypatch.setattr(signal_guards, "exit_now", left.append)
+    with signal_guards.exit_guard():
         end()
     assert left == [code]
 
@@ -131,9 +130,9 @@ def test_an_interrupt_is_one_even_where_a_library_makes_another_error_of_it() ->
             raise ImportError("could not import") from error
 
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), patience.sigint_guard():
+    with pytest.raises(KeyboardInterrupt), signal_guards.sigint_guard():
         swallows()
-    with pytest.raises(ImportError), patience.sigint_guard():
+    with pytest.raises(ImportError), signal_guards.sigint_guard():
         raise ImportError("really")
     assert signal.getsignal(signal.SIGINT) is before
 

@@ -13,9 +13,7 @@ from fireflyds.config import DoctorConfig
 from fireflyds.distributed import clock_offset, rendezvous, shared_folder
 from fireflyds.distributed.launcher_env import RankInfo, free_port
 from fireflyds.distributed.rendezvous import StoreChannel
-from fireflyds.doctor import links
-from fireflyds.doctor import session as ranks
-from fireflyds.doctor import signal_guards as patience
+from fireflyds.doctor import links, session, signal_guards
 from fireflyds.doctor.check import Severity, passed
 from fireflyds.errors import UserError
 
@@ -32,9 +30,9 @@ def cluster(tmp_path, monkeypatch):
     """Runs `examine` on three ranks of two hosts; returns rank 0's findings by name, and the hosts."""
     for variable in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "TORCHELASTIC_USE_AGENT_STORE", "GLOO_SOCKET_IFNAME"):
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(ranks.socket, "gethostname", lambda: HOSTS[_rank()])
-    monkeypatch.setattr(ranks.socket, "gethostbyname", lambda name: "10.0.0.1")
-    monkeypatch.setattr(ranks, "inspect_host", _looked)
+    monkeypatch.setattr(session.socket, "gethostname", lambda: HOSTS[_rank()])
+    monkeypatch.setattr(session.socket, "gethostbyname", lambda name: "10.0.0.1")
+    monkeypatch.setattr(session, "inspect_host", _looked)
     monkeypatch.setattr(links, "all_reduce", _reduced)
     monkeypatch.setattr(rendezvous, "_GRACE", 0.2)
 
@@ -44,7 +42,7 @@ def cluster(tmp_path, monkeypatch):
         def one(rank: int) -> None:
             config = of_rank.get(f"rank{rank}", DoctorConfig(runs=str(tmp_path), timeout=2, shared_timeout=0.3))
             try:
-                found[rank] = ranks.examine(
+                found[rank] = session.examine(
                     RankInfo(rank, HOSTS[:rank].count(HOSTS[rank]), 3, "127.0.0.1", port), config
                 )
             except UserError as error:
@@ -169,7 +167,7 @@ def test_a_host_whose_clock_is_not_known_is_red(cluster, tmp_path, monkeypatch) 
 
 
 def test_other_versions_on_a_host_are_found(cluster, monkeypatch) -> None:
-    monkeypatch.setattr(ranks.versions, "installed", lambda required: {"torch": "2.14" if _rank() == 2 else "2.13"})
+    monkeypatch.setattr(session.versions, "installed", lambda required: {"torch": "2.14" if _rank() == 2 else "2.13"})
     check = _by_name(cluster(0, 1, 2)[0])["same versions"]
     assert check.severity is Severity.error
     assert check.message == "torch 2.13 on north, 2.14 on south"
@@ -179,20 +177,20 @@ def test_launchers_port_taken_by_another_is_yellow() -> None:
     with socket.socket() as other:
         other.bind(("", 0))
         other.listen()
-        assert ranks.check_port(other.getsockname()[1]).severity is Severity.warning
-    assert ranks.check_port(free_port()).severity is Severity.ok
+        assert session.check_port(other.getsockname()[1]).severity is Severity.warning
+    assert session.check_port(free_port()).severity is Severity.ok
 
 
 def test_a_host_whose_gpus_are_gone_is_red(cluster, monkeypatch) -> None:
-    monkeypatch.setattr(ranks.gpus, "names", lambda: [] if _rank() == 2 else ["H200"] * 8)
+    monkeypatch.setattr(session.gpus, "names", lambda: [] if _rank() == 2 else ["H200"] * 8)
     check = _by_name(cluster(0, 1, 2)[0])["same gpus"]
     assert check.severity is Severity.error
     assert check.message == "none for rank 2 on south, but other ranks have GPUs"
 
 
 def test_machines_of_one_name_are_told_apart_and_red(cluster, monkeypatch) -> None:
-    monkeypatch.setattr(ranks.socket, "gethostname", lambda: "north")
-    monkeypatch.setattr(ranks, "boot_id", lambda: f"boot of {HOSTS[_rank()]}")
+    monkeypatch.setattr(session.socket, "gethostname", lambda: "north")
+    monkeypatch.setattr(session, "boot_id", lambda: f"boot of {HOSTS[_rank()]}")
     checks, found = cluster(0, 1, 2)
     assert found == ["north", "north#2"]
     assert [check.host for check in checks if check.name == "gpus"] == ["north", "north#2"]
@@ -204,7 +202,7 @@ def test_machines_of_one_name_are_told_apart_and_red(cluster, monkeypatch) -> No
 
 def test_cores_that_ranks_are_bound_to_are_added_up(cluster, monkeypatch) -> None:
     bound = {0: {0, 1}, 1: {2, 3, 4}, 2: {0, 1}}
-    monkeypatch.setattr(ranks.os, "sched_getaffinity", lambda process: bound[_rank()])
+    monkeypatch.setattr(session.os, "sched_getaffinity", lambda process: bound[_rank()])
     checks, _ = cluster(0, 1, 2)
     assert [check.message for check in checks if check.name == "cores"] == ["5", "2"]
 
@@ -212,7 +210,7 @@ def test_cores_that_ranks_are_bound_to_are_added_up(cluster, monkeypatch) -> Non
 def test_a_report_that_the_launcher_ends_tells_what_is_known(cluster, monkeypatch) -> None:
     def ended(at: StoreChannel, config: DoctorConfig):
         if at.me.rank == 0:
-            raise patience.TerminatedError
+            raise signal_guards.TerminatedError
         return _reduced(at, config)
 
     monkeypatch.setattr(links, "all_reduce", ended)

@@ -17,7 +17,7 @@ from samples import ENGLISH
 from tiny_run import prepare_store, tiny_keys
 from wandb_file import finished, history, records
 
-from fireflyds.checkpoint import shard_files as fragments
+from fireflyds.checkpoint import shard_files
 from fireflyds.distributed.launcher_env import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -124,7 +124,7 @@ def ranks_of(process: subprocess.Popen[bytes]) -> list[int]:
 def damaged(tmp_path: Path) -> list[str]:
     """Checkpoints that bear their name and are not whole."""
     folder = tmp_path / "runs" / "killed" / "checkpoints"
-    return [wrong for path in folder.glob("step-*") if (wrong := fragments.find_corruption(path))]
+    return [wrong for path in folder.glob("step-*") if (wrong := shard_files.find_corruption(path))]
 
 
 @pytest.mark.chaos

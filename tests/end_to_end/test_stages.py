@@ -162,14 +162,14 @@ def test_the_plan_of_published_recipes_counts_what_was_published(
 ) -> None:
     from fireflyds import app
     from fireflyds.models import load, tuning
-    from fireflyds.optim import param_groups as groups
+    from fireflyds.optim import param_groups
 
     config = app.compose("plan", [f"experiment={experiment}", *options])
     hf_config = load.architecture_of(config.model)
     family, rows = load.family_of(hf_config.model_type), load.base_vocab_size(config.model, hf_config)
     model = tuning.apply_tuning(load.bare_model(hf_config), family, config.tuning, rows, 0)
-    assert groups.count_parameters(model) == (total, trainable)
-    table = groups.summarize_groups(model, config, config.hardware.precision)
+    assert param_groups.count_parameters(model) == (total, trainable)
+    table = param_groups.summarize_groups(model, config, config.hardware.precision)
     assert sum(row.parameters for row in table) == total
     assert sum(row.parameters for row in table[:-1]) == trainable
 

@@ -9,8 +9,7 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fireflyds import app, registry
-from fireflyds.checkpoint import trainable_files
-from fireflyds.checkpoint import trainable_weights as trained
+from fireflyds.checkpoint import trainable_files, trainable_weights
 from fireflyds.config import ModelConfig, ModelInit, Precision, TrainableRows, TuningConfig, TuningMethod
 from fireflyds.errors import UserError
 from fireflyds.export.merged_weights import merged_entries
@@ -176,17 +175,17 @@ def test_a_tied_head_says_what_the_embeddings_say(tmp_path: Path) -> None:
         load.base_vocab_size(wrong, AutoConfig.from_pretrained(base))
 
 
-def _saved(model, folder: Path, about: dict | None = None) -> trained.TrainableWeights:
+def _saved(model, folder: Path, about: dict | None = None) -> trainable_weights.TrainableWeights:
     found = _collected(model, about or {"base": "b"})
     trainable_files.save_trainable_weights(found, folder)
-    _verify(folder, trained.trainable_shapes(model), updated=True)
+    _verify(folder, trainable_weights.trainable_shapes(model), updated=True)
     return found
 
 
-def _collected(model, about: dict) -> trained.TrainableWeights:
+def _collected(model, about: dict) -> trainable_weights.TrainableWeights:
     live = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    described = trained.describe_trainable_weights(model, tuning.adapter_config_of(model), about)
-    return trained.with_tensors(described, {name: partial(live.get, name) for name in live})
+    described = trainable_weights.describe_trainable_weights(model, tuning.adapter_config_of(model), about)
+    return trainable_weights.with_tensors(described, {name: partial(live.get, name) for name in live})
 
 
 def _verify(folder: Path, shapes: dict, *, updated: bool) -> None:
@@ -202,14 +201,16 @@ def test_what_was_learnt_comes_back_through_the_one_door(tmp_path: Path, method:
     train_a_little(model)
     _saved(model, tmp_path / "learnt")
     again = tuned(base, config)
-    trained.load_into_model(again, trainable_files.load_trainable_weights(tmp_path / "learnt"), "here", must_cover=True)
+    trainable_weights.load_into_model(
+        again, trainable_files.load_trainable_weights(tmp_path / "learnt"), "here", must_cover=True
+    )
     ids = torch.randint(0, 60, (1, 11))
     assert torch.equal(again(ids).logits, model(ids).logits)
     # Rows learnt alone find their place in a model that trains all rows, or none.
     if method != "qlora":
         for rows in (ALL, FROZEN):
             other = tuned(base, TuningConfig(**METHODS[method], **rows))
-            trained.load_into_model(
+            trainable_weights.load_into_model(
                 other, trainable_files.load_trainable_weights(tmp_path / "learnt"), "here", must_cover=False
             )
             assert torch.equal(other(ids).logits, model(ids).logits)
@@ -227,13 +228,13 @@ def test_peft_reads_the_adapters(base: Path, tmp_path: Path, method: str) -> Non
 
 def test_a_save_that_lost_something_is_not_taken_for_whole(base: Path, tmp_path: Path) -> None:
     model = tuned(base, TuningConfig(**METHODS["lora"], **ALL))
-    shapes = trained.trainable_shapes(model)
+    shapes = trainable_weights.trainable_shapes(model)
     untrained = _saved_untrained(model)
     trainable_files.save_trainable_weights(untrained, tmp_path / "a")
     _verify(tmp_path / "a", shapes, updated=False)
     with pytest.raises(UserError, match="saved as zeros only, so training did not reach it"):
         _verify(tmp_path / "a", shapes, updated=True)
-    trainable_files.save_trainable_weights(trained.TrainableWeights(untrained.adapters), tmp_path / "b")
+    trainable_files.save_trainable_weights(trainable_weights.TrainableWeights(untrained.adapters), tmp_path / "b")
     with pytest.raises(UserError, match=r"2 of 30 trained tensors were not saved whole.*missing"):
         _verify(tmp_path / "b", shapes, updated=False)
     untrained.weights = {**untrained.weights, "lm_head.weight": torch.zeros(60, 64)}
@@ -251,26 +252,28 @@ def test_restoring_what_does_not_belong_is_refused(base: Path, tmp_path: Path) -
     model = tuned(base, TuningConfig(**METHODS["lora"], **ALL))
     whole = _saved_untrained(model)
     name = next(iter(whole.adapters))
-    less = trained.TrainableWeights({key: value for key, value in whole.adapters.items() if key != name}, whole.weights)
+    less = trainable_weights.TrainableWeights(
+        {key: value for key, value in whole.adapters.items() if key != name}, whole.weights
+    )
     with pytest.raises(UserError, match=r"lacks 1 trained tensors"):
-        trained.load_into_model(model, less, "step-1", must_cover=True)
+        trainable_weights.load_into_model(model, less, "step-1", must_cover=True)
     with pytest.raises(UserError, match="Its base changed since"):
-        trained.load_into_model(
+        trainable_weights.load_into_model(
             model,
-            trained.TrainableWeights({**whole.adapters, name: torch.zeros(1, 1)}, whole.weights),
+            trainable_weights.TrainableWeights({**whole.adapters, name: torch.zeros(1, 1)}, whole.weights),
             "s",
             must_cover=True,
         )
     plain = tuned(base, TuningConfig(method=TuningMethod.full, **ALL))
     with pytest.raises(UserError, match=r"has no matching parameter in this model.*launch/export.py"):
-        trained.load_into_model(plain, whole, "s", must_cover=False)
+        trainable_weights.load_into_model(plain, whole, "s", must_cover=False)
     quantised = tuned(base, TuningConfig(**METHODS["qlora"], **FROZEN))
-    body = trained.TrainableWeights(weights={"model.layers.0.mlp.up_proj.weight": torch.zeros(128, 64)})
+    body = trainable_weights.TrainableWeights(weights={"model.layers.0.mlp.up_proj.weight": torch.zeros(128, 64)})
     with pytest.raises(UserError, match="is quantised here. Export that run"):
-        trained.load_into_model(quantised, body, "s", must_cover=False)
+        trainable_weights.load_into_model(quantised, body, "s", must_cover=False)
 
 
-def _saved_untrained(model) -> trained.TrainableWeights:
+def _saved_untrained(model) -> trainable_weights.TrainableWeights:
     return _collected(model, {})
 
 
@@ -301,8 +304,8 @@ def test_unknown_family_and_wrong_tokenizer_are_refused(base: Path, encoder) -> 
 
 def test_a_later_stage_lies_over_an_earlier_one() -> None:
     whole, rows = torch.arange(12.0).reshape(6, 2), -torch.ones(2, 2)
-    earlier = trained.TrainableWeights({"a": torch.ones(1)}, {"e.weight": whole, "n": torch.zeros(3)})
-    later = trained.TrainableWeights({"a": torch.zeros(1)}, {"e.weight": rows}, {"e.weight": 4})
+    earlier = trainable_weights.TrainableWeights({"a": torch.ones(1)}, {"e.weight": whole, "n": torch.zeros(3)})
+    later = trainable_weights.TrainableWeights({"a": torch.zeros(1)}, {"e.weight": rows}, {"e.weight": 4})
     both = later.over(earlier)
     assert torch.equal(both.weights["e.weight"], torch.cat([whole[:4], rows]))
     assert both.first_rows == {}
@@ -311,18 +314,18 @@ def test_a_later_stage_lies_over_an_earlier_one() -> None:
     again = earlier.over(later)
     assert torch.equal(again.weights["e.weight"], whole)
     assert again.first_rows == {}
-    assert later.over(trained.TrainableWeights(weights={"n": torch.ones(1)})).first_rows == {"e.weight": 4}
+    assert later.over(trainable_weights.TrainableWeights(weights={"n": torch.ones(1)})).first_rows == {"e.weight": 4}
 
 
 def test_a_tied_model_that_trained_whole_is_a_start_for_adapters(tmp_path: Path) -> None:
     base = save_tiny_llama(tmp_path / "base", tie_word_embeddings=True, base_vocab_size=40)
     full = tuned(base, TuningConfig(method=TuningMethod.full, **ALL))
     train_a_little(full)
-    found = trained.TrainableWeights(weights=full.state_dict())
+    found = trainable_weights.TrainableWeights(weights=full.state_dict())
     trainable_files.save_trainable_weights(found, tmp_path / "start")
     assert len(trainable_files.load_trainable_weights(tmp_path / "start").weights) == len(found.weights) - 1
     model = tuned(base, TuningConfig(**METHODS["lora"], **NEW))
-    trained.load_into_model(
+    trainable_weights.load_into_model(
         model, trainable_files.load_trainable_weights(tmp_path / "start"), "start", must_cover=False
     )
     ids = torch.randint(0, 60, (1, 11))
@@ -333,7 +336,9 @@ def test_dora_on_a_body_that_an_earlier_stage_trained_starts_as_that_body(base: 
     full = tuned(base, TuningConfig(method=TuningMethod.full, **ALL))
     train_a_little(full)
     model = tuned(base, TuningConfig(**METHODS["dora"], **FROZEN))
-    trained.load_into_model(model, trained.TrainableWeights(weights=dict(full.state_dict())), "start", must_cover=False)
+    trainable_weights.load_into_model(
+        model, trainable_weights.TrainableWeights(weights=dict(full.state_dict())), "start", must_cover=False
+    )
     ids = torch.randint(0, 60, (1, 11))
     assert (model(ids).logits - full(ids).logits).abs().max() > 1e-4
     learnt = {name.removesuffix(".default.weight") for name, _ in model.named_parameters() if "magnitude" in name}

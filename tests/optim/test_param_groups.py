@@ -9,7 +9,7 @@ from fireflyds.errors import UserError
 from fireflyds.models import tuning
 from fireflyds.models.neftune import add_embedding_noise
 from fireflyds.models.packed.forward import fuse
-from fireflyds.optim import param_groups as groups
+from fireflyds.optim import param_groups
 from fireflyds.optim.compatibility import check_compatibility
 from fireflyds.optim.optimizers import gradient_clipping
 from fireflyds.testing.models import packed_inputs, tiny_model
@@ -19,10 +19,10 @@ def _config(*overrides: str):
     return app.compose("train", ["run=x", "model=a/b", "data=c/d", "optim.steps=3", *overrides])
 
 
-def _groups(model_type: str, *overrides: str, **changes) -> dict[str, groups.ParamGroup]:
+def _groups(model_type: str, *overrides: str, **changes) -> dict[str, param_groups.ParamGroup]:
     config, family = _config(*overrides), registry.load("fireflyds.models.families", model_type).FAMILY
     model = tuning.apply_tuning(tiny_model(model_type, **changes), family, config.tuning, None, 0)
-    return {group.name: group for group in groups.parameter_groups(model, config)}
+    return {group.name: group for group in param_groups.parameter_groups(model, config)}
 
 
 def test_matrices_decay_and_vectors_do_not_unless_asked() -> None:
@@ -67,7 +67,7 @@ def test_every_parameter_that_trains_is_in_one_group() -> None:
     for overrides in (["tuning=full"], ["tuning=dora", "tuning.embeddings=all"], ["tuning=embeddings_and_norms"]):
         config, family = _config(*overrides), registry.load("fireflyds.models.families", "qwen2").FAMILY
         model = tuning.apply_tuning(tiny_model("qwen2", tie_word_embeddings=False), family, config.tuning, None, 0)
-        grouped = [id(p) for group in groups.parameter_groups(model, config) for p in group.parameters]
+        grouped = [id(p) for group in param_groups.parameter_groups(model, config) for p in group.parameters]
         assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
 
 
@@ -80,11 +80,11 @@ def test_the_table_counts_bytes_of_weights_gradients_masters_and_states() -> Non
         config = _config(f"optim={optim}", "tuning.head=frozen")
         model = tiny_model("llama", tie_word_embeddings=False)
         tuning.apply_tuning(model, registry.load("fireflyds.models.families", "llama").FAMILY, config.tuning, None, 0)
-        rows = {row.group: row for row in groups.summarize_groups(model, config, precision)}
+        rows = {row.group: row for row in param_groups.summarize_groups(model, config, precision)}
         assert rows["embeddings"].memory_bytes == each * 50 * 32
         assert rows["frozen"].parameters == 50 * 32
         assert rows["frozen"].memory_bytes == 50 * 32 * (4 if precision is Precision.fp32 else 2)
-        assert f"{50 * 32:,}" in groups.format_groups(list(rows.values()))
+        assert f"{50 * 32:,}" in param_groups.format_groups(list(rows.values()))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from fireflyds import app
 from fireflyds.config import PipelineConfig, StageConfig
 from fireflyds.errors import UserError
-from fireflyds.pipelines import stage_runner as road_module
+from fireflyds.pipelines import stage_runner
 from fireflyds.pipelines.stage_runner import PipelineRunner
 
 
@@ -26,7 +26,7 @@ def walk(tmp_path: Path, monkeypatch):
         "'made').touch())"
     )
     monkeypatch.setattr(
-        road_module,
+        stage_runner,
         "stage_command",
         lambda stage: [sys.executable, "-c", script, str(tmp_path / "runs" / "r"), stage.name, *stage.overrides],
     )
@@ -104,7 +104,7 @@ def test_what_later_stages_and_people_put_into_an_output_is_no_obstacle(tmp_path
     )
     scripts = {"export": write, "evaluate": score}
     monkeypatch.setattr(
-        road_module,
+        stage_runner,
         "stage_command",
         lambda stage: [sys.executable, "-c", scripts[stage.name], *stage.overrides],
     )
@@ -127,7 +127,7 @@ def test_what_later_stages_and_people_put_into_an_output_is_no_obstacle(tmp_path
 def test_a_run_to_start_from_moves_with_its_pipeline(init_from: str, moved: str) -> None:
     keys = ["run=demo/sft", "model=a/b", "data=c/d", "optim.steps=3", f"init_from={init_from}"]
     config = app.compose("train", keys)
-    road_module.relocate(config, PipelineConfig(name="demo", stages=[]), "elsewhere", "mine")
+    stage_runner.relocate(config, PipelineConfig(name="demo", stages=[]), "elsewhere", "mine")
     assert (config.runs, config.run, config.init_from) == ("elsewhere", "mine/sft", moved)
 
 

@@ -11,8 +11,7 @@ from fireflyds import app
 from fireflyds.config import PlanConfig, Precision
 from fireflyds.errors import UserError
 from fireflyds.metrics.flops import peak_flops
-from fireflyds.planner import plan, plan_report
-from fireflyds.planner import search as choices
+from fireflyds.planner import plan, plan_report, search
 from fireflyds.planner.plan import TrainingPlan
 
 BODY, EMBEDDINGS = 32 * (4 * 4096**2 + 3 * 4096 * 11008), 55_296 * 4096
@@ -89,7 +88,7 @@ def test_time_is_flops_over_what_the_gpus_reach() -> None:
     assert made.work.flops == 6 * (BODY + EMBEDDINGS) * tokens + 32 * 12 * 4096 * pairs
     assert made.work.recomputed == pytest.approx(2 * BODY * tokens + 32 * 4 * 4096 * pairs)
     assert made.peak == 989e12
-    launches = 32 * choices.LAUNCH_SECONDS
+    launches = 32 * search.LAUNCH_SECONDS
     assert made.own.seconds == pytest.approx(made.work.flops / (0.4 * 989e12) + launches)
     again = next(
         c
@@ -108,7 +107,7 @@ def test_communication_is_that_of_ring_algorithms() -> None:
     made = _plan(*FULL, "cluster=a100x8", "global_batch_size=32", "micro_batch_size=2")
     whole = 2 * made.shape.trained
     found = {
-        (c.where.stage): choices.communication_bytes(made.shape, Precision.bf16, c.where)
+        (c.where.stage): search.communication_bytes(made.shape, Precision.bf16, c.where)
         for c in made.choices
         if c.offload == "none" and c.where.micro_batch_size == 2
     }

@@ -10,8 +10,7 @@ from plans import plan_of
 
 from fireflyds import app
 from fireflyds.config import PlanConfig, Precision
-from fireflyds.planner import plan, plan_report
-from fireflyds.planner import search as choices
+from fireflyds.planner import plan, plan_report, search
 from fireflyds.planner.memory import GIB, Placement
 from fireflyds.planner.plan import TrainingPlan
 
@@ -56,13 +55,13 @@ def test_the_host_holds_a_copy_of_masters_and_states_while_a_checkpoint_is_writt
 def test_on_the_cpu_the_host_holds_ranks_their_copies_and_libraries() -> None:
     made = _plan(*ON_CPU, "zero=1")
     memory, trained = made.own.memory, made.shape.trained
-    each = memory.total + 12 * trained / 2 + choices.CPU_LIBRARIES_GIB * GIB
+    each = memory.total + 12 * trained / 2 + search.CPU_LIBRARIES_GIB * GIB
     assert made.own.host_per_node == pytest.approx(2 * each)
     # Where training waits for it, activations and gradients are gone by then.
     waits = _plan(*ON_CPU, "zero=1", "checkpoint.background=false")
     resting = 4 * trained + 12 * trained / 2 + memory.items["fixed"]
     worst = max(memory.total, resting + 12 * trained / 2)
-    assert waits.own.host_per_node == pytest.approx(2 * (worst + choices.CPU_LIBRARIES_GIB * GIB))
+    assert waits.own.host_per_node == pytest.approx(2 * (worst + search.CPU_LIBRARIES_GIB * GIB))
     assert waits.own.host_per_node < made.own.host_per_node
 
 
@@ -95,11 +94,11 @@ def test_a_layout_in_deepspeed_s_own_configuration_leaves_the_alternatives() -> 
 def test_offloaded_gradients_add_up_where_deepspeed_adds_them_up() -> None:
     shape = _plan(*FULL, "cluster=h200", "zero=1", "global_batch_size=6").shape
     cluster = _config("cluster=h200", "cluster.host_link_gb_per_s=1").cluster
-    update = shape.trained / choices.CPU_ADAM_PER_SECOND
+    update = shape.trained / search.CPU_ADAM_PER_SECOND
 
     def bytes_each(stage: int, accumulation: int, parameters: bool = False) -> float:
         where = Placement(stage, True, parameters, 1, False, 1, accumulation)
-        return (choices.offload_seconds(shape, Precision.bf16, where, cluster) - update) * 1e9 / shape.trained
+        return (search.offload_seconds(shape, Precision.bf16, where, cluster) - update) * 1e9 / shape.trained
 
     # float32 gradients down and weights up once a step.
     for accumulation in (1, 4):

@@ -16,13 +16,12 @@ import numpy as np
 import torch
 
 from fireflyds import app
-from fireflyds.checkpoint import init_from as learnt
-from fireflyds.checkpoint import manager as checkpoint
+from fireflyds.checkpoint import init_from
+from fireflyds.checkpoint.manager import CheckpointManager
 from fireflyds.checkpoint.restore import restore_latest
 from fireflyds.checkpoint.storage import LocalStorage, storage_of
 from fireflyds.config import TrainConfig
-from fireflyds.distributed import collectives
-from fireflyds.distributed import launcher_env as ranks
+from fireflyds.distributed import collectives, launcher_env
 from fireflyds.errors import UserError
 from fireflyds.metrics.accumulator import MetricsContext
 from fireflyds.metrics.flops import step_flops
@@ -34,8 +33,8 @@ from fireflyds.train.loop import train_steps
 from fireflyds.train.objectives import load_objective
 from fireflyds.train.trainer import build_model
 from fireflyds.types import PackedBatch, TrainState
-from fireflyds.zero import engine as deepspeed
 from fireflyds.zero import partitions
+from fireflyds.zero.engine import build_engine, init_distributed
 
 ROWS, LENGTHS = 4, (20, 1, 11)
 DOMAINS = ["zh", "en", "code"]
@@ -44,7 +43,7 @@ DOMAINS = ["zh", "en", "code"]
 class Batches:
     """The same rows for any number of ranks and micro-batches: documents that repeat, so that they can be learnt."""
 
-    def __init__(self, vocab_size: int, rows: int, micro_batch_size: int, me: ranks.RankInfo) -> None:
+    def __init__(self, vocab_size: int, rows: int, micro_batch_size: int, me: launcher_env.RankInfo) -> None:
         self._vocab_size, self._rows = vocab_size, rows
         own = range(me.rank * micro_batch_size, rows, me.world_size * micro_batch_size)
         self._mine = [range(first, first + micro_batch_size) for first in own]
@@ -65,7 +64,7 @@ class Batches:
         return PackedBatch.from_documents([ids.tolist() for ids in documents], domains)
 
 
-def run_case(case: dict, me: ranks.RankInfo) -> dict:
+def run_case(case: dict, me: launcher_env.RankInfo) -> dict:
     """A case that is refused anywhere gives its message as `error`."""
     try:
         return _train(case, me)
@@ -73,7 +72,7 @@ def run_case(case: dict, me: ranks.RankInfo) -> dict:
         return {"error": str(error)}
 
 
-def _train(case: dict, me: ranks.RankInfo) -> dict:
+def _train(case: dict, me: launcher_env.RankInfo) -> dict:
     rows = case.get("rows", ROWS)
     config: TrainConfig = app.compose(
         "train",
@@ -95,7 +94,7 @@ def _train(case: dict, me: ranks.RankInfo) -> dict:
     names = [group.name for group in parameter_groups(model, config)]
     widths = np.full(hf_config.vocab_size, 3, np.int32)
     measured = MetricsContext(DOMAINS, widths, names, rows * 32, step_flops(model), 1e12)
-    engine = deepspeed.build_engine(model, config, precision, config.accumulation_steps(me.world_size))
+    engine = build_engine(model, config, precision, config.accumulation_steps(me.world_size))
     state = TrainState()
     if case.get("resume"):
         state = restore_latest(engine, LocalStorage(Path(case["resume"])), print)
@@ -140,10 +139,8 @@ def _train(case: dict, me: ranks.RankInfo) -> dict:
     )
     if "run_dir" in case and found["error"] is None:
         about = {"base": "b", "tokenizer": "t", "vocab_size": hf_config.vocab_size}
-        keeper = learnt.TrainableWeightsWriter(model, replace(config), tuning.adapter_config_of(model), about)
-        with checkpoint.CheckpointManager(
-            engine, storage_of(Path(case["run_dir"])), config.checkpoint, keeper
-        ) as manager:
+        keeper = init_from.TrainableWeightsWriter(model, replace(config), tuning.adapter_config_of(model), about)
+        with CheckpointManager(engine, storage_of(Path(case["run_dir"])), config.checkpoint, keeper) as manager:
             manager.save(state, step)
     return found
 
@@ -155,8 +152,8 @@ def _checksum(engine) -> float:
 
 def main(cases: Path, out: Path) -> None:
     """Writes a line for every case as soon as it is done."""
-    me = ranks.rank_from_environment(os.environ)
-    deepspeed.init_distributed(me, 5)
+    me = launcher_env.rank_from_environment(os.environ)
+    init_distributed(me, 5)
     for name, case in json.loads(cases.read_text()).items():
         result = run_case(case, me) | {"case": name}
         if me.rank == 0:

@@ -20,7 +20,7 @@ from fireflyds.distributed.launcher_env import RankInfo, free_port
 from fireflyds.distributed.signals import StopRequest, StopSignals
 from fireflyds.errors import LostRankError, UserError
 from fireflyds.runs.status import Status
-from fireflyds.train import loss_spike as spikes
+from fireflyds.train import loss_spike
 from fireflyds.train.nonfinite import NonFiniteDetector
 from fireflyds.types import TrainState
 
@@ -266,21 +266,21 @@ def test_of_two_that_miss_each_other_the_word_of_rank_zero_counts(tmp_path: Path
 
 def test_a_spike_stands_out_of_the_last_losses(tmp_path: Path) -> None:
     config, state = RecoveryConfig(rollback_above=1.5), TrainState()
-    assert not any(spikes.is_spike(state, loss, config) for loss in [9.0, *[2.0] * 9])
-    assert not spikes.is_spike(state, 3.9, config)
-    assert spikes.is_spike(state, 4.4, config)
-    assert not spikes.is_spike(state, float("nan"), config)
-    assert not spikes.is_spike(state, 400.0, RecoveryConfig())
+    assert not any(loss_spike.is_spike(state, loss, config) for loss in [9.0, *[2.0] * 9])
+    assert not loss_spike.is_spike(state, 3.9, config)
+    assert loss_spike.is_spike(state, 4.4, config)
+    assert not loss_spike.is_spike(state, float("nan"), config)
+    assert not loss_spike.is_spike(state, 400.0, RecoveryConfig())
     assert len(state.recent_losses) == 11
 
 
 def test_the_data_of_a_spike_are_passed_over_so_many_times(tmp_path: Path) -> None:
     config = RecoveryConfig(rollback_above=1.5, max_rollbacks=2)
     saved = TrainState(step=20, skipped_batches=3)
-    spikes.rollback(TrainState(step=27, skipped_batches=3, rollbacks=1), saved, config)
+    loss_spike.rollback(TrainState(step=27, skipped_batches=3, rollbacks=1), saved, config)
     assert (saved.step, saved.skipped_batches, saved.rollbacks) == (20, 10, 2)
     with pytest.raises(UserError, match=r"step 27: recovery.max_rollbacks=2: the loss spikes again after 2 rollbacks"):
-        spikes.rollback(TrainState(step=27, rollbacks=2), TrainState(step=20), config)
+        loss_spike.rollback(TrainState(step=27, rollbacks=2), TrainState(step=20), config)
 
 
 def test_where_nobody_looked_nothing_is_said_to_be_finite(requests: StopSignals) -> None:

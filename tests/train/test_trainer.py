@@ -11,7 +11,6 @@ from fireflyds import app
 from fireflyds.distributed.signals import StopRequest
 from fireflyds.errors import UserError
 from fireflyds.metrics.profiler import StepProfiler
-from fireflyds.train import trainer as module
 from fireflyds.train.trainer import Trainer
 from fireflyds.types import StepMetrics, TrainState
 
@@ -78,9 +77,9 @@ class Played:
     def write(self, *_) -> None: ...
 
     def fit(self, monkeypatch: pytest.MonkeyPatch, steps: int = 40) -> int:
-        monkeypatch.setattr(module, "train_steps", self.steps)
-        monkeypatch.setattr(module, "dist", SimpleNamespace(get_rank=lambda: 0))
-        monkeypatch.setattr(module.measured_memory, "format_peak", lambda _: "measured")
+        monkeypatch.setattr("fireflyds.train.trainer.train_steps", self.steps)
+        monkeypatch.setattr("fireflyds.train.trainer.dist", SimpleNamespace(get_rank=lambda: 0))
+        monkeypatch.setattr("fireflyds.planner.measured_memory.format_peak", lambda _: "measured")
         trainer = Trainer(
             config=self.config,
             engine=self,

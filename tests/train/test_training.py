@@ -8,7 +8,7 @@ import torch
 from grid import case, near, run_cases
 from transformers import AutoModelForCausalLM
 
-from fireflyds.checkpoint import init_from as learnt
+from fireflyds.checkpoint import init_from
 from fireflyds.testing.models import save_tiny_llama
 
 STAGES = (0, 1, 2, 3)
@@ -112,7 +112,7 @@ def test_quantised_training_in_bf16_is_equal_at_every_stage(found: dict) -> None
 def test_what_is_kept_of_bf16_training_is_in_float32(found: dict, folder: Path) -> None:
     assert found
     kept = [
-        learnt.read_trainable_weights(next((folder / f"bf16-{s}" / "checkpoints").glob("step-*"))) for s in (0, 2, 3)
+        init_from.read_trainable_weights(next((folder / f"bf16-{s}" / "checkpoints").glob("step-*"))) for s in (0, 2, 3)
     ]
     for each in kept:
         for name, tensor in each.adapters.items():
@@ -133,7 +133,7 @@ def test_optimizer_states_hold_the_new_rows_alone(found: dict) -> None:
 def test_every_stage_keeps_the_same_learnt_tensors(found: dict, folder: Path, name: str) -> None:
     assert found
     kept = [
-        learnt.read_trainable_weights(next((folder / f"{name}-{stage}" / "checkpoints").glob("step-*")))
+        init_from.read_trainable_weights(next((folder / f"{name}-{stage}" / "checkpoints").glob("step-*")))
         for stage in STAGES
     ]
     rows = {"lora": 2, "tied": 1, "full": 2, "qlora": 0}[name]
@@ -164,7 +164,7 @@ def test_a_tied_model_that_trained_whole_is_read_back_whole(found: dict, folder:
     assert found[f"tied full {stage}"]["error"] is None
     model = AutoModelForCausalLM.from_pretrained(folder / "tied")
     before = model.get_input_embeddings().weight.clone()
-    learnt.restore_weights(model, folder, next((folder / f"tied-full-{stage}" / "checkpoints").glob("step-*")))
+    init_from.restore_weights(model, folder, next((folder / f"tied-full-{stage}" / "checkpoints").glob("step-*")))
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert not torch.equal(model.get_input_embeddings().weight, before)
 
@@ -184,7 +184,7 @@ def test_a_paged_optimizer_goes_on_where_it_was(found: dict) -> None:
 
 def test_groups_have_their_own_learning_rates(found: dict, folder: Path) -> None:
     assert found["groups"]["lrs"][0] == [1e-2, 16e-2, 2e-3, 0.0]
-    kept = learnt.read_trainable_weights(next((folder / "groups" / "checkpoints").glob("step-*"))).weights
+    kept = init_from.read_trainable_weights(next((folder / "groups" / "checkpoints").glob("step-*"))).weights
     start = AutoModelForCausalLM.from_pretrained(folder / "base").state_dict()
     assert torch.equal(kept["lm_head.weight"], start["lm_head.weight"])
     assert not torch.equal(kept["model.embed_tokens.weight"], start["model.embed_tokens.weight"])
@@ -253,7 +253,7 @@ def test_no_gradient_dies_in_float16_with_a_large_vocabulary(found: dict, folder
     start = AutoModelForCausalLM.from_pretrained(folder / "large").state_dict()["lm_head.weight"]
     moved = []
     for name in ("large fp16", "large fp32"):
-        kept = learnt.read_trainable_weights(next((folder / name / "checkpoints").glob("step-*"))).weights[
+        kept = init_from.read_trainable_weights(next((folder / name / "checkpoints").glob("step-*"))).weights[
             "lm_head.weight"
         ]
         moved.append((kept - start).abs() > 1e-4)

@@ -5,8 +5,7 @@ from fireflyds import app
 from fireflyds.config import Precision
 from fireflyds.distributed.launcher_env import RankInfo
 from fireflyds.errors import UserError
-from fireflyds.zero import ds_config
-from fireflyds.zero import engine as deepspeed
+from fireflyds.zero import ds_config, engine
 
 
 def _config(*overrides: str):
@@ -43,13 +42,13 @@ def test_a_global_batch_that_does_not_divide_names_the_nearest() -> None:
 
 
 def test_cores_are_shared_by_the_ranks_of_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deepspeed.os, "sched_getaffinity", lambda process: set(range(16)))
+    monkeypatch.setattr(engine.os, "sched_getaffinity", lambda process: set(range(16)))
     me = RankInfo(0, 0, 64, "a", 1)
-    assert deepspeed.cpu_threads(me, {}) == 1
-    assert deepspeed.cpu_threads(me, {"LOCAL_WORLD_SIZE": "4"}) == 4
-    assert deepspeed.cpu_threads(me, {"SLURM_NTASKS_PER_NODE": "2"}) == 8
-    assert deepspeed.cpu_threads(me, {"SLURM_NTASKS_PER_NODE": "2", "SLURM_CPUS_ON_NODE": "6"}) == 3
-    assert deepspeed.cpu_threads(me, {"SLURM_CPUS_PER_TASK": "12", "SLURM_NTASKS_PER_NODE": "2"}) == 12
+    assert engine.cpu_threads(me, {}) == 1
+    assert engine.cpu_threads(me, {"LOCAL_WORLD_SIZE": "4"}) == 4
+    assert engine.cpu_threads(me, {"SLURM_NTASKS_PER_NODE": "2"}) == 8
+    assert engine.cpu_threads(me, {"SLURM_NTASKS_PER_NODE": "2", "SLURM_CPUS_ON_NODE": "6"}) == 3
+    assert engine.cpu_threads(me, {"SLURM_CPUS_PER_TASK": "12", "SLURM_NTASKS_PER_NODE": "2"}) == 12
 
 
 def test_a_task_that_sees_its_own_gpu_alone_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,9 +56,9 @@ def test_a_task_that_sees_its_own_gpu_alone_takes_it(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     monkeypatch.delenv("LOCAL_SIZE", raising=False)
-    assert deepspeed.assign_device(me).local_rank == 0
+    assert engine.assign_device(me).local_rank == 0
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    assert deepspeed.assign_device(me).local_rank == 3
+    assert engine.assign_device(me).local_rank == 3
 
 
 @pytest.mark.parametrize("local_rank", [0, 7])
@@ -70,4 +69,4 @@ def test_more_ranks_than_gpus_are_refused_on_each(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(
         UserError, match=f"LOCAL_RANK={local_rank}: ranks on this host: 8, visible GPUs: 4. Start no more ranks"
     ):
-        deepspeed.assign_device(RankInfo(local_rank, local_rank, 8, "a", 1))
+        engine.assign_device(RankInfo(local_rank, local_rank, 8, "a", 1))

@@ -6,8 +6,7 @@ import pytest
 from fireflyds import app
 from fireflyds.config import Precision
 from fireflyds.errors import UserError
-from fireflyds.zero import ds_config
-from fireflyds.zero import import_json as deepspeed_json
+from fireflyds.zero import ds_config, import_json
 
 # As found in projects that train with the Hugging Face Trainer.
 COPIED = {
@@ -61,7 +60,7 @@ def test_what_says_the_same_is_left_out_and_the_rest_is_passed_on(tmp_path: Path
     assert zero["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
     assert not {"optimizer", "scheduler", "elasticity", "bfloat16"} & made.keys()
     assert made["gradient_accumulation_steps"] == 4
-    notes = deepspeed_json.extra_settings(_config(tmp_path, document))[1]
+    notes = import_json.extra_settings(_config(tmp_path, document))[1]
     assert any("gradient_accumulation_steps is left out: it follows from global_batch_size" in note for note in notes)
     assert any("elasticity is left out: DeepSpeed no longer has it, and it is off" in note for note in notes)
 
@@ -106,7 +105,7 @@ def test_what_says_the_same_is_left_out_and_the_rest_is_passed_on(tmp_path: Path
 def test_what_differs_or_is_gone_is_refused_by_its_key(tmp_path: Path, change: dict, said: str) -> None:
     config = _config(tmp_path, COPIED | {"scheduler": "auto"} | change, "hardware.precision=fp32")
     with pytest.raises(UserError) as refused:
-        deepspeed_json.extra_settings(config)
+        import_json.extra_settings(config)
     assert said in str(refused.value)
     assert str(tmp_path / "ds.json") in str(refused.value)
 
@@ -119,14 +118,14 @@ def test_every_key_that_deepspeed_refuses_is_refused_before_it() -> None:
         *(f"zero_optimization.{key}" for key in theirs._REMOVED_ZERO_CONFIG_KEYS),
     ]
     assert len(removed) > 10
-    assert set(removed) <= deepspeed_json._REMOVED.keys()
+    assert set(removed) <= import_json._REMOVED.keys()
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     config = _config(tmp_path, {})
     (tmp_path / "ds.json").unlink()
     with pytest.raises(UserError, match="ds.json: cannot be read as JSON"):
-        deepspeed_json.extra_settings(config)
+        import_json.extra_settings(config)
 
 
 # Sections as the documentations of DeepSpeed, transformers, LLaMA-Factory and Firefly show them.
@@ -186,7 +185,7 @@ def test_sections_with_lists_and_sections_in_them_are_refused_by_name(
     tmp_path: Path, section: str, value: dict, said: str
 ) -> None:
     with pytest.raises(UserError) as refused:
-        deepspeed_json.extra_settings(_config(tmp_path, COPIED | {"scheduler": "auto", section: value}))
+        import_json.extra_settings(_config(tmp_path, COPIED | {"scheduler": "auto", section: value}))
     assert said in str(refused.value)
 
 
@@ -196,12 +195,12 @@ def test_the_same_sections_switched_off_or_left_to_auto_are_left_out_with_a_note
         "elasticity": ELASTICITY | {"enabled": False},
         "data_efficiency": EFFICIENCY | {"enabled": False},
     }
-    passed_on, notes = deepspeed_json.extra_settings(_config(tmp_path, document))
+    passed_on, notes = import_json.extra_settings(_config(tmp_path, document))
     assert not {"scheduler", "elasticity", "data_efficiency"} & passed_on.keys()
     assert any("scheduler is left out: auto: this configuration sets the value" in note for note in notes)
 
 
 def test_the_json_of_a_hugging_face_project_is_taken_over_as_it_is(tmp_path: Path) -> None:
     """Its optimizer, scheduler and batch sizes are left to the Trainer's arguments there, and to ours here."""
-    passed_on, _ = deepspeed_json.extra_settings(_config(tmp_path, COPIED | {"scheduler": AUTO_WARMUP}))
+    passed_on, _ = import_json.extra_settings(_config(tmp_path, COPIED | {"scheduler": AUTO_WARMUP}))
     assert set(passed_on) == {"communication_data_type", "zero_optimization"}

@@ -33,6 +33,11 @@ def distribution(key: str, one: RangeConfig) -> Distribution:
     return FloatDistribution(low, high, log=one.log, step=one.step)
 
 
+def trial_name(number: int) -> str:
+    """The last part of a trial's run name, which is also its folder in that of the study."""
+    return f"trial-{number:04d}"
+
+
 class _NoLock(JournalFileOpenLock):
     """No-op lock of the journal: the study's folder is locked as a whole, and a lock file would remain after a kill."""
 

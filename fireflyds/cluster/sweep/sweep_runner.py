@@ -12,9 +12,8 @@ from optuna.trial import FrozenTrial
 
 from fireflyds.cluster import slurm, watch
 from fireflyds.cluster.launchers import Launcher
-from fireflyds.cluster.sweep import study as study_of
 from fireflyds.cluster.sweep.ranges import Value
-from fireflyds.cluster.sweep.study import Study
+from fireflyds.cluster.sweep.study import COMPLETE, FAIL, PRUNED, RUNNING, Study, trial_name
 from fireflyds.config import SearchConfig
 from fireflyds.errors import UserError
 from fireflyds.fs import atomic_write_text, lock_file
@@ -44,7 +43,7 @@ def only_one(folder: Path) -> Iterator[None]:
 
 def run_name(study: str, number: int) -> str:
     """Returns the name of a trial's run."""
-    return f"{study}/trial-{number:04d}"
+    return f"{study}/{trial_name(number)}"
 
 
 class Sweep:
@@ -118,7 +117,7 @@ class Sweep:
         )
 
     def _running(self) -> list[FrozenTrial]:
-        return [trial for trial in self._study.trials if trial.state is study_of.RUNNING]
+        return [trial for trial in self._study.trials if trial.state is RUNNING]
 
     def _active(self) -> list[FrozenTrial]:
         return [trial for trial in self._running() if self._launcher.is_running(self._run_dir(trial))]
@@ -127,7 +126,7 @@ class Sweep:
         return self._study.wanted - len(self._study.trials)
 
     def _run_dir(self, trial: FrozenTrial) -> Path:
-        return self._folder / f"trial-{trial.number:04d}"
+        return self._folder / trial_name(trial.number)
 
     def _advance(self, trial: FrozenTrial) -> None:
         """Advances a trial: freezes, starts, monitors or records it, depending on its state."""
@@ -136,7 +135,7 @@ class Sweep:
             try:
                 config_text = self._freeze(run_name(self._name, trial.number), trial.params)
             except UserError as error:  # only the ends of each range were validated, one key at a time
-                self._record(trial, watch.RunOutcome("failed", str(error)))
+                self._record(trial, watch.RunOutcome(layout.FAILED, str(error)))
                 return
             run_dir.mkdir(parents=True, exist_ok=True)
             atomic_write_text(run_dir / layout.CONFIG, config_text)
@@ -146,10 +145,10 @@ class Sweep:
             return
         self._study.report(trial.number, watch.pruner_reports(run_dir, self._search))
         run_outcome = watch.run_outcome(run_dir)
-        if run_outcome.state in ("lost", "interrupted") and trial.user_attrs.get("pruned"):
-            run_outcome = watch.RunOutcome("stopped", "exited after a stop request")
+        if run_outcome.state in (watch.LOST, watch.INTERRUPTED) and trial.user_attrs.get("pruned"):
+            run_outcome = watch.RunOutcome(layout.STOPPED, "exited after a stop request")
         any_trained = any(watch.training_totals(self._run_dir(other))[0] for other in self._study.trials)
-        if run_outcome.state == "failed" and not any_trained and trial.user_attrs.get("starts", 0) <= 1:
+        if run_outcome.state == layout.FAILED and not any_trained and trial.user_attrs.get("starts", 0) <= 1:
             # The cause may affect all trials. At the second failed start it is attributed to the trial's own values.
             for other in self._running():
                 watch.archive_output(self._run_dir(other))
@@ -157,7 +156,7 @@ class Sweep:
                 f"trial {trial.number} ended before its first step: {run_outcome.message}",
                 remedy="Fix the cause; the same command resumes the study",
             )
-        if run_outcome.state not in ("lost", "interrupted"):
+        if run_outcome.state not in (watch.LOST, watch.INTERRUPTED):
             self._record(trial, run_outcome)
         elif not self.stopping:
             self._start(trial, run_outcome)
@@ -179,10 +178,10 @@ class Sweep:
 
     def _start(self, trial: FrozenTrial, run_outcome: watch.RunOutcome) -> None:
         starts, previous_deaths = trial.user_attrs.get("starts", 0), trial.user_attrs.get("deaths", 0)
-        deaths = previous_deaths + (starts > 0 and run_outcome.state == "lost")
+        deaths = previous_deaths + (starts > 0 and run_outcome.state == watch.LOST)
         if deaths > self._search.retries:
             message = f"its processes died {deaths} times, at last with: {run_outcome.message}"
-            self._record(trial, watch.RunOutcome("failed", message))
+            self._record(trial, watch.RunOutcome(layout.FAILED, message))
             return
         params_text = ", ".join(f"{key}={value}" for key, value in trial.params.items())
         print(f"trial {trial.number}: {'starts' if not starts else 'starts again'} with {params_text}", flush=True)
@@ -213,19 +212,19 @@ class Sweep:
         run_dir = self._run_dir(trial)
         value = watch.objective_value(run_dir, self._search)
         steps, tokens, seconds = watch.training_totals(run_dir)
-        state, outcome, message = study_of.FAIL, run_outcome.state, run_outcome.message
-        if run_outcome.state == "stopped":
-            state, outcome = study_of.PRUNED, "pruned" if trial.user_attrs.get("pruned") else "stopped by hand"
-        elif run_outcome.state == "finished" and value is None:
-            outcome = "failed"
+        state, outcome, message = FAIL, run_outcome.state, run_outcome.message
+        if run_outcome.state == layout.STOPPED:
+            state, outcome = PRUNED, "pruned" if trial.user_attrs.get("pruned") else "stopped by hand"
+        elif run_outcome.state == layout.FINISHED and value is None:
+            outcome = layout.FAILED
             message = (
                 f"sweep.metric={self._search.metric} was not measured as asked. There is: "
                 f"{', '.join(watch.metric_names(run_dir))}"
             )
-        elif run_outcome.state == "finished" and not math.isfinite(value or 0.0):
-            outcome, message = "diverged", f"{self._search.metric} is not finite"
-        elif run_outcome.state == "finished":
-            state = study_of.COMPLETE
+        elif run_outcome.state == layout.FINISHED and not math.isfinite(value or 0.0):
+            outcome, message = watch.DIVERGED, f"{self._search.metric} is not finite"
+        elif run_outcome.state == layout.FINISHED:
+            state = COMPLETE
         attributes = {
             "outcome": outcome,
             "message": message,
@@ -238,7 +237,7 @@ class Sweep:
         (run_dir / layout.STOP_FILE).unlink(missing_ok=True)
         summary = f"{self._search.metric} {final_value:.5f}" if final_value is not None else message
         print(f"trial {trial.number}: {outcome} after {steps} steps, {summary}", flush=True)
-        if run_outcome.state == "finished" and value is None and self._study.best is None:
+        if run_outcome.state == layout.FINISHED and value is None and self._study.best is None:
             raise UserError(
                 f"trial {trial.number}: {message}", remedy="Give another study= and one of these, or measure it"
             )

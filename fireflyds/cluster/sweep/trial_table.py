@@ -11,9 +11,10 @@ from typing import Any
 import yaml
 
 from fireflyds.cluster.sweep import ranges, study
-from fireflyds.cluster.sweep.study import Study
+from fireflyds.cluster.sweep.study import Study, trial_name
 from fireflyds.config import SearchConfig
 from fireflyds.fs import atomic_write_text
+from fireflyds.runs import layout
 
 
 def write(found: Study, search: SearchConfig, name: str, folder: Path, rest: Sequence[str]) -> str:
@@ -62,13 +63,13 @@ def _row(trial: Any, keys: Sequence[str], name: str) -> list[Any]:
     value = attributes.get("last_value")
     return [
         trial.number,
-        attributes.get("outcome", "running"),
+        attributes.get("outcome", layout.RUNNING),
         *(_short(trial.params[key]) for key in keys),
         "" if value is None else f"{value:.5f}",
         attributes.get("steps", ""),
         attributes.get("tokens", ""),
         attributes.get("seconds", ""),
-        f"{name}/trial-{trial.number:04d}",
+        f"{name}/{trial_name(trial.number)}",
         attributes.get("message", ""),
     ]
 

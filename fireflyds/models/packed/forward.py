@@ -13,7 +13,7 @@ from fireflyds import registry
 from fireflyds.config import HardwareConfig, Precision
 from fireflyds.errors import UserError
 from fireflyds.models.architecture import head_dim
-from fireflyds.models.packed import fused_modules as fused
+from fireflyds.models.packed import fused_modules
 from fireflyds.models.packed.boundaries import PackedContext, SequenceBoundaries
 from fireflyds.models.packed.head import HeadFunction, HeadInputs, loss_sum
 from fireflyds.models.precision import DTYPES
@@ -95,7 +95,7 @@ def fuse(model: Any) -> Any:
         if getattr(module, "rope_type", None) == "dynamic":
             function = "dynamic_rotary"
         if function and not (function == "gated_mlp" and config.hidden_act not in ("silu", "swish")):
-            module.forward = types.MethodType(getattr(fused, function), module)
+            module.forward = types.MethodType(getattr(fused_modules, function), module)
     model.forward = types.MethodType(_forward, model)
     return model
 

@@ -10,8 +10,7 @@ from fireflyds import registry
 from fireflyds.config import TrainableRows, TuningConfig, TuningMethod
 from fireflyds.errors import UserError
 from fireflyds.models import tuning
-from fireflyds.models.packed import fused_modules as fused
-from fireflyds.models.packed import head
+from fireflyds.models.packed import fused_modules, head
 from fireflyds.models.packed.forward import fuse
 from fireflyds.testing.models import loss_of_documents, packed_inputs, random_documents, tiny_model
 
@@ -177,9 +176,11 @@ def _qlora(checkpointing: bool, dropout: float = 0.0):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_adapters_on_a_four_bit_base_equal_peft_s_own(checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[bool] = []
-    original = fused.qlora_linear
+    original = fused_modules.qlora_linear
     monkeypatch.setattr(
-        fused, "qlora_linear", lambda *a, **options: calls.append(options["keep_weight"]) or original(*a, **options)
+        fused_modules,
+        "qlora_linear",
+        lambda *a, **options: calls.append(options["keep_weight"]) or original(*a, **options),
     )
     plain, ours = _qlora(False), fuse(_qlora(checkpointing))
     wanted = loss_of_documents(plain, random_documents())
