@@ -33,7 +33,7 @@ OPEN_SECTIONS = (
 )
 
 
-def main(verb: Callable[..., Any], about: str, *, passes_on: bool = False) -> None:
+def main(verb: Callable[..., Any], description: str, *, passes_on: bool = False) -> None:
     """Compose the config of a verb from `sys.argv` and call it. Leaves the process with an exit code.
 
     `about` is the verb's module docstring, shown by `-h`. With `passes_on` the verb also gets the arguments that are
@@ -48,7 +48,7 @@ def main(verb: Callable[..., Any], about: str, *, passes_on: bool = False) -> No
     arguments = drop_local_rank(sys.argv[1:])
     try:
         if {"-h", "--help"} & set(arguments):
-            print(option_reference.help_text(name, about, CONF), flush=True)
+            print(option_reference.help_text(name, description, CONF), flush=True)
             return
         show, file = _take(arguments, "--cfg"), _take(arguments, "--config")
         if show not in (None, "job"):
@@ -56,14 +56,14 @@ def main(verb: Callable[..., Any], about: str, *, passes_on: bool = False) -> No
         flags = [argument for argument in arguments if argument.startswith("-")]
         if flags:
             raise UserError("no such option", key=flags[0], remedy="Keys are written key=value; -h lists them")
-        rest: list[str] = []
+        passed_on: list[str] = []
         if passes_on:
-            arguments, rest = split(name, arguments)
+            arguments, passed_on = split(name, arguments)
         config = compose(name, arguments) if file is None else _frozen(name, file, arguments)
         if show:
             print(to_yaml(config), end="")
         else:
-            verb(config, rest) if passes_on else verb(config)
+            verb(config, passed_on) if passes_on else verb(config)
     except _refusals() as error:
         # One message a node: an error may be of this machine alone.
         if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
@@ -87,7 +87,7 @@ def _refusals() -> tuple[type[Exception], ...]:
 
 def drop_local_rank(arguments: list[str]) -> list[str]:
     """Launchers add `--local_rank N` in several spellings; the environment says the same, so it is dropped."""
-    kept: list[str] = []
+    kept_arguments: list[str] = []
     skip = False
     for argument in arguments:
         if skip:
@@ -95,8 +95,8 @@ def drop_local_rank(arguments: list[str]) -> list[str]:
         elif re.fullmatch(r"--local[-_]rank", argument):
             skip = True
         elif not re.fullmatch(r"--local[-_]rank=.*", argument):
-            kept.append(argument)
-    return kept
+            kept_arguments.append(argument)
+    return kept_arguments
 
 
 def compose(verb: str, overrides: list[str]) -> Any:
@@ -114,10 +114,12 @@ def compose(verb: str, overrides: list[str]) -> Any:
 
     ConfigStore.instance().store(name=f"{verb}_schema", node=VERBS[verb].config)
     plain = dict(override.split("=", 1) for override in overrides if _is_text(verb, override))
-    rest = [part for override in overrides if not _is_text(verb, override) for part in _rewrite(verb, override)]
+    hydra_overrides = [
+        part for override in overrides if not _is_text(verb, override) for part in _rewrite(verb, override)
+    ]
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-            composed = hydra_compose(config_name=verb, overrides=rest)
+            composed = hydra_compose(config_name=verb, overrides=hydra_overrides)
         for key, value in plain.items():
             section, in_texts, name = key.partition("texts.")
             text = value.replace("${", "\\${")
@@ -195,10 +197,10 @@ def options_hash() -> str:
 def split(verb: str, arguments: list[str]) -> tuple[list[str], list[str]]:
     """The arguments whose keys the verb has itself, and those that it passes on to another verb."""
     own = {field.name for field in dataclasses.fields(VERBS[verb].config)}
-    mine = [bool(own & {re.split(r"[.=@]", argument.lstrip("+~"))[0]}) for argument in arguments]
+    of_verb = [bool(own & {re.split(r"[.=@]", argument.lstrip("+~"))[0]}) for argument in arguments]
     return (
-        [argument for argument, is_mine in zip(arguments, mine, strict=True) if is_mine],
-        [argument for argument, is_mine in zip(arguments, mine, strict=True) if not is_mine],
+        [argument for argument, is_of_verb in zip(arguments, of_verb, strict=True) if is_of_verb],
+        [argument for argument, is_of_verb in zip(arguments, of_verb, strict=True) if not is_of_verb],
     )
 
 

@@ -45,11 +45,10 @@ class UserError(ValueError):
 
     @staticmethod
     def from_dict(fields: dict[str, Any]) -> "UserError":
-        """The error whose `as_dict` gave `fields`."""
-        fields = dict(fields)
-        kinds = {kind.kind: kind for kind in (UserError, LostRankError, DivergedError)}
-        error = kinds[fields.pop("kind")](fields["rule"])
-        vars(error).update(fields)
+        """The error whose `as_dict` gave `fields`, of the class with this `kind`."""
+        classes = {error_class.kind: error_class for error_class in (UserError, LostRankError, DivergedError)}
+        error = classes[fields["kind"]](fields["rule"])
+        vars(error).update({name: value for name, value in fields.items() if name != "kind"})
         return error
 
 

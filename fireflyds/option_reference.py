@@ -110,11 +110,11 @@ def choices(conf: Path, schema: type) -> dict[str, list[str]]:
     return {group: files for group in groups if (files := sorted(p.stem for p in (conf / group).glob("*.yaml")))}
 
 
-def help_text(verb: str, about: str, conf: Path) -> str:
+def help_text(verb: str, description: str, conf: Path) -> str:
     """What `-h` prints."""
     schema = config.VERBS[verb].config
     lines = [
-        about.strip(),
+        description.strip(),
         "",
         "Keys (key=value; `--cfg job` prints the composed configuration), with [type; default]:",
     ]
@@ -126,22 +126,22 @@ def help_text(verb: str, about: str, conf: Path) -> str:
 
 def _verbs() -> dict[str, Entry]:
     """The verbs, with the keys that belong to no section."""
-    found = {}
+    entries = {}
     for verb, schema in ((verb, record.config) for verb, record in config.VERBS.items()):
         own = [row for row in rows(schema) if row.key.partition(".")[0] not in sections(schema)]
-        found[verb] = Entry(f"Verb `{verb}`", schema, own, [verb])
-    return found
+        entries[verb] = Entry(f"Verb `{verb}`", schema, own, [verb])
+    return entries
 
 
 def _sections() -> dict[tuple[str, type], Entry]:
     """The sections of all verbs, by name and dataclass. Sections of one name have the verbs in their headings."""
     pairs = [(section, verb) for verb, record in config.VERBS.items() for section in sections(record.config).items()]
     users = {section: [verb for other, verb in pairs if other == section] for section, _ in pairs}
-    names, found = [name for name, _ in users], {}
+    names, entries = [name for name, _ in users], {}
     for (name, schema), verbs in users.items():
         heading = f"Section `{name}`" + (f" of {_code(verbs)}" if names.count(name) > 1 else "")
-        found[name, schema] = Entry(heading, schema, list(rows(schema, f"{name}.")), verbs)
-    return found
+        entries[name, schema] = Entry(heading, schema, list(rows(schema, f"{name}.")), verbs)
+    return entries
 
 
 def _code(words: list[str]) -> str:
@@ -184,8 +184,9 @@ def markdown(conf: Path) -> str:
     owners = {row: entry.heading for entry in entries[::-1] for row in entry.rows}
     parts = [_INTRO, "", "## Verbs", "", "| verb | purpose |", "|---|---|"]
     for verb, entry in verbs.items():
-        about = ast.get_docstring(ast.parse((conf.parent / "launch" / f"{verb}.py").read_text(encoding="utf-8"))) or ""
-        parts.append(f"| {_link(entry.heading, f'`{verb}`')} | {about.splitlines()[0]} |")
+        script = (conf.parent / "launch" / f"{verb}.py").read_text(encoding="utf-8")
+        description = ast.get_docstring(ast.parse(script)) or ""
+        parts.append(f"| {_link(entry.heading, f'`{verb}`')} | {description.splitlines()[0]} |")
     for verb, entry in verbs.items():
         taken = [_link(shared[section].heading, f"`{section[0]}`") for section in sections(entry.schema).items()]
         parts += ["", f"### {entry.heading}"] + (["", f"Sections: {', '.join(taken)}."] if taken else [])

@@ -81,13 +81,13 @@ def expand(config: ExpandConfig) -> None:
 
 
 def expand_rows(
-    config: ExpandConfig, base: Base, found: Expansion, sample: CorpusSample | None, out: Path
+    config: ExpandConfig, base: Base, expansion: Expansion, sample: CorpusSample | None, out: Path
 ) -> dict[str, Any]:
     """Writes the model with the new embedding rows to `out`. Returns the counts for the report, under `model`."""
     from fireflyds.tokenizer.rows import NewRows, expand_model
     from fireflyds.tokenizer.select import shares
 
-    old_ids = [base.old_ids(step.piece) for step in found.plan.steps]
+    old_ids = [base.old_ids(step.piece) for step in expansion.plan.steps]
     frequency = shares(base.encoder([]), sample.learn) if sample else None
     rows = NewRows(base.num_tokens, old_ids, config.init, config.seed, frequency)
     return {"model": expand_model(Path(config.base), out, rows)}

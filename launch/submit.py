@@ -34,7 +34,7 @@ from fireflyds.pipelines import stage_runner
 from fireflyds.runs import config_diff, find, layout
 
 
-def submit(config: SubmitConfig, rest: list[str]) -> None:
+def submit(config: SubmitConfig, overrides: list[str]) -> None:
     """Submits the verb or the stages of the road, or runs `action` on submitted jobs.
 
     `rest` are the arguments for the verb.
@@ -43,7 +43,7 @@ def submit(config: SubmitConfig, rest: list[str]) -> None:
         UserError: an input of a job is missing or invalid, or the scheduler refuses a job.
     """
     if config.action is not SubmitAction.submit:
-        _run_action(config, rest)
+        _run_action(config, overrides)
         return
     if config.cluster.scheduler is not Scheduler.slurm:
         raise UserError(
@@ -52,7 +52,7 @@ def submit(config: SubmitConfig, rest: list[str]) -> None:
             value="none",
             remedy="Give cluster=slurm, or start the verb itself",
         )
-    folder, planned = _plan_pipeline(config, rest) if config.road else _plan_verb(config, rest)
+    folder, planned = _plan_pipeline(config, overrides) if config.road else _plan_verb(config, overrides)
     command = f"python launch/submit.py {{}} run={folder.relative_to(config.runs)}"
     command += "" if config.runs == "runs" else f" runs={config.runs}"
     if not planned:
@@ -76,7 +76,7 @@ def submit(config: SubmitConfig, rest: list[str]) -> None:
         print(f"  {command.format(f'action={action}')}   # {description}")
 
 
-def _plan_verb(config: SubmitConfig, rest: list[str]) -> tuple[Path, list[PlannedJob]]:
+def _plan_verb(config: SubmitConfig, overrides: list[str]) -> tuple[Path, list[PlannedJob]]:
     verb = config.verb
     if verb not in VERBS or not VERBS[verb].submittable:
         submittable = ", ".join(name for name, record in VERBS.items() if record.submittable)
@@ -89,7 +89,7 @@ def _plan_verb(config: SubmitConfig, rest: list[str]) -> tuple[Path, list[Planne
     fields = VERBS[verb].config.__dataclass_fields__
     run_overrides = [f"run={config.run}"] if config.run and "run" in fields else []
     run_overrides += [f"runs={config.runs}"] if config.runs != "runs" and "runs" in fields else []
-    composed = app.compose(verb, [*rest, *run_overrides])
+    composed = app.compose(verb, [*overrides, *run_overrides])
     name = config.run or getattr(composed, "run", "")
     if not name:
         raise UserError(f"is not set; it identifies the job of {verb}", key="run", remedy="Give run=<name>")
@@ -99,11 +99,13 @@ def _plan_verb(config: SubmitConfig, rest: list[str]) -> tuple[Path, list[Planne
     return folder, [submission.plan_job(verb, name if run_dir else verb, folder, run_dir, app.to_yaml(composed))]
 
 
-def _plan_pipeline(config: SubmitConfig, rest: list[str]) -> tuple[Path, list[PlannedJob]]:
+def _plan_pipeline(config: SubmitConfig, overrides: list[str]) -> tuple[Path, list[PlannedJob]]:
     file = app.option("road", config.road)
-    if rest:
+    if overrides:
         raise UserError(
-            "no such key for submit", key=rest[0], remedy=f"The keys of a pipeline's stages are in its file, {file}"
+            "no such key for submit",
+            key=overrides[0],
+            remedy=f"The keys of a pipeline's stages are in its file, {file}",
         )
     stages = app.from_yaml(file, PipelineConfig)
     run = config.run or stages.name
@@ -153,9 +155,11 @@ def _check_inputs(
         raise error.within(f"stage {stage}" if stage else "") from error
 
 
-def _run_action(config: SubmitConfig, rest: list[str]) -> None:
-    if rest:
-        raise UserError(f"action={config.action.name} takes run= and runs= only", key=rest[0], remedy="Leave it out")
+def _run_action(config: SubmitConfig, overrides: list[str]) -> None:
+    if overrides:
+        raise UserError(
+            f"action={config.action.name} takes run= and runs= only", key=overrides[0], remedy="Leave it out"
+        )
     folder = Path(config.runs) / config.run
     records = submission.read_job_records(folder)
     if not records:

@@ -28,7 +28,7 @@ from fireflyds.runs import config_diff
 FREE = ("trials", "parallel", "poll_seconds", "retries", "pruner", "startup_trials", "warmup_steps", "reduction_factor")
 
 
-def sweep(config: SweepConfig, rest: list[str]) -> None:
+def sweep(config: SweepConfig, overrides: list[str]) -> None:
     """Runs or resumes the study and prints its results.
 
     `rest` are the arguments for `train`, the same in every trial.
@@ -36,7 +36,7 @@ def sweep(config: SweepConfig, rest: list[str]) -> None:
     Raises:
         UserError: a range or an argument is invalid, the study has other settings, or no trial completed.
     """
-    if reserved := [word for word in rest if word.lstrip("+").startswith(("run=", "runs=", "tracking.group="))]:
+    if reserved := [word for word in overrides if word.lstrip("+").startswith(("run=", "runs=", "tracking.group="))]:
         raise UserError(
             f"trials get theirs from study={config.study} and runs={config.runs}", key=reserved[0], remedy="Remove it"
         )
@@ -48,7 +48,7 @@ def sweep(config: SweepConfig, rest: list[str]) -> None:
     folder = Path(config.runs) / config.study
 
     def freeze(run: str, params: Mapping[str, Value]) -> str:
-        composed = app.compose("train", [*rest, *ranges.words(params), f"run={run}", f"runs={config.runs}"])
+        composed = app.compose("train", [*overrides, *ranges.words(params), f"run={run}", f"runs={config.runs}"])
         if composed.tracking.kind is not TrackerKind.none:
             composed.tracking.group = config.study
         composed.accumulation_steps(config.cluster.world_size)
@@ -63,10 +63,10 @@ def sweep(config: SweepConfig, rest: list[str]) -> None:
                 raise error.within(f"sweep.space.{key}, at {value}") from error
     launcher = launcher_of(config.cluster, config.sweep.parallel)
     with only_one(folder):
-        _require_same_study(folder, config, rest)
+        _require_same_study(folder, config, overrides)
         study = Study(folder / "study.journal", config.study, config.sweep)
         finished = Sweep(study, config.sweep, config.study, folder, freeze, launcher).run()
-        print(trial_table.write(study, config.sweep, config.study, folder, rest))
+        print(trial_table.write(study, config.sweep, config.study, folder, overrides))
     if not finished:
         raise KeyboardInterrupt
     if study.best is None:
@@ -75,10 +75,10 @@ def sweep(config: SweepConfig, rest: list[str]) -> None:
         )
 
 
-def _require_same_study(folder: Path, config: SweepConfig, rest: list[str]) -> None:
+def _require_same_study(folder: Path, config: SweepConfig, overrides: list[str]) -> None:
     """Raises `UserError` if the study was started with other settings: its trials must be comparable."""
     search = app.plain(app.to_yaml(config))["sweep"]
-    settings: dict[str, Any] = {"train": sorted(rest)} | {
+    settings: dict[str, Any] = {"train": sorted(overrides)} | {
         key: value for key, value in search.items() if key not in FREE
     }
     file = folder / "study.json"

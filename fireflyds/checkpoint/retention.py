@@ -33,12 +33,12 @@ def _recorded_metric(folder: Path, metric: str) -> float | None:
     return value
 
 
-def checkpoints_to_delete(kept: list[CheckpointInfo], config: CheckpointConfig) -> list[int]:
+def checkpoints_to_delete(checkpoints: list[CheckpointInfo], config: CheckpointConfig) -> list[int]:
     """Steps of the checkpoints to delete: all except the last `keep`, every `keep_every`-th and the best.
 
     Above `max_gib` in total the oldest are deleted, the best after all others; the newest is always kept.
     """
-    ordered = sorted(kept, key=lambda info: info.step)
+    ordered = sorted(checkpoints, key=lambda info: info.step)
     newest = {info.step for info in ordered[-config.keep :]}
     best = _best_step(ordered)
     retained = [

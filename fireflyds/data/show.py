@@ -142,11 +142,11 @@ def print_samples(config: PrepareConfig, encoder: Encoder) -> None:
 def _token_text(encoder: Encoder, ids: np.ndarray) -> str:
     """Returns the text of token ids, with special tokens by name."""
     texts: list[str] = []
-    fragments = encoder.fragments()
+    fragment_ids = encoder.fragments()
     pending: list[int] = []
     for index in ids.tolist():
         # A special token decodes to an empty string; its name is shown instead.
-        if index not in fragments and not encoder.decode([index]) and encoder.token(index).strip():
+        if index not in fragment_ids and not encoder.decode([index]) and encoder.token(index).strip():
             texts += [encoder.decode(pending), encoder.token(index)]
             pending = []
         else:

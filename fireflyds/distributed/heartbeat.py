@@ -9,7 +9,7 @@ import threading
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import torch.distributed as dist
@@ -154,12 +154,10 @@ class Heartbeat:
             others = range(1, self._me.world_size) if self._me.rank == 0 else [0]
             for rank in others:
                 if lost := self._check_rank(rank):
-                    self._publish("lost", json.dumps([lost.rank, lost.rule, lost.remedy]))
+                    self._publish("lost", json.dumps(lost.as_dict()))
                     return lost
-            if found := self._get("lost"):
-                rank, rule, remedy = json.loads(found)
-                return LostRankError(rule, rank=rank, remedy=remedy)
-            return None
+            published = self._get("lost")
+            return cast(LostRankError, UserError.from_dict(json.loads(published))) if published else None
         except Exception as error:
             return self._unreachable(str(error).splitlines()[0])
 

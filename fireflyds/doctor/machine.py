@@ -90,12 +90,12 @@ def _measure_disk(config: DoctorConfig) -> Check:
     return passed("disk", summary, writing, "MiB/s")
 
 
-def speeds(place: Path, mib: int) -> tuple[float, float]:
+def speeds(folder: Path, mib: int) -> tuple[float, float]:
     """MiB/s of writing a file including fsync, and of reading it after dropping it from the cache where supported."""
     # Random, and longer than the window of compressing file systems.
     block = os.urandom(8 * MIB)
     # The file has no name, so it is removed even if the process is killed.
-    with tempfile.TemporaryFile(dir=place, buffering=0) as file:
+    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
         started = time.perf_counter()
         for written in range(0, mib, 8):
             file.write(block[: min(8, mib - written) * MIB])

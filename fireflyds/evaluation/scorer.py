@@ -108,6 +108,6 @@ def continuation_losses(model: EvaluatedModel, prompt: list[int], continuations:
             value=model.max_tokens,
             remedy="Raise it where the model has more positions, or leave the choice out",
         )
-    kept = prompt if len(prompt) <= room else (model.prefix + prompt[-(room - len(model.prefix)) :])[-room:]
-    losses = token_losses(model, [kept + continuation for continuation in continuations])
-    return [float(loss[len(kept) - 1 :].sum()) for loss in losses]
+    context = prompt if len(prompt) <= room else (model.prefix + prompt[-(room - len(model.prefix)) :])[-room:]
+    losses = token_losses(model, [context + continuation for continuation in continuations])
+    return [float(loss[len(context) - 1 :].sum()) for loss in losses]

@@ -125,7 +125,7 @@ def reload_difference(folder: Path, ids: Tensor, trained_logits: Tensor, dtype: 
     return difference
 
 
-def write_model_card(folder: Path, trained: TrainConfig, about: dict[str, Any], languages: Sequence[str]) -> None:
+def write_model_card(folder: Path, trained: TrainConfig, metadata: dict[str, Any], languages: Sequence[str]) -> None:
     """Writes `README.md` with the metadata block of the Hugging Face Hub.
 
     `about`: metadata of the run, with the key `checkpoint`. `languages`: language codes of the training data.
@@ -143,10 +143,10 @@ def write_model_card(folder: Path, trained: TrainConfig, about: dict[str, Any], 
         "",
         f"Trained with fireflyds from {base}: {trained.tuning.method.name}, learning rate {trained.optim.lr:g} "
         f"({trained.optim.schedule.name}), {trained.global_batch_size} packed rows of {trained.seq_len} tokens per "
-        f"step, {about['checkpoint']}.",
+        f"step, {metadata['checkpoint']}.",
         "",
         "```json",
-        json.dumps(about, indent=2),
+        json.dumps(metadata, indent=2),
         "```",
         "",
     ]

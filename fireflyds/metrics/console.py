@@ -84,9 +84,9 @@ def _format_domains(recent: Sequence[StepMetrics], prefix: str, format_spec: str
 
 
 @contextlib.contextmanager
-def progress_bar(total_steps: int, done: int, shown: bool) -> Iterator[Callable[[StepMetrics], None]]:
+def progress_bar(total_steps: int, trained: int, visible: bool) -> Iterator[Callable[[StepMetrics], None]]:
     """Yields a function to call after every step. Without a terminal no bar is shown and the function does nothing."""
-    if not (shown and sys.stderr.isatty()):
+    if not (visible and sys.stderr.isatty()):
         yield lambda step: None
         return
     from rich.console import Console
@@ -94,7 +94,7 @@ def progress_bar(total_steps: int, done: int, shown: bool) -> Iterator[Callable[
 
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[metrics]}"), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("train", total=total_steps, completed=done, metrics="")
+        task = bar.add_task("train", total=total_steps, completed=trained, metrics="")
         yield lambda step: bar.update(task, completed=step.step, metrics=_format_progress(step))
 
 

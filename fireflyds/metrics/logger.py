@@ -29,7 +29,7 @@ class MetricsLogger:
         tracker: Tracker,
         log: logging.Logger,
         rank: int,
-        done: int,
+        step: int,
         total_steps: int,
         log_every: int,
         steps_per_epoch: float,
@@ -42,10 +42,10 @@ class MetricsLogger:
         self._stack = contextlib.ExitStack()
         try:
             if rank == 0:
-                self._open(done)
+                self._open(step)
             # Plotting takes longer than a step, so it runs in a thread.
             self._plot_executor = self._stack.enter_context(ThreadPoolExecutor(1, "loss-plot"))
-            self._advance = self._stack.enter_context(progress_bar(total_steps, done, rank == 0))
+            self._advance = self._stack.enter_context(progress_bar(total_steps, step, rank == 0))
         except BaseException:
             # This object owns the tracker, and `__exit__` is not called where the constructor raises.
             self._stack.close()
@@ -55,22 +55,22 @@ class MetricsLogger:
     def __enter__(self) -> "MetricsLogger":
         return self
 
-    def _open(self, done: int) -> None:
-        self._file = MetricsFile(self._run_dir, done)
+    def _open(self, step: int) -> None:
+        self._file = MetricsFile(self._run_dir, step)
         self._history = History(self._run_dir, self._total_steps, self._log_every, self._steps_per_epoch)
         for row in self._file.kept:
             self._history.add(row)
         for row in read_jsonl(self._run_dir / layout.VALIDATION):
-            if row["step"] <= done:
+            if row["step"] <= step:
                 self._history.add_validation(row)
 
-    def rollback(self, done: int) -> None:
+    def rollback(self, step: int) -> None:
         """Discards the metrics of all steps after `done`, the step of the restored checkpoint."""
         self._recent.clear()
         if self._file:
             self._file.close()
-            self._open(done)
-        self._tracker.rollback(done)
+            self._open(step)
+        self._tracker.rollback(step)
 
     def log_step(self, step: StepMetrics) -> None:
         """Records a step in `metrics.jsonl` and the trackers, and prints a summary every `log_every` steps."""

@@ -51,13 +51,13 @@ class StepProfiler:
 
         return record_function(name)
 
-    def follow(self, steps: Iterator[StepMetrics], done: int, total_steps: int) -> Iterator[StepMetrics]:
-        """Yields `steps`, which are the steps `done + 1` to `total_steps`, and records those of the range."""
-        return steps if self._is_done or self._config.last <= done else self._follow(steps, done, total_steps)
+    def follow(self, steps: Iterator[StepMetrics], trained: int, total_steps: int) -> Iterator[StepMetrics]:
+        """Yields `steps`, which are the steps after `trained` to `total_steps`, and records those of the range."""
+        return steps if self._is_done or self._config.last <= trained else self._follow(steps, trained, total_steps)
 
-    def _follow(self, steps: Iterator[StepMetrics], done: int, total_steps: int) -> Iterator[StepMetrics]:
+    def _follow(self, steps: Iterator[StepMetrics], trained: int, total_steps: int) -> Iterator[StepMetrics]:
         try:
-            for number in range(done + 1, total_steps + 1):
+            for number in range(trained + 1, total_steps + 1):
                 with self._step(number):
                     step = next(steps)
                 if number == self._config.last:

@@ -89,10 +89,10 @@ class TensorBoardTracker:
         self._folder = str(run_dir / layout.TENSORBOARD)
         self._writer = self._open(resumed_at)
 
-    def _open(self, done: int) -> Any:
+    def _open(self, step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
 
-        return SummaryWriter(self._folder, purge_step=done + 1)
+        return SummaryWriter(self._folder, purge_step=step + 1)
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Writes every number of a row as a scalar at its step."""

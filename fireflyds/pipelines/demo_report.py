@@ -108,10 +108,10 @@ def training(rows: list[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def report(stages: dict[str, dict[str, Any]], f: dict[str, float], found: list[DemoCheck]) -> str:
+def report(stages: dict[str, dict[str, Any]], f: dict[str, float], demo_checks: list[DemoCheck]) -> str:
     """Returns the text of `report.md`."""
     lines = ["# From a base model to a Chinese model", "", table(f), "", "![loss](loss.png)", "", "## Checks", ""]
-    lines += [f"- {'passed' if check.passed else 'FAILED'}: {check.rule} ({check.value})" for check in found]
+    lines += [f"- {'passed' if check.passed else 'FAILED'}: {check.rule} ({check.value})" for check in demo_checks]
     lines += ["", "## Stages", "", "| stage | seconds | loss | tokens/s | command |", "|---|---:|---|---:|---|"]
     for name, stage in stages.items():
         loss = f"{stage['first_loss']:.3f} -> {stage['last_loss']:.3f}" if "first_loss" in stage else ""

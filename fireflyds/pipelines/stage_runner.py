@@ -40,18 +40,18 @@ def stage_keys(stages: Iterable[str], seed_key: str = "") -> Iterator[str]:
         yield key
 
 
-def relocate(config: Any, road: PipelineConfig, runs: str, run: str) -> None:
+def relocate(config: Any, pipeline: PipelineConfig, runs: str, run: str) -> None:
     """Moves paths in a stage's composed `config` from the pipeline's folder to `<runs>/<run>`, in place."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
-            relocate(value, road, runs, run)
+            relocate(value, pipeline, runs, run)
         elif field.name not in ("run", "runs"):
-            setattr(config, field.name, _relocated(value, road.out, f"{runs}/{run}"))
-    if hasattr(config, "init_from") and f"{config.runs}/{config.init_from}".startswith(f"{road.out}/"):
-        config.init_from = run + config.init_from.removeprefix(road.name)
-    if hasattr(config, "run") and f"{config.runs}/{config.run}".startswith(f"{road.out}/"):
-        config.run = run + config.run.removeprefix(road.name)
+            setattr(config, field.name, _relocated(value, pipeline.out, f"{runs}/{run}"))
+    if hasattr(config, "init_from") and f"{config.runs}/{config.init_from}".startswith(f"{pipeline.out}/"):
+        config.init_from = run + config.init_from.removeprefix(pipeline.name)
+    if hasattr(config, "run") and f"{config.runs}/{config.run}".startswith(f"{pipeline.out}/"):
+        config.run = run + config.run.removeprefix(pipeline.name)
         config.runs = runs
 
 

@@ -84,24 +84,24 @@ def estimate(
     shape: ModelShape,
     config: TrainConfig,
     precision: Precision,
-    where: Placement,
+    placement: Placement,
     device: str,
     labelled_share: float = 1.0,
 ) -> MemoryEstimate:
     """Estimates memory by item; `device` is `cuda` or `cpu`, whose kernels save different tensors."""
-    memory_model = _MemoryModel(shape, config, precision, where, device)
+    memory_model = _MemoryModel(shape, config, precision, placement, device)
     phases = memory_model.moments(labelled_share)
     peak_phase = max(phases, key=lambda phase: sum(phases[phase].values()))
     highest = {item: max(items[item] for items in phases.values()) for item in ITEMS}
-    saving = (4 * shape.trained + shape.state_bytes) / where.world_size
+    saving = (4 * shape.trained + shape.state_bytes) / placement.world_size
     return MemoryEstimate(peak_phase, phases[peak_phase], highest, memory_model.host(), memory_model.loading(), saving)
 
 
 def moments(
-    shape: ModelShape, config: TrainConfig, precision: Precision, where: Placement, device: str
+    shape: ModelShape, config: TrainConfig, precision: Precision, placement: Placement, device: str
 ) -> dict[str, dict[str, float]]:
     """Bytes by item for every phase of a step; `estimate` selects the highest."""
-    return _MemoryModel(shape, config, precision, where, device).moments(1.0)
+    return _MemoryModel(shape, config, precision, placement, device).moments(1.0)
 
 
 class _MemoryModel:

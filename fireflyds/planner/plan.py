@@ -139,7 +139,7 @@ def checkpoint_bytes(shape: ModelShape) -> float:
     return 4 * shape.trained + shape.state_bytes
 
 
-def disk_bytes(each: float, config: PlanConfig, steps: int | None) -> float:
+def disk_bytes(checkpoint_bytes: float, config: PlanConfig, steps: int | None) -> float:
     """Peak disk usage of all checkpoints in bytes; `each`: bytes of one checkpoint. A new checkpoint is complete before
     the oldest surplus one is deleted. Infinite if `checkpoint.keep_every` adds checkpoints and `steps` is unknown."""
     checkpoint = config.checkpoint
@@ -147,8 +147,8 @@ def disk_bytes(each: float, config: PlanConfig, steps: int | None) -> float:
     if checkpoint.keep_every:
         max_count += math.inf if steps is None else steps // math.lcm(checkpoint.keep_every, checkpoint.every)
     num_written = math.inf if steps is None else math.ceil(steps / checkpoint.every)
-    byte_limit = math.inf if checkpoint.max_gib is None else checkpoint.max_gib * GIB + each
-    return min(each * min(max_count, num_written), max(byte_limit, 2 * each))
+    byte_limit = math.inf if checkpoint.max_gib is None else checkpoint.max_gib * GIB + checkpoint_bytes
+    return min(checkpoint_bytes * min(max_count, num_written), max(byte_limit, 2 * checkpoint_bytes))
 
 
 def make_plan(

@@ -62,7 +62,7 @@ def as_json(plan: TrainingPlan, notes: list[str]) -> dict[str, Any]:
 
 
 def _candidate_json(choice: Candidate, work: StepCost) -> dict[str, Any]:
-    placement = choice.where
+    placement = choice.placement
     return {
         "stage": placement.stage,
         "offload": choice.offload,
@@ -133,7 +133,7 @@ def _format_duration(plan: TrainingPlan) -> str:
 
 
 def _describe_candidate(choice: Candidate) -> str:
-    placement = choice.where
+    placement = choice.placement
     checkpointing = "with" if placement.checkpointing else "without"
     return (
         f"zero={placement.stage}, offload {choice.offload}, micro_batch_size={placement.micro_batch_size}, "
@@ -151,7 +151,7 @@ def _table_header() -> str:
 
 
 def _table_row(choice: Candidate, work: StepCost, is_fastest: bool) -> str:
-    placement, items = choice.where, choice.memory.items
+    placement, items = choice.placement, choice.memory.items
     sizes = "".join(f"{items[name] / GIB:>12.2f}" for name in _TABLE_ITEMS) + f"{choice.memory.total / GIB:>12.2f}"
     checkpointing = "yes" if placement.checkpointing else "no"
     return (

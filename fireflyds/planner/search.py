@@ -37,7 +37,7 @@ class StepCost:
 class Candidate:
     """One layout with its estimates; `why_not`: why it does not fit, empty where it fits."""
 
-    where: Placement
+    placement: Placement
     memory: MemoryEstimate
     host_per_node: float
     """Bytes of host memory."""
@@ -59,7 +59,7 @@ class Candidate:
     @property
     def rank(self) -> tuple[Any, ...]:
         """Sort key: faster first; ties by less recomputation, sharding and offloading, then larger micro-batches."""
-        placement = self.where
+        placement = self.placement
         num_offloaded = placement.offload_optimizer + placement.offload_param
         return (
             round(self.seconds, 6),
@@ -72,7 +72,7 @@ class Candidate:
     @property
     def offload(self) -> str:
         """Offloaded parts, joined by `+`: `optimizer`, `param`; `none` where there are none."""
-        names = ["optimizer"] * self.where.offload_optimizer + ["param"] * self.where.offload_param
+        names = ["optimizer"] * self.placement.offload_optimizer + ["param"] * self.placement.offload_param
         return "+".join(names) or "none"
 
 
@@ -156,25 +156,25 @@ def evaluate_candidate(
     work: StepCost,
     peak: float,
     share: float,
-    where: Placement,
+    placement: Placement,
 ) -> Candidate:
     """Memory and time per step of one placement; `peak`: FLOP/s of one GPU, `share`: share of tokens with a label."""
     cluster = config.cluster
     device = "cpu" if cluster.on_cpu else "cuda"
-    estimate = memory.estimate(shape, config, precision, where, device, share)
+    estimate = memory.estimate(shape, config, precision, placement, device, share)
     host_bytes = cluster.gpus_per_node * _host_bytes_per_rank(estimate, config)
-    flops = work.flops + work.repeated + work.recomputed * where.checkpointing
-    compute = flops / (where.world_size * peak * cluster.mfu)
-    launches = LAUNCH_SECONDS * len(shape.blocks) * where.accumulation * (1 + where.checkpointing / 3)
-    sent_bytes = communication_bytes(shape, precision, where)
+    flops = work.flops + work.repeated + work.recomputed * placement.checkpointing
+    compute = flops / (placement.world_size * peak * cluster.mfu)
+    launches = LAUNCH_SECONDS * len(shape.blocks) * placement.accumulation * (1 + placement.checkpointing / 3)
+    sent_bytes = communication_bytes(shape, precision, placement)
     return Candidate(
-        where,
+        placement,
         estimate,
         host_bytes,
         _reason_not_to_fit(estimate, host_bytes, cluster, device),
         compute + launches,
         sent_bytes / (cluster.link_gb_per_s * 1e9),
-        offload_seconds(shape, precision, where, cluster),
+        offload_seconds(shape, precision, placement, cluster),
     )
 
 
@@ -203,7 +203,7 @@ def _reason_not_to_fit(estimate: MemoryEstimate, host: float, cluster: ClusterCo
     return ""
 
 
-def communication_bytes(shape: ModelShape, precision: Precision, where: Placement) -> float:
+def communication_bytes(shape: ModelShape, precision: Precision, placement: Placement) -> float:
     """Bytes that one GPU sends per step (ring algorithms send (N - 1) / N of a tensor; an all-reduce does so twice).
 
     Stages 0 and 1 reduce gradients once per step, 2 and 3 after every micro-batch; 1 and 2 gather the updated weights
@@ -215,10 +215,10 @@ def communication_bytes(shape: ModelShape, precision: Precision, where: Placemen
     traffic = {
         0: 2 * gradients,
         1: 2 * gradients,
-        2: (where.accumulation + 1) * gradients,
-        3: where.accumulation * (gradients + 2 * all_weights),
-    }[where.stage]
-    return traffic * (where.world_size - 1) / where.world_size
+        2: (placement.accumulation + 1) * gradients,
+        3: placement.accumulation * (gradients + 2 * all_weights),
+    }[placement.stage]
+    return traffic * (placement.world_size - 1) / placement.world_size
 
 
 def offload_seconds(shape: ModelShape, precision: Precision, placement: Placement, cluster: ClusterConfig) -> float:

@@ -49,19 +49,19 @@ def plan_expansion(
     return _plan_without_merges(config, base, scripts, given)
 
 
-def describe(base: Base, found: Expansion, checks: list[VerificationResult]) -> dict[str, Any]:
+def describe(base: Base, expansion: Expansion, checks: list[VerificationResult]) -> dict[str, Any]:
     """Returns the expansion's part of `report.json`."""
 
     def readable(pieces: Iterable[str]) -> list[str]:
         return [text if (text := base.text(piece)) is not None else base.as_bytes(piece).hex(" ") for piece in pieces]
 
-    plan, order = found.plan, sorted(found.saved, key=lambda piece: -found.saved[piece])
+    plan, order = expansion.plan, sorted(expansion.saved, key=lambda piece: -expansion.saved[piece])
     ranked = [piece for piece in order if base.text(piece) is not None]
     return {
         "vocab_size_before": base.num_tokens,
         "vocab_size_after": base.num_tokens + len(plan.steps),
         "pieces": {
-            "asked": found.asked,
+            "asked": expansion.asked,
             "present": len(plan.present),
             "added": len(plan.steps) - len(plan.intermediates) - len(plan.filled),
             "intermediates": readable(plan.intermediates),
@@ -70,10 +70,10 @@ def describe(base: Base, found: Expansion, checks: list[VerificationResult]) -> 
         },
         "checks": [check.as_dict() for check in checks],
         "dead": readable(checks[0].failures),
-        "curve": [point.as_dict() for point in found.points],
-        "knees": found.knees,
-        "most_useful": [[base.text(piece), found.saved[piece]] for piece in ranked[:_NUM_LISTED]],
-        "rarest": [[base.text(piece), found.saved[piece]] for piece in ranked[-_NUM_LISTED:]],
+        "curve": [point.as_dict() for point in expansion.points],
+        "knees": expansion.knees,
+        "most_useful": [[base.text(piece), expansion.saved[piece]] for piece in ranked[:_NUM_LISTED]],
+        "rarest": [[base.text(piece), expansion.saved[piece]] for piece in ranked[-_NUM_LISTED:]],
         "model": {},
     }
 

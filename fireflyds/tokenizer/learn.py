@@ -77,13 +77,13 @@ def learn_pieces(
     if algorithm is PieceAlgorithm.unigram:
         model = _train(_weighted(words), num_pieces, "unigram", max_piece_length=max_length, input_format="tsv")
         return [piece for piece in pieces_by_score(model) if 1 < len(piece.strip()) <= max_piece_length]
-    fragments = encoder.fragments()
+    fragment_ids = encoder.fragments()
     letters: dict[int, str] = {}
     encoded: Counter[str] = Counter()
     for word, count in words.items():
         ids: list[int] = []
         for index in [*encoder.encode(word, continues=True), None]:
-            if index is not None and index not in fragments:
+            if index is not None and index not in fragment_ids:
                 ids.append(index)
                 continue
             # Rare characters are encoded as bytes; no piece extends across them.

@@ -116,8 +116,8 @@ class Validator:
             self._file = JsonlFile(self._run_dir / layout.VALIDATION, step)
             self._samples = JsonlFile(self._run_dir / layout.SAMPLES, step)
             self._rows = self._file.kept
-            done = any(row["step"] == step for row in self._rows)
-            is_current = [any(map(self._is_baseline, self._rows)) and (done or not self._is_due(step))]
+            has_row = any(row["step"] == step for row in self._rows)
+            is_current = [any(map(self._is_baseline, self._rows)) and (has_row or not self._is_due(step))]
         dist.broadcast_object_list(is_current)
         return None if is_current[0] else self._validate_on_all_ranks(engine, metrics_logger, step)
 

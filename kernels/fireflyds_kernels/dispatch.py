@@ -71,11 +71,11 @@ class Kernel:
         self.implementations = {implementation.name: implementation for implementation in implementations}
         _KERNELS[name] = self
 
-    def refusals(self, where: DispatchKey) -> dict[str, str | None]:
+    def refusals(self, key: DispatchKey) -> dict[str, str | None]:
         """For every implementation the reason why it cannot run, None for those that can."""
-        return {name: implementation.refuses(where) for name, implementation in self.implementations.items()}
+        return {name: implementation.refuses(key) for name, implementation in self.implementations.items()}
 
-    def choose(self, where: DispatchKey) -> str:
+    def choose(self, key: DispatchKey) -> str:
         """The name of the implementation that runs.
 
         Raises:
@@ -83,12 +83,12 @@ class Kernel:
         """
         name = _forced_for(self)
         if name is None:
-            return runnable(self.name, where)[0]
-        refusal = self.implementations[name].refuses(where)
+            return runnable(self.name, key)[0]
+        refusal = self.implementations[name].refuses(key)
         if refusal:
             raise CannotRunError(
-                f"{self.name} was forced to run {name!r} on {where}, which is not possible: {refusal}. Available here: "
-                f"{', '.join(runnable(self.name, where))}; set {VARIABLE} or force() to one of them, or leave the "
+                f"{self.name} was forced to run {name!r} on {key}, which is not possible: {refusal}. Available here: "
+                f"{', '.join(runnable(self.name, key))}; set {VARIABLE} or force() to one of them, or leave the "
                 "choice to the kernel"
             )
         return name
@@ -233,7 +233,7 @@ HALF = (torch.float16, torch.bfloat16)
 HALF_OR_SINGLE = (*HALF, torch.float32)
 
 
-def always(where: DispatchKey) -> str | None:
+def always(key: DispatchKey) -> str | None:
     """The rule of an implementation that runs everywhere."""
     return None
 
@@ -244,16 +244,16 @@ def installed(package: str) -> bool:
     return find_spec(package) is not None
 
 
-def runnable(kernel: str, where: DispatchKey) -> list[str]:
-    """The implementations that run for `where`, in order of preference. Triton's interpreter, on the CPU, is not one of
+def runnable(kernel: str, key: DispatchKey) -> list[str]:
+    """The implementations that run for `key`, in order of preference. Triton's interpreter, on the CPU, is not one of
     them: it runs only when named."""
-    skipped = "triton" if where.device == "cpu" else None
-    return [name for name, reason in _KERNELS[kernel].refusals(where).items() if reason is None and name != skipped]
+    skipped = "triton" if key.device == "cpu" else None
+    return [name for name, reason in _KERNELS[kernel].refusals(key).items() if reason is None and name != skipped]
 
 
-def refusals(kernel: str, where: DispatchKey) -> dict[str, str | None]:
-    """For every implementation the reason why it cannot run for `where`, None for those that can."""
-    return _KERNELS[kernel].refusals(where)
+def refusals(kernel: str, key: DispatchKey) -> dict[str, str | None]:
+    """For every implementation the reason why it cannot run for `key`, None for those that can."""
+    return _KERNELS[kernel].refusals(key)
 
 
 def describe() -> str:

@@ -82,14 +82,14 @@ def fails_at(number: int):
         yield step
 
 
-def record(tmp_path: Path, played, *, done: int = 0, leave_at: int = 0, **options) -> list[str]:
+def record(tmp_path: Path, played, *, trained: int = 0, leave_at: int = 0, **options) -> list[str]:
     """Follows steps that are played, and returns the log."""
     lines: list[str] = []
     log = logging.Logger("profile")
     log.addHandler(handler := logging.Handler())
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
     with StepProfiler(ProfileConfig(**options), tmp_path, 0, log) as profiler:
-        for step in profiler.follow(played, done, 9):
+        for step in profiler.follow(played, trained, 9):
             if step == leave_at:
                 break
     return lines
@@ -105,13 +105,13 @@ def test_a_run_that_fails_or_stops_within_the_steps_writes_what_it_has(tmp_path:
     ]
     record(tmp_path / "stopped", iter(range(1, 10)), leave_at=2, start=1, steps=5)
     assert names(tmp_path / "stopped") == ["rank-0.steps-1-2.trace.json.gz", "rank-0.steps-1-2.txt"]
-    record(tmp_path / "resumed", iter(range(8, 10)), done=7, start=6, steps=3, stacks=True)
+    record(tmp_path / "resumed", iter(range(8, 10)), trained=7, start=6, steps=3, stacks=True)
     assert names(tmp_path / "resumed") == ["rank-0.steps-8-8.trace.json.gz", "rank-0.steps-8-8.txt"]
 
 
 def test_other_ranks_and_steps_that_are_past_record_nothing(tmp_path: Path) -> None:
     assert record(tmp_path, iter(range(1, 10)), start=1, ranks=[1]) == []
-    assert record(tmp_path, iter(range(5, 10)), done=4, start=1, steps=4) == []
+    assert record(tmp_path, iter(range(5, 10)), trained=4, start=1, steps=4) == []
     assert not list(tmp_path.iterdir())
 
 

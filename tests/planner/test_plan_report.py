@@ -28,7 +28,7 @@ def _plan(*overrides: str) -> TrainingPlan:
 
 def test_every_stage_offloading_and_dividing_micro_batch_is_offered_once() -> None:
     found = _plan(*FULL, "cluster=a100x8", "global_batch_size=48", "micro_batch_size=1").choices
-    offered = [(c.where.stage, c.offload, c.where.micro_batch_size, c.where.checkpointing) for c in found]
+    offered = [(c.placement.stage, c.offload, c.placement.micro_batch_size, c.placement.checkpointing) for c in found]
     layouts = [
         (0, "none"),
         (1, "none"),
@@ -42,13 +42,13 @@ def test_every_stage_offloading_and_dividing_micro_batch_is_offered_once() -> No
     # Six rows a GPU.
     wanted = [(*layout, micro, again) for layout in layouts for micro in (1, 2, 3, 6) for again in (False, True)]
     assert sorted(offered) == sorted(wanted)
-    assert all(c.where.accumulation * c.where.micro_batch_size == 6 for c in found)
+    assert all(c.placement.accumulation * c.placement.micro_batch_size == 6 for c in found)
 
 
 def test_what_training_refuses_is_not_offered() -> None:
     # float16 has no stage 0, and bitsandbytes' states are not offloaded.
     found = _plan("cluster=v100x4").choices
-    assert {(c.where.stage, c.offload) for c in found} == {(1, "none"), (2, "none"), (3, "none")}
+    assert {(c.placement.stage, c.offload) for c in found} == {(1, "none"), (2, "none"), (3, "none")}
 
 
 def test_the_fastest_that_fits_stands_first_and_what_does_not_fit_last() -> None:
@@ -58,16 +58,16 @@ def test_the_fastest_that_fits_stands_first_and_what_does_not_fit_last() -> None
     assert [c.seconds for c in fitting] == sorted(c.seconds for c in fitting)
     assert [c.fits for c in made.choices] == sorted((c.fits for c in made.choices), reverse=True)
     # 16 bytes x 6.9 billion do not fit 80 GB; sharded states do.
-    assert {c.where.stage for c in fitting} == {1, 2, 3}
-    stage0 = next(c for c in made.choices if c.where.stage == 0)
+    assert {c.placement.stage for c in fitting} == {1, 2, 3}
+    stage0 = next(c for c in made.choices if c.placement.stage == 0)
     assert stage0.why_not.endswith("GiB needed, 74.4 GiB available per GPU")
-    assert not made.fastest.where.checkpointing
+    assert not made.fastest.placement.checkpointing
 
 
 def test_of_equals_the_plan_takes_less_sharding() -> None:
     made = _plan(*FULL, "cluster=h200", "model=llama2_7b_ext", "model.architecture.num_hidden_layers=4")
     best = made.fastest
-    assert (best.where.stage, best.offload, best.where.checkpointing) == (0, "none", False)
+    assert (best.placement.stage, best.offload, best.placement.checkpointing) == (0, "none", False)
 
 
 def test_where_nothing_fits_the_plan_says_so_and_still_tells_its_own_choice() -> None:
@@ -93,7 +93,7 @@ def test_time_is_flops_over_what_the_gpus_reach() -> None:
     again = next(
         c
         for c in made.choices
-        if c.where.checkpointing and c.where.stage == 1 and c.where.accumulation == 1 and c.offload == "none"
+        if (c.placement.checkpointing, c.placement.stage, c.placement.accumulation, c.offload) == (True, 1, 1, "none")
     )
     flops = made.work.flops + made.work.recomputed
     assert again.seconds == pytest.approx(flops / (0.4 * 989e12) + launches * 4 / 3)
@@ -107,9 +107,9 @@ def test_communication_is_that_of_ring_algorithms() -> None:
     made = _plan(*FULL, "cluster=a100x8", "global_batch_size=32", "micro_batch_size=2")
     whole = 2 * made.shape.trained
     found = {
-        (c.where.stage): search.communication_bytes(made.shape, Precision.bf16, c.where)
+        (c.placement.stage): search.communication_bytes(made.shape, Precision.bf16, c.placement)
         for c in made.choices
-        if c.offload == "none" and c.where.micro_batch_size == 2
+        if c.offload == "none" and c.placement.micro_batch_size == 2
     }
     # Two micro-batches of two rows a GPU; seven eighths of everything leave it.
     assert found == {0: whole * 2 * 7 / 8, 1: whole * 2 * 7 / 8, 2: whole * 3 * 7 / 8, 3: whole * 2 * 3 * 7 / 8}

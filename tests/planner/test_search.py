@@ -34,7 +34,7 @@ def _plan(*overrides: str) -> TrainingPlan:
 
 
 def _layouts(made: TrainingPlan) -> set[tuple[int, str]]:
-    return {(choice.where.stage, choice.offload) for choice in made.choices}
+    return {(choice.placement.stage, choice.offload) for choice in made.choices}
 
 
 def test_the_host_holds_a_copy_of_masters_and_states_while_a_checkpoint_is_written() -> None:
@@ -97,8 +97,8 @@ def test_offloaded_gradients_add_up_where_deepspeed_adds_them_up() -> None:
     update = shape.trained / search.CPU_ADAM_PER_SECOND
 
     def bytes_each(stage: int, accumulation: int, parameters: bool = False) -> float:
-        where = Placement(stage, True, parameters, 1, False, 1, accumulation)
-        return (search.offload_seconds(shape, Precision.bf16, where, cluster) - update) * 1e9 / shape.trained
+        placement = Placement(stage, True, parameters, 1, False, 1, accumulation)
+        return (search.offload_seconds(shape, Precision.bf16, placement, cluster) - update) * 1e9 / shape.trained
 
     # float32 gradients down and weights up once a step.
     for accumulation in (1, 4):
@@ -154,7 +154,7 @@ def _highest(made: TrainingPlan, checkpointing: bool) -> float:
     return next(
         choice.memory.highest["activations"]
         for choice in made.choices
-        if choice.where == replace(made.own.where, checkpointing=checkpointing)
+        if choice.placement == replace(made.own.placement, checkpointing=checkpointing)
     )
 
 

@@ -123,10 +123,10 @@ class Study:
         return self.optuna.best_trial if any(trial.state is COMPLETE for trial in self.trials) else None
 
 
-def _truncate_partial_line(journal: Path) -> None:
+def _truncate_partial_line(path: Path) -> None:
     """Truncates a partial last line that a kill left: further lines must not be appended to it."""
-    if journal.exists():
-        with journal.open("r+b") as stream:
+    if path.exists():
+        with path.open("r+b") as stream:
             stream.truncate(stream.read().rfind(b"\n") + 1)
 
 

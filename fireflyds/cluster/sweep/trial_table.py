@@ -10,23 +10,23 @@ from typing import Any
 
 import yaml
 
-from fireflyds.cluster.sweep import ranges, study
-from fireflyds.cluster.sweep.study import Study, trial_name
+from fireflyds.cluster.sweep import ranges
+from fireflyds.cluster.sweep.study import Study, draw_charts, trial_name
 from fireflyds.config import SearchConfig
 from fireflyds.fs import atomic_write_text
 from fireflyds.runs import layout
 
 
-def write(found: Study, search: SearchConfig, name: str, folder: Path, rest: Sequence[str]) -> str:
+def write(study: Study, search: SearchConfig, name: str, folder: Path, overrides: Sequence[str]) -> str:
     """Writes `trials.csv`, `trials.md`, `best.yaml` and charts. Returns the text to print.
 
     Args:
-        found: the study, of which trials may still be running.
-        rest: overrides that are passed on to `train`.
+        study: the study, of which trials may still be running.
+        overrides: those that are passed on to `train`.
     """
     keys = list(search.space)
     header = ["trial", "outcome", *keys, search.metric, "steps", "tokens", "seconds", "run", "message"]
-    rows = [_row(trial, keys, name) for trial in found.trials]
+    rows = [_row(trial, keys, name) for trial in study.trials]
     stream = io.StringIO()
     csv.writer(stream, lineterminator="\n").writerows([header, *rows])
     atomic_write_text(folder / "trials.csv", stream.getvalue())
@@ -38,9 +38,9 @@ def write(found: Study, search: SearchConfig, name: str, folder: Path, rest: Seq
         "",
         summary,
     ]
-    best = found.best
+    best = study.best
     if best is not None:
-        fixed_arguments = [word for word in rest if word.partition("=")[0] not in best.params]
+        fixed_arguments = [word for word in overrides if word.partition("=")[0] not in best.params]
         arguments = [*fixed_arguments, *ranges.words(best.params)]
         command = f"python launch/train.py {shlex.join(arguments)} run=<name>"
         parts += ["", f"Best: trial {best.number}, {search.metric} {best.value:.5f}:", "", "```", command, "```"]
@@ -52,7 +52,7 @@ def write(found: Study, search: SearchConfig, name: str, folder: Path, rest: Seq
             f"\nbest: trial {best.number}, {search.metric} {best.value:.5f}\n  {command}\n  as options: "
             f"{folder / 'best.yaml'}"
         )
-        chart_paths = study.draw_charts(found, folder, search.metric)
+        chart_paths = draw_charts(study, folder, search.metric)
         parts += ["", *(f"![{path.stem}]({path.name})" for path in chart_paths)]
     atomic_write_text(folder / "trials.md", "\n".join(parts) + "\n")
     return f"{summary}\n  table and charts: {folder / 'trials.md'}"

@@ -57,15 +57,16 @@ def make_parts(
     if finished:
         print(f"{len(tasks) - len(missing):,} of {len(tasks):,} parts are reused", flush=True)
     context = WorkerContext(load_encoder, config.data.sources, config.template, config.loss_on, config.clean, folder)
-    started, done = time.perf_counter(), 0
+    started, bytes_read = time.perf_counter(), 0
     reported = started
     for task, info in _encode_parts(missing, context, config.workers or os.cpu_count() or 1):
         finished[task.key] = info
-        done += task.size
+        bytes_read += task.size
         if time.perf_counter() - reported > 10:
             reported = time.perf_counter()
             print(
-                f"{len(finished):,} of {len(tasks):,} parts, {done / (reported - started) / 1e6:.1f} MB/s", flush=True
+                f"{len(finished):,} of {len(tasks):,} parts, {bytes_read / (reported - started) / 1e6:.1f} MB/s",
+                flush=True,
             )
     return [finished[task.key] for task in tasks]
 

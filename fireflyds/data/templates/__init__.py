@@ -37,8 +37,8 @@ class Chat:
             ValueError: the roles do not alternate, or a turn is empty.
         """
         system, pairs = turns(messages)
-        said = system or self.default_system
-        head = list(self._filled(self.system, said)) if said else []
+        system_text = system or self.default_system
+        head = list(self._filled(self.system, system_text)) if system_text else []
         inside = "{system}" in self.user
         segments = [*self._cut(self.begin, learn=False), *([] if inside else head)]
         for number, (user, assistant) in enumerate(pairs, 1):
@@ -67,20 +67,20 @@ class Chat:
         """The equivalent Jinja template for `tokenizer.apply_chat_template`."""
         system, content = "system", "message['content']"
         head = f"({self._expression(self.system, system)} if system else '')"
-        where = {"{system}": f"({head} if loop.first else '')", "{round}": "(loop.index0 // 2 + 1)|string"}
+        variables = {"{system}": f"({head} if loop.first else '')", "{round}": "(loop.index0 // 2 + 1)|string"}
         lead = self._expression(self.begin, content) + ("" if "{system}" in self.user else f" + {head}")
         answer = self._expression(self.opening + self.answer + self.stop + self.after, content)
         return (
-            f"{{% set system = {_quoted(self.default_system)} %}}{{% set rest = messages %}}{{% if messages and "
-            "messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% set rest = messages[1:] "
-            f"%}}{{% endif %}}{{{{ {lead} }}}}{{% for message in rest %}}{{% if message['role'] == 'user' %}}{{{{ "
-            f"{self._expression(self.user, content, where)} }}}}{{% else %}}{{{{ {answer} }}}}{{% endif %}}{{% endfor "
-            f"%}}{{% if add_generation_prompt %}}{{{{ {self._expression(self.opening, content)} }}}}{{% endif %}}"
+            f"{{% set system = {_quoted(self.default_system)} %}}{{% set turns = messages %}}{{% if messages and "
+            "messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% set turns = messages[1:] "
+            f"%}}{{% endif %}}{{{{ {lead} }}}}{{% for message in turns %}}{{% if message['role'] == 'user' %}}"
+            f"{{{{ {self._expression(self.user, content, variables)} }}}}{{% else %}}{{{{ {answer} }}}}{{% endif %}}{{% "
+            f"endfor %}}{{% if add_generation_prompt %}}{{{{ {self._expression(self.opening, content)} }}}}{{% endif %}}"
         )
 
-    def _expression(self, text: str, content: str, where: dict[str, str] | None = None) -> str:
+    def _expression(self, text: str, content: str, variables: dict[str, str] | None = None) -> str:
         """Converts a template string to a Jinja expression."""
-        names = {"{}": content, BOS: "bos_token", EOS: "eos_token"} | (where or {})
+        names = {"{}": content, BOS: "bos_token", EOS: "eos_token"} | (variables or {})
         parts = re.split("(" + "|".join(map(re.escape, names)) + ")", text)
         return " + ".join(names.get(part, _quoted(part)) for part in parts if part) or "''"
 
@@ -98,14 +98,14 @@ def turns(messages: Sequence[Message]) -> tuple[str, Iterator[tuple[str, str]]]:
     """
     begins = bool(messages) and messages[0].role == "system"
     system = messages[0].content if begins else ""
-    rest = list(messages[1:] if begins else messages)
-    expected = ["user", "assistant"] * (len(rest) // 2)
-    if not rest or [message.role for message in rest] != expected:
-        found = " ".join(message.role for message in messages)
-        raise ValueError(f"roles must be [system] user assistant user assistant …, got: {found}")
-    if any(not isinstance(message.content, str) or not message.content for message in rest):
+    turns = list(messages[1:] if begins else messages)
+    expected = ["user", "assistant"] * (len(turns) // 2)
+    if not turns or [message.role for message in turns] != expected:
+        roles = " ".join(message.role for message in messages)
+        raise ValueError(f"roles must be [system] user assistant user assistant …, got: {roles}")
+    if any(not isinstance(message.content, str) or not message.content for message in turns):
         raise ValueError("a turn is empty")
-    return system, ((rest[i].content, rest[i + 1].content) for i in range(0, len(rest), 2))
+    return system, ((turns[i].content, turns[i + 1].content) for i in range(0, len(turns), 2))
 
 
 def _joined(segments: Sequence[Segment]) -> list[Segment]:

@@ -44,13 +44,13 @@ def _read(options: MultipleChoiceConfig, limit: int | None) -> list[tuple[str, l
             ):
                 rows.append((question, choices, answer))
             case _:
-                shown = (
+                description = (
                     record.reason
                     if isinstance(record, RejectedRow)
                     else json.dumps(record.fields, ensure_ascii=False)[:100]
                 )
                 raise UserError(
-                    f"{shown}: a row needs question (text), choices (two or more) and answer (index)",
+                    f"{description}: a row needs question (text), choices (two or more) and answer (index)",
                     key=f"{record.file}:{record.line}",
                     remedy="Correct the row, or remove it",
                 )
