@@ -70,12 +70,14 @@ class Chat:
         variables = {"{system}": f"({head} if loop.first else '')", "{round}": "(loop.index0 // 2 + 1)|string"}
         lead = self._expression(self.begin, content) + ("" if "{system}" in self.user else f" + {head}")
         answer = self._expression(self.opening + self.answer + self.stop + self.after, content)
+        user = self._expression(self.user, content, variables)
         return (
-            f"{{% set system = {_quoted(self.default_system)} %}}{{% set turns = messages %}}{{% if messages and "
-            "messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% set turns = messages[1:] "
-            f"%}}{{% endif %}}{{{{ {lead} }}}}{{% for message in turns %}}{{% if message['role'] == 'user' %}}"
-            f"{{{{ {self._expression(self.user, content, variables)} }}}}{{% else %}}{{{{ {answer} }}}}{{% endif %}}{{% "
-            f"endfor %}}{{% if add_generation_prompt %}}{{{{ {self._expression(self.opening, content)} }}}}{{% endif %}}"
+            f"{{% set system = {_quoted(self.default_system)} %}}{{% set turns = messages %}}"
+            "{% if messages and messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}"
+            f"{{% set turns = messages[1:] %}}{{% endif %}}{{{{ {lead} }}}}"
+            f"{{% for message in turns %}}{{% if message['role'] == 'user' %}}{{{{ {user} }}}}"
+            f"{{% else %}}{{{{ {answer} }}}}{{% endif %}}{{% endfor %}}"
+            f"{{% if add_generation_prompt %}}{{{{ {self._expression(self.opening, content)} }}}}{{% endif %}}"
         )
 
     def _expression(self, text: str, content: str, variables: dict[str, str] | None = None) -> str:
