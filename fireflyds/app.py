@@ -1,4 +1,4 @@
-"""The door to Hydra: `conf/<verb>.yaml` and the command line become a typed config, which goes to the verb."""
+"""Hydra: composes `conf/<verb>.yaml` and the command line into a typed config, and calls the verb with it."""
 
 import dataclasses
 import difflib
@@ -69,7 +69,7 @@ def main(verb: Callable[..., Any], description: str, *, passes_on: bool = False)
         if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
-            # Launchers end all ranks as soon as one has left; the one that speaks must not be cut short.
+            # Launchers end all ranks as soon as one has left: rank 0 of the node prints its message first.
             time.sleep(2)
         sys.exit(error.exit_code if isinstance(error, UserError) else UserError.exit_code)
     except BrokenPipeError:  # `... -h | head`: the reader has seen enough

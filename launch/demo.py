@@ -24,7 +24,7 @@ from fireflyds.runs.jsonl import read_jsonl
 
 
 def demo(config: DemoConfig) -> None:
-    """Runs the stages of the road, writes the report and prints its figures.
+    """Runs the stages of the pipeline, writes the report and prints its figures.
 
     Raises:
         UserError: a stage failed, or a check of the figures did.

@@ -32,7 +32,7 @@ class PipelineConfig:
 
     @property
     def out(self) -> str:
-        """Folder of the road's outputs."""
+        """Folder of the pipeline's outputs."""
         return f"runs/{self.name}"
 
 

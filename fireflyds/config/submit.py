@@ -21,7 +21,7 @@ class SubmitConfig:
     """File name in `conf/road`, or a path, instead of a verb: each of its stages becomes a job that depends on the one
     before."""
     run: str = ""
-    """Name of the jobs, and of the folder of their files below `runs`; empty: the verb's own `run`, or the road's
+    """Name of the jobs, and of the folder of their files below `runs`; empty: the verb's own `run`, or the pipeline's
     name."""
     runs: str = "runs"
     """Folder that contains the runs."""
@@ -36,7 +36,7 @@ class SubmitConfig:
         if self.action is SubmitAction.submit:
             if bool(self.verb) == bool(self.road):
                 raise UserError(
-                    "submit needs a verb or a road, and one of them only",
+                    "submit needs verb or road, and one of them only",
                     key="verb",
                     value=f"{self.verb!r}",
                     remedy="Give verb=train and its keys, or road=<file of conf/road>",

@@ -48,7 +48,7 @@ class Candidate:
 
     @property
     def fits(self) -> bool:
-        """True where no reason speaks against the candidate."""
+        """True where nothing excludes the candidate."""
         return not self.why_not
 
     @property

@@ -163,7 +163,7 @@ runpy.run_path({str(ROOT / "launch" / "submit.py")!r}, run_name="__main__")
             "run: is not set; it identifies the job of expand. Give run=<name>",
         ),
         (["verb=export", "run=nothing"], "run=nothing: no such run in runs"),
-        (["run=x"], "submit needs a verb or a road"),
+        (["run=x"], "submit needs verb or road"),
         (["action=status"], "run: is not set; action=status needs it. Give run="),
         (["action=status", "run=never"], "run=never: nothing was submitted under this name"),
         (["road=nowhere"], "road=nowhere: no such file, here or in conf/road. Known: demo"),

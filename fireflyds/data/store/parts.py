@@ -116,20 +116,20 @@ _cleaner: Cleaner
 _context: WorkerContext
 
 
-def init_worker(workshop: WorkerContext) -> None:
+def init_worker(context: WorkerContext) -> None:
     """Loads the encoder and the cleaner, once per process."""
     global _encoder, _cleaner, _context
     # The workers already use all cores.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _encoder, _cleaner, _context = workshop.load_encoder(), Cleaner(workshop.clean), workshop
+    _encoder, _cleaner, _context = context.load_encoder(), Cleaner(context.clean), context
 
 
-def start_worker(workshop: WorkerContext) -> None:
+def start_worker(context: WorkerContext) -> None:
     """Initializes a worker process that ignores SIGINT (the parent handles it) and is killed when its parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    init_worker(workshop)
+    init_worker(context)
 
 
 def make_part(task: EncodeTask) -> dict[str, Any]:
@@ -200,7 +200,7 @@ class _PartBuilder:
             "dropped": self.dropped,
             "formats": self.formats,
             "rejected": self.rejected,
-            "speaks": self._has_dialogues,
+            "has_dialogues": self._has_dialogues,
         }
         arrays: dict[str, Any] = {}
         if _context.clean.duplicates is not Duplicates.keep:
@@ -218,5 +218,5 @@ def finished_part(folder: Path, task: EncodeTask, template: str, loss_on: LossOn
         return None
     info: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     # `template` and `loss_on` affect dialogues only.
-    reusable = (info["template"], info["loss_on"]) == (template, loss_on.name) or not info["speaks"]
+    reusable = (info["template"], info["loss_on"]) == (template, loss_on.name) or not info["has_dialogues"]
     return info if reusable else None
