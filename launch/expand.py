@@ -113,7 +113,7 @@ def refuse_broken(config: ExpandConfig, base: Base, checks: list[VerificationRes
     broken = [check for check in checks if not check.passed and not (check.of_auto_tokenizer and base.disagreement)]
     if config.cure and broken:
         raise UserError(
-            f"{broken[0].promise}, but not in {len(broken[0].failures):,} of {broken[0].tried:,} cases, the first "
+            f"{broken[0].rule}, but not in {len(broken[0].failures):,} of {broken[0].tried:,} cases, the first "
             f"{broken[0].failures[0][:100]!r}; nothing was written",
             key="base",
             value=config.base,

@@ -116,7 +116,7 @@ def _plan_pipeline(config: SubmitConfig, overrides: list[str]) -> tuple[Path, li
     texts = [app.to_yaml(composed) for composed in all_composed]
     keys = stage_runner.stage_keys(f"{stage.verb}\n{text}" for stage, text in zip(stages.stages, texts, strict=True))
     planned: list[PlannedJob] = []
-    promised: list[Path] = []
+    planned_outputs: list[Path] = []
     for stage, composed, text, key in zip(stages.stages, all_composed, texts, keys, strict=True):
         run_dir = Path(composed.run_dir) if isinstance(composed, TrainConfig) else None
         planned_job = submission.plan_job(stage.verb, stage.name, folder, run_dir, text, key)
@@ -124,8 +124,8 @@ def _plan_pipeline(config: SubmitConfig, overrides: list[str]) -> tuple[Path, li
         if done_file.exists() and done_file.read_text().strip() == key and output.exists():
             print(f"{stage.name}: complete, skipped")
             continue
-        _check_inputs(stage.verb, composed, config.cluster, promised, stage.name)
-        promised += input_checks.stage_outputs(composed, folder, stage.output)
+        _check_inputs(stage.verb, composed, config.cluster, planned_outputs, stage.name)
+        planned_outputs += input_checks.stage_outputs(composed, folder, stage.output)
         planned.append(planned_job)
     return folder, planned
 
@@ -137,18 +137,18 @@ def _compose_stage(file: Path, stage: StageConfig) -> Any:
 
 
 def _check_inputs(
-    verb: str, composed: Any, cluster: ClusterConfig, promised: Sequence[Path] = (), stage: str = ""
+    verb: str, composed: Any, cluster: ClusterConfig, planned_outputs: Sequence[Path] = (), stage: str = ""
 ) -> None:
     """Checks the inputs of a job as far as this is possible without torch and without a GPU."""
     try:
-        input_checks.require_input_paths(verb, composed, promised)
-        if isinstance(composed, ExportConfig) and not promised:
+        input_checks.require_input_paths(verb, composed, planned_outputs)
+        if isinstance(composed, ExportConfig) and not planned_outputs:
             find.find_run(composed.runs, "run", composed.run)
         if isinstance(composed, TrainConfig):
             composed.accumulation_steps(cluster.world_size)
-            if not promised:
+            if not planned_outputs:
                 input_checks.check_training_inputs(composed)
-            if composed.init_from and not promised:
+            if composed.init_from and not planned_outputs:
                 find.find_run(composed.runs, "init_from", composed.init_from)
             config_diff.require_same_config(Path(composed.run_dir), app.to_yaml(composed), composed.run)
     except UserError as error:

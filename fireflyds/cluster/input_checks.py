@@ -21,16 +21,16 @@ def stage_outputs(config: Any, out: Path, makes: str) -> list[Path]:
     return folders + [Path(path) for path in (getattr(config, "run_dir", ""), getattr(config, "out", "")) if path]
 
 
-def require_input_paths(verb: str, config: Any, promised: Iterable[Path] = ()) -> None:
+def require_input_paths(verb: str, config: Any, planned_outputs: Iterable[Path] = ()) -> None:
     """Checks that the files and folders which a verb reads exist.
 
     Args:
-        promised: outputs of earlier pipeline stages; everything below them counts as existing.
+        planned_outputs: outputs of earlier pipeline stages; everything below them counts as existing.
 
     Raises:
         UserError: a file or folder does not exist and no earlier stage writes it.
     """
-    outputs = [path.absolute() for path in promised]
+    outputs = [path.absolute() for path in planned_outputs]
     for key in VERBS[verb].inputs:
         for text in _paths(attrgetter(key)(config)):
             path = Path(text).absolute()

@@ -33,7 +33,7 @@ class VerificationResult:
     `of_auto_tokenizer`: the check compares with `AutoTokenizer`, which may differ for known reasons.
     """
 
-    promise: str
+    rule: str
     tried: int
     failures: list[str]
     of_auto_tokenizer: bool = False
@@ -45,7 +45,7 @@ class VerificationResult:
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the property and the numbers of tried and failed cases, as in `report.json`."""
-        return {"promise": self.promise, "tried": self.tried, "failed": len(self.failures)}
+        return {"rule": self.rule, "tried": self.tried, "failed": len(self.failures)}
 
 
 def verify_expansion(
@@ -76,8 +76,8 @@ def verify_expansion(
     ]
 
 
-def _check(promise: str, outcomes: list[tuple[str, bool]]) -> VerificationResult:
-    return VerificationResult(promise, len(outcomes), [line for line, passed in outcomes if not passed])
+def _check(rule: str, outcomes: list[tuple[str, bool]]) -> VerificationResult:
+    return VerificationResult(rule, len(outcomes), [line for line, passed in outcomes if not passed])
 
 
 def _round_trips(line: str, ids: list[int], old: Encoder, new: Encoder) -> bool:

@@ -1,4 +1,4 @@
-"""A promise that does not hold is seen."""
+"""Checks of an expansion fail where a property does not hold."""
 
 from pathlib import Path
 
@@ -31,20 +31,20 @@ def first_two_tokens(base: Base) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("pieces", "tied", "broken"),
+    ("pieces", "tied", "violated_check"),
     [
         (lambda base: ["意大利"], False, "every new piece is reached"),
         (first_two_tokens, False, "text without new characters keeps its ids"),
         (lambda base: ["的特", "镇的", "镇", "的", "特"], True, "AutoTokenizer gives the same ids"),
     ],
 )
-def test_broken_promises_are_found(base_tokenizer: Path, tmp_path: Path, pieces, tied, broken) -> None:
+def test_broken_promises_are_found(base_tokenizer: Path, tmp_path: Path, pieces, tied, violated_check) -> None:
     base = load_base(base_tokenizer, tied=tied)
     plan = MergePlan(steps=[Step(base.spelled(piece), None) for piece in pieces(base)])
     base.write(plan.steps, tmp_path)
     failed = {
-        check.promise
+        check.rule
         for check in verify_expansion(base, plan, SCRIPTS, tmp_path, [*CHINESE, *ENGLISH])
         if not check.passed
     }
-    assert broken in failed
+    assert violated_check in failed

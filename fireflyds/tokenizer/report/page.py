@@ -42,7 +42,7 @@ def format_summary(report: dict[str, Any]) -> str:
         f"{pieces['present']:,} were already in the base, {len(pieces['dropped']):,} dropped"
     ]
     lines += [
-        f"{'does not hold' if check['failed'] else 'holds'}: {check['promise']} "
+        f"{'does not hold' if check['failed'] else 'holds'}: {check['rule']} "
         f"({check['tried'] - check['failed']:,} of {check['tried']:,})"
         for check in report["checks"]
     ]
@@ -70,7 +70,7 @@ def format_report(report: dict[str, Any]) -> str:
         "",
         "| check | cases | failed |",
         "|---|---:|---:|",
-        *(f"| {check['promise']} | {check['tried']:,} | {check['failed']:,} |" for check in report["checks"]),
+        *(f"| {check['rule']} | {check['tried']:,} | {check['failed']:,} |" for check in report["checks"]),
         "",
         "## Fit",
         "",
