@@ -1,4 +1,4 @@
-"""Preparing, packing and loading, each beside what people use today, in one run.
+"""Preparing, packing and loading, each compared with a common alternative, in one run.
 
     python benchmarks/bench_data.py zh.txt chinese_llama2.model out.md
 
@@ -36,13 +36,13 @@ SEQ_LEN = 4096
 
 
 def repeated(source: Path, out: Path, size: int) -> None:
-    """Write `size` bytes of the source's documents, shuffled anew each time round."""
+    """Write `size` bytes of the source's documents, in a new order each time."""
     documents = [line for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
-    shuffled, written = random.Random(1), 0
+    generator, num_bytes = random.Random(1), 0
     with out.open("w", encoding="utf-8") as file:
-        while written < size:
-            shuffled.shuffle(documents)
-            written += sum(len(line.encode()) for line in documents)
+        while num_bytes < size:
+            generator.shuffle(documents)
+            num_bytes += sum(len(line.encode()) for line in documents)
             file.write("\n".join(documents) + "\n")
 
 
@@ -52,7 +52,7 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def prepare_here(text: Path, model: Path, out: Path) -> None:
+def prepare_with_fireflyds(text: Path, model: Path, out: Path) -> None:
     config = PrepareConfig(
         data=DataConfig(sources=[SourceConfig(path=str(text))]), tokenizer=str(model), out=str(out), workers=2
     )
@@ -73,10 +73,13 @@ def map_with_datasets(text: Path, tokenizer: Path, cache: Path) -> None:
     import datasets
     from transformers import AutoTokenizer
 
-    fast = AutoTokenizer.from_pretrained(tokenizer)
+    fast_tokenizer = AutoTokenizer.from_pretrained(tokenizer)
     rows = datasets.load_dataset("text", data_files=str(text), cache_dir=str(cache))["train"]
     rows.map(
-        lambda batch: {"input_ids": fast(batch["text"])["input_ids"]}, batched=True, num_proc=2, remove_columns="text"
+        lambda batch: {"input_ids": fast_tokenizer(batch["text"])["input_ids"]},
+        batched=True,
+        num_proc=2,
+        remove_columns="text",
     )
 
 
@@ -99,7 +102,7 @@ def encoding_rows(source: Path, model: Path, folder: Path) -> list[str]:
     )
     rows = []
     for name, work in (
-        ("text → store, 2 processes", lambda: prepare_here(text, model, folder / "store")),
+        ("text → store, 2 processes", lambda: prepare_with_fireflyds(text, model, folder / "store")),
         ("SentencePiece encoding alone, 2 threads (baseline)", lambda: encode_with_sentencepiece(documents, model)),
         (
             "`datasets.map`, fast tokenizer, `num_proc=2` (baseline)",
@@ -121,9 +124,9 @@ def _one_piece(folder: Path) -> Path:
 def packing_rows() -> list[str]:
     lengths = np.minimum(np.exp(np.random.default_rng(0).normal(6, 1, 10_000_000)).astype(np.int64) + 1, SEQ_LEN)
     start = time.perf_counter()
-    made = plan_rows(lengths, SEQ_LEN, 0, 1)
+    planned_rows = plan_rows(lengths, SEQ_LEN, 0, 1)
     seconds = time.perf_counter() - start
-    fill = lengths.sum() / (len(made) * SEQ_LEN)
+    fill = lengths.sum() / (len(planned_rows) * SEQ_LEN)
     rows = [
         (
             f"| packing 10 M lengths, {fill:.4%} full | {len(lengths) / seconds / 1e6:.2f} M documents/s | "
@@ -136,17 +139,17 @@ def packing_rows() -> list[str]:
         return rows
     import datasets
 
-    few = lengths[:200_000]
-    flat = datasets.Dataset.from_dict({"input_ids": [[0] * int(length) for length in few]})
+    sample_lengths = lengths[:200_000]
+    dataset = datasets.Dataset.from_dict({"input_ids": [[0] * int(length) for length in sample_lengths]})
     start = time.perf_counter()
-    packed = pack_dataset(flat, seq_length=SEQ_LEN, strategy="bfd")
+    packed = pack_dataset(dataset, seq_length=SEQ_LEN, strategy="bfd")
     seconds = time.perf_counter() - start
-    fill = few.sum() / (len(packed) * SEQ_LEN)
+    fill = sample_lengths.sum() / (len(packed) * SEQ_LEN)
     return [
         *rows,
         (
             f'| `trl.pack_dataset(strategy="bfd")` on 200,000 of them, {fill:.4%} full (baseline; it moves the '
-            f"tokens too) | {len(few) / seconds / 1e6:.3f} M documents/s | {seconds:.1f} s |"
+            f"tokens too) | {len(sample_lengths) / seconds / 1e6:.3f} M documents/s | {seconds:.1f} s |"
         ),
     ]
 
@@ -207,10 +210,10 @@ def resume_rows(folder: Path) -> list[str]:
         store = TokenStore(folder)
         PackedLoader(store, PackedRowSampler(store, SEQ_LEN, 0, DataConfig()), 4, 4, 0, 1).step(1_000_000)
 
-    first, again = timed(resume), timed(resume)
+    first_seconds, cached_seconds = timed(resume), timed(resume)
     return [
-        f"| first batch of step 1,000,000 of a store of 10 M documents, plans not yet made | {first:.2f} s | |",
-        f"| ... plans beside the store, as after a kill | {again:.2f} s | |",
+        f"| first batch of step 1,000,000 of a store of 10 M documents, plans not yet made | {first_seconds:.2f} s | |",
+        f"| ... plans beside the store, as after a kill | {cached_seconds:.2f} s | |",
     ]
 
 
@@ -219,39 +222,39 @@ def near_duplicate_rows(source: Path) -> list[str]:
     rng = np.random.default_rng(0)
     characters = sorted({c for c in source.read_text(encoding="utf-8") if c > "\u4e00"})
     documents = list({line for line in source.read_text(encoding="utf-8").splitlines() if len(line) > 50})
-    planted = []
+    near_copies = []
     for text in documents[:1000]:
         changed = list(text)
-        for at in rng.choice(len(text), max(1, len(text) // 60), replace=False):
-            changed[at] = characters[int(rng.integers(len(characters)))]
-        planted.append("".join(changed))
-    pairs = [_similarity(a, b) for a, b in zip(documents, planted, strict=False)]
+        for index in rng.choice(len(text), max(1, len(text) // 60), replace=False):
+            changed[index] = characters[int(rng.integers(len(characters)))]
+        near_copies.append("".join(changed))
+    pairs = [_similarity(a, b) for a, b in zip(documents, near_copies, strict=False)]
     start = time.perf_counter()
-    signatures = np.array([signature(text) for text in documents + planted], np.uint32)
+    signatures = np.array([signature(text) for text in documents + near_copies], np.uint32)
     drop = near_duplicates(signatures, 0.8)
     seconds = time.perf_counter() - start
-    wanted = np.array(pairs) >= 0.8
-    recall = drop[len(documents) :][wanted].mean()
-    # What was dropped among the originals, and is like no earlier one, is a mistake.
-    false = 0
-    for at in np.flatnonzero(drop[: len(documents)]).tolist():
-        false += max(_similarity(documents[at], other) for other in documents[:at]) < 0.75
-    size = sum(map(len, documents + planted)) * 3 / 1e6
+    expected = np.array(pairs) >= 0.8
+    recall = drop[len(documents) :][expected].mean()
+    # An original that was dropped although it resembles no earlier one is a false positive.
+    num_false = 0
+    for index in np.flatnonzero(drop[: len(documents)]).tolist():
+        num_false += max(_similarity(documents[index], other) for other in documents[:index]) < 0.75
+    size = sum(map(len, documents + near_copies)) * 3 / 1e6
     return [
         (
-            f"| near-duplicates: recall of {int(wanted.sum())} planted at Jaccard ≥ 0.8 | {recall:.1%} | false "
-            f"among {len(documents):,}: {false / len(documents):.2%}; {size / seconds:.1f} MB/s |"
+            f"| near-duplicates: recall of {int(expected.sum())} planted at Jaccard ≥ 0.8 | {recall:.1%} | false "
+            f"among {len(documents):,}: {num_false / len(documents):.2%}; {size / seconds:.1f} MB/s |"
         )
     ]
 
 
 def _similarity(a: str, b: str) -> float:
-    first, second = ({text[at : at + 5] for at in range(max(1, len(text) - 4))} for text in (a, b))
+    first, second = ({text[index : index + 5] for index in range(max(1, len(text) - 4))} for text in (a, b))
     return len(first & second) / len(first | second)
 
 
 def memory_rows(source: Path, model: Path, folder: Path) -> list[str]:
-    """The most memory that `prepare` and its processes hold at once, shared pages counted once."""
+    """Peak memory of `prepare` and its processes, shared pages counted once."""
     rows = []
     for name, size in (("100 MB", 100_000_000), ("1 GB", 1_000_000_000)):
         text = folder / "big.txt"
@@ -265,8 +268,8 @@ def memory_rows(source: Path, model: Path, folder: Path) -> list[str]:
             f"out={folder}/big",
         ]
         start = time.perf_counter()
-        running = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        peak = _watch(running)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        peak = _watch(process)
         seconds = time.perf_counter() - start
         rows.append(
             f"| `prepare` of {name}, whole process | {peak / 2**20:,.0f} MiB at most | "
@@ -275,31 +278,31 @@ def memory_rows(source: Path, model: Path, folder: Path) -> list[str]:
     return rows
 
 
-def _watch(running: subprocess.Popen[bytes]) -> int:
-    peak, done = 0, threading.Event()
+def _watch(process: subprocess.Popen[bytes]) -> int:
+    peak, finished = 0, threading.Event()
 
-    def look() -> None:
+    def sample_memory() -> None:
         nonlocal peak
-        me = psutil.Process(running.pid)
-        while not done.wait(0.1):
+        parent = psutil.Process(process.pid)
+        while not finished.wait(0.1):
             try:
-                peak = max(peak, sum(p.memory_full_info().pss for p in [me, *me.children(recursive=True)]))
+                peak = max(peak, sum(p.memory_full_info().pss for p in [parent, *parent.children(recursive=True)]))
             except psutil.Error:
                 continue
 
-    watcher = threading.Thread(target=look)
+    watcher = threading.Thread(target=sample_memory)
     watcher.start()
-    running.wait()
-    done.set()
+    process.wait()
+    finished.set()
     watcher.join()
-    assert running.returncode == 0
+    assert process.returncode == 0
     return peak
 
 
 def main() -> None:
     source, model, out = (Path(argument).resolve() for argument in sys.argv[1:4])
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory() as temporary_folder:
+        folder = Path(temporary_folder)
         rows = encoding_rows(source, model, folder)
         rows += packing_rows()
         rows += loader_rows(TokenStore(folder / "store"))

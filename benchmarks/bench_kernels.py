@@ -1,4 +1,4 @@
-"""Kernels on the CPU, each beside what it replaces: attention, the loss head, a training step.
+"""Kernels on the CPU, each compared with what it replaces: attention, the loss head, a training step.
 
     python benchmarks/bench_kernels.py            writes results/kernels_cpu<cores>_<yyyymm>.md
 
@@ -24,54 +24,56 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 THREADS = 2
 VOCAB, HIDDEN, TOKENS = 55_296, 512, 2048
 DTYPES = (torch.float32, torch.bfloat16)
-Ways = dict[str, Callable[[], object]]
+Implementations = dict[str, Callable[[], object]]
 
 
 def lengths(count: int, total: int) -> list[int]:
     """`count` document lengths with a long tail that add up to `total`."""
     draws = torch.distributions.LogNormal(0.0, 0.75).icdf((torch.arange(count) + 0.5) / count)
-    found = (draws / draws.sum() * total).int().clamp(min=8).tolist()
-    found[-1] += total - sum(found)
+    values = (draws / draws.sum() * total).int().clamp(min=8).tolist()
+    values[-1] += total - sum(values)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
-    return [found[i] for i in order]
+    return [values[i] for i in order]
 
 
-def attention_ways(documents: list[int], dtype: torch.dtype) -> Ways:
+def attention_implementations(documents: list[int], dtype: torch.dtype) -> Implementations:
     """Forward and backward, 8 heads of 64."""
     total, generator = sum(documents), torch.Generator().manual_seed(0)
-    q, k, v, up = (torch.randn(total, 8, 64, generator=generator).to(dtype).requires_grad_() for _ in range(4))
+    q, k, v, upstream = (torch.randn(total, 8, 64, generator=generator).to(dtype).requires_grad_() for _ in range(4))
     bounds = [0, *accumulate(documents)]
-    cu = torch.tensor(bounds, dtype=torch.int32)
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
     document = torch.repeat_interleave(torch.arange(len(documents)), torch.tensor(documents))
     mask = (document[:, None] == document[None]) & torch.ones(total, total, dtype=torch.bool).tril()
     additive = torch.zeros(total, total, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
-    def both(forward: Callable[[], Tensor]) -> None:
-        forward().backward(up)
+    def forward_and_backward(forward: Callable[[], Tensor]) -> None:
+        forward().backward(upstream)
         q.grad = k.grad = v.grad = None
 
-    def first(x: Tensor) -> Tensor:
+    def heads_first(x: Tensor) -> Tensor:
         return x.transpose(0, 1)[None]
 
     def dense() -> Tensor:
-        return scaled_dot_product_attention(first(q), first(k), first(v), attn_mask=mask)[0].transpose(0, 1)
+        return scaled_dot_product_attention(heads_first(q), heads_first(k), heads_first(v), attn_mask=mask)[
+            0
+        ].transpose(0, 1)
 
     def eager() -> Tensor:
-        scores = first(q) @ first(k).transpose(-1, -2) * 64**-0.5 + additive
-        return (scores.softmax(-1, dtype=torch.float32).to(dtype) @ first(v))[0].transpose(0, 1)
+        scores = heads_first(q) @ heads_first(k).transpose(-1, -2) * 64**-0.5 + additive
+        return (scores.softmax(-1, dtype=torch.float32).to(dtype) @ heads_first(v))[0].transpose(0, 1)
 
     def slices() -> Tensor:
         parts = [
-            scaled_dot_product_attention(*(first(x[a:b]) for x in (q, k, v)), is_causal=True)[0]
+            scaled_dot_product_attention(*(heads_first(x[a:b]) for x in (q, k, v)), is_causal=True)[0]
             for a, b in pairwise(bounds)
         ]
         return torch.cat(parts, 1).transpose(0, 1)
 
     return {
-        "ours": partial(both, lambda: packed_attention(q, k, v, cu, max_seqlen=max(documents))),
-        "a slice per document": partial(both, slices),
-        "dense mask, SDPA": partial(both, dense),
-        "dense mask, eager": partial(both, eager),
+        "ours": partial(forward_and_backward, lambda: packed_attention(q, k, v, cu_seqlens, max_seqlen=max(documents))),
+        "a slice per document": partial(forward_and_backward, slices),
+        "dense mask, SDPA": partial(forward_and_backward, dense),
+        "dense mask, eager": partial(forward_and_backward, eager),
     }
 
 
@@ -79,8 +81,10 @@ def attention() -> str:
     documents = lengths(16, 4096)
     rows = []
     for dtype in DTYPES:
-        for name, (least, median) in (found := timing.interleaved(attention_ways(documents, dtype))).items():
-            ratio = least / found["ours"][0]
+        for name, (least, median) in (
+            timings := timing.interleaved(attention_implementations(documents, dtype))
+        ).items():
+            ratio = least / timings["ours"][0]
             rows.append([str(dtype)[6:], name, f"{least:.0f}", f"{median:.0f}", f"{ratio:.2f}×"])
     title = (
         f"Attention, forward and backward: T = 4,096, 16 documents of {min(documents)} to {max(documents)} tokens, H = "
@@ -94,8 +98,8 @@ def _eager(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def _selected(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    kept = labels != -100
-    return _eager(hidden[kept], weight, labels[kept])
+    labelled = labels != -100
+    return _eager(hidden[labelled], weight, labels[labelled])
 
 
 def _torch(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -148,11 +152,13 @@ def loss_head() -> str:
     for dtype in DTYPES:
         for share in (0.35, 1.0):
             inputs = _loss_inputs(dtype, share)
-            ways: Ways = {name: partial(_loss_step, name, inputs) for name in LOSSES if _available(name)}
-            found = timing.interleaved(ways, rounds=5)
-            for name, (least, median) in found.items():
+            implementations: Implementations = {
+                name: partial(_loss_step, name, inputs) for name in LOSSES if _available(name)
+            }
+            timings = timing.interleaved(implementations, rounds=5)
+            for name, (least, median) in timings.items():
                 memory = timing.in_own_process(__file__, "memory", name, str(dtype)[6:], str(share))
-                figures = [f"{least:.0f}", f"{median:.0f}", f"{least / found['ours'][0]:.2f}×", memory]
+                figures = [f"{least:.0f}", f"{median:.0f}", f"{least / timings['ours'][0]:.2f}×", memory]
                 rows.append([str(dtype)[6:], f"{share:.0%}", name, *figures])
     missing = [name for name in LOSSES if not _available(name)]
     note = f"Not installed, so not compared: {', '.join(missing)}.\n" if missing else ""
@@ -165,14 +171,14 @@ def memory(name: str, dtype: str, share: str) -> None:
     """Print what one forward and backward pass holds beyond its inputs."""
     inputs = _loss_inputs(getattr(torch, dtype), float(share))
     inputs[0].sum().backward()
-    timing.forget_peak()
-    before = timing.peak_megabytes()
+    timing.reset_peak()
+    megabytes_before = timing.peak_megabytes()
     _loss_step(name, inputs)
-    print(f"{timing.peak_megabytes() - before:.0f}")
+    print(f"{timing.peak_megabytes() - megabytes_before:.0f}")
 
 
-def training_ways(dtype: torch.dtype) -> Ways:
-    """One AdamW step of a 4-layer LLaMA, d = 256, by three roads over the same 18 documents."""
+def training_implementations(dtype: torch.dtype) -> Implementations:
+    """One AdamW step of a 4-layer LLaMA, d = 256, in three implementations over the same 18 documents."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from fireflyds.models.packed.forward import fuse
@@ -185,20 +191,20 @@ def training_ways(dtype: torch.dtype) -> Ways:
 
     def model(attention: str) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
         torch.manual_seed(0)
-        made = AutoModelForCausalLM.from_config(
+        hf_model = AutoModelForCausalLM.from_config(
             LlamaConfig(vocab_size=VOCAB, **shape), dtype=dtype, attn_implementation=attention
         )
-        return made, torch.optim.AdamW(made.parameters(), lr=1e-4)
+        return hf_model, torch.optim.AdamW(hf_model.parameters(), lr=1e-4)
 
-    def step(run: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> None:
-        run().backward()
+    def step(forward: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> None:
+        forward().backward()
         optimizer.step()
         optimizer.zero_grad()
 
     targets = [x.where(keep, -100) for x, keep in zip(ids, learned, strict=True)]
     flat, flat_targets = torch.cat(ids)[None], torch.cat(targets)
     positions = torch.cat([torch.arange(length) for length in documents])[None]
-    # A document's first token is nobody's target.
+    # A document's first token is not a target.
     hf_targets = flat_targets.masked_fill(positions[0] == 0, -100)[None]
     shifted = torch.cat([hf_targets[0, 1:], torch.tensor([-100])])[None]
     padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
@@ -212,21 +218,23 @@ def training_ways(dtype: torch.dtype) -> Ways:
         "cu_seqlens": torch.tensor([0, *accumulate(documents)], dtype=torch.int32),
         "num_labels": int((shifted != -100).sum()),
     }
-    plain, plain_optimizer = model("sdpa")
-    pads, pads_optimizer = model("sdpa")
-    ours, ours_optimizer = model("sdpa")
-    fuse(ours)
+    packed_model, packed_optimizer = model("sdpa")
+    padded_model, padded_optimizer = model("sdpa")
+    fused_model, fused_optimizer = model("sdpa")
+    fuse(fused_model)
     return {
-        "ours": partial(step, lambda: ours(**batch) / batch["num_labels"], ours_optimizer),
+        "ours": partial(step, lambda: fused_model(**batch) / batch["num_labels"], fused_optimizer),
         "transformers, packed by position_ids": partial(
             step,
-            lambda: plain(input_ids=flat, labels=hf_targets, position_ids=positions, use_cache=False).loss,
-            plain_optimizer,
+            lambda: packed_model(input_ids=flat, labels=hf_targets, position_ids=positions, use_cache=False).loss,
+            packed_optimizer,
         ),
         "transformers, padded": partial(
             step,
-            lambda: pads(input_ids=padded, labels=padded_targets, attention_mask=attended, use_cache=False).loss,
-            pads_optimizer,
+            lambda: (
+                padded_model(input_ids=padded, labels=padded_targets, attention_mask=attended, use_cache=False).loss
+            ),
+            padded_optimizer,
         ),
     }
 
@@ -234,13 +242,13 @@ def training_ways(dtype: torch.dtype) -> Ways:
 def training() -> str:
     rows = []
     for dtype in DTYPES:
-        found = timing.interleaved(training_ways(dtype), rounds=5)
-        for name, (least, median) in found.items():
+        timings = timing.interleaved(training_implementations(dtype), rounds=5)
+        for name, (least, median) in timings.items():
             figures = [
                 f"{least:.0f}",
                 f"{median:.0f}",
                 f"{TOKENS / least * 1e3:,.0f}",
-                f"{least / found['ours'][0]:.2f}×",
+                f"{least / timings['ours'][0]:.2f}×",
             ]
             rows.append([str(dtype)[6:], name, *figures])
     title = f"One AdamW step: LLaMA of 4 layers, d = 256, V = {VOCAB:,}; 18 documents, {TOKENS:,} tokens, 35 % labelled"
@@ -248,12 +256,12 @@ def training() -> str:
 
 
 def main() -> None:
-    before = timing.load()
+    load_at_start = timing.load()
     parts = [attention(), loss_head(), training()]
-    about = machine.describe("torch", "transformers")
+    description = machine.describe("torch", "transformers")
     head = (
         "# Kernels on the CPU\n\n"
-        f"{about}; {THREADS} threads; {before} at the start.\n"
+        f"{description}; {THREADS} threads; {load_at_start} at the start.\n"
         "Least and median of 5 to 7 turns, ways taken in turns in one process.\n"
     )
     out = Path(__file__).parent / "results" / f"kernels_cpu{os.cpu_count()}_{date.today():%Y%m}.md"

@@ -1,4 +1,4 @@
-"""Kernels on the GPU at hand, each beside what it replaces. Needs torch and triton alone.
+"""Kernels on the local GPU, each compared with what it replaces. Needs only torch and triton.
 
     python benchmarks/bench_kernels_gpu.py [folder]      writes kernels_<gpu>_<yyyymm>.md there (benchmarks/results)
 
@@ -23,15 +23,15 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 BF16 = torch.bfloat16
-Ways = dict[str, Callable[[], Any]]
+Implementations = dict[str, Callable[[], Any]]
 
 
-def milliseconds(ways: Ways, rounds: int = 15) -> dict[str, float]:
+def milliseconds(implementations: Implementations, rounds: int = 15) -> dict[str, float]:
     """The median of each way's device time, in turns, with the second-level cache emptied in between."""
     flush = torch.empty(1 << 28, dtype=torch.int8, device="cuda")
-    times: dict[str, list[float]] = {name: [] for name in ways}
+    times: dict[str, list[float]] = {name: [] for name in implementations}
     for turn in range(rounds + 3):
-        for name, run in ways.items():
+        for name, run in implementations.items():
             flush.zero_()
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
@@ -40,17 +40,17 @@ def milliseconds(ways: Ways, rounds: int = 15) -> dict[str, float]:
             torch.cuda.synchronize()
             if turn >= 3:
                 times[name].append(begin.elapsed_time(end))
-    return {name: statistics.median(each) for name, each in times.items()}
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def peak_gib(run: Callable[[], Any]) -> float:
-    """What a run holds beyond what was there before."""
+    """GiB that a run allocates beyond the memory in use before."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    bytes_before = torch.cuda.memory_allocated()
     run()
     torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**30
+    return (torch.cuda.max_memory_allocated() - bytes_before) / 2**30
 
 
 def leaf(*shape: int, scale: float = 1.0, dtype: torch.dtype = BF16) -> Tensor:
@@ -64,8 +64,8 @@ def backward_of(forward: Callable[[], Tensor], leaves: tuple[Tensor, ...]) -> Ca
     return lambda: torch.autograd.grad(out, leaves, upstream, retain_graph=True)
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int) -> Tensor:
-    return flash.torch_varlen(q, k, v, cu, longest, True, q.shape[2] ** -0.5, None, None)
+def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+    return flash.torch_varlen(q, k, v, cu_seqlens, longest, True, q.shape[2] ** -0.5, None, None)
 
 
 def _forced(name: str, *arguments: Any, **options: Any) -> Tensor:
@@ -74,36 +74,36 @@ def _forced(name: str, *arguments: Any, **options: Any) -> Tensor:
 
 
 def attention() -> Iterator[str]:
-    function, known = flash._varlen()
-    causal = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    function, parameters = flash._varlen()
+    causal = {"window_size": (-1, 0)} if "window_size" in parameters else {"is_causal": True}
     rows = []
     for documents in ([1024] * 16, [8192] * 2, [1024, 3072, 2048, 8192, 2048]):
         total, longest = sum(documents), max(documents)
         q, k, v = (leaf(total, 32, 128) for _ in range(3))
-        cu = torch.tensor([0, *accumulate(documents)], dtype=torch.int32, device="cuda")
-        forwards: Ways = {
-            "torch varlen_attn, raw": partial(function, q, k, v, cu, cu, longest, longest, **causal),
-            "ours, through varlen_attn": partial(_forced, "torch_varlen", q, k, v, cu, max_seqlen=longest),
-            "ours, Triton": partial(_forced, "triton", q, k, v, cu, max_seqlen=longest),
-            "ours, efficient (V100's path)": partial(_forced, "efficient", q, k, v, cu, max_seqlen=longest),
+        cu_seqlens = torch.tensor([0, *accumulate(documents)], dtype=torch.int32, device="cuda")
+        forwards: Implementations = {
+            "torch varlen_attn, raw": partial(function, q, k, v, cu_seqlens, cu_seqlens, longest, longest, **causal),
+            "ours, through varlen_attn": partial(_forced, "torch_varlen", q, k, v, cu_seqlens, max_seqlen=longest),
+            "ours, Triton": partial(_forced, "triton", q, k, v, cu_seqlens, max_seqlen=longest),
+            "ours, efficient (V100's path)": partial(_forced, "efficient", q, k, v, cu_seqlens, max_seqlen=longest),
         }
-        for what, ways, products in (
+        for pass_name, implementations, products in (
             ("forward", forwards, 2),
             ("backward", {name: backward_of(run, (q, k, v)) for name, run in forwards.items()}, 5),
         ):
-            found = milliseconds(ways)
+            times = milliseconds(implementations)
             flops = products * sum(length**2 for length in documents) * 32 * 128
-            for name, ms in found.items():
-                against = found["torch varlen_attn, raw"] / ms
+            for name, ms in times.items():
+                relative_speed = times["torch varlen_attn, raw"] / ms
                 rows.append(
                     [
                         str(len(documents)),
                         f"{longest:,}",
-                        what,
+                        pass_name,
                         name,
                         f"{ms:.3f}",
                         f"{flops / ms / 1e9:.0f}",
-                        f"{against:.3f}×",
+                        f"{relative_speed:.3f}×",
                     ]
                 )
     columns = ["documents", "longest", "", "way", "ms", "TFLOP/s", "of raw varlen_attn's speed"]
@@ -112,7 +112,7 @@ def attention() -> Iterator[str]:
     documents = [512] * 16
     total = sum(documents)
     q, k, v = (leaf(total, 32, 128) for _ in range(3))
-    cu = torch.tensor([0, *accumulate(documents)], dtype=torch.int32, device="cuda")
+    cu_seqlens = torch.tensor([0, *accumulate(documents)], dtype=torch.int32, device="cuda")
     document = torch.arange(total, device="cuda") // 512
     mask = (document[:, None] == document[None]) & torch.ones(total, total, dtype=torch.bool, device="cuda").tril()
 
@@ -120,9 +120,14 @@ def attention() -> Iterator[str]:
         first = [x.transpose(0, 1)[None] for x in (q, k, v)]
         return scaled_dot_product_attention(*first, attn_mask=mask)
 
-    both = {"ours": lambda: packed_attention(q, k, v, cu, max_seqlen=512), "dense mask, SDPA": dense}
-    found = milliseconds({n: lambda run=run: torch.autograd.grad(run().sum(), (q, k, v)) for n, run in both.items()})
-    rows = [[name, f"{ms:.3f}", f"{ms / found['ours']:.2f}×"] for name, ms in found.items()]
+    forwards_of_masks = {
+        "ours": lambda: packed_attention(q, k, v, cu_seqlens, max_seqlen=512),
+        "dense mask, SDPA": dense,
+    }
+    times = milliseconds(
+        {n: lambda run=run: torch.autograd.grad(run().sum(), (q, k, v)) for n, run in forwards_of_masks.items()}
+    )
+    rows = [[name, f"{ms:.3f}", f"{ms / times['ours']:.2f}×"] for name, ms in times.items()]
     yield timing.table(
         "16 documents of 512 in 8,192 tokens, forward and backward", ["way", "ms", "ours is faster by"], rows
     )
@@ -132,17 +137,20 @@ def _eager(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return cross_entropy((hidden @ weight.T).float(), labels, reduction="sum")
 
 
-def loss_ways() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    ways: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"ours": linear_cross_entropy, "eager": _eager}
+def loss_implementations() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    implementations: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+        "ours": linear_cross_entropy,
+        "eager": _eager,
+    }
     if find_spec("liger_kernel"):
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as liger
 
-        ways["Liger"] = lambda h, w, y: liger(h, w, y, reduction="sum")
+        implementations["Liger"] = lambda h, w, y: liger(h, w, y, reduction="sum")
     if find_spec("cut_cross_entropy"):
         from cut_cross_entropy import linear_cross_entropy as cut
 
-        ways["cut-cross-entropy, exact"] = lambda h, w, y: cut(h, w, y, impl="cce_exact", reduction="sum")
-    return ways
+        implementations["cut-cross-entropy, exact"] = lambda h, w, y: cut(h, w, y, impl="cce_exact", reduction="sum")
+    return implementations
 
 
 def loss_head() -> Iterator[str]:
@@ -153,15 +161,24 @@ def loss_head() -> Iterator[str]:
         labels = torch.randint(0, 55_296, (tokens,), device="cuda")
         labels[torch.rand(tokens, device="cuda") > share] = -100
 
-        def both(run: Callable[..., Tensor], hidden: Tensor = hidden, labels: Tensor = labels) -> Any:
+        def forward_and_backward(run: Callable[..., Tensor], hidden: Tensor = hidden, labels: Tensor = labels) -> Any:
             return torch.autograd.grad(run(hidden, weight, labels), (hidden, weight))
 
-        ways: Ways = {name: partial(both, run) for name, run in loss_ways().items()}
-        found = milliseconds(ways, rounds=7)
-        for name, ms in found.items():
-            ratio = ms / found["ours"]
+        implementations: Implementations = {
+            name: partial(forward_and_backward, run) for name, run in loss_implementations().items()
+        }
+        times = milliseconds(implementations, rounds=7)
+        for name, ms in times.items():
+            ratio = ms / times["ours"]
             rows.append(
-                [f"{tokens:,}", f"{share:.0%}", name, f"{ms:.2f}", f"{ratio:.2f}×", f"{peak_gib(ways[name]):.2f}"]
+                [
+                    f"{tokens:,}",
+                    f"{share:.0%}",
+                    name,
+                    f"{ms:.2f}",
+                    f"{ratio:.2f}×",
+                    f"{peak_gib(implementations[name]):.2f}",
+                ]
             )
     columns = ["tokens", "labelled", "way", "ms", "ours is faster by", "extra peak memory, GiB"]
     yield timing.table("Head and cross entropy, forward and backward, bfloat16, d = 4,096, V = 55,296", columns, rows)
@@ -178,45 +195,51 @@ def elementwise() -> Iterator[str]:
         from liger_kernel.ops.swiglu import LigerSiLUMulFunction
     rows = []
 
-    def measure(what: str, ways: Ways, leaves: tuple[Tensor, ...], moved: tuple[int, int]) -> None:
+    def measure(
+        kernel: str, implementations: Implementations, leaves: tuple[Tensor, ...], moved: tuple[int, int]
+    ) -> None:
         for index, (direction, bytes_moved) in enumerate(zip(("forward", "backward"), moved, strict=True)):
-            able = {name: run for name, run in ways.items() if index == 0 or run().requires_grad}
-            runs = able if index == 0 else {name: backward_of(run, leaves) for name, run in able.items()}
-            found = milliseconds(runs)
-            for name, ms in found.items():
+            differentiable = {name: run for name, run in implementations.items() if index == 0 or run().requires_grad}
+            runs = (
+                differentiable
+                if index == 0
+                else {name: backward_of(run, leaves) for name, run in differentiable.items()}
+            )
+            times = milliseconds(runs)
+            for name, ms in times.items():
                 speed = bytes_moved / ms / 1e6
                 rows.append(
                     [
-                        what,
+                        kernel,
                         direction,
                         name,
                         f"{ms:.3f}",
                         f"{speed:,.0f}",
                         f"{speed / copy:.0%}",
-                        f"{ms / found['ours']:.2f}×",
+                        f"{ms / times['ours']:.2f}×",
                     ]
                 )
 
     x, weight = leaf(16_384, 4096), leaf(4096)
-    ways: Ways = {"ours": lambda: rms_norm(x, weight, 1e-5)}
+    implementations: Implementations = {"ours": lambda: rms_norm(x, weight, 1e-5)}
     if liger:
-        ways["Liger"] = lambda: LigerRMSNormFunction.apply(x, weight, 1e-5, 0.0, "llama", False)
-    measure("rms_norm 16,384 × 4,096", ways, (x, weight), (2 * x.nbytes, 3 * x.nbytes))
+        implementations["Liger"] = lambda: LigerRMSNormFunction.apply(x, weight, 1e-5, 0.0, "llama", False)
+    measure("rms_norm 16,384 × 4,096", implementations, (x, weight), (2 * x.nbytes, 3 * x.nbytes))
     gate, up = leaf(16_384, 11_008), leaf(16_384, 11_008)
-    ways = {"ours": lambda: swiglu(gate, up)}
+    implementations = {"ours": lambda: swiglu(gate, up)}
     if liger:
-        ways["Liger"] = lambda: LigerSiLUMulFunction.apply(gate, up)
-    measure("swiglu 16,384 × 11,008", ways, (gate, up), (3 * gate.nbytes, 5 * gate.nbytes))
+        implementations["Liger"] = lambda: LigerSiLUMulFunction.apply(gate, up)
+    measure("swiglu 16,384 × 11,008", implementations, (gate, up), (3 * gate.nbytes, 5 * gate.nbytes))
     q, k = leaf(16_384, 32, 128), leaf(16_384, 8, 128)
     angles = torch.rand(16_384, 64, device="cuda").repeat(1, 2)
     cos, sin = angles.cos().to(BF16), angles.sin().to(BF16)
-    ways = {"ours": lambda: rope(q, k, cos, sin)[0]}
+    implementations = {"ours": lambda: rope(q, k, cos, sin)[0]}
     if liger:
-        # It turns q and k in place, forward and backward, so it is timed on the same memory again and again.
-        turned = [x.detach().transpose(0, 1)[None] for x in (q, k)]
-        ways["Liger"] = lambda: LigerRopeFunction.apply(*turned, cos[None], sin[None])[0]
-    bytes_turned = 2 * (q.nbytes + k.nbytes)
-    measure("rope 16,384 × (32 + 8) × 128", ways, (q,), (bytes_turned, bytes_turned))
+        # It rotates q and k in place, forward and backward, so every round is timed on the same memory.
+        rotated = [x.detach().transpose(0, 1)[None] for x in (q, k)]
+        implementations["Liger"] = lambda: LigerRopeFunction.apply(*rotated, cos[None], sin[None])[0]
+    bytes_rotated = 2 * (q.nbytes + k.nbytes)
+    measure("rope 16,384 × (32 + 8) × 128", implementations, (q,), (bytes_rotated, bytes_rotated))
     columns = ["", "", "way", "ms", "GB/s", f"of a copy's {copy:,.0f} GB/s", "ours is faster by"]
     yield timing.table("Elementwise, bfloat16", columns, rows)
 
@@ -232,7 +255,9 @@ def qlora() -> Iterator[str]:
         leaf(11_008, 64, scale=0.02, dtype=torch.float32),
     )
     base = bitsandbytes.nn.Linear4bit(4096, 11_008, bias=False, compute_dtype=BF16, quant_type="nf4").cuda()
-    ways: Ways = {"ours": lambda: torch.autograd.grad(qlora_linear(x, base.weight, a, b, 0.25).sum(), (x, a, b))}
+    implementations: Implementations = {
+        "ours": lambda: torch.autograd.grad(qlora_linear(x, base.weight, a, b, 0.25).sum(), (x, a, b))
+    }
     if find_spec("peft"):
         from peft import LoraConfig, inject_adapter_in_model
 
@@ -242,9 +267,9 @@ def qlora() -> Iterator[str]:
         holder.is_loaded_in_4bit = True
         layer: Any = inject_adapter_in_model(LoraConfig(r=64, lora_alpha=16, target_modules=["layer"]), holder)["layer"]
         leaves = (x, layer.lora_A["default"].weight, layer.lora_B["default"].weight)
-        ways["PEFT and bitsandbytes"] = lambda: torch.autograd.grad(layer(x).sum(), leaves)
-    found = milliseconds(ways)
-    rows = [[name, f"{ms:.3f}", f"{ms / found['ours']:.2f}×"] for name, ms in found.items()]
+        implementations["PEFT and bitsandbytes"] = lambda: torch.autograd.grad(layer(x).sum(), leaves)
+    times = milliseconds(implementations)
+    rows = [[name, f"{ms:.3f}", f"{ms / times['ours']:.2f}×"] for name, ms in times.items()]
     yield timing.table(
         "qlora_linear, 4,096 tokens, 4,096 → 11,008, r = 64, forward and backward",
         ["way", "ms", "ours is faster by"],
@@ -268,7 +293,7 @@ def main(folder: Path) -> None:
     out = folder / f"kernels_{short}_{date.today():%Y%m}.md"
     for section in (attention, loss_head, elementwise, qlora):
         parts += section()
-        # What was measured stands even if a later section fails.
+        # Written after every section, so that results remain if a later section fails.
         out.write_text("\n".join(parts), encoding="utf-8")
     print(out.read_text(encoding="utf-8"))
 

@@ -5,7 +5,7 @@
 Every setting runs in processes of its own: the engine is built as `launch/train.py` builds it and takes two steps over
 packed random documents. On the CPU the peak is that of anonymous memory over what the process held after a step of a
 tiny model (libraries, thread pools), of the rank with most; on a GPU it is `max_memory_allocated`. Writes
-`plan_<machine>.{md,csv}`; a setting whose row stands in the csv is not measured again.
+`plan_<machine>.{md,csv}`; a setting with a row in the csv is not measured again.
 """
 
 import contextlib
@@ -98,29 +98,29 @@ def architecture(name: str) -> dict[str, Any]:
     }
 
 
-class Peak:
-    """The most anonymous memory of this process while it is watched; on a GPU torch counts."""
+class PeakMemory:
+    """The peak of this process's anonymous memory; on a GPU that of torch's allocator."""
 
     def __init__(self) -> None:
-        self.before, self.highest = anonymous(), 0
+        self.initial, self.peak = anonymous_bytes(), 0
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
         while True:
-            self.highest = max(self.highest, anonymous())
+            self.peak = max(self.peak, anonymous_bytes())
             time.sleep(0.002)
 
     def bytes(self) -> int:
         import torch
 
-        return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else self.highest - self.before
+        return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else self.peak - self.initial
 
 
-def anonymous() -> int:
+def anonymous_bytes() -> int:
     return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
 
 
-class Rows:
+class RandomRows:
     """Documents of equal length, each with a label everywhere but at its end."""
 
     def __init__(self, config: Any, vocab_size: int, accumulation: int) -> None:
@@ -128,7 +128,7 @@ class Rows:
 
     def steps(self, first: int, end: int) -> Any:
         for step in range(first, end):
-            yield [self.batch(step * self.accumulation + each) for each in range(self.accumulation)]
+            yield [self.batch(step * self.accumulation + index) for index in range(self.accumulation)]
 
     def documents(self, number: int, micro: int) -> str:
         return f"documents of micro-batch {micro} of step {number}"
@@ -144,7 +144,7 @@ class Rows:
 
 
 def train(overrides: list[str], steps: int) -> dict[str, Any]:
-    """Take steps; what was planned for them."""
+    """Trains for `steps` steps; returns the memory estimate."""
     from fireflyds import app
     from fireflyds.distributed import launcher_env
     from fireflyds.metrics.accumulator import MetricsContext
@@ -160,25 +160,25 @@ def train(overrides: list[str], steps: int) -> dict[str, Any]:
     from fireflyds.types import TrainState
     from fireflyds.zero.engine import build_engine, pick_accelerator
 
-    me = launcher_env.rank_from_environment(os.environ)
+    rank_info = launcher_env.rank_from_environment(os.environ)
     config = app.compose("train", ["run=x", "data=a/b", "optim.steps=9", "optim.schedule=constant", *overrides])
     precision = resolve_precision(config.hardware)
-    accumulation = config.accumulation_steps(me.world_size)
+    accumulation = config.accumulation_steps(rank_info.world_size)
     hf_config = load.architecture_of(config.model)
     model = build_model(config, hf_config, precision)
-    where = memory.placement_of(config, me.world_size, accumulation)
+    placement = memory.placement_of(config, rank_info.world_size, accumulation)
     device = "cuda" if pick_accelerator() else "cpu"
-    planned = memory.estimate(model_shape(model, config), config, precision, where, device)
+    estimate = memory.estimate(model_shape(model, config), config, precision, placement, device)
     names = [group.name for group in parameter_groups(model, config)]
     token_bytes = np.zeros(hf_config.vocab_size, np.int32)
-    measured = MetricsContext(
+    metrics_context = MetricsContext(
         ["text"], token_bytes, names, config.global_batch_size * config.seq_len, step_flops(model), None
     )
     engine = build_engine(model, config, precision, accumulation)
-    rows = Rows(config, hf_config.vocab_size, accumulation)
-    for _ in train_steps(engine, load_objective(config.objective), rows, TrainState(), config, steps, measured):
+    rows = RandomRows(config, hf_config.vocab_size, accumulation)
+    for _ in train_steps(engine, load_objective(config.objective), rows, TrainState(), config, steps, metrics_context):
         pass
-    return {"planned": planned.total, "moment": planned.moment, "items": planned.items}
+    return {"planned": estimate.total, "moment": estimate.moment, "items": estimate.items}
 
 
 def child(out: Path, folder: Path, name: str, options: list[str]) -> None:
@@ -188,17 +188,17 @@ def child(out: Path, folder: Path, name: str, options: list[str]) -> None:
     from fireflyds.distributed import collectives, launcher_env
     from fireflyds.zero.engine import init_distributed
 
-    me = launcher_env.rank_from_environment(os.environ)
-    init_distributed(me, 10)
-    warm = [option for option in options if not option.startswith("seq_len")]
-    train([*model(folder, "tiny", warm), *warm, "seq_len=64"], 1)
+    rank_info = launcher_env.rank_from_environment(os.environ)
+    init_distributed(rank_info, 10)
+    warmup_options = [option for option in options if not option.startswith("seq_len")]
+    train([*model(folder, "tiny", warmup_options), *warmup_options, "seq_len=64"], 1)
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    peak = Peak()
-    found = train([*model(folder, name, options), *options], 2)
-    out.with_suffix(f".{me.rank}").write_text(json.dumps(found | {"measured": peak.bytes()}))
+    peak = PeakMemory()
+    result = train([*model(folder, name, options), *options], 2)
+    out.with_suffix(f".{rank_info.rank}").write_text(json.dumps(result | {"measured": peak.bytes()}))
     collectives.exit_process(0)
 
 
@@ -213,7 +213,7 @@ def model(folder: Path, name: str, options: list[str]) -> list[str]:
     return ["model=at_path", "model.init=scratch", "model.tokenizer=none", f"model.architecture={{{settings}}}"]
 
 
-def save(folder: Path, name: str) -> None:
+def save_model(folder: Path, name: str) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -227,24 +227,24 @@ def save(folder: Path, name: str) -> None:
 
 
 def measure(folder: Path, name: str, num_ranks: int, rows: int, options: str) -> dict[str, Any]:
-    given = [*options.split(), f"global_batch_size={rows}", "optim.lr=1e-4"]
-    print(name, num_ranks, *given, flush=True)
+    options_of_setting = [*options.split(), f"global_batch_size={rows}", "optim.lr=1e-4"]
+    print(name, num_ranks, *options_of_setting, flush=True)
     if "qlora" in options:
-        save(folder, "tiny")
-        save(folder, name)
+        save_model(folder, "tiny")
+        save_model(folder, name)
     out = folder / "found"
-    start = ["-m", "torch.distributed.run", "--nproc_per_node", str(num_ranks), "--master_port", "29655"]
-    # Freed memory goes back at once, so that the peak is what was in use.
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(num_ranks), "--master_port", "29655"]
+    # Freed memory is returned immediately, so that the peak is memory in use.
     environment = os.environ | {
         "MALLOC_MMAP_THRESHOLD_": "1048576",
         "MALLOC_TRIM_THRESHOLD_": "1048576",
         "MALLOC_ARENA_MAX": "2",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
-        "FIREFLYDS_BENCH_PLAN": json.dumps([str(out), str(folder), name, given]),
+        "FIREFLYDS_BENCH_PLAN": json.dumps([str(out), str(folder), name, options_of_setting]),
     }
-    subprocess.run([sys.executable, *start, __file__], check=True, env=environment)
-    found = [json.loads(out.with_suffix(f".{rank}").read_text()) for rank in range(num_ranks)]
-    return max(found, key=lambda each: each["measured"])
+    subprocess.run([sys.executable, *torchrun, __file__], check=True, env=environment)
+    results = [json.loads(out.with_suffix(f".{rank}").read_text()) for rank in range(num_ranks)]
+    return max(results, key=lambda result: result["measured"])
 
 
 def _number(text: str) -> str | int | float:
@@ -268,17 +268,17 @@ def main(results: Path) -> None:
         for name, num_ranks, step, options in settings:
             if (name, num_ranks, options) in [(row["model"], row["ranks"], row["options"]) for row in rows]:
                 continue
-            found = measure(Path(folder), name, num_ranks, step, options)
-            items = {item: round(size / 2**20) for item, size in found["items"].items()}
+            result = measure(Path(folder), name, num_ranks, step, options)
+            items = {item: round(size / 2**20) for item, size in result["items"].items()}
             rows.append(
                 {
                     "model": name,
                     "ranks": num_ranks,
                     "options": options,
-                    "planned_mib": round(found["planned"] / 2**20),
-                    "measured_mib": round(found["measured"] / 2**20),
-                    "planned_over_measured": round(found["planned"] / found["measured"], 3),
-                    "moment": found["moment"],
+                    "planned_mib": round(result["planned"] / 2**20),
+                    "measured_mib": round(result["measured"] / 2**20),
+                    "planned_over_measured": round(result["planned"] / result["measured"], 3),
+                    "moment": result["moment"],
                 }
                 | items
             )
@@ -287,13 +287,13 @@ def main(results: Path) -> None:
                 writer.writeheader()
                 writer.writerows(rows)
     bound = 0.10 if torch.cuda.is_available() else 0.15
-    within = sum(abs(row["planned_over_measured"] - 1) <= bound for row in rows)
+    num_within = sum(abs(row["planned_over_measured"] - 1) <= bound for row in rows)
     lines = [
         "# Planned memory and measured",
         "",
         describe("torch", "transformers", "deepspeed", "peft", "bitsandbytes"),
         "",
-        f"Peak of one rank, MiB; {within} of {len(rows)} within {bound:.0%}. Two micro-batches a step, two steps, "
+        f"Peak of one rank, MiB; {num_within} of {len(rows)} within {bound:.0%}. Two micro-batches a step, two steps, "
         "four documents a row. The moment is the one that the plan takes for the highest.",
         "",
         "| model | ranks | options | planned | measured | ratio | moment |",
@@ -309,7 +309,7 @@ def main(results: Path) -> None:
 
 if __name__ == "__main__":
     if "FIREFLYDS_BENCH_PLAN" in os.environ:
-        place, where, what, given = json.loads(os.environ["FIREFLYDS_BENCH_PLAN"])
-        child(Path(place), Path(where), what, given)
+        result_path, models_folder, model_name, model_options = json.loads(os.environ["FIREFLYDS_BENCH_PLAN"])
+        child(Path(result_path), Path(models_folder), model_name, model_options)
     else:
         main(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "benchmarks" / "results")

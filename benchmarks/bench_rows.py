@@ -1,4 +1,4 @@
-"""Losses of continued pre-training after expansion, by the way new rows are made.
+"""Losses of continued pre-training after expansion, by the initialisation of new rows.
 
     python benchmarks/bench_rows.py en.txt zh.txt out_folder
 
@@ -37,24 +37,24 @@ def losses(folder: Path, run: str) -> list[float]:
 
 def main() -> None:
     english, chinese, out = (Path(argument).resolve() for argument in sys.argv[1:4])
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory() as temporary_folder:
+        folder = Path(temporary_folder)
         documents = [line for line in chinese.read_text(encoding="utf-8").splitlines() if line.strip()]
         half = len(documents) // 2
         (folder / "zh_base.txt").write_text("\n".join(documents[:half]), encoding="utf-8")
         (folder / "zh_cpt.txt").write_text("\n".join(documents[half:]), encoding="utf-8")
         (folder / "en.txt").write_bytes(english.read_bytes())
         verb(folder, "learn", "corpus=en.txt", "vocab_size=4096", "out=tokenizer")
-        both = "data.sources=[{path: en.txt, domain: en}, {path: zh_base.txt, domain: zh}]"
-        verb(folder, "prepare", "data=at_path", both, "tokenizer=tokenizer", "out=base_store")
-        scratch = [
+        sources = "data.sources=[{path: en.txt, domain: en}, {path: zh_base.txt, domain: zh}]"
+        verb(folder, "prepare", "data=at_path", sources, "tokenizer=tokenizer", "out=base_store")
+        model_options = [
             "model=at_path",
             "model.init=scratch",
             "model.tokenizer=tokenizer",
             f"model.architecture={ARCHITECTURE}",
         ]
-        rate = ["optim.lr=2e-3", f"optim.steps={BASE_STEPS}"]
-        verb(folder, "train", "run=base", *scratch, "data=base_store", *rate, *BATCH)
+        schedule = ["optim.lr=2e-3", f"optim.steps={BASE_STEPS}"]
+        verb(folder, "train", "run=base", *model_options, "data=base_store", *schedule, *BATCH)
         verb(folder, "export", "run=base")
         curves = {}
         for init in INITS:
@@ -69,8 +69,8 @@ def main() -> None:
             )
             if init == INITS[0]:
                 verb(folder, "prepare", "data=zh_cpt.txt", f"tokenizer={init}", "out=cpt_store")
-            rate = ["optim.lr=5e-4", f"optim.steps={CPT_STEPS}"]
-            verb(folder, "train", f"run={init}", f"model={init}", "data=cpt_store", *rate, *BATCH)
+            schedule = ["optim.lr=5e-4", f"optim.steps={CPT_STEPS}"]
+            verb(folder, "train", f"run={init}", f"model={init}", "data=cpt_store", *schedule, *BATCH)
             curves[init] = losses(folder, init)
     out.mkdir(parents=True, exist_ok=True)
     with (out / "rows_cpu2_202611.csv").open("w", newline="") as file:
@@ -79,7 +79,7 @@ def main() -> None:
         writer.writerows(
             [step, *(f"{curves[init][step - 1]:.4f}" for init in INITS)] for step in range(1, CPT_STEPS + 1)
         )
-    shown = [step for step in (1, 2, 5, 10, 20, 40, 80) if step <= CPT_STEPS]
+    reported_steps = [step for step in (1, 2, 5, 10, 20, 40, 80) if step <= CPT_STEPS]
     lines = [
         "# New rows: loss of continued pre-training",
         "",
@@ -90,9 +90,12 @@ def main() -> None:
         "Chinese (lr 5e-4). Baseline: `random`, a normal with the old rows' mean and covariance. All steps: the CSV "
         "beside this file.",
         "",
-        "| init | " + " | ".join(f"step {step}" for step in shown) + " |",
-        "|---|" + "---:|" * len(shown),
-        *(f"| {init} | " + " | ".join(f"{curves[init][step - 1]:.3f}" for step in shown) + " |" for init in INITS),
+        "| init | " + " | ".join(f"step {step}" for step in reported_steps) + " |",
+        "|---|" + "---:|" * len(reported_steps),
+        *(
+            f"| {init} | " + " | ".join(f"{curves[init][step - 1]:.3f}" for step in reported_steps) + " |"
+            for init in INITS
+        ),
     ]
     (out / "rows_cpu2_202611.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))

@@ -1,4 +1,4 @@
-"""Training on 2 ranks of a CPU: ours beside Hugging Face's Trainer and TRL's SFTTrainer, all under DeepSpeed ZeRO-2.
+"""Training on 2 ranks of a CPU: fireflyds, Hugging Face's Trainer and TRL's SFTTrainer, all under DeepSpeed ZeRO-2.
 
     python benchmarks/bench_train.py <data folder> [results folder] [--rounds 3] [--seq-len 2048] [--quick]
 
@@ -29,7 +29,7 @@ import timing
 from machine import describe
 from train_turn import IGNORE_INDEX, Turn
 
-ROOT, HERE = Path(__file__).parents[1], Path(__file__).parent
+ROOT, BENCHMARKS = Path(__file__).parents[1], Path(__file__).parent
 VOCAB, RANKS = 8192, 2
 SHAPES = {
     "tiny": {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 2, "num_attention_heads": 4},
@@ -51,11 +51,11 @@ COLUMNS = (
     "|learned tokens/s|least to most|tokens/s|ours is faster by|asked|by processor time|peak memory, MB|learned in all|"
     "loss, first|last"
 ).split("|")
-Found = dict[str, Any]
+TurnResult = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class BenchmarkPlan:
     """How much is measured."""
 
     shapes: tuple[str, ...]
@@ -68,12 +68,16 @@ class Plan:
 
 
 def call(folder: Path, *command: str, limit: float = 1800) -> None:
-    """Run a command; what it printed is shown only when it failed."""
+    """Runs a command; its output is printed only if it fails."""
     log = folder / "last.log"
     with log.open("w") as stream:
-        done = subprocess.run(command, cwd=folder, stdout=stream, stderr=subprocess.STDOUT, timeout=limit, check=False)
-    if done.returncode:
-        sys.exit(f"{log.read_text(errors='replace')[-4000:]}\nerror: {' '.join(command)} failed ({done.returncode})")
+        completed = subprocess.run(
+            command, cwd=folder, stdout=stream, stderr=subprocess.STDOUT, timeout=limit, check=False
+        )
+    if completed.returncode:
+        sys.exit(
+            f"{log.read_text(errors='replace')[-4000:]}\nerror: {' '.join(command)} failed ({completed.returncode})"
+        )
 
 
 def verb(folder: Path, name: str, *arguments: str) -> None:
@@ -83,7 +87,7 @@ def verb(folder: Path, name: str, *arguments: str) -> None:
 def ranks(folder: Path, script: str, *arguments: str) -> None:
     """A script on all ranks."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(RANKS)]
-    call(folder, *torchrun, str(HERE / script), *arguments)
+    call(folder, *torchrun, str(BENCHMARKS / script), *arguments)
 
 
 def make_store(folder: Path, data: Path) -> None:
@@ -112,7 +116,7 @@ def make_model(folder: Path, shape: str) -> str:
 
 
 def export_documents(turn: Turn) -> dict[str, float]:
-    """The documents of the rows that ours will train, in `turn.documents`; what they are like."""
+    """Writes the documents of the rows that fireflyds trains on to `turn.documents`; returns their statistics."""
     from train_ours import overrides
 
     from fireflyds import app
@@ -146,22 +150,22 @@ def export_documents(turn: Turn) -> dict[str, float]:
     }
 
 
-def take_turn(folder: Path, turn: Turn, name: str, warmup: int) -> Found:
+def take_turn(folder: Path, turn: Turn, name: str, warmup: int) -> TurnResult:
     """One contender, once."""
     turn_folder = Path(tempfile.mkdtemp(dir=folder))
-    given = asdict(turn) | {"folder": str(turn_folder)}
-    (turn_folder / "turn.json").write_text(json.dumps(given), encoding="utf-8")
+    turn_settings = asdict(turn) | {"folder": str(turn_folder)}
+    (turn_folder / "turn.json").write_text(json.dumps(turn_settings), encoding="utf-8")
     script, *arguments = CONTENDERS[name][0]
     ranks(turn_folder, script, str(turn_folder / "turn.json"), *arguments)
     records = [json.loads((turn_folder / f"rank{rank}.json").read_text()) for rank in range(RANKS)]
     if any(len(record["seconds"]) != turn.steps for record in records):
         sys.exit(f"error: {name} took {len(records[0]['seconds'])} steps, not {turn.steps}")
     seconds = sum(records[0]["seconds"][warmup:])
-    processor = sum(sum(r["processor_seconds"][warmup:]) for r in records)
+    processor_seconds = sum(sum(r["processor_seconds"][warmup:]) for r in records)
     return {
         "tokens": sum(sum(r["tokens"][warmup:]) for r in records) / seconds,
         "learned": sum(sum(r["learned"][warmup:]) for r in records) / seconds,
-        "per_processor": sum(sum(r["learned"][warmup:]) for r in records) / processor,
+        "per_processor": sum(sum(r["learned"][warmup:]) for r in records) / processor_seconds,
         "all_learned": sum(sum(r["learned"]) for r in records),
         "megabytes": max(r["megabytes"] for r in records),
         "losses": {int(step): loss for step, loss in records[0]["losses"].items()},
@@ -169,7 +173,7 @@ def take_turn(folder: Path, turn: Turn, name: str, warmup: int) -> Found:
     }
 
 
-def measure(folder: Path, shape: str, plan: Plan, out: list[list[Any]]) -> str:
+def measure(folder: Path, shape: str, plan: BenchmarkPlan, out: list[list[Any]]) -> str:
     """All contenders on one model; a Markdown table."""
     turn = Turn(
         folder="",
@@ -184,52 +188,57 @@ def measure(folder: Path, shape: str, plan: Plan, out: list[list[Any]]) -> str:
         lr=1e-3,
         reduce_bucket_size=50_000_000,
     )
-    about = export_documents(turn)
-    able = [name for name, (_, needed, _) in CONTENDERS.items() if find_spec(needed)]
-    found: dict[str, list[Found]] = {name: [] for name in able}
+    summary_of_documents = export_documents(turn)
+    available = [name for name, (_, package, _) in CONTENDERS.items() if find_spec(package)]
+    results: dict[str, list[TurnResult]] = {name: [] for name in available}
     for number in range(plan.rounds):
-        # Nobody is always the one behind the slowest.
-        for name in able[number % len(able) :] + able[: number % len(able)]:
-            each = take_turn(folder, turn, name, plan.warmup)
-            found[name].append(each)
-            said = f"{each['learned']:,.0f} learned tokens/s, {each['megabytes']:,.0f} MB"
-            print(f"{shape}, round {number + 1}, {name}: {said}", flush=True)
+        # Rotated, so that no contender always follows the slowest.
+        for name in available[number % len(available) :] + available[: number % len(available)]:
+            result = take_turn(folder, turn, name, plan.warmup)
+            results[name].append(result)
+            summary = f"{result['learned']:,.0f} learned tokens/s, {result['megabytes']:,.0f} MB"
+            print(f"{shape}, round {number + 1}, {name}: {summary}", flush=True)
             out.append(
                 [
                     shape,
                     number + 1,
                     name,
-                    f"{each['tokens']:.1f}",
-                    f"{each['learned']:.1f}",
-                    f"{each['per_processor']:.1f}",
-                    each["all_learned"],
-                    f"{each['megabytes']:.0f}",
-                    f"{each['losses'].get(turn.steps, float('nan')):.4f}",
-                    f"{each['load']:.2f}",
+                    f"{result['tokens']:.1f}",
+                    f"{result['learned']:.1f}",
+                    f"{result['per_processor']:.1f}",
+                    result["all_learned"],
+                    f"{result['megabytes']:.0f}",
+                    f"{result['losses'].get(turn.steps, float('nan')):.4f}",
+                    f"{result['load']:.2f}",
                 ]
             )
     title = (
         f"{shape}: LLaMA of {SHAPES[shape]['num_hidden_layers']} layers, d = {SHAPES[shape]['hidden_size']}, V = "
-        f"{VOCAB:,}; {about['documents']:,.0f} documents and dialogues, {about['tokens']:,.0f} tokens "
-        f"({about['learned']:,.0f} learned)"
+        f"{VOCAB:,}; {summary_of_documents['documents']:,.0f} documents and dialogues, "
+        f"{summary_of_documents['tokens']:,.0f} tokens "
+        f"({summary_of_documents['learned']:,.0f} learned)"
     )
     note = (
-        f"Median length {about['median']:,.0f}, longest {about['longest']:,.0f}; rows of {plan.seq_len:,} tokens, "
-        f"{about['fill']:.1%} full; {plan.accumulation} accumulated; {plan.warmup} steps of warm-up, {plan.steps} "
-        "measured.\n"
+        f"Median length {summary_of_documents['median']:,.0f}, longest {summary_of_documents['longest']:,.0f}; "
+        f"rows of {plan.seq_len:,} tokens, "
+        f"{summary_of_documents['fill']:.1%} full; {plan.accumulation} accumulated; "
+        f"{plan.warmup} steps of warm-up, {plan.steps} measured.\n"
     )
-    return timing.table(title, COLUMNS, [row_of(name, found) for name in CONTENDERS]) + "\n" + note
+    return timing.table(title, COLUMNS, [row_of(name, results) for name in CONTENDERS]) + "\n" + note
 
 
-def row_of(name: str, found: dict[str, list[Found]]) -> list[str]:
+def row_of(name: str, results: dict[str, list[TurnResult]]) -> list[str]:
     """A line of the table: medians over the rounds; the ratio is the median of the rounds' ratios."""
-    asked = CONTENDERS[name][2]
-    if name not in found:
+    target = CONTENDERS[name][2]
+    if name not in results:
         return [name, "not installed", *[""] * (len(COLUMNS) - 2)]
-    turns = found[name]
+    turns = results[name]
     ratio, by_processor = (
-        statistics.median(own[what] / other[what] for own, other in zip(found["ours"], turns, strict=True))
-        for what in ("learned", "per_processor")
+        statistics.median(
+            fireflyds_result[metric] / peer_result[metric]
+            for fireflyds_result, peer_result in zip(results["ours"], turns, strict=True)
+        )
+        for metric in ("learned", "per_processor")
     )
     speeds, losses = [turn["learned"] for turn in turns], turns[0]["losses"]
     return [
@@ -238,7 +247,7 @@ def row_of(name: str, found: dict[str, list[Found]]) -> list[str]:
         f"{min(speeds):,.0f} to {max(speeds):,.0f}",
         f"{statistics.median(turn['tokens'] for turn in turns):,.0f}",
         f"{ratio:.2f}×",
-        f"{asked:g}×" if asked else "",
+        f"{target:g}×" if target else "",
         f"{by_processor:.2f}×",
         f"{statistics.median(turn['megabytes'] for turn in turns):,.0f}",
         f"{turns[0]['all_learned']:,}",
@@ -247,7 +256,7 @@ def row_of(name: str, found: dict[str, list[Found]]) -> list[str]:
     ]
 
 
-def overhead(folder: Path, shape: str, plan: Plan) -> str:
+def overhead(folder: Path, shape: str, plan: BenchmarkPlan) -> str:
     """Our loop against a bare one."""
     turn = Turn(
         folder=str(folder),
@@ -267,29 +276,28 @@ def overhead(folder: Path, shape: str, plan: Plan) -> str:
     return (folder / f"overhead-{shape}.md").read_text(encoding="utf-8")
 
 
-def main(data: Path, results: Path, plan: Plan) -> None:
-    started, before, parts, rows = time.time(), timing.load(), [], []
+def main(data: Path, results: Path, plan: BenchmarkPlan) -> None:
+    start, load_at_start, parts, rows = time.time(), timing.load(), [], []
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     results.mkdir(parents=True, exist_ok=True)
     name = f"train_cpu{os.cpu_count()}_{date.today():%Y%m}"
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory() as temporary_folder:
+        folder = Path(temporary_folder)
         make_store(folder, data)
         for shape in plan.shapes:
             parts.append(measure(folder, shape, plan, rows))
             parts.append(overhead(folder, shape, plan))
     trl = f"trl {importlib.metadata.version('trl')}" if find_spec("trl") else "trl not installed"
-    about = (
-        f"{describe('torch', 'transformers', 'accelerate', 'deepspeed')}, {trl}; {RANKS} ranks, {before} at the start"
-    )
+    libraries = describe("torch", "transformers", "accelerate", "deepspeed")
+    description = f"{libraries}, {trl}; {RANKS} ranks, {load_at_start} at the start"
     head = (
         "# Training\n\n"
-        f"{about}.\n\n"
+        f"{description}.\n\n"
         "float32, ZeRO-2, gloo, AdamW, one row (or as many padded documents) a micro-batch, rounds of turns: "
         f"{plan.rounds}; medians. Padding is no token. Peak memory: resident, of the larger rank, over the libraries' "
         "own. The ratio is that of learned tokens a second, round by round; by processor time, of learned tokens a "
-        f"second of the processor. All turns: the CSV. Everything took {time.time() - started:,.0f} s.\n"
+        f"second of the processor. All turns: the CSV. Everything took {time.time() - start:,.0f} s.\n"
     )
     (results / f"{name}.md").write_text("\n".join([head, *parts]), encoding="utf-8")
     with (results / f"{name}.csv").open("w", newline="", encoding="utf-8") as stream:
@@ -302,11 +310,11 @@ def main(data: Path, results: Path, plan: Plan) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
-    parser.add_argument("results", type=Path, nargs="?", default=HERE / "results")
+    parser.add_argument("results", type=Path, nargs="?", default=BENCHMARKS / "results")
     parser.add_argument("--rounds", type=int, default=3, help="turns of every contender, at least 3 for a result")
     parser.add_argument("--seq-len", type=int, default=2048, help="tokens in a packed row")
     parser.add_argument("--quick", action="store_true", help="one round of the tiny model: does everything run?")
-    given = parser.parse_args()
-    whole = Plan(("tiny", "small"), given.seq_len, 2, 2, 6, given.rounds, 30)
-    quick = Plan(("tiny",), 512, 2, 1, 3, 1, 6)
-    main(given.data.resolve(), given.results.resolve(), quick if given.quick else whole)
+    args = parser.parse_args()
+    full_plan = BenchmarkPlan(("tiny", "small"), args.seq_len, 2, 2, 6, args.rounds, 30)
+    quick_plan = BenchmarkPlan(("tiny",), 512, 2, 1, 3, 1, 6)
+    main(args.data.resolve(), args.results.resolve(), quick_plan if args.quick else full_plan)

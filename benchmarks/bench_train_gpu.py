@@ -1,11 +1,12 @@
-"""Training steps of LLaMA-2's shapes on the GPU at hand: ours beside transformers, Liger, and PEFT with bitsandbytes.
+"""Training steps of LLaMA-2's shapes on the local GPU: fireflyds, transformers, Liger, and PEFT with bitsandbytes.
 
     python benchmarks/bench_train_gpu.py [folder] [--rounds 2] [--only full|qlora]
 
 Writes `train_<gpu>_<yyyymm>.md` there (`train_full_<...>` with `--only full`). Full-parameter: 7B, V = 55,296, 8,192
 packed tokens, bfloat16 weights and AdamW states. QLoRA: 7B and 13B, 4,096 packed tokens, NF4 with double quantisation,
 r = 64 on every linear layer of the blocks. All recompute layers, and all take attention per document: peers by
-`torch.nn.attention.varlen` (FlashAttention-2) with boundaries given once a batch, as FlashAttention's own road has it.
+`torch.nn.attention.varlen` (FlashAttention-2) with boundaries given once a batch, as transformers' FlashAttention
+integration does.
 Every contender is a process of its own, in turns; the same weights, documents and optimizer; one process without
 DeepSpeed. Needs torch, transformers and omegaconf; peers that are not installed are named (`requirements-train.txt`).
 
@@ -61,34 +62,39 @@ Case = tuple[str, str, str]
 def lengths(count: int, total: int) -> list[int]:
     """`count` document lengths with a long tail that add up to `total`, as in `bench_kernels.py`."""
     draws = torch.distributions.LogNormal(0.0, 0.75).icdf((torch.arange(count) + 0.5) / count)
-    found: list[int] = (draws / draws.sum() * total).int().clamp(min=8).tolist()
-    found[-1] += total - sum(found)
-    return found
+    values: list[int] = (draws / draws.sum() * total).int().clamp(min=8).tolist()
+    values[-1] += total - sum(values)
+    return values
 
 
 def make_batch(task: str, vocab: int, device: str) -> tuple[Batch, Batch, list[int]]:
-    """The same row for us and for transformers (whose labels are not shifted yet), and its documents' lengths."""
-    about = TASKS[task]
-    documents = lengths(int(about["documents"]), int(about["tokens"]))
+    """One row for fireflyds and for transformers (which shifts labels itself), and the lengths of its documents."""
+    task_settings = TASKS[task]
+    documents = lengths(int(task_settings["documents"]), int(task_settings["tokens"]))
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, vocab, (1, sum(documents)), generator=generator)
     positions = torch.cat([torch.arange(length) for length in documents])[None]
-    labels = ids.masked_fill(torch.rand(ids.shape, generator=generator) > about["learned"], -100)
+    labels = ids.masked_fill(torch.rand(ids.shape, generator=generator) > task_settings["learned"], -100)
     labels = labels.masked_fill(positions == 0, -100)
     shifted = torch.cat([labels[:, 1:], torch.full((1, 1), -100)], 1)
-    cu, longest = torch.tensor([0, *accumulate(documents)], dtype=torch.int32).to(device), max(documents)
-    both = {"input_ids": ids.to(device), "position_ids": positions.to(device)}
+    cu_seqlens, longest = torch.tensor([0, *accumulate(documents)], dtype=torch.int32).to(device), max(documents)
+    shared_inputs = {"input_ids": ids.to(device), "position_ids": positions.to(device)}
     learned = int((shifted != -100).sum())
-    ours = both | {"labels": shifted.to(device), "cu_seqlens": cu, "max_seqlen": longest, "num_labels": learned}
-    theirs = both | {
+    packed_batch = shared_inputs | {
+        "labels": shifted.to(device),
+        "cu_seqlens": cu_seqlens,
+        "max_seqlen": longest,
+        "num_labels": learned,
+    }
+    hf_batch = shared_inputs | {
         "labels": labels.to(device),
         "use_cache": False,
-        "cu_seq_lens_q": cu,
-        "cu_seq_lens_k": cu,
+        "cu_seq_lens_q": cu_seqlens,
+        "cu_seq_lens_k": cu_seqlens,
         "max_length_q": longest,
         "max_length_k": longest,
     }
-    return ours, theirs, documents
+    return packed_batch, hf_batch, documents
 
 
 def varlen(
@@ -118,13 +124,13 @@ def make_model(shape: dict[str, int], vocab: int, device: str) -> Any:
     AttentionInterface.register("varlen", varlen)
     torch.manual_seed(0)
     settings = LlamaConfig(vocab_size=vocab, max_position_embeddings=8192, tie_word_embeddings=False, **shape)
-    before = torch.get_default_dtype()
+    default_dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(device):
             model = LlamaForCausalLM(settings)
     finally:
-        torch.set_default_dtype(before)
+        torch.set_default_dtype(default_dtype)
     # Without a registered mask transformers makes none.
     model.config._attn_implementation = "varlen"
     model.config.use_cache = False
@@ -183,24 +189,24 @@ def model_flops(model: nn.Module, documents: list[int]) -> float:
     return total
 
 
-def contender(task: str, name: str, model: Any, ours: Batch, theirs: Batch) -> Callable[[], Tensor]:
+def contender(task: str, name: str, model: Any, packed_batch: Batch, hf_batch: Batch) -> Callable[[], Tensor]:
     """A forward pass to the mean loss."""
     if name == "ours":
         from fireflyds.models.packed.forward import fuse
 
         fuse(model)
-        return lambda: model(**ours) / ours["num_labels"]
+        return lambda: model(**packed_batch) / packed_batch["num_labels"]
     if "Liger" in name:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
         _apply_liger_kernel_to_instance(model)
     if task == "full":
-        return lambda: model(**theirs).loss
+        return lambda: model(**hf_batch).loss
 
     def autocast() -> Tensor:
-        # As Trainer runs PEFT in bf16: without it adapters in float32 would meet activations in bfloat16.
-        with torch.autocast(ours["input_ids"].device.type, torch.bfloat16):
-            loss: Tensor = model(**theirs).loss
+        # As Trainer runs PEFT in bf16: without it float32 adapters would be multiplied with bfloat16 activations.
+        with torch.autocast(packed_batch["input_ids"].device.type, torch.bfloat16):
+            loss: Tensor = model(**hf_batch).loss
         return loss
 
     return autocast
@@ -209,33 +215,33 @@ def contender(task: str, name: str, model: Any, ours: Batch, theirs: Batch) -> C
 def measure(task: str, shape: str, name: str) -> dict[str, float]:
     """Milliseconds of a step (median), its FLOPs, tokens, peak memory, and the first loss."""
     device = "cuda"
-    ours, theirs, documents = make_batch(task, VOCAB, device)
+    packed_batch, hf_batch, documents = make_batch(task, VOCAB, device)
     model = make_model(SHAPES[shape], VOCAB, device)
     if task == "qlora":
         to_four_bit(model, device)
     flops = model_flops(model, documents)
-    forward = contender(task, name, model, ours, theirs)
+    forward = contender(task, name, model, packed_batch, hf_batch)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    times, first = [], 0.0
+    times, first_loss = [], 0.0
     for step in range(WARMUP + STEPS):
         torch.cuda.synchronize()
-        started = time.perf_counter()
+        start = time.perf_counter()
         loss = forward()
         loss.backward()
         nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0, foreach=True)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-        first = first or (float(loss.detach()) if step == 0 else 0.0)
+        times.append(time.perf_counter() - start)
+        first_loss = first_loss or (float(loss.detach()) if step == 0 else 0.0)
     seconds = statistics.median(times[WARMUP:])
     return {
         "ms": seconds * 1e3,
         "tokens": sum(documents) / seconds,
-        "learned": ours["num_labels"] / seconds,
-        "loss": first,
+        "learned": packed_batch["num_labels"] / seconds,
+        "loss": first_loss,
         "flops": flops / seconds,
         "gib": torch.cuda.max_memory_allocated() / 2**30,
     }
@@ -243,53 +249,58 @@ def measure(task: str, shape: str, name: str) -> dict[str, float]:
 
 def matrix_peak() -> float:
     """FLOP/s of the best of some large bfloat16 products."""
-    best = 0.0
+    peak = 0.0
     for n, k, m in ((8192, 8192, 8192), (8192, 4096, 11_008), (8192, 4096, 4096)):
-        a, b = (torch.randn(*each, device="cuda", dtype=torch.bfloat16) for each in ((n, k), (k, m)))
+        a, b = (torch.randn(*shape, device="cuda", dtype=torch.bfloat16) for shape in ((n, k), (k, m)))
         for turn in range(13):
             torch.cuda.synchronize()
-            started = time.perf_counter()
+            start = time.perf_counter()
             for _ in range(10):
                 a @ b
             torch.cuda.synchronize()
             if turn >= 3:
-                best = max(best, 10 * 2 * n * k * m / (time.perf_counter() - started))
-    return best
+                peak = max(peak, 10 * 2 * n * k * m / (time.perf_counter() - start))
+    return peak
 
 
-def report(found: dict[Case, list[dict[str, float]]], failed: dict[Case, str], peak: float) -> str:
+def report(results: dict[Case, list[dict[str, float]]], failed: dict[Case, str], peak: float) -> str:
     """A table of every task and shape."""
     parts = []
-    measured = {key[:2] for key in (*found, *failed)}
-    for task, shape in dict.fromkeys(case[:2] for case in CASES if case[:2] in measured):
+    measured_cases = {key[:2] for key in (*results, *failed)}
+    for task, shape in dict.fromkeys(case[:2] for case in CASES if case[:2] in measured_cases):
         rows = []
-        for _, _, name, needed, asked in (case for case in CASES if case[:2] == (task, shape)):
-            key, missing = (task, shape, name), [each for each in needed if not find_spec(each)]
-            turns, own = found.get(key, []), found.get((task, shape, "ours"), [])
+        for _, _, name, packages, target in (case for case in CASES if case[:2] == (task, shape)):
+            key, missing = (task, shape, name), [package for package in packages if not find_spec(package)]
+            turns, fireflyds_turns = results.get(key, []), results.get((task, shape, "ours"), [])
             if not turns:
-                why = f"not installed: {', '.join(missing)}" if missing else failed.get(key, "not run")
-                rows.append([name, why, *[""] * 8])
+                reason = f"not installed: {', '.join(missing)}" if missing else failed.get(key, "not run")
+                rows.append([name, reason, *[""] * 8])
                 continue
-            middle = {what: statistics.median(turn[what] for turn in turns) for what in turns[0]}
+            medians = {metric: statistics.median(turn[metric] for turn in turns) for metric in turns[0]}
             speeds = [turn["tokens"] for turn in turns]
-            ratio = f"{statistics.median(turn['tokens'] for turn in own) / middle['tokens']:.2f}×" if own else ""
+            ratio = (
+                f"{statistics.median(turn['tokens'] for turn in fireflyds_turns) / medians['tokens']:.2f}×"
+                if fireflyds_turns
+                else ""
+            )
             rows.append(
                 [
                     name,
-                    f"{middle['ms']:,.0f}",
-                    f"{middle['tokens']:,.0f}",
+                    f"{medians['ms']:,.0f}",
+                    f"{medians['tokens']:,.0f}",
                     f"{min(speeds):,.0f} to {max(speeds):,.0f}",
-                    f"{middle['learned']:,.0f}",
-                    f"{middle['flops'] / peak:.1%}",
+                    f"{medians['learned']:,.0f}",
+                    f"{medians['flops'] / peak:.1%}",
                     ratio,
-                    f"{asked:g}×" if asked else "",
-                    f"{middle['gib']:.1f}",
-                    f"{middle['loss']:.4f}",
+                    f"{target:g}×" if target else "",
+                    f"{medians['gib']:.1f}",
+                    f"{medians['loss']:.4f}",
                 ]
             )
-        about = TASKS[task]
+        task_data = TASKS[task]
         title = (
-            f"{task}, {shape}: {about['tokens']:,} tokens, {about['documents']} documents, {about['learned']:.1%} "
+            f"{task}, {shape}: {task_data['tokens']:,} tokens, {task_data['documents']} documents, "
+            f"{task_data['learned']:.1%} "
             "learned"
         )
         parts.append(timing.table(title, COLUMNS.split("|"), rows))
@@ -305,26 +316,30 @@ def main(folder: Path, rounds: int, only: str | None) -> None:
     short = name.lower().removeprefix("nvidia ").replace(" ", "-")
     out = folder / f"train_{f'{only}_' if only else ''}{short}_{date.today():%Y%m}.md"
     versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "triton", "transformers"))
-    found: dict[Case, list[dict[str, float]]] = {}
+    results: dict[Case, list[dict[str, float]]] = {}
     failed: dict[Case, str] = {}
-    able = [case for case in CASES if only in (None, case[0]) and all(find_spec(each) for each in case[3])]
+    available = [
+        case for case in CASES if only in (None, case[0]) and all(find_spec(dependency) for dependency in case[3])
+    ]
     for number in range(rounds):
-        for task, shape, who, *_ in able if number % 2 == 0 else able[::-1]:
-            command = [sys.executable, __file__, "--turn", task, shape, who]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            result = next((line[7:] for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
+        for task, shape, contender_name, *_ in available if number % 2 == 0 else available[::-1]:
+            command = [sys.executable, __file__, "--turn", task, shape, contender_name]
+            completed = subprocess.run(command, capture_output=True, text=True, check=False)
+            result = next((line[7:] for line in completed.stdout.splitlines() if line.startswith("RESULT ")), None)
             if result is None:
-                failed[task, shape, who] = f"failed: {(done.stderr.strip().splitlines() or ['no message'])[-1][:200]}"
+                failed[task, shape, contender_name] = (
+                    f"failed: {(completed.stderr.strip().splitlines() or ['no message'])[-1][:200]}"
+                )
             else:
-                found.setdefault((task, shape, who), []).append(json.loads(result))
-            print(number + 1, task, shape, who, result or failed[task, shape, who], flush=True)
+                results.setdefault((task, shape, contender_name), []).append(json.loads(result))
+            print(number + 1, task, shape, contender_name, result or failed[task, shape, contender_name], flush=True)
             head = (
                 f"# Training steps on {name}\n\n"
                 f"{versions}, CUDA {torch.version.cuda}, {date.today().isoformat()}. Matrix peak measured: "
                 f"{peak / 1e12:,.0f} TFLOP/s. {STEPS} steps a turn after {WARMUP} of warm-up; medians.\n\n"
             )
-            # What was measured stands even if a later turn fails.
-            out.write_text(head + report(found, failed, peak), encoding="utf-8")
+            # Written after every turn, so that results remain if a later turn fails.
+            out.write_text(head + report(results, failed, peak), encoding="utf-8")
     print(out.read_text(encoding="utf-8"))
 
 
@@ -334,8 +349,8 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--only", choices=["full", "qlora"])
     parser.add_argument("--turn", nargs=3, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.turn:
-        print("RESULT", json.dumps(measure(*given.turn)))
+    arguments = parser.parse_args()
+    if arguments.turn:
+        print("RESULT", json.dumps(measure(*arguments.turn)))
     else:
-        main(given.folder, given.rounds, given.only)
+        main(arguments.folder, arguments.rounds, arguments.only)

@@ -1,4 +1,4 @@
-"""What trains and what it costs: Firefly's two stages on a small LLaMA-2 with an expanded vocabulary, by method and
+"""Trained parameters and their cost: Firefly's two stages on a small LLaMA-2 with an expanded vocabulary, by method and
 rows.
 
     python benchmarks/bench_tuning.py <data folder> [results folder]
@@ -31,7 +31,7 @@ ARCHITECTURE = (
 )
 BATCH = ["seq_len=256", "micro_batch_size=4", "global_batch_size=4", "log_every=20", "checkpoint.every=1000"]
 BASE_STEPS, CPT_STEPS, SFT_STEPS, HELD_OUT = 600, 100, 50, 100
-WAYS = {
+METHODS = {
     "QLoRA, vocabulary frozen": ["tuning=qlora", "tuning.embeddings=frozen", "tuning.head=frozen"],
     "QLoRA, new rows": ["tuning=qlora", "tuning.embeddings=new_rows", "tuning.head=new_rows"],
     "QLoRA, all rows": ["tuning=qlora", "tuning.embeddings=all", "tuning.head=all"],
@@ -88,39 +88,46 @@ def prepare(folder: Path, data: Path) -> None:
         (folder / f"{language}_base.txt").write_text("\n".join(lines[: len(lines) // 3]), encoding="utf-8")
         (folder / f"{language}_held_out.txt").write_text("\n".join(lines[-held_out:]), encoding="utf-8")
     # As LLaMA-2 the base has seen a little Chinese, so that its own characters and bytes are not noise.
-    seen = "data.sources=[{path: en.txt, domain: en}, {path: zh_base.txt, domain: zh}]"
-    verb(folder, "prepare", "data=at_path", seen, "tokenizer=base", "out=stores/base")
-    scratch = ["model=at_path", "model.init=scratch", "model.tokenizer=base", f"model.architecture={ARCHITECTURE}"]
-    rate = ["optim.lr=3e-3", f"optim.steps={BASE_STEPS}", "data.weights.en=0.8", "data.weights.zh=0.2"]
-    verb(folder, "train", "run=base", *scratch, "data=stores/base", *rate, *BATCH)
+    base_sources = "data.sources=[{path: en.txt, domain: en}, {path: zh_base.txt, domain: zh}]"
+    verb(folder, "prepare", "data=at_path", base_sources, "tokenizer=base", "out=stores/base")
+    model_options = [
+        "model=at_path",
+        "model.init=scratch",
+        "model.tokenizer=base",
+        f"model.architecture={ARCHITECTURE}",
+    ]
+    schedule = ["optim.lr=3e-3", f"optim.steps={BASE_STEPS}", "data.weights.en=0.8", "data.weights.zh=0.2"]
+    verb(folder, "train", "run=base", *model_options, "data=stores/base", *schedule, *BATCH)
     verb(folder, "export", "run=base")
     pieces = f"pieces={data / 'tokenizers' / 'chinese_llama2_55296.model'}"
     verb(folder, "expand", "base=runs/base/export", pieces, "corpus=zh.txt", "max_vocab_size=55296", "out=expanded")
-    both = "data.sources=[{path: zh.txt, domain: zh}, {path: en.txt, domain: en}]"
-    verb(folder, "prepare", "data=at_path", both, "tokenizer=expanded", "out=stores/cpt")
-    talks = ", ".join(
+    cpt_sources = "data.sources=[{path: zh.txt, domain: zh}, {path: en.txt, domain: en}]"
+    verb(folder, "prepare", "data=at_path", cpt_sources, "tokenizer=expanded", "out=stores/cpt")
+    dialogue_sources = ", ".join(
         f"{{path: {data / 'instructions' / name}}}" for name in ("oaast_sft_zh.json", "alpaca_zh_demo.json")
     )
     verb(
         folder,
         "prepare",
         "data=at_path",
-        f"data.sources=[{talks}]",
+        f"data.sources=[{dialogue_sources}]",
         "tokenizer=expanded",
         "template=firefly",
         "out=stores/sft",
     )
 
 
-def train(folder: Path, way: str, stage: str, model: str, steps: int) -> dict[str, Any]:
-    run = f"{stage}-{list(WAYS).index(way)}"
+def train(folder: Path, method: str, stage: str, model: str, steps: int) -> dict[str, Any]:
+    run = f"{stage}-{list(METHODS).index(method)}"
     recipe = [
         f"experiment=firefly_llama2_7b_ext_{stage}_qlora",
         "hardware=cpu",
         f"model={model}",
         f"data=stores/{stage}",
     ]
-    memory = verb(folder, "train", f"run={run}", *recipe, *WAYS[way], *RATES[stage], f"optim.steps={steps}", *BATCH)
+    memory = verb(
+        folder, "train", f"run={run}", *recipe, *METHODS[method], *RATES[stage], f"optim.steps={steps}", *BATCH
+    )
     verb(folder, "export", f"run={run}")
     verb(
         folder,
@@ -135,7 +142,14 @@ def train(folder: Path, way: str, stage: str, model: str, steps: int) -> dict[st
     manifest = json.loads((folder / "stores" / stage / "manifest.json").read_text())["totals"]
     table = json.loads(
         subprocess.run(
-            [sys.executable, str(ROOT / "launch" / "plan.py"), *recipe[:3], *WAYS[way], "optim.steps=1", "format=json"],
+            [
+                sys.executable,
+                str(ROOT / "launch" / "plan.py"),
+                *recipe[:3],
+                *METHODS[method],
+                "optim.steps=1",
+                "format=json",
+            ],
             cwd=folder,
             check=True,
             capture_output=True,
@@ -181,11 +195,15 @@ def loading(folder: Path) -> list[str]:
     ]
     for tuning in ("lora", "qlora"):
         code = LOADER.format(paths=[str(ROOT), str(ROOT / "kernels")], model=large, tuning=tuning)
-        # Freed memory goes back at once, so that the peak is what was in use.
+        # Freed memory is returned immediately, so that the peak is memory in use.
         environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1048576"}
-        done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment)
-        peak, held = next(line for line in done.stdout.splitlines() if line.startswith("RESULT")).split()[1:]
-        lines.append(f"| {tuning} | {peak} | {held} |")
+        completed = subprocess.run(
+            [sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment
+        )
+        peak, parameter_mib = next(line for line in completed.stdout.splitlines() if line.startswith("RESULT")).split()[
+            1:
+        ]
+        lines.append(f"| {tuning} | {peak} | {parameter_mib} |")
     return lines
 
 
@@ -196,10 +214,10 @@ def chart(curves: dict[str, dict[str, list[float]]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.2), dpi=120)
-    for axes, (stage, ways) in zip(panels, curves.items(), strict=True):
-        for way, curve in ways.items():
-            means = [statistics.mean(curve[max(0, at - 9) : at + 1]) for at in range(len(curve))]
-            axes.plot(range(1, len(means) + 1), means, label=way, linewidth=1.2)
+    for axes, (stage, methods) in zip(panels, curves.items(), strict=True):
+        for method, curve in methods.items():
+            means = [statistics.mean(curve[max(0, index - 9) : index + 1]) for index in range(len(curve))]
+            axes.plot(range(1, len(means) + 1), means, label=method, linewidth=1.2)
         axes.set(xlabel="step", ylabel="bits per byte (mean of ten steps)", title=stage)
         axes.grid(alpha=0.3)
     panels[0].legend(fontsize=8)
@@ -208,28 +226,28 @@ def chart(curves: dict[str, dict[str, list[float]]], path: Path) -> None:
 
 
 def main(data: Path, out: Path) -> None:
-    started = time.time()
+    start = time.time()
     out.mkdir(parents=True, exist_ok=True)
     results: dict[str, dict[str, dict[str, Any]]] = {"cpt": {}, "sft": {}}
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory() as temporary_folder:
+        folder = Path(temporary_folder)
         prepare(folder, data)
-        for way in WAYS:
-            results["cpt"][way] = train(folder, way, "cpt", "expanded", CPT_STEPS)
-            model = f"runs/{results['cpt'][way]['run']}/export"
-            results["sft"][way] = train(folder, way, "sft", model, SFT_STEPS)
-        loaded = loading(folder)
+        for method in METHODS:
+            results["cpt"][method] = train(folder, method, "cpt", "expanded", CPT_STEPS)
+            model = f"runs/{results['cpt'][method]['run']}/export"
+            results["sft"][method] = train(folder, method, "sft", model, SFT_STEPS)
+        loading_lines = loading(folder)
     name = f"tuning_cpu{os.cpu_count()}_{date.today():%Y%m}"
     with (out / f"{name}.csv").open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(["stage", "way", "step", "bits_per_byte"])
-        for stage, ways in results.items():
-            for way, found in ways.items():
-                writer.writerows([stage, way, step, f"{value:.4f}"] for step, value in enumerate(found["curve"], 1))
+        for stage, methods in results.items():
+            for method, result in methods.items():
+                writer.writerows([stage, method, step, f"{value:.4f}"] for step, value in enumerate(result["curve"], 1))
     chart(
         {
-            "continued pre-training": {w: r["curve"] for w, r in results["cpt"].items()},
-            "instruction tuning": {w: r["curve"] for w, r in results["sft"].items()},
+            "continued pre-training": {method_name: costs["curve"] for method_name, costs in results["cpt"].items()},
+            "instruction tuning": {method_name: costs["curve"] for method_name, costs in results["sft"].items()},
         },
         out / f"{name}.png",
     )
@@ -240,18 +258,19 @@ def main(data: Path, out: Path) -> None:
         "| stage | way | trained | state MiB | checkpoint MiB | peak MiB | tokens/s | bits/byte zh | en |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for stage, ways in results.items():
-        for way, r in ways.items():
+    for stage, methods in results.items():
+        for method, costs in methods.items():
             lines.append(
-                f"| {stage} | {way} | {r['trained']:,} | {r['state'] / 2**20:.0f} | {r['checkpoint'] / 2**20:.0f} | "
-                f"{r['memory']:.0f} | {r['speed']:,.0f} | {r['scores']['zh']:.3f} | {r['scores']['en']:.3f} |"
+                f"| {stage} | {method} | {costs['trained']:,} | {costs['state'] / 2**20:.0f} | "
+                f"{costs['checkpoint'] / 2**20:.0f} | {costs['memory']:.0f} | {costs['speed']:,.0f} | "
+                f"{costs['scores']['zh']:.3f} | {costs['scores']['en']:.3f} |"
             )
     lines += [
         "\n"
         "trained: parameters. state: their weights, gradients and optimizer states. peak: the process's, libraries "
         f"included. Bits per byte on held-out documents (a tenth, at most {HELD_OUT}). Everything took "
-        f"{time.time() - started:.0f} s.",
-        *loaded,
+        f"{time.time() - start:.0f} s.",
+        *loading_lines,
     ]
     (out / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))

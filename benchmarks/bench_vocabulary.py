@@ -1,4 +1,4 @@
-"""How fast and in how much memory pieces are learnt, and how long a merge with all its checks takes.
+"""Speed and memory of learning pieces, and the duration of a merge with all its checks.
 
     python benchmarks/bench_vocabulary.py zh.txt llama2.model chinese_llama2.model out.md [megabytes]
 
@@ -20,30 +20,30 @@ PIECES = 12_000
 
 
 def stretch(source: Path, out: Path, size: int) -> None:
-    """Write `size` bytes of text that a chain of three characters makes of `source`."""
-    draw, text = random.Random(1), source.read_text(encoding="utf-8")
+    """Write `size` bytes of text from a Markov chain of three characters over `source`."""
+    generator, text = random.Random(1), source.read_text(encoding="utf-8")
     following: dict[str, list[str]] = defaultdict(list)
-    for at in range(len(text) - 3):
-        following[text[at : at + 3]].append(text[at + 3])
+    for index in range(len(text) - 3):
+        following[text[index : index + 3]].append(text[index + 3])
     state, written = text[:3], 0
     with out.open("w", encoding="utf-8") as file:
         while written < size:
             characters = []
             for _ in range(100_000):
-                nexts = following.get(state)
-                if not nexts:
-                    at = draw.randrange(len(text) - 3)
-                    state = text[at : at + 3]
+                candidates = following.get(state)
+                if not candidates:
+                    index = generator.randrange(len(text) - 3)
+                    state = text[index : index + 3]
                     continue
-                character = draw.choice(nexts)
+                character = generator.choice(candidates)
                 characters.append(character)
                 state = state[1:] + character
-            made = "".join(characters)
-            file.write(made)
-            written += len(made.encode())
+            chunk = "".join(characters)
+            file.write(chunk)
+            written += len(chunk.encode())
 
 
-def learn_here(corpus: str, base: str, sample_characters: str) -> None:
+def learn_with_fireflyds(corpus: str, base: str, sample_characters: str) -> None:
     from fireflyds.config import ExpandConfig
     from fireflyds.data.read.sources import read_texts
     from fireflyds.tokenizer.base import load_base
@@ -80,15 +80,17 @@ def merge_and_check(pieces: str, base: str) -> None:
     from fireflyds.tokenizer.scripts import Scripts
     from fireflyds.tokenizer.vocabulary_merge import drop_unreachable, plan_merge, unreachable
 
-    found = load_base(Path(base))
-    plan = plan_merge(found, read_pieces(Path(pieces)), Scripts(["Han", "CJK_Punctuation"]))
-    drop_unreachable(found, plan)
+    base_tokenizer = load_base(Path(base))
+    plan = plan_merge(base_tokenizer, read_pieces(Path(pieces)), Scripts(["Han", "CJK_Punctuation"]))
+    drop_unreachable(base_tokenizer, plan)
     with tempfile.TemporaryDirectory() as folder:
-        found.write(plan.steps, Path(folder))
-    print(f"{len(plan.steps):,} rows, {len(unreachable(found, plan, found.encoder(plan.steps)))} dead")
+        base_tokenizer.write(plan.steps, Path(folder))
+    print(
+        f"{len(plan.steps):,} rows, {len(unreachable(base_tokenizer, plan, base_tokenizer.encoder(plan.steps)))} dead"
+    )
 
 
-STEPS = {step.__name__: step for step in (learn_here, learn_with_sentencepiece, merge_and_check)}
+STEPS = {step.__name__: step for step in (learn_with_fireflyds, learn_with_sentencepiece, merge_and_check)}
 
 
 def measured(step: str, *arguments: str) -> tuple[float, float, str]:
@@ -98,9 +100,9 @@ def measured(step: str, *arguments: str) -> tuple[float, float, str]:
         f"import sys, resource; sys.path.insert(0, {str(Path(__file__).parent)!r}); import bench_vocabulary as b; "
         f"b.STEPS[{step!r}](*{arguments!r}); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    *said, peak = done.stdout.strip().splitlines()
-    return time.perf_counter() - start, float(peak), said[-1] if said else ""
+    completed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    *output, peak = completed.stdout.strip().splitlines()
+    return time.perf_counter() - start, float(peak), output[-1] if output else ""
 
 
 def main() -> None:
@@ -111,14 +113,14 @@ def main() -> None:
         stretch(Path(source), corpus, size)
         megabytes = corpus.stat().st_size / 1e6
         rows = []
-        for what, step, *more in (
-            ("learnt here, default sample", "learn_here", base, "10000000"),
-            ("learnt here, sample as large as the text", "learn_here", base, "100000000"),
+        for name, step, *arguments in (
+            ("learnt here, default sample", "learn_with_fireflyds", base, "10000000"),
+            ("learnt here, sample as large as the text", "learn_with_fireflyds", base, "100000000"),
             ("SentencePiece's trainer alone", "learn_with_sentencepiece"),
         ):
-            seconds, peak, said = measured(step, str(corpus), *more)
-            rows.append(f"| {what} | {seconds:.1f} | {megabytes / seconds:.1f} | {peak:,.0f} | {said} |")
-        seconds, peak, said = measured("merge_and_check", pieces, base)
+            seconds, peak, note = measured(step, str(corpus), *arguments)
+            rows.append(f"| {name} | {seconds:.1f} | {megabytes / seconds:.1f} | {peak:,.0f} | {note} |")
+        seconds, peak, note = measured("merge_and_check", pieces, base)
     lines = [
         "# Vocabulary: learning and merging",
         "",
@@ -133,7 +135,7 @@ def main() -> None:
         *rows,
         "",
         f"Merging `{Path(pieces).name}` into `{Path(base).name}`, checking that every piece is reached, writing the "
-        f"tokenizer: {seconds:.1f} s, {peak:,.0f} MiB ({said}).",
+        f"tokenizer: {seconds:.1f} s, {peak:,.0f} MiB ({note}).",
     ]
     Path(out).write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))

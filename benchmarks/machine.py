@@ -1,4 +1,4 @@
-"""What a result was measured on, for the head of its file."""
+"""A description of the machine, for the header of a result file."""
 
 import importlib.metadata
 import os

@@ -2,8 +2,8 @@
 
     torchrun --nproc_per_node 2 benchmarks/train_hf.py turn.json padded|packed
 
-`padded`: the documents of a step, shuffled, in as many padded batches as we have rows in it. `packed`: exactly our
-rows, flattened by `DataCollatorWithFlattening`, documents told apart by `position_ids`.
+`padded`: the documents of a step, shuffled, in as many padded batches as fireflyds has rows in it. `packed`: exactly
+fireflyds' rows, flattened by `DataCollatorWithFlattening`, documents separated by `position_ids`.
 """
 
 import sys
@@ -43,11 +43,11 @@ def training_arguments(turn: Turn) -> dict[str, Any]:
     }
 
 
-def counting(trainer: type[Any], record: Record) -> type[Any]:
-    """The trainer, with a clock behind every step and a count of every micro-batch."""
+def recording_trainer(trainer: type[Any], record: Record) -> type[Any]:
+    """A subclass of the trainer that records the time of every step and the tokens of every micro-batch."""
     from transformers import TrainerCallback
 
-    class Clock(TrainerCallback):
+    class StepTimer(TrainerCallback):
         def on_train_begin(self, *_: Any, **__: Any) -> None:
             record.begin()
 
@@ -58,26 +58,26 @@ def counting(trainer: type[Any], record: Record) -> type[Any]:
             if "loss" in logs:
                 record.losses[state.global_step] = float(logs["loss"])
 
-    class Counting(trainer):  # type: ignore[misc, valid-type]
+    class RecordingTrainer(trainer):  # type: ignore[misc, valid-type]
         def __init__(self, *arguments: Any, **options: Any) -> None:
-            super().__init__(*arguments, callbacks=[Clock()], **options)
+            super().__init__(*arguments, callbacks=[StepTimer()], **options)
 
-        def training_step(self, model: Any, inputs: Any, *rest: Any, **options: Any) -> Any:
+        def training_step(self, model: Any, inputs: Any, *arguments: Any, **options: Any) -> Any:
             mask = inputs.get("attention_mask")
             tokens = inputs["input_ids"].numel() if mask is None else int(mask.sum())
-            record.seen(tokens, int((inputs["labels"][:, 1:] != IGNORE_INDEX).sum()))
-            return super().training_step(model, inputs, *rest, **options)
+            record.add_micro_batch(tokens, int((inputs["labels"][:, 1:] != IGNORE_INDEX).sum()))
+            return super().training_step(model, inputs, *arguments, **options)
 
-    return Counting
+    return RecordingTrainer
 
 
-def batches(turn: Turn, documents: Documents, way: str) -> list[Features]:
+def batches(turn: Turn, documents: Documents, layout: str) -> list[Features]:
     """Micro-batches in the order in which ranks take them: the number within a step is micro * ranks + rank."""
-    a_step = turn.accumulation * turn.world_size
-    if way == "packed":
+    rows_per_step = turn.accumulation * turn.world_size
+    if layout == "packed":
         return [documents.of_row(row) for row in range(turn.rows)]
-    steps = ([*range(first, first + a_step)] for first in range(0, turn.rows, a_step))
-    return [batch for number, rows in enumerate(steps) for batch in documents.dealt(rows, number)]
+    steps = ([*range(first, first + rows_per_step)] for first in range(0, turn.rows, rows_per_step))
+    return [batch for number, rows in enumerate(steps) for batch in documents.padded_batches(rows, number)]
 
 
 def padded(items: list[Features]) -> dict[str, Any]:
@@ -88,14 +88,16 @@ def padded(items: list[Features]) -> dict[str, Any]:
     features = items[0]
 
     def pad(name: str, value: int) -> Any:
-        return pad_sequence([torch.tensor(each[name]) for each in features], batch_first=True, padding_value=value)
+        return pad_sequence(
+            [torch.tensor(document[name]) for document in features], batch_first=True, padding_value=value
+        )
 
-    ones = [torch.ones(len(each["input_ids"]), dtype=torch.long) for each in features]
+    ones = [torch.ones(len(document["input_ids"]), dtype=torch.long) for document in features]
     mask = pad_sequence(ones, batch_first=True)
     return {"input_ids": pad("input_ids", 0), "labels": pad("labels", IGNORE_INDEX), "attention_mask": mask}
 
 
-def main(turn: Turn, way: str) -> None:
+def main(turn: Turn, layout: str) -> None:
     prepare_rank()
     from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, Trainer, TrainingArguments
     from transformers.models.llama import modeling_llama  # noqa: F401
@@ -106,11 +108,11 @@ def main(turn: Turn, way: str) -> None:
     arguments = TrainingArguments(
         **training_arguments(turn), train_sampling_strategy="sequential", remove_unused_columns=False
     )
-    trainer = counting(Trainer, record)(
+    trainer = recording_trainer(Trainer, record)(
         model=AutoModelForCausalLM.from_pretrained(turn.model, attn_implementation="sdpa", dtype="float32"),
         args=arguments,
-        train_dataset=batches(turn, Documents(turn.documents), way),
-        data_collator=padded if way == "padded" else lambda items: flatten(items[0]),
+        train_dataset=batches(turn, Documents(turn.documents), layout),
+        data_collator=padded if layout == "padded" else lambda items: flatten(items[0]),
     )
     trainer.train()
     record.write(turn)

@@ -1,4 +1,4 @@
-"""A turn of ours in `bench_train.py`: `launch/train.py` as it is, with a clock where the journal records a step.
+"""A turn of fireflyds in `bench_train.py`: `launch/train.py` unchanged, with a timer where the logger records a step.
 
 torchrun --nproc_per_node 2 benchmarks/train_ours.py turn.json
 """
@@ -29,27 +29,27 @@ def main(turn: Turn) -> None:
 
     record = Record()
     record.libraries_loaded()
-    step_of, record_of = loader.PackedLoader.step, logger.MetricsLogger.log_step
-    made: dict[int, list[PackedBatch]] = {}
+    original_step, original_log_step = loader.PackedLoader.step, logger.MetricsLogger.log_step
+    batches_by_step: dict[int, list[PackedBatch]] = {}
 
     def step(self: loader.PackedLoader, number: int) -> list[PackedBatch]:
-        made[number] = step_of(self, number)
-        return made[number]
+        batches_by_step[number] = original_step(self, number)
+        return batches_by_step[number]
 
     def train_steps(*arguments: object) -> object:
         record.begin()
-        yield from begun(*arguments)
+        yield from original_train_steps(*arguments)
 
-    def recorded(self: logger.MetricsLogger, metrics: StepMetrics) -> None:
-        record_of(self, metrics)
-        for batch in made.pop(metrics.step - 1):
-            record.seen(batch.input_ids.numel(), batch.num_learned)
+    def log_step(self: logger.MetricsLogger, metrics: StepMetrics) -> None:
+        original_log_step(self, metrics)
+        for batch in batches_by_step.pop(metrics.step - 1):
+            record.add_micro_batch(batch.input_ids.numel(), batch.num_learned)
         record.losses[metrics.step] = metrics.loss
         record.step_done()
 
-    begun = trainer.train_steps
+    original_train_steps = trainer.train_steps
     trainer.train_steps = train_steps
-    loader.PackedLoader.step, logger.MetricsLogger.log_step = step, recorded
+    loader.PackedLoader.step, logger.MetricsLogger.log_step = step, log_step
     sys.argv = [train.__file__, *overrides(turn)]
     # The verb ends the process itself.
     atexit.register(record.write, turn)
@@ -57,7 +57,7 @@ def main(turn: Turn) -> None:
 
 
 def overrides(turn: Turn) -> list[str]:
-    """What a person would give `launch/train.py`."""
+    """The overrides of `launch/train.py`."""
     return [
         "run=turn",
         f"runs={turn.folder}/runs",

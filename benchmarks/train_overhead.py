@@ -1,10 +1,10 @@
-"""What our loop costs over a bare one: both on one DeepSpeed engine and the same batches, step by step in turns.
+"""The overhead of the training loop over a bare one: on one DeepSpeed engine, with the same batches, in turns.
 
     torchrun --nproc_per_node 2 benchmarks/train_overhead.py turn.json        writes overhead-<model>.md beside it
 
 Ours: `train_steps` with its loader's thread, the count of learned tokens over the ranks, the loss, the norm, the
-journal with its files, and the agreement to go on. Bare: forward, backward and step over batches that lie ready, scaled
-by a number known beforehand; nothing is read, counted or written.
+logger with its files, and the poll for stop requests. Bare: forward, backward and step over prepared batches, scaled by
+a precomputed number; nothing is read, counted or written.
 """
 
 import logging
@@ -40,21 +40,23 @@ def build(turn: Turn) -> tuple[Any, Any, Any, Any]:
     from fireflyds.zero.engine import build_engine, init_distributed
 
     config = app.compose("train", overrides(turn))
-    me = launcher_env.rank_from_environment(os.environ)
-    init_distributed(me, config.hardware.timeout_minutes)
+    rank_info = launcher_env.rank_from_environment(os.environ)
+    init_distributed(rank_info, config.hardware.timeout_minutes)
     precision = resolve_precision(config.hardware)
     encoder = load_encoder(config.model.tokenizer_path)
     model = build_model(config, load.read_config(config.model, encoder), precision)
     store = open_store("data.store", config.data.store, encoder.fingerprint(), config.model.tokenizer_path)
-    measured = build_metrics_context(config, model, store, encoder, precision)
+    metrics_context = build_metrics_context(config, model, store, encoder, precision)
     engine = build_engine(model, config, precision, turn.accumulation)
     rows = PackedRowSampler(store, config.seq_len, config.seed, config.data)
-    loader = PackedLoader(store, rows, config.micro_batch_size, config.global_batch_size, me.rank, me.world_size)
-    return config, engine, loader, measured
+    loader = PackedLoader(
+        store, rows, config.micro_batch_size, config.global_batch_size, rank_info.rank, rank_info.world_size
+    )
+    return config, engine, loader, metrics_context
 
 
-def our_steps(turn: Turn, config: Any, engine: Any, loader: Any, measured: Any) -> Iterator[None]:
-    """What a run does from step to step, one step a `next`."""
+def fireflyds_steps(turn: Turn, config: Any, engine: Any, loader: Any, metrics_context: Any) -> Iterator[None]:
+    """The steps of a run, one per `next`."""
     import torch.distributed as dist
 
     from fireflyds.distributed.signals import StopSignals
@@ -66,12 +68,12 @@ def our_steps(turn: Turn, config: Any, engine: Any, loader: Any, measured: Any) 
 
     folder = Path(turn.folder) / "overhead"
     folder.mkdir(exist_ok=True)
-    requests, log = StopSignals(folder), logging.getLogger("overhead")
+    requests, logger_of_overhead = StopSignals(folder), logging.getLogger("overhead")
     metrics_logger = MetricsLogger(
-        folder, NoTracker(), log, dist.get_rank(), 0, turn.steps, config.log_every, turn.steps
+        folder, NoTracker(), logger_of_overhead, dist.get_rank(), 0, turn.steps, config.log_every, turn.steps
     )
     for metrics in train_steps(
-        engine, load_objective(config.objective), loader, TrainState(), config, turn.steps, measured
+        engine, load_objective(config.objective), loader, TrainState(), config, turn.steps, metrics_context
     ):
         metrics_logger.log_step(metrics)
         requests.poll(engine.device, failed=False)
@@ -82,14 +84,14 @@ def bare_steps(turn: Turn, engine: Any, loader: Any) -> Iterator[None]:
     import torch
     import torch.distributed as dist
 
-    ready = []
+    prepared_steps = []
     for number in range(turn.steps):
         batches = loader.step(number)
         learned = torch.tensor(float(sum(batch.num_learned for batch in batches)))
         dist.all_reduce(learned)
         scale = turn.world_size * len(batches) / float(learned)
-        ready.append([(batch.model_inputs(engine.device), scale) for batch in batches])
-    for batches in ready:
+        prepared_steps.append([(batch.model_inputs(engine.device), scale) for batch in batches])
+    for batches in prepared_steps:
         for batch, scale in batches:
             engine.backward(engine(**batch) * scale)
             engine.step()
@@ -98,24 +100,24 @@ def bare_steps(turn: Turn, engine: Any, loader: Any) -> Iterator[None]:
 
 def main(turn: Turn) -> None:
     prepare_rank()
-    config, engine, loader, measured = build(turn)
+    config, engine, loader, metrics_context = build(turn)
     import torch.distributed as dist
 
-    ways = {
+    loops = {
         "bare": bare_steps(turn, engine, loader),
-        "ours": our_steps(turn, config, engine, loader, measured),
+        "ours": fireflyds_steps(turn, config, engine, loader, metrics_context),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    processor: dict[str, list[float]] = {name: [] for name in ways}
-    draw = random.Random(0)
+    seconds: dict[str, list[float]] = {name: [] for name in loops}
+    processor: dict[str, list[float]] = {name: [] for name in loops}
+    generator = random.Random(0)
     for number in range(turn.steps):
-        for name in draw.sample(list(ways), 2):
+        for name in generator.sample(list(loops), 2):
             dist.barrier()
-            started, used = time.perf_counter(), time.process_time()
-            next(ways[name])
+            start, processor_start = time.perf_counter(), time.process_time()
+            next(loops[name])
             if number >= WARMUP:
-                seconds[name].append(time.perf_counter() - started)
-                processor[name].append(time.process_time() - used)
+                seconds[name].append(time.perf_counter() - start)
+                processor[name].append(time.process_time() - processor_start)
     if dist.get_rank() == 0:
         Path(turn.folder, f"overhead-{Path(turn.model).name}.md").write_text(
             report(turn, seconds, processor), encoding="utf-8"
@@ -129,21 +131,29 @@ def report(turn: Turn, seconds: dict[str, list[float]], processor: dict[str, lis
     rows = [
         [
             name,
-            *(f"{of(each) * 1e3:,.1f}" for each in (seconds[name], processor[name]) for of in (min, statistics.median)),
+            *(
+                f"{statistic(values) * 1e3:,.1f}"
+                for values in (seconds[name], processor[name])
+                for statistic in (min, statistics.median)
+            ),
         ]
         for name in seconds
     ]
-    clock, used = (
-        statistics.median(own / bare for own, bare in zip(times["ours"], times["bare"], strict=True)) - 1
+    clock_overhead, processor_overhead = (
+        statistics.median(
+            fireflyds_seconds / bare_seconds
+            for fireflyds_seconds, bare_seconds in zip(times["ours"], times["bare"], strict=True)
+        )
+        - 1
         for times in (seconds, processor)
     )
     title = f"{Path(turn.model).name}: our loop over a bare loop on the same engine, {len(seconds['ours'])} steps each"
     columns = ["", "least ms", "median ms", "processor, least ms", "median ms"]
-    said = (
-        f"Overhead, the median of the ratios of equal steps: {clock:+.1%} by the clock, {used:+.1%} by processor "
-        "time; asked: at most 3 %.\n"
+    summary = (
+        f"Overhead, the median of the ratios of equal steps: {clock_overhead:+.1%} by the clock, "
+        f"{processor_overhead:+.1%} by processor time; asked: at most 3 %.\n"
     )
-    return timing.table(title, columns, rows) + "\n" + said
+    return timing.table(title, columns, rows) + "\n" + summary
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 
     torchrun --nproc_per_node 2 benchmarks/train_trl.py turn.json bfd|padded
 
-`bfd`: TRL packs the documents itself; rows of `seq_len` tokens, no padding, documents told apart by `position_ids`
+`bfd`: TRL packs the documents itself; rows of `seq_len` tokens, no padding, documents separated by `position_ids`
 (free of contamination under SDPA: transformers masks by them). `padded`: as many documents in a batch as make up a row
 on average.
 """
@@ -11,11 +11,11 @@ on average.
 import sys
 from typing import Any
 
-from train_hf import counting, training_arguments
+from train_hf import recording_trainer, training_arguments
 from train_turn import Documents, Record, Turn, prepare_rank
 
 
-def main(turn: Turn, way: str) -> None:
+def main(turn: Turn, layout: str) -> None:
     prepare_rank()
     import torch
     from datasets import Dataset
@@ -28,12 +28,12 @@ def main(turn: Turn, way: str) -> None:
     documents = Documents(turn.documents)
     rows = [documents[number] for number in range(len(documents))]
     settings: dict[str, Any] = training_arguments(turn) | {"max_length": turn.seq_len, "dataset_num_proc": None}
-    if way == "bfd":
+    if layout == "bfd":
         settings |= {"packing": True, "packing_strategy": "bfd"}
     else:
         settings["per_device_train_batch_size"] = round(len(documents) / turn.rows)
         settings["deepspeed"]["train_micro_batch_size_per_gpu"] = settings["per_device_train_batch_size"]
-    trainer = counting(SFTTrainer, record)(
+    trainer = recording_trainer(SFTTrainer, record)(
         model=AutoModelForCausalLM.from_pretrained(turn.model, attn_implementation="sdpa", dtype=torch.float32),
         args=SFTConfig(**settings),
         train_dataset=Dataset.from_list(rows),

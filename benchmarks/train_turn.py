@@ -1,4 +1,4 @@
-"""One turn of one contender of `bench_train.py`: what it trains on, and what every rank writes down.
+"""One turn of one contender of `bench_train.py`: what it trains on, and what every rank records.
 
 A turn is a process per rank. It reads `turn.json`, trains `steps` optimizer steps, and leaves `rank<N>.json`: the
 seconds of each step by the clock and of the processor (which others on the machine do not lengthen), the tokens and the
@@ -67,7 +67,7 @@ class Documents:
         """The documents of one packed row."""
         return [self[number] for number in np.flatnonzero(self.rows == row).tolist()]
 
-    def dealt(self, rows: list[int], seed: int) -> list[list[dict[str, list[int]]]]:
+    def padded_batches(self, rows: list[int], seed: int) -> list[list[dict[str, list[int]]]]:
         """The documents of some rows, shuffled and dealt out evenly to as many padded batches."""
         numbers = np.flatnonzero(np.isin(self.rows, rows))
         shuffled = np.random.default_rng(seed).permutation(numbers)
@@ -84,49 +84,49 @@ class Record:
     learned: list[int] = field(default_factory=list)
     losses: dict[int, float] = field(default_factory=dict)
     _peak: float = 0.0
-    _own: float = 0.0
-    _at: float = 0.0
-    _processor_at: float = 0.0
+    _libraries: float = 0.0
+    _step_start: float = 0.0
+    _processor_start: float = 0.0
     _tokens: int = 0
     _learned: int = 0
 
     def libraries_loaded(self) -> None:
-        """From here on memory counts."""
+        """Marks the memory of the libraries, which does not count."""
         status = Path("/proc/self/status").read_text()
-        self._own = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")) / 1024
-        timing.forget_peak()
+        self._libraries = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")) / 1024
+        timing.reset_peak()
 
     def begin(self) -> None:
         """The first step begins."""
-        self._at, self._processor_at = time.perf_counter(), time.process_time()
+        self._step_start, self._processor_start = time.perf_counter(), time.process_time()
 
-    def seen(self, tokens: int, learned: int) -> None:
+    def add_micro_batch(self, tokens: int, learned: int) -> None:
         """One micro-batch of this rank."""
         self._tokens += tokens
         self._learned += learned
 
     def step_done(self) -> None:
-        now, processor = time.perf_counter(), time.process_time()
-        # What is saved behind the last step is no part of training.
+        now, processor_now = time.perf_counter(), time.process_time()
+        # Saving after the last step does not count as training.
         self._peak = timing.peak_megabytes()
-        self.seconds.append(now - self._at)
-        self.processor_seconds.append(processor - self._processor_at)
+        self.seconds.append(now - self._step_start)
+        self.processor_seconds.append(processor_now - self._processor_start)
         self.tokens.append(self._tokens)
         self.learned.append(self._learned)
-        self._at, self._processor_at, self._tokens, self._learned = now, processor, 0, 0
+        self._step_start, self._processor_start, self._tokens, self._learned = now, processor_now, 0, 0
 
     def write(self, turn: Turn) -> None:
-        found = {
+        record = {
             "seconds": self.seconds,
             "processor_seconds": self.processor_seconds,
             "tokens": self.tokens,
             "learned": self.learned,
             "losses": self.losses,
-            "own_megabytes": self._own,
-            "megabytes": self._peak - self._own,
+            "own_megabytes": self._libraries,
+            "megabytes": self._peak - self._libraries,
         }
         rank = os.environ["RANK"]
-        Path(turn.folder, f"rank{rank}.json").write_text(json.dumps(found), encoding="utf-8")
+        Path(turn.folder, f"rank{rank}.json").write_text(json.dumps(record), encoding="utf-8")
 
 
 def deepspeed_settings(turn: Turn) -> dict[str, Any]:

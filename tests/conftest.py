@@ -1,4 +1,4 @@
-"""Fixtures: a small English base tokenizer, tiny models, and a way to run verbs as a person does."""
+"""Fixtures: a small English base tokenizer, tiny models, and verbs run as from the command line."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import torch
 
 if not torch.cuda.is_available():
-    # Triton's interpreter stands in for a GPU; it must be on before anything imports Triton.
+    # Triton's interpreter replaces the GPU; it must be enabled before Triton is imported.
     os.environ["TRITON_INTERPRET"] = "1"
 
 from bases import sentencepiece_base
@@ -27,27 +27,27 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="session")
 def base_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer directory learnt on English only, with byte fallback."""
+    """A tokenizer directory trained on English only, with byte fallback."""
     return sentencepiece_base(tmp_path_factory.mktemp("tokenizer") / "base")
 
 
 @pytest.fixture(scope="session")
 def encoder(base_tokenizer: Path) -> SentencePieceEncoder:
-    found = load_encoder(base_tokenizer)
-    assert isinstance(found, SentencePieceEncoder)
-    return found
+    tokenizer_encoder = load_encoder(base_tokenizer)
+    assert isinstance(tokenizer_encoder, SentencePieceEncoder)
+    return tokenizer_encoder
 
 
 @pytest.fixture(scope="session")
 def data_folder() -> Path:
-    """Real tokenizers, corpora and benchmarks; only tests marked `data` may ask for it."""
-    place = os.environ.get("FIREFLYDS_TEST_DATA")
-    if not place:
+    """Real tokenizers, corpora and benchmarks; only tests marked `data` may use it."""
+    path = os.environ.get("FIREFLYDS_TEST_DATA")
+    if not path:
         pytest.skip("FIREFLYDS_TEST_DATA is not set")
-    return Path(place)
+    return Path(path)
 
 
-# Tests that must see a process from its very start: how long it takes, how it dies, who started it.
+# Tests of a process from its start: its duration, how it ends, its parent process.
 OWN_PROCESS = ("real_process", "slow", "chaos", "slurm", "netns", "data", "gpu")
 
 
@@ -85,9 +85,9 @@ def verbs_in(folder: Path, server: ForkServer | None = None):
             | (env or {})
         )
         if server is not None and not start and env is None:
-            done = server.run(script, [*arguments], folder, environment, timeout=280)
+            completed = server.run(script, [*arguments], folder, environment, timeout=280)
         else:
-            done = subprocess.run(
+            completed = subprocess.run(
                 [*(start or [sys.executable]), str(script), *arguments],
                 cwd=folder,
                 capture_output=True,
@@ -96,7 +96,7 @@ def verbs_in(folder: Path, server: ForkServer | None = None):
                 timeout=280,
             )
         if check:
-            assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-        return done
+            assert completed.returncode == 0, completed.stdout[-2000:] + completed.stderr[-4000:]
+        return completed
 
     return run

@@ -1,4 +1,4 @@
-"""Benchmarks that reach into the verbs still run, and compare like with like."""
+"""Benchmarks start verbs with valid keys, use names of this project that exist, and compare equal workloads."""
 
 import ast
 import csv
@@ -30,23 +30,23 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
 
 
 def _record_calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
-    """The verbs that benchmarks start from now on, with their arguments, instead of starting them."""
-    found: list[Call] = []
+    """Replaces `subprocess` calls; returns the list of verbs that benchmarks start, with their arguments."""
+    calls: list[Call] = []
 
     def start(command: list[Any], *_: Any, **__: Any) -> SimpleNamespace:
-        words = [str(word) for word in command]
-        verb = next(at for at, word in enumerate(words) if Path(word).parent.name == "launch")
-        found.append((Path(words[verb]).stem, words[verb + 1 :]))
+        arguments = [str(word) for word in command]
+        position = next(index for index, word in enumerate(arguments) if Path(word).parent.name == "launch")
+        calls.append((Path(arguments[position]).stem, arguments[position + 1 :]))
         table = {"trainable_parameters": 1, "groups": [{"memory_bytes": 1}] * 2}
         return SimpleNamespace(returncode=0, stdout=json.dumps(table), pid=0)
 
     monkeypatch.setattr(subprocess, "run", start)
     monkeypatch.setattr(subprocess, "Popen", start)
-    return found
+    return calls
 
 
 def _data(folder: Path) -> Path:
-    """The folder that benchmarks read, with little in it."""
+    """The data folder of benchmarks, with small files."""
     lines = "\n".join(["one line of text"] * 20)
     for name in ("tokenizers/llama2_32000.model", "tokenizers/chinese_llama2_55296.model"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -64,16 +64,16 @@ def _bench_tuning(module: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPa
         (folder / "stores" / stage).mkdir(parents=True)
         totals = {"totals": {"tokens": 2, "bytes": 8}}
         (folder / "stores" / stage / "manifest.json").write_text(json.dumps(totals), encoding="utf-8")
-        for number, way in enumerate(module.WAYS):
+        for number, method in enumerate(module.METHODS):
             run = folder / "runs" / f"{stage}-{number}"
             (run / "checkpoints" / "step-1").mkdir(parents=True)
-            row = json.dumps({"loss": 1.0, "tokens_per_second": 2.0})
-            (run / "metrics.jsonl").write_text(f"{row}\n" * 10, encoding="utf-8")
+            metrics = json.dumps({"loss": 1.0, "tokens_per_second": 2.0})
+            (run / "metrics.jsonl").write_text(f"{metrics}\n" * 10, encoding="utf-8")
             figures = {"zh": 1.5, "en": 2.5}
             result = EvaluationResult("bits_per_byte", "m", "p", "s", figures, {}, True, "w", {})
             append_result(run / "export" / "eval", result)
-            found = module.train(folder, way, stage, "expanded", 10)
-            assert (found["scores"], found["speed"], found["trained"]) == (figures, 2.0, 1)
+            results = module.train(folder, method, stage, "expanded", 10)
+            assert (results["scores"], results["speed"], results["trained"]) == (figures, 2.0, 1)
 
 
 def _bench_rows(module: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,11 +98,11 @@ def _bench_data(module: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def _train_ours(module: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    turn = importlib.import_module("train_turn").Turn("f", "m", "s", "t", "d", 64, 4, 2, 2, 1e-3, 1000)
-    subprocess.run([ROOT / "launch" / "train.py", *module.overrides(turn)])
+    turn_settings = importlib.import_module("train_turn").Turn("f", "m", "s", "t", "d", 64, 4, 2, 2, 1e-3, 1000)
+    subprocess.run([ROOT / "launch" / "train.py", *module.overrides(turn_settings)])
 
 
-STARTERS = {
+VERB_BENCHMARKS = {
     "bench_data": _bench_data,
     "bench_rows": _bench_rows,
     "bench_train": _bench_train,
@@ -112,25 +112,25 @@ STARTERS = {
 
 
 def test_every_benchmark_that_starts_a_verb_is_tested() -> None:
-    starters = {file.stem for file in FOLDER.glob("*.py") if '"launch"' in file.read_text(encoding="utf-8")}
-    assert starters == set(STARTERS)
+    benchmarks = {file.stem for file in FOLDER.glob("*.py") if '"launch"' in file.read_text(encoding="utf-8")}
+    assert benchmarks == set(VERB_BENCHMARKS)
 
 
-@pytest.mark.parametrize("name", STARTERS)
-def test_the_verbs_that_benchmarks_start_take_their_keys(
+@pytest.mark.parametrize("name", VERB_BENCHMARKS)
+def test_verbs_accept_the_keys_that_benchmarks_pass(
     name: str, benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = benchmark(name)
     calls = _record_calls(monkeypatch)
-    STARTERS[name](module, tmp_path, monkeypatch)
+    VERB_BENCHMARKS[name](module, tmp_path, monkeypatch)
     assert calls
-    # `model=expanded` names a folder that the benchmark has made by then.
+    # `model=expanded` names a folder that the benchmark creates earlier.
     monkeypatch.chdir(tmp_path)
-    for key, _, value in (word.partition("=") for _, words in calls for word in words):
+    for key, _, value in (word.partition("=") for _, overrides in calls for word in overrides):
         if key in ("model", "data") and value != "at_path" and not (tmp_path / value).exists():
             (tmp_path / value).mkdir(parents=True)
-    for verb, words in calls:
-        app.compose(verb, words)
+    for verb, overrides in calls:
+        app.compose(verb, overrides)
 
 
 def _attributes(tree: ast.AST) -> Iterator[tuple[Any, str]]:
@@ -160,34 +160,34 @@ def _sources(file: Path, module: ModuleType | None) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in FOLDER.glob("*.py")))
-def test_what_benchmarks_name_of_this_project_exists(name: str, benchmark) -> None:
+def test_project_names_used_by_benchmarks_exist(name: str, benchmark) -> None:
     module = benchmark(name) if name == "bench_tuning" else None
     for source in _sources(FOLDER / f"{name}.py", module):
         for owner, attribute in _attributes(ast.parse(source)):
             assert hasattr(owner, attribute), f"{owner.__name__}.{attribute}"
 
 
-def test_the_loading_that_bench_tuning_measures_composes(benchmark) -> None:
+def test_the_loading_program_of_bench_tuning_composes(benchmark) -> None:
     program = list(_sources(FOLDER / "bench_tuning.py", benchmark("bench_tuning")))[1]
     (call,) = [
         node
         for node in ast.walk(ast.parse(program))
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "app.compose"
     ]
-    verb, words = (ast.literal_eval(argument) for argument in call.args)
-    assert app.compose(verb, words).model.path == "some/model"
+    verb, overrides = (ast.literal_eval(argument) for argument in call.args)
+    assert app.compose(verb, overrides).model.path == "some/model"
 
 
 @pytest.mark.slow
 @pytest.mark.data
-def test_training_beside_peers_sees_the_same_tokens_and_losses(data_folder: Path, tmp_path: Path) -> None:
-    words = [sys.executable, ROOT / "benchmarks" / "bench_train.py", data_folder, tmp_path, "--quick"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
+def test_contenders_train_on_the_same_tokens_with_equal_losses(data_folder: Path, tmp_path: Path) -> None:
+    command = [sys.executable, ROOT / "benchmarks" / "bench_train.py", data_folder, tmp_path, "--quick"]
+    completed = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert completed.returncode == 0, completed.stderr[-4000:]
     (table,) = tmp_path.glob("train_cpu*.csv")
     with table.open(encoding="utf-8") as stream:
-        turns = {row["contender"]: row for row in csv.DictReader(stream)}
-    ours = turns["ours"]
-    for peer in ("HF Trainer, padded", "HF Trainer, packed by position_ids"):
-        assert turns[peer]["learned_tokens"] == ours["learned_tokens"]
-        assert float(turns[peer]["last_loss"]) == pytest.approx(float(ours["last_loss"]), abs=2e-4)
+        results = {row["contender"]: row for row in csv.DictReader(stream)}
+    reference = results["ours"]
+    for contender in ("HF Trainer, padded", "HF Trainer, packed by position_ids"):
+        assert results[contender]["learned_tokens"] == reference["learned_tokens"]
+        assert float(results[contender]["last_loss"]) == pytest.approx(float(reference["last_loss"]), abs=2e-4)

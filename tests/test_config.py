@@ -1,4 +1,4 @@
-"""Composition: what is accepted, what is refused, and in which words."""
+"""Composition of configurations: accepted and refused overrides, messages, and the option reference."""
 
 import dataclasses
 import re
@@ -9,66 +9,68 @@ import pytest
 from fireflyds import app, config, option_reference
 from fireflyds.errors import UserError
 
-GOOD = ["run=x", "model=some/model", "data=some/store", "optim.steps=3"]
+REQUIRED = ["run=x", "model=some/model", "data=some/store", "optim.steps=3"]
 
 
 def test_overrides_reach_the_typed_config() -> None:
-    made = app.compose("train", [*GOOD, "tuning=qlora", "tuning.r=8", "zero=stage3", "optim.schedule=linear"])
-    assert isinstance(made, config.TrainConfig)
-    assert made.model.path == "some/model"
-    assert made.data.store == "some/store"
-    assert (made.tuning.method, made.tuning.r) == (config.TuningMethod.qlora, 8)
-    assert made.zero.stage == 3
-    assert made.optim.schedule is config.Schedule.linear
+    train_config = app.compose(
+        "train", [*REQUIRED, "tuning=qlora", "tuning.r=8", "zero=stage3", "optim.schedule=linear"]
+    )
+    assert isinstance(train_config, config.TrainConfig)
+    assert train_config.model.path == "some/model"
+    assert train_config.data.store == "some/store"
+    assert (train_config.tuning.method, train_config.tuning.r) == (config.TuningMethod.qlora, 8)
+    assert train_config.zero.stage == 3
+    assert train_config.optim.schedule is config.Schedule.linear
 
 
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        ([*GOOD, "optim.stepz=3"], "Did you mean optim.steps"),
-        ([*GOOD, "experiment=demo_ctp"], "demo_cpt"),
-        (GOOD[1:], "run: is not set; train needs"),
-        ([*GOOD, "seq_len=abc"], "seq_len"),
-        ([*GOOD, "seq_len=0"], "seq_len=0: must be at least 2"),
-        ([*GOOD, "zero.stage=4"], "zero.stage=4: must be 0, 1, 2 or 3"),
-        ([*GOOD, "zero.offload_param=cpu"], "needs zero.stage=3"),
+        ([*REQUIRED, "optim.stepz=3"], "Did you mean optim.steps"),
+        ([*REQUIRED, "experiment=demo_ctp"], "demo_cpt"),
+        (REQUIRED[1:], "run: is not set; train needs"),
+        ([*REQUIRED, "seq_len=abc"], "seq_len"),
+        ([*REQUIRED, "seq_len=0"], "seq_len=0: must be at least 2"),
+        ([*REQUIRED, "zero.stage=4"], "zero.stage=4: must be 0, 1, 2 or 3"),
+        ([*REQUIRED, "zero.offload_param=cpu"], "needs zero.stage=3"),
         (["run=x", "model=nonsense", "data=s/t", "optim.steps=3"], "Known: "),
-        (GOOD[:3], "optim.steps: is unset and so is optim.epochs"),
-        ([*GOOD, "tuning=qlora", "tuning.r=0"], "tuning.r=0"),
-        ([*GOOD, "checkpoint.keep_every=0"], "checkpoint.keep_every=0: must be at least 1"),
-        ([*GOOD, "recovery.rollback_above=1"], "recovery.rollback_above=1.0: must be greater than 1"),
-        ([*GOOD, "optim.lr=nan"], "optim.lr=nan: must be greater than 0"),
-        ([*GOOD, "optim.head.lr=-1"], "optim.head.lr=-1.0: must be a number of at least 0"),
-        ([*GOOD, "hardware.hysteresis=0"], "hardware.hysteresis=0: must be at least 1"),
-        ([*GOOD, "optim.eps=-1"], "optim.eps=-1.0: must be greater than 0"),
-        ([*GOOD, "optim.warmup_steps=-5"], "optim.warmup_steps=-5: must be a number of at least 0"),
-        ([*GOOD, "optim.betas=[0.9]"], "two numbers in [0, 1)"),
-        ([*GOOD, "hardware.initial_scale_power=-3"], "hardware.initial_scale_power=-3: must be from 0 to 32"),
-        ([*GOOD, "init_from=x"], "init_from=x: is the run itself"),
+        (REQUIRED[:3], "optim.steps: is unset and so is optim.epochs"),
+        ([*REQUIRED, "tuning=qlora", "tuning.r=0"], "tuning.r=0"),
+        ([*REQUIRED, "checkpoint.keep_every=0"], "checkpoint.keep_every=0: must be at least 1"),
+        ([*REQUIRED, "recovery.rollback_above=1"], "recovery.rollback_above=1.0: must be greater than 1"),
+        ([*REQUIRED, "optim.lr=nan"], "optim.lr=nan: must be greater than 0"),
+        ([*REQUIRED, "optim.head.lr=-1"], "optim.head.lr=-1.0: must be a number of at least 0"),
+        ([*REQUIRED, "hardware.hysteresis=0"], "hardware.hysteresis=0: must be at least 1"),
+        ([*REQUIRED, "optim.eps=-1"], "optim.eps=-1.0: must be greater than 0"),
+        ([*REQUIRED, "optim.warmup_steps=-5"], "optim.warmup_steps=-5: must be a number of at least 0"),
+        ([*REQUIRED, "optim.betas=[0.9]"], "two numbers in [0, 1)"),
+        ([*REQUIRED, "hardware.initial_scale_power=-3"], "hardware.initial_scale_power=-3: must be from 0 to 32"),
+        ([*REQUIRED, "init_from=x"], "init_from=x: is the run itself"),
     ],
 )
-def test_wrong_input_is_named_with_its_remedy(overrides: list[str], expected: str) -> None:
-    with pytest.raises(UserError) as caught:
+def test_errors_name_invalid_input_with_a_remedy(overrides: list[str], expected: str) -> None:
+    with pytest.raises(UserError) as exception:
         app.compose("train", overrides)
-    assert expected in str(caught.value)
+    assert expected in str(exception.value)
 
 
-def test_texts_of_a_verb_that_reads_none_are_an_unknown_key() -> None:
-    for verb, given in (
-        ("train", GOOD),
+def test_texts_is_an_unknown_key_for_verbs_without_texts() -> None:
+    for verb, overrides in (
+        ("train", REQUIRED),
         ("prepare", ["data=a/b", "tokenizer=t"]),
         ("chat", ["model=x"]),
         ("doctor", []),
     ):
         with pytest.raises(UserError, match=rf"texts(\.zh)?: no such key for {verb}"):
-            app.compose(verb, [*given, "texts.zh=a.jsonl"])
+            app.compose(verb, [*overrides, "texts.zh=a.jsonl"])
 
 
-def test_paths_with_spaces_and_chinese_are_taken_as_they_are() -> None:
-    made = app.compose("prepare", ["data=我的 语料/*.txt", "tokenizer=a b/t.model", "out=结果"])
-    assert [source.path for source in made.data.sources] == ["我的 语料/*.txt"]
-    assert made.tokenizer == "a b/t.model"
-    assert made.out == "结果"
+def test_paths_with_spaces_and_chinese_are_accepted_unquoted() -> None:
+    prepare_config = app.compose("prepare", ["data=我的 语料/*.txt", "tokenizer=a b/t.model", "out=结果"])
+    assert [source.path for source in prepare_config.data.sources] == ["我的 语料/*.txt"]
+    assert prepare_config.tokenizer == "a b/t.model"
+    assert prepare_config.out == "结果"
 
 
 def test_model_is_plain_text_for_verbs_without_a_model_group() -> None:
@@ -83,34 +85,36 @@ def test_local_rank_is_dropped_in_any_spelling(spelling: list[str]) -> None:
     assert app.drop_local_rank(["a=1", *spelling, "b=2"]) == ["a=1", "b=2"]
 
 
-def test_a_composed_config_survives_its_yaml(tmp_path: Path) -> None:
-    made = app.compose("train", [*GOOD, "tuning=lora", "data.weights.zh=0.5", "zero.extra.wall_clock_breakdown=true"])
+def test_a_composed_config_round_trips_through_yaml(tmp_path: Path) -> None:
+    train_config = app.compose(
+        "train", [*REQUIRED, "tuning=lora", "data.weights.zh=0.5", "zero.extra.wall_clock_breakdown=true"]
+    )
     file = tmp_path / "config.yaml"
-    file.write_text(app.to_yaml(made), encoding="utf-8")
-    assert app.from_yaml(file, config.TrainConfig) == made
+    file.write_text(app.to_yaml(train_config), encoding="utf-8")
+    assert app.from_yaml(file, config.TrainConfig) == train_config
 
 
-def test_a_model_without_its_directory_says_so_first() -> None:
-    made = app.compose("train", ["run=x", "model=llama2_7b", "data=some/store", "optim.steps=3"])
+def test_a_model_without_a_directory_is_refused() -> None:
+    train_config = app.compose("train", ["run=x", "model=llama2_7b", "data=some/store", "optim.steps=3"])
     with pytest.raises(UserError, match="model.path: is empty"):
-        assert made.model.tokenizer_path
+        assert train_config.model.tokenizer_path
 
 
-def test_zero_takes_the_stage_alone() -> None:
-    assert [app.compose("train", [*GOOD, f"zero={stage}"]).zero.stage for stage in range(4)] == [0, 1, 2, 3]
+def test_zero_accepts_a_bare_stage_number() -> None:
+    assert [app.compose("train", [*REQUIRED, f"zero={stage}"]).zero.stage for stage in range(4)] == [0, 1, 2, 3]
 
 
-def test_every_experiment_and_road_composes() -> None:
+def test_every_shipped_configuration_composes() -> None:
     experiments = [path.stem for path in (app.CONF / "experiment").glob("*.yaml")]
     assert "demo_cpt" in experiments
     for name in experiments:
-        given = [] if name.startswith("demo") else ["run=x", "data=some/store", "model.path=some/model"]
-        assert app.compose("train", [f"experiment={name}", *given]).run
+        overrides = [] if name.startswith("demo") else ["run=x", "data=some/store", "model.path=some/model"]
+        assert app.compose("train", [f"experiment={name}", *overrides]).run
         assert app.compose("plan", [f"experiment={name}"]).optim.lr > 0
     for group in ("tuning", "optim", "hardware", "zero"):
         for path in (app.CONF / group).glob("*.yaml"):
             extra = ["tuning.embeddings=all"] if path.stem == "freeze" else []
-            assert app.compose("train", [*GOOD, f"{group}={path.stem}", *extra])
+            assert app.compose("train", [*REQUIRED, f"{group}={path.stem}", *extra])
     for path in (app.CONF / "road").glob("*.yaml"):
         for stage in app.compose("demo", [f"road={path.stem}"]).road.stages:
             assert stage.verb in config.VERBS
@@ -127,11 +131,11 @@ def test_every_attribute_of_the_schema_is_a_documented_field() -> None:
             assert row.meaning, row.key
 
 
-def test_option_reference_is_in_step_with_the_schema() -> None:
+def test_the_option_reference_file_is_up_to_date() -> None:
     assert (app.CONF / "README.md").read_text(encoding="utf-8") == option_reference.markdown(app.CONF)
 
 
-def _rows_shown(text: str) -> list[tuple[str, ...]]:
+def _parse_rows(text: str) -> list[tuple[str, ...]]:
     """Key, type, default and meaning of every row of the tables, without Markdown."""
     lines = [line for line in text.splitlines() if line.startswith("| `")]
     cells = [[cell.replace("\\|", "|") for cell in line[2:-2].split(" | ", 3)] for line in lines]
@@ -141,24 +145,24 @@ def _rows_shown(text: str) -> list[tuple[str, ...]]:
 def test_option_reference_shows_every_key_of_every_verb_once() -> None:
     text = option_reference.markdown(app.CONF)
     expected = {tuple(row) for verb in config.VERBS.values() for row in option_reference.rows(verb.config)}
-    assert sorted(_rows_shown(text)) == sorted(expected)
+    assert sorted(_parse_rows(text)) == sorted(expected)
     assert len(expected) > 200
     assert "| `init` | `mean` \\| `weighted` \\| `random` | `mean` | " in text
     assert "| `data.sources[].path` | `str` | `required` | " in text
     for verb, record in config.VERBS.items():
         block = re.split(r"\n##", text.partition(f"\n### Verb `{verb}`\n")[2])[0]
-        shown = {key for key, *_ in _rows_shown(block)}
+        documented_keys = {key for key, *_ in _parse_rows(block)}
         for line in re.findall(r"^(?:Sections:|As in .*?\):) (.*)", block, re.MULTILINE):
-            shown |= set(re.findall(r"`(.+?)`", line))
-        taken = option_reference.sections(record.config)
+            documented_keys |= set(re.findall(r"`(.+?)`", line))
+        sections = option_reference.sections(record.config)
         keys = {row.key for row in option_reference.rows(record.config)}
-        assert shown == {key.partition(".")[0] if key.partition(".")[0] in taken else key for key in keys}
+        assert documented_keys == {key.partition(".")[0] if key.partition(".")[0] in sections else key for key in keys}
 
 
 def test_help_names_the_type_and_the_default() -> None:
-    shown = option_reference.help_text("expand", "About.", app.CONF)
-    assert re.search(r"^  init  +.* \[mean \| weighted \| random; mean\]$", shown, re.MULTILINE)
-    assert re.search(r"^  base  +.* \[str; required\]$", shown, re.MULTILINE)
+    help_text = option_reference.help_text("expand", "About.", app.CONF)
+    assert re.search(r"^  init  +.* \[mean \| weighted \| random; mean\]$", help_text, re.MULTILINE)
+    assert re.search(r"^  base  +.* \[str; required\]$", help_text, re.MULTILINE)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -175,34 +179,34 @@ class _OtherSection(_Section):
 
 
 @dataclasses.dataclass(kw_only=True)
-class _One:
+class _ConfigOfTrain:
     part: _Section = dataclasses.field(default_factory=_Section)
 
 
 @dataclasses.dataclass(kw_only=True)
-class _Two:
+class _ConfigOfPlan:
     part: _OtherSection = dataclasses.field(default_factory=_OtherSection)
 
 
-def test_option_reference_shows_sections_of_one_name_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "VERBS", {"train": config.Verb(_One), "plan": config.Verb(_Two)})
+def test_option_reference_distinguishes_sections_of_the_same_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "VERBS", {"train": config.Verb(_ConfigOfTrain), "plan": config.Verb(_ConfigOfPlan)})
     text = option_reference.markdown(app.CONF)
     first, second = text.split("### Section `part` of ")[1:]
     assert first.startswith("`train`\n")
-    assert [row[:3] for row in _rows_shown(first)] == [
+    assert [row[:3] for row in _parse_rows(first)] == [
         ("part.size", "int", "1"),
         ("part.rule", "mean | weighted | random | null", "null"),
     ]
     assert second.startswith("`plan`\n")
-    assert _rows_shown(second) == [("part.size", "int", "2", "Size.")]
+    assert _parse_rows(second) == [("part.size", "int", "2", "Size.")]
     assert "As in [section `part` of `train`](#section-part-of-train): `part.rule`." in second
     assert "Sections: [`part`](#section-part-of-plan)." in text
 
 
-def test_help_and_cfg_job_answer_without_torch(verb) -> None:
+def test_help_and_cfg_job_do_not_import_torch(verb) -> None:
     for name in config.VERBS:
-        shown = verb(name, "-h", env={"PYTHONPROFILEIMPORTTIME": "1"})
-        assert "Keys" in shown.stdout
-        assert "import time:" in shown.stderr
-        assert "| torch\n" not in shown.stderr
-    assert "seq_len: 7" in verb("train", *GOOD, "seq_len=7", "--cfg", "job").stdout
+        completed = verb(name, "-h", env={"PYTHONPROFILEIMPORTTIME": "1"})
+        assert "Keys" in completed.stdout
+        assert "import time:" in completed.stderr
+        assert "| torch\n" not in completed.stderr
+    assert "seq_len: 7" in verb("train", *REQUIRED, "seq_len=7", "--cfg", "job").stdout

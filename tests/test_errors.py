@@ -81,11 +81,11 @@ def test_the_status_records_the_kind_of_an_error(tmp_path: Path, error: Exceptio
 
 
 def test_every_user_error_has_a_remedy() -> None:
-    without: dict[str, list[int]] = {}
+    lines_without_remedy: dict[str, list[int]] = {}
     for path in sorted(path for folder in ("fireflyds", "launch") for path in (ROOT / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.Call) or any(keyword.arg == "remedy" for keyword in node.keywords):
                 continue
             if ast.unparse(node.func).split(".")[-1] in ("UserError", "LostRankError", "DivergedError"):
-                without.setdefault(path.relative_to(ROOT).as_posix(), []).append(node.lineno)
-    assert not without
+                lines_without_remedy.setdefault(path.relative_to(ROOT).as_posix(), []).append(node.lineno)
+    assert not lines_without_remedy

@@ -21,8 +21,14 @@ READMES = sorted(
     for path in markdown_files()
     if path.name.startswith("README") or path.name == "CONTRIBUTING.md"
 )
-# READMEs without which the extraction of commands has a fault.
-WITH_COMMANDS = ("README.md", "README.zh.md", "launch/README.md", "launch/README.zh.md", "fireflyds/cluster/README.md")
+# READMEs in which the extraction of commands must match.
+READMES_WITH_COMMANDS = (
+    "README.md",
+    "README.zh.md",
+    "launch/README.md",
+    "launch/README.zh.md",
+    "fireflyds/cluster/README.md",
+)
 # Model directories that the examples name without a folder.
 MODELS = ("llama-2-7b", "llama-2-7b-zh")
 # Keys that `...` stands for.
@@ -30,7 +36,7 @@ ELLIPSIS = {
     "train": ("run=cpt", "model=models/llama", "data=stores/cpt", "optim.steps=1000", "global_batch_size=64"),
     "export": ("run=cpt",),
 }
-ROOMS = sorted(path.parent.name for path in (ROOT / "fireflyds").glob("*/__init__.py"))
+PACKAGES = sorted(path.parent.name for path in (ROOT / "fireflyds").glob("*/__init__.py"))
 # Folders in which every file is an entry of the same kind; a README names the folder only.
 REGISTRIES = (
     "data/formats",
@@ -75,7 +81,7 @@ def _code(text: str) -> Iterator[str]:
 
 def _commands(text: str) -> list[tuple[str, tuple[str, ...]]]:
     """The commands of a text that start a verb: its name, and its arguments with placeholders filled."""
-    found = []
+    commands = []
     for code in _code(text):
         match = re.search(r"(.*?\s)?launch/(\w+)\.py((?:\s.*)?)$", code)
         if not match or not (match[1] or "=" in match[3]):
@@ -84,31 +90,31 @@ def _commands(text: str) -> list[tuple[str, tuple[str, ...]]]:
         words = shlex.split(arguments, comments=True)
         if "..." in words or "…" in words:
             words = [word for word in words if word not in ("...", "…")]
-            inner = next((word.partition("=")[2] for word in words if word.startswith("verb=")), verb)
-            known = {word.partition("=")[0] for word in words}
-            words += [word for word in ELLIPSIS.get(inner, ()) if word.partition("=")[0] not in known]
-        found.append((verb, tuple(words)))
-    return found
+            inner_verb = next((word.partition("=")[2] for word in words if word.startswith("verb=")), verb)
+            known_keys = {word.partition("=")[0] for word in words}
+            words += [word for word in ELLIPSIS.get(inner_verb, ()) if word.partition("=")[0] not in known_keys]
+        commands.append((verb, tuple(words)))
+    return commands
 
 
 @functools.cache
-def _error(verb: str, words: tuple[str, ...]) -> str:
-    """What is wrong with a command, as far as this depends on its keys and values; empty: nothing."""
+def _error(verb: str, overrides: tuple[str, ...]) -> str:
+    """The error of a command's keys and values; empty without one."""
     try:
         if verb not in VERBS:
             return "no such verb"
         if verb in ("submit", "sweep"):
-            own, rest = app.split(verb, list(words))
-            config = app.compose(verb, own)
+            verb_overrides, other_overrides = app.split(verb, list(overrides))
+            config = app.compose(verb, verb_overrides)
             run = f"run={config.run}" if verb == "submit" else f"run={config.study}/trial-0000"
             if verb == "submit" and (config.action is not SubmitAction.submit or config.road):
                 if config.road:
                     app.option("road", config.road)
-                return f"{rest[0]}: no such key for submit" if rest else ""
-            composed = app.compose(config.verb if verb == "submit" else "train", [*rest, run])
-            composed.accumulation_steps(config.cluster.world_size)
-        elif words not in (("-h",), ("--help",)):
-            app.compose(verb, list(words))
+                return f"{other_overrides[0]}: no such key for submit" if other_overrides else ""
+            train_config = app.compose(config.verb if verb == "submit" else "train", [*other_overrides, run])
+            train_config.accumulation_steps(config.cluster.world_size)
+        elif overrides not in (("-h",), ("--help",)):
+            app.compose(verb, list(overrides))
     except UserError as error:
         return str(error)
     return ""
@@ -136,9 +142,11 @@ def example_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.mark.parametrize("name", READMES)
 def test_commands_compose(name: str) -> None:
     commands = _commands(_read(name))
-    assert commands or name not in WITH_COMMANDS
-    wrong = [f"{verb} {shlex.join(words)}: {error}" for verb, words in commands if (error := _error(verb, words))]
-    assert not wrong, "\n".join(wrong)
+    assert commands or name not in READMES_WITH_COMMANDS
+    errors = [
+        f"{verb} {shlex.join(overrides)}: {error}" for verb, overrides in commands if (error := _error(verb, overrides))
+    ]
+    assert not errors, "\n".join(errors)
 
 
 @pytest.mark.usefixtures("example_folder")
@@ -158,17 +166,19 @@ def test_commands_compose(name: str) -> None:
         "`python launch/export.py\nrun=<run> whta=adapter`",
     ],
 )
-def test_wrong_commands_are_found(text: str) -> None:
-    ((verb, words),) = _commands(text)
-    assert _error(verb, words)
+def test_wrong_commands_are_detected(text: str) -> None:
+    ((verb, overrides),) = _commands(text)
+    assert _error(verb, overrides)
 
 
 @pytest.mark.parametrize("name", READMES)
 def test_make_targets_exist(name: str) -> None:
     targets = set(re.findall(r"^([\w-]+):", _read("Makefile"), re.MULTILINE))
-    named = {match[1] for code in _code(_read(name)) if (match := re.match(r"(?:\$ )?make ([a-z][\w-]*)", code))}
-    assert named <= targets
-    assert named or name not in ("README.md", "README.zh.md")
+    quoted_targets = {
+        match[1] for code in _code(_read(name)) if (match := re.match(r"(?:\$ )?make ([a-z][\w-]*)", code))
+    }
+    assert quoted_targets <= targets
+    assert quoted_targets or name not in ("README.md", "README.zh.md")
 
 
 def test_links_resolve() -> None:
@@ -176,13 +186,17 @@ def test_links_resolve() -> None:
     assert not broken, "\n".join(broken)
 
 
-def test_broken_links_are_found(tmp_path: Path) -> None:
+def test_broken_links_are_detected(tmp_path: Path) -> None:
     (tmp_path / "there.md").write_text("# A `b_c`, d\n\n# 中文：标题\n\n# A `b_c`, d\n\n```\n# no heading\n```\n")
-    good = "[a](there.md) ![b](<there.md>) [c](there.md#a-b_c-d) [d](/there.md#a-b_c-d-1) [e](there.md#中文标题)\n"
-    ignored = "`[a](b)` [c](https://example.org/d)\n```\n[e](f)\n```\n"
-    bad = '[a](gone.md) ![b](gone.png "title")\n[c]: gone/\n<img src="gone.svg">\n[d](there.md#no-heading) [e](#f)\n'
+    valid_links = (
+        "[a](there.md) ![b](<there.md>) [c](there.md#a-b_c-d) [d](/there.md#a-b_c-d-1) [e](there.md#中文标题)\n"
+    )
+    ignored_links = "`[a](b)` [c](https://example.org/d)\n```\n[e](f)\n```\n"
+    invalid_links = (
+        '[a](gone.md) ![b](gone.png "title")\n[c]: gone/\n<img src="gone.svg">\n[d](there.md#no-heading) [e](#f)\n'
+    )
     page = tmp_path / "page.md"
-    page.write_text(good + ignored + bad, encoding="utf-8")
+    page.write_text(valid_links + ignored_links + invalid_links, encoding="utf-8")
     assert broken_links([page], tmp_path) == [
         "page.md:6: gone.md",
         "page.md:6: gone.png",
@@ -194,13 +208,13 @@ def test_broken_links_are_found(tmp_path: Path) -> None:
     assert slug("[Links](a.md), *stars* and what's C++?") == "links-stars-and-whats-c"
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_room_readmes_name_every_file(room: str) -> None:
-    folder = ROOT / "fireflyds" / room
+@pytest.mark.parametrize("package", PACKAGES)
+def test_package_readmes_name_every_file(package: str) -> None:
+    folder = ROOT / "fireflyds" / package
     text = (folder / "README.md").read_text(encoding="utf-8")
     for path in sorted(folder.rglob("*.py")):
         name = path.relative_to(folder)
-        registry = f"{room}/{name.parts[0]}" in REGISTRIES
+        registry = f"{package}/{name.parts[0]}" in REGISTRIES
         if path.name != "__init__.py":
             assert f"`{name.parts[0]}/`" in text if registry else f"`{name}`" in text, name
 
@@ -213,9 +227,9 @@ def test_files_that_readmes_name_exist(name: str) -> None:
             if "<" in file or "{" in file:
                 continue
             # A plain name may be that of a file in any folder below; a path starts at the README or at the root.
-            below = [folder] if folder.parent == ROOT / "fireflyds" else [ROOT / source for source in SOURCES]
-            nested = [] if "/" in file else [path for place in below for path in place.rglob(file)]
-            assert nested or any(any(place.glob(file)) for place in (folder, ROOT, ROOT / "fireflyds")), file
+            folders = [folder] if folder.parent == ROOT / "fireflyds" else [ROOT / source for source in SOURCES]
+            nested = [] if "/" in file else [path for parent in folders for path in parent.rglob(file)]
+            assert nested or any(any(parent.glob(file)) for parent in (folder, ROOT, ROOT / "fireflyds")), file
 
 
 class Claim(NamedTuple):
@@ -293,13 +307,13 @@ def _numbers(pattern: str, text: str) -> list[Decimal]:
     return [Decimal(group.replace(",", "")) for match in re.finditer(pattern, text) for group in match.groups()]
 
 
-def _rounded(value: Decimal, like: Decimal) -> Decimal:
-    """The value with as many decimals as `like`."""
-    return value.quantize(like, ROUND_HALF_UP)
+def _rounded(value: Decimal, quoted: Decimal) -> Decimal:
+    """The value with as many decimals as `quoted`."""
+    return value.quantize(quoted, ROUND_HALF_UP)
 
 
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: f"{claim.readme}:{claim.quote[:40]}")
-def test_figures_are_those_of_the_benchmark(claim: Claim) -> None:
+def test_quoted_figures_equal_benchmark_results(claim: Claim) -> None:
     quoted = _numbers(claim.quote.replace(" ", r"\s+"), _read(claim.readme))
     measurements = _result(claim.result).read_text(encoding="utf-8")
     measured = _numbers(claim.measured, measurements)
@@ -308,19 +322,19 @@ def test_figures_are_those_of_the_benchmark(claim: Claim) -> None:
     if " to " in claim.quote:
         measured = [min(measured), max(measured)]
     assert len(quoted) == len(measured) == 2
-    assert quoted == [_rounded(value, like) for value, like in zip(measured, quoted, strict=True)]
+    assert quoted == [_rounded(value, quoted_value) for value, quoted_value in zip(measured, quoted, strict=True)]
 
 
 def _measured_ratios(file: Path) -> list[Decimal]:
-    """The ratios in the tables of a result file, without the column of those that were asked for."""
-    found: list[Decimal] = []
+    """The ratios in the tables of a result file, without the column of required ones."""
+    all_ratios: list[Decimal] = []
     header: list[str] = []
     for line in file.read_text(encoding="utf-8").splitlines():
         cells = [cell.strip() for cell in line.split("|")]
         header = (header or cells) if line.startswith("|") else []
         ratios = [cell for name, cell in zip(header, cells, strict=True) if name != "asked"] if header else []
-        found += [Decimal(cell[:-1]) for cell in ratios if re.fullmatch(r"[\d.]+×", cell)]
-    return found
+        all_ratios += [Decimal(cell[:-1]) for cell in ratios if re.fullmatch(r"[\d.]+×", cell)]
+    return all_ratios
 
 
 RATIO = re.compile(r"([\d.]+) ?(?:to|到|至) ?([\d.]+) ?(?:times|×|倍)|(\d+\.\d+) ?(?:times|倍)|(\d[\d.]*)×")
@@ -328,17 +342,17 @@ RATIO = re.compile(r"([\d.]+) ?(?:to|到|至) ?([\d.]+) ?(?:times|×|倍)|(\d+\.
 
 def _unsupported_ratios(text: str, results: Path = RESULTS) -> list[str]:
     """Ratios of a text that are not those of the result file linked in the same sentence or, without one, section."""
-    wrong = []
+    unsupported = []
     for section in re.split(r"\n(?=#)", _prose(text)):
         for sentence in re.split(r"(?<=\.) (?=[A-Z])|。|\n\n", section):
-            flat = " ".join(sentence.split())
+            text_of_sentence = " ".join(sentence.split())
             files = re.findall(r"results/(\w+\.md)", sentence) or re.findall(r"results/(\w+\.md)", section)
             measured = [value for file in files for value in _measured_ratios(results / file)]
-            for match in RATIO.finditer(flat):
+            for match in RATIO.finditer(text_of_sentence):
                 numbers = [Decimal(group) for group in match.groups() if group]
                 if not all(number in [_rounded(value, number) for value in measured] for number in numbers):
-                    wrong.append(match[0])
-    return wrong
+                    unsupported.append(match[0])
+    return unsupported
 
 
 @pytest.mark.parametrize("name", READMES)
@@ -346,7 +360,7 @@ def test_ratios_are_in_the_linked_result_file(name: str) -> None:
     assert not _unsupported_ratios(_read(name))
 
 
-def test_unsupported_ratios_are_found(tmp_path: Path) -> None:
+def test_unsupported_ratios_are_detected(tmp_path: Path) -> None:
     (tmp_path / "a.md").write_text(
         "| way | faster by | asked |\n|---|---|---|\n| b | 2.46× | 3.5× |\n| c | 4.51× | |\n"
     )

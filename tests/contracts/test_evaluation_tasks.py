@@ -1,4 +1,4 @@
-"""Every evaluation task has a section of its name, names its protocol, and its inputs are those of the verb."""
+"""Every evaluation task has a config section of its name, names its protocol, and lists its inputs for the verb."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ INPUTS = [key.split(".") for key in VERBS["evaluate"].inputs if "." in key]
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_a_task_has_a_section_and_says_what_its_figures_may_be_compared_with(name: str) -> None:
+def test_a_task_has_a_section_and_names_its_protocol_and_source(name: str) -> None:
     task = load_task(name)
     options = task_options(name, app.compose("evaluate", ["model=x/y", f"tasks=[{name}]"]))
     assert isinstance(options, SECTIONS[name])
@@ -28,22 +28,22 @@ def test_a_task_has_a_section_and_says_what_its_figures_may_be_compared_with(nam
     assert task.covers_all(options)
 
 
-def test_every_section_is_that_of_a_task() -> None:
+def test_every_section_belongs_to_a_task() -> None:
     assert SECTIONS.keys() == set(TASKS)
 
 
 def test_every_task_has_inputs_and_they_are_fields_of_its_section() -> None:
     assert {name for name, _ in INPUTS} == set(TASKS)
     for name, field in INPUTS:
-        assert field in {each.name for each in dataclasses.fields(SECTIONS[name])}
+        assert field in {section_field.name for section_field in dataclasses.fields(SECTIONS[name])}
 
 
-def test_protocols_are_told_apart() -> None:
+def test_protocols_are_distinct() -> None:
     assert len({load_task(name).protocol for name in TASKS}) == len(TASKS)
 
 
 @pytest.mark.parametrize(("name", "field"), INPUTS)
-def test_inputs_of_a_task_are_looked_at_before_its_job_is_queued(name: str, field: str, tmp_path) -> None:
+def test_inputs_of_a_task_are_checked_before_its_job_is_submitted(name: str, field: str, tmp_path) -> None:
     key = f"{name}.{field}.zh" if field == "texts" else f"{name}.{field}"
     config = app.compose("evaluate", [f"model={tmp_path}", f"tasks=[{name}]", f"{key}=nowhere/at/all"])
     with pytest.raises(UserError, match=rf"{name}\.{field}=nowhere/at/all: is not there"):
@@ -51,6 +51,6 @@ def test_inputs_of_a_task_are_looked_at_before_its_job_is_queued(name: str, fiel
 
 
 @pytest.mark.parametrize(("name", "field"), INPUTS)
-def test_a_task_without_its_inputs_is_refused_by_its_key(name: str, field: str) -> None:
+def test_a_task_without_its_inputs_is_refused_with_their_key(name: str, field: str) -> None:
     with pytest.raises(UserError, match=rf"{name}\.{field}"):
         load_task(name).evaluate(None, SECTIONS[name](), None)  # type: ignore[arg-type]

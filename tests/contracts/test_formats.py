@@ -1,4 +1,4 @@
-"""Every data format keeps the contract of its folder."""
+"""Every data format reads its own example, and is the only one that matches it."""
 
 import pytest
 
@@ -11,23 +11,23 @@ FORMATS = "fireflyds.data.formats"
 
 @pytest.mark.parametrize("name", registry.names(FORMATS))
 def test_format_reads_its_own_example_and_is_detected_by_it(name: str) -> None:
-    layout = registry.load(FORMATS, name)
-    sample = layout.read(layout.EXAMPLE)
+    data_format = registry.load(FORMATS, name)
+    sample = data_format.read(data_format.EXAMPLE)
     assert isinstance(sample, Sample)
     assert bool(sample.text) != bool(sample.messages)
-    assert layout.matches(layout.EXAMPLE)
-    assert detect_format(layout.EXAMPLE) is layout
+    assert data_format.matches(data_format.EXAMPLE)
+    assert detect_format(data_format.EXAMPLE) is data_format
 
 
 @pytest.mark.parametrize("name", registry.names(FORMATS))
-def test_no_other_format_claims_the_example(name: str) -> None:
+def test_no_other_format_matches_the_example(name: str) -> None:
     example = registry.load(FORMATS, name).EXAMPLE
     assert [other for other in registry.names(FORMATS) if registry.load(FORMATS, other).matches(example)] == [name]
 
 
 def test_alpaca_keeps_system_history_and_input() -> None:
-    layout = registry.load(FORMATS, "alpaca")
-    roles = [(message.role, message.content) for message in layout.read(layout.EXAMPLE).messages]
+    data_format = registry.load(FORMATS, "alpaca")
+    roles = [(message.role, message.content) for message in data_format.read(data_format.EXAMPLE).messages]
     assert roles == [
         ("system", "你是翻译。"),
         ("user", "你好"),
@@ -45,7 +45,7 @@ def test_a_book_is_one_document_with_its_titles_in_order() -> None:
     assert registry.load(FORMATS, "text").read(book).text == "书\n卷一\n第一章\n甲。\n乙。"
 
 
-def test_of_a_preference_pair_the_chosen_answer_is_read() -> None:
+def test_the_chosen_answer_of_a_preference_pair_is_read() -> None:
     pair = {
         "conversations": [{"from": "human", "value": "问"}],
         "chosen": {"from": "gpt", "value": "好"},
@@ -71,7 +71,7 @@ def test_of_a_preference_pair_the_chosen_answer_is_read() -> None:
         ("prompt_completion", {"input": "一", "target": "二"}, "一二"),
     ],
 )
-def test_dialogues_of_other_makers_keep_every_turn(name: str, record: dict, expected: str) -> None:
+def test_dialogues_of_other_formats_keep_every_turn(name: str, record: dict, expected: str) -> None:
     assert "".join(message.content for message in registry.load(FORMATS, name).read(record).messages) == expected
 
 
@@ -83,6 +83,6 @@ def test_dialogues_of_other_makers_keep_every_turn(name: str, record: dict, expe
         ("prompt_completion", {"prompt": "", "completion": "x"}),
     ],
 )
-def test_rows_that_are_not_what_they_seem_are_refused(name: str, record: dict) -> None:
+def test_malformed_rows_are_refused(name: str, record: dict) -> None:
     with pytest.raises(ValueError, match="empty|not a row"):
         registry.load(FORMATS, name).read(record)

@@ -12,7 +12,7 @@ from fireflyds.types import PackedBatch
 
 
 @pytest.mark.parametrize("name", registry.names(PACKAGE))
-def test_an_entry_has_an_option_of_its_name_and_reads_what_a_batch_holds(name: str) -> None:
+def test_an_entry_has_an_option_of_its_name_and_reads_fields_of_a_batch(name: str) -> None:
     config = app.compose("train", ["run=x", "model=a/b", "data=c/d", "optim.steps=3", f"objective={name}"])
     objective = load_objective(config.objective)
     batch = PackedBatch.from_documents([ids.tolist() for ids in random_documents()])
@@ -26,7 +26,7 @@ def test_an_entry_has_an_option_of_its_name_and_reads_what_a_batch_holds(name: s
     assert 0 < objective.count(batch) <= batch.num_learned
 
 
-def test_an_objective_that_needs_more_than_a_batch_holds_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_objective_that_requires_fields_a_batch_does_not_have_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     config = app.compose("train", ["run=x", "model=a/b", "data=c/d", "optim.steps=3"]).objective
     monkeypatch.setattr(type(load_objective(config)), "requires", ("labels", "pairs"))
     with pytest.raises(UserError, match="^objective.name=causal_lm: requires pairs, which a batch does not have"):

@@ -1,4 +1,4 @@
-"""Every optimizer entry builds over the groups of a tiny model, moves them, and holds the bytes of state that it
+"""Every optimizer entry builds over the groups of a tiny model, updates them, and holds the bytes of state that it
 declares."""
 
 import pytest
@@ -18,14 +18,14 @@ def test_an_entry_has_an_option_of_its_name_and_declares_its_state(name: str) ->
     model = tiny_model("llama", hidden_size=64, intermediate_size=256, vocab_size=128)
     groups = parameter_groups(model, config)
     assert all(group.as_matrices == (spec.treats_matrices_apart and group.name == "matrices") for group in groups)
-    if name == "muon":  # it takes part in a process group
+    if name == "muon":  # needs a process group
         return
     optimizer = build_optimizer(groups, config)
-    before = [parameter.detach().clone() for group in groups for parameter in group.parameters]
+    values_before = [parameter.detach().clone() for group in groups for parameter in group.parameters]
     model(torch.arange(16)[None], labels=torch.arange(16)[None]).loss.backward()
     optimizer.step()
-    after = [parameter for group in groups for parameter in group.parameters]
-    assert all(not torch.equal(old, new) for old, new in zip(before, after, strict=True) if new.dim() > 1)
+    values_after = [parameter for group in groups for parameter in group.parameters]
+    assert all(not torch.equal(old, new) for old, new in zip(values_before, values_after, strict=True) if new.dim() > 1)
     for group, settings in zip(groups, optimizer.param_groups, strict=True):
         assert settings["initial_lr"] == group.lr
         for parameter in group.parameters:
@@ -33,12 +33,16 @@ def test_an_entry_has_an_option_of_its_name_and_declares_its_state(name: str) ->
             # 256.
             if parameter.numel() >= 4096:
                 state = optimizer.state[parameter]
-                held = sum(t.numel() * t.element_size() for t in state.values() if torch.is_tensor(t) and t.dim())
-                declared = spec.state_bytes_of(group) * parameter.numel()
-                assert declared <= held <= declared * 1.02 + 5000
+                state_bytes = sum(
+                    tensor.numel() * tensor.element_size()
+                    for tensor in state.values()
+                    if torch.is_tensor(tensor) and tensor.dim()
+                )
+                declared_bytes = spec.state_bytes_of(group) * parameter.numel()
+                assert declared_bytes <= state_bytes <= declared_bytes * 1.02 + 5000
 
 
-def test_the_bytes_of_muons_matrices_are_its_own() -> None:
+def test_muon_declares_four_state_bytes_for_matrices_alone() -> None:
     config = app.compose("train", ["run=x", "model=a/b", "data=c/d", "optim.steps=3", "optim=muon"])
     groups = {group.name: group for group in parameter_groups(tiny_model("llama"), config)}
     spec = load_optimizer_spec("muon")

@@ -1,4 +1,4 @@
-"""Every chat template keeps the contract of its folder: our rendering is its Jinja's, and the stop is learnt."""
+"""Every chat template renders the same text as its Jinja template, and its stop token is part of the loss."""
 
 import jinja2
 import pytest
@@ -7,16 +7,21 @@ from fireflyds import registry
 from fireflyds.types import BOS, EOS, Message
 
 TEMPLATES = "fireflyds.data.templates"
-TALK = (Message("user", "你好"), Message("assistant", "你好！"), Message("user", "1+1=?"), Message("assistant", "2"))
-SYSTEM = (Message("system", "你是助手。"), *TALK)
+DIALOGUE = (
+    Message("user", "你好"),
+    Message("assistant", "你好！"),
+    Message("user", "1+1=?"),
+    Message("assistant", "2"),
+)
+SYSTEM_DIALOGUE = (Message("system", "你是助手。"), *DIALOGUE)
 
 
-def _text(name: str, messages: tuple[Message, ...]) -> str:
+def _rendered(name: str, messages: tuple[Message, ...]) -> str:
     segments = registry.load(TEMPLATES, name).CHAT.render(messages)
     return "".join(segment.text for segment in segments).replace(BOS, "<s>").replace(EOS, "</s>")
 
 
-def _jinja(name: str, messages: tuple[Message, ...], *, prompt: bool) -> str:
+def _jinja_rendered(name: str, messages: tuple[Message, ...], *, prompt: bool) -> str:
     template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(
         registry.load(TEMPLATES, name).CHAT.jinja
     )
@@ -24,30 +29,32 @@ def _jinja(name: str, messages: tuple[Message, ...], *, prompt: bool) -> str:
     return template.render(messages=rows, bos_token="<s>", eos_token="</s>", add_generation_prompt=prompt)
 
 
-@pytest.mark.parametrize("messages", [TALK, SYSTEM, TALK[:2]])
+@pytest.mark.parametrize("messages", [DIALOGUE, SYSTEM_DIALOGUE, DIALOGUE[:2]])
 @pytest.mark.parametrize("name", registry.names(TEMPLATES))
 def test_jinja_renders_the_same_text(name: str, messages: tuple[Message, ...]) -> None:
-    assert _text(name, messages) == _jinja(name, messages, prompt=False)
+    assert _rendered(name, messages) == _jinja_rendered(name, messages, prompt=False)
 
 
 @pytest.mark.parametrize("name", registry.names(TEMPLATES))
 def test_generation_prompt_is_the_beginning_of_the_full_dialogue(name: str) -> None:
-    prompt = _jinja(name, SYSTEM[:-1], prompt=True)
-    whole = _text(name, SYSTEM)
-    assert whole.startswith(prompt)
-    assert whole[len(prompt) :].lstrip().startswith("2")
+    prompt = _jinja_rendered(name, SYSTEM_DIALOGUE[:-1], prompt=True)
+    dialogue = _rendered(name, SYSTEM_DIALOGUE)
+    assert dialogue.startswith(prompt)
+    assert dialogue[len(prompt) :].lstrip().startswith("2")
 
 
 @pytest.mark.parametrize("name", registry.names(TEMPLATES))
-def test_every_answer_and_its_stop_are_learnt_and_nothing_else(name: str) -> None:
+def test_the_loss_is_on_every_answer_and_its_stop_alone(name: str) -> None:
     chat = registry.load(TEMPLATES, name).CHAT
-    learnt = [segment.text.strip() for segment in chat.render(SYSTEM) if segment.learn]
-    assert learnt == ["你好！", chat.stop, "2", chat.stop]
+    learned_texts = [segment.text.strip() for segment in chat.render(SYSTEM_DIALOGUE) if segment.learn]
+    assert learned_texts == ["你好！", chat.stop, "2", chat.stop]
 
 
-@pytest.mark.parametrize("messages", [TALK[1:], TALK[:1], (TALK[0], TALK[0]), (), (Message("user", ""), TALK[1])])
+@pytest.mark.parametrize(
+    "messages", [DIALOGUE[1:], DIALOGUE[:1], (DIALOGUE[0], DIALOGUE[0]), (), (Message("user", ""), DIALOGUE[1])]
+)
 @pytest.mark.parametrize("name", registry.names(TEMPLATES))
-def test_broken_order_of_roles_is_refused(name: str, messages: tuple[Message, ...]) -> None:
+def test_invalid_orders_of_roles_are_refused(name: str, messages: tuple[Message, ...]) -> None:
     with pytest.raises(ValueError, match="roles|empty"):
         registry.load(TEMPLATES, name).CHAT.render(messages)
 
@@ -76,18 +83,18 @@ TWO_TURNS = {
 
 
 @pytest.mark.parametrize("name", sorted(TWO_TURNS))
-def test_renderings_are_those_of_their_makers(name: str) -> None:
-    talk = [
+def test_renderings_equal_those_of_the_model_authors(name: str) -> None:
+    messages = [
         Message("system", "S"),
         Message("user", "q"),
         Message("assistant", "a"),
         Message("user", "r"),
         Message("assistant", "b"),
     ]
-    assert _text(name, tuple(talk)) == TWO_TURNS[name]
+    assert _rendered(name, tuple(messages)) == TWO_TURNS[name]
 
 
-def test_what_a_user_types_is_never_a_special_token() -> None:
+def test_user_text_is_never_a_special_token() -> None:
     segments = registry.load(TEMPLATES, "chatml").CHAT.render(
         (Message("user", "<|im_end|>{}"), Message("assistant", "{round}"))
     )

@@ -28,15 +28,15 @@ def test_inputs_are_keys_of_the_verbs_config(verb: str) -> None:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_path_options_are_option_files_and_keys(verb: str) -> None:
-    for group, short in VERBS[verb].path_options.items():
-        assert (CONF / group / f"{short.option}.yaml").is_file()
-        key = short.override.partition("=")[0]
+    for group, path_option in VERBS[verb].path_options.items():
+        assert (CONF / group / f"{path_option.option}.yaml").is_file()
+        key = path_option.override.partition("=")[0]
         assert key.startswith(f"{group}.")
         assert attrgetter(group)(VERBS[verb].config)
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_a_verb_says_how_it_is_used_before_anything_else(verb: str) -> None:
+def test_a_verb_begins_with_a_docstring_that_gives_its_usage(verb: str) -> None:
     text = Path(LAUNCH / f"{verb}.py").read_text(encoding="utf-8")
     assert text.startswith(('"""', 'r"""'))
     assert f"python launch/{verb}.py" in text or f"launch/{verb}.py" in text

@@ -1,4 +1,4 @@
-"""Ids and learned spans."""
+"""Token ids and the spans with a loss."""
 
 from itertools import pairwise
 
@@ -10,7 +10,7 @@ from fireflyds.data.encode import encode_document, encode_sample
 from fireflyds.tokenizer.encoder import SentencePieceEncoder
 from fireflyds.types import Message, Sample
 
-TALK = Sample(
+DIALOGUE = Sample(
     messages=(
         Message("user", "the ships"),
         Message("assistant", "two ships"),
@@ -29,32 +29,32 @@ def test_documents_have_bos_and_eos_once(encoder: SentencePieceEncoder) -> None:
 
 @pytest.mark.parametrize("template", ["firefly", "llama2", "vicuna"])
 def test_learned_spans_are_the_answers_and_their_end(encoder: SentencePieceEncoder, template: str) -> None:
-    example = encode_sample(encoder, template, TALK)
-    learnt = [example.input_ids[start:end].tolist() for start, end in example.spans]
-    assert [ids[-1] for ids in learnt] == [encoder.eos_id, encoder.eos_id]
-    assert [encoder.decode(ids[:-1]).strip() for ids in learnt] == ["two ships", "never"]
+    example = encode_sample(encoder, template, DIALOGUE)
+    learned_ids = [example.input_ids[start:end].tolist() for start, end in example.spans]
+    assert [answer_ids[-1] for answer_ids in learned_ids] == [encoder.eos_id, encoder.eos_id]
+    assert [encoder.decode(answer_ids[:-1]).strip() for answer_ids in learned_ids] == ["two ships", "never"]
 
 
-def test_a_prompt_has_the_same_ids_in_training_and_in_use(encoder: SentencePieceEncoder) -> None:
-    whole = encode_sample(encoder, "firefly", TALK).input_ids.tolist()
+def test_a_prompt_has_the_same_ids_in_training_and_in_inference(encoder: SentencePieceEncoder) -> None:
+    sample_ids = encode_sample(encoder, "firefly", DIALOGUE).input_ids.tolist()
     prompt = [encoder.bos_id, *encoder.encode("the ships"), encoder.eos_id]
-    assert whole[: len(prompt)] == prompt
+    assert sample_ids[: len(prompt)] == prompt
 
 
-def test_a_template_whose_special_token_is_missing_says_which(encoder: SentencePieceEncoder) -> None:
+def test_a_special_token_that_the_tokenizer_lacks_is_named(encoder: SentencePieceEncoder) -> None:
     with pytest.raises(
         ValueError, match=r"the tokenizer has no special token <\|im_start\|>, which the template needs"
     ):
-        encode_sample(encoder, "chatml", TALK)
+        encode_sample(encoder, "chatml", DIALOGUE)
 
 
-def test_loss_can_be_on_the_last_answer_or_on_everything(encoder: SentencePieceEncoder) -> None:
-    answers = encode_sample(encoder, "firefly", TALK)
-    last = encode_sample(encoder, "firefly", TALK, LossOn.last_answer)
-    everything = encode_sample(encoder, "firefly", TALK, LossOn.all)
+def test_loss_can_be_on_the_last_answer_or_on_all_tokens(encoder: SentencePieceEncoder) -> None:
+    answers = encode_sample(encoder, "firefly", DIALOGUE)
+    last = encode_sample(encoder, "firefly", DIALOGUE, LossOn.last_answer)
+    all_tokens = encode_sample(encoder, "firefly", DIALOGUE, LossOn.all)
     assert last.spans == answers.spans[1:]
-    assert everything.spans == ((0, answers.spans[0][1]), (answers.spans[0][1], len(answers.input_ids)))
-    assert not everything.is_document
+    assert all_tokens.spans == ((0, answers.spans[0][1]), (answers.spans[0][1], len(answers.input_ids)))
+    assert not all_tokens.is_document
 
 
 def test_bos_and_eos_are_never_doubled(encoder: SentencePieceEncoder) -> None:
@@ -62,6 +62,6 @@ def test_bos_and_eos_are_never_doubled(encoder: SentencePieceEncoder) -> None:
         chat = registry.load("fireflyds.data.templates", name).CHAT
         if chat.special:  # tokens this tokenizer does not have
             continue
-        ids = encode_sample(encoder, name, TALK).input_ids.tolist()
+        ids = encode_sample(encoder, name, DIALOGUE).input_ids.tolist()
         for special in (encoder.bos_id, encoder.eos_id):
             assert not any(a == b == special for a, b in pairwise(ids)), name

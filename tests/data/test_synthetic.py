@@ -1,4 +1,4 @@
-"""The generated corpus: deterministic, large enough, and its questions' facts stand only in the documents."""
+"""The generated corpus is deterministic and large enough, and only its documents answer its questions."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ def _rows(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def test_corpus_is_deterministic_and_of_the_promised_size(corpus: Path, verb, tmp_path: Path) -> None:
+def test_corpus_is_deterministic_and_of_the_documented_size(corpus: Path, verb, tmp_path: Path) -> None:
     verb("synthesize", "out=again")
     for file in corpus.iterdir():
         assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
@@ -30,28 +30,28 @@ def test_questions_are_answered_by_documents_and_never_by_dialogues(corpus: Path
     documents = (corpus / "zh.jsonl").read_text(encoding="utf-8")
     dialogues = (corpus / "dialogues.jsonl").read_text(encoding="utf-8")
     for row in questions:
-        right = row["choices"][row["answer"]]
-        assert right in documents
-        assert right not in dialogues
+        correct_choice = row["choices"][row["answer"]]
+        assert correct_choice in documents
+        assert correct_choice not in dialogues
         assert row["question"] not in dialogues
-        for at, wrong in enumerate(row["choices"]):
-            assert at == row["answer"] or wrong not in documents
+        for index, choice in enumerate(row["choices"]):
+            assert index == row["answer"] or choice not in documents
 
 
 def test_answers_are_spread_over_positions_and_dialogues_have_several_turns(corpus: Path) -> None:
     positions = [row["answer"] for row in _rows(corpus / "questions.jsonl")]
-    assert all(positions.count(place) > 30 for place in range(4))
+    assert all(positions.count(position) > 30 for position in range(4))
     assert max(len(row["conversation"]) for row in _rows(corpus / "dialogues.jsonl")) >= 3
 
 
 def test_held_out_documents_are_not_trained_on(corpus: Path) -> None:
-    for code in ("zh", "en"):
-        held = {row["text"] for row in _rows(corpus / f"{code}_heldout.jsonl")}
-        assert len(held) > 100
-        assert not held & {row["text"] for row in _rows(corpus / f"{code}.jsonl")}
+    for language in ("zh", "en"):
+        heldout_texts = {row["text"] for row in _rows(corpus / f"{language}_heldout.jsonl")}
+        assert len(heldout_texts) > 100
+        assert not heldout_texts & {row["text"] for row in _rows(corpus / f"{language}.jsonl")}
 
 
-def test_own_text_takes_the_place_of_the_generated_chinese(verb, tmp_path: Path) -> None:
+def test_a_user_corpus_replaces_the_generated_chinese(verb, tmp_path: Path) -> None:
     (tmp_path / "own.txt").write_text("".join(f"第{number}篇文章。\n" for number in range(100)), encoding="utf-8")
     verb("synthesize", "out=corpus", "corpus=own.txt")
     assert len(_rows(tmp_path / "corpus" / "zh.jsonl")) == 95

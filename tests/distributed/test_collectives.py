@@ -14,13 +14,13 @@ from fireflyds.errors import LostRankError, UserError
 
 def outcome_by_rank(work: Callable[[], str], monkeypatch: pytest.MonkeyPatch) -> list[str | Exception | None]:
     """What ranks 0 and 1 return or raise, run after each other with a broadcast of their own."""
-    sent: list[bytes] = []
+    messages: list[bytes] = []
 
     def broadcast(values: list[object]) -> None:
         if dist.get_rank() == 0:
-            sent.append(pickle.dumps(values))
+            messages.append(pickle.dumps(values))
         else:
-            values[:] = pickle.loads(sent[-1])
+            values[:] = pickle.loads(messages[-1])
 
     monkeypatch.setattr(dist, "broadcast_object_list", broadcast)
     outcomes: list[str | Exception | None] = []
@@ -33,7 +33,7 @@ def outcome_by_rank(work: Callable[[], str], monkeypatch: pytest.MonkeyPatch) ->
     return outcomes
 
 
-def raises(error: Exception) -> Callable[[], str]:
+def raising(error: Exception) -> Callable[[], str]:
     def work() -> str:
         raise error
 
@@ -46,14 +46,14 @@ def test_only_rank_zero_has_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_user_error_keeps_its_class_and_fields_on_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     error = LostRankError("no answer", key="run", value="a", rank=3, remedy="Start again").within("step 1")
-    for outcome in outcome_by_rank(raises(error), monkeypatch):
+    for outcome in outcome_by_rank(raising(error), monkeypatch):
         assert type(outcome) is LostRankError
         assert vars(outcome) == vars(error)
 
 
-def test_a_full_disk_of_rank_zero_is_told_on_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/a/x")
-    for outcome in outcome_by_rank(raises(full), monkeypatch):
+def test_an_os_error_on_rank_zero_is_a_user_error_on_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/a/x")
+    for outcome in outcome_by_rank(raising(error), monkeypatch):
         assert isinstance(outcome, UserError)
         assert outcome.rule == "[Errno 28] No space left on device: 'runs/a/x'"
         assert outcome.remedy == "Free disk space or correct permissions, and run the command again"
@@ -63,7 +63,7 @@ def test_any_other_error_is_raised_unchanged_on_rank_zero_and_named_on_the_other
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     error = KeyError("step")
-    first, second = outcome_by_rank(raises(error), monkeypatch)
+    first, second = outcome_by_rank(raising(error), monkeypatch)
     assert first is error
     assert isinstance(second, UserError)
     assert str(second) == "rank 0 failed (KeyError: 'step'). See the log of rank 0"

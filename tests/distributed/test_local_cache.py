@@ -1,4 +1,4 @@
-"""Base and store on the host's own disk: copied once, read from there, and whole or absent."""
+"""Base and store on the host's own disk: copied once, read from there, and either complete or absent."""
 
 import json
 import os
@@ -17,8 +17,8 @@ from fireflyds.errors import UserError
 
 
 @pytest.fixture
-def alone(tmp_path: Path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+def single_process_group(tmp_path: Path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
@@ -40,44 +40,50 @@ def store(tmp_path: Path, verb, base_tokenizer: Path) -> TokenStore:
     return TokenStore(tmp_path / "store")
 
 
-def test_base_and_store_are_copied_once_and_read_from_there(alone, base: Path, store: TokenStore, tmp_path) -> None:
+def test_base_and_store_are_copied_once_and_read_from_there(
+    single_process_group, base: Path, store: TokenStore, tmp_path
+) -> None:
     config = app.compose(
         "train",
         ["run=r", f"model={base}", f"data={store.path}", "optim.steps=1", f"hardware.local_cache={tmp_path}/disk"],
     )
-    said: list[str] = []
-    here, copied = local_cache.stage_inputs(config, "0123456789abcdef01", store, said.append)
+    log_lines: list[str] = []
+    staged_config, staged_store = local_cache.stage_inputs(config, "0123456789abcdef01", store, log_lines.append)
     folder = tmp_path / "disk" / "base-0123456789abcdef"
-    assert here.model.path == str(folder)
+    assert staged_config.model.path == str(folder)
     assert config.model.path == str(base)
     assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors", "tokenizer.model"]
     assert (folder / "model.safetensors").read_text() == "this is model.safetensors"
-    assert copied.path.parent == tmp_path / "disk"
-    assert copied.num_tokens == store.num_tokens > 0
-    assert copied.ids(0, 0, 3).tolist() == store.ids(0, 0, 3).tolist()
-    assert said[0].startswith(f"base-0123456789abcdef was copied from {base} to {folder} (local_cache, 0.00 GiB)")
-    assert said[1].startswith(f"{copied.path.name} was copied from {store.path} to {copied.path} (local_cache")
-    stamp = (folder / "config.json").stat().st_mtime_ns
-    again, _ = local_cache.stage_inputs(config, "0123456789abcdef01", store, said.append)
-    assert again.model.path == str(folder)
-    assert said[2:] == [
+    assert staged_store.path.parent == tmp_path / "disk"
+    assert staged_store.num_tokens == store.num_tokens > 0
+    assert staged_store.ids(0, 0, 3).tolist() == store.ids(0, 0, 3).tolist()
+    assert log_lines[0].startswith(f"base-0123456789abcdef was copied from {base} to {folder} (local_cache, 0.00 GiB)")
+    assert log_lines[1].startswith(
+        f"{staged_store.path.name} was copied from {store.path} to {staged_store.path} (local_cache"
+    )
+    modified_ns = (folder / "config.json").stat().st_mtime_ns
+    second_config, _ = local_cache.stage_inputs(config, "0123456789abcdef01", store, log_lines.append)
+    assert second_config.model.path == str(folder)
+    assert log_lines[2:] == [
         f"base-0123456789abcdef is read from {folder} (local_cache)",
-        f"{copied.path.name} is read from {copied.path} (local_cache)",
+        f"{staged_store.path.name} is read from {staged_store.path} (local_cache)",
     ]
-    assert (folder / "config.json").stat().st_mtime_ns == stamp
+    assert (folder / "config.json").stat().st_mtime_ns == modified_ns
 
 
-def test_without_a_cache_everything_is_read_where_it_is(base: Path, store: TokenStore) -> None:
+def test_without_a_cache_inputs_are_not_copied(base: Path, store: TokenStore) -> None:
     config = app.compose("train", ["run=r", f"model={base}", f"data={store.path}", "optim.steps=1"])
     assert local_cache.stage_inputs(config, "hash", store, print) == (config, store)
 
 
-def test_no_space_is_said_before_anything_is_copied(alone, base: Path, store, tmp_path, monkeypatch) -> None:
+def test_insufficient_space_is_reported_before_the_copy(
+    single_process_group, base: Path, store, tmp_path, monkeypatch
+) -> None:
     config = app.compose(
         "train",
         ["run=r", f"model={base}", f"data={store.path}", "optim.steps=1", f"hardware.local_cache={tmp_path}/disk"],
     )
-    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=20))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=20))
     with pytest.raises(
         UserError,
         match=(
@@ -94,55 +100,57 @@ def test_no_space_is_said_before_anything_is_copied(alone, base: Path, store, tm
         local_cache.stage_inputs(config, "hash", store, print)
 
 
-def test_old_weights_are_taken_where_they_are_all(base: Path) -> None:
+def test_pytorch_weights_are_copied_only_without_safetensors(base: Path) -> None:
     assert "pytorch_model.bin" not in local_cache.model_files(base)
     (base / "model.safetensors").unlink()
     assert "pytorch_model.bin" in local_cache.model_files(base)
 
 
 def test_ranks_of_a_host_wait_for_the_one_that_copies(base: Path, tmp_path: Path, monkeypatch) -> None:
-    said: list[str] = []
-    begun, go = threading.Event(), threading.Event()
-    real = shutil.copyfile
+    log_lines: list[str] = []
+    copy_started, copy_allowed = threading.Event(), threading.Event()
+    copyfile = shutil.copyfile
 
-    def slow(*names):
-        begun.set()
-        assert go.wait(20)
-        return real(*names)
+    def delayed_copyfile(*names):
+        copy_started.set()
+        assert copy_allowed.wait(20)
+        return copyfile(*names)
 
-    monkeypatch.setattr(shutil, "copyfile", slow)
+    monkeypatch.setattr(shutil, "copyfile", delayed_copyfile)
     files = local_cache.model_files(base)
     threads = [
-        threading.Thread(target=local_cache.copy_once, args=(tmp_path / "disk", "base-x", base, files, said.append))
+        threading.Thread(
+            target=local_cache.copy_once, args=(tmp_path / "disk", "base-x", base, files, log_lines.append)
+        )
         for _ in range(3)
     ]
     for thread in threads:
         thread.start()
-    assert begun.wait(20)
+    assert copy_started.wait(20)
     assert not (tmp_path / "disk" / "base-x").exists()
-    go.set()
+    copy_allowed.set()
     for thread in threads:
         thread.join(20)
-    assert sorted("copied" in line for line in said) == [False, False, True]
+    assert sorted("copied" in line for line in log_lines) == [False, False, True]
 
 
-def test_a_copy_that_a_power_cut_left_short_is_made_again(base: Path, tmp_path: Path) -> None:
-    files, said = local_cache.model_files(base), []
-    folder = local_cache.copy_once(tmp_path / "disk", "base-x", base, files, said.append)
+def test_a_truncated_copy_is_made_again(base: Path, tmp_path: Path) -> None:
+    files, log_lines = local_cache.model_files(base), []
+    folder = local_cache.copy_once(tmp_path / "disk", "base-x", base, files, log_lines.append)
     (folder / "model.safetensors").write_text("")
-    local_cache.copy_once(tmp_path / "disk", "base-x", base, files, said.append)
+    local_cache.copy_once(tmp_path / "disk", "base-x", base, files, log_lines.append)
     assert (folder / "model.safetensors").read_text() == "this is model.safetensors"
-    local_cache.copy_once(tmp_path / "disk", "base-x", base, files, said.append)
-    assert ["copied" in line for line in said] == [True, True, False]
+    local_cache.copy_once(tmp_path / "disk", "base-x", base, files, log_lines.append)
+    assert ["copied" in line for line in log_lines] == [True, True, False]
 
 
-def test_a_copy_that_was_broken_off_is_made_again(base: Path, tmp_path: Path) -> None:
-    broken = tmp_path / "disk" / ".base-x.partial"
-    broken.mkdir(parents=True)
-    (broken / "model.safetensors").write_text("th")
+def test_an_interrupted_copy_is_made_again(base: Path, tmp_path: Path) -> None:
+    partial_folder = tmp_path / "disk" / ".base-x.partial"
+    partial_folder.mkdir(parents=True)
+    (partial_folder / "model.safetensors").write_text("th")
     folder = local_cache.copy_once(tmp_path / "disk", "base-x", base, local_cache.model_files(base), print)
     assert (folder / "model.safetensors").read_text() == "this is model.safetensors"
-    assert not broken.exists()
+    assert not partial_folder.exists()
 
 
 def test_a_store_whose_manifest_names_a_part_outside_it_is_refused(store: TokenStore) -> None:

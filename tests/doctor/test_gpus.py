@@ -1,4 +1,4 @@
-"""What is said of GPUs, from their capability, this torch's kernels and the tools around."""
+"""Checks of GPUs: compute capability, kernels of the torch build, and build tools."""
 
 import pytest
 
@@ -12,11 +12,11 @@ V100, A100, H200 = (Gpu(n, c, m, m - 0.5) for n, c, m in (("V100", 70, 32), ("A1
 
 
 @pytest.mark.parametrize(
-    ("capability", "archs", "able"),
+    ("capability", "archs", "supported"),
     [
         (70, CU126, True),
         (70, CU130, False),
-        (89, CU130, True),  # sm_86 serves 8.9
+        (89, CU130, True),  # sm_86 runs on 8.9
         (80, ("sm_86",), False),
         (103, CU130, True),
         (103, ("sm_100a",), False),
@@ -25,41 +25,41 @@ V100, A100, H200 = (Gpu(n, c, m, m - 0.5) for n, c, m in (("V100", 70, 32), ("A1
         (121, ("sm_90",), False),
     ],
 )
-def test_kernels_serve_their_major_version_and_ptx_all_newer(capability: int, archs, able: bool) -> None:
-    assert gpus.has_kernels(capability, archs) is able
+def test_kernels_support_their_major_version_and_ptx_all_newer_ones(capability: int, archs, supported: bool) -> None:
+    assert gpus.has_kernels(capability, archs) is supported
 
 
-def test_a_torch_without_volta_is_red_on_v100_and_says_which_wheel_has_it() -> None:
+def test_a_torch_build_without_volta_kernels_is_an_error_on_v100_and_names_a_wheel() -> None:
     assert gpus.check_kernels_for(TorchBuild("2.14.0", "12.6", CU126), [V100]).severity is Severity.ok
     check = gpus.check_kernels_for(TorchBuild("2.15.0", "13.0", CU130), [V100, H200])
     assert check.severity is Severity.error
     assert "no kernels for sm_70" in check.message
     assert "'torch<=2.14' --index-url https://download.pytorch.org/whl/cu126" in check.remedy
-    newer = gpus.check_kernels_for(TorchBuild("2.10", "12.6", CU126), [Gpu("B200", 100, 180, 180)])
-    assert newer.severity is Severity.error
-    assert "cu126" not in newer.remedy
+    blackwell_check = gpus.check_kernels_for(TorchBuild("2.10", "12.6", CU126), [Gpu("B200", 100, 180, 180)])
+    assert blackwell_check.severity is Severity.error
+    assert "cu126" not in blackwell_check.remedy
 
 
-def test_v100_is_told_what_it_lacks_and_ampere_what_it_has() -> None:
-    old = gpus.check_ability([H200, V100])
-    assert old.severity is Severity.warning
-    assert old.message == "sm_70: no bf16, no FlashAttention-2; packed attention runs on efficient"
-    assert "fp16" in old.remedy
-    new = gpus.check_ability([A100])
-    assert new.severity is Severity.ok
-    assert "bf16 and FlashAttention-2" in new.message
+def test_missing_features_of_v100_and_features_of_ampere_are_named() -> None:
+    volta_check = gpus.check_ability([H200, V100])
+    assert volta_check.severity is Severity.warning
+    assert volta_check.message == "sm_70: no bf16, no FlashAttention-2; packed attention runs on efficient"
+    assert "fp16" in volta_check.remedy
+    ampere_check = gpus.check_ability([A100])
+    assert ampere_check.severity is Severity.ok
+    assert "bf16 and FlashAttention-2" in ampere_check.message
 
 
-def test_too_many_ranks_mixed_kinds_and_taken_memory_are_noticed() -> None:
+def test_too_many_ranks_mixed_models_and_used_memory_are_reported() -> None:
     assert gpus.check_gpus([H200] * 8, 8).severity is Severity.ok
     assert gpus.check_gpus([H200] * 8, 8).message == "8 x H200, 139 GiB, 138 GiB free"
-    crowded = gpus.check_gpus([H200], 2)
-    assert crowded.severity is Severity.error
-    assert crowded.remedy == "start 1 ranks on this host"
+    too_many_ranks = gpus.check_gpus([H200], 2)
+    assert too_many_ranks.severity is Severity.error
+    assert too_many_ranks.remedy == "start 1 ranks on this host"
     assert gpus.check_gpus([H200, A100], 2).severity is Severity.warning
-    taken = gpus.check_gpus([A100, Gpu("A100", 80, 80, 40)], 2)
-    assert taken.severity is Severity.warning
-    assert "memory of GPU 1" in taken.message
+    used_memory = gpus.check_gpus([A100, Gpu("A100", 80, 80, 40)], 2)
+    assert used_memory.severity is Severity.warning
+    assert "memory of GPU 1" in used_memory.message
 
 
 def test_a_gpu_that_torch_does_not_see_is_explained() -> None:
@@ -76,17 +76,17 @@ def test_a_gpu_that_torch_does_not_see_is_explained() -> None:
 
 def test_gpus_of_the_hosts_are_compared() -> None:
     hosts = ["n1", "n1", "n2"]
-    alike = gpus.check_same([["H200"] * 2, ["H200"] * 2, ["H200"] * 2], hosts)
-    assert (alike.severity, alike.message) == (Severity.ok, "H200 on all 2 hosts")
-    gone = gpus.check_same([["H200"], ["H200"], []], hosts)
-    assert (gone.severity, gone.message) == (Severity.error, "none for rank 2 on n2, but other ranks have GPUs")
+    equal = gpus.check_same([["H200"] * 2, ["H200"] * 2, ["H200"] * 2], hosts)
+    assert (equal.severity, equal.message) == (Severity.ok, "H200 on all 2 hosts")
+    missing = gpus.check_same([["H200"], ["H200"], []], hosts)
+    assert (missing.severity, missing.message) == (Severity.error, "none for rank 2 on n2, but other ranks have GPUs")
     mixed = gpus.check_same([["H200"], ["H200"], ["V100"]], hosts)
     assert (mixed.severity, mixed.message) == (Severity.warning, "H200 on n1, V100 on n2")
     assert mixed.remedy.startswith("set hardware.precision explicitly")
     assert gpus.check_same([[], [], []], hosts).severity is Severity.ok
 
 
-def test_a_container_may_have_another_card_than_the_first(tmp_path) -> None:
+def test_a_device_file_other_than_the_first_counts_as_a_card(tmp_path) -> None:
     for name in ("nvidiactl", "nvidia-uvm"):
         (tmp_path / name).touch()
     assert not gpus.has_card(tmp_path)
@@ -103,7 +103,7 @@ def test_a_container_may_have_another_card_than_the_first(tmp_path) -> None:
         (["libbitsandbytes_cpu.so"], "12.6", Severity.error),
     ],
 )
-def test_bitsandbytes_needs_its_library_for_this_cuda(files, cuda: str, severity: Severity) -> None:
+def test_bitsandbytes_needs_its_library_for_the_cuda_of_torch(files, cuda: str, severity: Severity) -> None:
     assert gpus.check_bitsandbytes(files, cuda).severity is severity
 
 

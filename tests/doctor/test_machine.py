@@ -1,4 +1,4 @@
-"""Disk, limits and variables of a host, each with the values that make it yellow or red."""
+"""Disk, limits and variables of a host, each with the values that are a warning or an error."""
 
 import os
 import threading
@@ -19,7 +19,7 @@ def _disk(folder, **options):
     return machine.check_disk(DoctorConfig(**{"runs": str(folder), "disk_mib": 3, "min_free_gib": 0, **options}))
 
 
-def test_a_disk_is_written_and_read_and_nothing_is_left(tmp_path) -> None:
+def test_a_disk_is_written_and_read_and_no_file_is_left(tmp_path) -> None:
     check = _disk(tmp_path / "not" / "yet", min_disk_mib_s=0)
     assert check.severity is Severity.ok
     assert check.value is not None
@@ -28,64 +28,64 @@ def test_a_disk_is_written_and_read_and_nothing_is_left(tmp_path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_or_slow_disk_is_yellow_and_one_that_cannot_hold_the_test_red(tmp_path) -> None:
-    full = _disk(tmp_path, min_free_gib=1e9)
-    assert full.severity is Severity.warning
-    assert "min_free_gib" in full.remedy
-    slow = _disk(tmp_path, min_disk_mib_s=1e9)
-    assert slow.severity is Severity.warning
-    assert "min_disk_mib_s" in slow.remedy
+def test_a_full_or_slow_disk_is_a_warning_and_one_without_space_for_the_test_an_error(tmp_path) -> None:
+    full_check = _disk(tmp_path, min_free_gib=1e9)
+    assert full_check.severity is Severity.warning
+    assert "min_free_gib" in full_check.remedy
+    slow_check = _disk(tmp_path, min_disk_mib_s=1e9)
+    assert slow_check.severity is Severity.warning
+    assert "min_disk_mib_s" in slow_check.remedy
     assert _disk(tmp_path, disk_mib=1 << 40).severity is Severity.error
 
 
-def test_a_folder_that_cannot_be_written_is_red(tmp_path, monkeypatch) -> None:
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path, monkeypatch) -> None:
     (tmp_path / "file").touch()
     assert "is a file" in _disk(tmp_path / "file" / "runs").message
-    locked = tmp_path / "locked"
-    locked.mkdir(mode=0o500)
-    if os.geteuid() == 0:  # whom nothing is forbidden
+    read_only = tmp_path / "locked"
+    read_only.mkdir(mode=0o500)
+    if os.geteuid() == 0:  # root may write anywhere
 
-        def refuse(*arguments, **options):
+        def raise_permission_error(*arguments, **options):
             raise PermissionError(13, "Permission denied")
 
-        monkeypatch.setattr(machine.tempfile, "TemporaryFile", refuse)
-    check = _disk(locked)
+        monkeypatch.setattr(machine.tempfile, "TemporaryFile", raise_permission_error)
+    check = _disk(read_only)
     assert check.severity is Severity.error
-    assert check.message == f"runs={locked}: cannot be read and written (Permission denied)"
+    assert check.message == f"runs={read_only}: cannot be read and written (Permission denied)"
 
 
-@pytest.mark.parametrize("where", ["speeds", "existing_part"])
-def test_a_disk_that_hangs_is_red_in_time(tmp_path, monkeypatch, where: str) -> None:
-    hung = threading.Event()
-    monkeypatch.setattr(machine, where, lambda *arguments: hung.wait(30) and tmp_path)
+@pytest.mark.parametrize("function_name", ["speeds", "existing_part"])
+def test_a_disk_that_hangs_is_an_error_within_the_timeout(tmp_path, monkeypatch, function_name: str) -> None:
+    release = threading.Event()
+    monkeypatch.setattr(machine, function_name, lambda *arguments: release.wait(30) and tmp_path)
     started = time.monotonic()
     check = _disk(tmp_path, timeout=1)
     assert time.monotonic() - started < 10
-    hung.set()
+    release.set()
     assert check.severity is Severity.error
     assert "not written and read within 1 s" in check.message
 
 
-def test_a_stale_drive_is_red(tmp_path, monkeypatch) -> None:
-    def stale(self, *arguments, **options):
+def test_a_stale_file_handle_is_an_error(tmp_path, monkeypatch) -> None:
+    def raise_stale_handle(self, *arguments, **options):
         raise OSError(116, "Stale file handle")
 
-    monkeypatch.setattr(Path, "exists", stale)
+    monkeypatch.setattr(Path, "exists", raise_stale_handle)
     check = _disk(tmp_path)
     assert check.severity is Severity.error
     assert check.message == f"runs={tmp_path}: cannot be read and written (Stale file handle)"
 
 
 @pytest.mark.parametrize(
-    ("limit", "gpus", "severity"),
+    ("limit_bytes", "gpus", "severity"),
     [(None, 8, Severity.ok), (8 << 20, 8, Severity.warning), (8 << 20, 0, Severity.ok)],
 )
-def test_locked_memory_matters_where_there_are_gpus(limit, gpus: int, severity: Severity) -> None:
-    assert machine.check_memlock(limit, gpus, 2).severity is severity
+def test_locked_memory_is_checked_only_with_gpus(limit_bytes, gpus: int, severity: Severity) -> None:
+    assert machine.check_memlock(limit_bytes, gpus, 2).severity is severity
 
 
 @pytest.mark.parametrize(
-    ("free", "ranks", "gpus", "severity"),
+    ("free_bytes", "ranks", "gpus", "severity"),
     [
         (8 * GIB, 8, 8, Severity.ok),
         (64 << 20, 8, 8, Severity.error),
@@ -94,18 +94,18 @@ def test_locked_memory_matters_where_there_are_gpus(limit, gpus: int, severity: 
         (64 << 20, 2, 0, Severity.ok),
     ],
 )
-def test_nccl_needs_shared_memory(free: int, ranks: int, gpus: int, severity: Severity) -> None:
-    assert machine.check_shared_memory(free, ranks, gpus).severity is severity
+def test_nccl_needs_shared_memory(free_bytes: int, ranks: int, gpus: int, severity: Severity) -> None:
+    assert machine.check_shared_memory(free_bytes, ranks, gpus).severity is severity
 
 
-def test_few_open_files_are_yellow() -> None:
+def test_a_low_limit_of_open_files_is_a_warning() -> None:
     assert machine.check_open_files(1024).severity is Severity.warning
     assert machine.check_open_files(65536).severity is Severity.ok
     assert machine.check_open_files(None).severity is Severity.ok
 
 
 @pytest.mark.parametrize(
-    ("allowed", "ranks", "threads", "gpus", "severity"),
+    ("allowed_cores", "ranks", "threads", "gpus", "severity"),
     [
         (64, 8, None, 8, Severity.ok),
         (64, 8, "8", 8, Severity.ok),
@@ -117,12 +117,14 @@ def test_few_open_files_are_yellow() -> None:
         (64, 8, "0", 8, Severity.error),
     ],
 )
-def test_cores_and_threads_fit_the_ranks(allowed: int, ranks: int, threads, gpus: int, severity: Severity) -> None:
-    assert machine.check_cores(allowed, 64, ranks, threads, gpus).severity is severity
+def test_cores_and_threads_fit_the_ranks(
+    allowed_cores: int, ranks: int, threads, gpus: int, severity: Severity
+) -> None:
+    assert machine.check_cores(allowed_cores, 64, ranks, threads, gpus).severity is severity
 
 
 @pytest.mark.parametrize(
-    ("environment", "hosts", "severity", "word"),
+    ("environment", "hosts", "severity", "message"),
     [
         ({}, 2, Severity.ok, "NCCL's own choices"),
         ({"NCCL_SOCKET_IFNAME": "eth"}, 2, Severity.ok, "NCCL_SOCKET_IFNAME=eth"),
@@ -146,12 +148,12 @@ def test_cores_and_threads_fit_the_ranks(allowed: int, ranks: int, threads, gpus
         ({"TORCH_DISTRIBUTED_DEBUG": "detail"}, 1, Severity.warning, "every collective"),
     ],
 )
-def test_variables_that_are_seldom_meant_are_named(environment, hosts: int, severity: Severity, word: str) -> None:
+def test_suspicious_variables_are_named(environment, hosts: int, severity: Severity, message: str) -> None:
     check = machine.check_variables(environment, ["lo", "eth0"], hosts)
     assert check.severity is severity
-    assert word in check.message
+    assert message in check.message
     assert severity is Severity.ok or next(iter(environment)) in check.remedy
 
 
-def test_the_place_of_runs_is_what_there_is_of_its_path(tmp_path) -> None:
+def test_existing_part_is_the_existing_parent_of_a_path(tmp_path) -> None:
     assert existing_part(str(tmp_path / "a" / "b")) == tmp_path.resolve()

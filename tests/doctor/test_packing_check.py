@@ -1,4 +1,4 @@
-"""The doctor proves what is so, and says so when it is not."""
+"""The doctor's proof that a packed row equals its separate documents, with correct and with wrong kernels."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def _examine(folder, **options):
     return list(packing_check.compare_implementations(model, config.documents, config.seed)), model
 
 
-def test_a_sound_model_is_proven(model_folder) -> None:
+def test_a_correct_model_is_proven(model_folder) -> None:
     findings, model = _examine(model_folder, layers=2)
     assert model.config.num_hidden_layers == len(model.model.layers) == 2
     assert findings
@@ -49,11 +49,11 @@ def test_a_sound_model_is_proven(model_folder) -> None:
 
 
 def test_an_attention_that_crosses_documents_is_caught(model_folder, monkeypatch) -> None:
-    def leaky(q, k, v, cu_seqlens, *, max_seqlen, **options):
-        whole = torch.tensor([0, len(q)], dtype=torch.int32)
-        return packed_attention(q, k, v, whole, max_seqlen=len(q), **options)
+    def attention_across_documents(q, k, v, cu_seqlens, *, max_seqlen, **options):
+        one_document = torch.tensor([0, len(q)], dtype=torch.int32)
+        return packed_attention(q, k, v, one_document, max_seqlen=len(q), **options)
 
-    monkeypatch.setattr(boundaries, "packed_attention", leaky)
+    monkeypatch.setattr(boundaries, "packed_attention", attention_across_documents)
     findings, _ = _examine(model_folder)
     assert not any(finding.proven for finding in findings)
     assert min(finding.leakage for finding in findings) > 1e-4
@@ -61,17 +61,17 @@ def test_an_attention_that_crosses_documents_is_caught(model_folder, monkeypatch
     assert "NOT EQUAL" in packing_check.table(findings)
 
 
-def test_an_attention_that_is_a_little_wrong_is_caught(model_folder, monkeypatch) -> None:
-    def weak(*arguments, **options):
+def test_a_slightly_wrong_attention_is_caught(model_folder, monkeypatch) -> None:
+    def scaled_attention(*arguments, **options):
         return packed_attention(*arguments, **options) * 1.01
 
-    monkeypatch.setattr(boundaries, "packed_attention", weak)
+    monkeypatch.setattr(boundaries, "packed_attention", scaled_attention)
     findings, _ = _examine(model_folder)
     assert not any(finding.proven for finding in findings)
     assert all(finding.leakage == 0 for finding in findings)
 
 
-def test_what_cannot_be_examined_is_named(model_folder, tmp_path) -> None:
+def test_configurations_that_cannot_be_examined_are_refused(model_folder, tmp_path) -> None:
     with pytest.raises(UserError, match="packing=true: needs a model"):
         DoctorConfig(packing=True)
     with pytest.raises(UserError, match=r"documents=\[3, 0\]"):
@@ -83,30 +83,32 @@ def test_what_cannot_be_examined_is_named(model_folder, tmp_path) -> None:
     model = packing_check.load_model(DoctorConfig(packing=True, model=str(model_folder)), Precision.fp32)
     with pytest.raises(UserError, match="documents: the longest=65: the model has 64 positions"):
         list(packing_check.compare_implementations(model, [65], 0))
-    small = packing_check.load_model(DoctorConfig(packing=True, model=str(model_folder), layers=9), Precision.fp32)
-    assert small.config.num_hidden_layers == 3
+    shallow_model = packing_check.load_model(
+        DoctorConfig(packing=True, model=str(model_folder), layers=9), Precision.fp32
+    )
+    assert shallow_model.config.num_hidden_layers == 3
 
 
-def test_the_proof_is_a_finding_like_others(model_folder, monkeypatch) -> None:
+def test_the_proof_is_reported_as_a_finding(model_folder, monkeypatch) -> None:
     config = DoctorConfig(packing=True, model=str(model_folder), documents=[5, 9], precision=Precision.fp32)
-    check, shown = packing_check.check_packing(config)
+    check, table = packing_check.check_packing(config)
     assert check.severity is Severity.ok
     assert "reference" in check.message
-    assert "LlamaForCausalLM" in shown
-    assert "proven" in shown
+    assert "LlamaForCausalLM" in table
+    assert "proven" in table
 
-    def weak(*arguments, **options):
+    def scaled_attention(*arguments, **options):
         return packed_attention(*arguments, **options) * 1.01
 
-    monkeypatch.setattr(boundaries, "packed_attention", weak)
-    check, shown = packing_check.check_packing(config)
+    monkeypatch.setattr(boundaries, "packed_attention", scaled_attention)
+    check, table = packing_check.check_packing(config)
     assert check.severity is Severity.error
-    assert "NOT EQUAL" in shown
+    assert "NOT EQUAL" in table
     assert "FIREFLYDS_KERNELS" in check.remedy
 
 
 @pytest.mark.parametrize(
-    ("error", "words", "remedy"),
+    ("error", "message", "remedy"),
     [
         (torch.OutOfMemoryError("CUDA out of memory"), "no memory left", "layers="),
         (RuntimeError("weights are broken\nmore"), "RuntimeError: weights are broken", "see `weights`"),
@@ -117,20 +119,18 @@ def test_the_proof_is_a_finding_like_others(model_folder, monkeypatch) -> None:
         ),
     ],
 )
-def test_what_keeps_it_from_being_proven_is_a_finding(
-    model_folder, monkeypatch, error, words: str, remedy: str
-) -> None:
-    def fails(*arguments):
+def test_an_error_during_the_proof_is_a_finding(model_folder, monkeypatch, error, message: str, remedy: str) -> None:
+    def raise_error(*arguments):
         raise error
 
-    monkeypatch.setattr(packing_check, "fuse", fails)
+    monkeypatch.setattr(packing_check, "fuse", raise_error)
     check, _ = packing_check.check_packing(DoctorConfig(packing=True, model=str(model_folder), documents=[5, 9]))
     assert check.severity is Severity.error
-    assert words in check.message
+    assert message in check.message
     assert remedy in check.remedy
 
 
-def test_nothing_proven_is_red(model_folder, monkeypatch) -> None:
+def test_a_proof_without_implementations_is_an_error(model_folder, monkeypatch) -> None:
     monkeypatch.setattr(packing_check, "_implementations", lambda model, device: [])
     check, _ = packing_check.check_packing(DoctorConfig(packing=True, model=str(model_folder), documents=[5, 9]))
     assert check.severity is Severity.error
@@ -138,23 +138,23 @@ def test_nothing_proven_is_red(model_folder, monkeypatch) -> None:
         DoctorConfig(documents=[1, 1])
 
 
-def test_what_cannot_be_proven_is_refused_before_anything_is_tried(model_folder) -> None:
-    def refuse(**options):
+def test_invalid_configurations_are_refused_before_the_proof(model_folder) -> None:
+    def validate(**options):
         packing_check.validate_config(
             DoctorConfig(packing=True, **{"model": str(model_folder), "documents": [64], **options})
         )
 
-    refuse()
+    validate()
     with pytest.raises(UserError, match="model=elsewhere: no config.json there"):
-        refuse(model="elsewhere")
+        validate(model="elsewhere")
     with pytest.raises(UserError, match="device=tpu: not on this machine"):
-        refuse(device="tpu")
+        validate(device="tpu")
     with pytest.raises(UserError, match="documents: the longest=65: the model has 64 positions"):
-        refuse(documents=[65])
+        validate(documents=[65])
 
 
-def test_a_kernel_that_does_not_exist_is_one_line(model_folder, verb) -> None:
-    done = verb(
+def test_an_unknown_kernel_is_an_error_of_one_line(model_folder, verb) -> None:
+    completed = verb(
         "doctor",
         "packing=true",
         f"model={model_folder}",
@@ -163,6 +163,10 @@ def test_a_kernel_that_does_not_exist_is_one_line(model_folder, verb) -> None:
         check=False,
         env={"FIREFLYDS_KERNELS": "foo"},
     )
-    assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].startswith("error: FIREFLYDS_KERNELS: no implementation of any kernel")
-    assert "Traceback" not in done.stderr
+    assert completed.returncode == 2
+    assert (
+        completed.stderr.strip()
+        .splitlines()[-1]
+        .startswith("error: FIREFLYDS_KERNELS: no implementation of any kernel")
+    )
+    assert "Traceback" not in completed.stderr

@@ -1,4 +1,4 @@
-"""Each mistake stops before work is wasted, in one message, with an exit code, and earlier output stays whole."""
+"""Invalid input ends a verb early with one message and exit code 2, and earlier output stays unchanged."""
 
 import json
 from pathlib import Path
@@ -7,12 +7,12 @@ import pytest
 from samples import ENGLISH
 
 
-def refused(done, *expected: str) -> None:
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stderr.count("error: ") == 1
-    for words in expected:
-        assert words in done.stderr
+def assert_refused(completed, *messages: str) -> None:
+    assert completed.returncode == 2, completed.stdout + completed.stderr
+    assert "Traceback" not in completed.stderr
+    assert completed.stderr.count("error: ") == 1
+    for message in messages:
+        assert message in completed.stderr
 
 
 @pytest.fixture
@@ -22,24 +22,26 @@ def store(verb, tmp_path: Path, base_tokenizer: Path) -> Path:
     return tmp_path / "store"
 
 
-def test_missing_and_empty_corpora(verb, tmp_path: Path, base_tokenizer: Path) -> None:
+def test_missing_and_empty_corpora_are_refused(verb, tmp_path: Path, base_tokenizer: Path) -> None:
     (tmp_path / "empty.txt").touch()
-    for data, words in (("nowhere.txt", "no such file"), ("empty.txt", "no document could be used")):
-        refused(verb("prepare", f"data={data}", f"tokenizer={base_tokenizer}", "out=s", check=False), data, words)
+    for data, message in (("nowhere.txt", "no such file"), ("empty.txt", "no document could be used")):
+        assert_refused(
+            verb("prepare", f"data={data}", f"tokenizer={base_tokenizer}", "out=s", check=False), data, message
+        )
     assert not (tmp_path / "s").exists()
-    refused(verb("learn", "corpus=empty.txt", "out=t", check=False), "no documents in it")
-    refused(
+    assert_refused(verb("learn", "corpus=empty.txt", "out=t", check=False), "no documents in it")
+    assert_refused(
         verb("expand", f"base={base_tokenizer}", "corpus=empty.txt", "num_pieces=5", "out=e", check=False),
         "no documents in it",
     )
     assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"]
 
 
-def test_a_broken_line_is_set_aside_and_reported_at_the_end(verb, tmp_path: Path, base_tokenizer: Path) -> None:
+def test_an_invalid_line_is_rejected_and_reported_at_the_end(verb, tmp_path: Path, base_tokenizer: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "fine"}\n{broken\n{"text": "\xff\xfe"}\n{"text": "also fine"}\n')
-    done = verb("prepare", "data=a.jsonl", f"tokenizer={base_tokenizer}", "out=s", "max_rejected=0.6")
-    assert "2 documents" in done.stdout
-    assert "2 rejected" in done.stdout
+    completed = verb("prepare", "data=a.jsonl", f"tokenizer={base_tokenizer}", "out=s", "max_rejected=0.6")
+    assert "2 documents" in completed.stdout
+    assert "2 rejected" in completed.stdout
     rows = [json.loads(line) for line in (tmp_path / "s" / "rejected.jsonl").read_text().splitlines()]
     assert [(row["file"], row["line"]) for row in rows] == [("a.jsonl", 2), ("a.jsonl", 3)]
 
@@ -48,27 +50,29 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_failed_prepare_leaves_the_earlier_store_whole(
+def test_a_failed_prepare_leaves_the_earlier_store_unchanged(
     verb, store: Path, tmp_path: Path, base_tokenizer: Path
 ) -> None:
-    before = contents(store)
+    contents_before = contents(store)
     (tmp_path / "bad.jsonl").write_text("{broken\n")
-    refused(verb("prepare", "data=bad.jsonl", f"tokenizer={base_tokenizer}", "out=store", check=False), "not JSON")
-    assert contents(store) == before
-    done = verb("prepare", "data=en.txt", f"tokenizer={base_tokenizer}", "out=store", "workers=1")
-    assert "nothing to do" in done.stdout
+    assert_refused(
+        verb("prepare", "data=bad.jsonl", f"tokenizer={base_tokenizer}", "out=store", check=False), "not JSON"
+    )
+    assert contents(store) == contents_before
+    completed = verb("prepare", "data=en.txt", f"tokenizer={base_tokenizer}", "out=store", "workers=1")
+    assert "nothing to do" in completed.stdout
 
 
-def test_somebody_elses_folder_is_not_overwritten(verb, tmp_path: Path, base_tokenizer: Path, store: Path) -> None:
+def test_a_folder_with_other_files_is_not_overwritten(verb, tmp_path: Path, base_tokenizer: Path, store: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    refused(
+    assert_refused(
         verb("prepare", "data=en.txt", f"tokenizer={base_tokenizer}", "out=mine", check=False), "holds other things"
     )
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 
 
-def test_training_refuses_what_cannot_work(verb, store: Path, tmp_path: Path, base_tokenizer: Path) -> None:
+def test_training_refuses_invalid_arguments(verb, store: Path, tmp_path: Path, base_tokenizer: Path) -> None:
     scratch = [
         "run=r",
         "model=at_path",
@@ -81,17 +85,17 @@ def test_training_refuses_what_cannot_work(verb, store: Path, tmp_path: Path, ba
             "num_attention_heads: 2}"
         ),
     ]
-    refused(
+    assert_refused(
         verb("train", *scratch, "data=store", "global_batch_size=3", "micro_batch_size=2", check=False),
         "global_batch_size=3",
         "Nearest: 2",
     )
-    refused(
+    assert_refused(
         verb("train", *scratch, "data=store", "seq_len=4096", check=False), "seq_len=4096: the model has 2048 positions"
     )
-    refused(verb("train", *scratch, "data=nowhere/", check=False), "no token store there", "launch/prepare.py")
-    refused(verb("train", *scratch, "data=store", "data.weights.zh=1", check=False), "It has: text")
-    refused(
+    assert_refused(verb("train", *scratch, "data=nowhere/", check=False), "no token store there", "launch/prepare.py")
+    assert_refused(verb("train", *scratch, "data=store", "data.weights.zh=1", check=False), "It has: text")
+    assert_refused(
         verb("train", "run=r", "model=nowhere/", "data=store", "optim.steps=1", check=False),
         "nowhere",
         "no such file or directory",
@@ -107,19 +111,19 @@ def test_a_store_made_with_another_tokenizer_is_refused(verb, store: Path, tmp_p
         "model.tokenizer=other",
         "model.architecture={model_type: llama}",
     ]
-    done = verb("train", "run=r", *scratch, "data=store", "optim.steps=1", check=False)
-    refused(done, "made with another tokenizer", "Prepare it again with tokenizer=other")
+    completed = verb("train", "run=r", *scratch, "data=store", "optim.steps=1", check=False)
+    assert_refused(completed, "made with another tokenizer", "Prepare it again with tokenizer=other")
     assert not (tmp_path / "runs").exists()
 
 
-def test_exporting_and_evaluating_what_is_not_there(verb, tmp_path: Path) -> None:
-    refused(verb("export", "run=never", check=False), "run=never: no such run", "Known: none")
-    refused(verb("evaluate", "model=never", check=False), "no config.json there")
-    refused(
+def test_export_evaluate_and_chat_refuse_missing_inputs(verb, tmp_path: Path) -> None:
+    assert_refused(verb("export", "run=never", check=False), "run=never: no such run", "Known: none")
+    assert_refused(verb("evaluate", "model=never", check=False), "no config.json there")
+    assert_refused(
         verb("evaluate", "model=never", "tasks=[guess]", check=False),
         "tasks=guess: no such entry. Known: bits_per_byte, cmmlu, multiple_choice",
     )
-    refused(verb("chat", "model=never", check=False), "no config.json there")
+    assert_refused(verb("chat", "model=never", check=False), "no config.json there")
 
 
 @pytest.mark.slow
@@ -140,15 +144,15 @@ def test_a_refusal_on_two_ranks_is_one_message(verb, store: Path, base_tokenizer
     ]
     start = ("deepspeed", "--num_gpus", "2")
     verb("train", *arguments, start=start)
-    done = verb("train", *arguments, "optim.lr=0.5", start=start, check=False)
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    assert done.stderr.count("error: ") == 1
-    assert "optim.lr: 0.0002 -> 0.5" in done.stderr
+    completed = verb("train", *arguments, "optim.lr=0.5", start=start, check=False)
+    assert completed.returncode == 2
+    assert "Traceback" not in completed.stderr
+    assert completed.stderr.count("error: ") == 1
+    assert "optim.lr: 0.0002 -> 0.5" in completed.stderr
 
 
-def test_values_out_of_range_are_refused_at_the_door(verb, tmp_path: Path) -> None:
-    for name, arguments, words in (
+def test_values_out_of_range_are_refused(verb, tmp_path: Path) -> None:
+    for name, arguments, message in (
         ("evaluate", ["model=x", "max_tokens=0"], "max_tokens=0: must be at least 2"),
         ("evaluate", ["model=x", "tasks=[]"], "nothing to do"),
         ("prepare", ["data=x/y", "tokenizer=t", "workers=-1"], "workers=-1: must be at least 0"),
@@ -157,4 +161,4 @@ def test_values_out_of_range_are_refused_at_the_door(verb, tmp_path: Path) -> No
         ("expand", ["base=x", "out=y", "corpus=z", "num_pieces=-5"], "num_pieces=-5: must be at least 0"),
         ("train", ["--foo", "run=x"], "--foo: no such option"),
     ):
-        refused(verb(name, *arguments, check=False), words)
+        assert_refused(verb(name, *arguments, check=False), message)

@@ -1,4 +1,4 @@
-"""Every verb in a row on a tiny model, with one rank and with two."""
+"""All verbs in sequence on a tiny model, with one rank and with two."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ def losses(run_dir: Path) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def made(verbs_of, tmp_path_factory: pytest.TempPathFactory, base_tokenizer: Path) -> Path:
+def exported_base(verbs_of, tmp_path_factory: pytest.TempPathFactory, base_tokenizer: Path) -> Path:
     """A base model trained for a few steps on English, exported."""
     folder = tmp_path_factory.mktemp("base")
     verb = verbs_of(folder)
@@ -42,13 +42,13 @@ def made(verbs_of, tmp_path_factory: pytest.TempPathFactory, base_tokenizer: Pat
 
 
 @pytest.fixture
-def base(made: Path, tmp_path: Path) -> Path:
-    """A copy for each test."""
-    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+def base(exported_base: Path, tmp_path: Path) -> Path:
+    """A copy of the exported base for each test."""
+    shutil.copytree(exported_base, tmp_path, dirs_exist_ok=True)
     return tmp_path / "runs" / "base"
 
 
-def test_every_verb_in_a_row(verb, base: Path, tmp_path: Path) -> None:
+def test_all_verbs_in_sequence(verb, base: Path, tmp_path: Path) -> None:
     assert losses(base)[-1] < losses(base)[0]
     assert {path.name for path in base.iterdir()} >= {
         "config.yaml",
@@ -60,16 +60,16 @@ def test_every_verb_in_a_row(verb, base: Path, tmp_path: Path) -> None:
         "checkpoints",
     }
     write(tmp_path, "zh.jsonl", [{"text": text} for text in CHINESE])
-    out = verb(
+    stdout = verb(
         "expand", "base=runs/base/export", "corpus=zh.jsonl", "num_pieces=60", "max_piece_length=3", "out=expanded"
     ).stdout
-    assert "tokens per character" in out
+    assert "tokens per character" in stdout
     verb("prepare", "data=zh.jsonl", "tokenizer=expanded", "out=zh", "workers=2")
     totals = json.loads((tmp_path / "zh" / "manifest.json").read_text())["totals"]
     assert totals == {
         "documents": 36,
         "tokens": totals["tokens"],
-        "bytes": sum(len(t.encode()) for t in CHINESE),
+        "bytes": sum(len(document.encode()) for document in CHINESE),
         "dropped": 0,
         "rejected": 0,
         "read": 36,
@@ -80,13 +80,13 @@ def test_every_verb_in_a_row(verb, base: Path, tmp_path: Path) -> None:
     assert losses(tmp_path / "runs" / "cpt")[-1] < losses(tmp_path / "runs" / "cpt")[0]
     verb("export", "run=cpt")
 
-    talk = {
+    dialogue = {
         "conversation": [
             {"human": "青岭镇的特产是什么？", "assistant": "蜂蜜。"},
             {"human": "河呢？", "assistant": "清水河。"},
         ]
     }
-    write(tmp_path, "talks.jsonl", [talk] * 40)
+    write(tmp_path, "talks.jsonl", [dialogue] * 40)
     verb("prepare", "data=talks.jsonl", "tokenizer=runs/cpt/export", "out=sft", "workers=1")
     sft = [
         "model=runs/cpt/export",
@@ -99,9 +99,9 @@ def test_every_verb_in_a_row(verb, base: Path, tmp_path: Path) -> None:
     ]
     verb("train", "run=sft", *sft, start=TWO_RANKS)
     verb("export", "run=sft", "out=chat")
-    about = json.loads((tmp_path / "chat" / "export.json").read_text())
-    assert about["reload_max_rel_diff"] <= 1e-5
-    assert about["template"] == "firefly"
+    metadata = json.loads((tmp_path / "chat" / "export.json").read_text())
+    assert metadata["reload_max_rel_diff"] <= 1e-5
+    assert metadata["template"] == "firefly"
 
     write(tmp_path, "q.jsonl", [{"question": "青岭镇的特产是什么？", "choices": ["蜂蜜。", "清水河。"], "answer": 0}])
     verb(
@@ -119,7 +119,7 @@ def test_every_verb_in_a_row(verb, base: Path, tmp_path: Path) -> None:
     assert answer.strip()
 
 
-def test_the_export_loads_where_nothing_of_ours_is_installed(verb, base: Path, tmp_path: Path) -> None:
+def test_the_export_loads_without_fireflyds(verb, base: Path, tmp_path: Path) -> None:
     import subprocess
 
     code = (
@@ -129,14 +129,14 @@ def test_the_export_loads_where_nothing_of_ours_is_installed(verb, base: Path, t
         "AutoModelForCausalLM.from_pretrained('runs/base/export')\n"
         "print(m(**t('the old bridge', return_tensors='pt')).logits.shape[-1], len(t))"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout.split() == ["400", "400"], done.stderr[-2000:]
+    completed = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert completed.stdout.split() == ["400", "400"], completed.stderr[-2000:]
 
 
 @pytest.mark.slow
 def test_all_launchers_and_world_sizes_give_the_same_losses(verb, base: Path, tmp_path: Path) -> None:
     arguments = ["model=runs/base/export", "data=en", "optim.steps=3", *SMALL]
-    slurm = {
+    slurm_variables = {
         "SLURM_PROCID": "0",
         "SLURM_LOCALID": "0",
         "SLURM_NTASKS": "1",
@@ -144,29 +144,29 @@ def test_all_launchers_and_world_sizes_give_the_same_losses(verb, base: Path, tm
         "SLURM_JOB_ID": "7",
         "SLURM_STEP_NODELIST": "localhost",
     }
-    starts = {
+    launchers = {
         "python": ((), {}),
         "deepspeed": (("deepspeed", "--num_gpus", "2"), {}),
         "torchrun": (TWO_RANKS, {}),
-        "slurm": ((), slurm),
+        "slurm": ((), slurm_variables),
     }
-    found = {}
-    for name, (start, env) in starts.items():
-        done = verb("train", f"run={name}", *arguments, start=start, env=env)
-        found[name] = losses(tmp_path / "runs" / name)
-        assert "no GPU here: training on the CPU" in done.stdout
-    assert len(found["python"]) == 3
-    for name, values in found.items():
-        assert values == pytest.approx(found["python"], rel=1e-5), name
+    losses_by_launcher = {}
+    for name, (command, env) in launchers.items():
+        completed = verb("train", f"run={name}", *arguments, start=command, env=env)
+        losses_by_launcher[name] = losses(tmp_path / "runs" / name)
+        assert "no GPU here: training on the CPU" in completed.stdout
+    assert len(losses_by_launcher["python"]) == 3
+    for name, launcher_losses in losses_by_launcher.items():
+        assert launcher_losses == pytest.approx(losses_by_launcher["python"], rel=1e-5), name
     stage3 = verb("train", "run=z3", *arguments, "zero=stage3", start=TWO_RANKS)
     assert "ZeRO-3" in stage3.stderr
-    assert losses(tmp_path / "runs" / "z3") == pytest.approx(found["python"], rel=1e-5)
+    assert losses(tmp_path / "runs" / "z3") == pytest.approx(losses_by_launcher["python"], rel=1e-5)
     verb("export", "run=z3", "dtype=bf16")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tuning", [["tuning=full"], ["tuning=lora", "tuning.r=4", "tuning.dropout=0.3"]])
-def test_a_run_cut_short_goes_on_with_the_same_losses(verb, base: Path, tmp_path: Path, tuning: list[str]) -> None:
+def test_an_interrupted_run_resumes_with_the_same_losses(verb, base: Path, tmp_path: Path, tuning: list[str]) -> None:
     arguments = [
         "model=runs/base/export",
         "data=en",
@@ -178,10 +178,10 @@ def test_a_run_cut_short_goes_on_with_the_same_losses(verb, base: Path, tmp_path
         "checkpoint.every=2",
     ]
     verb("train", "run=whole", *arguments)
-    short = [argument.replace("optim.steps=6", "optim.steps=4") for argument in arguments]
-    verb("train", "run=cut", *short)
-    again = verb("train", "run=cut", *arguments)
-    assert "resumed at step 4" in again.stderr
+    short_arguments = [argument.replace("optim.steps=6", "optim.steps=4") for argument in arguments]
+    verb("train", "run=cut", *short_arguments)
+    resumed = verb("train", "run=cut", *arguments)
+    assert "resumed at step 4" in resumed.stderr
     assert losses(tmp_path / "runs" / "cut") == losses(tmp_path / "runs" / "whole")
     assert sorted(path.name for path in (tmp_path / "runs" / "cut" / "checkpoints").glob("step-*")) == [
         "step-000004",

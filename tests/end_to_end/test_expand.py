@@ -1,4 +1,4 @@
-"""The expand verb as a person runs it: what comes out, and what is refused with nothing left behind."""
+"""The expand verb on the command line: its output, and bad input, which is refused and leaves no files."""
 
 import json
 from pathlib import Path
@@ -14,11 +14,11 @@ def write(path: Path, texts: list[str]) -> None:
     path.write_text("\n".join(texts), encoding="utf-8")
 
 
-def test_a_byte_level_tokenizer_is_learnt_and_expanded_from_a_saved_dataset(verb, tmp_path: Path) -> None:
+def test_a_byte_level_tokenizer_is_trained_and_expanded_from_a_saved_dataset(verb, tmp_path: Path) -> None:
     write(tmp_path / "en.txt", ENGLISH)
     datasets.Dataset.from_list([{"text": text} for text in CHINESE]).save_to_disk(tmp_path / "zh")
     verb("learn", "corpus=en.txt", "kind=byte_level", "vocab_size=400", "out=base")
-    done = verb(
+    completed = verb(
         "expand",
         "base=base",
         "corpus=zh",
@@ -29,7 +29,7 @@ def test_a_byte_level_tokenizer_is_learnt_and_expanded_from_a_saved_dataset(verb
         "texts.zh=zh",
         "texts.en=en.txt",
     )
-    assert "holds: every new piece is reached" in done.stdout
+    assert "holds: every new piece is reached" in completed.stdout
     assert {path.name for path in (tmp_path / "merged").glob("[!.]*")} == {
         "tokenizer.json",
         "tokenizer_config.json",
@@ -46,23 +46,23 @@ def test_a_byte_level_tokenizer_is_learnt_and_expanded_from_a_saved_dataset(verb
     assert chinese["after"]["tokens"] < 0.5 * chinese["before"]["tokens"]
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert len(tokenizer) == report["vocab_size_after"]
-    page = (tmp_path / "merged" / "report.md").read_text()
+    report_text = (tmp_path / "merged" / "report.md").read_text()
     for heading in ("## Fit", "## Cost of the new rows", "## How many pieces", "Dead pieces: 0"):
-        assert heading in page
+        assert heading in report_text
 
 
-def test_two_tokenizers_are_compared_and_nothing_is_merged(verb, tmp_path: Path, base_tokenizer: Path) -> None:
+def test_two_tokenizers_are_compared_without_a_merge(verb, tmp_path: Path, base_tokenizer: Path) -> None:
     write(tmp_path / "zh.txt", CHINESE)
     KINDS["byte_level"](tmp_path / "other")
-    done = verb("expand", "report=only", f"base={base_tokenizer}", "other=other", "corpus=zh.txt", "out=compared")
-    assert "| corpus | Chinese |" in done.stdout
+    completed = verb("expand", "report=only", f"base={base_tokenizer}", "other=other", "corpus=zh.txt", "out=compared")
+    assert "| corpus | Chinese |" in completed.stdout
     assert sorted(path.name for path in (tmp_path / "compared").glob("[!.]*")) == ["comparison.json", "comparison.md"]
     rows = json.loads((tmp_path / "compared" / "comparison.json").read_text())["measured"]
     assert rows[0]["before"]["characters"] == sum(map(len, CHINESE))
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         (["base=nothing", "pieces=zh_pieces.txt"], "base=nothing: no such file or directory"),
         (
@@ -88,8 +88,8 @@ def test_two_tokenizers_are_compared_and_nothing_is_merged(verb, tmp_path: Path,
         (["base=BASE", "corpus=hf:no/such", "num_pieces=50"], "hf:no/such: cannot be read as a data set"),
     ],
 )
-def test_bad_input_is_named_and_leaves_nothing(
-    verb, tmp_path: Path, base_tokenizer: Path, arguments: list[str], words: str
+def test_bad_input_is_named_and_leaves_no_files(
+    verb, tmp_path: Path, base_tokenizer: Path, arguments: list[str], message: str
 ) -> None:
     (tmp_path / "empty").mkdir()
     write(tmp_path / "double.txt", ["河", "河"])
@@ -99,11 +99,11 @@ def test_bad_input_is_named_and_leaves_nothing(
     (tmp_path / "mine").mkdir()
     write(tmp_path / "mine" / "pieces.txt", ["河流"])
     (tmp_path / "mine" / "report.json").write_text("{}")
-    before = sorted(path.name for path in tmp_path.iterdir())
+    files_before = sorted(path.name for path in tmp_path.iterdir())
     arguments = [argument.replace("BASE", str(base_tokenizer)) for argument in arguments]
     out = [] if any(argument.startswith("out=") for argument in arguments) else ["out=out"]
-    done = verb("expand", *arguments, *out, check=False, env={"HF_HUB_OFFLINE": "1"})
-    assert done.returncode == 2, done.stderr
-    assert words in done.stderr
-    assert "Traceback" not in done.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    completed = verb("expand", *arguments, *out, check=False, env={"HF_HUB_OFFLINE": "1"})
+    assert completed.returncode == 2, completed.stderr
+    assert message in completed.stderr
+    assert "Traceback" not in completed.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == files_before

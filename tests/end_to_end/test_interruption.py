@@ -1,4 +1,4 @@
-"""A run that is asked to stop, or killed, goes on by the same command with the same losses."""
+"""A run that is stopped or killed resumes by the same command with the same losses."""
 
 import json
 import os
@@ -41,9 +41,9 @@ def arguments(verb, tmp_path: Path, base_tokenizer: Path) -> list[str]:
 
 def start(tmp_path: Path, *arguments: str) -> subprocess.Popen[bytes]:
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    words = ["deepspeed", "--num_gpus", "2", str(ROOT / "launch" / "train.py"), *arguments]
+    command = ["deepspeed", "--num_gpus", "2", str(ROOT / "launch" / "train.py"), *arguments]
     with (tmp_path / "out.log").open("ab") as log:
-        return subprocess.Popen(words, cwd=tmp_path, env=environment, stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log, start_new_session=True)
 
 
 def rows(tmp_path: Path, run: str) -> list[dict]:
@@ -56,15 +56,15 @@ def rows(tmp_path: Path, run: str) -> list[dict]:
 
 
 def wait_for_step(tmp_path: Path, run: str, step: int, process: subprocess.Popen[bytes]) -> None:
-    until = time.monotonic() + 120
+    deadline = time.monotonic() + 120
     while not any(row["step"] >= step for row in rows(tmp_path, run)):
         assert process.poll() is None, (tmp_path / "out.log").read_text()[-3000:]
-        assert time.monotonic() < until
+        assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Names of all files, and what the checkpoints hold."""
+    """Names of all files, and the checksums of checkpoints."""
     return {
         str(file.relative_to(folder)): file.read_text() if file.name == "checksums.json" else ""
         for file in sorted(folder.rglob("*"))
@@ -73,15 +73,20 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def start_ranks(tmp_path: Path, *arguments: str) -> list[subprocess.Popen[bytes]]:
-    """Two ranks without a launcher: nobody but themselves sees that one is gone."""
-    here = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "LOCAL_WORLD_SIZE": "2"}
-    words = [sys.executable, str(ROOT / "launch" / "train.py"), *arguments]
+    """Two ranks without a launcher: only the ranks themselves can detect a dead one."""
+    environment = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "LOCAL_WORLD_SIZE": "2",
+    }
+    command = [sys.executable, str(ROOT / "launch" / "train.py"), *arguments]
     with (tmp_path / "out.log").open("ab") as log:
         return [
             subprocess.Popen(
-                words,
+                command,
                 cwd=tmp_path,
-                env=os.environ | here | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                env=os.environ | environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
                 stdout=log,
                 stderr=log,
             )
@@ -90,96 +95,103 @@ def start_ranks(tmp_path: Path, *arguments: str) -> list[subprocess.Popen[bytes]
 
 
 @pytest.mark.chaos
-def test_a_run_killed_twenty_times_ends_as_if_undisturbed(arguments: list[str], tmp_path: Path) -> None:
-    """Killed at random moments, whole or one rank of it; with a save at every step many of them are in the middle of
-    one."""
+def test_a_run_killed_twenty_times_ends_as_an_uninterrupted_one(arguments: list[str], tmp_path: Path) -> None:
+    """All ranks or one of them are killed at random times, often during one of the checkpoints of every step."""
     arguments = [argument.replace("checkpoint.every=5", "checkpoint.every=1") for argument in arguments]
-    assert [each.wait(200) for each in start_ranks(tmp_path, "run=whole", *arguments)] == [0, 0]
-    chance = random.Random(7)
+    assert [process.wait(200) for process in start_ranks(tmp_path, "run=whole", *arguments)] == [0, 0]
+    rng = random.Random(7)
     for _ in range(20):
         ranks = start_ranks(tmp_path, "run=killed", *arguments)
-        done = len(rows(tmp_path, "killed"))
-        wait_for_step(tmp_path, "killed", min(done + chance.randint(1, 2), STEPS - 6), ranks[0])
-        time.sleep(chance.random() * 0.05)
-        for each in ranks if chance.random() < 0.5 else [chance.choice(ranks)]:
-            each.kill()
-        assert all(each.wait(60) != 0 for each in ranks)
+        num_steps = len(rows(tmp_path, "killed"))
+        wait_for_step(tmp_path, "killed", min(num_steps + rng.randint(1, 2), STEPS - 6), ranks[0])
+        time.sleep(rng.random() * 0.05)
+        for process in ranks if rng.random() < 0.5 else [rng.choice(ranks)]:
+            process.kill()
+        assert all(process.wait(60) != 0 for process in ranks)
         assert not list((tmp_path / "runs" / "killed" / "checkpoints").glob("step-*")) or not damaged(tmp_path)
-    assert [each.wait(200) for each in start_ranks(tmp_path, "run=killed", *arguments)] == [0, 0]
+    assert [process.wait(200) for process in start_ranks(tmp_path, "run=killed", *arguments)] == [0, 0]
     assert [row["step"] for row in rows(tmp_path, "killed")] == list(range(1, STEPS + 1))
     assert [row["loss"] for row in rows(tmp_path, "killed")] == [row["loss"] for row in rows(tmp_path, "whole")]
-    whole, killed = (contents(tmp_path / "runs" / name) for name in ("whole", "killed"))
-    assert killed.keys() == whole.keys()
-    last = "checkpoints/step-000060"
+    reference_contents, contents_after_kills = (contents(tmp_path / "runs" / name) for name in ("whole", "killed"))
+    assert contents_after_kills.keys() == reference_contents.keys()
+    last_checkpoint = "checkpoints/step-000060"
     for file in ("rank-00000.safetensors", "rank-00001.safetensors"):
-        found = [(tmp_path / "runs" / name / last / file).read_bytes() for name in ("whole", "killed")]
-        assert found[0] == found[1]
+        shards = [(tmp_path / "runs" / name / last_checkpoint / file).read_bytes() for name in ("whole", "killed")]
+        assert shards[0] == shards[1]
 
 
 def ranks_of(process: subprocess.Popen[bytes]) -> list[int]:
-    found = psutil.Process(process.pid).children(recursive=True)
-    return [each.pid for each in found if any("--local_rank" in word for word in each.cmdline())]
+    children = psutil.Process(process.pid).children(recursive=True)
+    return [child.pid for child in children if any("--local_rank" in argument for argument in child.cmdline())]
 
 
 def damaged(tmp_path: Path) -> list[str]:
-    """Checkpoints that bear their name and are not whole."""
+    """Corruption of checkpoints that have their final name."""
     folder = tmp_path / "runs" / "killed" / "checkpoints"
-    return [wrong for path in folder.glob("step-*") if (wrong := shard_files.find_corruption(path))]
+    return [corruption for path in folder.glob("step-*") if (corruption := shard_files.find_corruption(path))]
 
 
 @pytest.mark.chaos
-def test_preparing_killed_at_random_moments_ends_in_the_same_store(tmp_path: Path, base_tokenizer: Path) -> None:
+def test_prepare_killed_at_random_times_gives_the_same_store(tmp_path: Path, base_tokenizer: Path) -> None:
     for number in range(6):
         (tmp_path / f"part{number}.txt").write_text(
             "\n".join(f"{number} {line}" for line in ENGLISH * 200), encoding="utf-8"
         )
-    words = [
+    command = [
         sys.executable,
         str(ROOT / "launch" / "prepare.py"),
         "data=part*.txt",
         f"tokenizer={base_tokenizer}",
         "workers=2",
     ]
-    subprocess.run([*words, "out=whole"], cwd=tmp_path, check=True, capture_output=True)
-    chance = random.Random(3)
+    subprocess.run([*command, "out=whole"], cwd=tmp_path, check=True, capture_output=True)
+    rng = random.Random(3)
     for _ in range(5):
         process = subprocess.Popen(
-            [*words, "out=killed"],
+            [*command, "out=killed"],
             cwd=tmp_path,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        time.sleep(1.5 + 3 * chance.random())
+        time.sleep(1.5 + 3 * rng.random())
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    subprocess.run([*words, "out=killed"], cwd=tmp_path, check=True, capture_output=True)
-    whole, killed = (
-        {str(f.relative_to(tmp_path / name)): f.read_bytes() for f in (tmp_path / name).rglob("*") if f.is_file()}
+    subprocess.run([*command, "out=killed"], cwd=tmp_path, check=True, capture_output=True)
+    reference_files, files_after_kills = (
+        {
+            str(file.relative_to(tmp_path / name)): file.read_bytes()
+            for file in (tmp_path / name).rglob("*")
+            if file.is_file()
+        }
         for name in ("whole", "killed")
     )
-    assert killed.keys() == whole.keys()
-    assert all(killed[name] == whole[name] for name in whole if name.startswith(("parts", "index")))
+    assert files_after_kills.keys() == reference_files.keys()
+    assert all(
+        files_after_kills[name] == reference_files[name]
+        for name in reference_files
+        if name.startswith(("parts", "index"))
+    )
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_leaves_with_its_own_code(verb, arguments: list[str], tmp_path: Path) -> None:
-    words = [sys.executable, str(ROOT / "launch" / "train.py"), "run=asked", *arguments]
+def test_sigterm_saves_a_checkpoint_and_exits_with_code_75(verb, arguments: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "launch" / "train.py"), "run=asked", *arguments]
     with (tmp_path / "out.log").open("wb") as log:
-        process = subprocess.Popen(words, cwd=tmp_path, stdout=log, stderr=log)
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log)
     wait_for_step(tmp_path, "asked", 8, process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 75
     output = (tmp_path / "out.log").read_text()
     assert "Traceback" not in output
-    found = re.search(r"stopped at step (\d+) \(SIGTERM\), checkpoint saved", output)
-    assert found
-    assert len(rows(tmp_path, "asked")) == int(found.group(1)) < STEPS
-    done = verb("train", "run=asked", *arguments)
-    assert f"resumed at step {found.group(1)}" in done.stderr
+    match = re.search(r"stopped at step (\d+) \(SIGTERM\), checkpoint saved", output)
+    assert match
+    assert len(rows(tmp_path, "asked")) == int(match.group(1)) < STEPS
+    resumed = verb("train", "run=asked", *arguments)
+    assert f"resumed at step {match.group(1)}" in resumed.stderr
     assert len(rows(tmp_path, "asked")) == STEPS
-    again = verb("train", "run=asked", *arguments)
-    assert "nothing left to do" in again.stderr
+    finished_run = verb("train", "run=asked", *arguments)
+    assert "nothing left to do" in finished_run.stderr
     assert len(rows(tmp_path, "asked")) == STEPS
 
 
@@ -188,63 +200,67 @@ def status_of(tmp_path: Path, run: str) -> dict:
 
 
 def wait_for_state(tmp_path: Path, run: str, state: str) -> dict:
-    until = time.monotonic() + 60
-    while (found := status_of(tmp_path, run))["state"] != state:
-        assert time.monotonic() < until, (found, (tmp_path / "out.log").read_text()[-3000:])
+    deadline = time.monotonic() + 60
+    while (status := status_of(tmp_path, run))["state"] != state:
+        assert time.monotonic() < deadline, (status, (tmp_path / "out.log").read_text()[-3000:])
         time.sleep(0.1)
-    return found
+    return status
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("who", ["deepspeed", "deepspeed.launcher.launch"])
-def test_ranks_whose_launcher_is_gone_save_and_leave(arguments: list[str], tmp_path: Path, who: str) -> None:
-    """DeepSpeed's runner passes no signal on."""
-    endless = [argument.replace(f"optim.steps={STEPS}", "optim.steps=100000") for argument in arguments]
-    process = start(tmp_path, "run=left", *endless)
+@pytest.mark.parametrize("target", ["deepspeed", "deepspeed.launcher.launch"])
+def test_ranks_whose_launcher_died_save_and_exit(arguments: list[str], tmp_path: Path, target: str) -> None:
+    """DeepSpeed's runner does not forward signals."""
+    endless_arguments = [argument.replace(f"optim.steps={STEPS}", "optim.steps=100000") for argument in arguments]
+    process = start(tmp_path, "run=left", *endless_arguments)
     wait_for_step(tmp_path, "left", 6, process)
     ranks, runner = ranks_of(process), psutil.Process(process.pid)
-    launcher = next(each for each in runner.children() if "deepspeed.launcher.launch" in each.cmdline())
-    (runner if who == "deepspeed" else launcher).send_signal(signal.SIGTERM if who == "deepspeed" else signal.SIGKILL)
-    found = wait_for_state(tmp_path, "left", "stopped")
+    launcher = next(child for child in runner.children() if "deepspeed.launcher.launch" in child.cmdline())
+    (runner if target == "deepspeed" else launcher).send_signal(
+        signal.SIGTERM if target == "deepspeed" else signal.SIGKILL
+    )
+    status = wait_for_state(tmp_path, "left", "stopped")
     process.wait(60)
-    assert found["exit_code"] == 75
-    assert f"the launcher (process {(runner if who == 'deepspeed' else launcher).pid}) is gone" in found["message"]
+    assert status["exit_code"] == 75
+    assert f"the launcher (process {(runner if target == 'deepspeed' else launcher).pid}) is gone" in status["message"]
     _, alive = psutil.wait_procs([psutil.Process(pid) for pid in ranks if psutil.pid_exists(pid)], timeout=60)
     assert not alive
-    assert len(rows(tmp_path, "left")) == found["step"] >= 6
+    assert len(rows(tmp_path, "left")) == status["step"] >= 6
     folders = [path.name for path in (tmp_path / "runs" / "left" / "checkpoints").glob("step-*")]
-    assert f"step-{found['step']:06d}" in folders
+    assert f"step-{status['step']:06d}" in folders
 
 
 @pytest.mark.slow
-def test_a_dead_rank_ends_the_others_by_name(arguments: list[str], tmp_path: Path) -> None:
-    endless = [argument.replace(f"optim.steps={STEPS}", "optim.steps=100000") for argument in arguments]
-    process = start(tmp_path, "run=lost", *endless)
+def test_a_dead_rank_ends_the_others_and_is_named(arguments: list[str], tmp_path: Path) -> None:
+    endless_arguments = [argument.replace(f"optim.steps={STEPS}", "optim.steps=100000") for argument in arguments]
+    process = start(tmp_path, "run=lost", *endless_arguments)
     wait_for_step(tmp_path, "lost", 6, process)
-    victim = next(pid for pid in ranks_of(process) if "--local_rank=1" in psutil.Process(pid).cmdline())
-    os.kill(victim, signal.SIGKILL)
+    killed_pid = next(pid for pid in ranks_of(process) if "--local_rank=1" in psutil.Process(pid).cmdline())
+    os.kill(killed_pid, signal.SIGKILL)
     assert process.wait(60) != 0
-    said = f"rank 1 on {socket.gethostname()} died (process {victim}, "
-    assert said in status_of(tmp_path, "lost")["message"]
+    message = f"rank 1 on {socket.gethostname()} died (process {killed_pid}, "
+    assert message in status_of(tmp_path, "lost")["message"]
     assert status_of(tmp_path, "lost")["state"] == "failed"
     output = (tmp_path / "out.log").read_text()
-    assert f"error: {said}" in output
+    assert f"error: {message}" in output
     assert "its log: runs/lost/logs/rank_1.log" in output
 
 
 @pytest.mark.slow
-def test_files_in_its_folder_ask_a_run_to_save_and_to_stop(arguments: list[str], tmp_path: Path) -> None:
-    endless = [argument.replace(f"optim.steps={STEPS}", "optim.steps=100000") for argument in arguments]
+def test_save_and_stop_files_in_the_run_folder_save_and_stop_a_run(arguments: list[str], tmp_path: Path) -> None:
+    endless_arguments = [argument.replace(f"optim.steps={STEPS}", "optim.steps=100000") for argument in arguments]
     process = start(
-        tmp_path, "run=asked", *[each.replace("checkpoint.every=5", "checkpoint.every=99999") for each in endless]
+        tmp_path,
+        "run=asked",
+        *[override.replace("checkpoint.every=5", "checkpoint.every=99999") for override in endless_arguments],
     )
     wait_for_step(tmp_path, "asked", 3, process)
     folder = tmp_path / "runs" / "asked"
     assert not list((folder / "checkpoints").glob("step-*"))
     (folder / "SAVE").touch()
-    until = time.monotonic() + 60
+    deadline = time.monotonic() + 60
     while not list((folder / "checkpoints").glob("step-*")):
-        assert time.monotonic() < until
+        assert time.monotonic() < deadline
         time.sleep(0.05)
     assert not (folder / "SAVE").exists()
     assert process.poll() is None
@@ -255,39 +271,39 @@ def test_files_in_its_folder_ask_a_run_to_save_and_to_stop(arguments: list[str],
 
 
 @pytest.mark.slow
-def test_a_spike_goes_back_and_passes_over_its_data(arguments: list[str], tmp_path: Path) -> None:
-    """Nothing is learnt, so the loss goes up and down with the documents."""
-    still = [argument.replace("optim.lr=1e-3", "optim.lr=1e-9") for argument in arguments]
-    words = [
+def test_a_loss_spike_rolls_back_and_skips_its_data(arguments: list[str], tmp_path: Path) -> None:
+    """The weights hardly change, so the loss varies with the documents alone."""
+    constant_arguments = [argument.replace("optim.lr=1e-3", "optim.lr=1e-9") for argument in arguments]
+    command = [
         sys.executable,
         str(ROOT / "launch" / "train.py"),
         "run=spiky",
-        *still,
+        *constant_arguments,
         "recovery.rollback_above=1.00005",
         "recovery.max_rollbacks=1",
     ]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 2, done.stderr[-3000:]
-    found = re.search(
+    completed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    assert completed.returncode == 2, completed.stderr[-3000:]
+    match = re.search(
         r"step (\d+): loss [\d.]+ is a spike \(recovery.rollback_above\); rolled back to step (\d+), "
         r"the data of (\d+) steps",
-        done.stderr,
+        completed.stderr,
     )
-    assert found
-    spike, back, passed = map(int, found.groups())
-    assert spike - back == passed
-    assert "recovery.max_rollbacks=1: the loss spikes again after 1 rollbacks" in done.stderr
+    assert match
+    spike_step, rollback_step, skipped_steps = map(int, match.groups())
+    assert spike_step - rollback_step == skipped_steps
+    assert "recovery.max_rollbacks=1: the loss spikes again after 1 rollbacks" in completed.stderr
     steps = [row["step"] for row in rows(tmp_path, "spiky")]
     assert steps == list(range(1, len(steps) + 1))
 
 
 @pytest.mark.slow
-def test_wandb_offline_keeps_one_run_of_rank_zero(verb, arguments: list[str], tmp_path: Path) -> None:
-    short = [argument.replace(f"optim.steps={STEPS}", "optim.steps=3") for argument in arguments]
+def test_wandb_offline_records_one_run_of_rank_zero(verb, arguments: list[str], tmp_path: Path) -> None:
+    short_arguments = [argument.replace(f"optim.steps={STEPS}", "optim.steps=3") for argument in arguments]
     verb(
         "train",
         "run=tracked",
-        *short,
+        *short_arguments,
         "tracking=wandb",
         "tracking.mode=offline",
         start=("deepspeed", "--num_gpus", "2"),
@@ -307,13 +323,15 @@ def test_wandb_offline_keeps_one_run_of_rank_zero(verb, arguments: list[str], tm
     }
     assert all(keys <= set(row) for row in rows)
     assert all("mfu" not in row for row in rows)
-    out = verb("export", "run=tracked", "artifact=true").stdout
-    assert "is the artifact tracked of its W&B run" in out
-    again = set((tmp_path / "runs" / "tracked").glob("wandb/offline-run-*/*.wandb")) - set(files)
-    sent = [
-        record.artifact for record in records(finished(again.pop())) if record.WhichOneof("record_type") == "artifact"
+    stdout = verb("export", "run=tracked", "artifact=true").stdout
+    assert "is the artifact tracked of its W&B run" in stdout
+    export_files = set((tmp_path / "runs" / "tracked").glob("wandb/offline-run-*/*.wandb")) - set(files)
+    artifacts = [
+        record.artifact
+        for record in records(finished(export_files.pop()))
+        if record.WhichOneof("record_type") == "artifact"
     ]
-    assert sent[0].run_id == files[0].stem.removeprefix("run-")
-    assert "model.safetensors" in [content.path for content in sent[0].manifest.contents]
-    refused = verb("export", "run=asked_nothing", "artifact=true", check=False)
-    assert refused.returncode == 2
+    assert artifacts[0].run_id == files[0].stem.removeprefix("run-")
+    assert "model.safetensors" in [content.path for content in artifacts[0].manifest.contents]
+    completed = verb("export", "run=asked_nothing", "artifact=true", check=False)
+    assert completed.returncode == 2

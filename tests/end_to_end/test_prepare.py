@@ -1,4 +1,4 @@
-"""The prepare verb: what is kept between runs, what is made again, and what a person sees."""
+"""The prepare verb: reuse of parts between runs, interruption, bad rows, and its output."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def texts(store: TokenStore, encoder) -> list[str]:
     ]
 
 
-TALKS = [
+DIALOGUES = [
     {"messages": [{"role": "user", "content": f"问题{n}？"}, {"role": "assistant", "content": "回答。"}]}
     for n in range(5)
 ]
@@ -41,47 +41,49 @@ def test_a_store_holds_every_document_in_order_with_its_domain_and_language(
 ) -> None:
     write(tmp_path / "en.txt", ENGLISH)
     write(tmp_path / "zh.jsonl", [{"text": text} for text in CHINESE] + [{"text": CHINESE[0]}])
-    write(tmp_path / "talk.jsonl", TALKS)
+    write(tmp_path / "talk.jsonl", DIALOGUES)
     sources = (
         "data.sources=[{path: en.txt, domain: en, language: en}, {path: zh.jsonl, domain: zh, language: zh, weight: "
         "3.0, max_documents: 10}, {path: talk.jsonl, domain: chat, language: zh}]"
     )
-    done = verb("prepare", sources, f"tokenizer={base_tokenizer}", "out=s", "clean.duplicates=exact", "workers=2")
+    completed = verb("prepare", sources, f"tokenizer={base_tokenizer}", "out=s", "clean.duplicates=exact", "workers=2")
     store = TokenStore(tmp_path / "s")
-    found = texts(store, encoder)
-    assert found[: len(ENGLISH)] == ENGLISH
+    decoded_texts = texts(store, encoder)
+    assert decoded_texts[: len(ENGLISH)] == ENGLISH
     assert [store.domains[number] for number in store.domain_ids] == ["en"] * len(ENGLISH) + ["zh"] * 10 + ["chat"] * 5
-    assert set(found[len(ENGLISH) : len(ENGLISH) + 10]) < set(CHINESE)
+    assert set(decoded_texts[len(ENGLISH) : len(ENGLISH) + 10]) < set(CHINESE)
     assert store.languages[store.language_ids[-1]] == "zh"
     counts = store.manifest["per_domain"]["zh"]
     assert (counts["read"], counts["documents"]) == (len(CHINESE) + 1, 10)
     assert counts["reasons"] == {"duplicate": 1, "beyond max_documents": len(CHINESE) - 10}
     assert store.manifest["weights"] == {"zh": 3.0}
     assert store.manifest["per_domain"]["chat"]["formats"] == {"messages": 5}
-    assert "zh: dropped 1: duplicate" in done.stdout
+    assert "zh: dropped 1: duplicate" in completed.stdout
 
 
-def test_only_what_a_change_touches_is_made_again(verb, tmp_path: Path, base_tokenizer: Path) -> None:
+def test_only_parts_affected_by_a_change_are_made_again(verb, tmp_path: Path, base_tokenizer: Path) -> None:
     write(tmp_path / "en.txt", ENGLISH)
-    write(tmp_path / "talk.jsonl", TALKS)
+    write(tmp_path / "talk.jsonl", DIALOGUES)
     sources = "data.sources=[{path: en.txt}, {path: talk.jsonl}]"
-    same = ["prepare", sources, f"tokenizer={base_tokenizer}", "out=s", "workers=1"]
-    verb(*same)
-    before = {file.name: file.stat().st_ino for file in (tmp_path / "s" / "parts").glob("*.ids")}
-    assert "nothing to do" in verb(*same).stdout
-    assert "1 of 2 parts are reused" in verb(*same, "template=vicuna").stdout
-    write(tmp_path / "talk.jsonl", TALKS[:3])
-    assert "1 of 2 parts are reused" in verb(*same).stdout
-    after = {file.name: file.stat().st_ino for file in (tmp_path / "s" / "parts").glob("*.ids")}
-    assert len(after) == 2
-    assert len(before.items() & after.items()) == 1
+    command = ["prepare", sources, f"tokenizer={base_tokenizer}", "out=s", "workers=1"]
+    verb(*command)
+    inodes_before = {file.name: file.stat().st_ino for file in (tmp_path / "s" / "parts").glob("*.ids")}
+    assert "nothing to do" in verb(*command).stdout
+    assert "1 of 2 parts are reused" in verb(*command, "template=vicuna").stdout
+    write(tmp_path / "talk.jsonl", DIALOGUES[:3])
+    assert "1 of 2 parts are reused" in verb(*command).stdout
+    inodes_after = {file.name: file.stat().st_ino for file in (tmp_path / "s" / "parts").glob("*.ids")}
+    assert len(inodes_after) == 2
+    assert len(inodes_before.items() & inodes_after.items()) == 1
     assert TokenStore(tmp_path / "s").manifest["totals"]["dialogues"] == 3
-    assert "are reused" not in verb(*same, "clean.simplify=true").stdout
+    assert "are reused" not in verb(*command, "clean.simplify=true").stdout
 
 
 @pytest.mark.chaos
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_prepare_goes_on_where_it_was(tmp_path: Path, base_tokenizer: Path, number: int) -> None:
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_prepare_resumes_and_reuses_its_parts(
+    tmp_path: Path, base_tokenizer: Path, signal_number: int
+) -> None:
     lines = "\n".join(ENGLISH) + "\n"
     (tmp_path / "en.txt").write_text(lines * (5 * parts.PART_BYTES // len(lines)), encoding="utf-8")
     command = [
@@ -92,31 +94,29 @@ def test_a_killed_prepare_goes_on_where_it_was(tmp_path: Path, base_tokenizer: P
         "out=s",
         "workers=1",
     ]
-    # Whoever runs the tests in the background ignores SIGINT, and what they start would too.
-    heeded = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    running = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, preexec_fn=heeded)
-    place = tmp_path / ".s.partial" / "parts"
+    # A background process ignores SIGINT, and its children inherit that.
+    reset_sigint = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, preexec_fn=reset_sigint)
+    parts_folder = tmp_path / ".s.partial" / "parts"
     for _ in range(1200):
-        if place.exists() and list(place.glob("*.json")):
+        if parts_folder.exists() and list(parts_folder.glob("*.json")):
             break
         time.sleep(0.05)
-    os.killpg(running.pid, number)
-    running.wait()
+    os.killpg(process.pid, signal_number)
+    process.wait()
     assert not (tmp_path / "s").exists()
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert "parts are reused" in done.stdout
+    completed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "parts are reused" in completed.stdout
     assert len(TokenStore(tmp_path / "s")) == len(ENGLISH) * (5 * parts.PART_BYTES // len(lines))
     assert not (tmp_path / ".s.partial").exists()
 
 
-def test_too_many_unreadable_rows_stop_it_and_nothing_looks_finished(
-    verb, tmp_path: Path, base_tokenizer: Path
-) -> None:
+def test_too_many_unreadable_rows_are_an_error_and_leave_no_store(verb, tmp_path: Path, base_tokenizer: Path) -> None:
     write(tmp_path / "a.jsonl", [{"text": "fine"}] * 20 + ["{broken"] * 2)
-    done = verb("prepare", "data=a.jsonl", f"tokenizer={base_tokenizer}", "out=s", check=False)
-    assert done.returncode == 2
-    assert "max_rejected=0.01: 2 of 22 rows cannot be used (not JSON (2))" in done.stderr
-    assert '"line": 21' in done.stderr
+    completed = verb("prepare", "data=a.jsonl", f"tokenizer={base_tokenizer}", "out=s", check=False)
+    assert completed.returncode == 2
+    assert "max_rejected=0.01: 2 of 22 rows cannot be used (not JSON (2))" in completed.stderr
+    assert '"line": 21' in completed.stderr
     assert not (tmp_path / "s").exists()
     assert (
         "1 of 1 parts are reused"
@@ -124,28 +124,26 @@ def test_too_many_unreadable_rows_stop_it_and_nothing_looks_finished(
     )
 
 
-def test_samples_are_shown_with_what_is_learnt_and_nothing_is_written(
+def test_inspect_prints_samples_with_their_learned_spans_and_writes_no_files(
     verb, tmp_path: Path, base_tokenizer: Path
 ) -> None:
-    write(tmp_path / "talk.jsonl", TALKS)
-    shown = verb("prepare", "data=talk.jsonl", f"tokenizer={base_tokenizer}", "inspect=2").stdout
-    assert shown.count("⟦回答。</s>⟧") == 2
-    assert "<s>问题0？</s>" in shown
+    write(tmp_path / "talk.jsonl", DIALOGUES)
+    stdout = verb("prepare", "data=talk.jsonl", f"tokenizer={base_tokenizer}", "inspect=2").stdout
+    assert stdout.count("⟦回答。</s>⟧") == 2
+    assert "<s>问题0？</s>" in stdout
     assert [path.name for path in tmp_path.iterdir()] == ["talk.jsonl"]
 
 
-def test_the_table_of_a_store_is_shown_alone(verb, tmp_path: Path, base_tokenizer: Path) -> None:
+def test_stats_only_prints_the_table_of_a_store(verb, tmp_path: Path, base_tokenizer: Path) -> None:
     write(tmp_path / "en.txt", ENGLISH)
     verb("prepare", "data=en.txt", f"tokenizer={base_tokenizer}", "out=s")
-    shown = verb("prepare", "out=s", "stats=only").stdout
-    assert f"{len(ENGLISH):,}" in shown
-    assert "length in tokens" in shown
+    stdout = verb("prepare", "out=s", "stats=only").stdout
+    assert f"{len(ENGLISH):,}" in stdout
+    assert "length in tokens" in stdout
     assert (tmp_path / "s" / "stats.png").stat().st_size > 5_000
 
 
-def test_whatever_stands_in_files_ends_in_the_store_or_among_the_rejected(
-    verb, tmp_path: Path, base_tokenizer: Path
-) -> None:
+def test_malformed_files_are_stored_or_rejected_without_a_traceback(verb, tmp_path: Path, base_tokenizer: Path) -> None:
     (tmp_path / "nasty").mkdir()
     files = {
         "nul.txt": b"a\x00b\nplain\n",
@@ -162,8 +160,8 @@ def test_whatever_stands_in_files_ends_in_the_store_or_among_the_rejected(
     }
     for name, content in files.items():
         (tmp_path / "nasty" / name).write_bytes(content)
-    done = verb("prepare", "data=nasty", f"tokenizer={base_tokenizer}", "out=s", "max_rejected=1", "workers=2")
-    assert "Traceback" not in done.stderr
+    completed = verb("prepare", "data=nasty", f"tokenizer={base_tokenizer}", "out=s", "max_rejected=1", "workers=2")
+    assert "Traceback" not in completed.stderr
     manifest = TokenStore(tmp_path / "s").manifest
     # 2 + 3 + 1 + 1 + 1 documents.
     assert manifest["totals"]["documents"] == 8
@@ -181,35 +179,39 @@ def test_whatever_stands_in_files_ends_in_the_store_or_among_the_rejected(
     assert sum(row["file"].endswith("broken.jsonl") for row in rejected) == 5
 
 
-def test_neither_sources_nor_store_are_taken_for_the_other(verb, tmp_path: Path, base_tokenizer: Path) -> None:
+def test_sources_inside_the_store_and_a_store_inside_the_sources_are_refused(
+    verb, tmp_path: Path, base_tokenizer: Path
+) -> None:
     (tmp_path / "texts").mkdir()
     write(tmp_path / "texts" / "en.txt", ENGLISH)
-    same = ["prepare", f"tokenizer={base_tokenizer}"]
-    done = verb(*same, "data=texts", "out=texts/store", check=False)
-    assert "is inside data.sources.0.path=texts" in done.stderr
-    verb(*same, "data=texts", "out=s")
+    command = ["prepare", f"tokenizer={base_tokenizer}"]
+    completed = verb(*command, "data=texts", "out=texts/store", check=False)
+    assert "is inside data.sources.0.path=texts" in completed.stderr
+    verb(*command, "data=texts", "out=s")
     write(tmp_path / "s" / "more.txt", ENGLISH)
-    done = verb(*same, "data=s/more.txt", "out=s", check=False)
-    assert "data.sources.0.path=s/more.txt is in this folder and would be replaced" in done.stderr
+    completed = verb(*command, "data=s/more.txt", "out=s", check=False)
+    assert "data.sources.0.path=s/more.txt is in this folder and would be replaced" in completed.stderr
     assert (tmp_path / "s" / "more.txt").exists()
 
 
 def test_dialogues_that_do_not_fit_the_template_are_rejected_with_their_line(
     verb, tmp_path: Path, base_tokenizer: Path
 ) -> None:
-    bad = {"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]}
-    write(tmp_path / "talk.jsonl", [*TALKS, bad])
-    done = verb("prepare", "data=talk.jsonl", f"tokenizer={base_tokenizer}", "out=s", check=False)
-    assert "1 of 6 rows cannot be used (roles must be" in done.stderr
-    assert '"line": 6' in done.stderr
-    done = verb("prepare", "data=talk.jsonl", f"tokenizer={base_tokenizer}", "out=s", "template=chatml", check=False)
-    assert "the tokenizer has no special token <|im_start|>" in done.stderr
+    invalid_dialogue = {"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]}
+    write(tmp_path / "talk.jsonl", [*DIALOGUES, invalid_dialogue])
+    completed = verb("prepare", "data=talk.jsonl", f"tokenizer={base_tokenizer}", "out=s", check=False)
+    assert "1 of 6 rows cannot be used (roles must be" in completed.stderr
+    assert '"line": 6' in completed.stderr
+    completed = verb(
+        "prepare", "data=talk.jsonl", f"tokenizer={base_tokenizer}", "out=s", "template=chatml", check=False
+    )
+    assert "the tokenizer has no special token <|im_start|>" in completed.stderr
 
 
-def test_a_changed_weight_is_a_changed_store_and_reuses_its_parts(verb, tmp_path: Path, base_tokenizer: Path) -> None:
+def test_a_changed_weight_changes_the_store_and_reuses_its_parts(verb, tmp_path: Path, base_tokenizer: Path) -> None:
     write(tmp_path / "en.txt", ENGLISH)
-    same = ["prepare", f"tokenizer={base_tokenizer}", "out=s"]
-    verb(*same, "data.sources=[{path: en.txt, domain: en, weight: 1.0}]")
-    done = verb(*same, "data.sources=[{path: en.txt, domain: en, weight: 2.0}]")
-    assert "1 of 1 parts are reused" in done.stdout
+    command = ["prepare", f"tokenizer={base_tokenizer}", "out=s"]
+    verb(*command, "data.sources=[{path: en.txt, domain: en, weight: 1.0}]")
+    completed = verb(*command, "data.sources=[{path: en.txt, domain: en, weight: 2.0}]")
+    assert "1 of 1 parts are reused" in completed.stdout
     assert TokenStore(tmp_path / "s").manifest["weights"] == {"en": 2.0}

@@ -1,4 +1,4 @@
-"""Results are appended with all that they depend on, and a limited one is not taken for a whole one."""
+"""Results are appended with their options and versions, and a limited one does not count as complete."""
 
 from pathlib import Path
 
@@ -14,11 +14,11 @@ def result(task: str, figure: float, *, complete: bool = True, **options) -> Eva
     )
 
 
-def test_a_second_evaluation_loses_nothing_of_the_first(tmp_path: Path) -> None:
+def test_a_second_evaluation_keeps_the_results_of_the_first(tmp_path: Path) -> None:
     append_result(tmp_path, result("bits_per_byte", 1.5))
     append_result(tmp_path, result("cmmlu", 0.5, num_shots=5))
     append_result(tmp_path, result("cmmlu", 0.6, num_shots=0))
-    assert [(each.task, each.figures["accuracy"]) for each in read_results(tmp_path)] == [
+    assert [(entry.task, entry.figures["accuracy"]) for entry in read_results(tmp_path)] == [
         ("bits_per_byte", 1.5),
         ("cmmlu", 0.5),
         ("cmmlu", 0.6),
@@ -27,7 +27,7 @@ def test_a_second_evaluation_loses_nothing_of_the_first(tmp_path: Path) -> None:
     assert {"fireflyds", "torch", "transformers"} <= read_results(tmp_path)[0].versions.keys()
 
 
-def test_a_limited_result_is_not_taken_for_a_whole_one(tmp_path: Path) -> None:
+def test_a_limited_result_does_not_count_as_complete(tmp_path: Path) -> None:
     append_result(tmp_path, result("cmmlu", 0.9, complete=False, limit=10))
     with pytest.raises(UserError, match="no complete result of cmmlu"):
         latest_figures(tmp_path, "cmmlu")
@@ -37,7 +37,7 @@ def test_a_limited_result_is_not_taken_for_a_whole_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["{half", "[]", '{"scores": {}}', '{"results": [{"task": "x"}]}'])
-def test_a_file_of_another_kind_is_refused_and_stays(tmp_path: Path, text: str) -> None:
+def test_an_invalid_scores_file_is_refused_and_unchanged(tmp_path: Path, text: str) -> None:
     (tmp_path / "scores.json").write_text(text)
     with pytest.raises(UserError, match=r"scores\.json"):
         append_result(tmp_path, result("cmmlu", 0.4))

@@ -46,13 +46,13 @@ def run_task(name: str, config) -> dict[str, float]:
 def _log_likelihood(model: Path, prompt: list[int], continuation: list[int]) -> float:
     ids = torch.tensor([prompt + continuation])
     logits = AutoModelForCausalLM.from_pretrained(model)(ids).logits[0].log_softmax(-1)
-    return sum(float(logits[len(prompt) - 1 + at, token]) for at, token in enumerate(continuation))
+    return sum(float(logits[len(prompt) - 1 + index, token]) for index, token in enumerate(continuation))
 
 
-def test_a_model_in_bf16_is_scored_in_float32_where_bf16_is_emulated(model: Path, tmp_path: Path) -> None:
-    half = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+def test_a_bf16_model_is_scored_in_float32_if_bf16_is_emulated(model: Path, tmp_path: Path) -> None:
+    bf16_model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
     shutil.copytree(model, tmp_path / "half")
-    half.save_pretrained(tmp_path / "half")
+    bf16_model.save_pretrained(tmp_path / "half")
     with without_half_precision():
         assert load_evaluated_model(_config(tmp_path / "half")).model.dtype is torch.float32
 
@@ -68,11 +68,11 @@ def test_bits_per_byte_is_minus_log2_p_over_utf8_bytes(model: Path, tmp_path: Pa
             window = ids[start : start + 64]
             nats -= _log_likelihood(model, window[:1], window[1:])
     config = _config(model, f"bits_per_byte.texts.all={tmp_path / 't.jsonl'}", "max_tokens=100")
-    found = run_task("bits_per_byte", config)["all"]
-    assert found == pytest.approx(nats / math.log(2) / sum(len(text.encode()) for text in texts), rel=1e-4)
+    bits_per_byte = run_task("bits_per_byte", config)["all"]
+    assert bits_per_byte == pytest.approx(nats / math.log(2) / sum(len(text.encode()) for text in texts), rel=1e-4)
 
 
-def test_multiple_choice_takes_the_likeliest_text(model: Path, tmp_path: Path) -> None:
+def test_multiple_choice_selects_the_most_likely_text(model: Path, tmp_path: Path) -> None:
     encoder = load_encoder(model)
     rows, expected = [], 0
     for number in range(12):
@@ -84,11 +84,11 @@ def test_multiple_choice_takes_the_likeliest_text(model: Path, tmp_path: Path) -
         rows.append({"question": ENGLISH[number], "choices": choices, "answer": answer})
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = _config(model, f"multiple_choice.questions={tmp_path / 'q.jsonl'}")
-    found = run_task("multiple_choice", config)
-    assert found == {"accuracy": expected / 12, "chance": pytest.approx(1 / 3), "questions": 12}
+    figures = run_task("multiple_choice", config)
+    assert figures == {"accuracy": expected / 12, "chance": pytest.approx(1 / 3), "questions": 12}
 
 
-def test_broken_questions_are_named_by_line(model: Path, tmp_path: Path) -> None:
+def test_invalid_questions_are_named_by_line(model: Path, tmp_path: Path) -> None:
     file = tmp_path / "q.jsonl"
     file.write_text(
         '{"question": "a", "choices": ["b", "c"], "answer": 0}\n{"question": "a", "choices": ["b", "c"], "answer": 2}\n'
@@ -98,22 +98,22 @@ def test_broken_questions_are_named_by_line(model: Path, tmp_path: Path) -> None
         run_task("multiple_choice", config)
 
 
-def test_cmmlu_counts_right_letters(model: Path, tmp_path: Path) -> None:
-    for part in ("dev", "test"):
-        (tmp_path / part).mkdir()
+def test_cmmlu_counts_correct_letters(model: Path, tmp_path: Path) -> None:
+    for split in ("dev", "test"):
+        (tmp_path / split).mkdir()
         lines = ["Question,A,B,C,D,Answer"] + [
             f"问{number},甲,乙,丙,丁,{letter}" for number, letter in enumerate("ABCD")
         ]
-        (tmp_path / part / "anatomy.csv").write_text("\n".join(lines), encoding="utf-8")
+        (tmp_path / split / "anatomy.csv").write_text("\n".join(lines), encoding="utf-8")
     config = _config(model, f"cmmlu.data={tmp_path}", "cmmlu.num_shots=2")
-    found = run_task("cmmlu", config)
-    assert found["questions"] == 4
-    assert found["anatomy"] == found["accuracy"] == found["accuracy_mean_of_subjects"]
+    figures = run_task("cmmlu", config)
+    assert figures["questions"] == 4
+    assert figures["anatomy"] == figures["accuracy"] == figures["accuracy_mean_of_subjects"]
     (tmp_path / "dev" / "law.csv").write_text("Question,A,B,C,D,Answer\n问,甲,乙,丙,丁,B", encoding="utf-8")
     (tmp_path / "test" / "law.csv").write_text("Question,A,B,C,D,Answer\n问,甲,乙,丙,丁,A", encoding="utf-8")
-    found = run_task("cmmlu", config)
-    assert found["accuracy"] == pytest.approx((4 * found["anatomy"] + found["law"]) / 5)
-    assert found["accuracy_mean_of_subjects"] == pytest.approx((found["anatomy"] + found["law"]) / 2)
+    figures = run_task("cmmlu", config)
+    assert figures["accuracy"] == pytest.approx((4 * figures["anatomy"] + figures["law"]) / 5)
+    assert figures["accuracy_mean_of_subjects"] == pytest.approx((figures["anatomy"] + figures["law"]) / 2)
     config = _config(model, f"cmmlu.data={tmp_path}", "cmmlu.subjects=[physics]")
     with pytest.raises(UserError, match=r"no 'physics' in .*Known: anatomy, law"):
         run_task("cmmlu", config)

@@ -1,4 +1,4 @@
-"""A conversation in the terminal, with models of every way to keep positions."""
+"""A chat session with models that have, or do not have, a limit of positions."""
 
 import shutil
 from pathlib import Path

@@ -1,15 +1,15 @@
-"""Where there is a GPU the kernels run compiled; elsewhere Triton's interpreter runs the same tests on the CPU."""
+"""With a GPU the kernels run compiled; without one Triton's interpreter runs the same tests on the CPU."""
 
 import os
 
 import pytest
 import torch
 
-# Deterministic mode, which poisons fresh memory, asks this of cuBLAS.
+# cuBLAS requires this in deterministic mode, which fills uninitialised memory.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 if not torch.cuda.is_available():
-    # As in the fixtures above, which are left out where only torch, triton and pytest are installed.
+    # As in tests/conftest.py, which is not loaded where only torch, triton and pytest are installed.
     os.environ["TRITON_INTERPRET"] = "1"
 
 
@@ -20,7 +20,7 @@ def device() -> torch.device:
 
 @pytest.fixture
 def poisoned():
-    """Memory that nobody has written yet holds NaN."""
+    """Uninitialised memory is filled with NaN."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)

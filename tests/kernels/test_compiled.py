@@ -1,5 +1,5 @@
-"""Triton's kernels compile for every generation without a GPU: tensor cores used, shared memory kept, nothing
-spilled."""
+"""Triton's kernels compile for every GPU generation without a GPU: tensor cores used, shared memory within limits, no
+spills."""
 
 import json
 import os
@@ -9,23 +9,23 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parents[1]
+TESTS = Path(__file__).parents[1]
 # Bytes of shared memory that a block may take.
-SHARED = {70: 98_304, 75: 65_536, 80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448}
+SHARED_MEMORY_BYTES = {70: 98_304, 75: 65_536, 80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448}
 
 
-def _compile(capability: int, what: str, cache: Path) -> dict[str, dict[str, int]]:
-    paths = os.pathsep.join([str(HERE.parent / "kernels"), os.environ.get("PYTHONPATH", "")])
+def _compile(capability: int, kernels: str, cache: Path) -> dict[str, dict[str, int]]:
+    paths = os.pathsep.join([str(TESTS.parent / "kernels"), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache), "PYTHONPATH": paths}
-    done = subprocess.run(
-        [sys.executable, str(HERE / "support" / "compile_kernels.py"), str(capability), what],
+    completed = subprocess.run(
+        [sys.executable, str(TESTS / "support" / "compile_kernels.py"), str(capability), kernels],
         capture_output=True,
         text=True,
         env=environment,
         check=False,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return {name: row for line in done.stdout.splitlines() for name, row in json.loads(line).items()}
+    assert completed.returncode == 0, completed.stderr[-3000:]
+    return {name: row for line in completed.stdout.splitlines() for name, row in json.loads(line).items()}
 
 
 def _check_attention(capability: int, head_dims: str, cache: Path) -> None:
@@ -35,26 +35,27 @@ def _check_attention(capability: int, head_dims: str, cache: Path) -> None:
         # Two products a block of scores forward, three for queries, four for keys; each is many instructions.
         assert row["products"] >= 8, (capability, name, row)
         assert row["spilled"] == 0, (capability, name, row)
-        assert row["shared"] <= SHARED[capability], (capability, name, row)
+        assert row["shared"] <= SHARED_MEMORY_BYTES[capability], (capability, name, row)
 
 
-def test_attention_at_the_usual_head_size(tmp_path: Path) -> None:
+def test_attention_kernels_compile_at_head_dim_128(tmp_path: Path) -> None:
     _check_attention(90, "128", tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 86, 89, 90])
-def test_attention_at_every_head_size(capability: int, tmp_path: Path) -> None:
+def test_attention_kernels_compile_at_every_head_dim(capability: int, tmp_path: Path) -> None:
     _check_attention(capability, "64,80,128,256", tmp_path)
 
 
 @pytest.mark.parametrize(
-    "capability", [70, 90, *(pytest.param(each, marks=pytest.mark.slow) for each in (75, 80, 86, 89))]
+    "capability",
+    [70, 90, *(pytest.param(older_capability, marks=pytest.mark.slow) for older_capability in (75, 80, 86, 89))],
 )
-def test_elementwise_kernels(capability: int, tmp_path: Path) -> None:
+def test_elementwise_kernels_compile(capability: int, tmp_path: Path) -> None:
     rows = _compile(capability, "elementwise", tmp_path)
     assert len(rows) == 6
     for name, row in rows.items():
         assert row["products"] == 0, name
         assert row["spilled"] == 0, (capability, name, row)
-        assert row["shared"] <= SHARED[capability], (capability, name, row)
+        assert row["shared"] <= SHARED_MEMORY_BYTES[capability], (capability, name, row)

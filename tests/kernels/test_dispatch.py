@@ -1,4 +1,4 @@
-"""What runs where: by capability, number format and options; forced choices are obeyed or refused."""
+"""Kernel selection by capability, number format and options; forced choices are obeyed or refused."""
 
 import re
 
@@ -11,9 +11,9 @@ from fireflyds_kernels.dispatch import DispatchKey
 PACKAGES = {"triton", "flash_attn", "flash_attn_interface", "bitsandbytes"}
 
 
-def _chosen(monkeypatch, kernel: str, where: DispatchKey, packages=frozenset({"triton", "bitsandbytes"})) -> str:
+def _choose(monkeypatch, kernel: str, key: DispatchKey, packages=frozenset({"triton", "bitsandbytes"})) -> str:
     monkeypatch.setattr(dispatch, "installed", lambda name: name in packages)
-    return dispatch._KERNELS[kernel].choose(where)
+    return dispatch._KERNELS[kernel].choose(key)
 
 
 @pytest.mark.parametrize(
@@ -42,43 +42,43 @@ def _chosen(monkeypatch, kernel: str, where: DispatchKey, packages=frozenset({"t
         (89, torch.float32, {"head_dim": 256}, PACKAGES, "efficient"),
     ],
 )
-def test_attention_on_every_generation(monkeypatch, capability, dtype, extras, packages, expected) -> None:
-    where = DispatchKey("cuda", capability, dtype, **({"head_dim": 128} | extras))
-    assert _chosen(monkeypatch, "packed_attention", where, packages) == expected
+def test_attention_implementation_by_gpu_generation(monkeypatch, capability, dtype, extras, packages, expected) -> None:
+    key = DispatchKey("cuda", capability, dtype, **({"head_dim": 128} | extras))
+    assert _choose(monkeypatch, "packed_attention", key, packages) == expected
 
 
-def test_the_cpu_takes_the_reference(monkeypatch) -> None:
-    where = DispatchKey("cpu", 0, torch.float32, 128)
-    assert _chosen(monkeypatch, "packed_attention", where, PACKAGES) == "reference"
-    assert _chosen(monkeypatch, "linear_cross_entropy", where) == "chunked"
-    assert _chosen(monkeypatch, "rms_norm", where) == "reference"
+def test_the_cpu_uses_the_reference(monkeypatch) -> None:
+    key = DispatchKey("cpu", 0, torch.float32, 128)
+    assert _choose(monkeypatch, "packed_attention", key, PACKAGES) == "reference"
+    assert _choose(monkeypatch, "linear_cross_entropy", key) == "chunked"
+    assert _choose(monkeypatch, "rms_norm", key) == "reference"
 
 
 @pytest.mark.parametrize("kernel", ["rms_norm", "rope", "swiglu", "linear_cross_entropy"])
 def test_elementwise_triton_runs_on_a_v100(monkeypatch, kernel) -> None:
-    assert _chosen(monkeypatch, kernel, DispatchKey("cuda", 70, torch.float16)) == "triton"
-    assert _chosen(monkeypatch, kernel, DispatchKey("cuda", 70, torch.float16), frozenset()) != "triton"
+    assert _choose(monkeypatch, kernel, DispatchKey("cuda", 70, torch.float16)) == "triton"
+    assert _choose(monkeypatch, kernel, DispatchKey("cuda", 70, torch.float16), frozenset()) != "triton"
 
 
-def test_a_matrix_product_in_triton_is_never_taken_below_sm_80(monkeypatch) -> None:
+def test_a_triton_matrix_product_is_refused_below_sm_80(monkeypatch) -> None:
     monkeypatch.setenv(dispatch.VARIABLE, "packed_attention=triton")
     with pytest.raises(CannotRunError, match="needs sm_80"):
-        _chosen(monkeypatch, "packed_attention", DispatchKey("cuda", 75, torch.float16, 128))
+        _choose(monkeypatch, "packed_attention", DispatchKey("cuda", 75, torch.float16, 128))
 
 
-def test_the_environment_and_the_context_force(monkeypatch) -> None:
-    where = DispatchKey("cpu", 0, torch.float32)
+def test_the_environment_and_the_context_manager_force_an_implementation(monkeypatch) -> None:
+    key = DispatchKey("cpu", 0, torch.float32)
     monkeypatch.setattr(dispatch, "installed", lambda name: True)
     monkeypatch.setenv(dispatch.VARIABLE, "linear_cross_entropy=reference")
-    assert dispatch._KERNELS["linear_cross_entropy"].choose(where) == "reference"
-    assert dispatch._KERNELS["qlora_linear"].choose(where) == "fused"
+    assert dispatch._KERNELS["linear_cross_entropy"].choose(key) == "reference"
+    assert dispatch._KERNELS["qlora_linear"].choose(key) == "fused"
     with force("chunked"):
-        assert dispatch._KERNELS["linear_cross_entropy"].choose(where) == "chunked"
+        assert dispatch._KERNELS["linear_cross_entropy"].choose(key) == "chunked"
         with force(linear_cross_entropy="reference", rope="reference"):
-            assert dispatch._KERNELS["linear_cross_entropy"].choose(where) == "reference"
-        assert dispatch._KERNELS["linear_cross_entropy"].choose(where) == "chunked"
+            assert dispatch._KERNELS["linear_cross_entropy"].choose(key) == "reference"
+        assert dispatch._KERNELS["linear_cross_entropy"].choose(key) == "chunked"
     monkeypatch.setenv(dispatch.VARIABLE, "reference")
-    assert dispatch._KERNELS["qlora_linear"].choose(where) == "reference"
+    assert dispatch._KERNELS["qlora_linear"].choose(key) == "reference"
 
 
 def test_unknown_names_list_the_known(monkeypatch) -> None:
@@ -110,7 +110,7 @@ def test_the_description_names_every_kernel_and_reason() -> None:
         )
 
 
-def test_the_description_says_what_was_forced_and_what_cannot_be(monkeypatch) -> None:
+def test_the_description_names_forced_and_impossible_implementations(monkeypatch) -> None:
     monkeypatch.setenv(dispatch.VARIABLE, "packed_attention=efficient,swiglu=reference")
     text = fireflyds_kernels.describe()
     assert re.search(r"swiglu +float16 +reference +forced", text)
@@ -118,8 +118,8 @@ def test_the_description_says_what_was_forced_and_what_cannot_be(monkeypatch) ->
 
 
 def test_forces_nest() -> None:
-    kernel, where = dispatch._KERNELS["linear_cross_entropy"], DispatchKey("cpu", 0, torch.float32)
+    kernel, key = dispatch._KERNELS["linear_cross_entropy"], DispatchKey("cpu", 0, torch.float32)
     with force("reference"), force("chunked"):
         with force("reference"):
-            assert kernel.choose(where) == "reference"
-        assert kernel.choose(where) == "chunked"
+            assert kernel.choose(key) == "reference"
+        assert kernel.choose(key) == "chunked"

@@ -34,16 +34,16 @@ def _run(base, leaves, name, **options):
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_equals_the_definition(dtype, nested, kind, dropout, device) -> None:
     base, leaves = _layer(dtype, device, nested, kind)
-    found, ours = _run(base, leaves, "fused", dropout=dropout)
-    wanted, theirs = _run(base, leaves, "reference", dropout=dropout)
-    assert found.dtype is dtype
-    assert_near(found, wanted, TOLERANCES[dtype])
-    for leaf, a, b in zip(leaves, ours, theirs, strict=True):
+    output, gradients = _run(base, leaves, "fused", dropout=dropout)
+    expected, expected_gradients = _run(base, leaves, "reference", dropout=dropout)
+    assert output.dtype is dtype
+    assert_near(output, expected, TOLERANCES[dtype])
+    for leaf, a, b in zip(leaves, gradients, expected_gradients, strict=True):
         assert a.dtype is leaf.dtype
         assert_near(a, b, 3 * TOLERANCES[dtype])
 
 
-def _unpackings(monkeypatch):
+def _record_unpack_calls(monkeypatch):
     from fireflyds_kernels.qlora_linear import fused
 
     calls, unpack = [], fused._unpack
@@ -52,10 +52,10 @@ def _unpackings(monkeypatch):
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_the_recomputation_s_weight_is_used_in_the_backward_pass(reentrant, device, monkeypatch) -> None:
+def test_backward_uses_the_weight_unpacked_by_recomputation(reentrant, device, monkeypatch) -> None:
     base, leaves = _layer(torch.float32, device)
-    wanted, gradients = _run(base, leaves, "fused")
-    calls = _unpackings(monkeypatch)
+    expected_output, expected_gradients = _run(base, leaves, "fused")
+    calls = _record_unpack_calls(monkeypatch)
     x, a, b, bias = leaves
 
     def layer(x, a, b, bias):
@@ -65,14 +65,14 @@ def test_the_recomputation_s_weight_is_used_in_the_backward_pass(reentrant, devi
     assert len(calls) == 1
     out.square().sum().backward()
     assert len(calls) == 2  # forward and recomputation; the backward pass unpacks nothing
-    assert torch.equal(out, wanted)
-    for leaf, expected in zip(leaves, gradients, strict=True):
+    assert torch.equal(out, expected_output)
+    for leaf, expected in zip(leaves, expected_gradients, strict=True):
         assert torch.equal(leaf.grad, expected)
 
 
 def test_without_checkpointing_no_unpacked_weight_is_kept(device, monkeypatch) -> None:
     base, leaves = _layer(torch.float32, device)
-    calls, sizes = _unpackings(monkeypatch), []
+    calls, sizes = _record_unpack_calls(monkeypatch), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
         out = qlora_linear(leaves[0], base, leaves[1], leaves[2], 0.5, leaves[3])
     assert max(sizes) < 128 * 192
@@ -80,25 +80,25 @@ def test_without_checkpointing_no_unpacked_weight_is_kept(device, monkeypatch) -
     assert len(calls) == 2
 
 
-def test_a_first_layer_s_input_needs_no_gradient(device) -> None:
+def test_adapter_gradients_without_an_input_gradient(device) -> None:
     base, (x, a, b, _) = _layer(torch.float32, device)
-    whole = torch.autograd.grad(qlora_linear(x, base, a, b, 0.5).sum(), (a, b))
+    expected_gradients = torch.autograd.grad(qlora_linear(x, base, a, b, 0.5).sum(), (a, b))
     for g, expected in zip(
-        torch.autograd.grad(qlora_linear(x.detach(), base, a, b, 0.5).sum(), (a, b)), whole, strict=True
+        torch.autograd.grad(qlora_linear(x.detach(), base, a, b, 0.5).sum(), (a, b)), expected_gradients, strict=True
     ):
         assert torch.equal(g, expected)
 
 
-def test_torch_compile_goes_around_it(device) -> None:
+def test_torch_compile_falls_back_to_eager_with_equal_results(device) -> None:
     base, (x, a, b, bias) = _layer(torch.float32, device)
     torch._dynamo.reset()
     compiled = torch.compile(lambda x: qlora_linear(x, base, a, b, 0.5, bias), backend="aot_eager")
-    found, wanted = compiled(x), qlora_linear(x, base, a, b, 0.5, bias)
-    assert_near(found, wanted, 1e-6)
-    assert_near(torch.autograd.grad(found.sum(), x)[0], torch.autograd.grad(wanted.sum(), x)[0], 1e-6)
+    output, expected = compiled(x), qlora_linear(x, base, a, b, 0.5, bias)
+    assert_near(output, expected, 1e-6)
+    assert_near(torch.autograd.grad(output.sum(), x)[0], torch.autograd.grad(expected.sum(), x)[0], 1e-6)
 
 
-def test_wrong_shapes_are_named(device) -> None:
+def test_errors_name_wrong_shapes(device) -> None:
     base, (x, a, b, bias) = _layer(torch.float32, device)
     with pytest.raises(ValueError, match="no quantised 4-bit weight"):
         qlora_linear(x, torch.zeros(192, 128), a, b, 0.5)

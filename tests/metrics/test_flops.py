@@ -1,4 +1,4 @@
-"""FLOPs of a step against formulas taken by hand and against torch's own counter; peaks of devices."""
+"""FLOPs of a step compared with closed formulas and with torch's own counter; peak FLOPs of devices."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from fireflyds.models.packed.forward import fuse
 from fireflyds.testing.models import packed_inputs, random_documents, tiny_model
 
 
-def _bare(*overrides: str):
+def _model_without_weights(*overrides: str):
     config = app.compose("plan", ["experiment=firefly_llama2_7b_ext_cpt_qlora", *overrides])
     hf_config = load.architecture_of(config.model)
     family, rows = load.family_of(hf_config.model_type), load.base_vocab_size(config.model, hf_config)
@@ -26,7 +26,7 @@ BODY, HEAD, WIDTH = 32 * (4 * 4096**2 + 3 * 4096 * 11008), 55_296 * 4096, 4096
 
 
 def test_llama_costs_six_flops_a_weight_and_token_and_attention_by_the_documents() -> None:
-    flops = step_flops(_bare("tuning=full", "tuning.embeddings=all", "tuning.head=all"))
+    flops = step_flops(_model_without_weights("tuning=full", "tuning.embeddings=all", "tuning.head=all"))
     lengths, labelled = [1024, 3000, 72], 4096 - 3
     pairs = sum(n * (n + 1) / 2 for n in lengths)
     # Two products of 4,096 forward and four backward for each pair, in each of 32 blocks.
@@ -38,22 +38,22 @@ def test_llama_costs_six_flops_a_weight_and_token_and_attention_by_the_documents
     )
 
 
-def test_adapters_leave_out_the_gradients_of_frozen_weights() -> None:
+def test_with_adapters_gradients_of_frozen_weights_do_not_count() -> None:
     adapters = 159_907_840
-    flops = step_flops(_bare())
+    flops = step_flops(_model_without_weights())
     assert flops.per_token == 4 * BODY + 6 * adapters
     assert flops.per_label == 6 * HEAD
     # With frozen embeddings nothing below the first queries, keys and values needs a gradient: neither of the base's
     # three matrices nor of their A.
-    frozen = step_flops(_bare("tuning.embeddings=frozen", "tuning.head=frozen"))
+    frozen = step_flops(_model_without_weights("tuning.embeddings=frozen", "tuning.head=frozen"))
     assert frozen.per_token == flops.per_token - 3 * (2 * WIDTH**2 + 2 * WIDTH * 64)
     assert frozen.per_label == 4 * HEAD
-    rows = step_flops(_bare("tuning.embeddings=new_rows", "tuning.head=new_rows"))
+    rows = step_flops(_model_without_weights("tuning.embeddings=new_rows", "tuning.head=new_rows"))
     assert rows.per_label == 4 * HEAD + 2 * 23_296 * WIDTH
 
 
-def test_a_head_that_trains_alone_costs_no_backward_pass_below() -> None:
-    flops = step_flops(_bare("tuning=freeze", "tuning.embeddings=frozen", "tuning.head=all"))
+def test_training_only_the_head_needs_no_backward_pass_of_the_body() -> None:
+    flops = step_flops(_model_without_weights("tuning=freeze", "tuning.embeddings=frozen", "tuning.head=all"))
     assert (flops.per_token, flops.per_label) == (2 * BODY, 4 * HEAD)
     assert flops.per_pair == ((None, 32 * 4 * WIDTH),)
 
@@ -69,17 +69,17 @@ def test_a_head_that_trains_alone_costs_no_backward_pass_below() -> None:
         ["tuning=freeze", "tuning.embeddings=frozen", "tuning.head=all"],
     ],
 )
-def test_the_count_is_that_of_torch_s_own_counter(model_type: str, overrides: list[str]) -> None:
+def test_flops_equal_torch_s_flop_counter(model_type: str, overrides: list[str]) -> None:
     config = app.compose("train", ["run=x", "model=a/b", "data=c/d", "optim.steps=1", *overrides])
     family = registry.load("fireflyds.models.families", model_type).FAMILY
-    own = {"falcon": {"alibi": False}, "bloom": {}}.get(model_type, {"num_key_value_heads": 2})
+    changes = {"falcon": {"alibi": False}, "bloom": {}}.get(model_type, {"num_key_value_heads": 2})
     model = tuning.apply_tuning(
-        tiny_model(model_type, tie_word_embeddings=False, **own), family, config.tuning, None, 0
+        tiny_model(model_type, tie_word_embeddings=False, **changes), family, config.tuning, None, 0
     )
     model.config._attn_implementation = "eager"
     flops = step_flops(model)
     tokens = 11
-    # A batch and heads of its own, so that attention's products are batched ones and nothing else is.
+    # With batch and head dimensions only attention's products are batched.
     with FlopCounterMode(display=False) as counter:
         model(torch.arange(3, 3 + tokens)[None]).logits.sum().backward()
     counted = {str(kind): number for kind, number in counter.get_flop_counts()["Global"].items()}
@@ -91,25 +91,25 @@ def test_the_count_is_that_of_torch_s_own_counter(model_type: str, overrides: li
     assert attention - rotary == sum(cost for _, cost in flops.per_pair) * tokens**2
 
 
-def test_fusing_changes_nothing() -> None:
+def test_fusing_does_not_change_flops() -> None:
     model = tiny_model("llama", tie_word_embeddings=False)
-    before = step_flops(model)
+    flops = step_flops(model)
     batch = packed_inputs(random_documents())
     lengths = batch["cu_seqlens"].diff()
-    assert step_flops(fuse(model)) == before
-    assert before.count(lengths, 19) == before.count([7, 1, 12, 3], 19)
+    assert step_flops(fuse(model)) == flops
+    assert flops.count(lengths, 19) == flops.count([7, 1, 12, 3], 19)
 
 
-def test_a_window_bounds_what_a_token_sees() -> None:
-    def seen(n: int, window: int) -> int:
+def test_a_sliding_window_bounds_visible_pairs() -> None:
+    def count_pairs(n: int, window: int) -> int:
         return sum(j <= i and i - j < window for i in range(n) for j in range(n))
 
-    assert visible_pairs([3, 9, 20], 5) == sum(seen(n, 5) for n in (3, 9, 20))
+    assert visible_pairs([3, 9, 20], 5) == sum(count_pairs(n, 5) for n in (3, 9, 20))
     assert visible_pairs(np.array([3, 9]), None) == 6 + 45
     assert step_flops(tiny_model("mistral", num_key_value_heads=2, sliding_window=4)).per_pair[0][0] == 4
 
 
-def test_peaks_are_found_by_the_device_s_name() -> None:
+def test_peak_flops_by_device_name() -> None:
     for name, precision, tflops in (
         ("NVIDIA H200", Precision.bf16, 989),
         ("NVIDIA A100-SXM4-80GB", Precision.fp32, 19.5),
@@ -124,13 +124,13 @@ def test_peaks_are_found_by_the_device_s_name() -> None:
         assert peak_flops(name, precision, None) == tflops * 1e12, name
     for name in known_gpus():
         assert peak_flops(name, Precision.fp16, None) > peak_flops(name, Precision.fp32, None)
-    # No guess: not for what V100 cannot do, nor for what is not known.
+    # None: a format that V100 lacks, and devices that are not in the table.
     assert peak_flops("Tesla V100-SXM2-32GB", Precision.bf16, None) is None
     assert peak_flops("NVIDIA A10G", Precision.bf16, None) is None
     assert peak_flops("cpu", Precision.fp32, None) is None
     assert peak_flops("cpu", Precision.fp32, 0.2) == 0.2e12
 
 
-def test_a_peak_must_be_a_number_above_zero() -> None:
+def test_a_peak_must_be_above_zero() -> None:
     with pytest.raises(UserError, match=r"hardware.peak_tflops=0.0: must be greater than 0"):
         app.compose("train", ["run=x", "model=a/b", "data=c/d", "optim.steps=1", "hardware.peak_tflops=0"])

@@ -1,5 +1,4 @@
-"""A tiny run on one CPU rank is profiled: what is recorded, where it is written, what happens when the run ends
-early."""
+"""A tiny run on one CPU rank is profiled: recorded steps, output files, and runs that end early."""
 
 import gzip
 import json
@@ -17,18 +16,18 @@ from fireflyds.errors import UserError
 from fireflyds.metrics.profiler import StepProfiler
 from fireflyds.runs.config_diff import diff_configs
 
-GOOD = ["run=x", "model=some/model", "data=some/store", "optim.steps=3"]
+REQUIRED = ["run=x", "model=some/model", "data=some/store", "optim.steps=3"]
 
 
-def marks(file: Path) -> list[str]:
+def step_annotations(file: Path) -> list[str]:
     """The names of steps and of their parts in the trace, by time."""
     trace = json.loads(gzip.decompress(file.read_bytes()))
     spans = [event for event in trace["traceEvents"] if event.get("cat") == "user_annotation"]
-    names = [event["name"] for event in sorted(spans, key=lambda event: event["ts"])]
-    return [name for name in names if re.fullmatch(r"ProfilerStep#\d+|data|forward|backward|optimizer", name)]
+    profile_files = [event["name"] for event in sorted(spans, key=lambda event: event["ts"])]
+    return [name for name in profile_files if re.fullmatch(r"ProfilerStep#\d+|data|forward|backward|optimizer", name)]
 
 
-def names(run: Path) -> list[str]:
+def profile_files(run: Path) -> list[str]:
     return sorted(path.name for path in (run / "profile").iterdir())
 
 
@@ -44,7 +43,7 @@ def arguments(verb, tmp_path: Path, base_tokenizer: Path) -> list[str]:
     ]
 
 
-def test_a_run_records_exactly_the_steps_asked_for(verb, arguments: list[str], tmp_path: Path) -> None:
+def test_a_run_records_exactly_the_configured_steps(verb, arguments: list[str], tmp_path: Path) -> None:
     run = tmp_path / "runs" / "on"
     shown = verb("train", "run=on", *arguments, "optim.steps=1", "profile.start=5").stderr
     assert "profile.start=5: the run has 1 steps, so none is recorded" in shown
@@ -53,21 +52,21 @@ def test_a_run_records_exactly_the_steps_asked_for(verb, arguments: list[str], t
     shown = verb(
         "train", "run=on", *arguments, "optim.steps=3", "profile.start=2", "profile.steps=9", "profile.memory=true"
     )
-    assert names(run) == ["rank-0.steps-2-3.trace.json.gz", "rank-0.steps-2-3.txt"]
+    assert profile_files(run) == ["rank-0.steps-2-3.trace.json.gz", "rank-0.steps-2-3.txt"]
     assert shown.stderr.count("profile of steps 2 to 3 on rank 0: ") == 1
-    parts = ["data", "forward", "backward", "forward", "backward", "optimizer"]
-    assert marks(run / "profile" / "rank-0.steps-2-3.trace.json.gz") == [
+    phases = ["data", "forward", "backward", "forward", "backward", "optimizer"]
+    assert step_annotations(run / "profile" / "rank-0.steps-2-3.trace.json.gz") == [
         "ProfilerStep#2",
-        *parts,
+        *phases,
         "ProfilerStep#3",
-        *parts,
+        *phases,
     ]
     table = (run / "profile" / "rank-0.steps-2-3.txt").read_text()
     assert "aten::mm" in table
     assert "Self CPU" in table
 
 
-def test_a_rank_that_the_start_lacks_is_refused() -> None:
+def test_a_rank_beyond_the_world_size_is_refused() -> None:
     ProfileConfig(start=1, ranks=[0, 1]).check_world_size(2)
     with pytest.raises(
         UserError, match=r"profile\.ranks=\[0, 1\]: this start has ranks 0 to 0\. Give ranks among them"
@@ -75,51 +74,51 @@ def test_a_rank_that_the_start_lacks_is_refused() -> None:
         ProfileConfig(start=1, ranks=[0, 1]).check_world_size(1)
 
 
-def fails_at(number: int):
+def steps_failing_at(number: int):
     for step in range(1, 10):
         if step == number:
             raise RuntimeError("lost")
         yield step
 
 
-def record(tmp_path: Path, played, *, trained: int = 0, leave_at: int = 0, **options) -> list[str]:
-    """Follows steps that are played, and returns the log."""
-    lines: list[str] = []
-    log = logging.Logger("profile")
-    log.addHandler(handler := logging.Handler())
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    with StepProfiler(ProfileConfig(**options), tmp_path, 0, log) as profiler:
-        for step in profiler.follow(played, trained, 9):
+def record(tmp_path: Path, step_iterator, *, trained: int = 0, leave_at: int = 0, **options) -> list[str]:
+    """Profiles an iterator of steps, and returns the log lines."""
+    log_lines: list[str] = []
+    logger = logging.Logger("profile")
+    logger.addHandler(handler := logging.Handler())
+    handler.emit = lambda record: log_lines.append(record.getMessage())  # type: ignore[method-assign]
+    with StepProfiler(ProfileConfig(**options), tmp_path, 0, logger) as profiler:
+        for step in profiler.follow(step_iterator, trained, 9):
             if step == leave_at:
                 break
-    return lines
+    return log_lines
 
 
-def test_a_run_that_fails_or_stops_within_the_steps_writes_what_it_has(tmp_path: Path) -> None:
+def test_a_run_that_ends_early_writes_the_recorded_steps(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="lost"):
-        record(tmp_path / "failed", fails_at(4), start=3, steps=5)
-    assert names(tmp_path / "failed") == ["rank-0.steps-3-4.trace.json.gz", "rank-0.steps-3-4.txt"]
-    assert marks(tmp_path / "failed" / "profile" / "rank-0.steps-3-4.trace.json.gz") == [
+        record(tmp_path / "failed", steps_failing_at(4), start=3, steps=5)
+    assert profile_files(tmp_path / "failed") == ["rank-0.steps-3-4.trace.json.gz", "rank-0.steps-3-4.txt"]
+    assert step_annotations(tmp_path / "failed" / "profile" / "rank-0.steps-3-4.trace.json.gz") == [
         "ProfilerStep#3",
         "ProfilerStep#4",
     ]
     record(tmp_path / "stopped", iter(range(1, 10)), leave_at=2, start=1, steps=5)
-    assert names(tmp_path / "stopped") == ["rank-0.steps-1-2.trace.json.gz", "rank-0.steps-1-2.txt"]
+    assert profile_files(tmp_path / "stopped") == ["rank-0.steps-1-2.trace.json.gz", "rank-0.steps-1-2.txt"]
     record(tmp_path / "resumed", iter(range(8, 10)), trained=7, start=6, steps=3, stacks=True)
-    assert names(tmp_path / "resumed") == ["rank-0.steps-8-8.trace.json.gz", "rank-0.steps-8-8.txt"]
+    assert profile_files(tmp_path / "resumed") == ["rank-0.steps-8-8.trace.json.gz", "rank-0.steps-8-8.txt"]
 
 
-def test_other_ranks_and_steps_that_are_past_record_nothing(tmp_path: Path) -> None:
+def test_other_ranks_and_past_steps_record_nothing(tmp_path: Path) -> None:
     assert record(tmp_path, iter(range(1, 10)), start=1, ranks=[1]) == []
     assert record(tmp_path, iter(range(5, 10)), trained=4, start=1, steps=4) == []
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_cannot_be_written_is_one_warning(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_gives_one_warning(tmp_path: Path) -> None:
     (tmp_path / "profile").write_text("in the way")
-    lines = record(tmp_path, iter(range(1, 10)), start=1, steps=2)
-    assert len(lines) == 1
-    assert lines[0].startswith("profile of rank 0: was not written (")
+    log_lines = record(tmp_path, iter(range(1, 10)), start=1, steps=2)
+    assert len(log_lines) == 1
+    assert log_lines[0].startswith("profile of rank 0: was not written (")
 
 
 @pytest.mark.parametrize(
@@ -131,14 +130,14 @@ def test_a_folder_that_cannot_be_written_is_one_warning(tmp_path: Path) -> None:
         (["profile.ranks=[0,-1]"], "profile.ranks=[0, -1]: must be numbers of at least 0"),
     ],
 )
-def test_wrong_keys_are_refused(overrides: list[str], expected: str) -> None:
-    with pytest.raises(UserError) as caught:
-        app.compose("train", [*GOOD, *overrides])
-    assert expected in str(caught.value)
+def test_invalid_values_are_refused(overrides: list[str], expected: str) -> None:
+    with pytest.raises(UserError) as exception:
+        app.compose("train", [*REQUIRED, *overrides])
+    assert expected in str(exception.value)
 
 
-def test_another_profile_is_the_same_run() -> None:
-    old, new = (app.plain(app.to_yaml(app.compose("train", [*GOOD, *more]))) for more in ([], ["profile.start=9"]))
+def test_profile_settings_do_not_change_the_run_configuration() -> None:
+    old, new = (app.plain(app.to_yaml(app.compose("train", [*REQUIRED, *more]))) for more in ([], ["profile.start=9"]))
     assert old != new
     assert diff_configs(old, new) == []
     del old["profile"]  # a run of an earlier version

@@ -1,4 +1,4 @@
-"""One W&B run per run, read back from its own file; trackers that fail stop nothing; TensorBoard's events."""
+"""W&B runs, read back from their offline file; trackers that fail; TensorBoard events."""
 
 import json
 import logging
@@ -34,18 +34,18 @@ def config_of(tmp_path: Path, *overrides: str) -> TrainConfig:
     return app.compose("train", [*start, *overrides])
 
 
-def opened(config: TrainConfig, resumed_at: int = 0, rank: int = 0):
+def open_tracker_of(config: TrainConfig, resumed_at: int = 0, rank: int = 0):
     return open_tracker(config, {"run": config.run, "seq_len": 1024}, rank, resumed_at, logging.getLogger("fireflyds"))
 
 
 @pytest.fixture
-def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch):
+def log_text(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(logging.getLogger("fireflyds"), "propagate", True)
     caplog.set_level(logging.INFO, "fireflyds")
     return lambda: caplog.text
 
 
-def test_wandb_offline_keeps_one_run_across_a_resume(tmp_path: Path, said) -> None:
+def test_wandb_offline_resumes_the_same_run(tmp_path: Path, log_text) -> None:
     config = config_of(
         tmp_path,
         "tracking=wandb",
@@ -56,21 +56,21 @@ def test_wandb_offline_keeps_one_run_across_a_resume(tmp_path: Path, said) -> No
         "tracking.job_type=cpt",
     )
     for resumed_at in (0, 1):
-        tracker = opened(config, resumed_at)
+        tracker = open_tracker_of(config, resumed_at)
         tracker.log(ROW)
         tracker.log({**ROW, "step": 2, "loss": 2.25 - resumed_at})
         tracker.log(VALIDATION)
         tracker.log_samples(2, SAMPLES)
         tracker.finish(0)
         time.sleep(1.1)  # W&B names folders by the second
-    assert "W&B is offline" in said()
-    assert "failed" not in said()
+    assert "W&B is offline" in log_text()
+    assert "failed" not in log_text()
     run_dir = tmp_path / "demo" / "cpt"
     files = [finished(file) for file in sorted(run_dir.glob("wandb/offline-run-*/*.wandb"))]
     assert len(files) == 2
-    started = [next(r.run for r in records(file) if r.WhichOneof("record_type") == "run") for file in files]
+    runs = [next(r.run for r in records(file) if r.WhichOneof("record_type") == "run") for file in files]
     name = json.loads((run_dir / "wandb.json").read_text())["id"]
-    for run in started:
+    for run in runs:
         assert (run.run_id, run.display_name, run.run_group, run.job_type) == (name, "demo-cpt", "demo", "cpt")
         assert (run.project, run.entity, list(run.tags)) == ("p", "team", ["zh", "7b"])
         assert {item.key: json.loads(item.value_json) for item in run.config.update}["seq_len"] == 1024
@@ -78,7 +78,7 @@ def test_wandb_offline_keeps_one_run_across_a_resume(tmp_path: Path, said) -> No
     assert [row["loss"] for row in rows if "loss" in row] == [2.5, 1.25]
     assert rows[0]["loss/zh"] == 2.75
     assert all("step" in row for row in rows)
-    # Every key is drawn over `step`, so that step 2 of the second start lies over that of the first.
+    # Every key is plotted over `step`, so that both starts share the axis.
     metrics = [r.metric for r in records(files[1]) if r.WhichOneof("record_type") == "metric"]
     assert ("*", "step") in [(metric.glob_name, metric.step_metric) for metric in metrics]
     tables = {
@@ -93,7 +93,7 @@ def test_wandb_offline_keeps_one_run_across_a_resume(tmp_path: Path, said) -> No
     assert table["data"] == [[2, "en", 3.0, 1.25], [2, "zh", 4.0, 1.5]]
 
 
-def test_an_export_goes_to_its_run_as_an_artifact(tmp_path: Path) -> None:
+def test_an_export_is_logged_to_its_run_as_an_artifact(tmp_path: Path) -> None:
     config = config_of(tmp_path, "tracking=wandb", "tracking.mode=offline")
     run_dir, folder = tmp_path / "demo" / "cpt", tmp_path / "out"
     folder.mkdir()
@@ -103,143 +103,145 @@ def test_an_export_goes_to_its_run_as_an_artifact(tmp_path: Path) -> None:
         == "demo-cpt"
     )
     file = finished(next(run_dir.glob("wandb/offline-run-*/*.wandb")))
-    found = [r.artifact for r in records(file) if r.WhichOneof("record_type") == "artifact"]
-    assert [(artifact.name, artifact.type) for artifact in found] == [("demo-cpt", "model")]
-    assert [content.path for content in found[0].manifest.contents] == ["model.safetensors"]
-    assert json.loads(found[0].metadata) == {"checkpoint": "step-9"}
+    artifacts = [r.artifact for r in records(file) if r.WhichOneof("record_type") == "artifact"]
+    assert [(artifact.name, artifact.type) for artifact in artifacts] == [("demo-cpt", "model")]
+    assert [content.path for content in artifacts[0].manifest.contents] == ["model.safetensors"]
+    assert json.loads(artifacts[0].metadata) == {"checkpoint": "step-9"}
     with pytest.raises(UserError, match=r"artifact=true: the run demo/cpt is not tracked by W&B \(tracking=none"):
         trackers.log_model_artifact(config_of(tmp_path).tracking, config.run, run_dir, folder, {})
 
 
-class Run:
-    """A W&B run that is played."""
+class FakeWandbRun:
+    """Stands in for a W&B run, and records its calls."""
 
-    def __init__(self, refusal: str = "") -> None:
-        self.refusal, self.told = refusal, []
+    def __init__(self, error: str = "") -> None:
+        self.error, self.calls = error, []
 
     def log_artifact(self, artifact):
-        self.told.append("given")
+        self.calls.append("given")
         return self
 
     def wait(self) -> None:
-        if self.refusal:
-            raise ValueError(self.refusal)
-        self.told.append("there")
+        if self.error:
+            raise ValueError(self.error)
+        self.calls.append("there")
 
     def define_metric(self, *arguments, **options) -> None: ...
 
     def finish(self, exit_code: int = 0) -> None:
-        self.told.append(exit_code)
+        self.calls.append(exit_code)
 
 
 @pytest.fixture
-def played(monkeypatch: pytest.MonkeyPatch):
-    """Puts a run in the place of W&B's, and returns what W&B is started with."""
+def fake_wandb(monkeypatch: pytest.MonkeyPatch):
+    """Replaces `wandb.init` by a stand-in run, and returns the options of the call."""
     import wandb
 
-    def play(run: Run) -> dict:
+    def install(run: FakeWandbRun) -> dict:
         options: dict = {}
-        monkeypatch.setattr(wandb, "init", lambda **given: options.update(given) or run)
+        monkeypatch.setattr(wandb, "init", lambda **options_of_call: options.update(options_of_call) or run)
         return options
 
-    return play
+    return install
 
 
-def test_an_artifact_is_sent_when_all_of_it_is_there(tmp_path: Path, played) -> None:
-    config, run = config_of(tmp_path, "tracking=wandb"), Run()
+def test_an_artifact_is_awaited_before_the_run_is_finished(tmp_path: Path, fake_wandb) -> None:
+    config, run = config_of(tmp_path, "tracking=wandb"), FakeWandbRun()
     run_dir, folder = tmp_path / "demo" / "cpt", tmp_path / "out"
     folder.mkdir()
-    options = played(run)
+    options = fake_wandb(run)
     assert trackers.log_model_artifact(config.tracking, config.run, run_dir, folder, {}) == "demo-cpt"
     assert options["settings"].finish_timeout == 0
-    assert run.told == ["given", "there", 0]
-    played(Run("storage quota\nexceeded"))
+    assert run.calls == ["given", "there", 0]
+    fake_wandb(FakeWandbRun("storage quota\nexceeded"))
     with pytest.raises(UserError, match=r"artifact=true: W&B failed \(storage quota exceeded\)"):
         trackers.log_model_artifact(config.tracking, config.run, run_dir, folder, {})
 
 
 @pytest.mark.parametrize("exit_code", [0, 1])
-def test_a_run_that_failed_is_a_failed_run_of_wandb(tmp_path: Path, played, exit_code: int) -> None:
-    options = played(run := Run())
-    opened(config_of(tmp_path, "tracking=wandb", "tracking.finish_seconds=7")).finish(exit_code)
-    assert run.told == [exit_code]
+def test_the_exit_code_of_a_run_reaches_wandb(tmp_path: Path, fake_wandb, exit_code: int) -> None:
+    options = fake_wandb(run := FakeWandbRun())
+    open_tracker_of(config_of(tmp_path, "tracking=wandb", "tracking.finish_seconds=7")).finish(exit_code)
+    assert run.calls == [exit_code]
     assert options["settings"].finish_timeout == 7
 
 
-def test_disabled_starts_nothing_and_says_so(tmp_path: Path, said) -> None:
-    tracker = opened(config_of(tmp_path, "tracking=wandb", "tracking.mode=disabled"))
+def test_mode_disabled_starts_no_tracker_and_is_logged(tmp_path: Path, log_text) -> None:
+    tracker = open_tracker_of(config_of(tmp_path, "tracking=wandb", "tracking.mode=disabled"))
     assert isinstance(tracker, NoTracker)
-    assert "nothing is tracked" in said()
+    assert "nothing is tracked" in log_text()
     assert list((tmp_path / "demo" / "cpt").iterdir()) == []
 
 
 def test_only_rank_zero_tracks(tmp_path: Path) -> None:
-    assert isinstance(opened(config_of(tmp_path, "tracking=wandb", "tracking.mode=offline"), rank=1), NoTracker)
+    assert isinstance(
+        open_tracker_of(config_of(tmp_path, "tracking=wandb", "tracking.mode=offline"), rank=1), NoTracker
+    )
     assert list((tmp_path / "demo" / "cpt").iterdir()) == []
 
 
-def test_a_wandb_that_does_not_start_is_told_and_left_out(
-    tmp_path: Path, said, monkeypatch: pytest.MonkeyPatch
+def test_a_wandb_failure_at_start_is_logged_and_disables_tracking(
+    tmp_path: Path, log_text, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import wandb
 
-    def refuse(**options) -> None:
+    def raise_comm_error(**options) -> None:
         raise wandb.errors.CommError("no route to\nhost")
 
-    monkeypatch.setattr(wandb, "init", refuse)
-    tracker = opened(config_of(tmp_path, "tracking=wandb"))
+    monkeypatch.setattr(wandb, "init", raise_comm_error)
+    tracker = open_tracker_of(config_of(tmp_path, "tracking=wandb"))
     assert isinstance(tracker, NoTracker)
-    assert "W&B did not start (no route to host); training continues without it" in said()
+    assert "W&B did not start (no route to host); training continues without it" in log_text()
 
 
-class Failing:
-    """Raises at its second row; counts what it is asked."""
+class FailingTracker:
+    """A tracker that raises at its second row and counts its calls."""
 
     def __init__(self) -> None:
-        self.asked = 0
-        self.stuck = threading.Event()
+        self.num_calls = 0
+        self.unblocked = threading.Event()
 
     def log(self, row) -> None:
-        self.asked += 1
-        if self.asked == 2:
+        self.num_calls += 1
+        if self.num_calls == 2:
             raise OSError("disk full")
 
     def log_samples(self, step, rows) -> None:
-        self.asked += 1
+        self.num_calls += 1
 
     def rollback(self, step) -> None:
-        self.asked += 1
+        self.num_calls += 1
 
     def finish(self, exit_code) -> None:
-        self.stuck.wait(30)
+        self.unblocked.wait(30)
 
 
-def test_a_tracker_that_fails_is_told_once_and_asked_no_more(said) -> None:
-    failing = Failing()
-    guarded = FaultTolerantTracker(failing, "W&B", logging.getLogger("fireflyds"), 5)
+def test_a_tracker_that_fails_is_logged_once_and_not_called_again(log_text) -> None:
+    failing_tracker = FailingTracker()
+    tracker = FaultTolerantTracker(failing_tracker, "W&B", logging.getLogger("fireflyds"), 5)
     for step in (1, 2, 3):
-        guarded.log({"step": step})
-    guarded.log_samples(3, SAMPLES)
-    guarded.rollback(1)
-    started = time.monotonic()
-    guarded.finish(0)
-    assert time.monotonic() - started < 1
-    assert failing.asked == 2
-    assert said().count("W&B failed (disk full); training continues without it") == 1
+        tracker.log({"step": step})
+    tracker.log_samples(3, SAMPLES)
+    tracker.rollback(1)
+    start = time.monotonic()
+    tracker.finish(0)
+    assert time.monotonic() - start < 1
+    assert failing_tracker.num_calls == 2
+    assert log_text().count("W&B failed (disk full); training continues without it") == 1
 
 
-def test_a_tracker_that_never_finishes_is_left_behind(said) -> None:
-    failing = Failing()
-    guarded = FaultTolerantTracker(failing, "W&B", logging.getLogger("fireflyds"), 0.2)
-    started = time.monotonic()
-    guarded.finish(0)
-    assert 0.15 < time.monotonic() - started < 2
-    assert "W&B did not finish within 0.2 s and is abandoned" in said()
-    failing.stuck.set()
+def test_a_tracker_that_never_finishes_is_abandoned_after_the_timeout(log_text) -> None:
+    blocked_tracker = FailingTracker()
+    tracker = FaultTolerantTracker(blocked_tracker, "W&B", logging.getLogger("fireflyds"), 0.2)
+    start = time.monotonic()
+    tracker.finish(0)
+    assert 0.15 < time.monotonic() - start < 2
+    assert "W&B did not finish within 0.2 s and is abandoned" in log_text()
+    blocked_tracker.unblocked.set()
 
 
 @pytest.mark.parametrize("kind", ["wandb", "tensorboard"])
-def test_a_package_that_is_missing_is_named_before_anything_heavy(tmp_path: Path, kind, monkeypatch) -> None:
+def test_a_missing_tracking_package_is_refused_by_require_installed(tmp_path: Path, kind, monkeypatch) -> None:
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         UserError,
@@ -249,49 +251,49 @@ def test_a_package_that_is_missing_is_named_before_anything_heavy(tmp_path: Path
     trackers.require_installed(config_of(tmp_path).tracking)
 
 
-def test_tensorboard_gets_numbers_and_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What its writer is told, with a writer of our own in its place."""
-    told: list[tuple] = []
+def test_tensorboard_receives_scalars_and_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The calls that a stand-in for `SummaryWriter` receives."""
+    calls: list[tuple] = []
 
     class SummaryWriter:
         def __init__(self, folder: str, purge_step: int) -> None:
-            told.append((folder, purge_step))
+            calls.append((folder, purge_step))
 
         def __getattr__(self, name: str):
-            return lambda *arguments: told.append((name, *arguments))
+            return lambda *arguments: calls.append((name, *arguments))
 
     module = types.ModuleType("torch.utils.tensorboard")
     module.SummaryWriter = SummaryWriter
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    tracker = opened(config_of(tmp_path, "tracking=tensorboard"), resumed_at=7)
+    tracker = open_tracker_of(config_of(tmp_path, "tracking=tensorboard"), resumed_at=7)
     tracker.log({"step": 8, "loss": 2.5, "loss/zh": None, "note": "x"})
     tracker.log_samples(8, SAMPLES)
     tracker.finish(0)
-    assert told[0] == (str(tmp_path / "demo" / "cpt" / "tensorboard"), 8)
-    assert told[1:] == [
+    assert calls[0] == (str(tmp_path / "demo" / "cpt" / "tensorboard"), 8)
+    assert calls[1:] == [
         ("add_scalar", "loss", 2.5, 8),
         ("add_text", "samples/0", "青岭镇\n\n---\n\n的特产是蜂蜜。", 8),
         ("close",),
     ]
 
 
-def test_tensorboard_s_events_are_read_back_or_its_absence_is_told(tmp_path: Path, said) -> None:
-    tracking = config_of(tmp_path, "tracking=tensorboard")
-    tracker = opened(tracking)
+def test_tensorboard_events_are_read_back_or_a_missing_package_is_logged(tmp_path: Path, log_text) -> None:
+    config = config_of(tmp_path, "tracking=tensorboard")
+    tracker = open_tracker_of(config)
     if trackers.importlib.util.find_spec("tensorboard") is None:
         assert isinstance(tracker, NoTracker)
-        assert "TensorBoard did not start (No module named 'tensorboard')" in said()
+        assert "TensorBoard did not start (No module named 'tensorboard')" in log_text()
         return
     tracker.log(ROW)
     tracker.log({**ROW, "step": 2, "loss": 9.0})
     tracker.finish(0)
-    again = opened(tracking, resumed_at=1)
-    again.log({**ROW, "step": 2, "loss": 2.25})
-    # Gone back to step 1 while it ran.
-    again.log({**ROW, "step": 3, "loss": 8.0})
-    again.rollback(1)
-    again.log({**ROW, "step": 2, "loss": 2.0})
-    again.finish(0)
+    resumed = open_tracker_of(config, resumed_at=1)
+    resumed.log({**ROW, "step": 2, "loss": 2.25})
+    # A rollback to step 1 within the run.
+    resumed.log({**ROW, "step": 3, "loss": 8.0})
+    resumed.rollback(1)
+    resumed.log({**ROW, "step": 2, "loss": 2.0})
+    resumed.finish(0)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "demo" / "cpt" / "tensorboard"))

@@ -1,4 +1,4 @@
-"""Number formats by what the machine has: a GPU's are refused where they lack, a CPU's run all the same."""
+"""Number formats by hardware: a format that a GPU lacks is refused, one that a CPU lacks is emulated."""
 
 from types import SimpleNamespace
 
@@ -13,7 +13,7 @@ from fireflyds.models.precision import emulation_notes, has_bf16, inference_dtyp
 HALF = (Precision.bf16, Precision.fp16)
 
 
-def test_a_cpu_trains_in_fp32_unless_another_format_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_trains_in_fp32_unless_another_format_is_configured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with without_half_precision():
         assert resolve_precision(HardwareConfig(precision=Precision.auto)) is Precision.fp32
@@ -22,7 +22,7 @@ def test_a_cpu_trains_in_fp32_unless_another_format_is_asked_for(monkeypatch: py
 
 
 @pytest.mark.parametrize("precision", HALF)
-def test_an_emulated_format_is_noted_with_what_it_costs(precision: Precision) -> None:
+def test_an_emulated_format_gives_a_note_with_its_slowdown(precision: Precision) -> None:
     with without_half_precision():
         (note,) = emulation_notes(precision)
         assert emulation_notes(Precision.fp32) == []
@@ -30,7 +30,7 @@ def test_an_emulated_format_is_noted_with_what_it_costs(precision: Precision) ->
     assert " times as long as in fp32" in note
 
 
-def test_models_are_computed_with_in_float32_where_their_format_is_emulated() -> None:
+def test_inference_uses_float32_where_the_saved_format_is_emulated() -> None:
     saved_in_bf16, saved_in_fp32 = SimpleNamespace(dtype=torch.bfloat16), SimpleNamespace(dtype=None)
     with without_half_precision():
         assert is_emulated(torch.bfloat16)

@@ -23,8 +23,8 @@ KINDS = {
 
 
 def _scaled(settings: dict, **architecture) -> LlamaConfig:
-    asked = ModelConfig(init=ModelInit.pretrained, path="x", rope_scaling=settings)
-    return apply_rope_scaling(LlamaConfig(**(LLAMA2 | architecture)), asked)
+    model_config = ModelConfig(init=ModelInit.pretrained, path="x", rope_scaling=settings)
+    return apply_rope_scaling(LlamaConfig(**(LLAMA2 | architecture)), model_config)
 
 
 def test_known_bases_of_ntk_scaling() -> None:
@@ -32,48 +32,49 @@ def test_known_bases_of_ntk_scaling() -> None:
     assert ntk_base(1e4, 3.0, 128) == pytest.approx(30_527.7, abs=0.05)
     assert ntk_alpha(4096, 1024, 1.1) == pytest.approx(3.3)
     assert ntk_base(1e4, 3.3, 128) == pytest.approx(33_631.4, abs=0.05)
-    auto = _scaled({"rope_type": "ntk_auto", "seq_len": 8192})
-    assert auto.rope_parameters == {"rope_type": "default", "rope_theta": pytest.approx(30_527.7, abs=0.05)}
-    assert auto.max_position_embeddings == 8192
-    first = {"rope_type": "ntk_auto", "seq_len": 4096, "half_context": 1024, "coefficient": 1.1}
-    assert _scaled(first, max_position_embeddings=2048).rope_parameters["rope_theta"] == pytest.approx(
+    scaled = _scaled({"rope_type": "ntk_auto", "seq_len": 8192})
+    assert scaled.rope_parameters == {"rope_type": "default", "rope_theta": pytest.approx(30_527.7, abs=0.05)}
+    assert scaled.max_position_embeddings == 8192
+    settings = {"rope_type": "ntk_auto", "seq_len": 4096, "half_context": 1024, "coefficient": 1.1}
+    assert _scaled(settings, max_position_embeddings=2048).rope_parameters["rope_theta"] == pytest.approx(
         33_631.4, abs=0.05
     )
 
 
 @pytest.mark.parametrize(
-    ("kind", "most"), [("linear", 16384), ("dynamic", 4096), ("yarn", 16384), ("llama3", 16384), ("ntk", 12288)]
+    ("kind", "max_positions"),
+    [("linear", 16384), ("dynamic", 4096), ("yarn", 16384), ("llama3", 16384), ("ntk", 12288)],
 )
-def test_scaling_reaches_the_model_s_configuration(kind: str, most: int, tmp_path: Path) -> None:
+def test_scaling_reaches_the_model_s_configuration(kind: str, max_positions: int, tmp_path: Path) -> None:
     config = _scaled(KINDS[kind])
-    assert config.max_position_embeddings == most
+    assert config.max_position_embeddings == max_positions
     check_max_positions(config, "seq_len", 10_000)
     config.save_pretrained(tmp_path)
-    again = LlamaConfig.from_pretrained(tmp_path)
-    assert again.rope_parameters == config.rope_parameters
+    reloaded = LlamaConfig.from_pretrained(tmp_path)
+    assert reloaded.rope_parameters == config.rope_parameters
     if kind in ("yarn", "llama3"):
-        assert again.rope_parameters["original_max_position_embeddings"] == 4096
+        assert reloaded.rope_parameters["original_max_position_embeddings"] == 4096
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_packed_documents_have_the_scaled_positions_of_each_alone(kind: str, tmp_path: Path) -> None:
+def test_packed_documents_equal_separate_documents_with_scaled_positions(kind: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    small = {"hidden_size": 32, "num_attention_heads": 2, "max_position_embeddings": 16}
-    config = _scaled(KINDS[kind], vocab_size=50, intermediate_size=64, num_hidden_layers=2, **small)
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "max_position_embeddings": 16}
+    config = _scaled(KINDS[kind], vocab_size=50, intermediate_size=64, num_hidden_layers=2, **sizes)
     model = LlamaForCausalLM(config)
     documents = [torch.randint(0, 50, (length,)) for length in (40, 5, 23)]
-    unscaled = LlamaConfig(vocab_size=50, intermediate_size=64, num_hidden_layers=2, **small)
-    plain = LlamaForCausalLM(unscaled)
-    plain.load_state_dict(model.state_dict())
-    wanted = loss_of_documents(model, documents)
-    assert (wanted - loss_of_documents(plain, documents)).abs() > 1e-4
-    torch.testing.assert_close(fuse(model)(**packed_inputs(documents)), wanted, rtol=1e-5, atol=1e-5)
+    unscaled_config = LlamaConfig(vocab_size=50, intermediate_size=64, num_hidden_layers=2, **sizes)
+    unscaled_model = LlamaForCausalLM(unscaled_config)
+    unscaled_model.load_state_dict(model.state_dict())
+    expected_loss = loss_of_documents(model, documents)
+    assert (expected_loss - loss_of_documents(unscaled_model, documents)).abs() > 1e-4
+    torch.testing.assert_close(fuse(model)(**packed_inputs(documents)), expected_loss, rtol=1e-5, atol=1e-5)
     model.save_pretrained(tmp_path)
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    torch.testing.assert_close(loss_of_documents(reloaded, documents), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(loss_of_documents(reloaded, documents), expected_loss, rtol=1e-5, atol=1e-5)
 
 
-def test_wrong_settings_are_named() -> None:
+def test_errors_name_wrong_settings() -> None:
     for settings, message in (
         ({"rope_type": "lienar", "factor": 2}, "rope_type=lienar: no such kind. Known: default, linear"),
         ({"rope_type": "linear"}, "factor is missing. Settings of linear: factor"),

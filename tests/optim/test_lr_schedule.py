@@ -14,7 +14,7 @@ def _rates(**changes) -> list[float]:
 
 
 @pytest.mark.parametrize("schedule", [Schedule.cosine, Schedule.linear])
-def test_decay_climbs_to_the_peak_and_ends_at_the_floor(schedule: Schedule) -> None:
+def test_decay_warms_up_to_the_peak_and_ends_at_the_minimum(schedule: Schedule) -> None:
     rates = _rates(schedule=schedule)
     assert rates[0] == pytest.approx(1 / 11)
     assert rates[10] == max(rates) == pytest.approx(1.0)
@@ -31,7 +31,7 @@ def test_halfway_values() -> None:
     assert lr_factor(25, 101, dataclasses.replace(config, schedule=Schedule.linear)) == pytest.approx(1 - 0.9 / 4)
 
 
-def test_constant_has_no_warmup_unless_asked_by_steps() -> None:
+def test_constant_has_no_warmup_and_constant_with_warmup_has() -> None:
     assert set(_rates(schedule=Schedule.constant, warmup_steps=None, warmup_ratio=0.1)) == {1.0}
     rates = _rates(schedule=Schedule.constant_with_warmup, warmup_steps=None, warmup_ratio=0.1)
     assert rates[9] < 1.0
@@ -42,13 +42,13 @@ def test_one_step_runs() -> None:
     assert lr_factor(0, 1, dataclasses.replace(BASE, warmup_steps=0)) == pytest.approx(1.0)
 
 
-def test_polynomial_falls_by_its_power() -> None:
+def test_polynomial_decays_with_its_power() -> None:
     config = dataclasses.replace(BASE, schedule=Schedule.polynomial, power=3.0, warmup_steps=0)
     assert lr_factor(50, 101, config) == pytest.approx(0.1 + 0.9 / 8)
     assert lr_factor(100, 101, config) == pytest.approx(0.1)
 
 
-def test_wsd_holds_and_falls_at_the_end() -> None:
+def test_wsd_is_constant_and_decays_at_the_end() -> None:
     rates = _rates(schedule=Schedule.wsd, decay_ratio=0.2)
     assert set(rates[10:80]) == {1.0}
     assert rates[-1] == pytest.approx(0.1)

@@ -36,46 +36,52 @@ MODELS = [
 ]
 
 
-class _Held:
-    """A tensor that autograd keeps, as long as it does: what has been forgotten when the pass ends does not count."""
+class _SavedTensor:
+    """A tensor that autograd saves; it is not counted if autograd releases it before the pass ends."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
 
 
-def _kept(model) -> int:
-    """Bytes that autograd keeps of one pass, parameters and inputs aside."""
-    batch, held = packed_inputs([torch.arange(3, 30), torch.arange(3, 13)]), weakref.WeakSet()
-    own = {each.untyped_storage().data_ptr() for each in [*model.parameters(), *model.buffers()]}
-    own |= {each.untyped_storage().data_ptr() for each in batch.values() if isinstance(each, torch.Tensor)}
+def _saved_bytes(model) -> int:
+    """Bytes that autograd saves in one pass, without parameters and inputs."""
+    batch, saved_tensors = packed_inputs([torch.arange(3, 30), torch.arange(3, 13)]), weakref.WeakSet()
+    excluded_pointers = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    excluded_pointers |= {
+        tensor.untyped_storage().data_ptr() for tensor in batch.values() if isinstance(tensor, torch.Tensor)
+    }
     for parameter in model.parameters():
         if state := getattr(parameter, "quant_state", None):
-            parts = [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
-            own |= {each.untyped_storage().data_ptr() for each in parts}
+            quantization_tensors = [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+            excluded_pointers |= {tensor.untyped_storage().data_ptr() for tensor in quantization_tensors}
 
-    def keep(tensor: torch.Tensor) -> _Held:
-        held.add(found := _Held(tensor))
-        return found
+    def pack(tensor: torch.Tensor) -> _SavedTensor:
+        saved_tensors.add(saved_tensor := _SavedTensor(tensor))
+        return saved_tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda found: found.tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved_tensor: saved_tensor.tensor):
         loss = fuse(model)(**batch)
     assert loss.isfinite()
-    storages = {each.tensor.untyped_storage().data_ptr(): each.tensor.untyped_storage().nbytes() for each in held}
-    return sum(size for place, size in storages.items() if place not in own)
+    storages = {
+        saved.tensor.untyped_storage().data_ptr(): saved.tensor.untyped_storage().nbytes() for saved in saved_tensors
+    }
+    return sum(size for pointer, size in storages.items() if pointer not in excluded_pointers)
 
 
-def _saved(model_type: str, form: dict, overrides: list[str], layers: int, dtype: torch.dtype, kernels: dict[str, str]):
+def _measure(
+    model_type: str, form: dict, overrides: list[str], layers: int, dtype: torch.dtype, kernels: dict[str, str]
+):
     config = app.compose("train", ["run=x", "model=a/b", "data=c/d", "optim.steps=1", *overrides])
     family = registry.load("fireflyds.models.families", model_type).FAMILY
     model = tiny_model(model_type, num_hidden_layers=layers, tie_word_embeddings=False, **form)
     model = tuning.apply_tuning(model, family, config.tuning, None, 0).to(dtype).train()
     shape = model_shape(model, config)
     with dispatch.force(**kernels):
-        return _kept(model), shape, config
+        return _saved_bytes(model), shape, config
 
 
-def _planned(shape: ModelShape, config: TrainConfig, dtype: torch.dtype, device: str, *, fused: bool) -> float:
-    how = activations.ForwardSpec(
+def _planned_bytes(shape: ModelShape, config: TrainConfig, dtype: torch.dtype, device: str, *, fused: bool) -> float:
+    forward_spec = activations.ForwardSpec(
         device=device,
         wide=dtype.itemsize,
         half=False,
@@ -85,7 +91,7 @@ def _planned(shape: ModelShape, config: TrainConfig, dtype: torch.dtype, device:
         checkpointing=False,
     )
     block = shape.blocks[2]
-    return activations.block_bytes(block, shape, how) * TOKENS + activations.weight_bytes(block, how)
+    return activations.block_bytes(block, shape, forward_spec) * TOKENS + activations.weight_bytes(block, forward_spec)
 
 
 @pytest.mark.parametrize(("model_type", "form"), MODELS)
@@ -97,46 +103,50 @@ def _planned(shape: ModelShape, config: TrainConfig, dtype: torch.dtype, device:
         (["tuning=full"], torch.float16, "cuda"),
         ([*LORA, "tuning.dropout=0"], torch.bfloat16, "cpu"),
         ([*LORA, "tuning.dropout=0"], torch.float16, "cuda"),
-        # A GPU's dropout keeps bytes, the CPU's numbers, so the one is not seen on the other.
+        # Dropout saves a byte mask on a GPU and floats on the CPU, so GPU dropout cannot be measured here.
         ([*LORA, "tuning.dropout=0.1"], torch.bfloat16, "cpu"),
         (["tuning=freeze", r"tuning.trainable=[mlp]"], torch.float32, "cpu"),
     ],
 )
-def test_a_block_keeps_what_autograd_saves(
+def test_planned_activations_of_a_block_equal_the_tensors_autograd_saves(
     model_type: str, form: dict, overrides: list[str], dtype, device: str
 ) -> None:
     kernels = TRITON if device == "cuda" else {}
-    # Rotary tables are kept once, by whatever blocks share them: a third block adds none.
-    two, _, _ = _saved(model_type, form, overrides, 2, dtype, kernels)
-    three, shape, config = _saved(model_type, form, overrides, 3, dtype, kernels)
-    # RMS norms are exact; the two numbers that a layer norm keeps of a row are of the narrow type on the CPU.
+    # Rotary tables are saved once for all blocks: a third block adds none.
+    bytes_of_two_blocks, _, _ = _measure(model_type, form, overrides, 2, dtype, kernels)
+    bytes_of_three_blocks, shape, config = _measure(model_type, form, overrides, 3, dtype, kernels)
+    # RMS norms are exact; the two statistics that a layer norm saves per row have the half-precision type on the CPU.
     rel = 0.01 if shape.form.layer_norm else 1e-9
-    assert _planned(shape, config, dtype, device, fused=False) == pytest.approx(three - two, rel=rel)
+    assert _planned_bytes(shape, config, dtype, device, fused=False) == pytest.approx(
+        bytes_of_three_blocks - bytes_of_two_blocks, rel=rel
+    )
 
 
-def _quantised(folder: Path, *overrides: str):
-    """What a third block adds, and what was planned for it."""
-    found = []
+def _measure_quantised(folder: Path, *overrides: str):
+    """Saved bytes of a third block, and its planned bytes."""
+    measurements = []
     for layers in (2, 3):
         settings = {"num_hidden_layers": layers, "num_key_value_heads": 2, "tie_word_embeddings": False}
         tiny_model("llama", hidden_size=64, intermediate_size=128, **settings).save_pretrained(folder / str(layers))
-        given = ["run=x", f"model={folder / str(layers)}", "data=c/d", "optim.steps=1", "tuning=qlora", "tuning.r=4"]
-        config = app.compose("train", [*given, *overrides])
+        required = ["run=x", f"model={folder / str(layers)}", "data=c/d", "optim.steps=1", "tuning=qlora", "tuning.r=4"]
+        config = app.compose("train", [*required, *overrides])
         model = tuning.load_tuned_model(config, load.architecture_of(config.model), Precision.bf16).train()
         for parameter in model.parameters():
             if parameter.dtype is torch.float32:
                 parameter.data = parameter.data.bfloat16()
-        found.append((_kept(model), model_shape(model, config), config))
-    (two, _, _), (three, shape, config) = found
-    return three - two, _planned(shape, config, torch.bfloat16, "cpu", fused=not config.tuning.use_dora)
+        measurements.append((_saved_bytes(model), model_shape(model, config), config))
+    (bytes_of_two_blocks, _, _), (bytes_of_three_blocks, shape, config) = measurements
+    return bytes_of_three_blocks - bytes_of_two_blocks, _planned_bytes(
+        shape, config, torch.bfloat16, "cpu", fused=not config.tuning.use_dora
+    )
 
 
-def test_our_qlora_layer_keeps_its_input_its_mask_and_the_adapter_s_inner_values(tmp_path) -> None:
-    kept, planned = _quantised(tmp_path)
-    assert planned == pytest.approx(kept, rel=0.03)
+def test_planned_activations_of_the_fused_qlora_layer(tmp_path) -> None:
+    saved, planned = _measure_quantised(tmp_path)
+    assert planned == pytest.approx(saved, rel=0.03)
 
 
 @pytest.mark.parametrize("dropout", [0, 0.1])
-def test_dora_on_a_quantised_base_keeps_unpacked_weights_behind_its_dropout(tmp_path, dropout: float) -> None:
-    kept, planned = _quantised(tmp_path, "tuning.use_dora=true", f"tuning.dropout={dropout}")
-    assert planned == pytest.approx(kept, rel=0.03)
+def test_planned_activations_of_dora_on_a_quantised_base(tmp_path, dropout: float) -> None:
+    saved, planned = _measure_quantised(tmp_path, "tuning.use_dora=true", f"tuning.dropout={dropout}")
+    assert planned == pytest.approx(saved, rel=0.03)

@@ -1,5 +1,4 @@
-"""What alternatives cost beside the GPU: host, traffic, recomputation; and that they are offered where they should
-be."""
+"""Costs of alternatives outside GPU memory: host memory, traffic, recomputation; and which alternatives are listed."""
 
 import importlib.util
 import json
@@ -21,77 +20,80 @@ ON_CPU = ["tuning=full", "optim=adamw", "cluster=cpu", "hardware=cpu", "global_b
 
 
 def _config(*overrides: str) -> PlanConfig:
-    given = [
+    required = [
         "experiment=firefly_llama2_7b_ext_cpt_qlora",
         "optim.steps=10",
         f"model.architecture.num_hidden_layers={LAYERS}",
     ]
-    return app.compose("plan", [*given, *overrides])
+    return app.compose("plan", [*required, *overrides])
 
 
 def _plan(*overrides: str) -> TrainingPlan:
     return plan_of(_config(*overrides))
 
 
-def _layouts(made: TrainingPlan) -> set[tuple[int, str]]:
-    return {(choice.placement.stage, choice.offload) for choice in made.choices}
+def _layouts(training_plan: TrainingPlan) -> set[tuple[int, str]]:
+    return {(choice.placement.stage, choice.offload) for choice in training_plan.choices}
 
 
-def test_the_host_holds_a_copy_of_masters_and_states_while_a_checkpoint_is_written() -> None:
-    given = [*FULL, "cluster=h200", "zero=1", "zero.offload_optimizer=cpu", "global_batch_size=6"]
-    made = _plan(*given)
-    trained = made.shape.trained
+def test_host_memory_includes_the_copy_of_a_background_checkpoint() -> None:
+    overrides = [*FULL, "cluster=h200", "zero=1", "zero.offload_optimizer=cpu", "global_batch_size=6"]
+    training_plan = _plan(*overrides)
+    trained = training_plan.shape.trained
     # Masters, two states, float32 gradients and a copy of the weights in the model's format; of the first three a copy.
-    assert made.own.memory.host == (12 + 4 + 2) * trained
-    assert made.own.host_per_node == (18 + 12) * trained + 3 * GIB
-    between = (18 + 6) * trained / GIB + 3
-    refused = _plan(*given, f"cluster.host_memory_gib={between:.1f}")
-    assert refused.own.why_not == f"{made.own.host_per_node / GIB:.0f} GiB needed, {between:.1f} GiB available per host"
+    assert training_plan.own.memory.host == (12 + 4 + 2) * trained
+    assert training_plan.own.host_per_node == (18 + 12) * trained + 3 * GIB
+    host_gib = (18 + 6) * trained / GIB + 3
+    limited = _plan(*overrides, f"cluster.host_memory_gib={host_gib:.1f}")
+    assert (
+        limited.own.why_not
+        == f"{training_plan.own.host_per_node / GIB:.0f} GiB needed, {host_gib:.1f} GiB available per host"
+    )
     # Every rank saves its share.
-    shared = _plan(*FULL, "cluster=a100x8", "zero=1", "global_batch_size=48")
-    assert shared.own.memory.host_saving == 12 * trained / 8
+    sharded = _plan(*FULL, "cluster=a100x8", "zero=1", "global_batch_size=48")
+    assert sharded.own.memory.host_saving == 12 * trained / 8
 
 
-def test_on_the_cpu_the_host_holds_ranks_their_copies_and_libraries() -> None:
-    made = _plan(*ON_CPU, "zero=1")
-    memory, trained = made.own.memory, made.shape.trained
-    each = memory.total + 12 * trained / 2 + search.CPU_LIBRARIES_GIB * GIB
-    assert made.own.host_per_node == pytest.approx(2 * each)
-    # Where training waits for it, activations and gradients are gone by then.
-    waits = _plan(*ON_CPU, "zero=1", "checkpoint.background=false")
-    resting = 4 * trained + 12 * trained / 2 + memory.items["fixed"]
-    worst = max(memory.total, resting + 12 * trained / 2)
-    assert waits.own.host_per_node == pytest.approx(2 * (worst + search.CPU_LIBRARIES_GIB * GIB))
-    assert waits.own.host_per_node < made.own.host_per_node
+def test_host_memory_on_the_cpu_includes_ranks_copies_and_libraries() -> None:
+    training_plan = _plan(*ON_CPU, "zero=1")
+    memory, trained = training_plan.own.memory, training_plan.shape.trained
+    bytes_per_rank = memory.total + 12 * trained / 2 + search.CPU_LIBRARIES_GIB * GIB
+    assert training_plan.own.host_per_node == pytest.approx(2 * bytes_per_rank)
+    # Where training waits for the write, activations and gradients are freed by then.
+    foreground = _plan(*ON_CPU, "zero=1", "checkpoint.background=false")
+    resident = 4 * trained + 12 * trained / 2 + memory.items["fixed"]
+    peak = max(memory.total, resident + 12 * trained / 2)
+    assert foreground.own.host_per_node == pytest.approx(2 * (peak + search.CPU_LIBRARIES_GIB * GIB))
+    assert foreground.own.host_per_node < training_plan.own.host_per_node
 
 
-def test_the_cpu_is_the_cpu_however_it_is_written() -> None:
-    lower, upper = _plan(*ON_CPU, "zero=1"), _plan(*ON_CPU, "zero=1", "cluster.gpu=CPU")
-    assert upper.own == lower.own
-    assert upper.choices == lower.choices
+def test_cluster_gpu_cpu_is_case_insensitive() -> None:
+    lower_case, upper_case = _plan(*ON_CPU, "zero=1"), _plan(*ON_CPU, "zero=1", "cluster.gpu=CPU")
+    assert upper_case.own == lower_case.own
+    assert upper_case.choices == lower_case.choices
     assert (
         plan.cluster_precision(_config("cluster=cpu", "cluster.gpu=CPU", "hardware.precision=auto")) is Precision.fp32
     )
 
 
-def test_a_plan_for_cpus_speaks_of_ranks() -> None:
-    small = plan_report.format_plan(_plan(*ON_CPU, "zero=1", "cluster.gpu_memory_gib=1"), [])
-    assert "GPU" not in small
-    assert "peak GiB per rank within a step" in small
-    assert "GiB needed, 1.0 GiB available per rank" in small
-    assert "nothing fits. Give more machines or memory (cluster.*)" in small
+def test_a_plan_for_cpus_reports_ranks_instead_of_gpus() -> None:
+    report = plan_report.format_plan(_plan(*ON_CPU, "zero=1", "cluster.gpu_memory_gib=1"), [])
+    assert "GPU" not in report
+    assert "peak GiB per rank within a step" in report
+    assert "GiB needed, 1.0 GiB available per rank" in report
+    assert "nothing fits. Give more machines or memory (cluster.*)" in report
 
 
-def test_a_layout_in_deepspeed_s_own_configuration_leaves_the_alternatives() -> None:
-    given = [*FULL, "cluster=a100x8", "zero=1", "global_batch_size=48"]
-    named = _plan(*given, "zero.extra={zero_optimization:{stage:1,offload_optimizer:{device:none}}}")
-    assert _layouts(named) == _layouts(_plan(*given))
-    assert len(_layouts(named)) == 8
-    assert named.own.fits
-    assert named.fastest is not None
+def test_zero_extra_does_not_reduce_the_alternatives() -> None:
+    overrides = [*FULL, "cluster=a100x8", "zero=1", "global_batch_size=48"]
+    training_plan = _plan(*overrides, "zero.extra={zero_optimization:{stage:1,offload_optimizer:{device:none}}}")
+    assert _layouts(training_plan) == _layouts(_plan(*overrides))
+    assert len(_layouts(training_plan)) == 8
+    assert training_plan.own.fits
+    assert training_plan.fastest is not None
 
 
-def test_offloaded_gradients_add_up_where_deepspeed_adds_them_up() -> None:
+def test_offload_traffic_of_gradient_accumulation() -> None:
     shape = _plan(*FULL, "cluster=h200", "zero=1", "global_batch_size=6").shape
     cluster = _config("cluster=h200", "cluster.host_link_gb_per_s=1").cluster
     update = shape.trained / search.CPU_ADAM_PER_SECOND
@@ -104,29 +106,29 @@ def test_offloaded_gradients_add_up_where_deepspeed_adds_them_up() -> None:
     for accumulation in (1, 4):
         assert bytes_each(1, accumulation) == pytest.approx(4 + 2)
     assert bytes_each(2, 1) == pytest.approx(4 + 2)
-    # The sum goes down four times and comes up three times.
+    # The sum is written four times and read three times.
     assert bytes_each(2, 4) == pytest.approx(7 * 2 + 4 + 2)
-    # At stage 3 it comes up each time.
+    # At stage 3 it is read each time.
     assert bytes_each(3, 1) == pytest.approx(2 * 2 + 4 + 2)
     assert bytes_each(3, 4) == pytest.approx(8 * 2 + 4 + 2)
-    # Weights that live on the host come up twice a micro-batch instead; nothing is frozen here.
+    # Weights offloaded to the host are fetched twice per micro-batch instead; nothing is frozen here.
     assert bytes_each(3, 4, parameters=True) == pytest.approx(8 * 2 + 4 + 2 * 4 * 2)
 
 
-def test_recomputation_is_the_forward_pass_of_blocks_that_go_backward() -> None:
+def test_recomputation_counts_only_blocks_with_a_backward_pass() -> None:
     adapters = LAYERS * 64 * (8 * WIDTH + 3 * (WIDTH + INNER))
     tokens, pairs = 6 * 1024, 6 * 1024 * 1025 / 2
     lora = _plan("tuning=lora", "cluster=h200", "global_batch_size=6", "tuning.embeddings=all")
     assert lora.work.recomputed == pytest.approx(2 * (BODY + adapters) * tokens + LAYERS * 4 * WIDTH * pairs)
     assert lora.work.repeated == 0
-    alone = ["tuning=freeze", "tuning.embeddings=frozen", "cluster=h200", "global_batch_size=6"]
-    assert _plan(*alone, "tuning.head=all").work.recomputed == 0
-    last = _plan(*alone, "tuning.head=frozen", rf"tuning.trainable=['layers\.{LAYERS - 1}\.']")
-    assert last.work.recomputed == pytest.approx(2 * BODY / LAYERS * tokens + 4 * WIDTH * pairs)
+    overrides = ["tuning=freeze", "tuning.embeddings=frozen", "cluster=h200", "global_batch_size=6"]
+    assert _plan(*overrides, "tuning.head=all").work.recomputed == 0
+    last_block = _plan(*overrides, "tuning.head=frozen", rf"tuning.trainable=['layers\.{LAYERS - 1}\.']")
+    assert last_block.work.recomputed == pytest.approx(2 * BODY / LAYERS * tokens + 4 * WIDTH * pairs)
 
 
-def test_dora_computes_the_base_again_behind_its_dropout() -> None:
-    given = [
+def test_dora_with_dropout_recomputes_the_base_output() -> None:
+    overrides = [
         "tuning=qlora",
         "tuning.use_dora=true",
         "cluster=h200",
@@ -134,27 +136,29 @@ def test_dora_computes_the_base_again_behind_its_dropout() -> None:
         "global_batch_size=6",
         "hardware.gradient_checkpointing=false",
     ]
-    plain, dropped = (_plan(*given, f"tuning.dropout={each}") for each in (0, 0.05))
+    plain, with_dropout = (_plan(*overrides, f"tuning.dropout={dropout}") for dropout in (0, 0.05))
     tokens = 6 * 1024
-    assert (plain.work.repeated, dropped.work.repeated) == (0, 4 * BODY * tokens)
-    assert dropped.work.flops == plain.work.flops
-    assert dropped.work.recomputed - plain.work.recomputed == pytest.approx(2 * BODY * tokens)
-    seconds = dropped.own.compute_seconds - plain.own.compute_seconds
-    assert seconds == pytest.approx(4 * BODY * tokens / (0.4 * dropped.peak))
+    assert (plain.work.repeated, with_dropout.work.repeated) == (0, 4 * BODY * tokens)
+    assert with_dropout.work.flops == plain.work.flops
+    assert with_dropout.work.recomputed - plain.work.recomputed == pytest.approx(2 * BODY * tokens)
+    seconds = with_dropout.own.compute_seconds - plain.own.compute_seconds
+    assert seconds == pytest.approx(4 * BODY * tokens / (0.4 * with_dropout.peak))
     # Without checkpointing all blocks keep their weights, with it the one that is computed again.
-    more = {
-        again: _highest(dropped, again) - _highest(plain, again) - _dropout_bytes(again, dropped.config)
-        for again in (False, True)
+    additional_bytes = {
+        checkpointing: _peak_activations(with_dropout, checkpointing)
+        - _peak_activations(plain, checkpointing)
+        - _dropout_bytes(checkpointing, with_dropout.config)
+        for checkpointing in (False, True)
     }
-    assert more[False] == pytest.approx(2 * BODY)
-    assert more[True] == pytest.approx(2 * BODY / LAYERS)
+    assert additional_bytes[False] == pytest.approx(2 * BODY)
+    assert additional_bytes[True] == pytest.approx(2 * BODY / LAYERS)
 
 
-def _highest(made: TrainingPlan, checkpointing: bool) -> float:
+def _peak_activations(training_plan: TrainingPlan, checkpointing: bool) -> float:
     return next(
         choice.memory.highest["activations"]
-        for choice in made.choices
-        if choice.placement == replace(made.own.placement, checkpointing=checkpointing)
+        for choice in training_plan.choices
+        if choice.placement == replace(training_plan.own.placement, checkpointing=checkpointing)
     )
 
 
@@ -165,8 +169,8 @@ def _dropout_bytes(checkpointing: bool, config: PlanConfig) -> float:
     return tokens * (inputs * (1 + 2) - 2 * shared) * (1 if checkpointing else LAYERS)
 
 
-def test_disk_that_grows_as_long_as_the_run_is_said_to_grow() -> None:
-    given = [
+def test_unbounded_disk_usage_is_reported() -> None:
+    overrides = [
         *FULL,
         "cluster=h200",
         "zero=1",
@@ -175,32 +179,32 @@ def test_disk_that_grows_as_long_as_the_run_is_said_to_grow() -> None:
         "checkpoint.every=100",
         "checkpoint.keep=2",
     ]
-    grows = _plan(*given, "checkpoint.keep_every=250")
-    each = 12 * grows.shape.trained
+    growing = _plan(*overrides, "checkpoint.keep_every=250")
+    bytes_per_checkpoint = 12 * growing.shape.trained
     line = (
-        f"checkpoint: {each / GIB:.2f} GiB on disk, {3 * each / GIB:.2f} GiB per run plus one checkpoint every 500 "
-        "steps"
+        f"checkpoint: {bytes_per_checkpoint / GIB:.2f} GiB on disk, "
+        f"{3 * bytes_per_checkpoint / GIB:.2f} GiB per run plus one checkpoint every 500 steps"
     )
-    assert f"{line} (checkpoint.keep_every)" in plan_report.format_plan(grows, [])
-    assert plan_report.as_json(grows, [])["disk_of_run"] is None
-    limited = replace(grows, config=_config(*given, "checkpoint.keep_every=250", "checkpoint.max_gib=500"))
-    assert plan_report.as_json(limited, [])["disk_of_run"] == 500 * GIB + each
-    shown = f"{500 + each / GIB:.2f} GiB at most (checkpoint.keep=2, checkpoint.max_gib=500)"
-    assert shown in plan_report.format_plan(limited, [])
-    assert plan.disk_bytes(5.0, _config(*given, "checkpoint.keep_every=250"), 1000) == (3 + 2) * 5
+    assert f"{line} (checkpoint.keep_every)" in plan_report.format_plan(growing, [])
+    assert plan_report.as_json(growing, [])["disk_of_run"] is None
+    limited = replace(growing, config=_config(*overrides, "checkpoint.keep_every=250", "checkpoint.max_gib=500"))
+    assert plan_report.as_json(limited, [])["disk_of_run"] == 500 * GIB + bytes_per_checkpoint
+    disk_text = f"{500 + bytes_per_checkpoint / GIB:.2f} GiB at most (checkpoint.keep=2, checkpoint.max_gib=500)"
+    assert disk_text in plan_report.format_plan(limited, [])
+    assert plan.disk_bytes(5.0, _config(*overrides, "checkpoint.keep_every=250"), 1000) == (3 + 2) * 5
 
 
-def test_json_has_the_notes_that_people_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_json_report_has_the_notes_of_the_text_report(capsys: pytest.CaptureFixture[str]) -> None:
     spec = importlib.util.spec_from_file_location("launch_plan", app.CONF.parent / "launch" / "plan.py")
     verb = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(verb)
-    given = [*FULL, "cluster=h200", "zero=1", "global_batch_size=6", "zero.extra={zero_optimization:{stage:1}}"]
-    verb.plan(_config(*given, "format=json"))
-    told = json.loads(capsys.readouterr().out)
-    assert (told["cluster"]["gpu"], told["cluster"]["gpus_per_node"]) == ("H200", 1)
-    notes = told["notes"]
+    overrides = [*FULL, "cluster=h200", "zero=1", "global_batch_size=6", "zero.extra={zero_optimization:{stage:1}}"]
+    verb.plan(_config(*overrides, "format=json"))
+    report = json.loads(capsys.readouterr().out)
+    assert (report["cluster"]["gpu"], report["cluster"]["gpus_per_node"]) == ("H200", 1)
+    notes = report["notes"]
     left_out = "note: zero.extra: zero_optimization.stage is left out: it is zero.stage=1"
     assert left_out in notes
     assert any(note.startswith("note: no data= given") for note in notes)
-    verb.plan(_config(*given))
+    verb.plan(_config(*overrides))
     assert capsys.readouterr().out.endswith("\n".join(notes) + "\n")

@@ -1,4 +1,4 @@
-"""Small bases of every kind that pieces are merged into."""
+"""Small base tokenizers of every kind that pieces are merged into."""
 
 import json
 from pathlib import Path
@@ -33,13 +33,15 @@ def byte_level_base(folder: Path) -> Path:
 
 
 def llama3_base(folder: Path) -> Path:
-    """Llama-3's and Qwen's kind: added tokens behind the vocabulary, merges as strings, whole words looked up first."""
+    """Llama-3's and Qwen's kind: added tokens after the vocabulary, merges as strings, `ignore_merges`."""
     byte_level_base(folder)
     file = folder / "tokenizer.json"
     document = json.loads(file.read_text(encoding="utf-8"))
-    old = {token["content"] for token in document["added_tokens"]}
+    special_tokens = {token["content"] for token in document["added_tokens"]}
     vocab = [
-        token for token in sorted(document["model"]["vocab"], key=document["model"]["vocab"].get) if token not in old
+        token
+        for token in sorted(document["model"]["vocab"], key=document["model"]["vocab"].get)
+        if token not in special_tokens
     ]
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     document["added_tokens"] = [{"id": len(vocab) + i, "content": token, **flags} for i, token in enumerate(ADDED)]
@@ -60,7 +62,7 @@ def llama3_base(folder: Path) -> Path:
 
 
 def json_only_base(folder: Path) -> Path:
-    """SentencePiece's kind of BPE in a directory that has lost its `tokenizer.model`."""
+    """SentencePiece's kind of BPE in a directory without its `tokenizer.model`."""
     sentencepiece_base(folder)
     (folder / "tokenizer.model").unlink()
     return folder

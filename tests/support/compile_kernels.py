@@ -1,8 +1,8 @@
-"""Compiles Triton kernels for GPUs that are not there and prints what came out, a JSON line each.
+"""Compiles Triton kernels for GPUs that are not installed and prints their resource usage as JSON lines.
 
     python compile_kernels.py <capability> <head_dim,...|elementwise>
 
-In a process of its own: where the interpreter is on, Triton compiles nothing.
+Run in a separate process: where the interpreter is enabled, Triton compiles nothing.
 """
 
 import json
@@ -37,23 +37,23 @@ TYPES = {
 }
 
 
-def compiled(kernel: Any, dtype: torch.dtype, capability: int, constants: dict[str, Any]) -> dict[str, int]:
+def compile_kernel(kernel: Any, dtype: torch.dtype, capability: int, constants: dict[str, Any]) -> dict[str, int]:
     """Registers, bytes of stack (spills), shared memory and tensor-core instructions of one kernel."""
     options = {
         name: constants.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion") if name in constants
     }
     types = {}
     for name in kernel.arg_names:
-        narrow = "*" + NAMES[dtype] if name.endswith("_ptr") else "i32"
-        types[name] = "constexpr" if name in constants else TYPES.get(name, narrow)
+        default_type = "*" + NAMES[dtype] if name.endswith("_ptr") else "i32"
+        types[name] = "constexpr" if name in constants else TYPES.get(name, default_type)
     # As at run time for contiguous tensors: addresses and strides are multiples of 16.
     aligned = [
         i for i, name in enumerate(kernel.arg_names) if types[name][0] == "*" or name.endswith(("stride", "_head"))
     ]
     source = ASTSource(kernel, types, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
-    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(made.asm["cubin"])
+        file.write(binary.asm["cubin"])
         file.flush()
         usage = subprocess.run(
             [TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
@@ -61,12 +61,12 @@ def compiled(kernel: Any, dtype: torch.dtype, capability: int, constants: dict[s
     registers, stack, _, local = map(
         int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage.stdout + usage.stderr).groups()
     )
-    products = len(re.findall(r"mma\.sync|wgmma\.mma_async", made.asm["ptx"]))
-    return {"registers": registers, "spilled": stack + local, "shared": made.metadata.shared, "products": products}
+    products = len(re.findall(r"mma\.sync|wgmma\.mma_async", binary.asm["ptx"]))
+    return {"registers": registers, "spilled": stack + local, "shared": binary.metadata.shared, "products": products}
 
 
 def attention_kernels(capability: int, head_dim: int, dtype: torch.dtype) -> dict[str, dict[str, int]]:
-    found = {}
+    usages = {}
     kernels = {
         "forward": attention.forward_kernel,
         "keys": attention.bwd_dkdv_kernel,
@@ -76,31 +76,33 @@ def attention_kernels(capability: int, head_dim: int, dtype: torch.dtype) -> dic
         for window, alibi in ((None, False), (64, True)):
             constants = attention.constants(4, 1, head_dim, dtype, True, window, alibi)
             constants |= attention.tiles(name, head_dim, dtype, capability).launch()
-            found[f"{name}{' with window and ALiBi' * alibi}"] = compiled(kernel, dtype, capability, constants)
-    return found
+            usages[f"{name}{' with window and ALiBi' * alibi}"] = compile_kernel(kernel, dtype, capability, constants)
+    return usages
 
 
 def elementwise_kernels(capability: int, dtype: torch.dtype) -> dict[str, dict[str, int]]:
     row = norm.launch(4096)
     return {
-        "norm": compiled(norm.forward_kernel, dtype, capability, {"RESIDUAL": True} | row),
-        "norm backward": compiled(norm.backward_kernel, dtype, capability, {"BESIDE": True, "WEIGHT": True} | row),
-        "rope": compiled(rotation.rope_kernel, dtype, capability, rotation.constants(32, 8, 128, 128)),
-        "swiglu": compiled(gate.forward_kernel, dtype, capability, dict(gate.LAUNCH)),
-        "swiglu backward": compiled(gate.backward_kernel, dtype, capability, dict(gate.LAUNCH)),
-        "loss": compiled(
+        "norm": compile_kernel(norm.forward_kernel, dtype, capability, {"RESIDUAL": True} | row),
+        "norm backward": compile_kernel(
+            norm.backward_kernel, dtype, capability, {"BESIDE": True, "WEIGHT": True} | row
+        ),
+        "rope": compile_kernel(rotation.rope_kernel, dtype, capability, rotation.constants(32, 8, 128, 128)),
+        "swiglu": compile_kernel(gate.forward_kernel, dtype, capability, dict(gate.LAUNCH)),
+        "swiglu backward": compile_kernel(gate.backward_kernel, dtype, capability, dict(gate.LAUNCH)),
+        "loss": compile_kernel(
             loss.dlogits_kernel, dtype, capability, {"BIAS": False, "SCALE": True, "DLOGITS": True} | loss.LAUNCH
         ),
     }
 
 
-def main(capability: int, what: str) -> None:
+def main(capability: int, kernels: str) -> None:
     dtype = torch.bfloat16 if capability >= 80 else torch.float16
-    if what == "elementwise":
-        rows = {name: row | {"of": what} for name, row in elementwise_kernels(capability, dtype).items()}
+    if kernels == "elementwise":
+        rows = {name: row | {"of": kernels} for name, row in elementwise_kernels(capability, dtype).items()}
         print(json.dumps(rows))
         return
-    for head_dim in map(int, what.split(",")):
+    for head_dim in map(int, kernels.split(",")):
         print(
             json.dumps(
                 {f"{name} D={head_dim}": row for name, row in attention_kernels(capability, head_dim, dtype).items()}

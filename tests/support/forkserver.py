@@ -29,24 +29,24 @@ class ForkServer:
         self._start()
 
     def _start(self) -> None:
-        ours, theirs = socket.socketpair()
-        self._socket = ours
-        self._answers = ours.makefile()
+        server_socket, child_socket = socket.socketpair()
+        self._socket = server_socket
+        self._replies = server_socket.makefile()
         environment = os.environ | {"DS_ACCELERATOR": "cpu", "TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         environment.pop("TRITON_INTERPRET", None)
         self._server = subprocess.Popen(
-            [sys.executable, __file__, str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
+            [sys.executable, __file__, str(child_socket.fileno())],
+            pass_fds=[child_socket.fileno()],
             env=environment,
             start_new_session=True,
         )
-        theirs.close()
+        child_socket.close()
 
     def _restart(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._server.pid, signal.SIGKILL)  # the server and its fork
         self._server.wait()
-        self._answers.close()
+        self._replies.close()
         self._socket.close()
         self._start()
 
@@ -66,17 +66,17 @@ class ForkServer:
             self._socket.settimeout(timeout)
             try:
                 self._socket.sendall((json.dumps(request | files) + "\n").encode())
-                answer = self._answers.readline()
+                reply = self._replies.readline()
             except TimeoutError as error:
                 self._restart()
                 raise subprocess.TimeoutExpired(command, timeout) from error
             except ConnectionError:
-                answer = ""
-            if not answer:
+                reply = ""
+            if not reply:
                 self._restart()
                 raise RuntimeError(f"the fork server ended while it ran {' '.join(command)}")
             texts = {name: Path(file).read_text(encoding="utf-8") for name, file in files.items()}
-        return subprocess.CompletedProcess(command, int(answer), **texts)
+        return subprocess.CompletedProcess(command, int(reply), **texts)
 
 
 def serve(connection: socket.socket) -> dict[str, Any] | None:
@@ -91,7 +91,7 @@ def serve(connection: socket.socket) -> dict[str, Any] | None:
     return None
 
 
-def become(request: dict[str, Any]) -> None:
+def prepare_process(request: dict[str, Any]) -> None:
     """Makes this process what `python script arguments` would be before its first import."""
     for number, name in ((1, "stdout"), (2, "stderr")):
         descriptor = os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -107,6 +107,6 @@ def become(request: dict[str, Any]) -> None:
 if __name__ == "__main__":
     for library in LIBRARIES:
         importlib.import_module(library)
-    if (asked := serve(socket.socket(fileno=int(sys.argv[1])))) is not None:
-        become(asked)
-        runpy.run_path(asked["script"], run_name="__main__")
+    if (request_of_fork := serve(socket.socket(fileno=int(sys.argv[1])))) is not None:
+        prepare_process(request_of_fork)
+        runpy.run_path(request_of_fork["script"], run_name="__main__")

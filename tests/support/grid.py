@@ -13,7 +13,7 @@ ADAPTERS = ["tuning.r=4", "tuning.dropout=0"]
 
 
 class CaseResults(dict):
-    """Results by the name of the case. A case whose launch failed fails the test that asks for it, and no other."""
+    """Results by the name of the case. A case whose launch failed fails only the tests that read it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -24,8 +24,8 @@ class CaseResults(dict):
 
 
 def run_cases(folder: Path, cases: dict, ranks: int = 2) -> CaseResults:
-    """What `train_cases.py` measured in every case. After a launch that failed the cases behind the failed one are
-    launched again."""
+    """The results of `train_cases.py` for every case. After a failed launch the cases after
+    the failed one are launched again."""
     results = CaseResults()
     remaining = dict(cases)
     while remaining:
@@ -48,18 +48,26 @@ def _launch(folder: Path, cases: dict, ranks: int) -> str:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     script = [str(ROOT / "tests" / "support" / "train_cases.py"), str(folder / "cases.json"), str(folder / "out.jsonl")]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone"]
-    # One optimizer's kernels would be compiled for many seconds.
+    # Compiling the kernels of one optimizer would take many seconds.
     environment |= {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
-    done = subprocess.run([*launcher, *script], env=environment, capture_output=True, text=True, timeout=580)
-    return done.stdout[-2000:] + done.stderr[-4000:]
+    completed = subprocess.run([*launcher, *script], env=environment, capture_output=True, text=True, timeout=580)
+    return completed.stdout[-2000:] + completed.stderr[-4000:]
 
 
-def case(base: Path, tuning: str, stage: int, *more: str, steps: int = 4, **rest) -> dict:
+def case(base: Path, tuning: str, stage: int, *overrides_of_case: str, steps: int = 4, **options) -> dict:
     extra = ADAPTERS if tuning in ("lora", "qlora", "dora", "rslora") else []
-    overrides = [f"model={base}", f"tuning={tuning}", *extra, f"zero={stage}", "optim.lr=1e-2", SHARDED, *more]
-    return {"overrides": overrides, "steps": steps} | rest
+    overrides = [
+        f"model={base}",
+        f"tuning={tuning}",
+        *extra,
+        f"zero={stage}",
+        "optim.lr=1e-2",
+        SHARDED,
+        *overrides_of_case,
+    ]
+    return {"overrides": overrides, "steps": steps} | options
 
 
-def near(values: list[float], wanted: list[float], tolerance: float) -> None:
-    assert len(values) == len(wanted)
-    assert all(abs(a - b) <= tolerance * abs(b) for a, b in zip(values, wanted, strict=True)), (values, wanted)
+def near(values: list[float], expected: list[float], tolerance: float) -> None:
+    assert len(values) == len(expected)
+    assert all(abs(a - b) <= tolerance * abs(b) for a, b in zip(values, expected, strict=True)), (values, expected)

@@ -63,19 +63,19 @@ def slug(heading: str) -> str:
 
 def anchors(text: str) -> set[str]:
     """The anchors of a Markdown text. A repeated heading gets a number."""
-    found: set[str] = set()
+    names: set[str] = set()
     for _, line, in_fence in split_fences(text):
         if in_fence:
             continue
-        found |= set(ANCHOR.findall(line))
+        names |= set(ANCHOR.findall(line))
         if heading := HEADING.match(line):
             name = base = slug(heading[1])
             count = 0
-            while name in found:
+            while name in names:
                 count += 1
                 name = f"{base}-{count}"
-            found.add(name)
-    return found
+            names.add(name)
+    return names
 
 
 def links(text: str) -> Iterator[tuple[int, str]]:
@@ -114,9 +114,9 @@ def broken_links(files: list[Path], root: Path = ROOT) -> list[str]:
 
 
 def main() -> int:
-    found = broken_links(markdown_files())
-    print("\n".join(found), end="\n" if found else "")
-    return 1 if found else 0
+    links_without_target = broken_links(markdown_files())
+    print("\n".join(links_without_target), end="\n" if links_without_target else "")
+    return 1 if links_without_target else 0
 
 
 if __name__ == "__main__":

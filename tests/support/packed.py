@@ -1,4 +1,4 @@
-"""Documents laid end to end, attention over them the naive way, and how near a number format can come."""
+"""Inputs of packed documents, naive attention as the reference, and tolerances by number format."""
 
 from itertools import accumulate
 
@@ -32,7 +32,7 @@ def naive_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu: Tensor,
+    cu_seqlens: Tensor,
     *,
     causal: bool = True,
     scale: float | None = None,
@@ -42,26 +42,28 @@ def naive_attention(
     """One dense masked softmax over everything, in the inputs' number format."""
     total, heads, dim = q.shape
     k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
-    places = torch.arange(total, device=q.device)
-    document = torch.bucketize(places, cu[1:-1].long(), right=True)
-    distance = places[:, None] - places[None]
-    seen = document[:, None] == document[None]
+    positions = torch.arange(total, device=q.device)
+    document = torch.bucketize(positions, cu_seqlens[1:-1].long(), right=True)
+    distance = positions[:, None] - positions[None]
+    mask = document[:, None] == document[None]
     if causal:
-        seen &= distance >= 0
+        mask &= distance >= 0
     if window is not None:
-        seen &= distance.abs() < window
+        mask &= distance.abs() < window
     scores = torch.einsum("ihd,jhd->hij", q, k) * (dim**-0.5 if scale is None else scale)
     if alibi_slopes is not None:
         scores = scores - alibi_slopes.to(q.dtype)[:, None, None] * distance.abs()
-    return torch.einsum("hij,jhd->ihd", scores.masked_fill(~seen, float("-inf")).softmax(-1), v)
+    return torch.einsum("hij,jhd->ihd", scores.masked_fill(~mask, float("-inf")).softmax(-1), v)
 
 
-def assert_near(found: Tensor, wanted: Tensor, tolerance: float, what: str = "") -> None:
-    """‖found − wanted‖ ≤ tolerance · (‖wanted‖ + √n), and no value that was never written."""
-    assert found.shape == wanted.shape, what
-    assert torch.isfinite(found).all(), f"{what}: values that are no numbers"
-    apart = (found.double() - wanted.double()).norm().item()
-    assert apart <= tolerance * (wanted.double().norm().item() + wanted.numel() ** 0.5), f"{what}: {apart} apart"
+def assert_near(actual: Tensor, expected: Tensor, tolerance: float, name: str = "") -> None:
+    """‖actual − expected‖ ≤ tolerance · (‖expected‖ + √n), and all values are finite."""
+    assert actual.shape == expected.shape, name
+    assert torch.isfinite(actual).all(), f"{name}: values that are no numbers"
+    distance = (actual.double() - expected.double()).norm().item()
+    assert distance <= tolerance * (expected.double().norm().item() + expected.numel() ** 0.5), (
+        f"{name}: {distance} apart"
+    )
 
 
 def gradients_of(output: Tensor, inputs: tuple[Tensor, ...], upstream: Tensor) -> tuple[Tensor, ...]:

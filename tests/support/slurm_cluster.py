@@ -36,7 +36,7 @@ SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd-%n.log
-# One machine stands for two: no control groups, and both daemons under one name of host.
+# Two nodes on one machine: no control groups, and both daemons under one hostname.
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 MpiDefault=none
@@ -63,17 +63,17 @@ PartitionName=urgent Nodes=n1,n2 MaxTime=60 State=UP PriorityTier=10
 
 def missing() -> list[str]:
     """What a machine lacks to run it."""
-    lacks = [name for name in NEEDED if shutil.which(name, path=PATH) is None]
-    return lacks + ([] if os.geteuid() == 0 else ["root"])
+    missing_tools = [name for name in NEEDED if shutil.which(name, path=PATH) is None]
+    return missing_tools + ([] if os.geteuid() == 0 else ["root"])
 
 
 @contextlib.contextmanager
 def running() -> Iterator[dict[str, str]]:
     """Yields the variables that Slurm's commands need."""
-    with tempfile.TemporaryDirectory(prefix="slurm-") as place:
+    with tempfile.TemporaryDirectory(prefix="slurm-") as folder:
         # Another user's process must reach its socket below.
-        os.chmod(place, 0o755)
-        yield from _daemons(Path(place))
+        os.chmod(folder, 0o755)
+        yield from _daemons(Path(folder))
 
 
 def _daemons(folder: Path) -> Iterator[dict[str, str]]:
@@ -114,17 +114,17 @@ def _start_munge(folder: Path, stack: contextlib.ExitStack) -> None:
     for path in (folder, key):
         os.chown(path, user.pw_uid, user.pw_gid)
     files = [f"--{name}={folder}/{name.split('-')[0]}" for name in ("key-file", "log-file", "pid-file", "seed-file")]
-    words = ["munged", "--foreground", f"--socket={folder}/socket", *files]
-    _start("munged", words, os.environ | {"PATH": PATH}, folder, stack, user="munge")
-    until = time.monotonic() + 20
+    command = ["munged", "--foreground", f"--socket={folder}/socket", *files]
+    _start("munged", command, os.environ | {"PATH": PATH}, folder, stack, user="munge")
+    deadline = time.monotonic() + 20
     while not (folder / "socket").exists():
-        assert time.monotonic() < until, (folder / "munged.out").read_text()
+        assert time.monotonic() < deadline, (folder / "munged.out").read_text()
         time.sleep(0.05)
 
 
 def _start(
     name: str,
-    words: list[str],
+    command: list[str],
     environment: dict[str, str],
     folder: Path,
     stack: contextlib.ExitStack,
@@ -132,7 +132,7 @@ def _start(
 ) -> None:
     log = stack.enter_context((folder / f"{name}.out").open("w"))
     process = subprocess.Popen(
-        words, env=environment, stdout=log, stderr=subprocess.STDOUT, user=user, group=user, start_new_session=True
+        command, env=environment, stdout=log, stderr=subprocess.STDOUT, user=user, group=user, start_new_session=True
     )
     stack.callback(_stop, process)
 
@@ -147,21 +147,21 @@ def _stop(process: "subprocess.Popen[bytes]") -> None:
 
 
 def _wait_until_idle(environment: dict[str, str], folder: Path) -> None:
-    until = time.monotonic() + 60
+    deadline = time.monotonic() + 60
     while True:
-        words = ["sinfo", "--noheader", "--Node", "--partition=main", "--format=%t"]
-        states = subprocess.run(words, env=environment, capture_output=True, text=True)
+        command = ["sinfo", "--noheader", "--Node", "--partition=main", "--format=%t"]
+        states = subprocess.run(command, env=environment, capture_output=True, text=True)
         if states.stdout.split() == ["idle"] * len(NODES):
             return
-        if time.monotonic() > until:
+        if time.monotonic() > deadline:
             logs = "\n".join(f"{file}:\n{file.read_text()[-2000:]}" for file in folder.glob("*.log"))
             raise RuntimeError(f"Slurm did not come up: {states.stdout}{states.stderr}\n{logs}")
         time.sleep(0.2)
 
 
 def _wait_until_empty(environment: dict[str, str]) -> None:
-    until = time.monotonic() + 40
-    while time.monotonic() < until:
+    deadline = time.monotonic() + 40
+    while time.monotonic() < deadline:
         if not subprocess.run(["squeue", "--noheader"], env=environment, capture_output=True, text=True).stdout.strip():
             return
         time.sleep(0.2)
@@ -170,14 +170,14 @@ def _wait_until_empty(environment: dict[str, str]) -> None:
 def _free_ports(count: int) -> list[int]:
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+        for sock in sockets:
+            sock.bind(("127.0.0.1", 0))
+        return [sock.getsockname()[1] for sock in sockets]
 
 
 if __name__ == "__main__":
-    if lacks := missing():
-        sys.exit(f"missing: {', '.join(lacks)}")
+    if missing_tools := missing():
+        sys.exit(f"missing: {', '.join(missing_tools)}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with running() as variables, contextlib.suppress(KeyboardInterrupt):
         print(f"export SLURM_CONF={variables['SLURM_CONF']}", flush=True)

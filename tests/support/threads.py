@@ -1,4 +1,4 @@
-"""Ranks that are threads: quick, and every one of them can be asked what became of it."""
+"""Ranks as threads of one process."""
 
 import threading
 from collections.abc import Callable, Iterable

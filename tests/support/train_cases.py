@@ -2,8 +2,8 @@
 
 A case: `overrides` of the training's configuration, `steps`, and where wanted `rows` of a step, `run_dir` (a checkpoint
 is saved there at the end), `overflow` (steps whose gradients leave float16's range), `nan_at` (the step from which on a
-layer gives no numbers), `spoilt_gradients` (steps whose gradients are not finite behind a finite loss), `resume` (a run
-directory to go on from).
+layer outputs NaN), `spoilt_gradients` (steps with a finite loss and gradients that are not finite), `resume` (a run
+directory to resume from).
 """
 
 import json
@@ -41,19 +41,19 @@ DOMAINS = ["zh", "en", "code"]
 
 
 class Batches:
-    """The same rows for any number of ranks and micro-batches: documents that repeat, so that they can be learnt."""
+    """The same rows for any number of ranks and micro-batches: documents repeat, so that losses fall."""
 
-    def __init__(self, vocab_size: int, rows: int, micro_batch_size: int, me: launcher_env.RankInfo) -> None:
+    def __init__(self, vocab_size: int, rows: int, micro_batch_size: int, rank_info: launcher_env.RankInfo) -> None:
         self._vocab_size, self._rows = vocab_size, rows
-        own = range(me.rank * micro_batch_size, rows, me.world_size * micro_batch_size)
-        self._mine = [range(first, first + micro_batch_size) for first in own]
+        first_rows = range(rank_info.rank * micro_batch_size, rows, rank_info.world_size * micro_batch_size)
+        self._rows_by_micro_batch = [range(first, first + micro_batch_size) for first in first_rows]
 
     def steps(self, first: int, end: int):
         for step in range(first, end):
-            yield [self._batch([step % 3 * self._rows + row for row in rows]) for rows in self._mine]
+            yield [self._batch([step % 3 * self._rows + row for row in rows]) for rows in self._rows_by_micro_batch]
 
     def documents(self, number: int, micro: int) -> str:
-        return f"documents of row {self._mine[micro][0]} of step {number}"
+        return f"documents of row {self._rows_by_micro_batch[micro][0]} of step {number}"
 
     def _batch(self, seeds: list[int]) -> PackedBatch:
         documents = []
@@ -64,15 +64,15 @@ class Batches:
         return PackedBatch.from_documents([ids.tolist() for ids in documents], domains)
 
 
-def run_case(case: dict, me: launcher_env.RankInfo) -> dict:
+def run_case(case: dict, rank_info: launcher_env.RankInfo) -> dict:
     """A case that is refused anywhere gives its message as `error`."""
     try:
-        return _train(case, me)
+        return _train(case, rank_info)
     except UserError as error:
         return {"error": str(error)}
 
 
-def _train(case: dict, me: launcher_env.RankInfo) -> dict:
+def _train(case: dict, rank_info: launcher_env.RankInfo) -> dict:
     rows = case.get("rows", ROWS)
     config: TrainConfig = app.compose(
         "train",
@@ -93,56 +93,58 @@ def _train(case: dict, me: launcher_env.RankInfo) -> dict:
     objective = load_objective(config.objective)
     names = [group.name for group in parameter_groups(model, config)]
     widths = np.full(hf_config.vocab_size, 3, np.int32)
-    measured = MetricsContext(DOMAINS, widths, names, rows * 32, step_flops(model), 1e12)
-    engine = build_engine(model, config, precision, config.accumulation_steps(me.world_size))
+    metrics_context = MetricsContext(DOMAINS, widths, names, rows * 32, step_flops(model), 1e12)
+    engine = build_engine(model, config, precision, config.accumulation_steps(rank_info.world_size))
     state = TrainState()
     if case.get("resume"):
         state = restore_latest(engine, LocalStorage(Path(case["resume"])), print)
     kinds = ("losses", "scales", "skipped", "norms", "lrs", "parameters", "extra")
-    found = {kind: [] for kind in kinds} | {"error": None}
+    result = {kind: [] for kind in kinds} | {"error": None}
 
-    def spoil(module, inputs, output):
+    def overflow_output(module, inputs, output):
         return (output[0] * 1e12, output[1]) if state.step + 1 in case.get("overflow", ()) else output
 
-    model.get_output_embeddings().register_forward_hook(spoil)
+    model.get_output_embeddings().register_forward_hook(overflow_output)
 
-    def end_of_numbers(module, inputs, output):
+    def nan_output(module, inputs, output):
         return output * float("nan") if state.step + 1 >= case["nan_at"] else output
 
     if "nan_at" in case:
-        model.get_submodule("model.layers.1.mlp.down_proj").register_forward_hook(end_of_numbers)
+        model.get_submodule("model.layers.1.mlp.down_proj").register_forward_hook(nan_output)
 
-    def spoil_gradient(gradient):
+    def infinite_gradient(gradient):
         return gradient * float("inf") if state.step + 1 in case.get("spoilt_gradients", ()) else gradient
 
     if case.get("spoilt_gradients"):
         hidden = model.get_submodule("model.layers.0.mlp.down_proj")
-        hidden.register_forward_hook(lambda module, inputs, output: output.register_hook(spoil_gradient) and None)
-    end, batches = state.step + case["steps"], Batches(hf_config.vocab_size, rows, config.micro_batch_size, me)
+        hidden.register_forward_hook(lambda module, inputs, output: output.register_hook(infinite_gradient) and None)
+    end, batches = state.step + case["steps"], Batches(hf_config.vocab_size, rows, config.micro_batch_size, rank_info)
     try:
-        for step in train_steps(engine, objective, batches, state, config, end, measured):
-            found["losses"].append(step.loss)
-            found["extra"].append(step.extra)
-            found["scales"].append(step.extra.get("loss_scale"))
-            found["skipped"].append(step.extra["skipped_steps"])
-            found["norms"].append(step.grad_norm)
-            found["parameters"].append(_checksum(engine))
-            found["lrs"].append([group["lr"] for group in engine.optimizer.param_groups])
+        for step in train_steps(engine, objective, batches, state, config, end, metrics_context):
+            result["losses"].append(step.loss)
+            result["extra"].append(step.extra)
+            result["scales"].append(step.extra.get("loss_scale"))
+            result["skipped"].append(step.extra["skipped_steps"])
+            result["norms"].append(step.grad_norm)
+            result["parameters"].append(_checksum(engine))
+            result["lrs"].append([group["lr"] for group in engine.optimizer.param_groups])
     except UserError as error:
-        found["error"] = str(error)
-    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    found["state_bytes"] = sum(
+        result["error"] = str(error)
+    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    result["state_bytes"] = sum(
         t.numel() * t.element_size()
-        for s in inner.state.values()
+        for s in optimizer.state.values()
         for t in s.values()
         if isinstance(t, torch.Tensor) and t.dim()
     )
-    if "run_dir" in case and found["error"] is None:
-        about = {"base": "b", "tokenizer": "t", "vocab_size": hf_config.vocab_size}
-        keeper = init_from.TrainableWeightsWriter(model, replace(config), tuning.adapter_config_of(model), about)
-        with CheckpointManager(engine, storage_of(Path(case["run_dir"])), config.checkpoint, keeper) as manager:
+    if "run_dir" in case and result["error"] is None:
+        metadata = {"base": "b", "tokenizer": "t", "vocab_size": hf_config.vocab_size}
+        weights_writer = init_from.TrainableWeightsWriter(
+            model, replace(config), tuning.adapter_config_of(model), metadata
+        )
+        with CheckpointManager(engine, storage_of(Path(case["run_dir"])), config.checkpoint, weights_writer) as manager:
             manager.save(state, step)
-    return found
+    return result
 
 
 def _checksum(engine) -> float:
@@ -152,11 +154,11 @@ def _checksum(engine) -> float:
 
 def main(cases: Path, out: Path) -> None:
     """Writes a line for every case as soon as it is done."""
-    me = launcher_env.rank_from_environment(os.environ)
-    init_distributed(me, 5)
+    rank_info = launcher_env.rank_from_environment(os.environ)
+    init_distributed(rank_info, 5)
     for name, case in json.loads(cases.read_text()).items():
-        result = run_case(case, me) | {"case": name}
-        if me.rank == 0:
+        result = run_case(case, rank_info) | {"case": name}
+        if rank_info.rank == 0:
             with out.open("a") as stream:
                 stream.write(json.dumps(result) + "\n")
     collectives.exit_process(0)

@@ -1,5 +1,5 @@
-"""Reads W&B's offline file back: records in LevelDB's log format (blocks of 32 KiB behind a header of 7 bytes, each
-piece with its checksum), of the messages that W&B itself declares."""
+"""Reads W&B's offline file: records in LevelDB's log format (a header of 7 bytes, then blocks of 32 KiB of chunks with
+checksums) of W&B's protobuf messages."""
 
 import struct
 import time
@@ -18,31 +18,31 @@ def records(file: Path) -> Iterator:
     """
     from wandb.proto import wandb_internal_pb2
 
-    data, at, whole = file.read_bytes(), _HEADER, b""
+    data, offset, message = file.read_bytes(), _HEADER, b""
     assert data[:4] == b":W&B"
-    while at + _HEADER <= len(data):
-        if _BLOCK - at % _BLOCK < _HEADER:
-            at += _BLOCK - at % _BLOCK
+    while offset + _HEADER <= len(data):
+        if _BLOCK - offset % _BLOCK < _HEADER:
+            offset += _BLOCK - offset % _BLOCK
             continue
-        checksum, length, kind = struct.unpack_from("<IHB", data, at)
-        piece = data[at + _HEADER : at + _HEADER + length]
-        if len(piece) < length:  # not written yet
+        checksum, length, kind = struct.unpack_from("<IHB", data, offset)
+        chunk = data[offset + _HEADER : offset + _HEADER + length]
+        if len(chunk) < length:  # not written yet
             return
-        if zlib.crc32(bytes([kind]) + piece) != checksum:
-            raise ValueError(f"{file}: a wrong checksum at byte {at}")
-        at += _HEADER + length
-        whole = piece if kind in (1, 2) else whole + piece
+        if zlib.crc32(bytes([kind]) + chunk) != checksum:
+            raise ValueError(f"{file}: a wrong checksum at byte {offset}")
+        offset += _HEADER + length
+        message = chunk if kind in (1, 2) else message + chunk
         if kind in (1, 4):
             record = wandb_internal_pb2.Record()
-            record.ParseFromString(whole)
+            record.ParseFromString(message)
             yield record
 
 
 def finished(file: Path, seconds: float = 20) -> Path:
     """The file, once W&B's own process has written its last record: `finish` does not wait for it."""
-    until = time.monotonic() + seconds
+    deadline = time.monotonic() + seconds
     while not any(record.WhichOneof("record_type") == "exit" for record in records(file)):
-        assert time.monotonic() < until, f"{file}: has no end"
+        assert time.monotonic() < deadline, f"{file}: has no end"
         time.sleep(0.05)
     return file
 

@@ -23,16 +23,16 @@ def fast_only(base_tokenizer: Path, tmp_path: Path) -> Path:
     return tmp_path / "fast"
 
 
-def test_fast_and_sentencepiece_agree_in_the_middle_of_text_too(base_tokenizer: Path, fast_only: Path) -> None:
-    ours, fast = load_encoder(base_tokenizer), load_encoder(fast_only)
+def test_fast_and_sentencepiece_encoders_give_equal_ids(base_tokenizer: Path, fast_only: Path) -> None:
+    reference, fast = load_encoder(base_tokenizer), load_encoder(fast_only)
     assert isinstance(fast, FastEncoder)
-    assert (fast.vocab_size, fast.bos_id, fast.eos_id) == (ours.vocab_size, ours.bos_id, ours.eos_id)
+    assert (fast.vocab_size, fast.bos_id, fast.eos_id) == (reference.vocab_size, reference.bos_id, reference.eos_id)
     for text in [*ENGLISH[:10], *CHINESE[:10], " by", "by"]:
         for continues in (False, True):
-            assert fast.encode(text, continues=continues) == ours.encode(text, continues=continues), text
+            assert fast.encode(text, continues=continues) == reference.encode(text, continues=continues), text
 
 
-def test_text_that_spells_a_special_token_is_text(base_tokenizer: Path, fast_only: Path) -> None:
+def test_text_that_spells_a_special_token_is_encoded_as_text(base_tokenizer: Path, fast_only: Path) -> None:
     for encoder in (load_encoder(base_tokenizer), load_encoder(fast_only)):
         assert encoder.eos_id not in encoder.encode("a </s> b")
 
@@ -46,27 +46,27 @@ def test_added_tokens_have_their_ids(base_tokenizer: Path, tmp_path: Path) -> No
     assert encoder.token_id("<|other|>") is None
 
 
-def test_a_bare_model_becomes_a_directory_with_the_same_ids(base_tokenizer: Path, tmp_path: Path) -> None:
+def test_a_copied_sentencepiece_model_gives_the_same_ids_in_transformers(base_tokenizer: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     copy_tokenizer(base_tokenizer / "tokenizer.model", tmp_path / "out")
-    ours, theirs = load_encoder(base_tokenizer), AutoTokenizer.from_pretrained(tmp_path / "out")
+    encoder, hf_tokenizer = load_encoder(base_tokenizer), AutoTokenizer.from_pretrained(tmp_path / "out")
     for text in ENGLISH[:5] + CHINESE[:5]:
-        assert theirs.encode(text, add_special_tokens=False) == ours.encode(text)
+        assert hf_tokenizer.encode(text, add_special_tokens=False) == encoder.encode(text)
 
 
-def test_what_is_no_tokenizer_is_named(tmp_path: Path) -> None:
+def test_invalid_tokenizer_paths_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.model").write_bytes(b"nonsense")
-    for path, words in (
+    for path, message in (
         (tmp_path, "neither tokenizer.model nor tokenizer.json"),
         (tmp_path / "x.model", "not a SentencePiece model"),
         (tmp_path / "y", "no such file or directory"),
     ):
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=message):
             load_encoder(path)
 
 
-# Half a character, a character of the tables' own, text that spells special tokens, runs of spaces, no text.
-ODD = [
+# Text outside the vocabulary, spelled special tokens, runs of spaces, characters of the byte table, empty text.
+EDGE_CASES = [
     "\ud55c\uae00 \U0001f98a\u0301",
     "a </s> <|begin|> b",
     "  two  spaces \n\n\tand lines\r\n",
@@ -84,7 +84,7 @@ def test_the_bytes_of_tokens_sum_to_those_of_the_text(kind: str, tmp_path: Path)
     assert (table.dtype, table.shape) == (np.int32, (encoder.vocab_size,))
     # What SentencePiece puts before a text counts as the space it is.
     prefix = int(kind in ("sentencepiece", "json_only"))
-    for text in [*ENGLISH, *CHINESE, *ODD]:
+    for text in [*ENGLISH, *CHINESE, *EDGE_CASES]:
         if text:
             assert table[encoder.encode(text)].sum() == len(text.encode()) + prefix, text
             assert table[encoder.encode(text, continues=True)].sum() == len(text.encode()), text
@@ -96,7 +96,7 @@ def test_the_bytes_of_tokens_sum_to_those_of_the_text(kind: str, tmp_path: Path)
         assert all(table[index] == 1 for index in encoder.fragments())
 
 
-def test_added_tokens_stand_for_no_text_unless_they_are_words(base_tokenizer: Path, tmp_path: Path) -> None:
+def test_special_added_tokens_have_no_bytes_and_others_have(base_tokenizer: Path, tmp_path: Path) -> None:
     shutil.copy(base_tokenizer / "tokenizer.model", tmp_path)
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<|im_start|>": 400}))
     assert load_encoder(tmp_path).token_bytes().tolist()[400:] == [0]
@@ -116,15 +116,15 @@ def test_added_tokens_stand_for_no_text_unless_they_are_words(base_tokenizer: Pa
     assert fast.token_bytes()[fast.encode("小説", continues=True)].sum() == 6
 
 
-def test_fingerprints_tell_tokenizers_apart(base_tokenizer: Path, fast_only: Path) -> None:
-    first = load_encoder(base_tokenizer)
-    assert isinstance(first, SentencePieceEncoder)
-    assert first.fingerprint() == load_encoder(base_tokenizer / "tokenizer.model").fingerprint()
-    assert first.fingerprint() != load_encoder(fast_only).fingerprint()
+def test_fingerprints_distinguish_tokenizers(base_tokenizer: Path, fast_only: Path) -> None:
+    encoder = load_encoder(base_tokenizer)
+    assert isinstance(encoder, SentencePieceEncoder)
+    assert encoder.fingerprint() == load_encoder(base_tokenizer / "tokenizer.model").fingerprint()
+    assert encoder.fingerprint() != load_encoder(fast_only).fingerprint()
 
 
 @pytest.mark.parametrize("fast", [False, True])
-def test_documents_begin_with_bos_only_where_the_tokenizer_does_so(
+def test_documents_begin_with_bos_only_if_the_tokenizer_adds_it(
     base_tokenizer: Path, tmp_path: Path, fast: bool
 ) -> None:
     folder = tmp_path / "t"

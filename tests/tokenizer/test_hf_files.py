@@ -1,4 +1,4 @@
-"""What AutoTokenizer loads gives SentencePiece's ids."""
+"""Tokenizers written for AutoTokenizer give SentencePiece's ids."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ CODE = [
 
 
 @pytest.fixture(scope="module")
-def merged(base_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def expanded_tokenizer(base_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("merged")
     base = load_base(base_tokenizer)
     words = [*dict.fromkeys("".join(CHINESE)), "特产", "青岭镇", "流经", "清水河"]
@@ -36,27 +36,36 @@ def merged(base_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
-def test_auto_tokenizer_agrees_with_sentencepiece(merged: Path) -> None:
-    fast, ours = AutoTokenizer.from_pretrained(merged), load_encoder(merged)
-    assert len(fast) == ours.vocab_size
+def test_auto_tokenizer_agrees_with_sentencepiece(expanded_tokenizer: Path) -> None:
+    fast, sentencepiece_encoder = AutoTokenizer.from_pretrained(expanded_tokenizer), load_encoder(expanded_tokenizer)
+    assert len(fast) == sentencepiece_encoder.vocab_size
     for text in [*ENGLISH, *CHINESE, *CODE, *(a + b for a, b in zip(ENGLISH, CHINESE, strict=False))]:
         if text:
-            assert fast.encode(text, add_special_tokens=False) == ours.encode(text), text
-            assert fast.decode(ours.encode(text)) == ours.decode(ours.encode(text)) == text
+            assert fast.encode(text, add_special_tokens=False) == sentencepiece_encoder.encode(text), text
+            assert (
+                fast.decode(sentencepiece_encoder.encode(text))
+                == sentencepiece_encoder.decode(sentencepiece_encoder.encode(text))
+                == text
+            )
 
 
-def test_auto_tokenizer_puts_bos_in_front_and_knows_its_special_tokens(merged: Path) -> None:
-    fast, ours = AutoTokenizer.from_pretrained(merged), load_encoder(merged)
-    assert fast.encode("hello")[0] == ours.bos_id == fast.bos_token_id
-    assert fast.eos_token_id == ours.eos_id
-    assert fast.encode("</s>", add_special_tokens=False) == [ours.eos_id]
+def test_auto_tokenizer_adds_bos_and_has_the_special_tokens(expanded_tokenizer: Path) -> None:
+    fast, sentencepiece_encoder = AutoTokenizer.from_pretrained(expanded_tokenizer), load_encoder(expanded_tokenizer)
+    assert fast.encode("hello")[0] == sentencepiece_encoder.bos_id == fast.bos_token_id
+    assert fast.eos_token_id == sentencepiece_encoder.eos_id
+    assert fast.encode("</s>", add_special_tokens=False) == [sentencepiece_encoder.eos_id]
 
 
-def test_text_that_goes_on_has_no_dummy_prefix(merged: Path) -> None:
-    ours = load_encoder(merged)
-    assert ours.encode("the river") != ours.encode("the river", continues=True)
-    assert ours.encode(" the river", continues=True) == ours.encode("the river")
-    assert ours.decode([*ours.encode("near"), *ours.encode("by", continues=True)]) == "nearby"
+def test_continued_text_has_no_dummy_prefix(expanded_tokenizer: Path) -> None:
+    sentencepiece_encoder = load_encoder(expanded_tokenizer)
+    assert sentencepiece_encoder.encode("the river") != sentencepiece_encoder.encode("the river", continues=True)
+    assert sentencepiece_encoder.encode(" the river", continues=True) == sentencepiece_encoder.encode("the river")
+    assert (
+        sentencepiece_encoder.decode(
+            [*sentencepiece_encoder.encode("near"), *sentencepiece_encoder.encode("by", continues=True)]
+        )
+        == "nearby"
+    )
 
 
 def _proto(folder: Path) -> sp_pb2.ModelProto:
@@ -66,16 +75,18 @@ def _proto(folder: Path) -> sp_pb2.ModelProto:
 
 
 @pytest.mark.parametrize("prefix", [False, True])
-def test_user_defined_pieces_cut_the_text_in_both(merged: Path, tmp_path: Path, prefix: bool) -> None:
-    proto = _proto(merged)
+def test_user_defined_pieces_split_text_equally_in_both_encoders(
+    expanded_tokenizer: Path, tmp_path: Path, prefix: bool
+) -> None:
+    proto = _proto(expanded_tokenizer)
     proto.pieces.add(piece="<tool>", score=0.0, type=sp_pb2.ModelProto.SentencePiece.USER_DEFINED)
     proto.normalizer_spec.add_dummy_prefix = prefix
     write_tokenizer(proto, tmp_path)
-    fast, ours = AutoTokenizer.from_pretrained(tmp_path), load_encoder(tmp_path)
+    fast, sentencepiece_encoder = AutoTokenizer.from_pretrained(tmp_path), load_encoder(tmp_path)
     for text in ["a<tool>b 河流<tool>", "the river <tool> nearby", "x<tool><tool>\n"]:
-        ids = ours.encode(text)
+        ids = sentencepiece_encoder.encode(text)
         assert fast.encode(text, add_special_tokens=False) == ids
-        assert ours.token_id("<tool>") in ids
+        assert sentencepiece_encoder.token_id("<tool>") in ids
         assert fast.decode(ids) == text
 
 
@@ -89,28 +100,30 @@ def test_user_defined_pieces_cut_the_text_in_both(merged: Path, tmp_path: Path, 
         (lambda proto: setattr(proto.trainer_spec, "treat_whitespace_as_suffix", True), "space marks follow words"),
     ],
 )
-def test_models_that_tokenizer_json_cannot_express_are_refused(merged: Path, tmp_path: Path, change, message) -> None:
-    proto = _proto(merged)
+def test_models_that_tokenizer_json_cannot_express_are_refused(
+    expanded_tokenizer: Path, tmp_path: Path, change, message
+) -> None:
+    proto = _proto(expanded_tokenizer)
     change(proto)
     with pytest.raises(UserError, match=message):
         write_tokenizer(proto, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_ties_are_seen(merged: Path) -> None:
-    proto = _proto(merged)
+def test_disagreement_reports_ties_and_user_defined_pieces(expanded_tokenizer: Path) -> None:
+    proto = _proto(expanded_tokenizer)
     assert disagreement(proto) is None
     proto.pieces.add(piece="<tool>", score=0.0, type=sp_pb2.ModelProto.SentencePiece.USER_DEFINED)
     assert disagreement(proto) == CUTS
-    proto = _proto(merged)
+    proto = _proto(expanded_tokenizer)
     proto.pieces[-1].score = proto.pieces[-2].score
     assert disagreement(proto) == TIES
 
 
-def test_flags_of_added_tokens_and_settings_are_kept(merged: Path, tmp_path: Path) -> None:
+def test_flags_of_added_tokens_and_settings_are_kept(expanded_tokenizer: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
-    shutil.copytree(merged, source)
-    proto = _proto(merged)
+    shutil.copytree(expanded_tokenizer, source)
+    proto = _proto(expanded_tokenizer)
     size = len(proto.pieces)
     (source / "tokenizer.json").unlink()
     (source / "special_tokens_map.json").write_text('{"pad_token": "<unk>"}')
@@ -134,9 +147,9 @@ def test_flags_of_added_tokens_and_settings_are_kept(merged: Path, tmp_path: Pat
     assert tokenizer.decode([size], skip_special_tokens=True) == "<|user|>"
 
 
-def test_a_named_token_without_an_id_is_refused(merged: Path, tmp_path: Path) -> None:
+def test_a_special_token_without_an_id_is_refused(expanded_tokenizer: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
-    shutil.copytree(merged, source)
+    shutil.copytree(expanded_tokenizer, source)
     settings = json.loads((source / "tokenizer_config.json").read_text()) | {"pad_token": "<pad>"}
     (source / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match="pad_token is '<pad>', which has no id"):
@@ -145,8 +158,8 @@ def test_a_named_token_without_an_id_is_refused(merged: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "added_tokens.json"])
 @pytest.mark.parametrize("content", ["{broken", "[]"])
-def test_corrupt_files_are_named(merged: Path, tmp_path: Path, name: str, content: str) -> None:
-    shutil.copytree(merged, tmp_path / "source")
+def test_errors_name_corrupt_files(expanded_tokenizer: Path, tmp_path: Path, name: str, content: str) -> None:
+    shutil.copytree(expanded_tokenizer, tmp_path / "source")
     (tmp_path / "source" / name).write_text(content)
     with pytest.raises(UserError, match=f"{name}: (cannot be read as JSON|an object was expected)"):
         load_base(tmp_path / "source")

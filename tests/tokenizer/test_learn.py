@@ -1,4 +1,4 @@
-"""Pieces are learnt from the wanted script alone, behind the base's own merges."""
+"""Pieces are learned only from text of the given scripts, after the merges of the base."""
 
 import json
 from collections import Counter
@@ -19,7 +19,7 @@ SCRIPTS = Scripts(["Han", "CJK_Punctuation"])
 
 
 @pytest.mark.parametrize("algorithm", list(PieceAlgorithm))
-def test_pieces_are_chinese_cross_no_punctuation_and_keep_their_length(algorithm, base_tokenizer: Path) -> None:
+def test_learned_pieces_are_within_the_script_and_length_limits(algorithm, base_tokenizer: Path) -> None:
     base, words = load_base(base_tokenizer), count_words(CHINESE, SCRIPTS)
     encoder = base.encoder(plan_merge(base, common_characters(words, SCRIPTS, 1), SCRIPTS).steps)
     pieces = learn_pieces(words, encoder, algorithm=algorithm, num_pieces=80, max_piece_length=3)
@@ -40,7 +40,7 @@ def test_rare_characters_stay_with_byte_fallback() -> None:
     assert common_characters(words, SCRIPTS, 9_500) == ["河"]
 
 
-def test_no_piece_crosses_a_character_that_stays_in_bytes(base_tokenizer: Path) -> None:
+def test_no_piece_contains_a_byte_fallback_character(base_tokenizer: Path) -> None:
     base, words = load_base(base_tokenizer), Counter({"河流龘山川": 100, "河流": 50})
     encoder = base.encoder(plan_merge(base, list("河流山川"), SCRIPTS).steps)
     pieces = learn_pieces(words, encoder, algorithm=PieceAlgorithm.bpe, num_pieces=10, max_piece_length=8)
@@ -52,7 +52,7 @@ def test_a_corpus_without_the_script_is_refused() -> None:
         count_words(ENGLISH, SCRIPTS)
 
 
-def test_a_byte_level_tokenizer_gives_every_text_back() -> None:
+def test_a_byte_level_tokenizer_round_trips_every_text() -> None:
     document = learn_byte_level(ENGLISH, vocab_size=420, max_piece_length=12)
     encoder = FastEncoder(json.dumps(document))
     for text in [*ENGLISH[:3], *CHINESE[:3], "\tx  =  1\r\n", "🐉"]:

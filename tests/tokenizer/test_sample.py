@@ -3,7 +3,7 @@
 from fireflyds.tokenizer.sample import draw_sample, lines
 
 
-def test_a_small_corpus_is_taken_whole_and_a_twentieth_is_held_out() -> None:
+def test_a_small_corpus_is_sampled_completely_with_a_twentieth_held_out() -> None:
     texts = [f"第{number}行" for number in range(100)]
     sample = draw_sample(texts, characters=10_000, seed=1)
     assert len(sample.held_out) == 5
@@ -16,16 +16,16 @@ def test_a_large_corpus_is_sampled_evenly_within_the_bound() -> None:
     sample = draw_sample(texts, characters=16_000, seed=1)
     assert sample.characters_read == 160_000
     assert 15_900 <= sample.characters <= 16_000
-    drawn = [int(line) for line in [*sample.learn, *sample.held_out]]
-    assert abs(sum(drawn) / len(drawn) - 10_000) < 500
+    sampled_indices = [int(line) for line in [*sample.learn, *sample.held_out]]
+    assert abs(sum(sampled_indices) / len(sampled_indices) - 10_000) < 500
     assert sample == draw_sample((f"{number:08d}" for number in range(20_000)), characters=16_000, seed=1)
     assert sample != draw_sample((f"{number:08d}" for number in range(20_000)), characters=16_000, seed=2)
 
 
-def test_lines_longer_than_the_trainer_bears_are_cut() -> None:
+def test_lines_longer_than_the_limit_of_the_trainer_are_split() -> None:
     assert [len(line) for line in lines(["字" * 2500 + "\n短"])] == [1000, 1000, 500, 1]
 
 
-def test_a_tiny_corpus_measures_what_it_learns_from() -> None:
+def test_a_corpus_of_one_line_is_learned_from_and_held_out() -> None:
     sample = draw_sample(["一行"], characters=1000, seed=1)
     assert sample.learn == sample.held_out == ["一行"]

@@ -1,4 +1,4 @@
-"""Which characters are new, and which stretches of text pieces may be cut from."""
+"""Characters of Unicode scripts, and the words that pieces are learned from."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from fireflyds.errors import UserError
 from fireflyds.tokenizer.scripts import Scripts
 
 
-def test_words_cross_no_punctuation_no_digit_and_no_other_script() -> None:
+def test_words_end_at_punctuation_digits_and_other_scripts() -> None:
     words = Scripts(["Han", "CJK_Punctuation"]).words("2017年，我爱abc你。“好”々〇！")
     assert words == ["年", "，", "我爱", "你", "。", "好", "々〇", "！"]
 
@@ -17,7 +17,7 @@ def test_words_of_scripts_with_spaces_keep_the_space_before_them() -> None:
     assert Scripts(["Hiragana", "Katakana"]).words("タワーはい") == ["タワーはい"]
 
 
-def test_marks_that_english_uses_are_not_new() -> None:
+def test_punctuation_used_in_english_does_not_belong_to_the_script() -> None:
     scripts = Scripts(["Han", "CJK_Punctuation"])
     assert not scripts.has("“quotes” — dash… café · naïve")
     assert scripts.covers("。，、～（）　Ａ")
@@ -28,11 +28,11 @@ def test_marks_that_english_uses_are_not_new() -> None:
     [(b"\xe4\xbd", True), (b"\xe5", True), (b"\xe3\x80", True), (b"\xef\xbc", True),
      (b"\xe4", False), (b"\xe3", False), (b"\xe2\x80", False), (b"\xbd\xa0", False), (b"a", False), (b"", False)],
 )  # fmt: skip
-def test_leading_bytes_are_new_only_if_all_their_characters_are(lead: bytes, safe: bool) -> None:
+def test_lead_bytes_are_covered_only_if_all_their_characters_are(lead: bytes, safe: bool) -> None:
     assert Scripts(["Han", "CJK_Punctuation"]).covers_lead(lead) is safe
 
 
-def test_common_characters_come_first_and_none_twice() -> None:
+def test_characters_are_unique_and_ordered_by_frequency() -> None:
     characters = list(Scripts(["Han"]).characters())
     assert characters[0] == "啊"
     assert len(characters) == len(set(characters)) > 90_000
@@ -47,7 +47,7 @@ def test_unknown_and_missing_scripts_are_refused() -> None:
         Scripts([])
 
 
-def test_punctuation_alone_can_fill_too() -> None:
+def test_a_script_of_punctuation_has_characters() -> None:
     marks = list(Scripts(["CJK_Punctuation"]).characters())
     assert {"。", "，", "！"} <= set(marks)
     assert Scripts(["CJK_Punctuation"]).has("\u2329")  # normalisation makes it U+3008

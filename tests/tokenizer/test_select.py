@@ -1,4 +1,4 @@
-"""What a piece saves, and where a curve bends."""
+"""Tokens saved by a piece, and the knee of the size curve."""
 
 from pathlib import Path
 
@@ -22,14 +22,14 @@ def test_savings_sum_to_the_tokens_saved(kind: str, tmp_path: Path) -> None:
     base = load_base(KINDS[kind](tmp_path / "base"))
     plan = plan_merge(base, PIECES, SCRIPTS)
     saved = savings(base, plan, CHINESE)
-    old, new = (
+    base_tokens, expanded_tokens = (
         sum(len(encoder.encode(text)) for text in CHINESE) for encoder in (base.encoder([]), base.encoder(plan.steps))
     )
-    assert sum(saved.values()) == old - new > 1000
+    assert sum(saved.values()) == base_tokens - expanded_tokens > 1000
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
-def test_the_best_steps_need_no_others(kind: str, tmp_path: Path) -> None:
+def test_the_best_steps_include_their_intermediates(kind: str, tmp_path: Path) -> None:
     base = load_base(KINDS[kind](tmp_path / "base"))
     full = plan_merge(base, PIECES, SCRIPTS)
     saved = savings(base, full, CHINESE)
@@ -42,7 +42,7 @@ def test_the_best_steps_need_no_others(kind: str, tmp_path: Path) -> None:
         assert set(plan.intermediates) <= {step.piece for step in plan.steps}
 
 
-def test_the_curve_falls_from_the_base_to_the_whole_plan(tmp_path: Path) -> None:
+def test_the_curve_decreases_from_the_base_to_the_full_plan(tmp_path: Path) -> None:
     base = load_base(KINDS["byte_level"](tmp_path / "base"))
     plan = plan_merge(base, PIECES, SCRIPTS)
     points = curve(base, plan, by_saving(plan, savings(base, plan, CHINESE)), CHINESE)
@@ -53,13 +53,13 @@ def test_the_curve_falls_from_the_base_to_the_whole_plan(tmp_path: Path) -> None
     assert points[-1].alp > points[0].alp
 
 
-def test_average_log_probability_is_that_of_the_unigrams() -> None:
+def test_average_log_probability_equals_that_of_unigrams() -> None:
     counts = np.array([2, 2, 4, 0])
     expected = (2 * np.log(2 / 8) + 2 * np.log(2 / 8) + 4 * np.log(4 / 8)) / 3
     assert average_log_probability(counts, 3) == pytest.approx(expected)
 
 
-def test_the_knee_is_farthest_above_the_chord() -> None:
+def test_the_knee_is_the_point_farthest_from_the_chord() -> None:
     points = [Point(0, 100, -10), Point(10, 40, -9), Point(20, 30, -2), Point(30, 25, -1), Point(40, 20, 0)]
     assert knee(points, VocabSizeRule.knee).rows == 10
     assert knee(points, VocabSizeRule.alp).rows == 20
@@ -67,6 +67,6 @@ def test_the_knee_is_farthest_above_the_chord() -> None:
 
 
 def test_shares_sum_to_one(tmp_path: Path) -> None:
-    found = shares(load_base(KINDS["sentencepiece"](tmp_path / "base")).encoder([]), CHINESE)
-    assert found.sum() == pytest.approx(1.0)
-    assert found.max() > 0.05
+    token_shares = shares(load_base(KINDS["sentencepiece"](tmp_path / "base")).encoder([]), CHINESE)
+    assert token_shares.sum() == pytest.approx(1.0)
+    assert token_shares.max() > 0.05

@@ -14,7 +14,7 @@ from fireflyds.tokenizer.vocabulary_merge import MergePlan, plan_merge
 SCRIPTS = Scripts(["Han", "CJK_Punctuation"])
 
 
-def test_a_sound_merge_keeps_every_promise(base_tokenizer: Path, tmp_path: Path) -> None:
+def test_a_valid_merge_passes_every_check(base_tokenizer: Path, tmp_path: Path) -> None:
     base = load_base(base_tokenizer)
     plan = plan_merge(base, ["意大利", "河流"], SCRIPTS)
     base.write(plan.steps, tmp_path)
@@ -38,7 +38,7 @@ def first_two_tokens(base: Base) -> list[str]:
         (lambda base: ["的特", "镇的", "镇", "的", "特"], True, "AutoTokenizer gives the same ids"),
     ],
 )
-def test_broken_promises_are_found(base_tokenizer: Path, tmp_path: Path, pieces, tied, violated_check) -> None:
+def test_violations_fail_their_check(base_tokenizer: Path, tmp_path: Path, pieces, tied, violated_check) -> None:
     base = load_base(base_tokenizer, tied=tied)
     plan = MergePlan(steps=[Step(base.spelled(piece), None) for piece in pieces(base)])
     base.write(plan.steps, tmp_path)

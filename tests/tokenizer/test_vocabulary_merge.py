@@ -1,4 +1,4 @@
-"""A merge leaves old text alone, reaches every new piece, and gives everything back, on every kind of base."""
+"""A merge keeps the ids of old text, makes every new piece reachable, and round-trips text, on every kind of base."""
 
 import json
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ CHINESE_SCRIPTS = Scripts(["Han", "CJK_Punctuation"])
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class MergedTokenizer:
     base: Base
     plan: MergePlan
     old: Encoder
@@ -33,7 +33,7 @@ class Case:
     folder: Path
 
 
-def learnt(
+def plan_with_learned_pieces(
     base: Base, algorithm: PieceAlgorithm = PieceAlgorithm.bpe, texts=CHINESE, scripts=CHINESE_SCRIPTS
 ) -> MergePlan:
     words = count_words(texts, scripts)
@@ -44,13 +44,13 @@ def learnt(
 
 
 @pytest.fixture(scope="module", params=sorted(KINDS))
-def case(request, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    place = tmp_path_factory.mktemp(request.param)
-    base = load_base(KINDS[request.param](place / "base"))
-    plan = learnt(base)
-    (place / "out").mkdir()
-    base.write(plan.steps, place / "out")
-    return Case(base, plan, load_encoder(place / "base"), load_encoder(place / "out"), place / "out")
+def merged(request, tmp_path_factory: pytest.TempPathFactory) -> MergedTokenizer:
+    root = tmp_path_factory.mktemp(request.param)
+    base = load_base(KINDS[request.param](root / "base"))
+    plan = plan_with_learned_pieces(base)
+    (root / "out").mkdir()
+    base.write(plan.steps, root / "out")
+    return MergedTokenizer(base, plan, load_encoder(root / "base"), load_encoder(root / "out"), root / "out")
 
 
 ANY_TEXT = st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters="▁\x00"))
@@ -65,72 +65,72 @@ MIXED_TEXT = st.lists(st.sampled_from([*"".join(CHINESE), *ENGLISH[0].split(), "
 
 @settings(max_examples=150, deadline=None)
 @given(ANY_TEXT | MIXED_TEXT)
-def test_any_string_comes_back(case: Case, text: str) -> None:
-    assert case.new.decode(case.new.encode(text)) == text
+def test_any_string_round_trips(merged: MergedTokenizer, text: str) -> None:
+    assert merged.new.decode(merged.new.encode(text)) == text
 
 
 @settings(max_examples=150, deadline=None)
 @given(OLD_TEXT)
-def test_text_without_new_characters_keeps_its_ids(case: Case, text: str) -> None:
-    assert case.new.encode(text) == case.old.encode(text)
+def test_text_without_new_characters_keeps_its_ids(merged: MergedTokenizer, text: str) -> None:
+    assert merged.new.encode(text) == merged.old.encode(text)
 
 
 @settings(max_examples=100, deadline=None)
 @given(ANY_TEXT | MIXED_TEXT)
-def test_auto_tokenizer_gives_the_same_ids(case: Case, text: str) -> None:
-    auto = _auto(case.folder)
-    assume(not any(token in text for token in auto.get_added_vocab()))
-    assert auto.encode(text, add_special_tokens=False) == case.new.encode(text)
+def test_auto_tokenizer_gives_the_same_ids(merged: MergedTokenizer, text: str) -> None:
+    auto_tokenizer = _auto_tokenizer(merged.folder)
+    assume(not any(token in text for token in auto_tokenizer.get_added_vocab()))
+    assert auto_tokenizer.encode(text, add_special_tokens=False) == merged.new.encode(text)
 
 
-_AUTO: dict[Path, object] = {}
+_AUTO_TOKENIZERS: dict[Path, object] = {}
 
 
-def _auto(folder: Path):
-    return _AUTO.setdefault(folder, AutoTokenizer.from_pretrained(folder))
+def _auto_tokenizer(folder: Path):
+    return _AUTO_TOKENIZERS.setdefault(folder, AutoTokenizer.from_pretrained(folder))
 
 
-def test_every_new_piece_is_reached_and_has_the_next_id(case: Case) -> None:
-    assert len(case.plan.steps) > 60
-    assert unreachable(case.base, case.plan, case.new) == []
-    assert case.new.vocab_size == case.old.vocab_size + len(case.plan.steps)
-    for index, step in enumerate(case.plan.steps, case.base.num_tokens):
-        text = case.base.text(step.piece)
+def test_every_new_piece_is_reached_and_has_the_next_id(merged: MergedTokenizer) -> None:
+    assert len(merged.plan.steps) > 60
+    assert unreachable(merged.base, merged.plan, merged.new) == []
+    assert merged.new.vocab_size == merged.old.vocab_size + len(merged.plan.steps)
+    for index, step in enumerate(merged.plan.steps, merged.base.num_tokens):
+        text = merged.base.text(step.piece)
         if text is not None:
-            assert case.new.token(index) == text
-            assert index in case.new.encode(f"\n{text}\n")
+            assert merged.new.token(index) == text
+            assert index in merged.new.encode(f"\n{text}\n")
 
 
-def test_old_tokens_keep_their_ids(case: Case) -> None:
-    for index in range(case.old.vocab_size):
-        assert case.new.token(index) == case.old.token(index)
+def test_old_tokens_keep_their_ids(merged: MergedTokenizer) -> None:
+    for index in range(merged.old.vocab_size):
+        assert merged.new.token(index) == merged.old.token(index)
 
 
-def test_chinese_takes_fewer_tokens(case: Case) -> None:
-    before, after = (sum(len(encoder.encode(text)) for text in CHINESE) for encoder in (case.old, case.new))
+def test_chinese_takes_fewer_tokens(merged: MergedTokenizer) -> None:
+    before, after = (sum(len(encoder.encode(text)) for text in CHINESE) for encoder in (merged.old, merged.new))
     assert after < 0.3 * before
 
 
-def test_a_piece_without_a_path_gets_its_intermediate(case: Case) -> None:
-    plan = plan_merge(case.base, ["意大利"], CHINESE_SCRIPTS)
-    assert case.base.spelled("意大") in plan.intermediates
-    assert unreachable(case.base, plan, case.base.encoder(plan.steps)) == []
+def test_a_piece_without_merges_gets_an_intermediate_piece(merged: MergedTokenizer) -> None:
+    plan = plan_merge(merged.base, ["意大利"], CHINESE_SCRIPTS)
+    assert merged.base.spelled("意大") in plan.intermediates
+    assert unreachable(merged.base, plan, merged.base.encoder(plan.steps)) == []
 
 
-def test_filling_reaches_the_size_by_characters(case: Case) -> None:
-    plan = plan_merge(case.base, ["河流"], CHINESE_SCRIPTS)
-    size = case.base.num_tokens + len(plan.steps) + 50
-    fill_missing_merges(case.base, plan, CHINESE_SCRIPTS, size)
-    assert case.base.num_tokens + len(plan.steps) == size
+def test_filling_adds_characters_up_to_the_size(merged: MergedTokenizer) -> None:
+    plan = plan_merge(merged.base, ["河流"], CHINESE_SCRIPTS)
+    size = merged.base.num_tokens + len(plan.steps) + 50
+    fill_missing_merges(merged.base, plan, CHINESE_SCRIPTS, size)
+    assert merged.base.num_tokens + len(plan.steps) == size
     assert len(plan.filled) == 50
-    assert unreachable(case.base, plan, case.base.encoder(plan.steps)) == []
+    assert unreachable(merged.base, plan, merged.base.encoder(plan.steps)) == []
 
 
-def test_added_tokens_keep_their_ids_and_new_pieces_stand_behind_them(tmp_path: Path) -> None:
+def test_added_tokens_keep_their_ids_before_new_pieces(tmp_path: Path) -> None:
     base = load_base(KINDS["llama3"](tmp_path / "base"))
     before = AutoTokenizer.from_pretrained(tmp_path / "base")
     (tmp_path / "out").mkdir()
-    base.write(learnt(base).steps, tmp_path / "out")
+    base.write(plan_with_learned_pieces(base).steps, tmp_path / "out")
     after = AutoTokenizer.from_pretrained(tmp_path / "out")
     ids = list(range(base.num_tokens - 3, base.num_tokens))
     assert after.convert_tokens_to_ids(ADDED) == before.convert_tokens_to_ids(ADDED) == ids
@@ -147,13 +147,13 @@ def test_added_tokens_of_a_sentencepiece_directory_become_its_pieces(tmp_path: P
     assert base.num_tokens == 401
     (tmp_path / "out").mkdir()
     base.write(plan_merge(base, ["河流"], CHINESE_SCRIPTS).steps, tmp_path / "out")
-    tokenizer, ours = AutoTokenizer.from_pretrained(tmp_path / "out"), load_encoder(tmp_path / "out")
-    assert tokenizer.convert_tokens_to_ids("<pad>") == ours.token_id("<pad>") == 400
+    tokenizer, encoder = AutoTokenizer.from_pretrained(tmp_path / "out"), load_encoder(tmp_path / "out")
+    assert tokenizer.convert_tokens_to_ids("<pad>") == encoder.token_id("<pad>") == 400
     assert tokenizer.encode("a<pad>", add_special_tokens=False)[-1] == 400
-    assert 400 not in ours.encode("a<pad>")  # text that spells a special token is text
+    assert 400 not in encoder.encode("a<pad>")  # text that spells a special token is text
 
 
-def test_settings_and_chat_template_of_the_base_stay(tmp_path: Path) -> None:
+def test_settings_and_chat_template_of_the_base_are_kept(tmp_path: Path) -> None:
     folder = KINDS["sentencepiece"](tmp_path / "base")
     file = folder / "tokenizer_config.json"
     settings = json.loads(file.read_text()) | {"add_bos_token": False, "add_eos_token": True, "model_max_length": 4096}
@@ -172,7 +172,7 @@ def test_settings_and_chat_template_of_the_base_stay(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["sentencepiece", "llama3"])
 def test_unigram_pieces_become_reachable_too(kind: str, tmp_path: Path) -> None:
     base = load_base(KINDS[kind](tmp_path / "base"))
-    plan = learnt(base, PieceAlgorithm.unigram)
+    plan = plan_with_learned_pieces(base, PieceAlgorithm.unigram)
     encoder = base.encoder(plan.steps)
     assert unreachable(base, plan, encoder) == []
     assert any(len(base.text(step.piece) or "") > 2 for step in plan.steps)
@@ -182,19 +182,19 @@ RUSSIAN = ["Река течёт к морю, и река глубока. Он с
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
-def test_another_script_keeps_the_space_before_its_words(kind: str, tmp_path: Path) -> None:
+def test_pieces_of_a_script_with_spaces_include_the_leading_space(kind: str, tmp_path: Path) -> None:
     base, scripts = load_base(KINDS[kind](tmp_path / "base")), Scripts(["Cyrillic"])
-    plan = learnt(base, texts=RUSSIAN, scripts=scripts)
-    old, new = base.encoder([]), base.encoder(plan.steps)
+    plan = plan_with_learned_pieces(base, texts=RUSSIAN, scripts=scripts)
+    base_encoder, expanded_encoder = base.encoder([]), base.encoder(plan.steps)
     assert " река" in {base.text(step.piece) for step in plan.steps}
-    assert unreachable(base, plan, new) == []
+    assert unreachable(base, plan, expanded_encoder) == []
     for text in [*ENGLISH, *CHINESE]:
-        assert new.encode(text) == old.encode(text)
-    assert new.decode(new.encode(RUSSIAN[0])) == RUSSIAN[0]
-    assert len(new.encode(RUSSIAN[0])) < 0.5 * len(old.encode(RUSSIAN[0]))
+        assert expanded_encoder.encode(text) == base_encoder.encode(text)
+    assert expanded_encoder.decode(expanded_encoder.encode(RUSSIAN[0])) == RUSSIAN[0]
+    assert len(expanded_encoder.encode(RUSSIAN[0])) < 0.5 * len(base_encoder.encode(RUSSIAN[0]))
 
 
-def test_no_intermediate_touches_old_text(base_tokenizer: Path) -> None:
+def test_intermediates_that_change_old_text_are_dropped(base_tokenizer: Path) -> None:
     base = load_base(base_tokenizer)
     plan = plan_merge(base, ["the年", "年轻", "xyzzy", "年"], CHINESE_SCRIPTS)
     assert [step.piece for step in plan.steps] == ["年", "轻", "年轻"]
@@ -216,20 +216,20 @@ def test_more_characters_than_there_are_is_refused(base_tokenizer: Path) -> None
         fill_missing_merges(base, plan_merge(base, ["河流"], CHINESE_SCRIPTS), Scripts(["Han"]), 1_000_000)
 
 
-def test_a_list_with_a_piece_twice_names_both_lines(tmp_path: Path) -> None:
+def test_a_duplicate_piece_in_a_list_is_refused_with_both_lines(tmp_path: Path) -> None:
     file = tmp_path / "pieces.txt"
     file.write_text("河流\n山川\n河流\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"pieces.txt:3: piece '河流' is already in line 1"):
         read_pieces(file)
 
 
-def test_pieces_are_read_from_lists_models_and_byte_level_files(tmp_path: Path, case: Case) -> None:
+def test_pieces_are_read_from_lists_models_and_byte_level_files(tmp_path: Path, merged: MergedTokenizer) -> None:
     file = tmp_path / "pieces.txt"
     file.write_text("\ufeff河流\n\n▁山川 \n", encoding="utf-8")
     assert read_pieces(file) == ["河流", " 山川"]
-    name = "tokenizer.model" if (case.folder / "tokenizer.model").exists() else "tokenizer.json"
-    texts = {case.base.text(step.piece) for step in case.plan.steps} - {None}
-    assert texts <= set(read_pieces(case.folder / name))
+    name = "tokenizer.model" if (merged.folder / "tokenizer.model").exists() else "tokenizer.json"
+    texts = {merged.base.text(step.piece) for step in merged.plan.steps} - {None}
+    assert texts <= set(read_pieces(merged.folder / name))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from fireflyds.errors import UserError
 from fireflyds.zero import ds_config, import_json
 
 # As found in projects that train with the Hugging Face Trainer.
-COPIED = {
+HF_PROJECT_CONFIG = {
     "train_batch_size": "auto",
     "train_micro_batch_size_per_gpu": "auto",
     "gradient_accumulation_steps": 16,
@@ -49,24 +49,24 @@ def _config(tmp_path: Path, document: dict, *overrides: str):
     )
 
 
-def test_what_says_the_same_is_left_out_and_the_rest_is_passed_on(tmp_path: Path) -> None:
-    document = COPIED | {"scheduler": "auto"}
-    made = ds_config.build_ds_config(_config(tmp_path, document), Precision.fp32, 4)
-    assert made["communication_data_type"] == "fp32"
-    zero = made["zero_optimization"]
+def test_equal_settings_are_dropped_and_others_passed_on(tmp_path: Path) -> None:
+    document = HF_PROJECT_CONFIG | {"scheduler": "auto"}
+    config = ds_config.build_ds_config(_config(tmp_path, document), Precision.fp32, 4)
+    assert config["communication_data_type"] == "fp32"
+    zero = config["zero_optimization"]
     assert zero["stage3_gather_16bit_weights_on_model_save"] is True
     assert zero["contiguous_gradients"] is True
     assert zero["stage3_max_live_parameters"] == 1e9
     assert zero["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
-    assert not {"optimizer", "scheduler", "elasticity", "bfloat16"} & made.keys()
-    assert made["gradient_accumulation_steps"] == 4
+    assert not {"optimizer", "scheduler", "elasticity", "bfloat16"} & config.keys()
+    assert config["gradient_accumulation_steps"] == 4
     notes = import_json.extra_settings(_config(tmp_path, document))[1]
     assert any("gradient_accumulation_steps is left out: it follows from global_batch_size" in note for note in notes)
     assert any("elasticity is left out: DeepSpeed no longer has it, and it is off" in note for note in notes)
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("changes", "message"),
     [
         ({"scheduler": {"type": "WarmupLR"}}, "scheduler is not supported. Remove the key; give optim.schedule"),
         (
@@ -102,26 +102,26 @@ def test_what_says_the_same_is_left_out_and_the_rest_is_passed_on(tmp_path: Path
         ),
     ],
 )
-def test_what_differs_or_is_gone_is_refused_by_its_key(tmp_path: Path, change: dict, said: str) -> None:
-    config = _config(tmp_path, COPIED | {"scheduler": "auto"} | change, "hardware.precision=fp32")
-    with pytest.raises(UserError) as refused:
+def test_conflicting_and_unsupported_keys_are_refused(tmp_path: Path, changes: dict, message: str) -> None:
+    config = _config(tmp_path, HF_PROJECT_CONFIG | {"scheduler": "auto"} | changes, "hardware.precision=fp32")
+    with pytest.raises(UserError) as exception:
         import_json.extra_settings(config)
-    assert said in str(refused.value)
-    assert str(tmp_path / "ds.json") in str(refused.value)
+    assert message in str(exception.value)
+    assert str(tmp_path / "ds.json") in str(exception.value)
 
 
 def test_every_key_that_deepspeed_refuses_is_refused_before_it() -> None:
-    from deepspeed.runtime import config as theirs
+    from deepspeed.runtime import config as deepspeed_config
 
     removed = [
-        *theirs._REMOVED_TOP_LEVEL_CONFIG_KEYS,
-        *(f"zero_optimization.{key}" for key in theirs._REMOVED_ZERO_CONFIG_KEYS),
+        *deepspeed_config._REMOVED_TOP_LEVEL_CONFIG_KEYS,
+        *(f"zero_optimization.{key}" for key in deepspeed_config._REMOVED_ZERO_CONFIG_KEYS),
     ]
     assert len(removed) > 10
     assert set(removed) <= import_json._REMOVED.keys()
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_json_file_is_refused(tmp_path: Path) -> None:
     config = _config(tmp_path, {})
     (tmp_path / "ds.json").unlink()
     with pytest.raises(UserError, match="ds.json: cannot be read as JSON"):
@@ -144,19 +144,23 @@ ELASTICITY = {
     "min_gpus": 1,
     "max_gpus": 10000,
 }
-COMPRESSION = {
+COMPRESSION_TRAINING = {
     "weight_quantization": {"shared_parameters": {"enabled": True}, "different_groups": {"wq1": {"modules": ["a"]}}}
 }
-EFFICIENCY = {
+DATA_EFFICIENCY = {
     "enabled": True,
     "seed": 1234,
     "data_sampling": {"enabled": True, "curriculum_learning": {"enabled": True}},
 }
-CURRICULUM = {"enabled": True, "curriculum_type": "seqlen", "schedule_config": {"total_curriculum_step": 40000}}
+CURRICULUM_LEARNING = {
+    "enabled": True,
+    "curriculum_type": "seqlen",
+    "schedule_config": {"total_curriculum_step": 40000},
+}
 
 
 @pytest.mark.parametrize(
-    ("section", "value", "said"),
+    ("section", "value", "message"),
     [
         (
             "scheduler",
@@ -166,41 +170,41 @@ CURRICULUM = {"enabled": True, "curriculum_type": "seqlen", "schedule_config": {
         ("elasticity", ELASTICITY, "elasticity is not supported. Remove the key; a run resumes on any number of GPUs"),
         (
             "compression_training",
-            COMPRESSION,
+            COMPRESSION_TRAINING,
             "compression_training is not supported. Remove the key; quantise after training",
         ),
         (
             "data_efficiency",
-            EFFICIENCY,
+            DATA_EFFICIENCY,
             "data_efficiency is not supported. Remove the key; use data.weights and data.curriculum",
         ),
         (
             "curriculum_learning",
-            CURRICULUM,
+            CURRICULUM_LEARNING,
             "curriculum_learning is not supported. Remove the key; use data.curriculum",
         ),
     ],
 )
-def test_sections_with_lists_and_sections_in_them_are_refused_by_name(
-    tmp_path: Path, section: str, value: dict, said: str
+def test_unsupported_nested_sections_are_refused_by_name(
+    tmp_path: Path, section: str, value: dict, message: str
 ) -> None:
-    with pytest.raises(UserError) as refused:
-        import_json.extra_settings(_config(tmp_path, COPIED | {"scheduler": "auto", section: value}))
-    assert said in str(refused.value)
+    with pytest.raises(UserError) as exception:
+        import_json.extra_settings(_config(tmp_path, HF_PROJECT_CONFIG | {"scheduler": "auto", section: value}))
+    assert message in str(exception.value)
 
 
-def test_the_same_sections_switched_off_or_left_to_auto_are_left_out_with_a_note(tmp_path: Path) -> None:
-    document = COPIED | {
+def test_disabled_and_auto_sections_are_dropped_with_a_note(tmp_path: Path) -> None:
+    document = HF_PROJECT_CONFIG | {
         "scheduler": AUTO_WARMUP,
         "elasticity": ELASTICITY | {"enabled": False},
-        "data_efficiency": EFFICIENCY | {"enabled": False},
+        "data_efficiency": DATA_EFFICIENCY | {"enabled": False},
     }
-    passed_on, notes = import_json.extra_settings(_config(tmp_path, document))
-    assert not {"scheduler", "elasticity", "data_efficiency"} & passed_on.keys()
+    settings, notes = import_json.extra_settings(_config(tmp_path, document))
+    assert not {"scheduler", "elasticity", "data_efficiency"} & settings.keys()
     assert any("scheduler is left out: auto: this configuration sets the value" in note for note in notes)
 
 
-def test_the_json_of_a_hugging_face_project_is_taken_over_as_it_is(tmp_path: Path) -> None:
-    """Its optimizer, scheduler and batch sizes are left to the Trainer's arguments there, and to ours here."""
-    passed_on, _ = import_json.extra_settings(_config(tmp_path, COPIED | {"scheduler": AUTO_WARMUP}))
-    assert set(passed_on) == {"communication_data_type", "zero_optimization"}
+def test_the_json_of_a_hugging_face_project_is_accepted_unchanged(tmp_path: Path) -> None:
+    """Its optimizer, scheduler and batch sizes come from this project's configuration instead of TrainingArguments."""
+    settings, _ = import_json.extra_settings(_config(tmp_path, HF_PROJECT_CONFIG | {"scheduler": AUTO_WARMUP}))
+    assert set(settings) == {"communication_data_type", "zero_optimization"}

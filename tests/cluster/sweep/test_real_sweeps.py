@@ -1,4 +1,4 @@
-"""A study of real trainings on this machine, killed in the middle; on Slurm: test_slurm.py."""
+"""A study of real training runs on this machine, killed while it runs; on Slurm: test_slurm.py."""
 
 import csv
 import fcntl
@@ -32,13 +32,13 @@ def start(folder: Path, arguments: list[str]) -> "subprocess.Popen[bytes]":
 
 
 def wait_until(condition, seconds: float = 120) -> None:
-    until = time.monotonic() + seconds
+    deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < until
+        assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
-def locked(file: Path) -> bool:
+def is_locked(file: Path) -> bool:
     with file.open("w") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -47,8 +47,8 @@ def locked(file: Path) -> bool:
     return False
 
 
-def rows(place: Path) -> list[dict]:
-    file = place / "metrics.jsonl"
+def rows(run_dir: Path) -> list[dict]:
+    file = run_dir / "metrics.jsonl"
     return (
         [json.loads(line) for line in file.read_text().splitlines(True) if line.endswith("\n")] if file.exists() else []
     )
@@ -74,44 +74,44 @@ def arguments(verb, tmp_path: Path, base_tokenizer: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_killed_study_goes_on_and_a_killed_trial_too(verb, arguments: list[str], tmp_path: Path) -> None:
+def test_a_killed_study_and_a_killed_trial_resume(verb, arguments: list[str], tmp_path: Path) -> None:
     study = tmp_path / "runs" / "lr"
-    parent = start(tmp_path, arguments)
+    sweep_process = start(tmp_path, arguments)
     wait_until(lambda: (study / "trial-0000/status.json").exists())
-    parent.send_signal(signal.SIGKILL)
-    parent.wait()
-    trial = psutil.Process(int((study / "trial-0000/logs/launcher.pid").read_text()))
-    assert trial.is_running()
-    again = start(tmp_path, arguments)
-    wait_until(lambda: locked(study / ".lock"))
-    other = verb("sweep", *arguments, check=False)
-    assert (other.returncode, "another process works on this study now" in other.stderr) == (2, True)
+    sweep_process.send_signal(signal.SIGKILL)
+    sweep_process.wait()
+    trial_process = psutil.Process(int((study / "trial-0000/logs/launcher.pid").read_text()))
+    assert trial_process.is_running()
+    resumed_sweep = start(tmp_path, arguments)
+    wait_until(lambda: is_locked(study / ".lock"))
+    second_sweep = verb("sweep", *arguments, check=False)
+    assert (second_sweep.returncode, "another process works on this study now" in second_sweep.stderr) == (2, True)
     wait_until(lambda: len(rows(study / "trial-0002")) >= 4)
     psutil.Process(int((study / "trial-0002/logs/launcher.pid").read_text())).kill()
-    assert again.wait(180) == 0
-    shown = (tmp_path / "sweep.log").read_text()
-    assert [shown.count(f"trial {number}: starts with") for number in range(3)] == [1, 1, 1]
-    assert shown.count("starts again") == 1
+    assert resumed_sweep.wait(180) == 0
+    output = (tmp_path / "sweep.log").read_text()
+    assert [output.count(f"trial {number}: starts with") for number in range(3)] == [1, 1, 1]
+    assert output.count("starts again") == 1
     with (study / "trials.csv").open() as file:
-        found = list(csv.DictReader(file))
-    assert [row["outcome"] for row in found] == ["finished"] * 3
-    for row in found:
-        run = rows(tmp_path / "runs" / row["run"])
-        assert [each["step"] for each in run] == list(range(1, STEPS + 1))
-        assert float(row["loss"]) == pytest.approx(run[-1]["loss"], abs=1e-5)
-    assert len({row["optim.lr"] for row in found}) == 3
-    best = min(found, key=lambda row: float(row["loss"]))
+        trials = list(csv.DictReader(file))
+    assert [row["outcome"] for row in trials] == ["finished"] * 3
+    for row in trials:
+        metrics_rows = rows(tmp_path / "runs" / row["run"])
+        assert [metrics_row["step"] for metrics_row in metrics_rows] == list(range(1, STEPS + 1))
+        assert float(row["loss"]) == pytest.approx(metrics_rows[-1]["loss"], abs=1e-5)
+    assert len({row["optim.lr"] for row in trials}) == 3
+    best = min(trials, key=lambda row: float(row["loss"]))
     assert f"Trial {best['trial']} of lr" in (study / "best.yaml").read_text()
 
 
 @pytest.mark.slow
-def test_ctrl_c_lets_trials_save_and_the_study_goes_on(arguments: list[str], tmp_path: Path) -> None:
+def test_ctrl_c_lets_trials_save_and_the_study_resumes(arguments: list[str], tmp_path: Path) -> None:
     study = tmp_path / "runs" / "lr"
     arguments = [*arguments, "sweep.trials=1", "optim.steps=40", "checkpoint.every=999"]
-    parent = start(tmp_path, arguments)
+    sweep_process = start(tmp_path, arguments)
     wait_until(lambda: len(rows(study / "trial-0000")) >= 3)
-    parent.send_signal(signal.SIGINT)
-    assert parent.wait(60) == 130
+    sweep_process.send_signal(signal.SIGINT)
+    assert sweep_process.wait(60) == 130
     status = json.loads((study / "trial-0000/status.json").read_text())
     assert (status["state"], status["exit_code"], status["message"]) == ("stopped", 75, "SIGTERM")
     assert start(tmp_path, arguments).wait(120) == 0

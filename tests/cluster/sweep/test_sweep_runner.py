@@ -1,4 +1,4 @@
-"""The logic of a study, with runs that are played; real ones: test_sweeps_for_real.py and test_slurm.py."""
+"""The logic of a study, with simulated runs; with real ones: test_real_sweeps.py and test_slurm.py."""
 
 import json
 import math
@@ -21,67 +21,68 @@ STEPS = 8
 
 
 class KilledError(BaseException):
-    """The sweep's process is gone."""
+    """Simulates the death of the sweep's process."""
 
 
-class Played:
-    """Runs whose loss is far from, or near, 0 as their `lr` is from, or to, 0.1. Each look at a run lets it make a
-    step."""
+class FakeRuns:
+    """Simulated runs. The loss grows with the distance of `lr` from 0.1; every call of `is_running` is one step."""
 
     def __init__(self, folder: Path, kill_at: int | None = None) -> None:
         self.folder, self.kill_at = folder, kill_at
-        self.calls, self.started, self.slots, self.alive_now = 0, [], {}, {}
-        self.die = {}
-        """Run to what ends it: a dictionary for its `status.json`, or None for nothing at all."""
+        self.calls, self.started, self.slots, self.alive = 0, [], {}, {}
+        self.failures = {}
+        """Failure of a run by name: the fields of its `status.json`, or None for processes that write none."""
 
-    def _call(self) -> None:
+    def _count_call(self) -> None:
         self.calls += 1
         if self.calls == self.kill_at:
             raise KilledError
 
-    def start(self, place: Path, slot: int) -> None:
-        self._call()
-        self.started.append(place.name)
-        self.alive_now[place] = True
-        assert slot not in [self.slots[other] for other, alive in self.alive_now.items() if alive and other != place]
-        self.slots[place] = slot
-        (place / "logs").mkdir(exist_ok=True)
-        self._say(place, "running")
-        self._call()
+    def start(self, run_dir: Path, slot: int) -> None:
+        self._count_call()
+        self.started.append(run_dir.name)
+        self.alive[run_dir] = True
+        assert slot not in [self.slots[other] for other, alive in self.alive.items() if alive and other != run_dir]
+        self.slots[run_dir] = slot
+        (run_dir / "logs").mkdir(exist_ok=True)
+        self._write_status(run_dir, "running")
+        self._count_call()
 
-    def is_running(self, place: Path) -> bool:
-        self._call()
-        if self.alive_now.get(place):
-            self._step(place)
-        return self.alive_now.get(place, False)
+    def is_running(self, run_dir: Path) -> bool:
+        self._count_call()
+        if self.alive.get(run_dir):
+            self._advance(run_dir)
+        return self.alive.get(run_dir, False)
 
-    def stop(self, place: Path) -> bool:
+    def stop(self, run_dir: Path) -> bool:
         return False
 
-    def kill(self, place: Path) -> None:
-        self.alive_now[place] = False
+    def kill(self, run_dir: Path) -> None:
+        self.alive[run_dir] = False
 
-    def _step(self, place: Path) -> None:
-        done = len(watch.metric_history(place, "loss"))
-        if place.name in self.die and done == 2:
-            self.alive_now[place] = False
-            ending = self.die.pop(place.name)
-            return None if ending is None else self._say(place, **ending)
-        if (place / "STOP").exists():
-            self.alive_now[place] = False
-            return self._say(place, "stopped", exit_code=76, message="STOP file")
-        params = json.loads((place / "config.yaml").read_text())
-        loss = abs(params["lr"] - 0.1) + 1 / (done + 1)
-        row = {"step": done + 1, "loss": loss, "tokens": 100 * (done + 1), "seconds": 1.0}
-        with (place / "metrics.jsonl").open("a") as stream:
+    def _advance(self, run_dir: Path) -> None:
+        num_steps = len(watch.metric_history(run_dir, "loss"))
+        if run_dir.name in self.failures and num_steps == 2:
+            self.alive[run_dir] = False
+            status = self.failures.pop(run_dir.name)
+            return None if status is None else self._write_status(run_dir, **status)
+        if (run_dir / "STOP").exists():
+            self.alive[run_dir] = False
+            return self._write_status(run_dir, "stopped", exit_code=76, message="STOP file")
+        params = json.loads((run_dir / "config.yaml").read_text())
+        loss = abs(params["lr"] - 0.1) + 1 / (num_steps + 1)
+        row = {"step": num_steps + 1, "loss": loss, "tokens": 100 * (num_steps + 1), "seconds": 1.0}
+        with (run_dir / "metrics.jsonl").open("a") as stream:
             stream.write(json.dumps(row) + "\n")
-        if done + 1 == STEPS:
-            self.alive_now[place] = False
-            self._say(place, "finished", exit_code=0)
+        if num_steps + 1 == STEPS:
+            self.alive[run_dir] = False
+            self._write_status(run_dir, "finished", exit_code=0)
         return None
 
-    def _say(self, place: Path, state: str, exit_code: int | None = None, message: str = "", kind: str = "") -> None:
-        about = {
+    def _write_status(
+        self, run_dir: Path, state: str, exit_code: int | None = None, message: str = "", kind: str = ""
+    ) -> None:
+        status = {
             "state": state,
             "exit_code": exit_code,
             "message": message,
@@ -89,12 +90,12 @@ class Played:
             "step": 0,
             "total_steps": STEPS,
         }
-        (place / "status.json").write_text(json.dumps(about))
+        (run_dir / "status.json").write_text(json.dumps(status))
 
 
-def search(**changes) -> SearchConfig:
+def search_config(**changes) -> SearchConfig:
     space = {"optim.lr": RangeConfig(low=0.01, high=0.9)}
-    usual = {
+    defaults = {
         "space": space,
         "trials": 6,
         "parallel": 2,
@@ -102,29 +103,29 @@ def search(**changes) -> SearchConfig:
         "startup_trials": 2,
         "pruner": Pruner.none,
     }
-    return SearchConfig(**(usual | changes))
+    return SearchConfig(**(defaults | changes))
 
 
 def freeze(run: str, params) -> str:
     return json.dumps({"run": run, "lr": params.get("optim.lr", 0.1)})
 
 
-def run(folder: Path, played: Played, looking: SearchConfig) -> Study:
+def run(folder: Path, fake_runs: FakeRuns, config: SearchConfig) -> Study:
     folder.mkdir(exist_ok=True)
-    study = Study(folder / "study.journal", "s", looking)
-    assert Sweep(study, looking, "s", folder, freeze, played).run()
+    study = Study(folder / "study.journal", "s", config)
+    assert Sweep(study, config, "s", folder, freeze, fake_runs).run()
     return study
 
 
 @pytest.fixture(autouse=True)
-def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fireflyds.cluster.sweep.sweep_runner.time.sleep", lambda seconds: None)
 
 
-def test_every_trial_is_started_once_and_its_value_told(tmp_path: Path) -> None:
-    played = Played(tmp_path)
-    study = run(tmp_path, played, search())
-    assert played.started == [f"trial-{number:04d}" for number in range(6)]
+def test_every_trial_is_started_once_and_its_value_recorded(tmp_path: Path) -> None:
+    fake_runs = FakeRuns(tmp_path)
+    study = run(tmp_path, fake_runs, search_config())
+    assert fake_runs.started == [f"trial-{number:04d}" for number in range(6)]
     assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 6
     for trial in study.trials:
         assert trial.value == pytest.approx(abs(trial.params["optim.lr"] - 0.1) + 1 / STEPS)
@@ -134,75 +135,86 @@ def test_every_trial_is_started_once_and_its_value_told(tmp_path: Path) -> None:
     assert study.best.value == min(trial.value for trial in study.trials)
 
 
-def test_a_sweep_killed_at_any_moment_runs_nothing_twice(tmp_path: Path) -> None:
-    whole = Played(tmp_path / "whole")
-    run(tmp_path / "whole", whole, search(trials=3))
-    assert whole.calls > 20
-    for moment in range(1, whole.calls + 1):
-        folder = tmp_path / str(moment)
-        played = Played(folder, kill_at=moment)
+def test_a_sweep_killed_at_any_call_starts_no_trial_twice(tmp_path: Path) -> None:
+    uninterrupted = FakeRuns(tmp_path / "whole")
+    run(tmp_path / "whole", uninterrupted, search_config(trials=3))
+    assert uninterrupted.calls > 20
+    for call_index in range(1, uninterrupted.calls + 1):
+        folder = tmp_path / str(call_index)
+        fake_runs = FakeRuns(folder, kill_at=call_index)
         with pytest.raises(KilledError):
-            run(folder, played, search(trials=3))
-        study = run(folder, played, search(trials=3))
-        assert sorted(played.started) == ["trial-0000", "trial-0001", "trial-0002"]
+            run(folder, fake_runs, search_config(trials=3))
+        study = run(folder, fake_runs, search_config(trials=3))
+        assert sorted(fake_runs.started) == ["trial-0000", "trial-0001", "trial-0002"]
         assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 3
         assert len({trial.params["optim.lr"] for trial in study.trials}) == 3
 
 
-def test_half_a_line_in_the_journal_is_no_harm(tmp_path: Path) -> None:
-    run(tmp_path, Played(tmp_path), search(trials=2))
+def test_a_truncated_line_of_the_journal_is_ignored(tmp_path: Path) -> None:
+    run(tmp_path, FakeRuns(tmp_path), search_config(trials=2))
     with (tmp_path / "study.journal").open("a") as stream:
         stream.write('{"op_code": 4, "worker')
-    assert [trial.state.name for trial in run(tmp_path, Played(tmp_path), search(trials=3)).trials] == ["COMPLETE"] * 3
-    assert len(run(tmp_path, Played(tmp_path), search(trials=3)).trials) == 3
+    assert [trial.state.name for trial in run(tmp_path, FakeRuns(tmp_path), search_config(trials=3)).trials] == [
+        "COMPLETE"
+    ] * 3
+    assert len(run(tmp_path, FakeRuns(tmp_path), search_config(trials=3)).trials) == 3
 
 
 def test_a_grid_tries_every_combination_once(tmp_path: Path) -> None:
     space = {"optim.lr": RangeConfig(low=0.1, high=0.3, step=0.1), "tuning.r": RangeConfig(choices=[4, 8])}
-    looking = search(space=space, sampler=Sampler.grid, trials=20)
-    study = run(tmp_path, Played(tmp_path), looking)
-    found = sorted((trial.params["optim.lr"], trial.params["tuning.r"]) for trial in study.trials)
-    assert found == [(lr, r) for lr in (0.1, 0.2, 0.3) for r in (4, 8)]
-    assert len(run(tmp_path, Played(tmp_path), looking).trials) == 6
+    config = search_config(space=space, sampler=Sampler.grid, trials=20)
+    study = run(tmp_path, FakeRuns(tmp_path), config)
+    combinations = sorted((trial.params["optim.lr"], trial.params["tuning.r"]) for trial in study.trials)
+    assert combinations == [(lr, r) for lr in (0.1, 0.2, 0.3) for r in (4, 8)]
+    assert len(run(tmp_path, FakeRuns(tmp_path), config).trials) == 6
 
 
 def test_a_grid_is_cut_at_the_number_of_trials(tmp_path: Path) -> None:
     space = {"optim.lr": RangeConfig(low=0.1, high=0.9, step=0.1)}
-    assert len(run(tmp_path, Played(tmp_path), search(space=space, sampler=Sampler.grid, trials=4)).trials) == 4
+    assert (
+        len(run(tmp_path, FakeRuns(tmp_path), search_config(space=space, sampler=Sampler.grid, trials=4)).trials) == 4
+    )
 
 
 @pytest.mark.parametrize("pruner", [Pruner.median, Pruner.hyperband])
-def test_hopeless_trials_are_stopped_and_recorded_as_pruned(tmp_path: Path, pruner: Pruner, capsys) -> None:
-    study = run(tmp_path, Played(tmp_path), search(trials=16, pruner=pruner, reduction_factor=2))
+def test_bad_trials_are_stopped_and_recorded_as_pruned(tmp_path: Path, pruner: Pruner, capsys) -> None:
+    study = run(tmp_path, FakeRuns(tmp_path), search_config(trials=16, pruner=pruner, reduction_factor=2))
     pruned = [trial for trial in study.trials if trial.state.name == "PRUNED"]
     assert 3 <= len(pruned) <= 13
     assert all(trial.user_attrs["outcome"] == "pruned" and 1 <= trial.user_attrs["steps"] < STEPS for trial in pruned)
-    whole = [trial for trial in study.trials if trial.state.name == "COMPLETE"]
-    assert min(trial.user_attrs["last_value"] for trial in whole) < 0.3
+    complete = [trial for trial in study.trials if trial.state.name == "COMPLETE"]
+    assert min(trial.user_attrs["last_value"] for trial in complete) < 0.3
     if pruner is Pruner.median:
-        # What was ended was worse than what was not.
-        mean = [sum(abs(trial.params["optim.lr"] - 0.1) for trial in kind) / len(kind) for kind in (whole, pruned)]
-        assert mean[0] < mean[1]
+        # Pruned trials are worse than complete ones.
+        mean_distance = [
+            sum(abs(trial.params["optim.lr"] - 0.1) for trial in trials) / len(trials) for trials in (complete, pruned)
+        ]
+        assert mean_distance[0] < mean_distance[1]
     assert "pruned at step" in capsys.readouterr().out
     assert not list(tmp_path.rglob("STOP"))
 
 
-def test_tpe_finds_better_values_than_chance(tmp_path: Path) -> None:
-    found = {}
+def test_tpe_finds_better_values_than_random_sampling(tmp_path: Path) -> None:
+    total_distance = {}
     for sampler in (Sampler.tpe, Sampler.random):
-        study = run(tmp_path / sampler.name, Played(tmp_path), search(trials=24, sampler=sampler, startup_trials=6))
-        found[sampler] = sum(abs(trial.params["optim.lr"] - 0.1) for trial in study.trials[12:])
-    assert found[Sampler.tpe] < 0.5 * found[Sampler.random]
+        study = run(
+            tmp_path / sampler.name, FakeRuns(tmp_path), search_config(trials=24, sampler=sampler, startup_trials=6)
+        )
+        total_distance[sampler] = sum(abs(trial.params["optim.lr"] - 0.1) for trial in study.trials[12:])
+    assert total_distance[Sampler.tpe] < 0.5 * total_distance[Sampler.random]
 
 
-def test_no_draw_is_repeated_after_a_restart(tmp_path: Path) -> None:
-    first = [trial.params for trial in run(tmp_path, Played(tmp_path), search(trials=3, sampler=Sampler.random)).trials]
-    second = run(tmp_path, Played(tmp_path), search(trials=6, sampler=Sampler.random))
-    assert first == [trial.params for trial in second.trials[:3]]
-    assert len({trial.params["optim.lr"] for trial in second.trials}) == 6
+def test_no_sampled_value_is_repeated_after_a_restart(tmp_path: Path) -> None:
+    first_params = [
+        trial.params
+        for trial in run(tmp_path, FakeRuns(tmp_path), search_config(trials=3, sampler=Sampler.random)).trials
+    ]
+    resumed_study = run(tmp_path, FakeRuns(tmp_path), search_config(trials=6, sampler=Sampler.random))
+    assert first_params == [trial.params for trial in resumed_study.trials[:3]]
+    assert len({trial.params["optim.lr"] for trial in resumed_study.trials}) == 6
 
 
-ENDINGS = {
+OUTCOMES = {
     "failed": (
         {"state": "failed", "exit_code": 1, "message": "the disk is full", "kind": "error"},
         "failed",
@@ -217,143 +229,148 @@ ENDINGS = {
 }
 
 
-@pytest.mark.parametrize("name", ENDINGS)
-def test_what_did_not_end_well_is_recorded_as_such(tmp_path: Path, name: str) -> None:
-    status, outcome, message = ENDINGS[name]
-    played = Played(tmp_path)
-    played.die["trial-0001"] = status
-    trial = run(tmp_path, played, search(trials=3)).trials[1]
+@pytest.mark.parametrize("name", OUTCOMES)
+def test_a_trial_that_did_not_finish_is_recorded_with_its_outcome(tmp_path: Path, name: str) -> None:
+    status, outcome, message = OUTCOMES[name]
+    fake_runs = FakeRuns(tmp_path)
+    fake_runs.failures["trial-0001"] = status
+    trial = run(tmp_path, fake_runs, search_config(trials=3)).trials[1]
     assert trial.state.name == ("PRUNED" if name == "stopped" else "FAIL")
     assert trial.user_attrs["outcome"] == outcome
     assert message in trial.user_attrs["message"]
-    assert played.started.count("trial-0001") == 1
+    assert fake_runs.started.count("trial-0001") == 1
 
 
-def test_a_trial_whose_processes_died_goes_on(tmp_path: Path) -> None:
-    played = Played(tmp_path)
-    played.die["trial-0001"] = None
-    study = run(tmp_path, played, search(trials=3))
-    assert played.started.count("trial-0001") == 2
+def test_a_trial_whose_processes_died_is_restarted(tmp_path: Path) -> None:
+    fake_runs = FakeRuns(tmp_path)
+    fake_runs.failures["trial-0001"] = None
+    study = run(tmp_path, fake_runs, search_config(trials=3))
+    assert fake_runs.started.count("trial-0001") == 2
     assert study.trials[1].state.name == "COMPLETE"
 
 
-def test_a_trial_that_lost_a_rank_goes_on(tmp_path: Path) -> None:
-    played = Played(tmp_path)
-    played.die["trial-0000"] = {"state": "failed", "exit_code": 1, "message": "rank 1 died", "kind": "lost_rank"}
-    study = run(tmp_path, played, search(trials=3))
-    assert played.started.count("trial-0000") == 2
+def test_a_trial_that_lost_a_rank_is_restarted(tmp_path: Path) -> None:
+    fake_runs = FakeRuns(tmp_path)
+    fake_runs.failures["trial-0000"] = {
+        "state": "failed",
+        "exit_code": 1,
+        "message": "rank 1 died",
+        "kind": "lost_rank",
+    }
+    study = run(tmp_path, fake_runs, search_config(trials=3))
+    assert fake_runs.started.count("trial-0000") == 2
     assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 3
 
 
-def test_a_draw_that_is_refused_is_recorded_and_the_next_is_drawn(tmp_path: Path, monkeypatch) -> None:
-    def refusing(name: str, params) -> str:
+def test_a_refused_trial_is_recorded_and_the_next_is_sampled(tmp_path: Path, monkeypatch) -> None:
+    def freeze_or_refuse(name: str, params) -> str:
         if name.endswith("1"):
             raise UserError("global_batch_size=13: must be a multiple of 8")
         return freeze(name, params)
 
-    looking, played = search(trials=4), Played(tmp_path)
-    study = Study(tmp_path / "study.journal", "s", looking)
-    assert Sweep(study, looking, "s", tmp_path, refusing, played).run()
+    config, fake_runs = search_config(trials=4), FakeRuns(tmp_path)
+    study = Study(tmp_path / "study.journal", "s", config)
+    assert Sweep(study, config, "s", tmp_path, freeze_or_refuse, fake_runs).run()
     assert [trial.state.name for trial in study.trials] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
     assert study.trials[1].user_attrs["message"] == "global_batch_size=13: must be a multiple of 8"
-    assert "trial-0001" not in played.started
+    assert "trial-0001" not in fake_runs.started
 
 
-def test_a_controller_that_is_away_for_a_while_ends_nothing(tmp_path: Path, capsys) -> None:
-    class Away(Played):
-        away = 0
+def test_a_scheduler_that_is_unavailable_for_a_while_ends_no_trial(tmp_path: Path, capsys) -> None:
+    class UnavailableScheduler(FakeRuns):
+        num_failures = 0
 
-        def is_running(self, place: Path) -> bool:
-            if self.calls >= 10 and self.away < 4:
-                self.away += 1
+        def is_running(self, run_dir: Path) -> bool:
+            if self.calls >= 10 and self.num_failures < 4:
+                self.num_failures += 1
                 raise slurm.UnavailableError("scontrol: no answer within 60 s")
-            return super().is_running(place)
+            return super().is_running(run_dir)
 
-    played = Away(tmp_path)
-    study = run(tmp_path, played, search(trials=3))
-    assert played.away == 4
+    fake_runs = UnavailableScheduler(tmp_path)
+    study = run(tmp_path, fake_runs, search_config(trials=3))
+    assert fake_runs.num_failures == 4
     assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 3
     assert capsys.readouterr().out.count("no answer within 60 s. Retrying until Slurm responds") == 1
 
 
-def test_a_controller_that_is_away_from_the_start_is_told(tmp_path: Path) -> None:
-    class Away(Played):
-        def start(self, place: Path, slot: int) -> None:
+def test_a_scheduler_that_is_unavailable_at_the_start_is_an_error(tmp_path: Path) -> None:
+    class UnavailableScheduler(FakeRuns):
+        def start(self, run_dir: Path, slot: int) -> None:
             raise slurm.UnavailableError("sbatch: no answer within 60 s")
 
     with pytest.raises(slurm.UnavailableError, match="no answer within 60 s"):
-        run(tmp_path, Away(tmp_path), search())
+        run(tmp_path, UnavailableScheduler(tmp_path), search_config())
 
 
-def test_a_trial_that_dies_again_and_again_has_failed(tmp_path: Path) -> None:
-    class Dying(Played):
-        def start(self, place: Path, slot: int) -> None:
-            super().start(place, slot)
-            (place / "logs/launcher.log").write_text("Bus error\n")
-            self.alive_now[place] = place.name != "trial-0001"
+def test_a_trial_that_dies_more_often_than_retries_has_failed(tmp_path: Path) -> None:
+    class DyingRuns(FakeRuns):
+        def start(self, run_dir: Path, slot: int) -> None:
+            super().start(run_dir, slot)
+            (run_dir / "logs/launcher.log").write_text("Bus error\n")
+            self.alive[run_dir] = run_dir.name != "trial-0001"
 
-    played = Dying(tmp_path)
-    trial = run(tmp_path, played, search(trials=3, retries=2)).trials[1]
-    assert played.started.count("trial-0001") == 3
+    fake_runs = DyingRuns(tmp_path)
+    trial = run(tmp_path, fake_runs, search_config(trials=3, retries=2)).trials[1]
+    assert fake_runs.started.count("trial-0001") == 3
     assert trial.user_attrs["outcome"] == "failed"
     assert "its processes died 3 times, at last with: Bus error" in trial.user_attrs["message"]
 
 
-def test_when_nothing_can_begin_no_more_is_drawn(tmp_path: Path) -> None:
-    class Refusing(Played):
-        def start(self, place: Path, slot: int) -> None:
-            super().start(place, slot)
-            (place / "status.json").unlink()
-            (place / "logs/launcher.log").write_text("error: data.store=x: no store\n")
-            self.alive_now[place] = False
+def test_no_further_trial_is_sampled_when_the_first_ones_fail_before_their_first_step(tmp_path: Path) -> None:
+    class FailingRuns(FakeRuns):
+        def start(self, run_dir: Path, slot: int) -> None:
+            super().start(run_dir, slot)
+            (run_dir / "status.json").unlink()
+            (run_dir / "logs/launcher.log").write_text("error: data.store=x: no store\n")
+            self.alive[run_dir] = False
 
     with pytest.raises(UserError, match="trial 0 ended before its first step: error: data.store=x: no store"):
-        run(tmp_path, Refusing(tmp_path), search())
-    study = run(tmp_path, Played(tmp_path), search())
+        run(tmp_path, FailingRuns(tmp_path), search_config())
+    study = run(tmp_path, FakeRuns(tmp_path), search_config())
     assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 6
 
 
-def test_a_first_trial_that_cannot_begin_twice_makes_room_for_others(tmp_path: Path) -> None:
-    class TooLarge(Played):
-        def start(self, place: Path, slot: int) -> None:
-            super().start(place, slot)
-            if place.name == "trial-0000":
-                self.alive_now[place] = False
-                self._say(place, "failed", exit_code=1, message="out of memory")
+def test_a_first_trial_that_fails_twice_at_its_start_does_not_block_the_others(tmp_path: Path) -> None:
+    class OutOfMemoryRuns(FakeRuns):
+        def start(self, run_dir: Path, slot: int) -> None:
+            super().start(run_dir, slot)
+            if run_dir.name == "trial-0000":
+                self.alive[run_dir] = False
+                self._write_status(run_dir, "failed", exit_code=1, message="out of memory")
 
-    played = TooLarge(tmp_path)
+    fake_runs = OutOfMemoryRuns(tmp_path)
     with pytest.raises(UserError, match="trial 0 ended before its first step: out of memory"):
-        run(tmp_path, played, search(parallel=1))
-    study = run(tmp_path, played, search(parallel=1))
+        run(tmp_path, fake_runs, search_config(parallel=1))
+    study = run(tmp_path, fake_runs, search_config(parallel=1))
     assert [trial.state.name for trial in study.trials] == ["FAIL", *["COMPLETE"] * 5]
 
 
-def test_a_metric_that_is_not_there_names_those_that_are(tmp_path: Path) -> None:
-    played = Played(tmp_path)
+def test_an_unknown_metric_lists_the_known_ones(tmp_path: Path) -> None:
+    fake_runs = FakeRuns(tmp_path)
     expected = r"sweep\.metric=accuracy was not measured as asked\. There is: loss, seconds, step, tokens"
     with pytest.raises(UserError, match=expected):
-        run(tmp_path, played, search(metric="accuracy"))
-    # Not one more than those that ran at the same time.
-    assert played.started == ["trial-0000", "trial-0001"]
+        run(tmp_path, fake_runs, search_config(metric="accuracy"))
+    # No trial beyond those that ran in parallel.
+    assert fake_runs.started == ["trial-0000", "trial-0001"]
 
 
-def test_values_are_taken_where_they_are_asked_for(tmp_path: Path) -> None:
+def test_objective_values_are_read_at_the_configured_step(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     rows = [
         {"step": step, "loss": loss, "tokens": 10 * step, "seconds": 1} for step, loss in enumerate([5, 2, None, 3], 1)
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 5, "lo')
     (tmp_path / "validation.jsonl").write_text('{"step": 2, "validation/loss": 7.5}\n')
-    assert watch.objective_value(tmp_path, search()) == 3
-    assert watch.objective_value(tmp_path, search(value=ObjectiveAt.best)) == 2
-    assert watch.objective_value(tmp_path, search(value=ObjectiveAt.best, direction=Direction.max)) == 5
-    assert watch.objective_value(tmp_path, search(value=ObjectiveAt.at_tokens, tokens=15)) == 2
-    assert watch.objective_value(tmp_path, search(value=ObjectiveAt.at_tokens, tokens=41)) is None
-    found = watch.objective_value(tmp_path, search(value=ObjectiveAt.at_tokens, tokens=30))
-    assert found is not None
-    assert math.isnan(found)
-    assert watch.objective_value(tmp_path, search(metric="validation/loss")) == 7.5
-    assert watch.pruner_reports(tmp_path, search()) == {1: 5, 2: 2, 4: 3}
+    assert watch.objective_value(tmp_path, search_config()) == 3
+    assert watch.objective_value(tmp_path, search_config(value=ObjectiveAt.best)) == 2
+    assert watch.objective_value(tmp_path, search_config(value=ObjectiveAt.best, direction=Direction.max)) == 5
+    assert watch.objective_value(tmp_path, search_config(value=ObjectiveAt.at_tokens, tokens=15)) == 2
+    assert watch.objective_value(tmp_path, search_config(value=ObjectiveAt.at_tokens, tokens=41)) is None
+    value = watch.objective_value(tmp_path, search_config(value=ObjectiveAt.at_tokens, tokens=30))
+    assert value is not None
+    assert math.isnan(value)
+    assert watch.objective_value(tmp_path, search_config(metric="validation/loss")) == 7.5
+    assert watch.pruner_reports(tmp_path, search_config()) == {1: 5, 2: 2, 4: 3}
 
 
 def test_the_best_values_compose_as_an_experiment(tmp_path: Path, monkeypatch) -> None:
@@ -361,21 +378,21 @@ def test_the_best_values_compose_as_an_experiment(tmp_path: Path, monkeypatch) -
     shutil.copytree(app.CONF, tmp_path / "conf")
     monkeypatch.setattr(app, "CONF", tmp_path / "conf")
     (app.CONF / "experiment" / "best.yaml").write_text(trial_table.option_file(params, "Trial 1."))
-    usual = ["run=a", "model=./base", "data=./store", "optim.steps=3"]
-    told = app.compose("train", [*usual, *ranges.words(params)])
-    assert (told.optim.lr, told.tuning.use_rslora, told.data.weights) == (0.02, True, {"zh": 0.5})
-    assert app.to_yaml(app.compose("train", [*usual, "experiment=best"])) == app.to_yaml(told)
+    defaults = ["run=a", "model=./base", "data=./store", "optim.steps=3"]
+    composed = app.compose("train", [*defaults, *ranges.words(params)])
+    assert (composed.optim.lr, composed.tuning.use_rslora, composed.data.weights) == (0.02, True, {"zh": 0.5})
+    assert app.to_yaml(app.compose("train", [*defaults, "experiment=best"])) == app.to_yaml(composed)
 
 
 def test_results_are_a_table_an_option_file_and_charts(tmp_path: Path) -> None:
     space = {"optim.lr": RangeConfig(low=0.01, high=0.9), "tuning.r": RangeConfig(choices=[4, 8])}
-    looking = search(space=space)
-    study = run(tmp_path, Played(tmp_path), looking)
-    shown = trial_table.write(study, looking, "s", tmp_path, ["experiment=demo_sft", "optim.lr=1"])
+    config = search_config(space=space)
+    study = run(tmp_path, FakeRuns(tmp_path), config)
+    text = trial_table.write(study, config, "s", tmp_path, ["experiment=demo_sft", "optim.lr=1"])
     best = study.best
     assert best is not None
     lr, r = best.params["optim.lr"], best.params["tuning.r"]
-    assert f"python launch/train.py experiment=demo_sft optim.lr={lr} tuning.r={r} run=<name>" in shown
+    assert f"python launch/train.py experiment=demo_sft optim.lr={lr} tuning.r={r} run=<name>" in text
     assert (tmp_path / "best.yaml").read_text().splitlines()[2:] == ["optim:", f"  lr: {lr}", "tuning:", f"  r: {r}"]
     assert len((tmp_path / "trials.csv").read_text().splitlines()) == 7
     for chart in ("parallel_coordinates.png", "importance.png"):
@@ -442,68 +459,68 @@ def test_ranges_have_the_types_of_their_keys() -> None:
         (["sweep=lr", "global_batch_size=3", "micro_batch_size=2"], "global_batch_size=3: must be a multiple"),
     ],
 )
-def test_bad_input_starts_nothing(verb, tmp_path: Path, arguments: list[str], expected: str) -> None:
-    usual = ["study=s", "model=./base", "data=./store", "optim.steps=3", "cluster=local_cpu"]
-    plain = {"CUDA_VISIBLE_DEVICES": "", "PATH": str(Path(sys.executable).parent)}
-    done = verb("sweep", *usual, *arguments, check=False, env=plain)
-    assert done.returncode == 2
-    assert expected in done.stderr
+def test_bad_input_starts_no_trial(verb, tmp_path: Path, arguments: list[str], expected: str) -> None:
+    defaults = ["study=s", "model=./base", "data=./store", "optim.steps=3", "cluster=local_cpu"]
+    environment = {"CUDA_VISIBLE_DEVICES": "", "PATH": str(Path(sys.executable).parent)}
+    completed = verb("sweep", *defaults, *arguments, check=False, env=environment)
+    assert completed.returncode == 2
+    assert expected in completed.stderr
     assert not (tmp_path / "runs").exists()
 
 
-def test_another_search_under_the_same_name_is_refused(verb, tmp_path: Path) -> None:
+def test_another_search_in_the_same_study_is_refused(verb, tmp_path: Path) -> None:
     (tmp_path / "runs/s").mkdir(parents=True)
-    usual = ["study=s", "sweep=lr", "model=./base", "data=./store", "optim.steps=3", "cluster=local_cpu"]
-    asked = {"train": sorted(usual[2:-1]), "metric": "loss", "seed": 1}
-    (tmp_path / "runs/s/study.json").write_text(json.dumps(asked))
-    done = verb("sweep", *usual, check=False)
-    assert done.returncode == 2
-    assert "study=s: was started with other settings (" in done.stderr
-    assert "seed: 1 -> 0" in done.stderr
+    defaults = ["study=s", "sweep=lr", "model=./base", "data=./store", "optim.steps=3", "cluster=local_cpu"]
+    recorded_study = {"train": sorted(defaults[2:-1]), "metric": "loss", "seed": 1}
+    (tmp_path / "runs/s/study.json").write_text(json.dumps(recorded_study))
+    completed = verb("sweep", *defaults, check=False)
+    assert completed.returncode == 2
+    assert "study=s: was started with other settings (" in completed.stderr
+    assert "seed: 1 -> 0" in completed.stderr
     assert not (tmp_path / "runs/s/study.journal").exists()
 
 
-def test_an_interrupt_asks_every_trial_once_and_waits_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Polite(Played):
-        asked: ClassVar[list[str]] = []
+def test_an_interrupt_stops_every_trial_once_and_waits_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class GracefulRuns(FakeRuns):
+        stop_requests: ClassVar[list[str]] = []
 
-        def stop(self, place: Path) -> bool:
-            self.asked.append(place.name)
+        def stop(self, run_dir: Path) -> bool:
+            self.stop_requests.append(run_dir.name)
             return True
 
-        def _step(self, place: Path) -> None:
-            if self.asked.count(place.name) and len(watch.metric_history(place, "loss")) >= 4:
-                self.alive_now[place] = False
-                self._say(place, "stopped", exit_code=75, message="SIGTERM")
+        def _advance(self, run_dir: Path) -> None:
+            if self.stop_requests.count(run_dir.name) and len(watch.metric_history(run_dir, "loss")) >= 4:
+                self.alive[run_dir] = False
+                self._write_status(run_dir, "stopped", exit_code=75, message="SIGTERM")
                 return
-            super()._step(place)
+            super()._advance(run_dir)
 
-    played, looking = Polite(tmp_path), search(retries=0)
-    study = Study(tmp_path / "study.journal", "s", looking)
-    sweep = Sweep(study, looking, "s", tmp_path, freeze, played)
+    fake_runs, config = GracefulRuns(tmp_path), search_config(retries=0)
+    study = Study(tmp_path / "study.journal", "s", config)
+    sweep = Sweep(study, config, "s", tmp_path, freeze, fake_runs)
     monkeypatch.setattr(
         "fireflyds.cluster.sweep.sweep_runner.time.sleep",
         lambda seconds: None if sweep.stopping else sweep.handle_signal(15, None),
     )
     assert not sweep.run()
-    assert played.asked == ["trial-0000", "trial-0001"]
-    assert not any(played.alive_now.values())
+    assert fake_runs.stop_requests == ["trial-0000", "trial-0001"]
+    assert not any(fake_runs.alive.values())
     monkeypatch.setattr("fireflyds.cluster.sweep.sweep_runner.time.sleep", lambda seconds: None)
-    # Not even one death is allowed here, and none has died.
-    assert [trial.state.name for trial in run(tmp_path, Played(tmp_path), looking).trials] == ["COMPLETE"] * 6
+    # With retries=0 a dead trial would have failed; an interrupted one has not died.
+    assert [trial.state.name for trial in run(tmp_path, FakeRuns(tmp_path), config).trials] == ["COMPLETE"] * 6
 
 
-def test_a_trial_that_is_ended_while_it_is_asked_to_stop_is_pruned(tmp_path: Path) -> None:
-    class Deaf(Played):
-        def _step(self, place: Path) -> None:
-            if (place / "STOP").exists():
-                self.alive_now[place] = False
+def test_a_trial_that_dies_after_a_stop_request_is_pruned(tmp_path: Path) -> None:
+    class RunsWithoutStatus(FakeRuns):
+        def _advance(self, run_dir: Path) -> None:
+            if (run_dir / "STOP").exists():
+                self.alive[run_dir] = False
                 return
-            super()._step(place)
+            super()._advance(run_dir)
 
-    played = Deaf(tmp_path)
-    study = run(tmp_path, played, search(trials=12, pruner=Pruner.median))
+    fake_runs = RunsWithoutStatus(tmp_path)
+    study = run(tmp_path, fake_runs, search_config(trials=12, pruner=Pruner.median))
     pruned = [trial for trial in study.trials if trial.state.name == "PRUNED"]
     assert pruned
     assert all(trial.user_attrs["outcome"] == "pruned" for trial in pruned)
-    assert len(played.started) == 12
+    assert len(fake_runs.started) == 12

@@ -1,4 +1,4 @@
-"""Raw files: what is read, what is set aside, and in which words."""
+"""Raw files: the rows that are read, and those that are rejected with their reason."""
 
 import csv
 import gzip
@@ -39,10 +39,10 @@ def write(folder: Path, name: str) -> Path:
         case ".parquet":
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), file)
         case ".arrow":
-            made = pyarrow.Table.from_pylist(ROWS)
+            table = pyarrow.Table.from_pylist(ROWS)
             open_file = pyarrow.ipc.new_stream if name.startswith("s") else pyarrow.ipc.new_file
-            with open_file(str(file), made.schema) as writer:
-                writer.write_table(made)
+            with open_file(str(file), table.schema) as writer:
+                writer.write_table(table)
         case ".gz":
             file.write_bytes(gzip.compress(write(folder, file.stem).read_bytes()))
             (folder / file.stem).unlink()
@@ -79,31 +79,32 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path: Path, name: str) 
 def test_text_is_split_by_line_paragraph_or_file(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_text("一\n二\n\n三\n", encoding="utf-8")
-    split = {
-        how: [row.fields["text"] for row in read_records(file, how) if isinstance(row, RawRecord)] for how in TextSplit
+    texts = {
+        text_split: [row.fields["text"] for row in read_records(file, text_split) if isinstance(row, RawRecord)]
+        for text_split in TextSplit
     }
-    assert split == {
+    assert texts == {
         TextSplit.line: ["一", "二", "三"],
         TextSplit.paragraph: ["一\n二", "三"],
         TextSplit.file: ["一\n二\n\n三"],
     }
 
 
-def test_broken_rows_are_set_aside_with_file_line_and_reason(tmp_path: Path) -> None:
+def test_invalid_rows_are_rejected_with_file_line_and_reason(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_bytes(b'{"text": "ok"}\n{broken\n{"text": "\xff"}\n[1]\n{"other": 1}\n{"text": " "}\n"bare"\n')
     items = list(read_source(SourceConfig(path=str(file))))
     assert [item.text for item in items if isinstance(item, Sample)] == ["ok", "bare"]
-    found = {item.line: item.reason for item in items if isinstance(item, RejectedRow)}
-    assert sorted(found) == [2, 3, 4, 5, 6]
-    assert "not JSON" in found[2]
-    assert "not UTF-8: byte 0xff at column 11" in found[3]
-    assert "got list" in found[4]
-    assert "no known layout has the fields other" in found[5]
-    assert "empty" in found[6]
+    reason_by_line = {item.line: item.reason for item in items if isinstance(item, RejectedRow)}
+    assert sorted(reason_by_line) == [2, 3, 4, 5, 6]
+    assert "not JSON" in reason_by_line[2]
+    assert "not UTF-8: byte 0xff at column 11" in reason_by_line[3]
+    assert "got list" in reason_by_line[4]
+    assert "no known layout has the fields other" in reason_by_line[5]
+    assert "empty" in reason_by_line[6]
 
 
-def test_a_file_in_another_encoding_is_set_aside(tmp_path: Path) -> None:
+def test_a_file_in_another_encoding_is_rejected(tmp_path: Path) -> None:
     for name, content in (
         ("a.txt", "中文\n".encode("gb18030")),
         ("b.json", b'{"text": "\xd6\xd0"}'),
@@ -131,7 +132,9 @@ def test_missing_empty_and_unknown_files_are_refused(tmp_path: Path) -> None:
     st.binary(max_size=300),
     st.sampled_from([".txt", ".jsonl", ".json", ".csv", ".parquet", ".arrow", ".txt.gz", ".jsonl.zst"]),
 )
-def test_no_bytes_make_a_traceback(tmp_path_factory: pytest.TempPathFactory, content: bytes, suffix: str) -> None:
+def test_arbitrary_bytes_raise_no_exception(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes, suffix: str
+) -> None:
     file = tmp_path_factory.mktemp("fuzz") / f"x{suffix}"
     file.write_bytes(content)
     for item in read_source(SourceConfig(path=str(file))):
@@ -143,12 +146,12 @@ def test_parts_of_a_file_give_its_rows_once_with_their_lines(tmp_path: Path) -> 
     lines = [json.dumps({"text": "字" * (number % 7 + 1)}, ensure_ascii=False) for number in range(50)]
     lines[20] = "{broken"
     file.write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
-    whole = [(row.line, isinstance(row, RawRecord)) for row in read_records(file)]
-    raw = file.read_bytes()
-    cuts = [0, raw.index(b"\n", 100) + 1, raw.index(b"\n", 400) + 1, len(raw)]
-    parts = [FilePart(str(file), a, b, 1 + raw[:a].count(b"\n")) for a, b in pairwise(cuts)]
-    assert [(row.line, isinstance(row, RawRecord)) for part in parts for row in read_records(part)] == whole
-    assert (21, False) in whole
+    expected = [(row.line, isinstance(row, RawRecord)) for row in read_records(file)]
+    content = file.read_bytes()
+    offsets = [0, content.index(b"\n", 100) + 1, content.index(b"\n", 400) + 1, len(content)]
+    parts = [FilePart(str(file), start, end, 1 + content[:start].count(b"\n")) for start, end in pairwise(offsets)]
+    assert [(row.line, isinstance(row, RawRecord)) for part in parts for row in read_records(part)] == expected
+    assert (21, False) in expected
 
 
 def test_a_table_without_column_names_begins_with_its_data(tmp_path: Path) -> None:
@@ -160,10 +163,10 @@ def test_a_table_without_column_names_begins_with_its_data(tmp_path: Path) -> No
     ]
 
 
-def test_a_packed_file_that_breaks_off_keeps_what_it_gave(tmp_path: Path) -> None:
+def test_a_truncated_compressed_file_keeps_the_rows_before_the_error(tmp_path: Path) -> None:
     file = write(tmp_path, "a.jsonl.gz")
-    many = gzip.compress(b'{"text": "x"}\n' * 50_000)
-    file.write_bytes(many[: len(many) // 2])
+    compressed = gzip.compress(b'{"text": "x"}\n' * 50_000)
+    file.write_bytes(compressed[: len(compressed) // 2])
     items = list(read_records(file))
     assert isinstance(items[-1], RejectedRow)
     assert "cannot be read to its end" in items[-1].reason
