@@ -15,10 +15,11 @@ EOS = "<|fireflyds:eos|>"
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a dialogue: `role` is `system`, `user` or `assistant`."""
+    """One turn of a dialogue: `role` is `system`, `user`, `assistant` or `tool`; `learn`: an answer carries loss."""
 
     role: str
     content: str
+    learn: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,6 +89,8 @@ def encode_sample(encoder: Encoder, template: str, sample: Sample, loss_on: Loss
     if loss_on is LossOn.last_answer:
         return replace(example, spans=example.spans[-1:])
     if loss_on is LossOn.all:
+        if not all(message.learn for message in sample.messages):
+            raise ValueError("loss_on=all learns every turn, but a turn has weight 0; use loss_on=answers")
         # One span per turn, so that a long dialogue can still be truncated after a complete turn.
         ends = [*(end for _, end in example.spans[:-1]), len(example.input_ids)]
         return replace(example, spans=tuple(pairwise([0, *ends])))

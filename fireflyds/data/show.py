@@ -59,6 +59,7 @@ def format_manifest(manifest: dict[str, Any]) -> str:
     for domain, counts in manifest["per_domain"].items():
         lines += [f"{domain}: dropped {count:,}: {reason}" for reason, count in counts["reasons"].items()]
         lines += [f"{domain}: layout {name}: {count:,} rows" for name, count in counts["formats"].items()]
+        lines += [f"{domain}: key {key} not read: {count:,} rows" for key, count in counts["unread"].items()]
     return "\n".join(lines)
 
 

@@ -4,6 +4,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 from fireflyds.config import CleanConfig, UnicodeForm
 from fireflyds.data.read.files import RawRecord, find_files, read_records
 from fireflyds.errors import UserError
-from fireflyds.types import Message, Sample
+from fireflyds.types import Sample
 
 # Full-width letters, digits and space to ASCII; full-width punctuation is regular Chinese and is kept.
 _WIDTH = {code: code - 0xFEE0 for code in (*range(0xFF10, 0xFF1A), *range(0xFF21, 0xFF3B), *range(0xFF41, 0xFF5B))}
@@ -50,7 +51,7 @@ class Cleaner:
         if self._text_changes:
             sample = Sample(
                 text=None if sample.text is None else self._apply_changes(sample.text),
-                messages=tuple(Message(m.role, self._apply_changes(m.content)) for m in sample.messages),
+                messages=tuple(replace(m, content=self._apply_changes(m.content)) for m in sample.messages),
             )
         if sample.text is not None:
             result = self._filter_document(sample.text)

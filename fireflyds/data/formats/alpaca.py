@@ -1,7 +1,9 @@
-"""Alpaca: `instruction`, `input`, `output`; earlier turns as pairs in `history` (Stanford Alpaca; LLaMA-Factory)."""
+"""Alpaca: `instruction`, `input`, `output`; earlier turns in `history` (Stanford Alpaca; LLaMA-Factory). Dolly:
+`instruction`, `context`, `response`."""
 
 from typing import Any
 
+from fireflyds.data.read.turns import read_history, read_system
 from fireflyds.types import Message, Sample
 
 EXAMPLE = {
@@ -11,25 +13,34 @@ EXAMPLE = {
     "system": "你是翻译。",
     "history": [["你好", "你好！"]],
 }
+_READS = frozenset(
+    {"instruction", "input", "output", "context", "response", "system", "history", "history[].role"}
+    | {"history[].content", "history[].from", "history[].value"}
+)
 
 
 def matches(record: dict[str, Any]) -> bool:
     """True where the record has this layout, and `instruction` is not a rendered BiLLa prompt."""
     instruction = record.get("instruction")
     rendered = isinstance(instruction, str) and instruction.startswith("Human: ")  # the BiLLa layout
-    return "instruction" in record and "output" in record and not rendered
+    return "instruction" in record and ("output" in record) != ("response" in record) and not rendered
+
+
+def reads(record: dict[str, Any]) -> frozenset[str]:
+    """The keys that `read` reads of this record."""
+    return _READS
 
 
 def read(record: dict[str, Any]) -> Sample:
     """Returns the dialogue of the record: system message, history, and the last pair.
 
     Raises:
-        ValueError: `instruction` or `output` is empty.
+        ValueError: `instruction` or `output` is empty, or `history` is neither pairs of strings nor turns.
     """
-    user = "\n".join(filter(None, [record["instruction"], record.get("input")]))
-    if not user or not record["output"]:
+    user = "\n".join(filter(None, [record["instruction"], record.get("input"), record.get("context")]))
+    answer = record.get("output", record.get("response"))
+    if not user or not answer:
         raise ValueError("instruction and output must not be empty")
-    messages = [Message("system", record["system"])] if record.get("system") else []
-    for question, answer in record.get("history") or []:
-        messages += [Message("user", question), Message("assistant", answer)]
-    return Sample(messages=(*messages, Message("user", user), Message("assistant", record["output"])))
+    history = read_history(record.get("history"))
+    messages = [*read_system(record, history), *history]
+    return Sample(messages=(*messages, Message("user", user), Message("assistant", answer)))

@@ -1,10 +1,15 @@
-"""Firefly: `conversation` of `human`/`assistant` pairs, with an optional `system`."""
+"""Firefly: `conversation` of `human`/`assistant` pairs, with an optional `system`. XTuner: `input`/`output` pairs."""
 
 from typing import Any
 
+from fireflyds.data.read.turns import read_system
 from fireflyds.types import Message, Sample
 
 EXAMPLE = {"conversation_id": 1, "category": "chat", "conversation": [{"human": "你好", "assistant": "你好！"}]}
+PAIRS = (("human", "assistant"), ("input", "output"))
+_READS = frozenset(
+    {"conversation", "system", "conversation[].system"} | {f"conversation[].{key}" for pair in PAIRS for key in pair}
+)
 
 
 def matches(record: dict[str, Any]) -> bool:
@@ -12,15 +17,27 @@ def matches(record: dict[str, Any]) -> bool:
     return isinstance(record.get("conversation"), list)
 
 
+def reads(record: dict[str, Any]) -> frozenset[str]:
+    """The keys that `read` reads of this record."""
+    return _READS
+
+
 def read(record: dict[str, Any]) -> Sample:
     """Returns the dialogue of the record.
 
     Raises:
-        ValueError: it has no message.
+        ValueError: it has no pair, or one without its two texts.
     """
-    messages = [Message("system", record["system"])] if record.get("system") else []
-    for turn in record["conversation"]:
-        messages += [Message("user", turn["human"]), Message("assistant", turn["assistant"])]
+    messages: list[Message] = []
+    for number, turn in enumerate(record["conversation"], 1):
+        pair = next((pair for pair in PAIRS if isinstance(turn, dict) and set(pair) <= turn.keys()), None)
+        if pair is None:
+            raise ValueError(f"pair {number} of conversation has not the keys human and assistant")
+        if turn.get("system"):
+            if messages:
+                raise ValueError(f"pair {number} of conversation has a system message; only the first may")
+            messages += read_system(turn)
+        messages += [Message("user", turn[pair[0]]), Message("assistant", turn[pair[1]])]
     if not messages:
         raise ValueError("the conversation is empty")
-    return Sample(messages=tuple(messages))
+    return Sample(messages=(*read_system(record, messages), *messages))

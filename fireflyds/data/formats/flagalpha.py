@@ -7,6 +7,8 @@ from fireflyds.types import Message, Sample
 
 EXAMPLE = {"text": "<s>Human: 你好\n</s><s>Assistant: 你好！\n</s>"}
 
+_READS = frozenset({"text"})
+
 _TURN = re.compile(r"<s>(System|Human|Assistant): ?(.*?)\n?</s>", re.DOTALL)
 _ROLES = {"System": "system", "Human": "user", "Assistant": "assistant"}
 
@@ -15,6 +17,11 @@ def matches(record: dict[str, Any]) -> bool:
     """True where the record has a dialogue of this layout in `text`."""
     text = record.get("text")
     return isinstance(text, str) and text.startswith(("<s>Human:", "<s>System:"))
+
+
+def reads(record: dict[str, Any]) -> frozenset[str]:
+    """The keys that `read` reads of this record."""
+    return _READS
 
 
 def read(record: dict[str, Any]) -> Sample:

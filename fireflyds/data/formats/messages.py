@@ -1,8 +1,9 @@
-"""OpenAI messages: `messages` of `role`/`content`."""
+"""OpenAI messages: `messages` of `role`/`content`, with an optional `system`; `loss_mask` of the turns."""
 
 from typing import Any
 
-from fireflyds.types import Message, Sample
+from fireflyds.data.read.turns import read_system, read_turns, turn_keys
+from fireflyds.types import Sample
 
 EXAMPLE = {
     "messages": [
@@ -11,25 +12,24 @@ EXAMPLE = {
         {"role": "assistant", "content": "你好！"},
     ]
 }
-
-ROLES = ("system", "user", "assistant")
+_READS = turn_keys("messages") | {"system", "loss_mask"}
 
 
 def matches(record: dict[str, Any]) -> bool:
     """True where the record has a list in `messages`."""
-    return isinstance(record.get("messages"), list)
+    return isinstance(record.get("messages"), list) and "chosen" not in record
+
+
+def reads(record: dict[str, Any]) -> frozenset[str]:
+    """The keys that `read` reads of this record."""
+    return _READS
 
 
 def read(record: dict[str, Any]) -> Sample:
     """Returns the dialogue of the record.
 
     Raises:
-        ValueError: a role is unknown, or the assistant has no message.
+        ValueError: a turn is not one of text with a known role, or no answer carries loss.
     """
-    messages = tuple(Message(turn["role"], turn["content"]) for turn in record["messages"])
-    for message in messages:
-        if message.role not in ROLES:
-            raise ValueError(f"role {message.role!r} is not one of {', '.join(ROLES)}")
-    if not any(message.role == "assistant" for message in messages):
-        raise ValueError("no message of the assistant")
-    return Sample(messages=messages)
+    messages = read_turns(record["messages"], record.get("loss_mask"))
+    return Sample(messages=(*read_system(record, messages), *messages))

@@ -1,6 +1,8 @@
 """Parallel text: one sentence in two languages (`en`/`zh`, a `translation` of both, or a table of two columns without
 names), as one document."""
 
+import unicodedata
+from collections import Counter
 from typing import Any
 
 from fireflyds.types import Sample
@@ -13,18 +15,36 @@ def matches(record: dict[str, Any]) -> bool:
     return _sides(record) is not None
 
 
+def reads(record: dict[str, Any]) -> frozenset[str]:
+    """The keys that `read` reads of this record."""
+    return frozenset({"en", "zh", "column_1", "column_2", "translation", "translation.en", "translation.zh"})
+
+
 def read(record: dict[str, Any]) -> Sample:
     """Returns both sentences as one document, in an order that depends on their lengths.
 
     Raises:
-        ValueError: a side is missing or empty.
+        ValueError: a side is missing or empty, or both columns of a table without names are of one script.
     """
     sides = _sides(record)
+    if sides and "column_1" in record and _script(sides[0]) == _script(sides[1]):
+        cells = ", ".join(side[:30] for side in sides)
+        raise ValueError(
+            f"a table without known column names, and both columns are of one script, so it is no parallel text: "
+            f"{cells}. "
+            "Name the columns in the first line, such as question,answer or instruction,input,output"
+        )
     if sides is None or not (sides[0].strip() and sides[1].strip()):
         raise ValueError("one side of the pair is missing or empty")
     # Both directions are trained: the order depends on the text lengths only, so it is the same in every run.
     first, second = sides if (len(sides[0]) + len(sides[1])) % 2 else sides[::-1]
     return Sample(text=f"{first}\n{second}")
+
+
+def _script(text: str) -> str:
+    """The script of most letters, by the first word of their Unicode names, such as CJK or LATIN."""
+    scripts = Counter(unicodedata.name(character, "").split(" ")[0] for character in text if character.isalpha())
+    return scripts.most_common(1)[0][0] if scripts else ""
 
 
 def _sides(record: dict[str, Any]) -> tuple[str, str] | None:

@@ -1,27 +1,49 @@
-"""Prompt and completion (OpenAI's older layout; also `prompt`/`response`, `input`/`target`)."""
+"""Prompt and completion (OpenAI's older layout; also `prompt`/`response`, `query`/`response` with `history` of ChatGLM
+and ms-swift, `input`/`target`), each a text, or turns (TRL)."""
 
 from typing import Any
 
+from fireflyds.data.read.turns import read_history, read_system, read_turns, turn_keys
 from fireflyds.types import Message, Sample
 
 EXAMPLE = {"prompt": "中国的首都是哪里？", "completion": "北京。"}
-
-PAIRS = (("prompt", "completion"), ("prompt", "response"), ("input", "target"), ("question", "answer"))
+PAIRS = (
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("query", "response"),
+    ("input", "target"),
+    ("question", "answer"),
+)
 
 
 def matches(record: dict[str, Any]) -> bool:
     """True where the record has the two fields of one of `PAIRS`, and no `instruction`."""
-    return "instruction" not in record and any(set(pair) <= record.keys() for pair in PAIRS)
+    keys = record.keys()
+    return not {"instruction", "messages", "conversations"} & keys and any(set(pair) <= keys for pair in PAIRS)
+
+
+def reads(record: dict[str, Any]) -> frozenset[str]:
+    """The keys that `read` reads of this record: those of one pair, `system` and `history`."""
+    return turn_keys(*_pair(record), "history") | {"system"}
 
 
 def read(record: dict[str, Any]) -> Sample:
-    """Returns the dialogue of the record: one question and its answer, after the system message if there is one.
+    """Returns the dialogue of the record: system message, history, and the question with its answer.
 
     Raises:
-        ValueError: one of the two fields is empty.
+        ValueError: one of the two fields is empty, or `history` is neither pairs of strings nor turns.
     """
-    prompt, completion = next(pair for pair in PAIRS if set(pair) <= record.keys())
-    if not record[prompt] or not record[completion]:
-        raise ValueError(f"{prompt} and {completion} must not be empty")
-    system = [Message("system", record["system"])] if record.get("system") else []
-    return Sample(messages=(*system, Message("user", record[prompt]), Message("assistant", record[completion])))
+    prompt, completion = (record[key] for key in _pair(record))
+    if not prompt or not completion:
+        raise ValueError("prompt and completion must not be empty")
+    if isinstance(prompt, list):
+        answer = completion if isinstance(completion, list) else [{"role": "assistant", "content": completion}]
+        messages = read_turns([*prompt, *answer])
+    else:
+        history = read_history(record.get("history"))
+        messages = [*history, Message("user", prompt), Message("assistant", completion)]
+    return Sample(messages=(*read_system(record, messages), *messages))
+
+
+def _pair(record: dict[str, Any]) -> tuple[str, str]:
+    return next(pair for pair in PAIRS if set(pair) <= record.keys())

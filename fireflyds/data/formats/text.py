@@ -6,6 +6,9 @@ from typing import Any
 from fireflyds.types import Sample
 
 EXAMPLE = {"text": "白日依山尽，黄河入海流。"}
+_CHAPTER = frozenset(f"content[].{key}" for key in ("title", "chapter", "paragraphs", "content"))
+# Classes of documents and the like: decisions about dialogues only.
+PASSES_OVER = frozenset({"label", "weight", "input", "context", "images", "image"})
 
 
 def matches(record: dict[str, Any]) -> bool:
@@ -13,6 +16,14 @@ def matches(record: dict[str, Any]) -> bool:
     text = record.get("text", record.get("content"))
     rendered = isinstance(text, str) and text.startswith(("<s>Human:", "<s>System:"))  # the FlagAlpha layout
     return (isinstance(text, str) and not rendered) or next(_lines(record), None) is not None
+
+
+def reads(record: dict[str, Any]) -> frozenset[str]:
+    """The keys that `read` reads of this record: `text` before `content`; titles of books and poems only."""
+    name = "text" if "text" in record else "content"
+    if isinstance(record.get(name), str):
+        return frozenset({name})
+    return frozenset({"content", "paragraphs", "title" if record.get("title") else "chapter"}) | _CHAPTER
 
 
 def read(record: dict[str, Any]) -> Sample:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from fireflyds.config import TextSplit
+from fireflyds.data.read.fields import NAMES
 from fireflyds.data.read.streams import PACKED, open_bytes
 from fireflyds.errors import UserError
 
@@ -182,9 +183,15 @@ def _json(part: FilePart) -> Iterator[RawRecord | RejectedRow]:
     except RecursionError as error:
         yield RejectedRow(file, 0, f"not JSON: {error}")
     else:
+        if isinstance(content, dict) and _holds_rows(content.get("data")):  # such as {"version": 1, "data": [...]}
+            content = content["data"]
         rows = content if isinstance(content, list) else [content]
         for number, row in enumerate(rows, 1):
             yield _record(file, number, row)
+
+
+def _holds_rows(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
 
 
 def _table(part: FilePart) -> Iterator[RawRecord | RejectedRow]:
@@ -215,9 +222,10 @@ def _table(part: FilePart) -> Iterator[RawRecord | RejectedRow]:
         if row is None:
             break
         if not columns:
-            columns = row if _is_header(row) else [f"column_{number}" for number in range(1, len(row) + 1)]
-            if columns == row:
+            if _is_header(row):
+                columns = [cell.strip() for cell in row]
                 continue
+            columns = [f"column_{number}" for number in range(1, len(row) + 1)]
         if len(row) > len(columns):
             reason = f"{len(row)} cells for {len(columns)} columns; quote cells that hold the separator"
             yield RejectedRow(file, line_numbers[-1], reason)
@@ -231,7 +239,7 @@ def _table(part: FilePart) -> Iterator[RawRecord | RejectedRow]:
 def _is_header(row: list[str]) -> bool:
     """True where the first row is a header: distinct single words. Otherwise the table begins with data."""
     return len(set(row)) == len(row) and all(
-        re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]{0,40}", cell) for cell in row if cell
+        cell.strip() in NAMES or re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]{0,40}", cell) for cell in row if cell
     )
 
 

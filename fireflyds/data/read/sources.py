@@ -1,13 +1,14 @@
 """Reads a source, i.e. files in one or more layouts, as samples."""
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 from fireflyds import registry
 from fireflyds.config import SourceConfig
+from fireflyds.data.read.fields import is_decisive, named, unread_keys
 from fireflyds.data.read.files import FilePart, RawRecord, RejectedRow, find_files, read_records
 from fireflyds.data.read.hub import is_dataset, read_dataset
 from fireflyds.errors import UserError
@@ -18,12 +19,13 @@ FORMATS = "fireflyds.data.formats"
 
 @dataclass(frozen=True, slots=True)
 class LocatedSample:
-    """A sample with the name of its layout, its file and its line."""
+    """A sample with the name of its layout, its file, its line, and the keys of its row that were not read."""
 
     sample: Sample
     layout: str
     file: str
     line: int
+    unread: Sequence[str] = ()
 
 
 def detect_format(fields: dict[str, Any]) -> ModuleType | None:
@@ -54,33 +56,43 @@ def source_parts(source: SourceConfig) -> list[FilePart]:
 
 def read_part(source: SourceConfig, part: FilePart) -> Iterator[LocatedSample | RejectedRow]:
     """Yields the samples of a part, and a `RejectedRow` for every row without one."""
-    layout = configured = (
-        None if source.format == "auto" else registry.find(FORMATS, source.format, "data.sources.format")
-    )
+    configured = None if source.format == "auto" else registry.find(FORMATS, source.format, "data.sources.format")
     for record in _records(source, part):
-        if isinstance(record, RejectedRow):
-            yield record
-            continue
-        if configured is None and (layout is None or not layout.matches(record.fields)):
-            layout = detect_format(record.fields)
-        if layout is None:
-            fields = ", ".join(map(str, list(record.fields)[:8])) or "none"
-            layouts = ", ".join(registry.names(FORMATS))
-            yield RejectedRow(
-                record.file,
-                record.line,
-                f"no known layout has the fields {fields}; known layouts: {layouts} (a table must have its column "
-                "names in the first line)",
-            )
-            continue
-        name = layout.__name__.rsplit(".", 1)[-1]
-        try:
-            sample = layout.read(record.fields)
-            _check_text(sample)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            yield RejectedRow(record.file, record.line, f"not a valid {name} row: {type(error).__name__}: {error}")
-            continue
-        yield LocatedSample(sample, name, record.file, record.line)
+        yield record if isinstance(record, RejectedRow) else _read_row(record, configured)
+
+
+def _read_row(record: RawRecord, configured: ModuleType | None) -> LocatedSample | RejectedRow:
+    """The sample of a row, which depends on nothing but the row and the configured layout."""
+
+    def rejected(reason: str) -> RejectedRow:
+        return RejectedRow(record.file, record.line, reason)
+
+    try:
+        fields = named(record.fields)
+    except ValueError as error:
+        return rejected(str(error))
+    layout = configured or detect_format(fields)
+    if layout is None:
+        keys = ", ".join(map(str, list(fields)[:8])) or "none"
+        return rejected(
+            f"no known layout has the fields {keys}; known layouts: {', '.join(registry.names(FORMATS))} (a table must "
+            "have its column names in the first line)"
+        )
+    name = layout.__name__.rsplit(".", 1)[-1]
+    try:
+        sample = layout.read(fields)
+        _check_text(sample)
+        unread = unread_keys(fields, layout.reads(fields))
+    except KeyError as error:
+        return rejected(f"not a valid {name} row: the key {error} is missing")
+    except (TypeError, ValueError, AttributeError) as error:
+        return rejected(f"not a valid {name} row: {error}")
+    passes_over: frozenset[str] = getattr(layout, "PASSES_OVER", frozenset())
+    if lost := [key for key in unread if is_decisive(key) and key not in passes_over]:
+        return rejected(
+            f"the layout {name} does not read {', '.join(lost)}; put its text into the turns, or remove the key"
+        )
+    return LocatedSample(sample, name, record.file, record.line, unread)
 
 
 def _records(source: SourceConfig, part: FilePart) -> Iterable[RawRecord | RejectedRow]:

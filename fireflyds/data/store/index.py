@@ -110,9 +110,11 @@ def per_domain(
         selected = columns["domain"] == number
         dropped: Counter[str] = Counter()
         formats: Counter[str] = Counter()
+        unread: Counter[str] = Counter()
         for info in domain_infos:
             dropped.update(info["dropped"])
             formats.update(info["formats"])
+            unread.update(info["unread"])
         for reason, sources in lost.items():
             dropped[reason] += sum(config.data.sources[source].domain == domain for source in sources.tolist())
         rejected = sum(len(info["rejected"]) for info in domain_infos)
@@ -129,5 +131,6 @@ def per_domain(
             "rejected": rejected,
             "reasons": {reason: count for reason, count in dropped.items() if count},
             "formats": dict(formats),
+            "unread": dict(unread),
         }
     return result

@@ -140,6 +140,7 @@ def make_part(task: EncodeTask) -> dict[str, Any]:
             builder.reject(item.line, item.reason)
             continue
         builder.formats[item.layout] += 1
+        builder.unread.update(item.unread)
         cleaned = _cleaner.clean(item.sample)
         if isinstance(cleaned, Sample):
             builder.add(cleaned, item.line)
@@ -155,6 +156,7 @@ class _PartBuilder:
         self._task = task
         self.dropped: Counter[str] = Counter()
         self.formats: Counter[str] = Counter()
+        self.unread: Counter[str] = Counter()
         self.rejected: list[dict[str, Any]] = []
         self._has_dialogues = False
         self._pending: list[tuple[Sample, int]] = []
@@ -199,6 +201,7 @@ class _PartBuilder:
             "counts": self._writer.counts(),
             "dropped": self.dropped,
             "formats": self.formats,
+            "unread": self.unread,
             "rejected": self.rejected,
             "has_dialogues": self._has_dialogues,
         }

@@ -22,7 +22,7 @@ from fireflyds.fs import plain_file_name, read_json
 from fireflyds.types import Example
 
 MANIFEST = "manifest.json"
-VERSION = 3
+VERSION = 4
 INDEX = ("part", "start", "length", "domain", "language", "num_bytes", "span_offsets", "spans", "sentence_ends")
 
 

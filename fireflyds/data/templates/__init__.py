@@ -50,8 +50,8 @@ class Chat:
             segments += self._filled(rest if system_here else before, user)
             segments += self._cut(self.opening, learn=False)
             before, _, behind = self.answer.partition("{}")
-            segments.append(Segment(before + assistant + behind, learn=True))
-            segments += self._cut(self.stop, learn=True)
+            segments.append(Segment(before + assistant.content + behind, learn=assistant.learn))
+            segments += self._cut(self.stop, learn=assistant.learn)
         return _joined([*segments, *self._cut(self.after, learn=False)])
 
     def _filled(self, text: str, message: str) -> Iterator[Segment]:
@@ -92,8 +92,8 @@ class Chat:
                 yield Segment(part, learn=learn, special=part in (BOS, EOS, *self.special))
 
 
-def turns(messages: Sequence[Message]) -> tuple[str, Iterator[tuple[str, str]]]:
-    """Returns the system message (or an empty string) and the (user, assistant) pairs of a dialogue.
+def turns(messages: Sequence[Message]) -> tuple[str, Iterator[tuple[str, Message]]]:
+    """Returns the system message (or an empty string) and the pairs of a user's text and its answer.
 
     Raises:
         ValueError: the roles do not alternate user, assistant, … after at most one system message.
@@ -101,13 +101,19 @@ def turns(messages: Sequence[Message]) -> tuple[str, Iterator[tuple[str, str]]]:
     begins = bool(messages) and messages[0].role == "system"
     system = messages[0].content if begins else ""
     turns = list(messages[1:] if begins else messages)
-    expected = ["user", "assistant"] * (len(turns) // 2)
-    if not turns or [message.role for message in turns] != expected:
-        roles = " ".join(message.role for message in messages)
-        raise ValueError(f"roles must be [system] user assistant user assistant …, got: {roles}")
-    if any(not isinstance(message.content, str) or not message.content for message in turns):
-        raise ValueError("a turn is empty")
-    return system, ((turns[i].content, turns[i + 1].content) for i in range(0, len(turns), 2))
+    for index, message in enumerate(turns):
+        number, expected = index + 1 + begins, ("user", "assistant")[index % 2]
+        if message.role != expected:
+            roles = " ".join(message.role for message in messages)
+            raise ValueError(
+                f"turn {number} has the role {message.role}, where {expected} must stand: roles must be [system] user "
+                f"assistant user assistant …, got: {roles}"
+            )
+        if not isinstance(message.content, str) or not message.content:
+            raise ValueError(f"turn {number} ({message.role}) is empty")
+    if not turns or len(turns) % 2:
+        raise ValueError(f"turn {len(messages)} ({messages[-1].role if messages else 'none'}) has no answer")
+    return system, ((turns[i].content, turns[i + 1]) for i in range(0, len(turns), 2))
 
 
 def _joined(segments: Sequence[Segment]) -> list[Segment]:

@@ -1,0 +1,89 @@
+"""Keys of a record: their names, which of them a layout must not leave unread, and their nested names."""
+
+import json
+from collections.abc import Set
+from typing import Any
+
+# Column names of tables made by hand.
+NAMES = {
+    "指令": "instruction",
+    "输入": "input",
+    "输出": "output",
+    "系统": "system",
+    "系统提示": "system",
+    "历史": "history",
+    "提示": "prompt",
+    "提问": "question",
+    "问题": "question",
+    "问": "question",
+    "回答": "answer",
+    "答案": "answer",
+    "答": "answer",
+    "回复": "response",
+    "文本": "text",
+    "正文": "text",
+    "内容": "content",
+    "标题": "title",
+    "中文": "zh",
+    "英文": "en",
+}
+_ENGLISH = frozenset(
+    "instruction input output system history prompt completion question answer query response text content title "
+    "messages conversations conversation".split()
+)
+# Keys of lists of turns.
+_TURNS = frozenset(("messages", "conversations", "conversation", "history"))
+_EMPTY: tuple[Any, ...] = (None, "", [], {})
+# Keys that carry words of the dialogue or decide whether it is learned: a row is rejected where one is not read.
+DECISIVE = frozenset(
+    "history system context input tools functions tool_calls function_call reasoning_content reasoning thinking "
+    "thought weight train loss loss_mask label kto_tag chosen rejected image images video videos audio audios".split()
+)
+
+
+def named(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields that are not null, by the names that the layouts know, with lists of turns that tables hold as JSON.
+
+    Raises:
+        ValueError: a key that holds turns has a string that is not JSON.
+    """
+    present = {key: value for key, value in fields.items() if value is not None}
+    for key in [key for key in present if key not in _ENGLISH]:
+        name = NAMES.get(key) or (key.lower() if isinstance(key, str) and key.lower() in _ENGLISH else key)
+        if name not in present:
+            present[name] = present.pop(key)
+    for key in _TURNS & present.keys():
+        if isinstance(present[key], str):
+            try:
+                present[key] = json.loads(present[key])
+            except ValueError as error:
+                raise ValueError(f"{key} is a string, but not JSON: {error}") from error
+    return present
+
+
+def unread_keys(fields: dict[str, Any], reads: Set[str]) -> list[str]:
+    """The keys that are not in `reads`, and those of the objects in the keys that are; empty values do not count."""
+    unread = [key for key, value in fields.items() if key not in reads and value not in _EMPTY]
+    for key in fields:
+        if key not in reads:
+            continue
+        value = fields[key]
+        if isinstance(value, dict):
+            nested = {f"{key}.{name}" for name, item in value.items() if item not in _EMPTY}
+        elif isinstance(value, list):
+            nested = {
+                f"{key}[].{name}"
+                for item in value
+                if isinstance(item, dict)
+                for name, inner in item.items()
+                if inner not in _EMPTY
+            }
+        else:
+            continue
+        unread += sorted(nested - reads)
+    return unread
+
+
+def is_decisive(key: str) -> bool:
+    """True for a key, also a nested one, that must not be left unread."""
+    return key.rpartition(".")[2] in DECISIVE

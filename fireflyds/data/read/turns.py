@@ -1,0 +1,132 @@
+"""Turns of a dialogue as they stand in data: names of roles, contents, history, and which answers carry loss."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from fireflyds.types import Message
+
+# By the name in lower case; "tool" is the result of a tool, which no built-in chat template renders.
+ROLES = {
+    **dict.fromkeys(("system", "developer", "系统"), "system"),
+    **dict.fromkeys(("user", "human", "prompter", "用户", "问"), "user"),
+    **dict.fromkeys(
+        ("assistant", "gpt", "chatgpt", "model", "bot", "ai", "chatbot", "yayi", "助手", "答"), "assistant"
+    ),
+    **dict.fromkeys(("tool", "function", "observation"), "tool"),
+}
+# Keys of a turn that say whether it carries loss: 1 or true, 0 or false.
+LOSS_KEYS = ("weight", "train", "loss", "loss_mask")
+TURN_KEYS = ("role", "from", "content", "value", *LOSS_KEYS)
+
+
+def turn_keys(*names: str) -> frozenset[str]:
+    """The keys that `read_turns` reads of the list `name`, such as `messages[].role`, and the list itself."""
+    return frozenset({*names, *(f"{name}[].{key}" for name in names for key in TURN_KEYS)})
+
+
+def read_turns(value: Any, loss_mask: Any = None) -> list[Message]:
+    """The messages of a list of turns, each `role`/`content` or `from`/`value`.
+
+    Args:
+        value: the list.
+        loss_mask: 1 or 0 for every turn, where the record has such a list.
+
+    Raises:
+        ValueError: names the turn, counted from 1, and what is wrong with it.
+    """
+    turns = _require_list(value, "turns")
+    mask = [None] * len(turns) if loss_mask is None else _require_list(loss_mask, "loss_mask")
+    if len(mask) != len(turns):
+        raise ValueError(f"loss_mask has {len(mask)} values for {len(turns)} turns")
+    messages = [
+        _read_turn(turn, number, learn) for number, (turn, learn) in enumerate(zip(turns, mask, strict=True), 1)
+    ]
+    require_answer(messages)
+    return messages
+
+
+def require_answer(messages: Sequence[Message]) -> None:
+    """Raises `ValueError` where no turn of the assistant carries loss."""
+    answers = [message for message in messages if message.role == "assistant"]
+    if not answers:
+        raise ValueError("no turn of the assistant")
+    if not any(message.learn for message in answers):
+        raise ValueError("no turn of the assistant carries loss (weight, train or loss_mask)")
+
+
+def read_history(value: Any) -> list[Message]:
+    """The messages of earlier turns: pairs of strings, or turns with roles.
+
+    Raises:
+        ValueError: names the item, counted from 1, that is neither.
+    """
+    messages: list[Message] = []
+    items = _require_list(value or [], "history")
+    for number, item in enumerate(items, 1):
+        if isinstance(item, dict):
+            messages.append(_read_turn(item, number, None))
+        elif isinstance(item, list | tuple) and len(item) == 2 and all(isinstance(text, str) for text in item):
+            messages += [Message("user", item[0]), Message("assistant", item[1])]
+        else:
+            raise ValueError(
+                f"history: item {number} is {json.dumps(item, ensure_ascii=False)[:60]}, not a pair of strings or a "
+                "turn with role and content"
+            )
+    return messages
+
+
+def read_system(record: dict[str, Any], messages: Sequence[Message] = ()) -> list[Message]:
+    """The system message of the record's `system`, if it has one.
+
+    Raises:
+        ValueError: `messages` begin with another system message.
+    """
+    if not record.get("system"):
+        return []
+    if messages and messages[0].role == "system":
+        if messages[0].content == record["system"]:
+            return []
+        raise ValueError("system stands in the record and in turn 1, with different texts")
+    return [Message("system", record["system"])]
+
+
+def _require_list(value: Any, name: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"{name}: a list is expected, got {type(value).__name__}")
+    return value
+
+
+def _read_turn(turn: Any, number: int, learn: Any) -> Message:
+    if not isinstance(turn, dict):
+        raise ValueError(f"turn {number} is a {type(turn).__name__}, not an object with role and content")
+    turn = {key: value for key, value in turn.items() if value is not None}
+    name = turn.get("role", turn.get("from"))
+    if name is None:
+        raise ValueError(f"turn {number} has neither role nor from; its keys: {', '.join(map(str, turn)) or 'none'}")
+    role = ROLES.get(str(name).strip().lower())
+    if role is None:
+        raise ValueError(f"turn {number}: role {str(name)!r} is not known. Known: {', '.join(ROLES)}")
+    given = [turn[key] for key in LOSS_KEYS if key in turn] + ([] if learn is None else [learn])
+    if any(value not in (0, 1) for value in given):
+        raise ValueError(f"turn {number}: weight {given[0]!r} is neither 0 nor 1")
+    if "content" not in turn and "value" not in turn:
+        raise ValueError(f"turn {number} ({role}) has no text; its keys: {', '.join(map(str, turn))}")
+    content = _content(turn.get("content", turn.get("value")), f"turn {number} ({role})")
+    return Message(role, content, learn=all(given))
+
+
+def _content(content: Any, turn: str) -> str:
+    """The text of a content: a string, or a list of text parts."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise ValueError(f"{turn} has no text, but {type(content).__name__}")
+    texts = []
+    for part in content:
+        text = part if isinstance(part, str) else part.get("text") if isinstance(part, dict) else None
+        if not isinstance(text, str) or (isinstance(part, dict) and part.get("type", "text") != "text"):
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise ValueError(f"{turn} has a part of type {kind!r}; only text can be trained")
+        texts.append(text)
+    return "".join(texts)
