@@ -17,6 +17,7 @@ from pathlib import Path
 from fireflyds import app, registry
 from fireflyds.config import PrepareConfig, StatsMode
 from fireflyds.data import show
+from fireflyds.data.read.files import describe_folder
 from fireflyds.data.store.build import finish_store, make_parts, store_provenance
 from fireflyds.data.store.parts import plan_tasks
 from fireflyds.data.store.store import MANIFEST, TokenStore, read_manifest
@@ -45,6 +46,9 @@ def prepare(config: PrepareConfig) -> None:
         raise UserError("is not set; prepare needs it", key="tokenizer", remedy="Give tokenizer=<directory or .model>")
     registry.require("fireflyds.data.templates", config.template, "template")
     encoder = load_encoder(config.tokenizer)
+    for source in config.data.sources:
+        for line in describe_folder(Path(source.path)) if Path(source.path).is_dir() else []:
+            print(line, file=sys.stderr, flush=True)
     if config.inspect:
         show.print_samples(config, encoder)
         return

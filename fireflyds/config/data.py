@@ -1,5 +1,6 @@
 """Data options: sources, cleaning, preparation and mixture."""
 
+import codecs
 from dataclasses import dataclass, field
 
 from omegaconf import MISSING
@@ -21,6 +22,9 @@ class SourceConfig:
     """Language of the text, used in the statistics."""
     format: str = "auto"
     """Record layout: an entry of `fireflyds/data/formats`, or `auto` (the detected one is printed)."""
+    encoding: str = "utf-8"
+    """Encoding of the files, such as `gb18030`, `big5` or `utf-16`. Rows in another one are rejected with a likely
+    one."""
     split: TextSplit = TextSplit.line
     """Unit of one document in a .txt file: a `line`, a `paragraph` (separated by blank lines) or the `file`."""
     weight: float = 0.0
@@ -30,6 +34,15 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         require_at_least(self, max_documents=0, weight=0)
+        try:
+            self.encoding = codecs.lookup(self.encoding).name
+        except LookupError as error:
+            raise UserError(
+                "is not an encoding that Python knows",
+                key="data.sources.encoding",
+                value=self.encoding,
+                remedy="Give one such as utf-8, gb18030, big5 or utf-16",
+            ) from error
 
 
 @dataclass(kw_only=True, slots=True)

@@ -12,8 +12,8 @@ from rich.text import Text
 from fireflyds.config import PrepareConfig
 from fireflyds.data.clean.cleaner import Cleaner
 from fireflyds.data.encode import encode_sample
-from fireflyds.data.read.files import RejectedRow
-from fireflyds.data.read.sources import read_part, source_parts
+from fireflyds.data.read.records import RejectedRow
+from fireflyds.data.read.sources import MARKERS, read_part, source_parts
 from fireflyds.data.store.store import TokenStore
 from fireflyds.types import Encoder, Example, Sample
 
@@ -59,6 +59,11 @@ def format_manifest(manifest: dict[str, Any]) -> str:
     for domain, counts in manifest["per_domain"].items():
         lines += [f"{domain}: dropped {count:,}: {reason}" for reason, count in counts["reasons"].items()]
         lines += [f"{domain}: layout {name}: {count:,} rows" for name, count in counts["formats"].items()]
+        lines += [
+            f"{domain}: {count:,} rows hold text already rendered in a chat template ({marker}) and is encoded as "
+            f"plain text; give such dialogues as messages, with template={MARKERS[marker]}"
+            for marker, count in counts["markers"].items()
+        ]
         lines += [f"{domain}: key {key} not read: {count:,} rows" for key, count in counts["unread"].items()]
     return "\n".join(lines)
 

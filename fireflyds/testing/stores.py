@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import cast
 
 from fireflyds.config import DataConfig, PrepareConfig, SourceConfig
-from fireflyds.data.read.files import FilePart
+from fireflyds.data.read.records import FilePart
 from fireflyds.data.store.build import finish_store
 from fireflyds.data.store.parts import EncodeTask
 from fireflyds.data.store.store import PartWriter, TokenStore, token_dtype
@@ -35,7 +35,8 @@ def write_store(
         writer = PartWriter(folder / "parts", f"part{number}", token_dtype(vocab_size))
         for example in examples:
             writer.add(example)
-        info = {"key": f"part{number}", "counts": writer.counts(), "dropped": {}, "formats": {}, "rejected": []}
+        info = {"key": f"part{number}", "counts": writer.counts(), "rejected": []}
+        info |= {name: {} for name in ("dropped", "formats", "unread", "markers")}
         writer.close(info)
         tasks.append(EncodeTask(number, FilePart("x"), 0, f"part{number}"))
         infos.append(info)

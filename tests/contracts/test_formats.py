@@ -3,6 +3,7 @@
 import pytest
 
 from fireflyds import registry
+from fireflyds.data.read.fields import is_decisive, unread_keys
 from fireflyds.data.read.sources import detect_format
 from fireflyds.types import Sample
 
@@ -17,6 +18,8 @@ def test_format_reads_its_own_example_and_is_detected_by_it(name: str) -> None:
     assert bool(sample.text) != bool(sample.messages)
     assert data_format.matches(data_format.EXAMPLE)
     assert detect_format(data_format.EXAMPLE) is data_format
+    unread = unread_keys(data_format.EXAMPLE, data_format.reads(data_format.EXAMPLE))
+    assert not [key for key in unread if is_decisive(key) and key not in getattr(data_format, "PASSES_OVER", ())]
 
 
 @pytest.mark.parametrize("name", registry.names(FORMATS))
@@ -51,7 +54,7 @@ def test_the_chosen_answer_of_a_preference_pair_is_read() -> None:
         "chosen": {"from": "gpt", "value": "好"},
         "rejected": {"from": "gpt", "value": "坏"},
     }
-    assert [message.content for message in registry.load(FORMATS, "sharegpt").read(pair).messages] == ["问", "好"]
+    assert [message.content for message in registry.load(FORMATS, "preference").read(pair).messages] == ["问", "好"]
 
 
 @pytest.mark.parametrize(
@@ -63,7 +66,7 @@ def test_the_chosen_answer_of_a_preference_pair_is_read() -> None:
             "一二三四",
         ),
         (
-            "yayi",
+            "sharegpt",
             {"system": "系", "conversations": [{"from": "human", "value": "一"}, {"from": "yayi", "value": "二"}]},
             "系一二",
         ),

@@ -1,5 +1,7 @@
 """Every chat template renders the same text as its Jinja template, and its stop token is part of the loss."""
 
+from dataclasses import replace
+
 import jinja2
 import pytest
 
@@ -55,8 +57,19 @@ def test_the_loss_is_on_every_answer_and_its_stop_alone(name: str) -> None:
 )
 @pytest.mark.parametrize("name", registry.names(TEMPLATES))
 def test_invalid_orders_of_roles_are_refused(name: str, messages: tuple[Message, ...]) -> None:
-    with pytest.raises(ValueError, match="roles|empty"):
+    with pytest.raises(ValueError, match="roles must be|turn is empty: turn 1"):
         registry.load(TEMPLATES, name).CHAT.render(messages)
+
+
+@pytest.mark.parametrize("name", registry.names(TEMPLATES))
+def test_an_answer_without_loss_is_rendered_alike_and_not_learned(name: str) -> None:
+    chat = registry.load(TEMPLATES, name).CHAT
+    messages = [replace(message, learn=message is not SYSTEM_DIALOGUE[2]) for message in SYSTEM_DIALOGUE]
+    segments = chat.render(messages)
+    assert "".join(segment.text for segment in segments) == "".join(
+        segment.text for segment in chat.render(SYSTEM_DIALOGUE)
+    )
+    assert [segment.text.strip() for segment in segments if segment.learn] == ["2", chat.stop]
 
 
 TWO_TURNS = {

@@ -10,7 +10,8 @@ import zstandard
 from fireflyds import registry
 from fireflyds.config import CleanConfig, SourceConfig
 from fireflyds.data.clean.cleaner import Cleaner, contamination
-from fireflyds.data.read.files import RawRecord, RejectedRow, read_records
+from fireflyds.data.read.files import read_records
+from fireflyds.data.read.records import RawRecord, RejectedRow
 from fireflyds.data.read.sources import read_source
 from fireflyds.data.store.store import PartWriter, token_dtype
 from fireflyds.errors import UserError
@@ -121,11 +122,13 @@ def test_an_empty_system_message_is_omitted() -> None:
     assert chat.render((Message("system", ""), *DIALOGUE)) == chat.render(DIALOGUE)
 
 
-def test_sharegpt_takes_one_system_message_and_one_last_answer() -> None:
+def test_sharegpt_takes_one_system_message() -> None:
     data_format = registry.load("fireflyds.data.formats", "sharegpt")
     turns = [{"from": "system", "value": "s"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
-    sample = data_format.read({"conversations": turns, "system": "other", "chosen": {"from": "gpt", "value": "b"}})
+    sample = data_format.read({"conversations": turns, "system": "s"})
     assert [message.content for message in sample.messages] == ["s", "q", "a"]
+    with pytest.raises(ValueError, match="in the record and in turn 1, with different texts"):
+        data_format.read({"conversations": turns, "system": "other"})
 
 
 def test_sentences_about_copyright_are_not_boilerplate() -> None:

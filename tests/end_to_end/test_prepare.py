@@ -208,6 +208,19 @@ def test_dialogues_that_do_not_fit_the_template_are_rejected_with_their_line(
     assert "the tokenizer has no special token <|im_start|>" in completed.stderr
 
 
+def test_unread_keys_and_rendered_text_are_counted(verb, tmp_path: Path, base_tokenizer: Path) -> None:
+    rendered = {"text": "<|im_start|>user\nhello<|im_end|>", "url": "x"}
+    rows = [*DIALOGUES, *(dialogue | {"source": "web"} for dialogue in DIALOGUES[:2]), rendered]
+    write(tmp_path / "talk.jsonl", rows)
+    completed = verb("prepare", "data=talk.jsonl", f"tokenizer={base_tokenizer}", "out=s")
+    counts = TokenStore(tmp_path / "s").manifest["per_domain"]["text"]
+    assert counts["unread"] == {"source": 2, "url": 1}
+    assert counts["markers"] == {"<|im_start|>": 1}
+    assert "text: key source not read: 2 rows" in completed.stdout
+    assert "text: 1 rows hold text already rendered in a chat template (<|im_start|>)" in completed.stdout
+    assert "template=chatml" in completed.stdout
+
+
 def test_a_changed_weight_changes_the_store_and_reuses_its_parts(verb, tmp_path: Path, base_tokenizer: Path) -> None:
     write(tmp_path / "en.txt", ENGLISH)
     command = ["prepare", f"tokenizer={base_tokenizer}", "out=s"]

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from fireflyds.config import CleanConfig, UnicodeForm
-from fireflyds.data.read.files import RawRecord, find_files, read_records
+from fireflyds.data.read.files import find_files, read_records
+from fireflyds.data.read.records import RawRecord
 from fireflyds.errors import UserError
 from fireflyds.types import Sample
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fireflyds.data.read.turns import read_system, read_turns, turn_keys
+from fireflyds.data.read.turns import label_keys, read_system, read_turns, require_wanted, turn_keys
 from fireflyds.types import Sample
 
 EXAMPLE = {
@@ -22,14 +22,15 @@ def matches(record: dict[str, Any]) -> bool:
 
 def reads(record: dict[str, Any]) -> frozenset[str]:
     """The keys that `read` reads of this record."""
-    return _READS
+    return _READS | label_keys(record)
 
 
 def read(record: dict[str, Any]) -> Sample:
     """Returns the dialogue of the record.
 
     Raises:
-        ValueError: a turn is not one of text with a known role, or no answer carries loss.
+        ValueError: a turn is not one of text with a known role, no answer carries loss, or `label` is false.
     """
+    require_wanted(record)
     messages = read_turns(record["messages"], record.get("loss_mask"))
     return Sample(messages=(*read_system(record, messages), *messages))

@@ -3,7 +3,7 @@ and ms-swift, `input`/`target`), each a text, or turns (TRL)."""
 
 from typing import Any
 
-from fireflyds.data.read.turns import read_history, read_system, read_turns, turn_keys
+from fireflyds.data.read.turns import label_keys, read_history, read_system, read_turns, require_wanted, turn_keys
 from fireflyds.types import Message, Sample
 
 EXAMPLE = {"prompt": "中国的首都是哪里？", "completion": "北京。"}
@@ -24,15 +24,17 @@ def matches(record: dict[str, Any]) -> bool:
 
 def reads(record: dict[str, Any]) -> frozenset[str]:
     """The keys that `read` reads of this record: those of one pair, `system` and `history`."""
-    return turn_keys(*_pair(record), "history") | {"system"}
+    return turn_keys(*_pair(record), "history") | {"system"} | label_keys(record)
 
 
 def read(record: dict[str, Any]) -> Sample:
     """Returns the dialogue of the record: system message, history, and the question with its answer.
 
     Raises:
-        ValueError: one of the two fields is empty, or `history` is neither pairs of strings nor turns.
+        ValueError: one of the two fields is empty, `history` is neither pairs of strings nor turns, or `label` is
+            false.
     """
+    require_wanted(record)
     prompt, completion = (record[key] for key in _pair(record))
     if not prompt or not completion:
         raise ValueError("prompt and completion must not be empty")

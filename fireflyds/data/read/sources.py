@@ -9,12 +9,23 @@ from typing import Any
 from fireflyds import registry
 from fireflyds.config import SourceConfig
 from fireflyds.data.read.fields import is_decisive, named, unread_keys
-from fireflyds.data.read.files import FilePart, RawRecord, RejectedRow, find_files, read_records
+from fireflyds.data.read.files import find_files, read_records
 from fireflyds.data.read.hub import is_dataset, read_dataset
+from fireflyds.data.read.records import FilePart, RawRecord, RejectedRow
 from fireflyds.errors import UserError
 from fireflyds.types import Sample
 
 FORMATS = "fireflyds.data.formats"
+# Markers of chat templates in text that is already rendered, with the template that writes them.
+MARKERS = {
+    "<|im_start|>": "chatml",
+    "[INST]": "llama2",
+    "<|start_header_id|>": "llama3",
+    "<start_of_turn>": "gemma",
+    "<|user|>": "zephyr",
+    "<|User|>": "deepseek",
+    "### Instruction:": "alpaca",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +37,8 @@ class LocatedSample:
     file: str
     line: int
     unread: Sequence[str] = ()
+    marker: str = ""
+    """A marker of a chat template in its text, which is then already rendered."""
 
 
 def detect_format(fields: dict[str, Any]) -> ModuleType | None:
@@ -51,7 +64,7 @@ def source_parts(source: SourceConfig) -> list[FilePart]:
     """Returns the files of a source, each as one part; a data set is one part."""
     if is_dataset(source.path):
         return [FilePart(source.path)]
-    return [FilePart(str(file)) for file in find_files(source.path)]
+    return [FilePart(str(file), encoding=source.encoding) for file in find_files(source.path)]
 
 
 def read_part(source: SourceConfig, part: FilePart) -> Iterator[LocatedSample | RejectedRow]:
@@ -92,7 +105,7 @@ def _read_row(record: RawRecord, configured: ModuleType | None) -> LocatedSample
         return rejected(
             f"the layout {name} does not read {', '.join(lost)}; put its text into the turns, or remove the key"
         )
-    return LocatedSample(sample, name, record.file, record.line, unread)
+    return LocatedSample(sample, name, record.file, record.line, unread, _template_marker(sample))
 
 
 def _records(source: SourceConfig, part: FilePart) -> Iterable[RawRecord | RejectedRow]:
@@ -125,9 +138,17 @@ def read_texts(path: str) -> Iterator[str]:
         print(f"{path}: {len(rejected):,} rows were rejected, the first: {first}", file=sys.stderr)
 
 
+def _texts(sample: Sample) -> Iterable[str]:
+    return (sample.text,) if sample.text is not None else (message.content for message in sample.messages)
+
+
+def _template_marker(sample: Sample) -> str:
+    return next((marker for text in _texts(sample) for marker in MARKERS if marker in text), "")
+
+
 def _check_text(sample: Sample) -> None:
     """Raises `TypeError` where a text is not a string, `ValueError` where it contains an unpaired surrogate."""
-    for text in (sample.text,) if sample.text is not None else (message.content for message in sample.messages):
+    for text in _texts(sample):
         if not isinstance(text, str):
             raise TypeError(f"a text is expected, got {type(text).__name__}")
         if not text.isascii():

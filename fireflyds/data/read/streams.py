@@ -10,6 +10,12 @@ from typing import IO, Any
 PACKED = (".gz", ".zst")
 
 
+def kind(file: Path) -> str:
+    """Returns the suffix that determines the file format: `.jsonl` for `a.jsonl.gz`."""
+    suffix = file.suffix.lower()
+    return Path(file.stem).suffix.lower() if suffix in PACKED else suffix
+
+
 @contextlib.contextmanager
 def open_bytes(file: str) -> Iterator[IO[bytes]]:
     """Opens a plain, gzip or Zstandard file for reading."""

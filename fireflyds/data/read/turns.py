@@ -55,6 +55,18 @@ def require_answer(messages: Sequence[Message]) -> None:
         raise ValueError("no turn of the assistant carries loss (weight, train or loss_mask)")
 
 
+def label_keys(record: dict[str, Any]) -> frozenset[str]:
+    """The keys of the record that say whether its answer is a wanted one, as booleans (KTO; LLaMA-Factory)."""
+    return frozenset(key for key in ("label", "kto_tag") if isinstance(record.get(key), bool))
+
+
+def require_wanted(record: dict[str, Any]) -> None:
+    """Raises `ValueError` where `label` or `kto_tag` is false: such an answer must not be learned."""
+    for key in label_keys(record):
+        if not record[key]:
+            raise ValueError(f"{key} is false, so its answer must not be learned")
+
+
 def read_history(value: Any) -> list[Message]:
     """The messages of earlier turns: pairs of strings, or turns with roles.
 

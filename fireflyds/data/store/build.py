@@ -178,7 +178,7 @@ def refuse_rejected(
     broken = [task for task, info in zip(tasks, infos, strict=True) if any(not row["line"] for row in info["rejected"])]
     size = sum(task.size for task in broken)
     if size > config.max_rejected * sum(task.size for task in tasks):
-        reason = next(row["reason"] for row in rejected if not row["line"])
+        reason = next(row["reason"] for row in rejected if not row["line"]).removeprefix("cannot be read to its end: ")
         raise UserError(
             f"{len(broken):,} files of {size:,} bytes cannot be read to their end, the first {broken[0].part.file} "
             f"({reason})",

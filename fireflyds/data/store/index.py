@@ -108,13 +108,10 @@ def per_domain(
             info for task, info in zip(tasks, infos, strict=True) if config.data.sources[task.source].domain == domain
         ]
         selected = columns["domain"] == number
-        dropped: Counter[str] = Counter()
-        formats: Counter[str] = Counter()
-        unread: Counter[str] = Counter()
-        for info in domain_infos:
-            dropped.update(info["dropped"])
-            formats.update(info["formats"])
-            unread.update(info["unread"])
+        dropped, formats, unread, markers = (
+            sum((Counter(info[name]) for info in domain_infos), Counter())
+            for name in ("dropped", "formats", "unread", "markers")
+        )
         for reason, sources in lost.items():
             dropped[reason] += sum(config.data.sources[source].domain == domain for source in sources.tolist())
         rejected = sum(len(info["rejected"]) for info in domain_infos)
@@ -132,5 +129,6 @@ def per_domain(
             "reasons": {reason: count for reason, count in dropped.items() if count},
             "formats": dict(formats),
             "unread": dict(unread),
+            "markers": dict(markers),
         }
     return result

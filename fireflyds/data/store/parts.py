@@ -18,9 +18,12 @@ from fireflyds.config import CleanConfig, Duplicates, LossOn, PrepareConfig, Sou
 from fireflyds.data.clean.cleaner import Cleaner
 from fireflyds.data.clean.duplicates import NUM_PERM, signature, text_hash
 from fireflyds.data.encode import encode_samples
-from fireflyds.data.read.files import FilePart, RejectedRow, find_files, kind
+from fireflyds.data.read.encodings import UTF8
+from fireflyds.data.read.files import find_files
 from fireflyds.data.read.hub import is_dataset
+from fireflyds.data.read.records import FilePart, RejectedRow
 from fireflyds.data.read.sources import read_part, source_parts
+from fireflyds.data.read.streams import kind
 from fireflyds.data.store.store import VERSION, PartWriter, token_dtype
 from fireflyds.types import Encoder, Sample
 
@@ -46,7 +49,7 @@ def plan_tasks(config: PrepareConfig, tokenizer: str) -> list[EncodeTask]:
     settings = _settings(config.clean, tokenizer)
     tasks = []
     for number, source in enumerate(config.data.sources):
-        prefix = f"{settings} {source.format} {source.split.name}"
+        prefix = f"{settings} {source.format} {source.split.name} {source.encoding}"
         for part, size, contents in _split_source(source):
             key = hashlib.sha256(f"{prefix} {contents}".encode()).hexdigest()[:24]
             tasks.append(EncodeTask(number, part, size, key))
@@ -69,7 +72,7 @@ def _split_source(source: SourceConfig) -> Iterator[tuple[FilePart, int, str]]:
             continue
         file = Path(part.file)
         splittable = file.suffix == ".jsonl" or (file.suffix == ".txt" and source.split is TextSplit.line)
-        if splittable and kind(file) == file.suffix:
+        if splittable and kind(file) == file.suffix and source.encoding == UTF8:
             yield from _split_by_line(file)
         else:
             with file.open("rb") as stream:
@@ -141,6 +144,8 @@ def make_part(task: EncodeTask) -> dict[str, Any]:
             continue
         builder.formats[item.layout] += 1
         builder.unread.update(item.unread)
+        if item.marker:
+            builder.markers[item.marker] += 1
         cleaned = _cleaner.clean(item.sample)
         if isinstance(cleaned, Sample):
             builder.add(cleaned, item.line)
@@ -157,6 +162,7 @@ class _PartBuilder:
         self.dropped: Counter[str] = Counter()
         self.formats: Counter[str] = Counter()
         self.unread: Counter[str] = Counter()
+        self.markers: Counter[str] = Counter()
         self.rejected: list[dict[str, Any]] = []
         self._has_dialogues = False
         self._pending: list[tuple[Sample, int]] = []
@@ -202,6 +208,7 @@ class _PartBuilder:
             "dropped": self.dropped,
             "formats": self.formats,
             "unread": self.unread,
+            "markers": self.markers,
             "rejected": self.rejected,
             "has_dialogues": self._has_dialogues,
         }

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from fireflyds.types import BOS, EOS, Message, Segment
 
+_ORDER = "roles must be [system] user assistant user assistant …"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chat:
@@ -105,14 +107,11 @@ def turns(messages: Sequence[Message]) -> tuple[str, Iterator[tuple[str, Message
         number, expected = index + 1 + begins, ("user", "assistant")[index % 2]
         if message.role != expected:
             roles = " ".join(message.role for message in messages)
-            raise ValueError(
-                f"turn {number} has the role {message.role}, where {expected} must stand: roles must be [system] user "
-                f"assistant user assistant …, got: {roles}"
-            )
+            raise ValueError(f"{_ORDER}: turn {number} is {message.role}, not {expected}; got: {roles}")
         if not isinstance(message.content, str) or not message.content:
-            raise ValueError(f"turn {number} ({message.role}) is empty")
+            raise ValueError(f"a turn is empty: turn {number} ({message.role})")
     if not turns or len(turns) % 2:
-        raise ValueError(f"turn {len(messages)} ({messages[-1].role if messages else 'none'}) has no answer")
+        raise ValueError(f"{_ORDER}: turn {len(messages)} has no answer" if turns else f"{_ORDER}: there is no turn")
     return system, ((turns[i].content, turns[i + 1]) for i in range(0, len(turns), 2))
 
 

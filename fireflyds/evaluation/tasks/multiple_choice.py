@@ -5,7 +5,8 @@ from itertools import islice
 from pathlib import Path
 
 from fireflyds.config import MultipleChoiceConfig
-from fireflyds.data.read.files import RawRecord, RejectedRow, read_records
+from fireflyds.data.read.files import read_records
+from fireflyds.data.read.records import RawRecord, RejectedRow
 from fireflyds.errors import UserError
 from fireflyds.evaluation.scorer import EvaluatedModel, continuation_losses
 from fireflyds.evaluation.tasks import EvaluationTask

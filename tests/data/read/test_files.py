@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fireflyds.config import SourceConfig, TextSplit
-from fireflyds.data.read.files import FilePart, RawRecord, RejectedRow, find_files, read_records
+from fireflyds.data.read.files import describe_folder, find_files, read_records
+from fireflyds.data.read.records import FilePart, RawRecord, RejectedRow
 from fireflyds.data.read.sources import read_source, read_texts
 from fireflyds.errors import UserError
 from fireflyds.types import Sample
@@ -171,3 +172,109 @@ def test_a_truncated_compressed_file_keeps_the_rows_before_the_error(tmp_path: P
     assert isinstance(items[-1], RejectedRow)
     assert "cannot be read to its end" in items[-1].reason
     assert all(isinstance(item, RawRecord) for item in items[:-1])
+
+
+def test_an_unclosed_quotation_mark_rejects_its_lines(tmp_path: Path) -> None:
+    lines = ["question,answer", "a,b", 'c,"d', *(f"q{number},a{number}" for number in range(50))]
+    (tmp_path / "a.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    items = list(read_records(tmp_path / "a.csv"))
+    assert [item.fields for item in items if isinstance(item, RawRecord)] == [{"question": "a", "answer": "b"}]
+    rejected = [item for item in items if isinstance(item, RejectedRow)]
+    assert [item.line for item in rejected] == list(range(3, 54))
+    assert {item.reason for item in rejected} == {"a quotation mark in line 3 opens a cell that is not closed"}
+
+
+def test_quotation_marks_within_cells_and_over_lines_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('question,answer\n5" screen,"two\nlines"\n"he said ""hi""",x\n', encoding="utf-8")
+    assert [item.fields for item in read_records(tmp_path / "a.csv") if isinstance(item, RawRecord)] == [
+        {"question": '5" screen', "answer": "two\nlines"},
+        {"question": 'he said "hi"', "answer": "x"},
+    ]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.parquet", "a.arrow"])
+def test_a_file_that_breaks_off_is_rejected_as_a_whole(tmp_path: Path, name: str) -> None:
+    file = write(tmp_path, name)
+    file.write_bytes(file.read_bytes()[:-7])
+    items = list(read_records(file))
+    assert isinstance(items[-1], RejectedRow)
+    assert (items[-1].line, items[-1].reason[:28]) == (0, "cannot be read to its end: n")
+
+
+TEXT = "他们说，这个地方的人都在学习中文。\n我们也是。\n"
+
+
+@pytest.mark.parametrize("encoding", ["gb18030", "gbk", "utf-16", "utf-16-le", "utf-8-sig"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv", "a.json"])
+def test_a_given_encoding_is_decoded(tmp_path: Path, encoding: str, name: str) -> None:
+    lines = TEXT.splitlines()
+    content = {
+        ".txt": TEXT,
+        ".jsonl": "".join(json.dumps({"text": line}, ensure_ascii=False) + "\n" for line in lines),
+        ".csv": "text\n" + "".join(f'"{line}"\n' for line in lines),
+        ".json": json.dumps([{"text": line} for line in lines], ensure_ascii=False),
+    }[Path(name).suffix]
+    (tmp_path / name).write_bytes(content.encode(encoding))
+    source = SourceConfig(path=str(tmp_path / name), encoding=encoding)
+    assert [item.text for item in read_source(source) if isinstance(item, Sample)] == lines
+
+
+@pytest.mark.parametrize(
+    ("encoding", "text", "likely"),
+    [
+        ("gb18030", TEXT, "gb18030"),
+        ("big5", "他們說，這個地方的人都在學習中文。\n", "big5"),
+        ("utf-16", TEXT, "utf-16"),
+    ],
+)
+def test_the_likely_encoding_is_named(tmp_path: Path, encoding: str, text: str, likely: str) -> None:
+    (tmp_path / "a.txt").write_bytes(text.encode(encoding))
+    first = next(iter(read_records(tmp_path / "a.txt")))
+    assert isinstance(first, RejectedRow)
+    assert f"give encoding: {likely} in data.sources" in first.reason
+
+
+def test_other_bytes_name_no_encoding(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"abc \xff\xfe\x00 def\n")
+    (item,) = read_records(tmp_path / "a.txt")
+    assert isinstance(item, RejectedRow)
+    assert "not UTF-8: byte 0xff at column 5; convert the file to UTF-8" in item.reason
+    with pytest.raises(UserError, match="data.sources.encoding=klingon: is not an encoding"):
+        SourceConfig(path="x", encoding="klingon")
+
+
+def test_a_folder_is_described_before_it_is_read(tmp_path: Path) -> None:
+    for name in (
+        "train.jsonl",
+        "test.jsonl",
+        "latest.jsonl",
+        "._train.jsonl",
+        ".cache/x.txt",
+        "a.jsonl.xz",
+        "README.md",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"text": "x"}\n')
+    assert [file.name for file in find_files(str(tmp_path))] == ["latest.jsonl", "test.jsonl", "train.jsonl"]
+    assert describe_folder(tmp_path) == [
+        f"{tmp_path}: not read, as their endings are not known: README.md, a.jsonl.xz",
+        f"{tmp_path}: not read: 2 hidden files",
+        f"{tmp_path}: read too, though named like a test or validation split: test.jsonl",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("a.jsonl.xz", "Unpack the file, or pack it with gzip or zstd"),
+        ("a.tar.gz", "Unpack the archive, and give the folder"),
+        ("a.zip", "Unpack the archive, and give the folder"),
+        ("zh.vocab", "pieces= of launch/expand.py"),
+        ("a.docx", "Known: .txt .jsonl"),
+    ],
+)
+def test_files_of_other_endings_are_refused_with_what_to_do(tmp_path: Path, name: str, remedy: str) -> None:
+    (tmp_path / name).write_text("x")
+    with pytest.raises(UserError, match=r"ending '.*' is not known") as caught:
+        find_files(str(tmp_path / name))
+    assert remedy in caught.value.remedy
