@@ -253,8 +253,13 @@ def _replace(out: Path, staging: Path, output: Output) -> None:
     # Signed first: a folder left by a kill between these two lines is still recognised.
     output.sign(staging)
     (staging / PARTIAL).unlink()
+    # On the disk before the rename: after a power failure a complete folder must not hold empty files.
+    for path in [*staging.rglob("*"), staging]:
+        if not path.is_symlink():
+            fsync(path)
     if not out.exists():
         staging.rename(out)
+        fsync(out.parent)
         return
     for name in foreign:
         (staging / name).parent.mkdir(parents=True, exist_ok=True)
@@ -265,6 +270,7 @@ def _replace(out: Path, staging: Path, output: Output) -> None:
         shutil.rmtree(old)
     out.rename(old)
     staging.rename(out)
+    fsync(out.parent)
     shutil.rmtree(old)
 
 

@@ -18,7 +18,7 @@ from fireflyds import app, registry
 from fireflyds.config import PrepareConfig, StatsMode
 from fireflyds.data import show
 from fireflyds.data.read.files import describe_folder
-from fireflyds.data.store.build import finish_store, make_parts, store_provenance
+from fireflyds.data.store.build import finish_store, make_parts, refuse_share_rejected, store_provenance
 from fireflyds.data.store.parts import plan_tasks
 from fireflyds.data.store.store import MANIFEST, TokenStore, read_manifest
 from fireflyds.errors import UserError
@@ -57,7 +57,8 @@ def prepare(config: PrepareConfig) -> None:
     refuse_overlap(config, out)
     tasks = plan_tasks(config, encoder.fingerprint())
     made_from = store_provenance(config, encoder.fingerprint(), tasks)
-    if (out / MANIFEST).exists() and read_manifest(out)["made_from"] == made_from:
+    if (out / MANIFEST).exists() and read_manifest(out)["made_from"] == made_from and is_whole(out):
+        refuse_share_rejected(config, TokenStore(out).manifest["totals"])
         print(f"{out}: complete and made from the same sources, tokenizer and template; nothing to do")
         return
     with resumable_dir(out, Output("prepare", caches=("plans", "stats.png")), pieces="parts") as folder:
@@ -72,6 +73,16 @@ def prepare(config: PrepareConfig) -> None:
     )
     if totals["rejected"]:
         print(f"rejected rows, with file, line and reason: {out / 'rejected.jsonl'}", file=sys.stderr)
+
+
+def is_whole(out: Path) -> bool:
+    """True where the store at `out` can be opened; otherwise prints what is damaged."""
+    try:
+        TokenStore(out)
+    except UserError as error:
+        print(f"{error.finding}; it is made again", file=sys.stderr, flush=True)
+        return False
+    return True
 
 
 def refuse_overlap(config: PrepareConfig, out: Path) -> None:

@@ -208,6 +208,45 @@ def test_dialogues_that_do_not_fit_the_template_are_rejected_with_their_line(
     assert "the tokenizer has no special token <|im_start|>" in completed.stderr
 
 
+@pytest.mark.parametrize("damage", ["cut ids", "flipped ids", "no index", "cut index", "cut counts"])
+def test_a_damaged_store_is_made_again(verb, tmp_path: Path, base_tokenizer: Path, damage: str) -> None:
+    write(tmp_path / "en.txt", ENGLISH)
+    command = ["prepare", "data=en.txt", f"tokenizer={base_tokenizer}", "out=s", "workers=1"]
+    verb(*command)
+    store = tmp_path / "s"
+    intact = {file.relative_to(store): file.read_bytes() for file in store.rglob("*.ids")}
+    (ids,), (counts,) = store.glob("parts/*.ids"), store.glob("parts/*.json")
+    index = store / "index" / "length.npy"
+    match damage:
+        case "cut ids":
+            ids.write_bytes(ids.read_bytes()[:-2])
+        case "flipped ids":
+            # Equal in size, so the store is only made again for another reason.
+            ids.write_bytes(bytes([ids.read_bytes()[0] ^ 1]) + ids.read_bytes()[1:])
+            index.unlink()
+        case "no index":
+            index.unlink()
+        case "cut index":
+            index.write_bytes(index.read_bytes()[:-1])
+        case "cut counts":
+            counts.write_text(counts.read_text()[:-5])
+            index.unlink()
+    completed = verb(*command)
+    assert "it is made again" in completed.stderr
+    assert ("are reused" in completed.stdout) == (damage in ("no index", "cut index"))
+    assert {file.relative_to(store): file.read_bytes() for file in store.rglob("*.ids")} == intact
+    assert "nothing to do" in verb(*command).stdout
+
+
+def test_a_stricter_max_rejected_refuses_a_complete_store(verb, tmp_path: Path, base_tokenizer: Path) -> None:
+    write(tmp_path / "talk.jsonl", [*DIALOGUES * 20, {"unknown": 1}])
+    command = ["prepare", "data=talk.jsonl", f"tokenizer={base_tokenizer}", "out=s"]
+    verb(*command)
+    completed = verb(*command, "max_rejected=0", check=False)
+    assert completed.returncode == 2
+    assert "max_rejected=0.0: 1 of 101 rows cannot be used" in completed.stderr
+
+
 def test_unread_keys_and_rendered_text_are_counted(verb, tmp_path: Path, base_tokenizer: Path) -> None:
     rendered = {"text": "<|im_start|>user\nhello<|im_end|>", "url": "x"}
     rows = [*DIALOGUES, *(dialogue | {"source": "web"} for dialogue in DIALOGUES[:2]), rendered]

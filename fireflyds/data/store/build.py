@@ -186,12 +186,17 @@ def refuse_rejected(
             value=config.max_rejected,
             remedy="Replace them, or raise max_rejected; parts encoded so far are reused",
         )
-    rows = documents + dropped.total() + len(rejected)
-    if len(rejected) > config.max_rejected * rows:
-        reasons = Counter(row["reason"].split(":")[0] for row in rejected)
-        summary = ", ".join(f"{reason} ({count:,})" for reason, count in reasons.most_common(3))
+    reasons = Counter(row["reason"].split(":")[0] for row in rejected)
+    summary = ", ".join(f"{reason} ({count:,})" for reason, count in reasons.most_common(3))
+    counts = {"rejected": len(rejected), "read": documents + dropped.total() + len(rejected)}
+    refuse_share_rejected(config, counts, f" ({summary}); the first: {first}")
+
+
+def refuse_share_rejected(config: PrepareConfig, counts: dict[str, int], detail: str = "") -> None:
+    """Raises `UserError` if more than the share `max_rejected` of the rows that are `read` is `rejected`."""
+    if counts["rejected"] > config.max_rejected * counts["read"]:
         raise UserError(
-            f"{len(rejected):,} of {rows:,} rows cannot be used ({summary}); the first: {first}",
+            f"{counts['rejected']:,} of {counts['read']:,} rows cannot be used{detail}",
             key="max_rejected",
             value=config.max_rejected,
             remedy="Correct the files, or raise max_rejected; parts encoded so far are reused",

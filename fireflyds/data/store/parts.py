@@ -24,7 +24,7 @@ from fireflyds.data.read.hub import is_dataset
 from fireflyds.data.read.records import FilePart, RejectedRow
 from fireflyds.data.read.sources import read_part, source_parts
 from fireflyds.data.read.streams import kind
-from fireflyds.data.store.store import VERSION, PartWriter, token_dtype
+from fireflyds.data.store.store import VERSION, PartWriter, is_intact, token_dtype
 from fireflyds.types import Encoder, Sample
 
 PART_BYTES = 8 << 20
@@ -222,11 +222,12 @@ class _PartBuilder:
 
 
 def finished_part(folder: Path, task: EncodeTask, template: str, loss_on: LossOn) -> dict[str, Any] | None:
-    """Returns the counts of a complete part in `folder` that can be reused, or None."""
+    """Returns the counts of a complete and undamaged part in `folder` that can be reused, or None."""
     file = folder / f"{task.key}.json"
-    if not file.is_file():
+    try:
+        info: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
-    info: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     # `template` and `loss_on` affect dialogues only.
-    reusable = (info["template"], info["loss_on"]) == (template, loss_on.name) or not info["has_dialogues"]
-    return info if reusable else None
+    fits = (info["template"], info["loss_on"]) == (template, loss_on.name) or not info["has_dialogues"]
+    return info if fits and is_intact(folder, task.key, info) else None

@@ -78,12 +78,24 @@ class PartWriter:
                 spans=np.asarray(self._spans, np.int32).reshape(-1, 2),
                 **arrays,
             )
+        info["sha256"] = {suffix: _digest(self._temporary(suffix)) for suffix in (".ids", ".npz")}
         self._temporary(".json").write_text(json.dumps(info, ensure_ascii=False), encoding="utf-8")
         for suffix in (".ids", ".npz", ".json"):
             self._temporary(suffix).rename(self._base.with_suffix(suffix))
 
     def _temporary(self, suffix: str) -> Path:
         return self._base.with_suffix(f"{suffix}.partial")
+
+
+def is_intact(folder: Path, key: str, info: dict[str, Any]) -> bool:
+    """True where the files of a part have the hashes that its `info` records."""
+    files = {suffix: folder / f"{key}{suffix}" for suffix in (".ids", ".npz")}
+    return all(file.is_file() and _digest(file) == info["sha256"][suffix] for suffix, file in files.items())
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 class TokenStore:
