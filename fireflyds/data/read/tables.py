@@ -46,15 +46,15 @@ def read_text_table(part: FilePart) -> Iterator[RawRecord | RejectedRow]:
             yield from (RejectedRow(part.file, number, reason) for number, _ in row_lines)
             continue
         if not columns:
+            # A column without a name, such as the index that pandas writes, is counted like any other.
+            columns = [cell.strip() * _is_header(row) or f"column_{index}" for index, cell in enumerate(row, 1)]
             if _is_header(row):
-                columns = [cell.strip() for cell in row]
                 continue
-            columns = [f"column_{index}" for index in range(1, len(row) + 1)]
         if len(row) > len(columns):
             reason = f"{len(row)} cells for {len(columns)} columns; quote cells that hold the separator"
             yield RejectedRow(part.file, row_lines[-1][0], reason)
             continue
-        fields = {key: value for key, value in zip(columns, row, strict=False) if key and value}
+        fields = {key: value for key, value in zip(columns, row, strict=False) if value}
         if fields:
             yield RawRecord(part.file, row_lines[-1][0], fields)
     yield from rejected
