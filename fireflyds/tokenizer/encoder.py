@@ -14,6 +14,9 @@ from fireflyds.errors import UserError
 from fireflyds.tokenizer.settings import added_tokens, adds_bos
 from fireflyds.types import Encoder
 
+# A token in base64 and its rank.
+_TIKTOKEN_RANK = re.compile(rb"[A-Za-z0-9+/]+=* \d+")
+
 
 class SentencePieceEncoder:
     """Encodes with the SentencePiece library; the conversion in transformers may break ties differently."""
@@ -86,6 +89,11 @@ class FastEncoder:
         from tokenizers import Tokenizer
 
         self._model = Tokenizer.from_str(document)
+        # A file may carry its own limits, which would cut documents.
+        self._model.no_truncation()
+        self._model.no_padding()
+        if getattr(self._model.model, "dropout", None):
+            self._model.model.dropout = None
         # The text of a special token in a document is encoded as ordinary text.
         self._model.encode_special_tokens = True
         self._has_dummy_prefix = self._model.encode("a", add_special_tokens=False).tokens[0].startswith("▁")
@@ -166,10 +174,28 @@ def byte_values() -> dict[str, int]:
 
 
 def model_file(path: str | Path) -> Path | None:
-    """Returns the SentencePiece file at `path` (a `.model`, or a directory with `tokenizer.model`); None if absent."""
+    """Returns the SentencePiece file at `path` (a `.model`, or a directory with `tokenizer.model`); None if absent.
+
+    Also None where `tokenizer.model` holds tiktoken's ranks, as Meta ships Llama 3, and `tokenizer.json` is beside it.
+
+    Raises:
+        UserError: there is no `tokenizer.json` beside tiktoken's ranks.
+    """
     path = Path(path)
     file = path / "tokenizer.model" if path.is_dir() else path
-    return file if file.suffix == ".model" and file.is_file() else None
+    if file.suffix != ".model" or not file.is_file():
+        return None
+    with file.open("rb") as stream:
+        has_ranks = _TIKTOKEN_RANK.fullmatch(stream.readline(200).rstrip(b"\r\n"))
+    if not has_ranks:
+        return file
+    if path.is_dir() and (path / "tokenizer.json").is_file():
+        return None
+    raise UserError(
+        "holds tiktoken's ranks, which are no SentencePiece model",
+        key=f"tokenizer {file}",
+        remedy="Give a directory with the tokenizer.json of the model's Hugging Face version",
+    )
 
 
 def load_encoder(path: str | Path) -> Encoder:

@@ -9,7 +9,8 @@ from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 
 from fireflyds.errors import UserError
-from fireflyds.tokenizer.settings import FLAGS, added_tokens, settings_of
+from fireflyds.fs import read_json
+from fireflyds.tokenizer.settings import FLAGS, added_tokens, settings_of, without_limits
 
 FILES = (
     "tokenizer.model",
@@ -91,6 +92,7 @@ def copy_tokenizer(source: Path, out: Path) -> None:
     else:
         shutil.copy2(source, out / "tokenizer.model")
     if (out / "tokenizer.json").exists():
+        _switch_off_limits(out / "tokenizer.json")
         return
     proto = read_proto(out / "tokenizer.model")
     try:
@@ -100,6 +102,13 @@ def copy_tokenizer(source: Path, out: Path) -> None:
         return
     if reason := disagreement(proto):
         print(f"note: {reason}; fireflyds encodes with SentencePiece")
+
+
+def _switch_off_limits(file: Path) -> None:
+    document = read_json(file)
+    if "model" in document and without_limits(document) != document:
+        file.write_text(json.dumps(without_limits(document), ensure_ascii=False), encoding="utf-8")
+        print("note: truncation, padding and dropout of the base's tokenizer.json are switched off")
 
 
 def check_supported(proto: sp_pb2.ModelProto) -> None:

@@ -12,7 +12,7 @@ from fireflyds.fs import read_json
 from fireflyds.tokenizer.bpe import Bpe, Step
 from fireflyds.tokenizer.encoder import FastEncoder, byte_values
 from fireflyds.tokenizer.hf_files import write_settings
-from fireflyds.tokenizer.settings import settings_of
+from fireflyds.tokenizer.settings import settings_of, without_limits
 
 
 class JsonBase:
@@ -24,7 +24,7 @@ class JsonBase:
         self._folder = folder
         file = folder / "tokenizer.json"
         try:
-            self._document = read_json(file)
+            self._document = without_limits(read_json(file))
             model = self._document["model"]
             kind, self._vocab, merges = model["type"], model["vocab"], model.get("merges", [])
         except (KeyError, TypeError) as error:

@@ -1,6 +1,7 @@
 """Readers for lists of pieces to merge."""
 
 import json
+import re
 from pathlib import Path
 
 from google.protobuf.message import DecodeError
@@ -9,9 +10,19 @@ from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 from fireflyds.errors import UserError
 from fireflyds.tokenizer.encoder import byte_values
 
+# Lists with further columns, which every line must have.
+_COLUMNS = {
+    re.compile(r"(.+)\t-?\d+(?:\.\d+)?(?:e-?\d+)?"): "pieces with scores, as in a SentencePiece .vocab",
+    re.compile(r"(\S+) \d+(?: [a-zA-Z]+)?"): "words with frequencies and tags, as in a jieba dictionary",
+}
+_SPECIAL = re.compile(r"<[^<>\s]+>")
+
 
 def read_pieces(path: Path) -> list[str]:
-    """Returns the texts of pieces to merge: of a `.model`, a `tokenizer.json`, or a text file with one piece per line.
+    """Returns the texts of pieces to merge, of one of these files.
+
+    A `.model`; a `tokenizer.json` or `vocab.json`; or text with one piece per line, also as the first column of a
+    SentencePiece `.vocab` (piece, score) or of a jieba dictionary (word, frequency, tag).
 
     Raises:
         UserError: the file does not exist, has none of these formats, or has no piece or a duplicate one.
@@ -40,6 +51,7 @@ def read_pieces(path: Path) -> list[str]:
             value=path,
             remedy="Save the list as UTF-8",
         ) from error
+    lines = _first_columns(lines, path)
     first_lines: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
         piece = line.replace("▁", " ")
@@ -50,6 +62,17 @@ def read_pieces(path: Path) -> list[str]:
     if not first_lines:
         raise UserError("there is no piece in it", key="pieces", value=path, remedy="Write one piece per line")
     return list(first_lines)
+
+
+def _first_columns(lines: list[str], path: Path) -> list[str]:
+    """Returns the pieces of a list with further columns, if every line has them; otherwise the lines."""
+    for pattern, columns in _COLUMNS.items():
+        matches = [pattern.fullmatch(line) for line in lines if line]
+        if matches and all(matches):
+            print(f"{path}: read as {columns}; the pieces are the first column")
+            pieces = [match[1] if (match := pattern.fullmatch(line)) else "" for line in lines]
+            return ["" if _SPECIAL.fullmatch(piece) or piece == "▁" else piece for piece in pieces]
+    return lines
 
 
 def normal_pieces(model: bytes) -> list[str]:
@@ -64,7 +87,9 @@ def _json_pieces(path: Path) -> list[str]:
     values = byte_values()
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        vocab = sorted(document["model"]["vocab"].items(), key=lambda item: item[1])
+        # `vocab.json` is the vocabulary alone; byte-level BPE spells a space as Ġ.
+        is_vocab = bool(document) and all(isinstance(index, int) for index in document.values())
+        vocab = sorted((document if is_vocab else document["model"]["vocab"]).items(), key=lambda item: item[1])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"not a tokenizer.json ({type(error).__name__}: {error})",
@@ -72,7 +97,9 @@ def _json_pieces(path: Path) -> list[str]:
             value=path,
             remedy="Get the file again, or give a list",
         ) from error
-    if '"ByteLevel"' not in json.dumps([document.get("pre_tokenizer"), document.get("decoder")]):
+    components = json.dumps([document.get("pre_tokenizer"), document.get("decoder")])
+    is_byte_level = any("Ġ" in piece for piece, _ in vocab) if is_vocab else '"ByteLevel"' in components
+    if not is_byte_level:
         return [piece.replace("▁", " ") for piece, _ in vocab]
     texts = []
     for piece, _ in vocab:

@@ -32,6 +32,15 @@ def settings_of(folder: Path | None) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key not in _CLASS_SPECIFIC and value is not None}
 
 
+def without_limits(document: dict[str, Any]) -> dict[str, Any]:
+    """Returns the contents of a `tokenizer.json` without truncation, padding and dropout of its own: they would cut
+    text, or encode it differently each time."""
+    model = document["model"]
+    if model.get("dropout"):
+        model = model | {"dropout": None}
+    return document | {"truncation": None, "padding": None, "model": model}
+
+
 def adds_bos(folder: Path) -> bool:
     """True where the tokenizer of a SentencePiece directory adds BOS: `add_bos_token`, by default true as in LLaMA."""
     return bool(settings_of(folder).get("add_bos_token", True))

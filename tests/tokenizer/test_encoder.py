@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from bases import KINDS
 from samples import CHINESE, ENGLISH
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from fireflyds.data.encode import encode_document
@@ -141,3 +142,36 @@ def test_documents_begin_with_bos_only_if_the_tokenizer_adds_it(
     assert not encoder.adds_bos
     assert encode_document(encoder, "the ships").input_ids.tolist() == [*encoder.encode("the ships"), encoder.eos_id]
     assert encoder.fingerprint() != load_encoder(base_tokenizer).fingerprint()
+
+
+def test_tiktoken_ranks_give_way_to_a_tokenizer_json(fast_only: Path) -> None:
+    expected = load_encoder(fast_only).fingerprint()
+    (fast_only / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
+    assert load_encoder(fast_only).fingerprint() == expected
+    (fast_only / "tokenizer.json").unlink()
+    for path in (fast_only, fast_only / "tokenizer.model"):
+        with pytest.raises(
+            UserError, match=r"tokenizer.model: holds tiktoken's ranks, .* Give a directory with the tok"
+        ):
+            load_encoder(path)
+
+
+def test_limits_of_a_tokenizer_json_are_switched_off(fast_only: Path, tmp_path: Path) -> None:
+    text = "the old harbour " * 300
+    expected = load_encoder(fast_only).encode(text)
+    limited = tmp_path / "limited"
+    shutil.copytree(fast_only, limited)
+    tokenizer = Tokenizer.from_file(str(limited / "tokenizer.json"))
+    tokenizer.enable_truncation(64)
+    tokenizer.enable_padding(length=8192)
+    tokenizer.model.dropout = 0.5
+    tokenizer.save(str(limited / "tokenizer.json"))
+    encoder = load_encoder(limited)
+    assert encoder.encode(text) == expected
+    assert encoder.encode_batch([text, "a"])[0] == expected
+    assert encoder.fingerprint() == load_encoder(fast_only).fingerprint()
+    (tmp_path / "out").mkdir()
+    copy_tokenizer(limited, tmp_path / "out")
+    assert Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json")).encode(text, add_special_tokens=False).ids == (
+        expected
+    )

@@ -233,6 +233,28 @@ def test_pieces_are_read_from_lists_models_and_byte_level_files(tmp_path: Path, 
 
 
 @pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("sp.vocab", "<unk>\t0\n<s>\t0\n▁\t-2.1\n人工智能\t-8.25\n▁大模型\t-9e-1\n"),
+        ("jieba.txt", "人工智能 1234 n\n▁大模型 99 nz\n"),
+        ("words.txt", "人工智能 1234\n▁大模型 99\n"),
+        ("vocab.json", '{"▁大模型": 1, "人工智能": 0}'),
+        ("gpt2_vocab.json", '{"äººå·¥æĻºèĥ½": 0, "Ġå¤§æ¨¡åŀĭ": 1}'),
+    ],
+)
+def test_pieces_are_the_first_column_of_a_list_and_the_keys_of_a_vocabulary(
+    tmp_path: Path, name: str, content: str
+) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    assert read_pieces(tmp_path / name) == ["人工智能", " 大模型"]
+
+
+def test_a_line_that_only_looks_like_a_dictionary_is_a_piece(tmp_path: Path) -> None:
+    (tmp_path / "pieces.txt").write_text("人工智能 1234 n\n大模型\n", encoding="utf-8")
+    assert read_pieces(tmp_path / "pieces.txt") == ["人工智能 1234 n", "大模型"]
+
+
+@pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("p.model", b"no model", "not a SentencePiece model"),
