@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,9 @@ from fireflyds.types import Encoder
 _TIKTOKEN_RANK = re.compile(rb"[A-Za-z0-9+/]+=* \d+")
 
 
+_LEADS = ("\n", "\x01", "\x7f", "\U000e0001")
+
+
 class SentencePieceEncoder:
     """Encodes with the SentencePiece library; the conversion in transformers may break ties differently."""
 
@@ -29,15 +32,16 @@ class SentencePieceEncoder:
         self.bos_id = self._model.bos_id() if self._model.bos_id() >= 0 else None
         self.eos_id = self._model.eos_id() if self._model.eos_id() >= 0 else None
         self.adds_bos = adds_bos
-        # A newline is always a byte piece, so that text after it is encoded without the dummy prefix.
-        self._newline: list[int] = self._model.encode("\n")
+        has_dummy_prefix = self._model.encode("a", out_type=str)[0].startswith("▁")
+        self._lead = _lead_of(self._model.encode, self._model.is_byte) if has_dummy_prefix else None
 
     def encode(self, text: str, *, continues: bool = False) -> list[int]:
         """Returns the ids of plain text, without special tokens; `continues`: without the dummy prefix."""
         if not text:
             return []
-        if continues:
-            return list(self._model.encode("\n" + text)[len(self._newline) :])
+        if continues and self._lead is not None:
+            lead, length = self._lead
+            return list(self._model.encode(lead + text)[length:])
         return list(self._model.encode(text))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -96,18 +100,20 @@ class FastEncoder:
             self._model.model.dropout = None
         # The text of a special token in a document is encoded as ordinary text.
         self._model.encode_special_tokens = True
-        self._has_dummy_prefix = self._model.encode("a", add_special_tokens=False).tokens[0].startswith("▁")
         self.vocab_size: int = max(self._model.get_vocab().values()) + 1
         self.bos_id = bos_id
         self.eos_id = eos_id
         self.adds_bos = adds_bos
         self._bytes = byte_values() if '"ByteLevel"' in document else None
+        self._lead: tuple[str, int] | None = None
+        if self._model.encode("a", add_special_tokens=False).tokens[0].startswith("▁"):  # the dummy prefix
+            self._lead = _lead_of(self.encode, self.fragments().__contains__)
 
     def encode(self, text: str, *, continues: bool = False) -> list[int]:
         """Returns the ids of plain text, without special tokens; `continues`: without the dummy prefix."""
-        if continues and self._has_dummy_prefix:
-            newline = self._model.encode("\n", add_special_tokens=False).ids
-            return list(self._model.encode("\n" + text, add_special_tokens=False).ids[len(newline) :])
+        if continues and self._lead is not None:
+            lead, length = self._lead
+            return list(self._model.encode(lead + text, add_special_tokens=False).ids[length:])
         return list(self._model.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -162,6 +168,16 @@ class FastEncoder:
     def fingerprint(self) -> str:
         """Returns the SHA-256 hash of the tokenizer's document and of its use of BOS."""
         return hashlib.sha256(f"{self._model.to_str()}{'' if self.adds_bos else 'no BOS'}".encode()).hexdigest()
+
+
+def _lead_of(encode: Callable[[str], list[int]], is_byte: Callable[[int], bool]) -> tuple[str, int]:
+    """Returns a character to put before text that continues other text, so that the text gets no dummy prefix, and its
+    number of tokens. It ends in a byte token, which merges with nothing; a newline may be a piece of its own."""
+    for lead in _LEADS:
+        ids = encode(lead)
+        if ids and is_byte(ids[-1]):
+            return lead, len(ids)
+    return _LEADS[0], len(encode(_LEADS[0]))
 
 
 @cache

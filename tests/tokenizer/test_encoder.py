@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 from bases import KINDS
 from samples import CHINESE, ENGLISH
 from tokenizers import Tokenizer
@@ -142,6 +143,27 @@ def test_documents_begin_with_bos_only_if_the_tokenizer_adds_it(
     assert not encoder.adds_bos
     assert encode_document(encoder, "the ships").input_ids.tolist() == [*encoder.encode("the ships"), encoder.eos_id]
     assert encoder.fingerprint() != load_encoder(base_tokenizer).fingerprint()
+
+
+@pytest.mark.parametrize("dummy_prefix", [False, True])
+def test_text_that_continues_other_text_keeps_its_newlines(tmp_path: Path, dummy_prefix: bool) -> None:
+    """Also where newlines are pieces of their own, as in Gemma, or merge with the text after them."""
+    (tmp_path / "corpus.txt").write_text("\n".join([*ENGLISH, *CHINESE]), encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "corpus.txt"),
+        model_prefix=str(tmp_path / "m"),
+        vocab_size=600,
+        model_type="bpe",
+        byte_fallback=True,
+        add_dummy_prefix=dummy_prefix,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        user_defined_symbols=["\n", "\n\n"],
+    )
+    encoder = load_encoder(tmp_path / "m.model")
+    for text in ("\n\nok", "\nok", "ok", "\n", "\n\n\nthe old bridge\n", "青岭镇\n"):
+        assert encoder.decode(encoder.encode(text, continues=True)) == text
+    assert encoder.encode("the", continues=True) != encoder.encode("the") or not dummy_prefix
 
 
 def test_tiktoken_ranks_give_way_to_a_tokenizer_json(fast_only: Path) -> None:
