@@ -11,7 +11,7 @@ import numpy as np
 import sentencepiece
 
 from fireflyds.errors import UserError
-from fireflyds.tokenizer.settings import added_tokens, adds_bos
+from fireflyds.tokenizer.settings import added_tokens, adds_bos, content, settings_of
 from fireflyds.types import Encoder
 
 # A token in base64 and its rank.
@@ -22,18 +22,33 @@ _LEADS = ("\n", "\x01", "\x7f", "\U000e0001")
 
 
 class SentencePieceEncoder:
-    """Encodes with the SentencePiece library; the conversion in transformers may break ties differently."""
+    """Encodes with the SentencePiece library; the conversion in transformers may break ties differently.
 
-    def __init__(self, model: bytes, added_tokens: dict[str, int] | None = None, *, adds_bos: bool = True) -> None:
+    `bos_token` and `eos_token`: names in the settings of a directory, which count before those of the model.
+    """
+
+    def __init__(
+        self,
+        model: bytes,
+        added_tokens: dict[str, int] | None = None,
+        *,
+        adds_bos: bool = True,
+        bos_token: str | None = None,
+        eos_token: str | None = None,
+    ) -> None:
         self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
         added_tokens = added_tokens or {}
         self._added = {token: index for token, index in added_tokens.items() if index >= self._model.get_piece_size()}
         self.vocab_size: int = max([self._model.get_piece_size(), *(index + 1 for index in self._added.values())])
-        self.bos_id = self._model.bos_id() if self._model.bos_id() >= 0 else None
-        self.eos_id = self._model.eos_id() if self._model.eos_id() >= 0 else None
+        self.bos_id = self._special_id(bos_token, self._model.bos_id())
+        self.eos_id = self._special_id(eos_token, self._model.eos_id())
         self.adds_bos = adds_bos
         has_dummy_prefix = self._model.encode("a", out_type=str)[0].startswith("▁")
         self._lead = _lead_of(self._model.encode, self._model.is_byte) if has_dummy_prefix else None
+
+    def _special_id(self, name: str | None, of_model: int) -> int | None:
+        named = None if name is None else self.token_id(name)
+        return named if named is not None else of_model if of_model >= 0 else None
 
     def encode(self, text: str, *, continues: bool = False) -> list[int]:
         """Returns the ids of plain text, without special tokens; `continues`: without the dummy prefix."""
@@ -80,8 +95,11 @@ class SentencePieceEncoder:
         return counts
 
     def fingerprint(self) -> str:
-        """Returns the SHA-256 hash of the tokenizer's model and of its use of BOS."""
-        return hashlib.sha256(self._model.serialized_model_proto() + (b"" if self.adds_bos else b"no BOS")).hexdigest()
+        """Returns the SHA-256 hash of the model, of its use of BOS and of special tokens that the settings name."""
+        special = [(self.bos_id, self._model.bos_id()), (self.eos_id, self._model.eos_id())]
+        renamed = [index for index, of_model in special if index is not None and index != of_model]
+        settings = ("" if self.adds_bos else "no BOS") + "".join(f" {index}" for index in renamed)
+        return hashlib.sha256(self._model.serialized_model_proto() + settings.encode()).hexdigest()
 
 
 class FastEncoder:
@@ -230,8 +248,16 @@ def load_encoder(path: str | Path) -> Encoder:
     file = model_file(path)
     if file is not None:
         try:
-            added = {row["content"]: row["id"] for row in added_tokens(file.parent)} if path.is_dir() else {}
-            return SentencePieceEncoder(file.read_bytes(), added, adds_bos=not path.is_dir() or adds_bos(path))
+            if not path.is_dir():
+                return SentencePieceEncoder(file.read_bytes())
+            added, settings = {row["content"]: row["id"] for row in added_tokens(path)}, settings_of(path)
+            return SentencePieceEncoder(
+                file.read_bytes(),
+                added,
+                adds_bos=adds_bos(path),
+                bos_token=content(settings.get("bos_token")),
+                eos_token=content(settings.get("eos_token")),
+            )
         except (RuntimeError, OSError) as error:
             raise UserError(
                 f"not a SentencePiece model ({error})",

@@ -145,6 +145,25 @@ def test_documents_begin_with_bos_only_if_the_tokenizer_adds_it(
     assert encoder.fingerprint() != load_encoder(base_tokenizer).fingerprint()
 
 
+def test_special_tokens_named_in_the_settings_count_before_those_of_the_model(
+    base_tokenizer: Path, tmp_path: Path
+) -> None:
+    """Phi-3: documents end with an added token, not with the model's `</s>`."""
+    folder = tmp_path / "phi"
+    shutil.copytree(base_tokenizer, folder)
+    size = load_encoder(base_tokenizer).vocab_size
+    file = folder / "tokenizer_config.json"
+    token = {"content": "<|endoftext|>", "special": True, "lstrip": False, "rstrip": False, "normalized": False}
+    settings = json.loads(file.read_text()) | {"eos_token": token, "added_tokens_decoder": {str(size): token}}
+    file.write_text(json.dumps(settings))
+    (folder / "tokenizer.json").unlink()
+    encoder, plain = load_encoder(folder), load_encoder(base_tokenizer)
+    assert encoder.eos_id == size
+    assert (encoder.bos_id, plain.eos_id) == (plain.bos_id, 2)
+    assert encode_document(encoder, "hi").input_ids[-1] == size
+    assert encoder.fingerprint() != plain.fingerprint()
+
+
 @pytest.mark.parametrize("dummy_prefix", [False, True])
 def test_text_that_continues_other_text_keeps_its_newlines(tmp_path: Path, dummy_prefix: bool) -> None:
     """Also where newlines are pieces of their own, as in Gemma, or merge with the text after them."""
