@@ -22,7 +22,7 @@ def matches(record: dict[str, Any]) -> bool:
 
 def reads(record: dict[str, Any]) -> frozenset[str]:
     """The keys that `read` reads of this record."""
-    return _READS | label_keys(record)
+    return _READS | label_keys(record) if "label" in record or "kto_tag" in record else _READS
 
 
 def read(record: dict[str, Any]) -> Sample:

@@ -16,10 +16,15 @@ PAIRS = (
 )
 
 
+_ANSWERS = frozenset(pair[1] for pair in PAIRS)
+_OTHERS = frozenset(("instruction", "messages", "conversations"))
+
+
 def matches(record: dict[str, Any]) -> bool:
     """True where the record has the two fields of one of `PAIRS`, and no `instruction`."""
-    keys = record.keys()
-    return not {"instruction", "messages", "conversations"} & keys and any(set(pair) <= keys for pair in PAIRS)
+    if _ANSWERS.isdisjoint(record) or not _OTHERS.isdisjoint(record):
+        return False
+    return any(pair[0] in record and pair[1] in record for pair in PAIRS)
 
 
 def reads(record: dict[str, Any]) -> frozenset[str]:

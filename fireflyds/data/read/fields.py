@@ -64,23 +64,13 @@ def named(fields: dict[str, Any]) -> dict[str, Any]:
 def unread_keys(fields: dict[str, Any], reads: Set[str]) -> list[str]:
     """The keys that are not in `reads`, and those of the objects in the keys that are; empty values do not count."""
     unread = [key for key, value in fields.items() if key not in reads and value not in _EMPTY]
-    for key in fields:
-        if key not in reads:
+    for key, value in fields.items():
+        if key not in reads or not isinstance(value, dict | list):
             continue
-        value = fields[key]
-        if isinstance(value, dict):
-            nested = {f"{key}.{name}" for name, item in value.items() if item not in _EMPTY}
-        elif isinstance(value, list):
-            nested = {
-                f"{key}[].{name}"
-                for item in value
-                if isinstance(item, dict)
-                for name, inner in item.items()
-                if inner not in _EMPTY
-            }
-        else:
-            continue
-        unread += sorted(nested - reads)
+        items = [value] if isinstance(value, dict) else [item for item in value if isinstance(item, dict)]
+        prefix = f"{key}." if isinstance(value, dict) else f"{key}[]."
+        names = [name for name in set().union(*items) if f"{prefix}{name}" not in reads]
+        unread += sorted(prefix + str(name) for name in names if any(item.get(name) not in _EMPTY for item in items))
     return unread
 
 

@@ -1,5 +1,6 @@
 """Reads a source, i.e. files in one or more layouts, as samples."""
 
+import functools
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ MARKERS = {
     "<|User|>": "deepseek",
     "### Instruction:": "alpaca",
 }
+_MARKER_STARTS = frozenset(marker[0] for marker in MARKERS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +45,15 @@ class LocatedSample:
 
 def detect_format(fields: dict[str, Any]) -> ModuleType | None:
     """Returns the first layout, in alphabetical order, whose `matches` accepts the fields of a row, or None."""
-    for name in registry.names(FORMATS):
-        layout = registry.load(FORMATS, name)
+    for layout in _layouts():
         if layout.matches(fields):
             return layout
     return None
+
+
+@functools.cache  # it is asked for every row
+def _layouts() -> tuple[ModuleType, ...]:
+    return tuple(registry.load(FORMATS, name) for name in registry.names(FORMATS))
 
 
 def read_source(source: SourceConfig) -> Iterator[Sample | RejectedRow]:
@@ -143,7 +149,10 @@ def _texts(sample: Sample) -> Iterable[str]:
 
 
 def _template_marker(sample: Sample) -> str:
-    return next((marker for text in _texts(sample) for marker in MARKERS if marker in text), "")
+    text = sample.text if sample.text is not None else "\0".join(message.content for message in sample.messages)
+    if not any(character in text for character in _MARKER_STARTS):  # much faster than a search for every marker
+        return ""
+    return next((marker for marker in MARKERS if marker in text), "")
 
 
 def _check_text(sample: Sample) -> None:

@@ -17,6 +17,7 @@ ROLES = {
 }
 # Keys of a turn that say whether it carries loss: 1 or true, 0 or false.
 LOSS_KEYS = ("weight", "train", "loss", "loss_mask")
+_LOSS_KEYS = frozenset(LOSS_KEYS)
 TURN_KEYS = ("role", "from", "content", "value", *LOSS_KEYS)
 
 
@@ -112,33 +113,50 @@ def _require_list(value: Any, name: str) -> list[Any]:
 def _read_turn(turn: Any, number: int, learn: Any) -> Message:
     if not isinstance(turn, dict):
         raise ValueError(f"turn {number} is a {type(turn).__name__}, not an object with role and content")
-    turn = {key: value for key, value in turn.items() if value is not None}
     name = turn.get("role", turn.get("from"))
-    if name is None:
-        raise ValueError(f"turn {number} has neither role nor from; its keys: {', '.join(map(str, turn)) or 'none'}")
-    role = ROLES.get(str(name).strip().lower())
+    role = ROLES.get(name) if isinstance(name, str) else None
     if role is None:
-        raise ValueError(f"turn {number}: role {str(name)!r} is not known. Known: {', '.join(ROLES)}")
-    given = [turn[key] for key in LOSS_KEYS if key in turn] + ([] if learn is None else [learn])
+        role = _role(turn, number)
+    content = turn.get("content", turn.get("value"))
+    if not isinstance(content, str):
+        content = _content(turn, f"turn {number} ({role})")
+    if learn is None and _LOSS_KEYS.isdisjoint(turn):
+        return Message(role, content)
+    given = [turn[key] for key in LOSS_KEYS if turn.get(key) is not None] + ([] if learn is None else [learn])
     if any(value not in (0, 1) for value in given):
         raise ValueError(f"turn {number}: weight {given[0]!r} is neither 0 nor 1")
-    if "content" not in turn and "value" not in turn:
-        raise ValueError(f"turn {number} ({role}) has no text; its keys: {', '.join(map(str, turn))}")
-    content = _content(turn.get("content", turn.get("value")), f"turn {number} ({role})")
     return Message(role, content, learn=all(given))
 
 
-def _content(content: Any, turn: str) -> str:
-    """The text of a content: a string, or a list of text parts."""
+def _role(turn: dict[str, Any], number: int) -> str:
+    """The role of a turn whose name of it is not one of `ROLES` as it stands."""
+    name = next((turn[key] for key in ("role", "from") if turn.get(key) is not None), None)
+    if name is None:
+        raise ValueError(f"turn {number} has neither role nor from; its keys: {_keys(turn)}")
+    role = ROLES.get(str(name).strip().lower())
+    if role is None:
+        raise ValueError(f"turn {number}: role {str(name)!r} is not known. Known: {', '.join(ROLES)}")
+    return role
+
+
+def _keys(turn: dict[str, Any]) -> str:
+    return ", ".join(str(key) for key, value in turn.items() if value is not None) or "none"
+
+
+def _content(turn: dict[str, Any], name: str) -> str:
+    """The text of a turn's content: a string, or a list of text parts."""
+    content = next((turn[key] for key in ("content", "value") if turn.get(key) is not None), None)
     if isinstance(content, str):
         return content
+    if content is None:
+        raise ValueError(f"{name} has no text; its keys: {_keys(turn)}")
     if not isinstance(content, list):
-        raise ValueError(f"{turn} has no text, but {type(content).__name__}")
+        raise ValueError(f"{name} has no text, but {type(content).__name__}")
     texts = []
     for part in content:
         text = part if isinstance(part, str) else part.get("text") if isinstance(part, dict) else None
         if not isinstance(text, str) or (isinstance(part, dict) and part.get("type", "text") != "text"):
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            raise ValueError(f"{turn} has a part of type {kind!r}; only text can be trained")
+            raise ValueError(f"{name} has a part of type {kind!r}; only text can be trained")
         texts.append(text)
     return "".join(texts)
