@@ -28,7 +28,7 @@ from fireflyds.data.pack.mixture import PackedRowSampler
 from fireflyds.data.pack.packing import plan_rows
 from fireflyds.data.store.build import finish_store, make_parts, store_provenance
 from fireflyds.data.store.parts import plan_tasks
-from fireflyds.data.store.store import TokenStore
+from fireflyds.data.store.store import VERSION, TokenStore
 from fireflyds.tokenizer.encoder import load_encoder
 
 ROOT = Path(__file__).parents[1]
@@ -195,7 +195,7 @@ def resume_rows(folder: Path) -> list[str]:
     for name, column in columns.items():
         np.save(folder / "index" / f"{name}.npy", column)
     manifest = {
-        "version": 2,
+        "version": VERSION,
         "dtype": "uint16",
         "domains": ["text"],
         "languages": [""],
