@@ -52,6 +52,9 @@ class Example:
     num_bytes: int
     is_document: bool = False
     """True for plain text: all tokens carry loss, and it may be split at any position."""
+    prompts: tuple[np.ndarray, ...] = ()
+    """For every span the tokens before it in a dialogue that begins at its turn, with the same system message; empty
+    for the first turn. They let a dialogue that is longer than a row go on in the next one."""
 
 
 class Encoder(Protocol):

@@ -161,7 +161,8 @@ class TrainConfig:
     """Earlier run whose trained weights initialize this run, with a new schedule (to resume a run, give the same `run`
     instead)."""
     seq_len: int = 1024
-    """Tokens per packed row; longer documents are truncated, dialogues after the last whole turn that fits."""
+    """Tokens per packed row; longer documents are split at the end of a sentence, dialogues at a turn of the
+    user."""
     micro_batch_size: int = 1
     """Packed rows per rank in one forward pass."""
     global_batch_size: int = 8

@@ -86,12 +86,15 @@ def encode_sample(encoder: Encoder, template: str, sample: Sample, loss_on: Loss
         return encode_document(encoder, sample.text)
     chat = registry.find("fireflyds.data.templates", template, "template").CHAT
     example = encode_segments(encoder, chat.render(sample.messages))
+    if loss_on is not LossOn.all:
+        prompts = (encode_segments(encoder, prompt).input_ids for prompt in chat.prompts(sample.messages))
+        example = replace(example, prompts=tuple(prompts))
     if loss_on is LossOn.last_answer:
-        return replace(example, spans=example.spans[-1:])
+        return replace(example, spans=example.spans[-1:], prompts=example.prompts[-1:])
     if loss_on is LossOn.all:
         if not all(message.learn for message in sample.messages):
             raise ValueError("loss_on=all learns every turn, but a turn has weight 0; use loss_on=answers")
-        # One span per turn, so that a long dialogue can still be truncated after a complete turn.
+        # One span per turn, so that a long dialogue is split after complete turns.
         ends = [*(end for _, end in example.spans[:-1]), len(example.input_ids)]
         return replace(example, spans=tuple(pairwise([0, *ends])))
     return example

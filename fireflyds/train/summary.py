@@ -13,10 +13,11 @@ def describe_run(inputs: RunInputs, model: Any, world_size: int) -> str:
     groups = summarize_groups(model, config, inputs.precision)
     total = sum(group.parameters for group in groups)
     trainable = total - groups[-1].parameters
-    truncated, dropped = rows.length_losses
+    continued, cut_tokens = rows.long_dialogues
     notes = ""
-    if truncated or dropped:
-        notes += f", {truncated} dialogues truncated and {dropped} dropped for seq_len={config.seq_len}"
+    if continued:
+        notes += f", {continued:,} dialogues longer than seq_len={config.seq_len} go on in further rows"
+        notes += f" ({cut_tokens:,} tokens of their prompts cut)" * bool(cut_tokens)
     mixed = [name for name in rows.names if name != "all"]
     if mixed and (unmixed := sorted(set(store.domains) - set(mixed))):
         notes += f"; without weight, so not trained on: {', '.join(unmixed)}"

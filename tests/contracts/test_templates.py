@@ -62,6 +62,23 @@ def test_invalid_orders_of_roles_are_refused(name: str, messages: tuple[Message,
 
 
 @pytest.mark.parametrize("name", registry.names(TEMPLATES))
+@pytest.mark.parametrize("system", [(), SYSTEM_DIALOGUE[:1]])
+def test_the_prompt_of_a_later_turn_is_that_of_a_dialogue_which_begins_there(
+    name: str, system: tuple[Message, ...]
+) -> None:
+    chat = registry.load(TEMPLATES, name).CHAT
+    first, second = chat.prompts((*system, *DIALOGUE))
+    assert first == []
+    alone = chat.render((*system, *DIALOGUE[2:]))
+    expected = alone[: next(index for index, segment in enumerate(alone) if segment.learn)]
+    # The number of the turn is kept where a template counts the turns.
+    assert [(segment.text.replace("2", "1"), segment.special) for segment in second] == [
+        (segment.text.replace("2", "1"), segment.special) for segment in expected
+    ]
+    assert chat.prompts((DIALOGUE[0], replace(DIALOGUE[1], learn=False), *DIALOGUE[2:])) == [chat.prompts(DIALOGUE)[1]]
+
+
+@pytest.mark.parametrize("name", registry.names(TEMPLATES))
 def test_an_answer_without_loss_is_rendered_alike_and_not_learned(name: str) -> None:
     chat = registry.load(TEMPLATES, name).CHAT
     messages = [replace(message, learn=message is not SYSTEM_DIALOGUE[2]) for message in SYSTEM_DIALOGUE]

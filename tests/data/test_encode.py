@@ -65,3 +65,24 @@ def test_bos_and_eos_are_never_doubled(encoder: SentencePieceEncoder) -> None:
         ids = encode_sample(encoder, name, DIALOGUE).input_ids.tolist()
         for special in (encoder.bos_id, encoder.eos_id):
             assert not any(a == b == special for a, b in pairwise(ids)), name
+
+
+@pytest.mark.parametrize("template", ["firefly", "vicuna", "llama2", "belle"])
+@pytest.mark.parametrize("system", [(), (Message("system", "Be brief."),)])
+def test_a_dialogue_that_goes_on_has_the_ids_of_one_that_begins_there(
+    encoder: SentencePieceEncoder, template: str, system: tuple[Message, ...]
+) -> None:
+    turns = tuple(
+        Message(role, text)
+        for question, answer in (("the old bridge", "is long"), (" why", "\n\nbecause\n"), ("青岭镇", "在北边。"))
+        for role, text in (("user", question), ("assistant", answer))
+    )
+    example = encode_sample(encoder, template, Sample(messages=(*system, *turns)))
+    assert len(example.prompts) == len(example.spans) == 3
+    for number in (1, 2):
+        begins_there = encode_sample(encoder, template, Sample(messages=(*system, *turns[2 * number :])))
+        start = example.spans[number][0]
+        assert [*example.prompts[number], *example.input_ids[start:]] == begins_there.input_ids.tolist()
+    last = encode_sample(encoder, template, Sample(messages=(*system, *turns)), LossOn.last_answer)
+    assert [prompt.tolist() for prompt in last.prompts] == [example.prompts[-1].tolist()]
+    assert encode_sample(encoder, template, Sample(messages=(*system, *turns)), LossOn.all).prompts == ()

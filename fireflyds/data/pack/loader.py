@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from fireflyds.data.pack.mixture import PackedRowSampler
-from fireflyds.data.pack.packing import DocumentSlices
+from fireflyds.data.pack.packing import DocumentSlices, slice_ids
 from fireflyds.data.store.store import TokenStore
 from fireflyds.types import IGNORE_INDEX, PackedBatch, next_token_labels
 
@@ -49,7 +49,9 @@ class PackedLoader:
     def documents(self, number: int, micro: int) -> str:
         """Describes the documents of a micro-batch of step `number`: indices in the store and token ranges."""
         slices = self._slices(number, micro).as_tuples()
-        listed = ", ".join(f"{document} [{start}:{start + length}]" for document, start, length in slices[:8])
+        listed = ", ".join(
+            f"{document} [{start}:{start + length - context}]" for document, start, length, _, context in slices[:8]
+        )
         suffix = f" and {len(slices) - 8} more" if len(slices) > 8 else ""
         return f"documents {listed}{suffix} of {self.store.path}"
 
@@ -95,12 +97,15 @@ def collate(store: TokenStore, slices: DocumentSlices) -> PackedBatch:
     """Concatenates document slices to a packed batch; labels outside the learned spans are `IGNORE_INDEX`."""
     documents, starts, lengths = slices.documents, slices.starts, slices.lengths.astype(np.int64)
     ends = np.cumsum(lengths)
-    ids = np.concatenate([store.ids(*location) for location in slices.as_tuples()]).astype(np.int64)
+    ids = np.concatenate([slice_ids(store, *location) for location in slices.as_tuples()]).astype(np.int64)
     labels = next_token_labels(ids, ends)
     for index in np.flatnonzero(~store.is_document(documents)).tolist():
         start, length = int(starts[index]), int(lengths[index])
+        # Position in the slice = position in the document + shift.
+        shift = int(slices.contexts[index]) - start
         learned = np.zeros(length, bool)
         for first, end in store.spans_of(int(documents[index])).tolist():
-            learned[max(first - start, 1) - 1 : max(min(end - start, length) - 1, 0)] = True
+            begin = max(max(first, start) + shift, 1) - 1
+            learned[begin : max(min(end + shift, length) - 1, 0)] = True
         labels[ends[index] - length : ends[index]][~learned] = IGNORE_INDEX
     return PackedBatch.from_flat(ids, labels, lengths, store.domain_ids[documents])

@@ -19,7 +19,7 @@ from fireflyds.errors import UserError
 # Rows are assigned to domains in blocks of this size: shares are exact to 1/10,000.
 _BLOCK = 10_000
 # Version of the packing algorithm; increased when packing changes, so that cached plans are not reused.
-_FORMAT = 2
+_FORMAT = 3
 
 
 class DomainRows:
@@ -35,10 +35,10 @@ class DomainRows:
         self.rows_per_epoch = len(self.plan(0))
         if self.rows_per_epoch == 0:
             raise UserError(
-                f"domain {name} has no document or complete dialogue turn of at most seq_len={seq_len} tokens",
+                f"domain {name} has no document",
                 key=store.key,
                 value=store.path,
-                remedy="Raise seq_len",
+                remedy="Leave the domain out, or prepare the store again with documents of it",
             )
         self.tokens_per_row = float(self.slices.lengths.sum()) / self.rows_per_epoch
 
@@ -63,10 +63,10 @@ class DomainRows:
     def _split(self, documents: np.ndarray) -> DocumentSlices:
         arrays = self._load_or_build(
             f"slices-{self._cache}",
-            ("documents", "starts", "lengths", "num_truncated", "num_dropped"),
+            ("documents", "starts", "lengths", "spans", "contexts", "num_continued", "num_cut_tokens"),
             lambda: split_documents(self._store, documents, self._seq_len),
         )
-        return DocumentSlices(arrays[0], arrays[1], arrays[2], int(arrays[3]), int(arrays[4]))
+        return DocumentSlices.from_columns(arrays[:5], int(arrays[5]), int(arrays[6]))
 
     def _load_or_build(self, name: str, fields: tuple[str, ...], build: Callable[[], object]) -> list[np.ndarray]:
         """Loads arrays from the `plans` folder of the store, or builds them and saves them there if it is writable."""
@@ -185,11 +185,10 @@ class PackedRowSampler:
         raise AssertionError("no phase contains that many rows of the pool")
 
     @property
-    def length_losses(self) -> tuple[int, int]:
-        """Numbers of dialogues truncated and dropped because of their length, over all pools."""
-        return sum(pool.slices.num_truncated for pool in self.pools), sum(
-            pool.slices.num_dropped for pool in self.pools
-        )
+    def long_dialogues(self) -> tuple[int, int]:
+        """Numbers of dialogues that go on in further rows, and of tokens of their prompts that were cut."""
+        slices = [pool.slices for pool in self.pools]
+        return sum(item.num_continued for item in slices), sum(item.num_cut_tokens for item in slices)
 
     def row(self, number: int) -> DocumentSlices:
         """Returns the slices of row `number`.

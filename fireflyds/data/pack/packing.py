@@ -16,37 +16,60 @@ _SLACK = 0.25
 
 @dataclass(frozen=True, slots=True)
 class DocumentSlices:
-    """Tokens `[starts[i], starts[i] + lengths[i])` of the documents `documents[i]`: int32 arrays `[n]`.
+    """Slices of documents: int32 arrays `[n]`.
 
-    For the slices of a whole domain, `num_truncated` counts dialogues without their last turns, and `num_dropped`
-    those that are left out, because they have no complete learned turn within `seq_len` tokens.
+    A slice has `lengths[i]` tokens: the last `contexts[i]` tokens of the prompt of the span `spans[i]` (see
+    `TokenStore.prompt`), which carry no loss, and then the document's tokens from `starts[i]`. Without a prompt `spans`
+    is -1 and `contexts` is 0.
+
+    For the slices of a whole domain, `num_continued` counts dialogues that are longer than a row and go on in further
+    rows, and `num_cut_tokens` the tokens of their prompts that were cut, because an answer needs the room.
     """
 
     documents: np.ndarray
     starts: np.ndarray
     lengths: np.ndarray
-    num_truncated: int = 0
-    num_dropped: int = 0
+    spans: np.ndarray
+    contexts: np.ndarray
+    num_continued: int = 0
+    num_cut_tokens: int = 0
 
     def __len__(self) -> int:
         return len(self.documents)
 
+    @property
+    def columns(self) -> tuple[np.ndarray, ...]:
+        """The five arrays."""
+        return self.documents, self.starts, self.lengths, self.spans, self.contexts
+
     def take(self, indices: np.ndarray) -> "DocumentSlices":
         """Returns the slices at `indices`, an integer array or a boolean mask."""
-        return DocumentSlices(self.documents[indices], self.starts[indices], self.lengths[indices])
+        return DocumentSlices.from_columns([column[indices] for column in self.columns])
 
-    def as_tuples(self) -> list[tuple[int, int, int]]:
-        """Returns `(document, start, length)` of each slice as Python integers."""
-        return list(zip(self.documents.tolist(), self.starts.tolist(), self.lengths.tolist(), strict=True))
+    def as_tuples(self) -> list[tuple[int, ...]]:
+        """Returns `(document, start, length, span, context)` of each slice as Python integers."""
+        return list(zip(*(column.tolist() for column in self.columns), strict=True))
 
     @staticmethod
     def concatenate(rows: Sequence["DocumentSlices"]) -> "DocumentSlices":
-        """Returns the slices of all `rows` in order, without their counts of truncated and dropped dialogues."""
-        return DocumentSlices(
-            documents=np.concatenate([row.documents for row in rows]),
-            starts=np.concatenate([row.starts for row in rows]),
-            lengths=np.concatenate([row.lengths for row in rows]),
+        """Returns the slices of all `rows` in order, without their counts of long dialogues."""
+        return DocumentSlices.from_columns(
+            [np.concatenate(columns) for columns in zip(*(row.columns for row in rows), strict=True)]
         )
+
+    @staticmethod
+    def from_columns(
+        columns: Sequence[np.ndarray], num_continued: int = 0, num_cut_tokens: int = 0
+    ) -> "DocumentSlices":
+        """The slices of the five arrays, as `columns` returns them."""
+        documents, starts, lengths, spans, contexts = columns
+        return DocumentSlices(documents, starts, lengths, spans, contexts, num_continued, num_cut_tokens)
+
+
+def slice_ids(store: TokenStore, document: int, start: int, length: int, span: int, context: int) -> np.ndarray:
+    """The token ids of one slice: uint16 or uint32 `[length]`."""
+    ids = store.ids(document, start, length - context)
+    return np.concatenate([store.prompt(span)[-context:], ids]) if context else ids
 
 
 def split_documents(store: TokenStore, documents: np.ndarray, seq_len: int) -> DocumentSlices:
@@ -54,44 +77,83 @@ def split_documents(store: TokenStore, documents: np.ndarray, seq_len: int) -> D
 
     A plain document becomes several slices, split at a sentence end if there is one close to the limit. A slice
     starts with the last token of the slice before it, so that every token but the document's first is a target.
-    A dialogue is truncated after its last learned turn that fits.
+    A dialogue becomes several dialogues, which begin at a turn of the user, with the system message; an answer that is
+    longer than a row is split like a document. Every learned token is a target of exactly one slice.
     """
     lengths = store.lengths[documents]
     short = lengths <= seq_len
     long, plain = documents[~short], store.is_document(documents[~short])
-    groups: list[tuple[np.ndarray, ...]] = [(documents[short], np.zeros(int(short.sum()), np.int32), lengths[short])]
-    truncated = dropped = 0
+    num_short = int(short.sum())
+    none, zeros = np.full(num_short, -1, np.int32), np.zeros(num_short, np.int32)
+    groups = [np.stack([documents[short].astype(np.int32), zeros, lengths[short], none, zeros], axis=1)]
     ends_sentence = np.zeros(1 + int(store.sentence_ends.max(initial=0)), bool)
     ends_sentence[store.sentence_ends] = True
-    for document, length in zip(long[plain].tolist(), lengths[~short][plain].tolist(), strict=True):
-        starts = np.asarray(_split_points(store.ids(document, 0, length), ends_sentence, seq_len), np.int64)
-        # The next slice starts with the last token of this one.
-        ends = np.append(starts[1:] + 1, length)
-        groups.append((np.full(len(starts), document), starts, ends - starts))
-    for document in long[~plain].tolist():
-        spans = store.spans_of(document)
-        fitting = spans[spans[:, 1] <= seq_len, 1]
-        if len(fitting) == 0:
-            dropped += 1
+    cut = 0
+    for document, length, is_plain in zip(long.tolist(), lengths[~short].tolist(), plain.tolist(), strict=True):
+        ids = store.ids(document, 0, length)
+        if is_plain:
+            rows = [(start, end - start, -1, 0) for start, end in _pieces(ids, 0, length, ends_sentence, seq_len)]
+        else:
+            rows, cut_tokens = _split_dialogue(store, document, ids, ends_sentence, seq_len)
+            cut += cut_tokens
+        groups.append(np.array([(document, *row) for row in rows], np.int32).reshape(-1, 5))
+    table = np.concatenate(groups)
+    return DocumentSlices.from_columns(list(np.ascontiguousarray(table.T)), int((~plain).sum()), cut)
+
+
+def _split_dialogue(
+    store: TokenStore, document: int, ids: np.ndarray, ends_sentence: np.ndarray, seq_len: int
+) -> tuple[list[tuple[int, int, int, int]], int]:
+    """Returns `(start, length, span, context)` of the slices of a dialogue, and the number of prompt tokens cut."""
+    spans, numbers = store.spans_of(document).tolist(), store.span_indices(document)
+    slices: list[tuple[int, int, int, int]] = []
+    cut = index = 0
+    while index < len(spans):
+        first, end = spans[index]
+        prompt = len(store.prompt(numbers[index]))
+        # Without a prompt of its own, a span follows the tokens of the dialogue before it.
+        own = 0 if index == 0 else max(0, first - 1)
+        start, span, context = (first, numbers[index], prompt) if prompt and index else (own, -1, 0)
+        if context + end - start > seq_len:
+            room = seq_len // 2
+            if prompt and first - start + context > room:
+                start, span, context = first, numbers[index], min(prompt, room)
+                cut += prompt - context
+            elif first - start > room:
+                cut += first - room - start
+                start = first - room
+            limit = end if context + end - start <= seq_len else _cut_at(ids, start, seq_len - context, ends_sentence)
+            slices.append((start, context + limit - start, span, context))
+            pieces = _pieces(ids, limit - 1, end, ends_sentence, seq_len) if limit < end else []
+            slices += [(start, stop - start, -1, 0) for start, stop in pieces]
+            index += 1
             continue
-        truncated += 1
-        groups.append((np.array([document]), np.array([0]), fitting[-1:]))
-    arrays = [np.concatenate([group[column] for group in groups]).astype(np.int32) for column in range(3)]
-    return DocumentSlices(arrays[0], arrays[1], arrays[2], truncated, dropped)
+        last = index
+        while last + 1 < len(spans) and context + spans[last + 1][1] - start <= seq_len:
+            last += 1
+        slices.append((start, context + spans[last][1] - start, span, context))
+        index = last + 1
+    return slices, cut
 
 
-def _split_points(ids: np.ndarray, ends_sentence: np.ndarray, seq_len: int) -> list[int]:
-    """Returns the first token index of each slice of a document."""
-    starts = [0]
-    while len(ids) - starts[-1] > seq_len:
-        limit = starts[-1] + seq_len
-        candidates = ids[max(starts[-1] + 2, limit - int(_SLACK * seq_len)) : limit]
-        sentence = np.flatnonzero(
-            ends_sentence[np.minimum(candidates, len(ends_sentence) - 1)] & (candidates < len(ends_sentence))
-        )
-        end = limit - (len(candidates) - 1 - int(sentence[-1])) if len(sentence) else limit
-        starts.append(end - 1)
-    return starts
+def _pieces(ids: np.ndarray, start: int, end: int, ends_sentence: np.ndarray, seq_len: int) -> list[tuple[int, int]]:
+    """Returns start and end of the slices of the tokens `[start, end)`; each starts with the last token of another."""
+    pieces = []
+    while end - start > seq_len:
+        limit = _cut_at(ids, start, seq_len, ends_sentence)
+        pieces.append((start, limit))
+        start = limit - 1
+    return [*pieces, (start, end)]
+
+
+def _cut_at(ids: np.ndarray, start: int, size: int, ends_sentence: np.ndarray) -> int:
+    """Returns the end of a slice of at most `size` tokens from `start`, behind a sentence if one ends close to that."""
+    limit = start + size
+    candidates = ids[max(start + 2, limit - int(_SLACK * size)) : limit]
+    sentence = np.flatnonzero(
+        ends_sentence[np.minimum(candidates, len(ends_sentence) - 1)] & (candidates < len(ends_sentence))
+    )
+    return limit - (len(candidates) - 1 - int(sentence[-1])) if len(sentence) else limit
 
 
 @dataclass(frozen=True, slots=True)

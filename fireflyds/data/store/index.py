@@ -60,8 +60,6 @@ def columns_of(
     excess = _beyond_cap(config, source, keep)
     dropped["beyond max_documents"] = source[excess]
     keep[excess] = False
-    counts = column((part["span_counts"] for part in parts), np.int32)
-    spans = np.concatenate([np.zeros((0, 2), np.int32), *(part["spans"] for part in parts)])
     sources = config.data.sources
     columns = {
         "part": repeated(range(len(tasks)), np.int32),
@@ -71,12 +69,26 @@ def columns_of(
         "language": repeated((languages.index(sources[task.source].language) for task in tasks), np.uint16),
         "num_bytes": column((part["num_bytes"] for part in parts), np.int64),
     }
-    if not keep.all():
-        columns = {name: values[keep] for name, values in columns.items()}
-        spans, counts = spans[np.repeat(keep, counts)], counts[keep]
-    columns["spans"] = spans
-    columns["span_offsets"] = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
-    return columns, dropped
+    columns = {name: values[keep] for name, values in columns.items()}
+    return columns | _span_columns(parts, keep), dropped
+
+
+def _span_columns(parts: list[Any], keep: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns the spans of the kept documents, their prompts, and the offsets of both."""
+    counts = np.concatenate([part["span_counts"] for part in parts])
+    kept_spans = np.repeat(keep, counts)
+    prompt_lengths = np.concatenate([part["prompt_lengths"] for part in parts])
+    prompts = np.concatenate([part["prompts"] for part in parts])
+    return {
+        "spans": np.concatenate([part["spans"] for part in parts])[kept_spans],
+        "span_offsets": _offsets(counts[keep]),
+        "prompts": prompts[np.repeat(kept_spans, prompt_lengths)],
+        "prompt_offsets": _offsets(prompt_lengths[kept_spans]),
+    }
+
+
+def _offsets(counts: np.ndarray) -> np.ndarray:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
 
 
 def _beyond_cap(config: PrepareConfig, source: np.ndarray, keep: np.ndarray) -> np.ndarray:

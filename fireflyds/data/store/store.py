@@ -4,8 +4,9 @@ parts/<key>.ids       uint16 or uint32, the concatenated documents of one part o
 parts/<key>.npz       their lengths, byte lengths and learned spans (and hashes, if duplicates are removed)
 parts/<key>.json      counts, written last: a part without it is incomplete
 index/*.npy           columns of all kept documents, in order: part int32, start int64 (within the part), length int32,
-                      domain uint16, language uint16, num_bytes int64, span_offsets int64 [n + 1], spans int32 [m, 2];
-                      sentence_ends int64: ids of tokens that end a sentence
+                      domain uint16, language uint16, num_bytes int64, span_offsets int64 [n + 1], spans int32 [m, 2],
+                      prompt_offsets int64 [m + 1], prompts uint16 or uint32: for every span the tokens before it where
+                      the dialogue begins at its turn; sentence_ends int64: ids of tokens that end a sentence
 rejected.jsonl        rows that cannot be used: file, line, reason
 manifest.json         provenance (`made_from`) and counts; written last
 """
@@ -23,7 +24,13 @@ from fireflyds.types import Example
 
 MANIFEST = "manifest.json"
 VERSION = 4
-INDEX = ("part", "start", "length", "domain", "language", "num_bytes", "span_offsets", "spans", "sentence_ends")
+INDEX = (
+    *("part", "start", "length", "domain", "language", "num_bytes"),
+    *("span_offsets", "spans", "prompt_offsets", "prompts", "sentence_ends"),
+)
+
+
+_NO_PROMPT = np.zeros(0, np.uint32)
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -46,6 +53,7 @@ class PartWriter:
         self._num_bytes: list[int] = []
         self._spans: list[tuple[int, int]] = []
         self._span_counts: list[int] = []
+        self._prompts: list[np.ndarray] = []
 
     def add(self, example: Example) -> None:
         """Appends the tokens, the byte length and the learned spans of one record."""
@@ -56,6 +64,7 @@ class PartWriter:
         spans = () if example.is_document else example.spans
         self._spans += spans
         self._span_counts.append(len(spans))
+        self._prompts += example.prompts if len(example.prompts) == len(spans) else [_NO_PROMPT] * len(spans)
 
     def counts(self) -> dict[str, int]:
         """Returns the counts of the examples added so far."""
@@ -76,6 +85,8 @@ class PartWriter:
                 num_bytes=np.asarray(self._num_bytes, np.int64),
                 span_counts=np.asarray(self._span_counts, np.int32),
                 spans=np.asarray(self._spans, np.int32).reshape(-1, 2),
+                prompt_lengths=np.asarray([len(prompt) for prompt in self._prompts], np.int32),
+                prompts=np.concatenate([_NO_PROMPT, *self._prompts]).astype(self._dtype),
                 **arrays,
             )
         info["sha256"] = {suffix: _digest(self._temporary(suffix)) for suffix in (".ids", ".npz")}
@@ -124,6 +135,7 @@ class TokenStore:
         self.domain_ids, self.language_ids = arrays["domain"], arrays["language"]
         self.num_bytes = arrays["num_bytes"]
         self._span_offsets, self._spans = arrays["span_offsets"], arrays["spans"]
+        self._prompt_offsets, self._prompts = arrays["prompt_offsets"], arrays["prompts"]
         self.sentence_ends = arrays["sentence_ends"]
         self.domains: list[str] = self.manifest["domains"]
         self.languages: list[str] = self.manifest["languages"]
@@ -186,6 +198,15 @@ class TokenStore:
         if first == end:
             return np.array([[0, self.lengths[document]]], np.int64)
         return self._spans[first:end].astype(np.int64)
+
+    def span_indices(self, document: int) -> range:
+        """The numbers of the document's spans in the store, by which `prompt` finds their prompts."""
+        return range(int(self._span_offsets[document]), int(self._span_offsets[document + 1]))
+
+    def prompt(self, span: int) -> np.ndarray:
+        """The tokens before a span in a dialogue that begins at its turn: uint16 or uint32 `[k]`, empty for turn 1."""
+        tokens: np.ndarray = self._prompts[self._prompt_offsets[span] : self._prompt_offsets[span + 1]]
+        return tokens
 
     def _open(self, part: int) -> np.ndarray:
         file = self.path / "parts" / f"{self.manifest['parts'][part]['key']}.ids"

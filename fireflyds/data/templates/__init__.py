@@ -39,22 +39,42 @@ class Chat:
             ValueError: the roles do not alternate, or a turn is empty.
         """
         system, pairs = turns(messages)
-        system_text = system or self.default_system
-        head = list(self._filled(self.system, system_text)) if system_text else []
-        inside = "{system}" in self.user
-        segments = [*self._cut(self.begin, learn=False), *([] if inside else head)]
+        segments: list[Segment] = []
         for number, (user, assistant) in enumerate(pairs, 1):
-            before, system_here, rest = self.user.replace("{round}", str(number)).partition("{system}")
-            if number > 1:
-                segments += self._cut(self.after, learn=False)
-            if system_here:
-                segments += [*self._cut(before, learn=False), *(head if number == 1 else [])]
-            segments += self._filled(rest if system_here else before, user)
-            segments += self._cut(self.opening, learn=False)
+            segments += self._prompt(system, user, number) if number == 1 else self._next_prompt(user, number)
             before, _, behind = self.answer.partition("{}")
             segments.append(Segment(before + assistant.content + behind, learn=assistant.learn))
             segments += self._cut(self.stop, learn=assistant.learn)
         return _joined([*segments, *self._cut(self.after, learn=False)])
+
+    def prompts(self, messages: Sequence[Message]) -> list[list[Segment]]:
+        """Renders, for every answer that carries loss, what stands before it where the dialogue begins at its turn:
+        nothing for the first turn, where that stands in the dialogue itself.
+
+        Raises:
+            ValueError: the roles do not alternate, or a turn is empty.
+        """
+        system, pairs = turns(messages)
+        numbered = [(number, user) for number, (user, assistant) in enumerate(pairs, 1) if assistant.learn]
+        return [_joined(self._prompt(system, user, number)) if number > 1 else [] for number, user in numbered]
+
+    def _prompt(self, system: str, user: str, number: int) -> list[Segment]:
+        """The segments of turn `number` before its answer where it is the first of the dialogue."""
+        system_text = system or self.default_system
+        head = list(self._filled(self.system, system_text)) if system_text else []
+        before, system_here, rest = self.user.replace("{round}", str(number)).partition("{system}")
+        segments = list(self._cut(self.begin, learn=False))
+        segments += [*self._cut(before, learn=False), *head] if system_here else head
+        segments += self._filled(rest if system_here else before, user)
+        return [*segments, *self._cut(self.opening, learn=False)]
+
+    def _next_prompt(self, user: str, number: int) -> list[Segment]:
+        """The segments between two answers."""
+        before, system_here, rest = self.user.replace("{round}", str(number)).partition("{system}")
+        segments = list(self._cut(self.after, learn=False))
+        segments += self._cut(before, learn=False) if system_here else []
+        segments += self._filled(rest if system_here else before, user)
+        return [*segments, *self._cut(self.opening, learn=False)]
 
     def _filled(self, text: str, message: str) -> Iterator[Segment]:
         """Yields the segments of a template string with a message inserted. Only the template string is searched for

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fireflyds.config import DataConfig, PhaseConfig, SourceConfig
 from fireflyds.data.pack.loader import PackedLoader, collate
 from fireflyds.data.pack.mixture import PackedRowSampler
-from fireflyds.data.pack.packing import DocumentSlices, best_fit, plan_rows, split_documents
+from fireflyds.data.pack.packing import DocumentSlices, best_fit, plan_rows, slice_ids, split_documents
 from fireflyds.data.store.store import TokenStore
 from fireflyds.errors import UserError
 from fireflyds.testing.stores import write_store
@@ -108,14 +108,70 @@ def test_no_label_crosses_a_document(store: TokenStore) -> None:
         assert batch.max_seqlen == batch.cu_seqlens.diff().max()
 
 
-def test_dialogues_are_never_truncated_and_dropped_ones_are_counted(tmp_path: Path) -> None:
-    dialogue_store = make_store(tmp_path / "t", dialogues=True)
-    pieces = split_documents(dialogue_store, np.arange(len(dialogue_store)), SEQ)
-    is_long = dialogue_store.lengths > SEQ
-    assert pieces.num_dropped == int(is_long.sum()) > 0
-    assert pieces.num_truncated == 0
-    assert len(pieces.documents) == len(dialogue_store) - pieces.num_dropped
-    assert (pieces.starts == 0).all()
+def random_dialogues(rng: np.random.Generator, count: int, *, prompts: bool) -> list[Example]:
+    """Dialogues of unique tokens: system message, then questions and answers of all lengths. Prompts, of tokens from
+    1,000,000, are those of the system message and the question."""
+    examples, next_token = [], 10
+    for _ in range(count):
+        position, spans, prompt_ids = int(rng.integers(1, 12)), [], []
+        head = position
+        for turn in range(int(rng.integers(1, 9))):
+            question, answer = (int(2 ** rng.uniform(0, top)) for top in (6.5, 8))
+            prompt_ids.append(1_000_000 + np.arange(head + question) if turn and prompts else np.zeros(0, np.uint32))
+            spans.append((position + question, position + question + answer))
+            position += question + answer
+        examples.append(
+            Example(np.arange(next_token, next_token + position), tuple(spans), 9, prompts=tuple(prompt_ids))
+        )
+        next_token += position
+    return examples
+
+
+@pytest.mark.parametrize("prompts", [True, False])
+@pytest.mark.parametrize("seq_len", [8, 40, 64, 200])
+def test_every_learned_token_of_a_dialogue_is_a_target_once(tmp_path: Path, seq_len: int, prompts: bool) -> None:
+    examples = random_dialogues(np.random.default_rng(seq_len), 120, prompts=prompts)
+    dialogue_store = write_store(tmp_path / "s", {"zh": examples}, 2_000_000)
+    slices = split_documents(dialogue_store, np.arange(len(dialogue_store)), seq_len)
+    assert slices.lengths.max() <= seq_len
+    assert slices.num_continued == int((dialogue_store.lengths > seq_len).sum()) > 0
+    targets = Counter()
+    for index in range(len(slices)):
+        batch = collate(dialogue_store, slices.take(np.array([index])))
+        labels, ids = batch.labels[0].numpy(), batch.input_ids[0].numpy()
+        assert labels[-1] == IGNORE_INDEX
+        learned = labels[:-1] != IGNORE_INDEX
+        assert (labels[:-1][learned] == ids[1:][learned]).all()
+        targets.update(labels[labels != IGNORE_INDEX].tolist())
+    spans = [(example, span) for example in examples for span in example.spans]
+    assert targets == Counter(token for example, span in spans for token in example.input_ids[slice(*span)].tolist())
+
+
+def test_a_dialogue_goes_on_at_a_turn_with_its_prompt(tmp_path: Path) -> None:
+    """A system message of 2 tokens, then questions and answers of 3 each."""
+    spans = tuple((5 + 6 * turn, 8 + 6 * turn) for turn in range(4))
+    prompts = (np.zeros(0, np.uint32), *(np.array([100, 101, 200 + turn, 201, 202]) for turn in range(1, 4)))
+    dialogue_store = write_store(tmp_path / "s", {"zh": [Example(np.arange(26), spans, 9, prompts=prompts)]}, 400)
+    slices = split_documents(dialogue_store, np.arange(1), 12)
+    assert [slice_ids(dialogue_store, *location).tolist() for location in slices.as_tuples()] == [
+        list(range(8)),
+        [100, 101, 201, 201, 202, 11, 12, 13],
+        [100, 101, 202, 201, 202, 17, 18, 19],
+        [100, 101, 203, 201, 202, 23, 24, 25],
+    ]
+    assert split_documents(dialogue_store, np.arange(1), 14).lengths.tolist() == [14, 14]
+    assert (slices.num_continued, slices.num_cut_tokens) == (1, 0)
+
+
+def test_an_answer_longer_than_a_row_keeps_the_end_of_its_prompt(tmp_path: Path) -> None:
+    prompts = (np.zeros(0, np.uint32), np.arange(300, 310))
+    dialogue = Example(np.arange(60), ((6, 10), (16, 60)), 9, prompts=prompts)
+    dialogue_store = write_store(tmp_path / "s", {"zh": [dialogue]}, 400)
+    slices = split_documents(dialogue_store, np.arange(1), 16)
+    ids = [slice_ids(dialogue_store, *location).tolist() for location in slices.as_tuples()]
+    assert ids[:3] == [list(range(10)), [*range(302, 310), *range(16, 24)], list(range(23, 39))]
+    assert ids[-1][-1] == 59
+    assert slices.num_cut_tokens == 2
 
 
 @pytest.mark.parametrize("weights", [{}, {"zh": 0.75, "en": 0.25}])
