@@ -190,6 +190,10 @@ def resume_rows(folder: Path) -> list[str]:
         "num_bytes": lengths.astype(np.int64),
         "span_offsets": np.zeros(count + 1, np.int64),
         "spans": np.zeros((0, 2), np.int32),
+        "prompt_heads": np.zeros(0, np.int32),
+        "prompt_tails": np.zeros(0, np.int32),
+        "prompt_offsets": np.zeros(1, np.int64),
+        "prompts": np.zeros(0, np.uint16),
         "sentence_ends": np.zeros(0, np.int64),
     }
     for name, column in columns.items():

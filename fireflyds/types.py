@@ -32,11 +32,23 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A substring of a rendered dialogue. `special`: it is a single token, never split; `learn`: it carries loss."""
+    """A substring of a rendered dialogue. `special`: it is a single token, never split; `learn`: it carries loss;
+    `separate`: it is encoded by itself, as an answer is, with loss or without."""
 
     text: str
     learn: bool = False
     special: bool = False
+    separate: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TurnPrompt:
+    """The tokens before an answer in a dialogue that begins at its turn: the first `head` tokens of the whole dialogue,
+    `middle`, and the last `tail` tokens before the answer. All three are empty for the first turn."""
+
+    head: int
+    middle: np.ndarray
+    tail: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +64,8 @@ class Example:
     num_bytes: int
     is_document: bool = False
     """True for plain text: all tokens carry loss, and it may be split at any position."""
-    prompts: tuple[np.ndarray, ...] = ()
-    """For every span the tokens before it in a dialogue that begins at its turn, with the same system message; empty
-    for the first turn. They let a dialogue that is longer than a row go on in the next one."""
+    prompts: tuple[TurnPrompt, ...] = ()
+    """The prompt of every span, with which a dialogue that is longer than a row goes on in the next one."""
 
 
 class Encoder(Protocol):

@@ -18,7 +18,7 @@ from fireflyds import app, registry
 from fireflyds.config import PrepareConfig, StatsMode
 from fireflyds.data import show
 from fireflyds.data.read.files import describe_folder
-from fireflyds.data.store.build import finish_store, make_parts, refuse_share_rejected, store_provenance
+from fireflyds.data.store.build import finish_store, make_parts, refuse_rejected_share, store_provenance
 from fireflyds.data.store.parts import plan_tasks
 from fireflyds.data.store.store import MANIFEST, TokenStore, read_manifest
 from fireflyds.errors import UserError
@@ -57,8 +57,8 @@ def prepare(config: PrepareConfig) -> None:
     refuse_overlap(config, out)
     tasks = plan_tasks(config, encoder.fingerprint())
     made_from = store_provenance(config, encoder.fingerprint(), tasks)
-    if (out / MANIFEST).exists() and read_manifest(out)["made_from"] == made_from and is_whole(out):
-        refuse_share_rejected(config, TokenStore(out).manifest["totals"])
+    if is_whole(out) and read_manifest(out)["made_from"] == made_from:
+        refuse_rejected_share(config, read_manifest(out)["totals"])
         print(f"{out}: complete and made from the same sources, tokenizer and template; nothing to do")
         return
     with resumable_dir(out, Output("prepare", caches=("plans", "stats.png")), pieces="parts") as folder:
@@ -76,7 +76,9 @@ def prepare(config: PrepareConfig) -> None:
 
 
 def is_whole(out: Path) -> bool:
-    """True where the store at `out` can be opened; otherwise prints what is damaged."""
+    """True where there is a store at `out` that can be opened; otherwise prints what is damaged."""
+    if not (out / MANIFEST).exists():
+        return False
     try:
         TokenStore(out)
     except UserError as error:

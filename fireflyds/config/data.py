@@ -35,6 +35,7 @@ class SourceConfig:
     def __post_init__(self) -> None:
         require_at_least(self, max_documents=0, weight=0)
         try:
+            "".encode(self.encoding)  # also refuses codecs that are no text encodings, such as hex
             self.encoding = codecs.lookup(self.encoding).name
         except LookupError as error:
             raise UserError(

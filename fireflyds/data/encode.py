@@ -9,7 +9,10 @@ import numpy as np
 from fireflyds import registry
 from fireflyds.config import LossOn
 from fireflyds.errors import UserError
-from fireflyds.types import BOS, EOS, Encoder, Example, Sample, Segment
+from fireflyds.types import BOS, EOS, Encoder, Example, Sample, Segment, TurnPrompt
+
+# Dialogues of at most as many tokens get no prompts: rows are longer.
+_MIN_CONTINUED = 128
 
 
 def encode_document(encoder: Encoder, text: str) -> Example:
@@ -65,7 +68,7 @@ def encode_segments(encoder: Encoder, segments: Sequence[Segment]) -> Example:
             spans[-1] = (spans[-1][0], len(ids))
         elif segment.learn:
             spans.append((start, len(ids)))
-    return Example(np.asarray(ids), tuple(spans), num_bytes)
+    return Example(np.asarray(ids, np.uint32), tuple(spans), num_bytes)
 
 
 def _special_id(encoder: Encoder, token: str) -> int:
@@ -74,6 +77,18 @@ def _special_id(encoder: Encoder, token: str) -> int:
         name = {BOS: "BOS", EOS: "EOS"}.get(token, token)
         raise ValueError(f"the tokenizer has no special token {name}, which the template needs")
     return index
+
+
+def turn_prompt(input_ids: np.ndarray, first: int, prompt: np.ndarray) -> TurnPrompt:
+    """Expresses the prompt of the answer that begins at token `first` by the dialogue's own tokens, which hold the
+    system message at the beginning and the question right before the answer: little is left to store."""
+    size = min(len(prompt), len(input_ids))
+    different = np.flatnonzero(prompt[:size] != input_ids[:size])
+    head = int(different[0]) if len(different) else size
+    size = min(len(prompt) - head, first)
+    different = np.flatnonzero(prompt[len(prompt) - size :] != input_ids[first - size : first])
+    tail = size - 1 - int(different[-1]) if len(different) else size
+    return TurnPrompt(head, prompt[head : len(prompt) - tail], tail)
 
 
 def encode_sample(encoder: Encoder, template: str, sample: Sample, loss_on: LossOn = LossOn.answers) -> Example:
@@ -86,9 +101,15 @@ def encode_sample(encoder: Encoder, template: str, sample: Sample, loss_on: Loss
         return encode_document(encoder, sample.text)
     chat = registry.find("fireflyds.data.templates", template, "template").CHAT
     example = encode_segments(encoder, chat.render(sample.messages))
-    if loss_on is not LossOn.all:
-        prompts = (encode_segments(encoder, prompt).input_ids for prompt in chat.prompts(sample.messages))
-        example = replace(example, prompts=tuple(prompts))
+    if loss_on is LossOn.last_answer and not sample.messages[-1].learn:
+        raise ValueError("loss_on=last_answer, but the last answer has weight 0")
+    if loss_on is not LossOn.all and len(example.input_ids) > _MIN_CONTINUED:
+        prompts = [encode_segments(encoder, prompt).input_ids for prompt in chat.prompts(sample.messages)]
+        if len(prompts) == len(example.spans):
+            pairs = zip(prompts, example.spans, strict=True)
+            example = replace(
+                example, prompts=tuple(turn_prompt(example.input_ids, span[0], ids) for ids, span in pairs)
+            )
     if loss_on is LossOn.last_answer:
         return replace(example, spans=example.spans[-1:], prompts=example.prompts[-1:])
     if loss_on is LossOn.all:

@@ -10,7 +10,7 @@ from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 
 from fireflyds.errors import UserError
 from fireflyds.fs import read_json
-from fireflyds.tokenizer.settings import FLAGS, added_tokens, settings_of, without_limits
+from fireflyds.tokenizer.settings import FLAGS, added_tokens, content, settings_of, without_limits
 
 FILES = (
     "tokenizer.model",
@@ -235,9 +235,11 @@ def _merges(proto: sp_pb2.ModelProto) -> list[list[str]]:
 
 def _post_processor(proto: sp_pb2.ModelProto, settings: dict[str, Any]) -> dict[str, object] | None:
     """Returns the template that adds BOS and EOS as in `add_bos_token` (default: true) and `add_eos_token` (false)."""
-    spec = proto.trainer_spec
-    ids = {proto.pieces[index].piece: index for index in (spec.bos_id, spec.eos_id)}
-    bos, eos = ids
+    spec, indices = proto.trainer_spec, {piece.piece: index for index, piece in enumerate(proto.pieces)}
+    bos, eos = (
+        name if (name := content(settings.get(key))) in indices else proto.pieces[index].piece
+        for key, index in (("bos_token", spec.bos_id), ("eos_token", spec.eos_id))
+    )
     before = [{"SpecialToken": {"id": bos, "type_id": 0}}] if settings.get("add_bos_token", True) else []
     after = [{"SpecialToken": {"id": eos, "type_id": 0}}] if settings.get("add_eos_token", False) else []
     first, second = ({"Sequence": {"id": name, "type_id": type_id}} for name, type_id in (("A", 0), ("B", 1)))
@@ -245,5 +247,5 @@ def _post_processor(proto: sp_pb2.ModelProto, settings: dict[str, Any]) -> dict[
         "type": "TemplateProcessing",
         "single": [*before, first, *after],
         "pair": [*before, first, *after, *before, second, *after],
-        "special_tokens": {token: {"id": token, "ids": [index], "tokens": [token]} for token, index in ids.items()},
+        "special_tokens": {token: {"id": token, "ids": [indices[token]], "tokens": [token]} for token in (bos, eos)},
     }

@@ -11,9 +11,12 @@ from fireflyds.errors import UserError
 from fireflyds.tokenizer.encoder import byte_values
 
 # Lists with further columns, which every line must have.
+_NUMBER = r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?"
 _COLUMNS = {
-    re.compile(r"(.+)\t-?\d+(?:\.\d+)?(?:e-?\d+)?"): "pieces with scores, as in a SentencePiece .vocab",
-    re.compile(r"(\S+) \d+(?: [a-zA-Z]+)?"): "words with frequencies and tags, as in a jieba dictionary",
+    re.compile(rf"(.+)\t{_NUMBER}"): "pieces with scores, as in a SentencePiece .vocab",
+    re.compile(
+        rf"(\S+)[ \t]+{_NUMBER}(?:[ \t]+[A-Za-z]\w*)?"
+    ): "words with frequencies and tags, as in a jieba dictionary",
 }
 _SPECIAL = re.compile(r"<[^<>\s]+>")
 
@@ -66,12 +69,22 @@ def read_pieces(path: Path) -> list[str]:
 
 def _first_columns(lines: list[str], path: Path) -> list[str]:
     """Returns the pieces of a list with further columns, if every line has them; otherwise the lines."""
+    present = [(number, line) for number, line in enumerate(lines, 1) if line]
     for pattern, columns in _COLUMNS.items():
-        matches = [pattern.fullmatch(line) for line in lines if line]
-        if matches and all(matches):
+        others = [(number, line) for number, line in present if not pattern.fullmatch(line)]
+        if present and not others:
             print(f"{path}: read as {columns}; the pieces are the first column")
             pieces = [match[1] if (match := pattern.fullmatch(line)) else "" for line in lines]
-            return ["" if _SPECIAL.fullmatch(piece) or piece == "▁" else piece for piece in pieces]
+            return ["" if _SPECIAL.fullmatch(piece) or not piece.strip("▁") else piece for piece in pieces]
+        if 2 * len(others) < len(present):
+            raise UserError(
+                f"{others[0][1]!r} differs from most lines, which are {columns}",
+                key=f"{path}:{others[0][0]}",
+                remedy="Give every line the same columns, or the pieces alone",
+            )
+    for number, line in present:
+        if "\t" in line:
+            raise UserError(f"{line!r} holds a tab", key=f"{path}:{number}", remedy="Write one piece per line")
     return lines
 
 

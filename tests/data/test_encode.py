@@ -1,5 +1,6 @@
 """Token ids and the spans with a loss."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -8,7 +9,7 @@ from fireflyds import registry
 from fireflyds.config import LossOn
 from fireflyds.data.encode import encode_document, encode_sample
 from fireflyds.tokenizer.encoder import SentencePieceEncoder
-from fireflyds.types import Message, Sample
+from fireflyds.types import Example, Message, Sample
 
 DIALOGUE = Sample(
     messages=(
@@ -67,6 +68,12 @@ def test_bos_and_eos_are_never_doubled(encoder: SentencePieceEncoder) -> None:
             assert not any(a == b == special for a, b in pairwise(ids)), name
 
 
+def expanded(example: Example, number: int) -> list[int]:
+    """The prompt of a span, which is stored by the dialogue's own tokens."""
+    prompt, first, ids = example.prompts[number], example.spans[number][0], example.input_ids
+    return [*ids[: prompt.head], *prompt.middle, *ids[first - prompt.tail : first]]
+
+
 @pytest.mark.parametrize("template", ["firefly", "vicuna", "llama2", "belle"])
 @pytest.mark.parametrize("system", [(), (Message("system", "Be brief."),)])
 def test_a_dialogue_that_goes_on_has_the_ids_of_one_that_begins_there(
@@ -74,15 +81,35 @@ def test_a_dialogue_that_goes_on_has_the_ids_of_one_that_begins_there(
 ) -> None:
     turns = tuple(
         Message(role, text)
-        for question, answer in (("the old bridge", "is long"), (" why", "\n\nbecause\n"), ("青岭镇", "在北边。"))
+        for question, answer in (
+            ("the old bridge" * 9, "is long"),
+            (" why", "\n\nbecause\n" * 9),
+            ("青岭镇" * 9, "在北边。"),
+        )
         for role, text in (("user", question), ("assistant", answer))
     )
     example = encode_sample(encoder, template, Sample(messages=(*system, *turns)))
     assert len(example.prompts) == len(example.spans) == 3
+    assert expanded(example, 0) == []
     for number in (1, 2):
         begins_there = encode_sample(encoder, template, Sample(messages=(*system, *turns[2 * number :])))
         start = example.spans[number][0]
-        assert [*example.prompts[number], *example.input_ids[start:]] == begins_there.input_ids.tolist()
+        assert [*expanded(example, number), *example.input_ids[start:]] == begins_there.input_ids.tolist()
+        assert len(example.prompts[number].middle) < 8
     last = encode_sample(encoder, template, Sample(messages=(*system, *turns)), LossOn.last_answer)
-    assert [prompt.tolist() for prompt in last.prompts] == [example.prompts[-1].tolist()]
+    assert expanded(last, 0) == expanded(example, 2)
     assert encode_sample(encoder, template, Sample(messages=(*system, *turns)), LossOn.all).prompts == ()
+
+
+@pytest.mark.parametrize("template", ["alpaca", "atom", "billa", "xverse", "firefly"])
+def test_an_answer_without_loss_has_the_ids_of_one_with_loss(encoder: SentencePieceEncoder, template: str) -> None:
+    messages = [*DIALOGUE.messages]
+    messages[1] = replace(messages[1], learn=False)
+    unlearned, learned = (
+        encode_sample(encoder, template, Sample(messages=tuple(m))) for m in (messages, DIALOGUE.messages)
+    )
+    assert unlearned.input_ids.tolist() == learned.input_ids.tolist()
+    assert unlearned.spans == learned.spans[1:]
+    messages[1], messages[3] = DIALOGUE.messages[1], replace(messages[3], learn=False)
+    with pytest.raises(ValueError, match="the last answer has weight 0"):
+        encode_sample(encoder, template, Sample(messages=tuple(messages)), LossOn.last_answer)

@@ -139,6 +139,12 @@ def test_sentences_about_copyright_are_not_boilerplate() -> None:
 
 
 def test_an_evaluation_set_without_text_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "bad.jsonl").write_text("{broken\n")
+    (tmp_path / "bad.jsonl").write_text('{"text": "short"}\n')
     with pytest.raises(UserError, match="has no text of clean.overlap=20 characters"):
+        contamination(CleanConfig(decontaminate=[str(tmp_path / "bad.jsonl")]))
+
+
+def test_an_evaluation_set_that_cannot_be_read_whole_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"text": "a sentence of more than twenty letters"}\n{broken\n')
+    with pytest.raises(UserError, match=r"bad.jsonl: line 2 cannot be read \(not JSON"):
         contamination(CleanConfig(decontaminate=[str(tmp_path / "bad.jsonl")]))

@@ -245,6 +245,22 @@ def test_a_stricter_max_rejected_refuses_a_complete_store(verb, tmp_path: Path, 
     completed = verb(*command, "max_rejected=0", check=False)
     assert completed.returncode == 2
     assert "max_rejected=0.0: 1 of 101 rows cannot be used" in completed.stderr
+    (tmp_path / "cut.json").write_text('[{"text": "' + "x" * 5000)
+    command = ["prepare", "data.sources=[{path: talk.jsonl}, {path: cut.json}]", f"tokenizer={base_tokenizer}", "out=c"]
+    verb(*command, "max_rejected=1")
+    completed = verb(*command, "max_rejected=0.1", check=False)
+    assert "bytes cannot be read to their end" in completed.stderr
+
+
+def test_a_damaged_manifest_is_written_again(verb, tmp_path: Path, base_tokenizer: Path) -> None:
+    write(tmp_path / "en.txt", ENGLISH)
+    command = ["prepare", "data=en.txt", f"tokenizer={base_tokenizer}", "out=s"]
+    verb(*command)
+    manifest = tmp_path / "s" / "manifest.json"
+    text = manifest.read_text()
+    manifest.write_text(text[:-9])
+    assert "it is made again" in verb(*command).stderr
+    assert json.loads(manifest.read_text()) == json.loads(text)
 
 
 def test_unread_keys_and_rendered_text_are_counted(verb, tmp_path: Path, base_tokenizer: Path) -> None:

@@ -238,6 +238,8 @@ def test_pieces_are_read_from_lists_models_and_byte_level_files(tmp_path: Path, 
         ("sp.vocab", "<unk>\t0\n<s>\t0\n▁\t-2.1\n人工智能\t-8.25\n▁大模型\t-9e-1\n"),
         ("jieba.txt", "人工智能 1234 n\n▁大模型 99 nz\n"),
         ("words.txt", "人工智能 1234\n▁大模型 99\n"),
+        ("tabs.txt", "人工智能\t1234\tn1\n▁大模型  99.5  nz\n"),
+        ("low.vocab", "▁▁\t-1e+09\n人工智能\t-3\n▁大模型\t-4\n"),
         ("vocab.json", '{"▁大模型": 1, "人工智能": 0}'),
         ("gpt2_vocab.json", '{"äººå·¥æĻºèĥ½": 0, "Ġå¤§æ¨¡åŀĭ": 1}'),
     ],
@@ -261,6 +263,8 @@ def test_a_line_that_only_looks_like_a_dictionary_is_a_piece(tmp_path: Path) -> 
         ("p.json", b"{}", "not a tokenizer.json"),
         ("p.txt", b"\xff\xfe", "not UTF-8"),
         ("p.txt", b"\n \n", "there is no piece in it"),
+        ("p.txt", "大模型 9 n\n人工智能\n互联网 8 n\n".encode(), r"p.txt:2: '人工智能' differs from most lines"),
+        ("p.txt", "人工\t智能\n大模型\n".encode(), r"p.txt:1: '人工\\t智能' holds a tab"),
     ],
 )
 def test_unreadable_lists_are_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:

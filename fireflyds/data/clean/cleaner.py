@@ -149,8 +149,14 @@ def _evaluation_texts(path: str) -> Iterable[str]:
     """Yields every string in the rows of an evaluation set, whatever their layout."""
     for file in find_files(path):
         for record in read_records(file):
-            if isinstance(record, RawRecord):
-                yield from _strings(record.fields)
+            if not isinstance(record, RawRecord):
+                raise UserError(
+                    f"line {record.line} cannot be read ({record.reason}), so its text could not be found in the data",
+                    key="clean.decontaminate",
+                    value=file,
+                    remedy="Correct the file",
+                )
+            yield from _strings(record.fields)
 
 
 def _strings(value: Any) -> Iterable[str]:

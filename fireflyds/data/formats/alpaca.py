@@ -37,7 +37,8 @@ def read(record: dict[str, Any]) -> Sample:
     Raises:
         ValueError: `instruction` or `output` is empty, or `history` is neither pairs of strings nor turns.
     """
-    user = "\n".join(filter(None, [record["instruction"], record.get("input"), record.get("context")]))
+    parts = [record.get(key) for key in ("instruction", "input", "context")]
+    user = "\n".join(part for part in parts if part not in (None, ""))
     answer = record.get("output", record.get("response"))
     if not user or not answer:
         raise ValueError("instruction and output must not be empty")

@@ -2,7 +2,6 @@
 names), as one document."""
 
 import unicodedata
-from collections import Counter
 from typing import Any
 
 from fireflyds.types import Sample
@@ -27,7 +26,7 @@ def read(record: dict[str, Any]) -> Sample:
         ValueError: a side is missing or empty, or both columns of a table without names are of one script.
     """
     sides = _sides(record)
-    if sides and "column_1" in record and _script(sides[0]) == _script(sides[1]):
+    if sides and "column_1" in record and _scripts(sides[0]) == _scripts(sides[1]):
         cells = ", ".join(side[:30] for side in sides)
         raise ValueError(
             f"a table without known column names, and both columns are of one script, so it is no parallel text: "
@@ -41,10 +40,11 @@ def read(record: dict[str, Any]) -> Sample:
     return Sample(text=f"{first}\n{second}")
 
 
-def _script(text: str) -> str:
-    """The script of most letters, by the first word of their Unicode names, such as CJK or LATIN."""
-    scripts = Counter(unicodedata.name(character, "").split(" ")[0] for character in text if character.isalpha())
-    return scripts.most_common(1)[0][0] if scripts else ""
+def _scripts(text: str) -> set[str]:
+    """The scripts of the letters, by the first word of their Unicode names such as CJK, except Latin: names and numbers
+    stand in Latin letters in every language."""
+    letters = {character for character in text if character.isalpha()}
+    return {unicodedata.name(letter, "").split(" ")[0] for letter in letters} - {"LATIN", "FULLWIDTH", ""}
 
 
 def _sides(record: dict[str, Any]) -> tuple[str, str] | None:

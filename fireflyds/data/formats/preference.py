@@ -3,12 +3,12 @@ LLaMA-Factory). The chosen answer is read; the rejected one is counted as not re
 
 from typing import Any
 
-from fireflyds.data.read.turns import TURN_KEYS, read_history, read_system, read_turns, turn_keys
+from fireflyds.data.read.turns import ROLES, TURN_KEYS, read_history, read_system, read_turns, turn_keys
 from fireflyds.types import Message, Sample
 
 EXAMPLE = {"prompt": "一加一等于几？", "chosen": "二。", "rejected": "三。"}
 DIALOGUES = ("conversations", "messages", "prompt")
-_QUESTION = ("prompt", "query", "question", "instruction", "input")
+_QUESTION = ("prompt", "query", "question", "instruction")
 PASSES_OVER = frozenset({"rejected"})
 
 
@@ -20,7 +20,9 @@ def matches(record: dict[str, Any]) -> bool:
 def reads(record: dict[str, Any]) -> frozenset[str]:
     """The keys that `read` reads of this record."""
     dialogue = _dialogue(record)
-    prompt = turn_keys(dialogue) if dialogue else turn_keys("history") | {*_QUESTION}
+    prompt = turn_keys(dialogue) if dialogue else turn_keys("history") | _question_keys(record)
+    if isinstance(record["chosen"], list) and _is_whole(record["chosen"]):
+        prompt = turn_keys(*(key for key in DIALOGUES if isinstance(record.get(key), list))) | {"prompt"}
     return prompt | turn_keys("chosen") | {"system", *(f"chosen.{key}" for key in TURN_KEYS)}
 
 
@@ -28,17 +30,39 @@ def read(record: dict[str, Any]) -> Sample:
     """Returns the dialogue of the record with its chosen answer.
 
     Raises:
-        ValueError: the prompt or the chosen answer is missing, or is not text with known roles.
+        ValueError: the prompt or the chosen answer is missing, is not text with known roles, or `chosen` is a whole
+            dialogue that does not begin with the prompt.
     """
     chosen = record["chosen"]
     answer = {"role": "assistant", "content": chosen} if isinstance(chosen, str) else chosen
     turns = [answer] if isinstance(answer, dict) else answer
     dialogue = _dialogue(record)
-    if dialogue:
+    if isinstance(turns, list) and _is_whole(turns):
+        messages = _whole_dialogue(record, turns)
+    elif dialogue:
         messages = read_turns([*record[dialogue], *turns])
     else:
         messages = [*read_history(record.get("history")), *_question(record), *read_turns(turns)]
     return Sample(messages=(*read_system(record, messages), *messages))
+
+
+def _is_whole(turns: list[Any]) -> bool:
+    """True where the turns of `chosen` hold the user's too, so that they are the whole dialogue (UltraFeedback)."""
+    names = (turn.get("role", turn.get("from")) for turn in turns if isinstance(turn, dict))
+    return any(isinstance(name, str) and ROLES.get(name.strip().lower()) == "user" for name in names)
+
+
+def _whole_dialogue(record: dict[str, Any], turns: list[Any]) -> list[Message]:
+    for key in DIALOGUES:
+        given = record.get(key)
+        if isinstance(given, list) and given != turns[: len(given)]:
+            raise ValueError(f"chosen is a dialogue that does not begin with the turns of {key}")
+    messages = read_turns(turns)
+    prompt = record.get("prompt")
+    questions = [message.content.strip() for message in messages if message.role == "user"]
+    if isinstance(prompt, str) and prompt.strip() not in questions:
+        raise ValueError("chosen is a dialogue without the text of prompt")
+    return messages
 
 
 def _dialogue(record: dict[str, Any]) -> str | None:
@@ -46,6 +70,15 @@ def _dialogue(record: dict[str, Any]) -> str | None:
     return next((key for key in DIALOGUES if isinstance(record.get(key), list)), None)
 
 
+def _question_keys(record: dict[str, Any]) -> set[str]:
+    """The key of the question, and `input` beside `instruction`."""
+    key = next((key for key in _QUESTION if record.get(key)), "")
+    return {key, "input"} if key == "instruction" else {key}
+
+
 def _question(record: dict[str, Any]) -> list[Message]:
-    text = "\n".join(record[key] for key in _QUESTION if record.get(key))
+    keys = _question_keys(record)
+    text = "\n".join(
+        record[key] for key in ("instruction", *sorted(keys - {"instruction"})) if key in keys and record.get(key)
+    )
     return [Message("user", text)] if text else []

@@ -29,7 +29,9 @@ def matches(record: dict[str, Any]) -> bool:
 
 def reads(record: dict[str, Any]) -> frozenset[str]:
     """The keys that `read` reads of this record: those of one pair, `system` and `history`."""
-    return turn_keys(*_pair(record), "history") | {"system"} | label_keys(record)
+    prompt, completion = _pair(record)
+    history = turn_keys("history") if isinstance(record[prompt], str) else frozenset()
+    return turn_keys(prompt, completion) | history | {"system"} | label_keys(record)
 
 
 def read(record: dict[str, Any]) -> Sample:

@@ -15,7 +15,11 @@ def matches(record: dict[str, Any]) -> bool:
     """True where the record has a text, or the lines of a poem or book."""
     text = record.get("text", record.get("content"))
     rendered = isinstance(text, str) and text.startswith(("<s>Human:", "<s>System:"))  # the FlagAlpha layout
-    return (isinstance(text, str) and not rendered) or next(_lines(record), None) is not None
+    return (
+        (isinstance(text, str) and not rendered)
+        or isinstance(record.get("paragraphs"), list)
+        or bool(isinstance(record.get("content"), list) and record["content"])
+    )
 
 
 def reads(record: dict[str, Any]) -> frozenset[str]:
@@ -46,7 +50,11 @@ def _lines(record: dict[str, Any]) -> Iterator[str]:
     if not isinstance(paragraphs, list) and not (isinstance(chapters, list) and chapters):
         return
     yield from filter(None, [record.get("title") or record.get("chapter")])
-    yield from (line for line in paragraphs or [] if isinstance(line, str))
-    for chapter in chapters if isinstance(chapters, list) else []:
-        if isinstance(chapter, dict):
-            yield from _lines(chapter)
+    for name, items in (("paragraphs", paragraphs), ("content", chapters)):
+        for item in items if isinstance(items, list) else []:
+            if isinstance(item, dict) and name == "content":
+                yield from _lines(item)
+            elif isinstance(item, str):
+                yield item
+            else:
+                raise ValueError(f"{name} holds a {type(item).__name__}, not text")

@@ -69,7 +69,7 @@ class DocumentSlices:
 def slice_ids(store: TokenStore, document: int, start: int, length: int, span: int, context: int) -> np.ndarray:
     """The token ids of one slice: uint16 or uint32 `[length]`."""
     ids = store.ids(document, start, length - context)
-    return np.concatenate([store.prompt(span)[-context:], ids]) if context else ids
+    return np.concatenate([store.prompt(document, span)[-context:], ids]) if context else ids
 
 
 def split_documents(store: TokenStore, documents: np.ndarray, seq_len: int) -> DocumentSlices:
@@ -110,12 +110,12 @@ def _split_dialogue(
     cut = index = 0
     while index < len(spans):
         first, end = spans[index]
-        prompt = len(store.prompt(numbers[index]))
+        prompt = len(store.prompt(document, numbers[index]))
         # Without a prompt of its own, a span follows the tokens of the dialogue before it.
         own = 0 if index == 0 else max(0, first - 1)
         start, span, context = (first, numbers[index], prompt) if prompt and index else (own, -1, 0)
         if context + end - start > seq_len:
-            room = seq_len // 2
+            room = max(seq_len // 2, seq_len - (end - first))
             if prompt and first - start + context > room:
                 start, span, context = first, numbers[index], min(prompt, room)
                 cut += prompt - context

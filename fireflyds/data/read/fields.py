@@ -40,6 +40,8 @@ DECISIVE = frozenset(
     "thought weight train loss loss_mask label kto_tag chosen rejected image images video videos audio audios".split()
 )
 
+_KNOWN = _ENGLISH | DECISIVE
+
 
 def named(fields: dict[str, Any]) -> dict[str, Any]:
     """The fields that are not null, by the names that the layouts know, with lists of turns that tables hold as JSON.
@@ -50,17 +52,22 @@ def named(fields: dict[str, Any]) -> dict[str, Any]:
     if len(fields) == 1 and isinstance(fields.get("text"), str):  # the most frequent row by far
         return fields
     present = {key: value for key, value in fields.items() if value is not None}
-    for key in [key for key in present if key not in _ENGLISH]:
-        name = NAMES.get(key) or (key.lower() if isinstance(key, str) and key.lower() in _ENGLISH else key)
+    for key in [key for key in present if isinstance(key, str) and key not in _KNOWN]:
+        name = NAMES.get(key) or (key.lower() if key.lower() in _KNOWN else key)
         if name not in present:
             present[name] = present.pop(key)
     for key in _TURNS & present.keys():
-        if isinstance(present[key], str):
+        if isinstance(present[key], str) and present[key].strip():
             try:
                 present[key] = json.loads(present[key])
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{key} is a string, but not JSON: {error}") from error
     return present
+
+
+def without_empty(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields without empty strings, lists and objects, which tables of several layouts hold instead of nulls."""
+    return {key: value for key, value in fields.items() if value not in _EMPTY}
 
 
 def unread_keys(fields: dict[str, Any], reads: Set[str]) -> list[str]:
@@ -78,4 +85,5 @@ def unread_keys(fields: dict[str, Any], reads: Set[str]) -> list[str]:
 
 def is_decisive(key: str) -> bool:
     """True for a key, also a nested one, that must not be left unread."""
-    return key.rpartition(".")[2] in DECISIVE
+    name = key.rpartition(".")[2]
+    return NAMES.get(name, name).lower() in DECISIVE

@@ -115,9 +115,10 @@ def _text(part: FilePart, split: TextSplit) -> Iterator[RawRecord | RejectedRow]
                 yield RawRecord(file, item[0], {"text": item[1]})
         return
     lines: list[str] = []
-    start = 1
+    start, is_whole = 1, True
     for item in decoded_lines(part):
         if isinstance(item, RejectedRow):
+            is_whole = False
             yield item
             continue
         number, line = item
@@ -127,10 +128,17 @@ def _text(part: FilePart, split: TextSplit) -> Iterator[RawRecord | RejectedRow]
         if line.strip() or (split is TextSplit.file and lines):
             lines.append(line)
         if paragraph_ends and lines:
-            yield RawRecord(file, start, {"text": "\n".join(lines)})
+            yield _document(file, start, lines, is_whole)
             lines = []
+        is_whole = is_whole or not lines
     if lines:
-        yield RawRecord(file, start, {"text": "\n".join(lines)})
+        yield _document(file, start, lines, is_whole)
+
+
+def _document(file: str, start: int, lines: list[str], is_whole: bool) -> RawRecord | RejectedRow:
+    if is_whole:
+        return RawRecord(file, start, {"text": "\n".join(lines)})
+    return RejectedRow(file, start, "a line of the document cannot be decoded")
 
 
 def _json_lines(part: FilePart) -> Iterator[RawRecord | RejectedRow]:
@@ -164,6 +172,12 @@ def _json(part: FilePart) -> Iterator[RawRecord | RejectedRow]:
         yield RejectedRow(file, 0, f"not JSON: {error}")
     else:
         if isinstance(content, dict) and _holds_rows(content.get("data")):  # such as {"version": 1, "data": [...]}
+            others = [key for key, value in content.items() if key != "data" and _holds_rows(value)]
+            if others:
+                yield RejectedRow(
+                    file, 0, f"beside data, {', '.join(others)} hold rows too; save each as a file of its own"
+                )
+                return
             content = content["data"]
         rows = content if isinstance(content, list) else [content]
         for number, row in enumerate(rows, 1):

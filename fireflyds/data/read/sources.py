@@ -9,7 +9,7 @@ from typing import Any
 
 from fireflyds import registry
 from fireflyds.config import SourceConfig
-from fireflyds.data.read.fields import is_decisive, named, unread_keys
+from fireflyds.data.read.fields import is_decisive, named, unread_keys, without_empty
 from fireflyds.data.read.files import find_files, read_records
 from fireflyds.data.read.hub import is_dataset, read_dataset
 from fireflyds.data.read.records import FilePart, RawRecord, RejectedRow
@@ -84,13 +84,16 @@ def _read_row(record: RawRecord, configured: ModuleType | None) -> LocatedSample
     """The sample of a row, which depends on nothing but the row and the configured layout."""
 
     def rejected(reason: str) -> RejectedRow:
-        return RejectedRow(record.file, record.line, reason)
+        return RejectedRow(record.file, record.line, _printable(reason))
 
     try:
-        fields = named(record.fields)
+        present = named(record.fields)
     except ValueError as error:
         return rejected(str(error))
+    fields = without_empty(present)
     layout = configured or detect_format(fields)
+    if layout is None or not layout.matches(fields):  # its own message says which field must not be empty
+        fields, layout = present, configured or detect_format(present)
     if layout is None:
         keys = ", ".join(map(str, list(fields)[:8])) or "none"
         return rejected(
@@ -111,7 +114,13 @@ def _read_row(record: RawRecord, configured: ModuleType | None) -> LocatedSample
         return rejected(
             f"the layout {name} does not read {', '.join(lost)}; put its text into the turns, or remove the key"
         )
+    unread = [_printable(key) for key in unread]
     return LocatedSample(sample, name, record.file, record.line, unread, _template_marker(sample))
+
+
+def _printable(text: str) -> str:
+    """The text with unpaired surrogates escaped: JSON may hold them, and no file or terminal takes them."""
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
 def _records(source: SourceConfig, part: FilePart) -> Iterable[RawRecord | RejectedRow]:

@@ -33,6 +33,7 @@ def read_text_table(part: FilePart) -> Iterator[RawRecord | RejectedRow]:
     columns: list[str] = []
     while True:
         row_lines.clear()
+        num_rejected = len(rejected)
         try:
             row = next(reader, None)
         except csv.Error as error:
@@ -40,10 +41,9 @@ def read_text_table(part: FilePart) -> Iterator[RawRecord | RejectedRow]:
             continue
         if row is None:
             break
-        if not is_tsv and not _is_closed(row_lines):
-            # Every line counts: without the mark each would be a row.
-            reason = f"a quotation mark in line {row_lines[0][0]} opens a cell that is not closed"
-            yield from (RejectedRow(part.file, number, reason) for number, _ in row_lines)
+        if fault := _fault(row_lines, is_tsv, len(rejected) > num_rejected):
+            # Every line counts: with a quotation mark that is not closed each would be a row.
+            yield from (RejectedRow(part.file, number, fault) for number, _ in row_lines)
             continue
         if not columns:
             # A column without a name, such as the index that pandas writes, is counted like any other.
@@ -60,14 +60,18 @@ def read_text_table(part: FilePart) -> Iterator[RawRecord | RejectedRow]:
     yield from rejected
 
 
-def _is_closed(row_lines: list[tuple[int, str]]) -> bool:
-    """False where the lines are one row only because of a quotation mark that opens a cell and is not closed."""
-    if len(row_lines) == 1 and row_lines[0][1].count('"') % 2 == 0:
-        return True
+def _fault(row_lines: list[tuple[int, str]], is_tsv: bool, is_incomplete: bool) -> str:
+    """Why the lines are no row: one of them cannot be decoded, or a quotation mark opens a cell that is not closed."""
+    if is_incomplete and len(row_lines) > 1:
+        return "another line of the row cannot be decoded"
+    if is_tsv or (len(row_lines) == 1 and row_lines[0][1].count('"') % 2 == 0):
+        return ""
     try:
-        return len(list(csv.reader((line + "\n" for _, line in row_lines), strict=True))) == 1
+        if len(list(csv.reader((line + "\n" for _, line in row_lines), strict=True))) == 1:
+            return ""
     except csv.Error:
-        return False
+        pass
+    return f"a quotation mark in line {row_lines[0][0]} opens a cell that is not closed"
 
 
 def _is_header(row: list[str]) -> bool:
@@ -110,6 +114,6 @@ def _batches(part: FilePart, name: str, open_batches: Callable[[], Iterator[Any]
             for row in batch.to_pylist():
                 number += 1
                 yield make_record(part.file, number, row)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         reason = f"cannot be read to its end: not {name} after row {number}: {str(error).splitlines()[0]}"
         yield RejectedRow(part.file, 0, reason)

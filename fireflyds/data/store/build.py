@@ -129,6 +129,7 @@ def finish_store(
     totals: Counter[str] = Counter()
     for counts in domain_counts.values():
         totals.update({name: count for name, count in counts.items() if isinstance(count, int)})
+    totals.update(_unreadable(tasks, infos))
     keys = {task.key for task in tasks}
     for path in list((out / "parts").iterdir()):
         if path.name.split(".")[0] not in keys:
@@ -175,29 +176,36 @@ def refuse_rejected(
             key=config.data.sources[0].path,
             remedy="Give other data, or change the template or the cleaning",
         )
-    broken = [task for task, info in zip(tasks, infos, strict=True) if any(not row["line"] for row in info["rejected"])]
-    size = sum(task.size for task in broken)
-    if size > config.max_rejected * sum(task.size for task in tasks):
-        reason = next(row["reason"] for row in rejected if not row["line"]).removeprefix("cannot be read to its end: ")
-        raise UserError(
-            f"{len(broken):,} files of {size:,} bytes cannot be read to their end, the first {broken[0].part.file} "
-            f"({reason})",
-            key="max_rejected",
-            value=config.max_rejected,
-            remedy="Replace them, or raise max_rejected; parts encoded so far are reused",
-        )
     reasons = Counter(row["reason"].split(":")[0] for row in rejected)
     summary = ", ".join(f"{reason} ({count:,})" for reason, count in reasons.most_common(3))
     counts = {"rejected": len(rejected), "read": documents + dropped.total() + len(rejected)}
-    refuse_share_rejected(config, counts, f" ({summary}); the first: {first}")
+    refuse_rejected_share(config, counts | _unreadable(tasks, infos), f" ({summary}); the first: {first}")
 
 
-def refuse_share_rejected(config: PrepareConfig, counts: dict[str, int], detail: str = "") -> None:
-    """Raises `UserError` if more than the share `max_rejected` of the rows that are `read` is `rejected`."""
-    if counts["rejected"] > config.max_rejected * counts["read"]:
+def _unreadable(tasks: list[EncodeTask], infos: list[dict[str, Any]]) -> dict[str, int]:
+    """The bytes of the files that cannot be read to their end, and of all files."""
+    broken = [task for task, info in zip(tasks, infos, strict=True) if any(not row["line"] for row in info["rejected"])]
+    return {"unreadable_bytes": sum(task.size for task in broken), "source_bytes": sum(task.size for task in tasks)}
+
+
+def refuse_rejected_share(config: PrepareConfig, counts: dict[str, int], detail: str = "") -> None:
+    """Raises `UserError` if more than the share `max_rejected` of the rows or of the bytes cannot be used.
+
+    The number of rows in a truncated file is unknown, so such files count with their bytes.
+    """
+    limit, remedy = config.max_rejected, "raise max_rejected; parts encoded so far are reused"
+    if counts["unreadable_bytes"] > limit * counts["source_bytes"]:
+        raise UserError(
+            f"files of {counts['unreadable_bytes']:,} of {counts['source_bytes']:,} bytes cannot be read to their end"
+            f"{detail}",
+            key="max_rejected",
+            value=limit,
+            remedy=f"Replace them, or {remedy}",
+        )
+    if counts["rejected"] > limit * counts["read"]:
         raise UserError(
             f"{counts['rejected']:,} of {counts['read']:,} rows cannot be used{detail}",
             key="max_rejected",
-            value=config.max_rejected,
-            remedy="Correct the files, or raise max_rejected; parts encoded so far are reused",
+            value=limit,
+            remedy=f"Correct the files, or {remedy}",
         )

@@ -82,6 +82,8 @@ def _span_columns(parts: list[Any], keep: np.ndarray) -> dict[str, np.ndarray]:
     return {
         "spans": np.concatenate([part["spans"] for part in parts])[kept_spans],
         "span_offsets": _offsets(counts[keep]),
+        "prompt_heads": np.concatenate([part["prompt_heads"] for part in parts])[kept_spans],
+        "prompt_tails": np.concatenate([part["prompt_tails"] for part in parts])[kept_spans],
         "prompts": prompts[np.repeat(kept_spans, prompt_lengths)],
         "prompt_offsets": _offsets(prompt_lengths[kept_spans]),
     }

@@ -194,7 +194,9 @@ class _PartBuilder:
 
     def _hash(self, sample: Sample) -> None:
         text = sample.text if sample.text is not None else "\n".join(m.content for m in sample.messages)
-        self._hashes.append(text_hash(text))
+        # Equal dialogues whose loss is on different answers are no duplicates.
+        unlearned = "".join(f"\0{number}" for number, message in enumerate(sample.messages) if not message.learn)
+        self._hashes.append(text_hash(text + unlearned))
         if _context.clean.duplicates is Duplicates.near:
             self._signatures.append(signature(text))
 

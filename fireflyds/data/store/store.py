@@ -5,8 +5,8 @@ parts/<key>.npz       their lengths, byte lengths and learned spans (and hashes,
 parts/<key>.json      counts, written last: a part without it is incomplete
 index/*.npy           columns of all kept documents, in order: part int32, start int64 (within the part), length int32,
                       domain uint16, language uint16, num_bytes int64, span_offsets int64 [n + 1], spans int32 [m, 2],
-                      prompt_offsets int64 [m + 1], prompts uint16 or uint32: for every span the tokens before it where
-                      the dialogue begins at its turn; sentence_ends int64: ids of tokens that end a sentence
+                      prompt_heads and prompt_tails int32 [m], prompt_offsets int64 [m + 1], prompts uint16 or uint32:
+                      for every span its `TurnPrompt`; sentence_ends int64: ids of tokens that end a sentence
 rejected.jsonl        rows that cannot be used: file, line, reason
 manifest.json         provenance (`made_from`) and counts; written last
 """
@@ -20,17 +20,17 @@ import numpy as np
 
 from fireflyds.errors import UserError
 from fireflyds.fs import plain_file_name, read_json
-from fireflyds.types import Example
+from fireflyds.types import Example, TurnPrompt
 
 MANIFEST = "manifest.json"
 VERSION = 4
 INDEX = (
     *("part", "start", "length", "domain", "language", "num_bytes"),
-    *("span_offsets", "spans", "prompt_offsets", "prompts", "sentence_ends"),
+    *("span_offsets", "spans", "prompt_heads", "prompt_tails", "prompt_offsets", "prompts", "sentence_ends"),
 )
 
 
-_NO_PROMPT = np.zeros(0, np.uint32)
+_NO_PROMPT = TurnPrompt(0, np.zeros(0, np.uint32), 0)
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -53,7 +53,7 @@ class PartWriter:
         self._num_bytes: list[int] = []
         self._spans: list[tuple[int, int]] = []
         self._span_counts: list[int] = []
-        self._prompts: list[np.ndarray] = []
+        self._prompts: list[TurnPrompt] = []
 
     def add(self, example: Example) -> None:
         """Appends the tokens, the byte length and the learned spans of one record."""
@@ -85,8 +85,12 @@ class PartWriter:
                 num_bytes=np.asarray(self._num_bytes, np.int64),
                 span_counts=np.asarray(self._span_counts, np.int32),
                 spans=np.asarray(self._spans, np.int32).reshape(-1, 2),
-                prompt_lengths=np.asarray([len(prompt) for prompt in self._prompts], np.int32),
-                prompts=np.concatenate([_NO_PROMPT, *self._prompts]).astype(self._dtype),
+                prompt_heads=np.asarray([prompt.head for prompt in self._prompts], np.int32),
+                prompt_tails=np.asarray([prompt.tail for prompt in self._prompts], np.int32),
+                prompt_lengths=np.asarray([len(prompt.middle) for prompt in self._prompts], np.int32),
+                prompts=np.concatenate([_NO_PROMPT.middle, *(prompt.middle for prompt in self._prompts)]).astype(
+                    self._dtype
+                ),
                 **arrays,
             )
         info["sha256"] = {suffix: _digest(self._temporary(suffix)) for suffix in (".ids", ".npz")}
@@ -116,9 +120,9 @@ class TokenStore:
         folder = Path(folder)
         self.path, self._key = folder, key
         self.manifest = read_manifest(folder, key)
-        if self.manifest["version"] != VERSION:
+        if self.manifest.get("version") != VERSION:
             raise UserError(
-                f"version {self.manifest['version']}, this code reads {VERSION}",
+                f"version {self.manifest.get('version')}, this code reads {VERSION}",
                 key=key,
                 value=folder,
                 remedy="Prepare it again",
@@ -135,6 +139,7 @@ class TokenStore:
         self.domain_ids, self.language_ids = arrays["domain"], arrays["language"]
         self.num_bytes = arrays["num_bytes"]
         self._span_offsets, self._spans = arrays["span_offsets"], arrays["spans"]
+        self._prompt_heads, self._prompt_tails = arrays["prompt_heads"], arrays["prompt_tails"]
         self._prompt_offsets, self._prompts = arrays["prompt_offsets"], arrays["prompts"]
         self.sentence_ends = arrays["sentence_ends"]
         self.domains: list[str] = self.manifest["domains"]
@@ -203,10 +208,12 @@ class TokenStore:
         """The numbers of the document's spans in the store, by which `prompt` finds their prompts."""
         return range(int(self._span_offsets[document]), int(self._span_offsets[document + 1]))
 
-    def prompt(self, span: int) -> np.ndarray:
+    def prompt(self, document: int, span: int) -> np.ndarray:
         """The tokens before a span in a dialogue that begins at its turn: uint16 or uint32 `[k]`, empty for turn 1."""
-        tokens: np.ndarray = self._prompts[self._prompt_offsets[span] : self._prompt_offsets[span + 1]]
-        return tokens
+        head, tail = int(self._prompt_heads[span]), int(self._prompt_tails[span])
+        middle = self._prompts[self._prompt_offsets[span] : self._prompt_offsets[span + 1]]
+        before = self.ids(document, int(self._spans[span, 0]) - tail, tail)
+        return np.concatenate([self.ids(document, 0, head), middle, before])
 
     def _open(self, part: int) -> np.ndarray:
         file = self.path / "parts" / f"{self.manifest['parts'][part]['key']}.ids"

@@ -7,7 +7,7 @@ tokenizer; `special` lists the other strings that are single tokens of the token
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fireflyds.types import BOS, EOS, Message, Segment
 
@@ -43,8 +43,8 @@ class Chat:
         for number, (user, assistant) in enumerate(pairs, 1):
             segments += self._prompt(system, user, number) if number == 1 else self._next_prompt(user, number)
             before, _, behind = self.answer.partition("{}")
-            segments.append(Segment(before + assistant.content + behind, learn=assistant.learn))
-            segments += self._cut(self.stop, learn=assistant.learn)
+            segments.append(Segment(before + assistant.content + behind, learn=assistant.learn, separate=True))
+            segments += (replace(part, separate=True) for part in self._cut(self.stop, learn=assistant.learn))
         return _joined([*segments, *self._cut(self.after, learn=False)])
 
     def prompts(self, messages: Sequence[Message]) -> list[list[Segment]]:
@@ -142,7 +142,7 @@ def _joined(segments: Sequence[Segment]) -> list[Segment]:
         last = joined[-1] if joined else None
         if not segment.text:
             continue
-        if last and not (last.special or last.learn or segment.special or segment.learn):
+        if last and not (last.special or last.separate or segment.special or segment.separate):
             joined[-1] = Segment(last.text + segment.text)
         else:
             joined.append(segment)

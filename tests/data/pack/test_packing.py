@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fireflyds.config import DataConfig, PhaseConfig, SourceConfig
+from fireflyds.data.encode import turn_prompt
 from fireflyds.data.pack.loader import PackedLoader, collate
 from fireflyds.data.pack.mixture import PackedRowSampler
 from fireflyds.data.pack.packing import DocumentSlices, best_fit, plan_rows, slice_ids, split_documents
@@ -108,6 +110,11 @@ def test_no_label_crosses_a_document(store: TokenStore) -> None:
         assert batch.max_seqlen == batch.cu_seqlens.diff().max()
 
 
+def dialogue_of(ids: np.ndarray, spans: Sequence[tuple[int, int]], prompts: Sequence[np.ndarray]) -> Example:
+    turn_prompts = (turn_prompt(ids, span[0], prompt) for span, prompt in zip(spans, prompts, strict=True))
+    return Example(ids, tuple(spans), 9, prompts=tuple(turn_prompts))
+
+
 def random_dialogues(rng: np.random.Generator, count: int, *, prompts: bool) -> list[Example]:
     """Dialogues of unique tokens: system message, then questions and answers of all lengths. Prompts, of tokens from
     1,000,000, are those of the system message and the question."""
@@ -120,9 +127,7 @@ def random_dialogues(rng: np.random.Generator, count: int, *, prompts: bool) -> 
             prompt_ids.append(1_000_000 + np.arange(head + question) if turn and prompts else np.zeros(0, np.uint32))
             spans.append((position + question, position + question + answer))
             position += question + answer
-        examples.append(
-            Example(np.arange(next_token, next_token + position), tuple(spans), 9, prompts=tuple(prompt_ids))
-        )
+        examples.append(dialogue_of(np.arange(next_token, next_token + position), spans, prompt_ids))
         next_token += position
     return examples
 
@@ -151,7 +156,7 @@ def test_a_dialogue_goes_on_at_a_turn_with_its_prompt(tmp_path: Path) -> None:
     """A system message of 2 tokens, then questions and answers of 3 each."""
     spans = tuple((5 + 6 * turn, 8 + 6 * turn) for turn in range(4))
     prompts = (np.zeros(0, np.uint32), *(np.array([100, 101, 200 + turn, 201, 202]) for turn in range(1, 4)))
-    dialogue_store = write_store(tmp_path / "s", {"zh": [Example(np.arange(26), spans, 9, prompts=prompts)]}, 400)
+    dialogue_store = write_store(tmp_path / "s", {"zh": [dialogue_of(np.arange(26), spans, prompts)]}, 400)
     slices = split_documents(dialogue_store, np.arange(1), 12)
     assert [slice_ids(dialogue_store, *location).tolist() for location in slices.as_tuples()] == [
         list(range(8)),
@@ -165,7 +170,7 @@ def test_a_dialogue_goes_on_at_a_turn_with_its_prompt(tmp_path: Path) -> None:
 
 def test_an_answer_longer_than_a_row_keeps_the_end_of_its_prompt(tmp_path: Path) -> None:
     prompts = (np.zeros(0, np.uint32), np.arange(300, 310))
-    dialogue = Example(np.arange(60), ((6, 10), (16, 60)), 9, prompts=prompts)
+    dialogue = dialogue_of(np.arange(60), ((6, 10), (16, 60)), prompts)
     dialogue_store = write_store(tmp_path / "s", {"zh": [dialogue]}, 400)
     slices = split_documents(dialogue_store, np.arange(1), 16)
     ids = [slice_ids(dialogue_store, *location).tolist() for location in slices.as_tuples()]

@@ -241,6 +241,8 @@ def test_other_bytes_name_no_encoding(tmp_path: Path) -> None:
     assert "not UTF-8: byte 0xff at column 5; convert the file to UTF-8" in item.reason
     with pytest.raises(UserError, match="data.sources.encoding=klingon: is not an encoding"):
         SourceConfig(path="x", encoding="klingon")
+    with pytest.raises(UserError, match="data.sources.encoding=hex: is not an encoding"):
+        SourceConfig(path="x", encoding="hex")
 
 
 def test_a_folder_is_described_before_it_is_read(tmp_path: Path) -> None:
@@ -278,3 +280,14 @@ def test_files_of_other_endings_are_refused_with_what_to_do(tmp_path: Path, name
     with pytest.raises(UserError, match=r"ending '.*' is not known") as caught:
         find_files(str(tmp_path / name))
     assert remedy in caught.value.remedy
+
+
+def test_a_row_or_paragraph_with_an_undecodable_line_is_rejected_whole(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b'question,answer\n"one\ntwo \xff\nthree",A\nq,a\n')
+    items = list(read_records(tmp_path / "a.csv"))
+    assert [item.fields for item in items if isinstance(item, RawRecord)] == [{"question": "q", "answer": "a"}]
+    assert sorted(item.line for item in items if isinstance(item, RejectedRow)) == [2, 3, 4]
+    (tmp_path / "a.txt").write_bytes(b"one\ntwo \xff\nthree\n\nfour\nfive\n")
+    items = list(read_records(tmp_path / "a.txt", TextSplit.paragraph))
+    assert [item.fields["text"] for item in items if isinstance(item, RawRecord)] == ["four\nfive"]
+    assert [item.line for item in items if isinstance(item, RejectedRow)] == [2, 1]

@@ -18,7 +18,7 @@ Q, A = {"role": "user", "content": "问"}, {"role": "assistant", "content": "答
 
 def read_rows(tmp_path: Path, *rows: Any, name: str = "rows.jsonl") -> list[LocatedSample | RejectedRow]:
     file = tmp_path / name
-    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = SourceConfig(path=str(file))
     return [item for part in source_parts(source) for item in read_part(source, part)]
 
@@ -67,7 +67,14 @@ def turns(*texts: str, system: str = "") -> list[tuple[str, str, bool]]:
         ({"prompt": "问", "chosen": "答", "rejected": "错"}, turns("问", "答")),
         ({"prompt": [Q], "chosen": [A], "rejected": [A]}, turns("问", "答")),
         ({"chosen": [Q, A], "rejected": [Q, A]}, turns("问", "答")),
+        ({"prompt": "问", "messages": [Q, A], "chosen": [Q, A], "rejected": [Q, A]}, turns("问", "答")),
+        ({"prompt": "问", "chosen": [Q, A], "rejected": [Q, A]}, turns("问", "答")),
+        ({"prompt": [Q], "chosen": [Q, A], "rejected": [Q, A]}, turns("问", "答")),
+        ({"question": "问", "prompt": "问", "chosen": "答", "rejected": "错"}, turns("问", "答")),
         ({"prompt": "问", "completion": "答", "label": True}, turns("问", "答")),
+        ({"instruction": "问", "input": "", "output": "答", "history": ""}, turns("问", "答")),
+        ({"instruction": "", "output": "", "messages": [Q, A], "conversations": []}, turns("问", "答")),
+        ({"Instruction": "一", "Context": "二", "Response": "三"}, turns("一\n二", "三")),
         ({"问题": "问", "答案": "答"}, turns("问", "答")),
         ({"指令": "一", "输入": "二", "输出": "三"}, turns("一\n二", "三")),
         ({"Question": "问", "Answer": "答"}, turns("问", "答")),
@@ -102,6 +109,15 @@ def test_an_answer_of_weight_zero_stays_without_loss(tmp_path: Path, row: dict) 
         ({"prompt": "问", "response": "答", "images": ["a.png"]}, "prompt_completion does not read images"),
         ({"question": "问", "answer": "答", "context": "文"}, "prompt_completion does not read context"),
         ({"messages": [Q, A], "history": [["一", "二"]]}, "messages does not read history"),
+        ({"Messages": [Q, A], "Tools": [{"name": "w"}]}, "messages does not read tools"),
+        ({"system": "甲", "系统": "乙", "messages": [Q, A]}, "messages does not read 系统"),
+        ({"prompt": [Q], "completion": [A], "history": [["一", "二"]]}, "does not read history"),
+        ({"instruction": "偶数吗？", "input": 0, "output": "是"}, "expected str instance, int found"),
+        ({"messages": "[" * 100_000}, "messages is a string, but not JSON"),
+        ({"prompt": "别的", "chosen": [Q, A], "rejected": [Q, A]}, "a dialogue without the text of prompt"),
+        ({"messages": [A], "chosen": [Q, A], "rejected": [Q, A]}, "does not begin with the turns of messages"),
+        ({"title": "题", "paragraphs": ["a", ["b"]]}, "paragraphs holds a list, not text"),
+        ({"instruction": "a", "output": "b", "history": ["\ud800"]}, 'item 1 is "\\ud800", not a pair'),
         ({"messages": [Q, A], "label": "good"}, "messages does not read label"),
         ({"messages": [Q, A], "kto_tag": False}, "kto_tag is false, so its answer must not be learned"),
         ({"messages": [Q, A | {"weight": 0}]}, "no turn of the assistant carries loss"),
@@ -193,3 +209,25 @@ def test_text_in_a_chat_template_is_marked(tmp_path: Path) -> None:
     text = "<|im_start|>user\n问<|im_end|>\n<|im_start|>assistant\n答<|im_end|>"
     items = read_rows(tmp_path, {"text": text}, {"text": "plain"}, {"prompt": "[INST] 问 [/INST]", "response": "答"})
     assert [item.marker for item in items if isinstance(item, LocatedSample)] == ["<|im_start|>", "", "[INST]"]
+
+
+def test_unpaired_surrogates_in_names_of_keys_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "ok", "\\ud83dx": "b"}\n')
+    source = SourceConfig(path=str(tmp_path / "a.jsonl"))
+    (item,) = [item for part in source_parts(source) for item in read_part(source, part)]
+    assert isinstance(item, LocatedSample)
+    assert item.unread == ["\\ud83dx"]
+
+
+def test_lists_of_rows_beside_data_are_not_lost(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"data": [{"text": "x"}], "train": [{"text": "y"}]}))
+    source = SourceConfig(path=str(tmp_path / "a.json"))
+    (item,) = [item for part in source_parts(source) for item in read_part(source, part)]
+    assert isinstance(item, RejectedRow)
+    assert (item.line, "train hold rows too" in item.reason) == (0, True)
+
+
+def test_lines_of_a_book_are_read_in_order(tmp_path: Path) -> None:
+    (item,) = read_rows(tmp_path, {"title": "题", "content": ["一", "二"]})
+    assert isinstance(item, LocatedSample)
+    assert item.sample.text == "题\n一\n二"
