@@ -26,7 +26,7 @@ def read(record: dict[str, Any]) -> Sample:
         ValueError: a side is missing or empty, or both columns of a table without names are of one script.
     """
     sides = _sides(record)
-    if sides and "column_1" in record and _scripts(sides[0]) == _scripts(sides[1]):
+    if sides and "column_1" in record and _same_script(*sides):
         cells = ", ".join(side[:30] for side in sides)
         raise ValueError(
             f"a table without known column names, and both columns are of one script, so it is no parallel text: "
@@ -40,11 +40,15 @@ def read(record: dict[str, Any]) -> Sample:
     return Sample(text=f"{first}\n{second}")
 
 
-def _scripts(text: str) -> set[str]:
-    """The scripts of the letters, by the first word of their Unicode names such as CJK, except Latin: names and numbers
-    stand in Latin letters in every language."""
-    letters = {character for character in text if character.isalpha()}
-    return {unicodedata.name(letter, "").split(" ")[0] for letter in letters} - {"LATIN", "FULLWIDTH", ""}
+def _same_script(first: str, second: str) -> bool:
+    """True where both texts have letters, and none of a script that the other lacks; Latin letters do not count: names
+    stand in them in every language. The script is the first word of a letter's Unicode name, such as CJK."""
+    scripts = [
+        {unicodedata.name(letter, "").split(" ")[0] for letter in set(text) if letter.isalpha()}
+        for text in (first, second)
+    ]
+    latin = {"LATIN", "FULLWIDTH"}
+    return bool(scripts[0] and scripts[1]) and scripts[0] - latin == scripts[1] - latin
 
 
 def _sides(record: dict[str, Any]) -> tuple[str, str] | None:
