@@ -75,6 +75,8 @@ def test_all_verbs_in_sequence(verb, base: Path, tmp_path: Path) -> None:
         "read": 36,
         "dialogues": 0,
         "learned": totals["tokens"],
+        "unreadable_bytes": 0,
+        "source_bytes": (tmp_path / "zh.jsonl").stat().st_size,
     }
     verb("train", "run=cpt", "model=expanded", "data=zh", "optim.steps=8", *SMALL, start=TWO_RANKS)
     assert losses(tmp_path / "runs" / "cpt")[-1] < losses(tmp_path / "runs" / "cpt")[0]
