@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from samples import ENGLISH
-from tiny_run import prepare_store, tiny_keys
+from tiny_run import prepare_store, short_run_keys
 from wandb_file import finished, history, records
 
 from fireflyds.checkpoint import shard_files
@@ -28,14 +28,7 @@ STEPS = 60
 def arguments(verb, tmp_path: Path, base_tokenizer: Path) -> list[str]:
     prepare_store(verb, tmp_path, base_tokenizer, ENGLISH * 4)
     return [
-        *tiny_keys(base_tokenizer),
-        f"optim.steps={STEPS}",
-        "optim.lr=1e-3",
-        "seq_len=256",
-        "micro_batch_size=1",
-        "global_batch_size=4",
-        "checkpoint.every=5",
-        "log_every=5",
+        *short_run_keys(base_tokenizer, STEPS, 5),
     ]
 
 

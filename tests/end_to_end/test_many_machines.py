@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from samples import ENGLISH
-from tiny_run import prepare_store, tiny_keys
+from tiny_run import prepare_store, short_run_keys
 from two_hosts import ADDRESSES, INTERFACE, Hosts, why_not
 
 pytestmark = pytest.mark.netns
@@ -31,14 +31,7 @@ def hosts(tmp_path_factory: pytest.TempPathFactory):
 def arguments(hosts: Hosts, verbs_of, base_tokenizer: Path) -> list[str]:
     prepare_store(verbs_of(hosts.folder), hosts.folder, base_tokenizer, ENGLISH * 4)
     return [
-        *tiny_keys(base_tokenizer),
-        f"optim.steps={STEPS}",
-        "optim.lr=1e-3",
-        "seq_len=256",
-        "micro_batch_size=1",
-        "global_batch_size=4",
-        "checkpoint.every=4",
-        "log_every=4",
+        *short_run_keys(base_tokenizer, STEPS, 4),
         "recovery.heartbeat_seconds=5",
         "hardware.start_timeout_minutes=1",
     ]

@@ -20,3 +20,17 @@ def tiny_keys(tokenizer: Path, layers: int = 2) -> list[str]:
         f"model.tokenizer={tokenizer}",
         f"model.architecture={{model_type: llama, {sizes}}}",
     ]
+
+
+def short_run_keys(tokenizer: Path, steps: int, every: int) -> list[str]:
+    """The keys of a run of `steps` optimizer steps with a checkpoint and a line in the log `every` so many."""
+    return [
+        *tiny_keys(tokenizer),
+        f"optim.steps={steps}",
+        "optim.lr=1e-3",
+        "seq_len=256",
+        "micro_batch_size=1",
+        "global_batch_size=4",
+        f"checkpoint.every={every}",
+        f"log_every={every}",
+    ]

@@ -3,7 +3,7 @@
 
 from typing import Any
 
-from fireflyds.data.read.turns import read_history, read_system
+from fireflyds.data.read.turns import read_history, read_system, turn_keys
 from fireflyds.types import Message, Sample
 
 EXAMPLE = {
@@ -13,10 +13,7 @@ EXAMPLE = {
     "system": "你是翻译。",
     "history": [["你好", "你好！"]],
 }
-_READS = frozenset(
-    {"instruction", "input", "output", "context", "response", "system", "history", "history[].role"}
-    | {"history[].content", "history[].from", "history[].value"}
-)
+_READS = turn_keys("history") | {"instruction", "input", "context", "system"}
 
 
 def matches(record: dict[str, Any]) -> bool:
@@ -28,7 +25,7 @@ def matches(record: dict[str, Any]) -> bool:
 
 def reads(record: dict[str, Any]) -> frozenset[str]:
     """The keys that `read` reads of this record."""
-    return _READS
+    return _READS | {"output" if "output" in record else "response"}
 
 
 def read(record: dict[str, Any]) -> Sample:

@@ -7,9 +7,6 @@ from fireflyds.types import Message, Sample
 
 EXAMPLE = {"conversation_id": 1, "category": "chat", "conversation": [{"human": "你好", "assistant": "你好！"}]}
 PAIRS = (("human", "assistant"), ("input", "output"))
-_READS = frozenset(
-    {"conversation", "system", "conversation[].system"} | {f"conversation[].{key}" for pair in PAIRS for key in pair}
-)
 
 
 def matches(record: dict[str, Any]) -> bool:
@@ -18,8 +15,10 @@ def matches(record: dict[str, Any]) -> bool:
 
 
 def reads(record: dict[str, Any]) -> frozenset[str]:
-    """The keys that `read` reads of this record."""
-    return _READS
+    """The keys that `read` reads of this record: in its pairs those of one of `PAIRS`."""
+    pairs = {_pair(turn) or () for turn in record["conversation"]}
+    keys = {"system", *(key for pair in pairs for key in pair)} if len(pairs) == 1 else {"system"}
+    return frozenset({"conversation", "system", *(f"conversation[].{key}" for key in keys)})
 
 
 def read(record: dict[str, Any]) -> Sample:
@@ -30,7 +29,7 @@ def read(record: dict[str, Any]) -> Sample:
     """
     messages: list[Message] = []
     for number, turn in enumerate(record["conversation"], 1):
-        pair = next((pair for pair in PAIRS if isinstance(turn, dict) and set(pair) <= turn.keys()), None)
+        pair = _pair(turn)
         if pair is None:
             raise ValueError(f"pair {number} of conversation has not the keys human and assistant")
         if turn.get("system"):
@@ -41,3 +40,7 @@ def read(record: dict[str, Any]) -> Sample:
     if not messages:
         raise ValueError("the conversation is empty")
     return Sample(messages=(*read_system(record, messages), *messages))
+
+
+def _pair(turn: Any) -> tuple[str, str] | None:
+    return next((pair for pair in PAIRS if isinstance(turn, dict) and set(pair) <= turn.keys()), None)

@@ -110,7 +110,7 @@ def _split_dialogue(
     cut = index = 0
     while index < len(spans):
         first, end = spans[index]
-        prompt = len(store.prompt(document, numbers[index]))
+        prompt = store.prompt_length(numbers[index])
         # Without a prompt of its own, a span follows the tokens of the dialogue before it.
         own = 0 if index == 0 else max(0, first - 1)
         start, span, context = (first, numbers[index], prompt) if prompt and index else (own, -1, 0)

@@ -43,7 +43,7 @@ DECISIVE = frozenset(
 _KNOWN = _ENGLISH | DECISIVE
 
 
-def named(fields: dict[str, Any]) -> dict[str, Any]:
+def normalize_keys(fields: dict[str, Any]) -> dict[str, Any]:
     """The fields that are not null, by the names that the layouts know, with lists of turns that tables hold as JSON.
 
     Raises:

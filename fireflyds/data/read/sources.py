@@ -9,7 +9,7 @@ from typing import Any
 
 from fireflyds import registry
 from fireflyds.config import SourceConfig
-from fireflyds.data.read.fields import is_decisive, named, unread_keys, without_empty
+from fireflyds.data.read.fields import is_decisive, normalize_keys, unread_keys, without_empty
 from fireflyds.data.read.files import find_files, read_records
 from fireflyds.data.read.hub import is_dataset, read_dataset
 from fireflyds.data.read.records import FilePart, RawRecord, RejectedRow
@@ -87,7 +87,7 @@ def _read_row(record: RawRecord, configured: ModuleType | None) -> LocatedSample
         return RejectedRow(record.file, record.line, _printable(reason))
 
     try:
-        present = named(record.fields)
+        present = normalize_keys(record.fields)
     except ValueError as error:
         return rejected(str(error))
     fields = without_empty(present)

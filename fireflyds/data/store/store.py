@@ -208,6 +208,11 @@ class TokenStore:
         """The numbers of the document's spans in the store, by which `prompt` finds their prompts."""
         return range(int(self._span_offsets[document]), int(self._span_offsets[document + 1]))
 
+    def prompt_length(self, span: int) -> int:
+        """The number of tokens of `prompt`."""
+        middle = self._prompt_offsets[span + 1] - self._prompt_offsets[span]
+        return int(self._prompt_heads[span] + middle + self._prompt_tails[span])
+
     def prompt(self, document: int, span: int) -> np.ndarray:
         """The tokens before a span in a dialogue that begins at its turn: uint16 or uint32 `[k]`, empty for turn 1."""
         head, tail = int(self._prompt_heads[span]), int(self._prompt_tails[span])

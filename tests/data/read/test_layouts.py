@@ -109,6 +109,7 @@ def test_an_answer_of_weight_zero_stays_without_loss(tmp_path: Path, row: dict) 
         ({"prompt": "问", "response": "答", "images": ["a.png"]}, "prompt_completion does not read images"),
         ({"question": "问", "answer": "答", "context": "文"}, "prompt_completion does not read context"),
         ({"messages": [Q, A], "history": [["一", "二"]]}, "messages does not read history"),
+        ({"conversation": [{"human": "问", "assistant": "答", "input": "文"}]}, "does not read conversation[].input"),
         ({"Messages": [Q, A], "Tools": [{"name": "w"}]}, "messages does not read tools"),
         ({"system": "甲", "系统": "乙", "messages": [Q, A]}, "messages does not read 系统"),
         ({"prompt": [Q], "completion": [A], "history": [["一", "二"]]}, "does not read history"),
