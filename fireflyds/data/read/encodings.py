@@ -52,5 +52,5 @@ def not_decodable(data: bytes, error: UnicodeDecodeError, encoding: str) -> str:
     found = f"not {encoding.upper()}: byte 0x{data[error.start]:02x} at column {error.start + 1}"
     likely = likely_encoding(data) if encoding == UTF8 else ""
     if likely:
-        return f"{found}; it reads as Chinese in {likely}: give encoding: {likely} in data.sources"
-    return f"{found}; convert the file to UTF-8, or give its encoding in data.sources"
+        return f"{found}; it reads as Chinese in {likely}: give data.sources=[{{path: ..., encoding: {likely}}}]"
+    return f"{found}; convert the file to UTF-8, or give data.sources=[{{path: ..., encoding: ...}}]"

@@ -231,7 +231,7 @@ def test_the_likely_encoding_is_named(tmp_path: Path, encoding: str, text: str, 
     (tmp_path / "a.txt").write_bytes(text.encode(encoding))
     first = next(iter(read_records(tmp_path / "a.txt")))
     assert isinstance(first, RejectedRow)
-    assert f"give encoding: {likely} in data.sources" in first.reason
+    assert f"give data.sources=[{{path: ..., encoding: {likely}}}]" in first.reason
 
 
 def test_other_bytes_name_no_encoding(tmp_path: Path) -> None:
