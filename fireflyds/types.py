@@ -68,6 +68,15 @@ class Example:
     """The prompt of every span, with which a dialogue that is longer than a row goes on in the next one."""
 
 
+@dataclass(frozen=True, slots=True)
+class Strip:
+    """White space that a special token removes from the text before it (`left`) and after it (`right`): `lstrip` and
+    `rstrip` of transformers."""
+
+    left: bool = False
+    right: bool = False
+
+
 class Encoder(Protocol):
     """The tokenizer interface of data preparation, training and evaluation."""
 
@@ -76,6 +85,12 @@ class Encoder(Protocol):
     eos_id: int | None
     adds_bos: bool
     """True where the tokenizer itself prepends BOS, so that documents begin with BOS."""
+    prefix_after_special: bool
+    """True where text right after a special token gets the dummy prefix, as text at the beginning does."""
+
+    @property
+    def unknown_id(self) -> int | None:
+        """The id of characters that the vocabulary lacks; None where every text can be encoded (bytes)."""
 
     def encode(self, text: str, *, continues: bool = False) -> list[int]:
         """Ids of plain text, without special tokens. `continues`: the text follows other text (no dummy prefix)."""
@@ -86,8 +101,11 @@ class Encoder(Protocol):
     def token_id(self, token: str) -> int | None:
         """The id of a special token, or None."""
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of the ids, without special tokens."""
+    def strip_of(self, token: str) -> Strip:
+        """The white space that a special token removes from the text beside it."""
+
+    def decode(self, ids: Sequence[int], *, continues: bool = False) -> str:
+        """The text of the ids, without special tokens. `continues`: they follow other text (no dummy prefix)."""
 
     def fragments(self) -> frozenset[int]:
         """Ids of tokens that decode to bytes of an incomplete character (byte fallback)."""

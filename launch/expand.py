@@ -9,6 +9,7 @@ Also writes `report.md`, `report.json` and `report.png`.
 """
 
 import json
+import shutil
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -22,12 +23,12 @@ from fireflyds.fs import Output, atomic_dir, refuse_inputs_inside
 from fireflyds.tokenizer.base import Base, load_base
 from fireflyds.tokenizer.encoder import load_encoder, model_file
 from fireflyds.tokenizer.expansion import Expansion, describe, plan_expansion
-from fireflyds.tokenizer.hf_files import disagreement, read_proto
 from fireflyds.tokenizer.pieces import read_pieces
 from fireflyds.tokenizer.report.page import format_comparison, format_report, format_summary, plot_report
 from fireflyds.tokenizer.report.stats import compare_tokenizers
 from fireflyds.tokenizer.sample import CorpusSample, draw_sample, lines
 from fireflyds.tokenizer.scripts import Scripts
+from fireflyds.tokenizer.sentencepiece_model import disagreement, read_proto
 from fireflyds.tokenizer.verify import VerificationResult, verify_expansion
 
 # Maximum number of lines of each text used for verification.
@@ -49,12 +50,12 @@ def expand(config: ExpandConfig) -> None:
     )
     for path in config.texts.values():
         source_parts(SourceConfig(path=path))
-    base, scripts = load_base(base_path, tied=not config.cure), Scripts(config.scripts)
+    base, scripts = load_base(base_path, tied=not config.cure, add_bytes=config.add_bytes), Scripts(config.scripts)
     pieces = read_pieces(Path(config.pieces)) if config.pieces else []
     if (base_path / "config.json").is_file():
         from fireflyds.tokenizer.rows import check_model
 
-        check_model(base_path, base.num_tokens)
+        check_model(base_path, base.num_tokens - base.num_added_bytes)
     # The output folder is created before the work starts, so that an unwritable target fails early.
     with atomic_dir(Path(config.out), Output("expand")) as out:
         sample = None
@@ -62,6 +63,8 @@ def expand(config: ExpandConfig) -> None:
             sample = draw_sample(read_texts(config.corpus), characters=config.sample_characters, seed=config.seed)
         expansion = plan_expansion(config, base, scripts, pieces, sample)
         base.write(expansion.plan.steps, out)
+        if (base_path / "config.json").is_file():  # transformers chooses the tokenizer's class by it
+            shutil.copy2(base_path / "config.json", out)
         checks = verify_expansion(base, expansion.plan, scripts, out, proof_lines(config, sample))
         refuse_broken(config, base, checks)
         report = describe(base, expansion, checks)
@@ -75,6 +78,12 @@ def expand(config: ExpandConfig) -> None:
         (out / "report.md").write_text(format_report(report), encoding="utf-8")
         plot_report(report, out / "report.png")
     print(format_summary(report))
+    earlier = report.get("model", {}).get("base_vocab_sizes", [])[:-1]
+    if earlier:
+        print(
+            f"note: the base was expanded before, at {', '.join(map(str, earlier))} rows: new_rows trains the rows of "
+            f"this expansion; model.base_vocab_size={earlier[0]} trains those of the earlier one too"
+        )
     if base.disagreement:
         print(f"note: {base.disagreement}; fireflyds encodes with SentencePiece")
     print(f"wrote {config.out}")
@@ -87,9 +96,14 @@ def expand_rows(
     from fireflyds.tokenizer.rows import NewRows, expand_model
     from fireflyds.tokenizer.select import shares
 
-    old_ids = [base.old_ids(step.piece) for step in expansion.plan.steps]
+    num_rows = base.num_tokens - base.num_added_bytes
+    # Byte pieces that the base lacks, and pieces of such bytes alone, begin as the mean of all its rows.
+    every_row = list(range(num_rows))
+    old_ids = [every_row] * base.num_added_bytes
+    for step in expansion.plan.steps:
+        old_ids.append([index for index in base.old_ids(step.piece) if index < num_rows] or every_row)
     frequency = shares(base.encoder([]), sample.learn) if sample else None
-    rows = NewRows(base.num_tokens, old_ids, config.init, config.seed, frequency)
+    rows = NewRows(num_rows, old_ids, config.init, config.seed, frequency, config.init_head)
     return {"model": expand_model(Path(config.base), out, rows)}
 
 

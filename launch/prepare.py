@@ -12,18 +12,22 @@ rebuilds only the parts that a changed source, tokenizer or template affects.
 
 import functools
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from fireflyds import app, registry
 from fireflyds.config import PrepareConfig, StatsMode
 from fireflyds.data import show
+from fireflyds.data.encode import sample_dialogues
 from fireflyds.data.read.files import describe_folder
 from fireflyds.data.store.build import finish_store, make_parts, refuse_rejected_share, store_provenance
 from fireflyds.data.store.parts import plan_tasks
 from fireflyds.data.store.store import MANIFEST, TokenStore, read_manifest
 from fireflyds.errors import UserError
 from fireflyds.fs import Output, refuse_inputs_inside, resumable_dir
+from fireflyds.tokenizer.auto_tokenizer import compare
 from fireflyds.tokenizer.encoder import load_encoder
+from fireflyds.types import Encoder
 
 
 def prepare(config: PrepareConfig) -> None:
@@ -55,6 +59,8 @@ def prepare(config: PrepareConfig) -> None:
     if out == Path():
         raise UserError("is empty and data.store too", key="out", remedy="Give out=<folder>")
     refuse_overlap(config, out)
+    for line in tokenizer_notes(config, encoder):
+        print(f"note: {line}", file=sys.stderr, flush=True)
     tasks = plan_tasks(config, encoder.fingerprint())
     made_from = store_provenance(config, encoder.fingerprint(), tasks)
     if is_whole(out) and read_manifest(out)["made_from"] == made_from:
@@ -73,6 +79,16 @@ def prepare(config: PrepareConfig) -> None:
     )
     if totals["rejected"]:
         print(f"rejected rows, with file, line and reason: {out / 'rejected.jsonl'}", file=sys.stderr)
+
+
+def tokenizer_notes(config: PrepareConfig, encoder: Encoder) -> Iterator[str]:
+    """Yields how transformers reads the tokenizer otherwise, and whether it lacks characters."""
+    if Path(config.tokenizer).is_dir():
+        difference = compare(Path(config.tokenizer), encoder, sample_dialogues(encoder, config.template))
+        if difference:
+            yield f"{difference}. The ids here are those of the files; export writes them such that both agree"
+    if encoder.unknown_id is not None:
+        yield f"{config.tokenizer} has no byte fallback: what it lacks becomes {encoder.token(encoder.unknown_id)}"
 
 
 def is_whole(out: Path) -> bool:

@@ -20,7 +20,8 @@ if not torch.cuda.is_available():
 from bases import sentencepiece_base
 from forkserver import ForkServer
 
-from fireflyds.tokenizer.encoder import SentencePieceEncoder, load_encoder
+from fireflyds.tokenizer.encoder import load_encoder
+from fireflyds.tokenizer.sentencepiece_encoder import SentencePieceEncoder
 
 ROOT = Path(__file__).parents[1]
 

@@ -66,6 +66,14 @@ class RowInit(Enum):
     random = 2
 
 
+class HeadInit(Enum):
+    """Chooses the initial values of new rows of an output head that is not tied to the embeddings."""
+
+    same = 0
+    mean = 1
+    first_piece = 2
+
+
 class TokenizerKind(Enum):
     """Chooses the format of a learned tokenizer."""
 

@@ -4,7 +4,15 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from fireflyds.config.enums import PieceAlgorithm, ReportMode, RowInit, TokenizerKind, VocabSizeRule, require_at_least
+from fireflyds.config.enums import (
+    HeadInit,
+    PieceAlgorithm,
+    ReportMode,
+    RowInit,
+    TokenizerKind,
+    VocabSizeRule,
+    require_at_least,
+)
 from fireflyds.errors import UserError
 
 
@@ -58,6 +66,8 @@ class ExpandConfig:
     cure: bool = True
     """Drop pieces without a new character, and add the pieces without which a new one is unreachable; false: append the
     pieces as given, with tied scores, as in published Chinese-LLaMA vocabularies."""
+    add_bytes: bool = False
+    """Add the 256 byte pieces to a base that has none, so that it can encode every character."""
     vocab_multiple: int = 64
     """The vocabulary size is a multiple of this: learning stops at one, given pieces are filled up with single
     characters."""
@@ -66,6 +76,9 @@ class ExpandConfig:
     init: RowInit = RowInit.mean
     """Initialization of new rows: `mean` of the old tokens of the piece's text, `weighted` (the same, with larger
     weights for rare old tokens) or `random` (normal with the old rows' mean and covariance)."""
+    init_head: HeadInit = HeadInit.same
+    """Initialization of the new rows of a head that is not tied: the `same` as the embeddings', the `mean` of the old
+    rows of the piece's text, or the row of its `first_piece`, which the model would have written first."""
     seed: int = 42
     """Seed of `init=random` and of the sample."""
     texts: dict[str, str] = field(default_factory=dict)

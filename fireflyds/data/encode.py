@@ -1,6 +1,6 @@
 """Encodes samples as token ids with the spans that carry loss."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -9,7 +9,7 @@ import numpy as np
 from fireflyds import registry
 from fireflyds.config import LossOn
 from fireflyds.errors import UserError
-from fireflyds.types import BOS, EOS, Encoder, Example, Sample, Segment, TurnPrompt
+from fireflyds.types import BOS, EOS, Encoder, Example, Message, Sample, Segment, Strip, TurnPrompt
 
 # Dialogues of at most as many tokens get no prompts: rows are longer.
 _MIN_CONTINUED = 128
@@ -49,6 +49,9 @@ def encode_samples(encoder: Encoder, template: str, samples: Sequence[Sample], l
 def encode_segments(encoder: Encoder, segments: Sequence[Segment]) -> Example:
     """Encodes segments one by one, so that a prompt has the same ids in training and in inference.
 
+    White space beside a special token with `lstrip` or `rstrip` is left out, as transformers does, but never that of
+    an answer.
+
     Raises:
         ValueError: the tokenizer has no such special token.
     """
@@ -56,14 +59,14 @@ def encode_segments(encoder: Encoder, segments: Sequence[Segment]) -> Example:
     spans: list[tuple[int, int]] = []
     num_bytes = 0
     continues = False
-    for segment in segments:
+    for segment in _stripped(encoder, segments):
         start = len(ids)
         if segment.special:
             ids.append(_special_id(encoder, segment.text))
         else:
             ids += encoder.encode(segment.text, continues=continues)
             num_bytes += len(segment.text.encode())
-        continues = not segment.special
+        continues = not (segment.special and encoder.prefix_after_special)
         if segment.learn and spans and spans[-1][1] == start:
             spans[-1] = (spans[-1][0], len(ids))
         elif segment.learn:
@@ -71,12 +74,46 @@ def encode_segments(encoder: Encoder, segments: Sequence[Segment]) -> Example:
     return Example(np.asarray(ids, np.uint32), tuple(spans), num_bytes)
 
 
+def _stripped(encoder: Encoder, segments: Sequence[Segment]) -> Iterator[Segment]:
+    """Yields the segments without the white space that special tokens beside them remove."""
+    strips = [encoder.strip_of(segment.text) if segment.special else Strip() for segment in segments]
+    for index, segment in enumerate(segments):
+        text = segment.text
+        if not (segment.special or segment.separate):
+            text = text.lstrip() if index and strips[index - 1].right else text
+            text = text.rstrip() if any(strip.left for strip in strips[index + 1 : index + 2]) else text
+        if text:
+            yield replace(segment, text=text)
+
+
+def _token_id(encoder: Encoder, token: str) -> int | None:
+    return {BOS: encoder.bos_id, EOS: encoder.eos_id}.get(token, encoder.token_id(token))
+
+
 def _special_id(encoder: Encoder, token: str) -> int:
-    index = {BOS: encoder.bos_id, EOS: encoder.eos_id}.get(token, encoder.token_id(token))
+    index = _token_id(encoder, token)
     if index is None:
         name = {BOS: "BOS", EOS: "EOS"}.get(token, token)
         raise ValueError(f"the tokenizer has no special token {name}, which the template needs")
     return index
+
+
+def sample_dialogues(encoder: Encoder, template: str) -> list[tuple[str, list[int]]]:
+    """Returns two dialogues as text in the chat template, with their ids, to compare tokenizers by. None if the
+    tokenizer lacks a token of the template: such dialogues are rejected where they are prepared."""
+    chat = registry.find("fireflyds.data.templates", template, "template").CHAT
+    turns = [Message("user", "你好 world"), Message("assistant", "您好！ fine."), Message("user", "二")]
+    dialogues = []
+    for messages in ([Message("system", "你是助手。"), *turns, Message("assistant", "2")], turns[:2]):
+        segments = chat.render(messages)
+        names = {BOS: encoder.bos_id, EOS: encoder.eos_id}
+        if any(segment.special and _token_id(encoder, segment.text) is None for segment in segments):
+            return []
+        text = "".join(
+            encoder.token(names[segment.text] or 0) if segment.text in names else segment.text for segment in segments
+        )
+        dialogues.append((text, encode_segments(encoder, segments).input_ids.tolist()))
+    return dialogues
 
 
 def turn_prompt(input_ids: np.ndarray, first: int, prompt: np.ndarray) -> TurnPrompt:

@@ -31,6 +31,7 @@ def format_manifest(manifest: dict[str, Any]) -> str:
         "bytes",
         "bytes/token",
         "learned",
+        "unknown",
         "dropped",
         "rejected",
     )
@@ -44,6 +45,7 @@ def format_manifest(manifest: dict[str, Any]) -> str:
                 *(f"{counts[name]:,}" for name in columns),
                 f"{counts['bytes'] / tokens:.2f}",
                 f"{counts['learned'] / tokens:.1%}",
+                f"{counts['unknown'] / tokens:.1%}",
                 f"{counts['dropped']:,}",
                 f"{counts['rejected']:,}",
             )
@@ -57,6 +59,11 @@ def format_manifest(manifest: dict[str, Any]) -> str:
         for row in rows
     ]
     for domain, counts in manifest["per_domain"].items():
+        if counts["unknown"]:
+            lines.append(
+                f"{domain}: {counts['unknown']:,} tokens stand for characters that the vocabulary lacks; the model "
+                "cannot read or write them"
+            )
         lines += [f"{domain}: dropped {count:,}: {reason}" for reason, count in counts["reasons"].items()]
         lines += [f"{domain}: layout {name}: {count:,} rows" for name, count in counts["formats"].items()]
         lines += [

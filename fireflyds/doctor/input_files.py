@@ -16,6 +16,7 @@ from fireflyds.errors import UserError
 from fireflyds.models.load import family_of, read_config
 from fireflyds.models.precision import has_bf16
 from fireflyds.runs.fingerprint import read_safetensors_header
+from fireflyds.tokenizer.auto_tokenizer import compare
 from fireflyds.tokenizer.encoder import load_encoder
 from fireflyds.tokenizer.shards import shard_names
 from fireflyds.types import Encoder
@@ -67,8 +68,17 @@ def error_from(name: str, error: UserError) -> Check:
 
 def check_tokenizer(path: str, loaded: list[Encoder]) -> Check:
     """Loads the tokenizer and appends its encoder to `loaded`, for later checks."""
-    loaded.append(load_encoder(path))
-    return passed("tokenizer", f"{path}: {loaded[0].vocab_size:,} pieces, {loaded[0].fingerprint()[:12]}")
+    encoder = load_encoder(path)
+    loaded.append(encoder)
+    summary = f"{path}: {encoder.vocab_size:,} pieces, {encoder.fingerprint()[:12]}"
+    if encoder.unknown_id is not None:
+        remedy = "expand it with add_bytes=true, or take another base"
+        return warning("tokenizer", f"{summary}; no byte fallback: characters that it lacks are lost", remedy)
+    difference = compare(Path(path), encoder) if Path(path).is_dir() else None
+    if difference:
+        remedy = "training uses the files' ids; export writes them such that AutoTokenizer agrees"
+        return warning("tokenizer", f"{summary}; {difference}", remedy)
+    return passed("tokenizer", summary)
 
 
 def check_base(config: DoctorConfig, encoder: Encoder) -> Check:

@@ -34,9 +34,9 @@ class EvaluatedModel:
 
     @property
     def prefix(self) -> list[int]:
-        """What text begins with, so that its first token has something to be predicted from."""
-        first = self.encoder.bos_id if self.encoder.bos_id is not None else self.encoder.eos_id
-        return [] if first is None else [first]
+        """What text begins with: BOS where documents begin with it in training; without it, the first token of a text
+        is not predicted."""
+        return [self.encoder.bos_id] if self.encoder.adds_bos and self.encoder.bos_id is not None else []
 
     @property
     def max_length(self) -> int:
@@ -110,4 +110,4 @@ def continuation_losses(model: EvaluatedModel, prompt: list[int], continuations:
         )
     context = prompt if len(prompt) <= room else (model.prefix + prompt[-(room - len(model.prefix)) :])[-room:]
     losses = token_losses(model, [context + continuation for continuation in continuations])
-    return [float(loss[len(context) - 1 :].sum()) for loss in losses]
+    return [float(loss[max(len(context) - 1, 0) :].sum()) for loss in losses]

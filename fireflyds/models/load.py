@@ -107,14 +107,17 @@ def architecture_of(config: ModelConfig) -> Any:
 def base_vocab_size(config: ModelConfig, hf_config: Any) -> int | None:
     """Returns the number of rows before the vocabulary expansion; None where neither configuration nor model has it.
 
+    A model that was expanded more than once records the rows before each expansion; any of them can be configured.
+
     Raises:
         UserError: configuration and model have different numbers.
     """
     recorded: int | None = getattr(hf_config, "base_vocab_size", None)
     configured = config.base_vocab_size
-    if recorded is not None and configured is not None and recorded != configured:
+    known = getattr(hf_config, "base_vocab_sizes", None) or [recorded]
+    if recorded is not None and configured is not None and configured not in known:
         raise UserError(
-            f"the model's config.json has {recorded}",
+            f"the model's config.json has {', '.join(map(str, known))}",
             key="model.base_vocab_size",
             value=configured,
             remedy="Remove the setting, or give the model that it belongs to",

@@ -36,7 +36,7 @@ def write_store(
         for example in examples:
             writer.add(example)
         info = {"key": f"part{number}", "counts": writer.counts(), "rejected": []}
-        info |= {name: {} for name in ("dropped", "formats", "unread", "markers")}
+        info |= {name: {} for name in ("dropped", "formats", "unread", "markers")} | {"unknown": 0}
         writer.close(info)
         tasks.append(EncodeTask(number, FilePart("x"), 0, f"part{number}"))
         infos.append(info)

@@ -20,6 +20,9 @@ class Base(Protocol):
     has_fragments: bool
     """True where pieces are byte sequences (byte-level BPE), so that a new piece may be an incomplete character."""
 
+    num_added_bytes: int
+    """Number of byte pieces that the base lacks and `add_bytes` adds: the last ids below `num_tokens`."""
+
     disagreement: str | None
     """The reason why `AutoTokenizer` cannot return the same ids for every text; None where it can."""
 
@@ -48,11 +51,12 @@ class Base(Protocol):
         """Writes the base with the steps appended, as a directory that `AutoTokenizer` loads."""
 
 
-def load_base(path: Path, *, tied: bool = False) -> Base:
+def load_base(path: Path, *, tied: bool = False, add_bytes: bool = False) -> Base:
     """Loads the base tokenizer at `path`.
 
     Args:
         path: a SentencePiece `.model` file, or a directory with `tokenizer.model` or `tokenizer.json`.
+        add_bytes: a base without byte pieces gets them.
         tied: all new pieces get the score 0 and may be unreachable, as in published vocabularies.
 
     Raises:
@@ -64,7 +68,7 @@ def load_base(path: Path, *, tied: bool = False) -> Base:
         )
     file = model_file(path)
     if file is not None:
-        return SentencePieceBase(file, path if path.is_dir() else None, tied=tied)
+        return SentencePieceBase(file, path if path.is_dir() else None, tied=tied, add_bytes=add_bytes)
     if (path / "tokenizer.json").is_file():
         if tied:
             raise UserError(
@@ -78,5 +82,6 @@ def load_base(path: Path, *, tied: bool = False) -> Base:
         "no tokenizer found (neither tokenizer.model nor tokenizer.json)",
         key="base",
         value=path,
-        remedy="Give a directory that has one, or a .model file",
+        remedy="Give a directory that has one (transformers writes tokenizer.json: "
+        "AutoTokenizer.from_pretrained(…).save_pretrained(…)), or a .model file",
     )

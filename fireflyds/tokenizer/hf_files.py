@@ -5,12 +5,21 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 
 from fireflyds.errors import UserError
 from fireflyds.fs import read_json
-from fireflyds.tokenizer.settings import FLAGS, added_tokens, content, settings_of, without_limits
+from fireflyds.tokenizer.auto_tokenizer import compare
+from fireflyds.tokenizer.encoder import load_encoder
+from fireflyds.tokenizer.sentencepiece_model import check_supported, directory_proto, disagreement, splits_after_prefix
+from fireflyds.tokenizer.settings import (
+    FLAGS,
+    added_tokens,
+    content,
+    settings_of,
+    with_bos,
+    without_limits,
+)
 
 FILES = (
     "tokenizer.model",
@@ -21,15 +30,6 @@ FILES = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
-)
-
-TIES = (
-    "pieces share scores (as in published Chinese-LLaMA vocabularies, or with cure=false), and AutoTokenizer does not "
-    "break such ties in SentencePiece's order"
-)
-CUTS = (
-    "the model has user-defined pieces and a dummy prefix, and AutoTokenizer adds no prefix to text that begins with a "
-    "space"
 )
 
 _PIECE = sp_pb2.ModelProto.SentencePiece
@@ -49,7 +49,7 @@ def write_tokenizer(proto: sp_pb2.ModelProto, out: Path, source: Path | None = N
     (out / "tokenizer.model").write_bytes(proto.SerializeToString())
     settings = settings_of(source)
     added = {row["content"]: row for row in added_tokens(source)} if source else {}
-    document = _fast_tokenizer(proto, settings, added)
+    document = _fast_tokenizer(proto, settings, added, splits_text=splits_after_prefix(proto, source))
     (out / "tokenizer.json").write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
     spec = proto.trainer_spec
     defaults = {
@@ -81,9 +81,14 @@ def write_settings(out: Path, settings: dict[str, Any], source: Path | None) -> 
 
 
 def copy_tokenizer(source: Path, out: Path) -> None:
-    """Copies the tokenizer of a directory or of a `.model` file to a directory that `AutoTokenizer` loads.
+    """Copies the tokenizer of a directory or of a `.model` file to `out`, where `AutoTokenizer` then gives its ids.
 
-    If there is no `tokenizer.json`, one is written: the conversion in transformers may return other ids.
+    If there is no `tokenizer.json`, one is written: the conversion in transformers may return other ids. Where the
+    class that transformers takes for the directory builds other ids than the files say, `PreTrainedTokenizerFast` is
+    written as its class. A `config.json` must already stand in `out`, as transformers chooses the class by it.
+
+    Raises:
+        UserError: transformers would still give other ids.
     """
     if source.is_dir():
         for name in FILES:
@@ -91,17 +96,40 @@ def copy_tokenizer(source: Path, out: Path) -> None:
                 shutil.copy2(source / name, out / name)
     else:
         shutil.copy2(source, out / "tokenizer.model")
+    known_reason = None
     if (out / "tokenizer.json").exists():
         _switch_off_limits(out / "tokenizer.json")
-        return
-    proto = read_proto(out / "tokenizer.model")
-    try:
-        write_tokenizer(proto, out)
-    except UserError as error:
-        print(f"note: tokenizer.json is not written ({error}); transformers may return other ids than SentencePiece")
-        return
-    if reason := disagreement(proto):
-        print(f"note: {reason}; fireflyds encodes with SentencePiece")
+    elif (out / "tokenizer.model").exists():
+        folder = source if source.is_dir() else None
+        proto, _ = directory_proto(out / "tokenizer.model", folder)
+        try:
+            write_tokenizer(proto, out, folder)
+        except UserError as error:
+            known_reason = str(error)
+        known_reason = known_reason or disagreement(proto, folder)
+    _require_agreement(source, out, known_reason)
+
+
+def _require_agreement(source: Path, out: Path, known_reason: str | None) -> None:
+    encoder = load_encoder(source)
+    difference = compare(out, encoder)
+    if difference and (out / "tokenizer.json").exists():
+        document = read_json(out / "tokenizer.json")
+        if encoder.adds_bos and encoder.bos_id is not None and source.is_dir():
+            document = with_bos(document, str(content(settings_of(source)["bos_token"])), encoder.bos_id)
+            (out / "tokenizer.json").write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
+        write_settings(out, settings_of(out), None)
+        if not compare(out, encoder):
+            print(f"note: {difference}; written with tokenizer_class=PreTrainedTokenizerFast, which gives the same ids")
+            return
+    if difference and known_reason:
+        print(f"note: {known_reason}; fireflyds encodes with SentencePiece")
+    elif difference:
+        raise UserError(
+            f"{difference}",
+            key=f"tokenizer {source}",
+            remedy="Give the tokenizer.json and tokenizer_config.json of the model's makers, and train with them",
+        )
 
 
 def _switch_off_limits(file: Path) -> None:
@@ -111,66 +139,8 @@ def _switch_off_limits(file: Path) -> None:
         print("note: truncation, padding and dropout of the base's tokenizer.json are switched off")
 
 
-def check_supported(proto: sp_pb2.ModelProto) -> None:
-    """Checks that `tokenizer.json` can express a SentencePiece model.
-
-    Raises:
-        UserError: the model is not a BPE model in the style of LLaMA.
-    """
-    spec, normalizer = proto.trainer_spec, proto.normalizer_spec
-    rules = {
-        f"model_type is {spec.ModelType.Name(spec.model_type)}, not BPE": spec.model_type != spec.BPE,
-        f"normalisation is {normalizer.name!r}, not identity": bool(normalizer.precompiled_charsmap),
-        "it removes extra white space": normalizer.remove_extra_whitespaces,
-        "it has no BOS or no EOS": min(spec.bos_id, spec.eos_id) < 0,
-        "its space marks follow words": spec.treat_whitespace_as_suffix or not normalizer.escape_whitespaces,
-    }
-    violations = [rule for rule, applies in rules.items() if applies]
-    if violations:
-        raise UserError(
-            f"{violations[0]}; this type of model is not supported as a base",
-            key="tokenizer.model",
-            remedy="Use a LLaMA-style one",
-        )
-
-
-def disagreement(proto: sp_pb2.ModelProto) -> str | None:
-    """Returns the reason why `AutoTokenizer` cannot return SentencePiece's ids for every text; None where it can."""
-    if proto.trainer_spec.model_type != proto.trainer_spec.BPE:
-        return None
-    merged = [piece for piece in proto.pieces if piece.type == _PIECE.NORMAL and len(piece.piece) > 1]
-    # LLaMA's pieces of several spaces share the score -1e9; this is harmless, as any merge order yields the same piece.
-    scores = [piece.score for piece in merged if piece.score > -1e8]
-    if len(set(scores)) < len(scores):
-        # SentencePiece then merges the leftmost pair first, which the ranks of `tokenizer.json` cannot express.
-        return TIES
-    return CUTS if _splits_after_prefix(proto) else None
-
-
-def read_proto(file: Path) -> sp_pb2.ModelProto:
-    """Reads a SentencePiece `.model` file.
-
-    Raises:
-        UserError: the file cannot be read or is not a SentencePiece model.
-    """
-    proto = sp_pb2.ModelProto()
-    try:
-        proto.ParseFromString(file.read_bytes())
-    except (DecodeError, OSError) as error:
-        raise UserError(
-            f"not a SentencePiece model ({error})", key=file, remedy="Give a SentencePiece tokenizer.model"
-        ) from error
-    return proto
-
-
-def _splits_after_prefix(proto: sp_pb2.ModelProto) -> bool:
-    """True where user-defined pieces split the text; a `Prepend` normalizer would add a prefix after every split."""
-    defined = any(piece.type == _PIECE.USER_DEFINED for piece in proto.pieces)
-    return proto.normalizer_spec.add_dummy_prefix and defined
-
-
 def _fast_tokenizer(
-    proto: sp_pb2.ModelProto, settings: dict[str, Any], added: dict[str, dict[str, Any]]
+    proto: sp_pb2.ModelProto, settings: dict[str, Any], added: dict[str, dict[str, Any]], *, splits_text: bool
 ) -> dict[str, object]:
     """Returns the contents of `tokenizer.json`: SentencePiece's BPE expressed with the components of `tokenizers`."""
     prefix = proto.normalizer_spec.add_dummy_prefix
@@ -178,7 +148,7 @@ def _fast_tokenizer(
     unescape = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
     normalizers = [*([{"type": "Prepend", "prepend": "▁"}] if prefix else []), escape]
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
-    splits_text = _splits_after_prefix(proto)
+    # `Prepend` adds the prefix after every added token, `Metaspace` only at the beginning.
     metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
     return {
         "version": "1.0",
@@ -212,6 +182,8 @@ def _added_tokens(proto: sp_pb2.ModelProto, base_tokens: dict[str, dict[str, Any
             "id": index,
             "content": piece.piece,
             **{flag: base_tokens.get(piece.piece, {}).get(flag, False) for flag in FLAGS},
+            # Pieces with `▁` are found in normalized text, where it stands for a space.
+            **({"normalized": True} if "▁" in piece.piece and piece.type == _PIECE.USER_DEFINED else {}),
             "special": special[piece.type],
         }
         for index, piece in enumerate(proto.pieces)

@@ -10,15 +10,17 @@ from typing import Any
 from fireflyds.errors import UserError
 from fireflyds.fs import read_json
 from fireflyds.tokenizer.bpe import Bpe, Step
-from fireflyds.tokenizer.encoder import FastEncoder, byte_values
+from fireflyds.tokenizer.byte_level import byte_values
+from fireflyds.tokenizer.fast_encoder import FastEncoder
 from fireflyds.tokenizer.hf_files import write_settings
-from fireflyds.tokenizer.settings import settings_of, without_limits
+from fireflyds.tokenizer.settings import content, settings_of, with_bos, without_limits
 
 
 class JsonBase:
     """A `tokenizer.json` file. New pieces are numbered after the last id in use; new merges follow the last merge."""
 
     disagreement: str | None = None
+    num_added_bytes = 0
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -91,8 +93,12 @@ class JsonBase:
 
     def write(self, steps: Sequence[Step], out: Path) -> None:
         """Writes `tokenizer.json` with the steps appended, and the settings of the base's directory."""
-        (out / "tokenizer.json").write_text(json.dumps(self._merged(steps), ensure_ascii=False), encoding="utf-8")
-        write_settings(out, settings_of(self._folder), self._folder)
+        settings, document = settings_of(self._folder), self._merged(steps)
+        bos = content(settings.get("bos_token"))
+        if bos is not None and settings.get("add_bos_token"):  # the base's class adds it, ours does not
+            document = with_bos(document, bos, self._vocab[bos])
+        (out / "tokenizer.json").write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
+        write_settings(out, settings, self._folder)
         if (self._folder / "special_tokens_map.json").is_file():
             shutil.copy2(self._folder / "special_tokens_map.json", out)
 

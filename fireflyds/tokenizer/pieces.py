@@ -8,7 +8,7 @@ from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 
 from fireflyds.errors import UserError
-from fireflyds.tokenizer.encoder import byte_values
+from fireflyds.tokenizer.byte_level import byte_values
 
 # Lists with further columns, which every line must have.
 _NUMBER = r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?"

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fireflyds.config import RowInit
+from fireflyds.config import HeadInit, RowInit
 from fireflyds.errors import UserError
 from fireflyds.fs import read_json
 from fireflyds.tokenizer.hf_files import FILES
@@ -39,27 +39,35 @@ class NewRows:
     init: RowInit
     seed: int
     frequency: np.ndarray | None = None
+    init_head: HeadInit = HeadInit.same
 
-    def make(self, weight: torch.Tensor) -> torch.Tensor:
+    def make(self, weight: torch.Tensor, *, is_head: bool = False) -> torch.Tensor:
         """Returns new rows `[len(old_ids), D]` for `weight` `[V, D]` (`[len(old_ids)]` for a bias `[V]`), in its dtype.
 
         `mean`: the mean of the piece's old rows (as in Linly and Ziya; the published script of HIT includes `<s>` and
         `▁` in every mean, which `old_ids` excludes). `weighted`: the weighted mean with weights a / (a + p), where p is
         the relative frequency of the token, so that very frequent byte tokens have smaller weights. `random`: samples
         of a normal distribution with the old rows' mean and covariance. All are computed in float32.
+
+        `is_head`: the rows of an output head, for which `init_head` counts. Its `first_piece` is the old row of the
+        token that the base writes first for the piece.
         """
         old = weight[: self.num_tokens]
-        if self.init is RowInit.random:
+        if is_head and self.init_head is HeadInit.first_piece:
+            return old[[ids[0] for ids in self.old_ids]].clone()
+        init = RowInit.mean if is_head and self.init_head is HeadInit.mean else self.init
+        if init is RowInit.random:
             return _normal_like(old, len(self.old_ids), self.seed).to(weight.dtype)
-        return torch.stack([self._mean(old, list(ids)) for ids in self.old_ids]).to(weight.dtype)
+        means = {ids: self._mean(old, list(ids), init) for ids in {tuple(ids) for ids in self.old_ids}}
+        return torch.stack([means[tuple(ids)] for ids in self.old_ids]).to(weight.dtype)
 
-    def grow(self, weight: torch.Tensor) -> torch.Tensor:
+    def grow(self, weight: torch.Tensor, *, is_head: bool = False) -> torch.Tensor:
         """Returns the rows of the base's tokens followed by the new rows: `[num_tokens + len(old_ids), ...]`."""
-        return torch.cat([weight[: self.num_tokens], self.make(weight)])
+        return torch.cat([weight[: self.num_tokens], self.make(weight, is_head=is_head)])
 
-    def _mean(self, old: torch.Tensor, ids: list[int]) -> torch.Tensor:
+    def _mean(self, old: torch.Tensor, ids: list[int], init: RowInit) -> torch.Tensor:
         rows = old[ids].float()
-        if self.init is RowInit.mean or self.frequency is None:
+        if init is RowInit.mean or self.frequency is None:
             return rows.mean(0)
         weights = torch.from_numpy(_SIF_A / (_SIF_A + self.frequency[ids])).float()
         return torch.tensordot(weights / weights.sum(), rows, dims=1)
@@ -83,14 +91,15 @@ def _normal_like(old: torch.Tensor, count: int, seed: int) -> torch.Tensor:
     return samples if old.dim() == 2 else samples[:, 0]
 
 
-def expand_model(base: Path, out: Path, new: NewRows) -> dict[str, int]:
+def expand_model(base: Path, out: Path, new: NewRows) -> dict[str, Any]:
     """Copies a Hugging Face model directory and adds rows to its embeddings and head.
 
     Rows of the base beyond its tokens are padding and are replaced by the new rows. Weights are memory-mapped and
     written tensor by tensor, so that only the embeddings are held in memory; `.bin` shards become safetensors.
 
     Returns:
-        `parameters_before`, `parameters_after`, `hidden_size` (width of a row) and `matrices` (1 where tied, else 2).
+        `parameters_before`, `parameters_after`, `hidden_size` (width of a row), `matrices` (1 where tied, else 2) and
+        `base_vocab_sizes` (the rows before every expansion of the model, this one last).
 
     Raises:
         UserError: there are no weights, fewer rows than tokens, no embeddings under a supported name, or a head that
@@ -111,9 +120,8 @@ def expand_model(base: Path, out: Path, new: NewRows) -> dict[str, int]:
             if is_copy:  # tied models store one matrix
                 continue
             shape = [new.num_tokens + len(new.old_ids), *tensor.shape[1:]] if grown else [*tensor.shape]
-            entries[key] = TensorEntry(
-                shape, tensor.dtype, partial(new.grow, tensor) if grown else partial(_as_is, tensor)
-            )
+            read_rows = partial(new.grow, tensor, is_head=key in HEADS) if grown else partial(_as_is, tensor)
+            entries[key] = TensorEntry(shape, tensor.dtype, read_rows)
             tracker.after += math.prod(shape)
             total += math.prod(shape) * tensor.element_size()
         shard = name if name.endswith(".safetensors") else shard_name(number, len(files))
@@ -125,14 +133,17 @@ def expand_model(base: Path, out: Path, new: NewRows) -> dict[str, int]:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
     config |= {"vocab_size": new.num_tokens + len(new.old_ids), "tie_word_embeddings": tied}
-    # Transformers preserves unknown keys; training reads the index of the first new row from this one.
-    config["base_vocab_size"] = new.num_tokens
+    # Transformers preserves unknown keys; training reads the index of the first new row from this one, and those of
+    # earlier expansions where their rows are to be trained too.
+    sizes = config.get("base_vocab_sizes") or [config["base_vocab_size"]] if "base_vocab_size" in config else []
+    config |= {"base_vocab_size": new.num_tokens, "base_vocab_sizes": [*sizes, new.num_tokens]}
     (out / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
     return {
         "parameters_before": tracker.before,
         "parameters_after": tracker.after,
         "hidden_size": tracker.width,
         "matrices": 1 if tied else 2,
+        "base_vocab_sizes": config["base_vocab_sizes"],
     }
 
 

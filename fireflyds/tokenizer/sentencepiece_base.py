@@ -2,14 +2,16 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 
 from fireflyds.errors import UserError
 from fireflyds.tokenizer.bpe import Bpe, Step
-from fireflyds.tokenizer.encoder import SentencePieceEncoder
-from fireflyds.tokenizer.hf_files import TIES, check_supported, disagreement, read_proto, write_tokenizer
-from fireflyds.tokenizer.settings import NAMED, added_tokens, content, settings_of
+from fireflyds.tokenizer.hf_files import write_tokenizer
+from fireflyds.tokenizer.sentencepiece_encoder import SentencePieceEncoder
+from fireflyds.tokenizer.sentencepiece_model import TIES, check_supported, directory_proto, disagreement
+from fireflyds.tokenizer.settings import NAMED, content, settings_of
 
 _PIECE = sp_pb2.ModelProto.SentencePiece
 _SPACE = "▁"
@@ -20,15 +22,16 @@ class SentencePieceBase:
 
     has_fragments = False
 
-    def __init__(self, file: Path, folder: Path | None, *, tied: bool = False) -> None:
+    def __init__(self, file: Path, folder: Path | None, *, tied: bool = False, add_bytes: bool = False) -> None:
         self._tied = tied
-        self._proto = read_proto(file)
+        self._proto, remaining = directory_proto(file, folder)
         check_supported(self._proto)
         self._folder = folder
         if folder:
-            _append_added_tokens(self._proto, folder)
+            _refuse_remaining(self._proto, folder, remaining)
             _refuse_unknown_names(self._proto, folder)
-        self.disagreement = TIES if tied else disagreement(self._proto)
+        self.num_added_bytes = 0 if self._proto.trainer_spec.byte_fallback else _add_bytes(self._proto, file, add_bytes)
+        self.disagreement = TIES if tied else disagreement(self._proto, folder)
         self.num_tokens = len(self._proto.pieces)
         self._pieces = {piece.piece for piece in self._proto.pieces}
         self._encoder = SentencePieceEncoder(self._proto.SerializeToString())
@@ -81,20 +84,35 @@ class SentencePieceBase:
         return proto
 
 
-def _append_added_tokens(proto: sp_pb2.ModelProto, folder: Path) -> None:
-    pieces = {piece.piece for piece in proto.pieces}
-    tokens = sorted((row for row in added_tokens(folder) if row["content"] not in pieces), key=lambda row: row["id"])
-    for row in tokens:
-        if row["id"] != len(proto.pieces):
-            raise UserError(
-                f"the added token {row['content']!r} has id {row['id']}, but the next free id after the pieces of "
-                f"tokenizer.model is {len(proto.pieces)}",
-                key="base",
-                value=folder,
-                remedy="Use a base whose added tokens follow its pieces",
-            )
-        piece_type = _PIECE.CONTROL if row.get("special", True) else _PIECE.USER_DEFINED
-        proto.pieces.add(piece=row["content"], score=0.0, type=piece_type)
+def _refuse_remaining(proto: sp_pb2.ModelProto, folder: Path, remaining: Sequence[dict[str, Any]]) -> None:
+    for row in remaining:
+        raise UserError(
+            f"the added token {row['content']!r} has id {row['id']}, but the next free id after the pieces of "
+            f"tokenizer.model is {len(proto.pieces)}",
+            key="base",
+            value=folder,
+            remedy="Use a base whose added tokens follow its pieces",
+        )
+
+
+def _add_bytes(proto: sp_pb2.ModelProto, file: Path, add_bytes: bool) -> int:
+    """Adds the pieces of the 256 bytes. Returns their number.
+
+    Raises:
+        UserError: they are missing, and `add_bytes` is not set.
+    """
+    if not add_bytes:
+        raise UserError(
+            "has no byte pieces: characters that it lacks, also after the expansion, become <unk> and are lost",
+            key="base",
+            value=file,
+            remedy="Add the 256 byte pieces with add_bytes=true, or give another base",
+        )
+    for byte in range(256):
+        proto.pieces.add(piece=f"<0x{byte:02X}>", score=0.0, type=_PIECE.BYTE)
+    proto.trainer_spec.byte_fallback = True
+    proto.trainer_spec.vocab_size = len(proto.pieces)
+    return 256
 
 
 def _refuse_unknown_names(proto: sp_pb2.ModelProto, folder: Path) -> None:

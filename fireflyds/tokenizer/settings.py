@@ -23,13 +23,33 @@ def settings_of(folder: Path | None) -> dict[str, Any]:
     """Returns `tokenizer_config.json` merged with `special_tokens_map.json`, without class-specific keys and nulls."""
     if folder is None:
         return {}
-    settings = _read(folder / "special_tokens_map.json") | _read(folder / "tokenizer_config.json")
+    settings = raw_settings(folder)
     if str(settings.get("tokenizer_class", "")).startswith("Llama"):
         settings.setdefault("padding_side", "left")  # default of this class
     document = _read(folder / "tokenizer.json")
     if document and not document.get("post_processor"):
         settings.setdefault("add_bos_token", False)
     return {key: value for key, value in settings.items() if key not in _CLASS_SPECIFIC and value is not None}
+
+
+def raw_settings(folder: Path) -> dict[str, Any]:
+    """Returns `tokenizer_config.json` merged with `special_tokens_map.json` as they are, nulls included."""
+    return _read(folder / "special_tokens_map.json") | _read(folder / "tokenizer_config.json")
+
+
+def prefixes_after_special(folder: Path) -> bool:
+    """True where text right after a special token gets the dummy prefix: as `tokenizer.json` says, else `legacy` of
+    LLaMA's tokenizer (transformers#24565)."""
+    document = _read(folder / "tokenizer.json")
+    if not document:
+        return raw_settings(folder).get("legacy") is not False
+    parts = [
+        step
+        for name in ("normalizer", "pre_tokenizer")
+        for part in [document.get(name) or {}]
+        for step in (part, *part.get("normalizers", []), *part.get("pretokenizers", []))
+    ]
+    return any(step.get("type") == "Prepend" or step.get("prepend_scheme") == "always" for step in parts)
 
 
 def without_limits(document: dict[str, Any]) -> dict[str, Any]:
@@ -39,6 +59,23 @@ def without_limits(document: dict[str, Any]) -> dict[str, Any]:
     if model.get("dropout"):
         model = model | {"dropout": None}
     return document | {"truncation": None, "padding": None, "model": model}
+
+
+def with_bos(document: dict[str, Any], bos: str, index: int) -> dict[str, Any]:
+    """Returns the contents of a `tokenizer.json` with a post-processor that puts BOS before text, after its own."""
+    token = {"SpecialToken": {"id": bos, "type_id": 0}}
+    first, second = ({"Sequence": {"id": name, "type_id": type_id}} for name, type_id in (("A", 0), ("B", 1)))
+    template = {
+        "type": "TemplateProcessing",
+        "single": [token, first],
+        "pair": [token, first, token, second],
+        "special_tokens": {bos: {"id": bos, "ids": [index], "tokens": [bos]}},
+    }
+    own = document.get("post_processor")
+    if bos in str(own):  # it adds BOS itself
+        return document
+    processors = [*(own["processors"] if own and own["type"] == "Sequence" else [own] if own else []), template]
+    return document | {"post_processor": {"type": "Sequence", "processors": processors}}
 
 
 def adds_bos(folder: Path) -> bool:

@@ -1,27 +1,17 @@
 """Verification of an expanded tokenizer on real text, before the output directory is committed."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fireflyds.tokenizer.auto_tokenizer import HARD_LINES, load_auto_tokenizer
 from fireflyds.tokenizer.base import Base
 from fireflyds.tokenizer.encoder import load_encoder
 from fireflyds.tokenizer.scripts import Scripts
 from fireflyds.tokenizer.vocabulary_merge import MergePlan, unreachable
 from fireflyds.types import Encoder
 
-# Difficult inputs: all kinds of white space, code, digits, supplementary planes, combining marks, joined emoji.
-HARD_LINES = (
-    "def f(x):\n    return  x ** 2  # 注释\n\n\n\tif a:\n\t\tb = 1\r\n",
-    "  two  leading, three   inside, and trailing  ",
-    "\n\n \n\t\u00a0\u2003\u3000。",
-    "1234567890 0.0001 2017年10月1日，１２３ＡＢＣ",
-    "<tag attr='值'>文本</tag> {\"键\": [1, 2.5e-3]}",
-    "𠀀𠮷𪚥 龘靐齉 㐀㐁 豈更車",
-    "👩‍👩‍👧‍👦 🏳️‍🌈 é ñ ﷽ שלום привет こんにちは 안녕",
-    "“引号”—破折号…《书名》「引文」（括号）、～",
-)
 # Stride over the base's tokens whose texts are tested, so that old text is covered with any corpus.
 _TOKEN_STRIDE = 7
 
@@ -56,7 +46,7 @@ def verify_expansion(
     Lines that contain the text of an added token are excluded, as `AutoTokenizer` encodes it as that token.
     """
     old, new = base.encoder([]), load_encoder(folder)
-    auto = _load_auto_tokenizer(folder)
+    auto = load_auto_tokenizer(folder)
     base_texts = (text for index in range(0, base.num_tokens, _TOKEN_STRIDE) if (text := old.token(index)))
     texts = [
         line for line in (*HARD_LINES, *base_texts, *lines) if line and not any(token in line for token in auto.tokens)
@@ -84,18 +74,3 @@ def _round_trips(line: str, ids: list[int], old: Encoder, new: Encoder) -> bool:
     """True where decoding returns the text, or the same as the base's decoding of it (U+2581 decodes to a space)."""
     decoded = new.decode(ids)
     return decoded == line or decoded == old.decode(old.encode(line))
-
-
-@dataclass(frozen=True, slots=True)
-class _AutoTokenizer:
-    encode: Callable[[str], list[int]]
-    tokens: tuple[str, ...]
-
-
-def _load_auto_tokenizer(folder: Path) -> _AutoTokenizer:
-    from transformers import AutoTokenizer
-
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    return _AutoTokenizer(
-        lambda text: list(tokenizer.encode(text, add_special_tokens=False)), tuple(tokenizer.get_added_vocab())
-    )

@@ -8,7 +8,7 @@ import pytest
 from fireflyds import registry
 from fireflyds.config import LossOn
 from fireflyds.data.encode import encode_document, encode_sample
-from fireflyds.tokenizer.encoder import SentencePieceEncoder
+from fireflyds.tokenizer.sentencepiece_encoder import SentencePieceEncoder
 from fireflyds.types import Example, Message, Sample
 
 DIALOGUE = Sample(

@@ -4,10 +4,15 @@ import json
 from pathlib import Path
 
 import datasets
+import kinds
 import pytest
+import torch
 from bases import KINDS
 from samples import CHINESE, ENGLISH
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fireflyds.testing.models import save_tiny_llama
+from fireflyds.tokenizer.encoder import load_encoder
 
 
 def write(path: Path, texts: list[str]) -> None:
@@ -107,3 +112,28 @@ def test_bad_input_is_named_and_leaves_no_files(
     assert message in completed.stderr
     assert "Traceback" not in completed.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == files_before
+
+
+def test_a_base_without_byte_pieces_is_refused_or_gets_them(verb, tmp_path: Path) -> None:
+    """Characters that it lacks are counted in a store, and after `add_bytes` every text comes back."""
+    base = kinds.without_byte_fallback(tmp_path / "base")
+    (tmp_path / "a.txt").write_text("the river 龘\n", encoding="utf-8")
+    prepared = verb("prepare", "data=a.txt", f"tokenizer={base}", "out=s")
+    counts = json.loads((tmp_path / "s" / "manifest.json").read_text())["totals"]
+    assert counts["unknown"] == 1
+    assert "1 tokens stand for characters that the vocabulary lacks" in prepared.stdout
+    assert "has no byte fallback" in prepared.stderr
+    save_tiny_llama(base, vocab_size=load_encoder(base).vocab_size)
+    (tmp_path / "p.txt").write_text("人工\n")
+    refused = verb("expand", f"base={base}", "pieces=p.txt", "out=e", "vocab_multiple=1", check=False)
+    assert refused.returncode == 2
+    assert "add_bytes=true" in refused.stderr
+    verb("expand", f"base={base}", "pieces=p.txt", "out=e", "vocab_multiple=1", "add_bytes=true")
+    encoder, model = load_encoder(tmp_path / "e"), AutoModelForCausalLM.from_pretrained(tmp_path / "e")
+    assert encoder.unknown_id is None
+    assert encoder.decode(encoder.encode("the 龘 人工")) == "the 龘 人工"
+    rows = model.get_input_embeddings().weight
+    old = AutoModelForCausalLM.from_pretrained(base).get_input_embeddings().weight
+    assert len(rows) == encoder.vocab_size
+    torch.testing.assert_close(rows[encoder.token_id("<0x0A>")], old.mean(0))
+    assert torch.equal(rows[: len(old)], old)

@@ -72,6 +72,21 @@ def test_bits_per_byte_is_minus_log2_p_over_utf8_bytes(model: Path, tmp_path: Pa
     assert bits_per_byte == pytest.approx(nats / math.log(2) / sum(len(text.encode()) for text in texts), rel=1e-4)
 
 
+def test_without_bos_in_documents_the_first_token_of_a_text_is_not_scored(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "no_bos"
+    shutil.copytree(model, folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"add_bos_token": False}))
+    text = "two ships"
+    (tmp_path / "t.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    encoder = load_encoder(folder)
+    ids = encoder.encode(text)
+    nats = -_log_likelihood(model, ids[:1], ids[1:])
+    num_bytes = sum(encoder.token_bytes()[ids[1:]])
+    config = _config(folder, f"bits_per_byte.texts.all={tmp_path / 't.jsonl'}", "max_tokens=100")
+    assert run_task("bits_per_byte", config)["all"] == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-4)
+
+
 def test_multiple_choice_selects_the_most_likely_text(model: Path, tmp_path: Path) -> None:
     encoder = load_encoder(model)
     rows, expected = [], 0

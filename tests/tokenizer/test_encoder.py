@@ -14,8 +14,10 @@ from transformers import AutoTokenizer
 
 from fireflyds.data.encode import encode_document
 from fireflyds.errors import UserError
-from fireflyds.tokenizer.encoder import FastEncoder, SentencePieceEncoder, load_encoder
+from fireflyds.tokenizer.encoder import load_encoder
+from fireflyds.tokenizer.fast_encoder import FastEncoder
 from fireflyds.tokenizer.hf_files import copy_tokenizer
+from fireflyds.tokenizer.sentencepiece_encoder import SentencePieceEncoder
 
 
 @pytest.fixture

@@ -12,8 +12,9 @@ from transformers import AutoTokenizer
 from fireflyds.errors import UserError
 from fireflyds.tokenizer.base import load_base
 from fireflyds.tokenizer.encoder import load_encoder
-from fireflyds.tokenizer.hf_files import CUTS, TIES, disagreement, write_tokenizer
+from fireflyds.tokenizer.hf_files import write_tokenizer
 from fireflyds.tokenizer.scripts import Scripts
+from fireflyds.tokenizer.sentencepiece_model import CUTS, TIES, disagreement
 from fireflyds.tokenizer.vocabulary_merge import plan_merge
 
 CODE = [

@@ -10,7 +10,7 @@ from samples import CHINESE, ENGLISH
 from fireflyds.config import PieceAlgorithm
 from fireflyds.errors import UserError
 from fireflyds.tokenizer.base import load_base
-from fireflyds.tokenizer.encoder import FastEncoder
+from fireflyds.tokenizer.fast_encoder import FastEncoder
 from fireflyds.tokenizer.learn import common_characters, count_words, learn_byte_level, learn_pieces
 from fireflyds.tokenizer.scripts import Scripts
 from fireflyds.tokenizer.vocabulary_merge import plan_merge

@@ -9,10 +9,11 @@ import pytest
 import torch
 from bases import KINDS
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from fireflyds.config import RowInit
+from fireflyds.config import HeadInit, ModelConfig, RowInit
 from fireflyds.errors import UserError
+from fireflyds.models.load import base_vocab_size
 from fireflyds.tokenizer.base import load_base
 from fireflyds.tokenizer.rows import NewRows, check_model, expand_model
 
@@ -41,6 +42,28 @@ def test_mean_rows_are_means_of_old_rows() -> None:
     weight = torch.randn(40, 4)
     initialised = new_rows().make(weight)
     torch.testing.assert_close(initialised, torch.stack([(weight[3] + weight[4]) / 2, weight[5]]))
+
+
+def test_a_head_may_begin_as_the_row_of_the_first_piece() -> None:
+    weight = torch.randn(40, 4)
+    rows = new_rows(init=RowInit.random, init_head=HeadInit.first_piece)
+    torch.testing.assert_close(rows.make(weight, is_head=True), weight[[3, 5]])
+    assert not torch.equal(rows.make(weight), weight[[3, 5]])
+    mean_head = new_rows(init=RowInit.random, init_head=HeadInit.mean)
+    torch.testing.assert_close(mean_head.make(weight, is_head=True)[0], (weight[3] + weight[4]) / 2)
+
+
+def test_a_second_expansion_records_the_rows_before_each(tmp_path: Path) -> None:
+    base = save_llama(tmp_path / "base")
+    expand_model(base, tmp_path / "once", new_rows())
+    result = expand_model(tmp_path / "once", tmp_path / "twice", new_rows(42))
+    assert result["base_vocab_sizes"] == [40, 42]
+    config = ModelConfig(path=str(tmp_path / "twice"))
+    hf_config = AutoConfig.from_pretrained(tmp_path / "twice")
+    assert base_vocab_size(config, hf_config) == 42
+    assert base_vocab_size(ModelConfig(path=config.path, base_vocab_size=40), hf_config) == 40
+    with pytest.raises(UserError, match="config.json has 40, 42"):
+        base_vocab_size(ModelConfig(path=config.path, base_vocab_size=41), hf_config)
 
 
 def test_weighted_rows_give_rare_tokens_more_weight() -> None:

@@ -165,6 +165,7 @@ class _PartBuilder:
         self.markers: Counter[str] = Counter()
         self.rejected: list[dict[str, Any]] = []
         self._has_dialogues = False
+        self._num_unknown = 0
         self._pending: list[tuple[Sample, int]] = []
         self._hashes: list[int] = []
         self._signatures: list[list[int]] = []
@@ -188,6 +189,8 @@ class _PartBuilder:
                 self.reject(line, example)
                 continue
             self._writer.add(example)
+            if _encoder.unknown_id is not None:
+                self._num_unknown += int(np.count_nonzero(example.input_ids == _encoder.unknown_id))
             if _context.clean.duplicates is not Duplicates.keep:
                 self._hash(sample)
         self._pending = []
@@ -212,6 +215,7 @@ class _PartBuilder:
             "unread": self.unread,
             "markers": self.markers,
             "rejected": self.rejected,
+            "unknown": self._num_unknown,
             "has_dialogues": self._has_dialogues,
         }
         arrays: dict[str, Any] = {}

@@ -23,7 +23,7 @@ from fireflyds.fs import plain_file_name, read_json
 from fireflyds.types import Example, TurnPrompt
 
 MANIFEST = "manifest.json"
-VERSION = 4
+VERSION = 5
 INDEX = (
     *("part", "start", "length", "domain", "language", "num_bytes"),
     *("span_offsets", "spans", "prompt_heads", "prompt_tails", "prompt_offsets", "prompts", "sentence_ends"),

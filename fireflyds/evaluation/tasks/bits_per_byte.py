@@ -24,13 +24,17 @@ def evaluate(model: EvaluatedModel, options: BitsPerByteConfig, limit: int | Non
 def _bits_per_byte(model: EvaluatedModel, path: str, limit: int | None) -> float:
     sequences: list[list[int]] = []
     num_bytes = 0
+    bytes_of = model.encoder.token_bytes()
     for text in islice(read_texts(path), limit):
-        num_bytes += len(text.encode())
         ids = model.prefix + model.encoder.encode(text)
+        # Without BOS the first token is not predicted, so that its bytes do not count, as in validation.
+        num_bytes += len(text.encode()) if model.prefix else int(bytes_of[ids[1:]].sum())
         # Windows share one token, so that every token is predicted exactly once.
         step = model.max_length - 1
         sequences += [ids[start : start + step + 1] for start in range(0, max(len(ids) - 1, 1), step)]
     nats = sum(float(losses.sum()) for losses in token_losses(model, sequences))
+    if not num_bytes:
+        raise UserError("has no text to predict", key="bits_per_byte.texts", value=path, remedy="Give longer texts")
     return nats / math.log(2) / num_bytes
 
 
