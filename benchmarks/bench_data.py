@@ -58,8 +58,8 @@ def prepare_with_fireflyds(text: Path, model: Path, out: Path) -> None:
     )
     encoder = load_encoder(model)
     tasks = plan_tasks(config, encoder.fingerprint())
-    made_from = store_provenance(config, encoder.fingerprint(), tasks)
-    infos = make_parts(config, tasks, partial(load_encoder, model), out / "parts", out / "none")
+    made_from = store_provenance(config, encoder, tasks)
+    infos = make_parts(config, tasks, partial(load_encoder, model), out / "parts", out / "none", made_from)
     finish_store(config, tasks, infos, encoder, out, made_from)
 
 

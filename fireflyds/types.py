@@ -15,19 +15,27 @@ EOS = "<|fireflyds:eos|>"
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a dialogue: `role` is `system`, `user`, `assistant` or `tool`; `learn`: an answer carries loss."""
+    """One turn of a dialogue: `role` is `system`, `user`, `assistant` or `tool`; `learn`: an answer carries loss.
+
+    `reasoning`: the thoughts before an answer; `tool_calls`: as in OpenAI's API; `tool_call_id`: the call that a
+    tool answers.
+    """
 
     role: str
     content: str
     learn: bool = True
+    reasoning: str = ""
+    tool_calls: tuple[Any, ...] = ()
+    tool_call_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One text record: either a document (`text`) or a dialogue (`messages`)."""
+    """One text record: either a document (`text`) or a dialogue (`messages`) with the `tools` that it may call."""
 
     text: str | None = None
     messages: tuple[Message, ...] = ()
+    tools: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +74,8 @@ class Example:
     """True for plain text: all tokens carry loss, and it may be split at any position."""
     prompts: tuple[TurnPrompt, ...] = ()
     """The prompt of every span, with which a dialogue that is longer than a row goes on in the next one."""
+    left_out_thoughts: int = 0
+    """Number of earlier answers whose thoughts the chat template leaves out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +97,12 @@ class Encoder(Protocol):
     """True where the tokenizer itself prepends BOS, so that documents begin with BOS."""
     prefix_after_special: bool
     """True where text right after a special token gets the dummy prefix, as text at the beginning does."""
+
+    chat_template: str | None
+    """The Jinja template of the directory; None where it has none."""
+
+    def special_tokens(self) -> tuple[str, ...]:
+        """The texts of the special tokens, which no text of a dialogue may spell where they are found in text."""
 
     @property
     def unknown_id(self) -> int | None:

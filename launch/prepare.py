@@ -13,11 +13,13 @@ rebuilds only the parts that a changed source, tokenizer or template affects.
 import functools
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from fireflyds import app, registry
 from fireflyds.config import PrepareConfig, StatsMode
 from fireflyds.data import show
+from fireflyds.data.chat_template import AUTO, OWN, TEMPLATES, find_template, resolve
 from fireflyds.data.encode import sample_dialogues
 from fireflyds.data.read.files import describe_folder
 from fireflyds.data.store.build import finish_store, make_parts, refuse_rejected_share, store_provenance
@@ -48,8 +50,10 @@ def prepare(config: PrepareConfig) -> None:
         )
     if not config.tokenizer:
         raise UserError("is not set; prepare needs it", key="tokenizer", remedy="Give tokenizer=<directory or .model>")
-    registry.require("fireflyds.data.templates", config.template, "template")
+    if config.template not in (AUTO, OWN):
+        registry.require(TEMPLATES, config.template, "template")
     encoder = load_encoder(config.tokenizer)
+    config = with_template(config, encoder)
     for source in config.data.sources:
         for line in describe_folder(Path(source.path)) if Path(source.path).is_dir() else []:
             print(line, file=sys.stderr, flush=True)
@@ -62,14 +66,14 @@ def prepare(config: PrepareConfig) -> None:
     for line in tokenizer_notes(config, encoder):
         print(f"note: {line}", file=sys.stderr, flush=True)
     tasks = plan_tasks(config, encoder.fingerprint())
-    made_from = store_provenance(config, encoder.fingerprint(), tasks)
+    made_from = store_provenance(config, encoder, tasks)
     if is_whole(out) and read_manifest(out)["made_from"] == made_from:
         refuse_rejected_share(config, read_manifest(out)["totals"])
         print(f"{out}: complete and made from the same sources, tokenizer and template; nothing to do")
         return
     with resumable_dir(out, Output("prepare", caches=("plans", "stats.png")), pieces="parts") as folder:
         load = functools.partial(load_encoder, config.tokenizer)
-        infos = make_parts(config, tasks, load, folder / "parts", out / "parts")
+        infos = make_parts(config, tasks, load, folder / "parts", out / "parts", made_from)
         manifest = finish_store(config, tasks, infos, encoder, folder, made_from)
     print(show.format_manifest(manifest))
     totals = manifest["totals"]
@@ -83,12 +87,29 @@ def prepare(config: PrepareConfig) -> None:
 
 def tokenizer_notes(config: PrepareConfig, encoder: Encoder) -> Iterator[str]:
     """Yields how transformers reads the tokenizer otherwise, and whether it lacks characters."""
+    chat = find_template(encoder, config.template)
     if Path(config.tokenizer).is_dir():
-        difference = compare(Path(config.tokenizer), encoder, sample_dialogues(encoder, config.template))
+        difference = compare(Path(config.tokenizer), encoder, sample_dialogues(encoder, chat))
         if difference:
             yield f"{difference}. The ids here are those of the files; export writes them such that both agree"
     if encoder.unknown_id is not None:
         yield f"{config.tokenizer} has no byte fallback: what it lacks becomes {encoder.token(encoder.unknown_id)}"
+
+
+def with_template(config: PrepareConfig, encoder: Encoder) -> PrepareConfig:
+    """Returns the configuration with the chat template that `auto` stands for; tells where the base has another."""
+    if config.template == AUTO:
+        return replace(config, template=resolve(encoder, AUTO))
+    if config.template != OWN and encoder.chat_template is not None:
+        own, built_in = (sample_dialogues(encoder, find_template(encoder, name)) for name in (OWN, config.template))
+        if own != built_in:
+            print(
+                f"note: {config.tokenizer} has a chat template of its own, which renders dialogues otherwise than "
+                f"template={config.template}; template=tokenizer trains it",
+                file=sys.stderr,
+                flush=True,
+            )
+    return config
 
 
 def is_whole(out: Path) -> bool:

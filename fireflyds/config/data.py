@@ -155,10 +155,13 @@ class PrepareConfig:
     """Hugging Face directory, or a SentencePiece `.model`."""
     out: str = ""
     """Token store to write; empty: `data.store`."""
-    template: str = "firefly"
-    """Chat template of dialogues: an entry of `fireflyds/data/templates`."""
+    template: str = "auto"
+    """Chat template of dialogues: `tokenizer`, the own Jinja of the tokenizer's directory; an entry of
+    `fireflyds/data/templates`; or `auto`: `tokenizer` where it has one, else `firefly`."""
     loss_on: LossOn = LossOn.answers
     """Tokens of a dialogue that contribute to the loss: all `answers`, the `last_answer`, or `all` tokens."""
+    learn_reasoning: bool = True
+    """Whether the thoughts before answers (`reasoning_content`, or up to `</think>`) contribute to the loss."""
     clean: CleanConfig = field(default_factory=CleanConfig)
     max_rejected: float = 0.01
     """Maximum fraction of unreadable rows; above it no store is written."""
@@ -172,6 +175,13 @@ class PrepareConfig:
 
     def __post_init__(self) -> None:
         require_at_least(self, workers=0, inspect=0)
+        if self.loss_on is LossOn.all and not self.learn_reasoning:
+            raise UserError(
+                "leaves out a part of the answers, but loss_on=all learns every token",
+                key="learn_reasoning",
+                value="false",
+                remedy="Use loss_on=answers",
+            )
         if not 0 <= self.max_rejected <= 1:
             raise UserError(
                 "must be in [0, 1]", key="max_rejected", value=self.max_rejected, remedy="Give a share such as 0.01"

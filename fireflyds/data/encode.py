@@ -6,8 +6,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from fireflyds import registry
 from fireflyds.config import LossOn
+from fireflyds.data.chat_template import ChatTemplate, left_out_thoughts
 from fireflyds.errors import UserError
 from fireflyds.types import BOS, EOS, Encoder, Example, Message, Sample, Segment, Strip, TurnPrompt
 
@@ -29,7 +29,9 @@ def _document(encoder: Encoder, text: str, ids: list[int]) -> Example:
     return Example(np.array(ids, np.uint32), ((0, len(ids)),), num_bytes, is_document=True)
 
 
-def encode_samples(encoder: Encoder, template: str, samples: Sequence[Sample], loss_on: LossOn) -> list[Example | str]:
+def encode_samples(
+    encoder: Encoder, chat: ChatTemplate, samples: Sequence[Sample], loss_on: LossOn
+) -> list[Example | str]:
     """Returns the example of each sample, or why it cannot be encoded. Documents are tokenized in one batch."""
     documents = iter(encoder.encode_batch([sample.text for sample in samples if sample.text is not None]))
     encoded: list[Example | str] = []
@@ -38,7 +40,7 @@ def encode_samples(encoder: Encoder, template: str, samples: Sequence[Sample], l
             encoded.append(_document(encoder, sample.text, next(documents)))
             continue
         try:
-            encoded.append(encode_sample(encoder, template, sample, loss_on))
+            encoded.append(encode_sample(encoder, chat, sample, loss_on))
         except UserError:
             raise
         except ValueError as error:
@@ -98,14 +100,16 @@ def _special_id(encoder: Encoder, token: str) -> int:
     return index
 
 
-def sample_dialogues(encoder: Encoder, template: str) -> list[tuple[str, list[int]]]:
+def sample_dialogues(encoder: Encoder, chat: ChatTemplate) -> list[tuple[str, list[int]]]:
     """Returns two dialogues as text in the chat template, with their ids, to compare tokenizers by. None if the
     tokenizer lacks a token of the template: such dialogues are rejected where they are prepared."""
-    chat = registry.find("fireflyds.data.templates", template, "template").CHAT
     turns = [Message("user", "你好 world"), Message("assistant", "您好！ fine."), Message("user", "二")]
     dialogues = []
     for messages in ([Message("system", "你是助手。"), *turns, Message("assistant", "2")], turns[:2]):
-        segments = chat.render(messages)
+        try:
+            segments = chat.render(Sample(messages=tuple(messages)))
+        except ValueError:
+            continue
         names = {BOS: encoder.bos_id, EOS: encoder.eos_id}
         if any(segment.special and _token_id(encoder, segment.text) is None for segment in segments):
             return []
@@ -114,6 +118,13 @@ def sample_dialogues(encoder: Encoder, template: str) -> list[tuple[str, list[in
         )
         dialogues.append((text, encode_segments(encoder, segments).input_ids.tolist()))
     return dialogues
+
+
+def stop_id(encoder: Encoder, chat: ChatTemplate) -> int | None:
+    """Returns the token that ends an answer: the last one that carries loss; None where that is no special token."""
+    segments = chat.render(Sample(messages=(Message("user", "1"), Message("assistant", "2"))))
+    learned = [segment for segment in segments if segment.learn]
+    return _token_id(encoder, learned[-1].text) if learned and learned[-1].special else None
 
 
 def turn_prompt(input_ids: np.ndarray, first: int, prompt: np.ndarray) -> TurnPrompt:
@@ -128,20 +139,20 @@ def turn_prompt(input_ids: np.ndarray, first: int, prompt: np.ndarray) -> TurnPr
     return TurnPrompt(head, prompt[head : len(prompt) - tail], tail)
 
 
-def encode_sample(encoder: Encoder, template: str, sample: Sample, loss_on: LossOn = LossOn.answers) -> Example:
-    """Encodes a document, or a dialogue rendered with the chat template `template`.
+def encode_sample(encoder: Encoder, chat: ChatTemplate, sample: Sample, loss_on: LossOn = LossOn.answers) -> Example:
+    """Encodes a document, or a dialogue rendered with a chat template.
 
     Raises:
         ValueError: the dialogue does not fit the template, or the tokenizer lacks one of its special tokens.
     """
     if sample.text is not None:
         return encode_document(encoder, sample.text)
-    chat = registry.find("fireflyds.data.templates", template, "template").CHAT
-    example = encode_segments(encoder, chat.render(sample.messages))
+    segments = chat.render(sample)
+    example = replace(encode_segments(encoder, segments), left_out_thoughts=left_out_thoughts(sample, segments))
     if loss_on is LossOn.last_answer and not sample.messages[-1].learn:
         raise ValueError("loss_on=last_answer, but the last answer has weight 0")
     if loss_on is not LossOn.all and len(example.input_ids) > _MIN_CONTINUED:
-        prompts = [encode_segments(encoder, prompt).input_ids for prompt in chat.prompts(sample.messages)]
+        prompts = [encode_segments(encoder, prompt).input_ids for prompt in chat.prompts(sample)]
         if len(prompts) == len(example.spans):
             pairs = zip(prompts, example.spans, strict=True)
             example = replace(

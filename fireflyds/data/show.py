@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from fireflyds.config import PrepareConfig
+from fireflyds.data.chat_template import find_template
 from fireflyds.data.clean.cleaner import Cleaner
 from fireflyds.data.encode import encode_sample
 from fireflyds.data.read.records import RejectedRow
@@ -59,20 +60,27 @@ def format_manifest(manifest: dict[str, Any]) -> str:
         for row in rows
     ]
     for domain, counts in manifest["per_domain"].items():
-        if counts["unknown"]:
-            lines.append(
-                f"{domain}: {counts['unknown']:,} tokens stand for characters that the vocabulary lacks; the model "
-                "cannot read or write them"
-            )
-        lines += [f"{domain}: dropped {count:,}: {reason}" for reason, count in counts["reasons"].items()]
-        lines += [f"{domain}: layout {name}: {count:,} rows" for name, count in counts["formats"].items()]
-        lines += [
-            f"{domain}: {count:,} rows hold text already rendered in a chat template ({marker}) and is encoded as "
-            f"plain text; give such dialogues as messages, with template={MARKERS[marker]}"
-            for marker, count in counts["markers"].items()
-        ]
-        lines += [f"{domain}: key {key} not read: {count:,} rows" for key, count in counts["unread"].items()]
+        lines += [f"{domain}: {finding}" for finding in _findings(counts)]
     return "\n".join(lines)
+
+
+def _findings(counts: dict[str, Any]) -> Iterator[str]:
+    """Yields what was lost, guessed or not read of the rows of a domain."""
+    if counts["left_out_thoughts"]:
+        yield f"the template leaves out the thoughts of {counts['left_out_thoughts']:,} earlier answers"
+    if counts["unknown"]:
+        yield f"{counts['unknown']:,} tokens stand for characters that the vocabulary lacks, and are lost"
+    for reason, count in counts["reasons"].items():
+        yield f"dropped {count:,}: {reason}"
+    for name, count in counts["formats"].items():
+        yield f"layout {name}: {count:,} rows"
+    for marker, count in counts["markers"].items():
+        yield (
+            f"{count:,} rows hold text already rendered in a chat template ({marker}) and is encoded as plain text; "
+            f"give such dialogues as messages, with template={MARKERS[marker]}"
+        )
+    for key, count in counts["unread"].items():
+        yield f"key {key} not read: {count:,} rows"
 
 
 def histogram(store: TokenStore) -> str:
@@ -117,6 +125,7 @@ def plot_lengths(store: TokenStore, file: Path) -> None:
 def format_samples(config: PrepareConfig, encoder: Encoder) -> Iterator[tuple[str, Example | str]]:
     """Yields a label and the example (or the reason for dropping it) of the first samples of each source."""
     cleaner = Cleaner(config.clean)
+    chat = find_template(encoder, config.template, learn_reasoning=config.learn_reasoning)
     for source in config.data.sources:
         items = (item for part in source_parts(source) for item in read_part(source, part))
         for item in islice(items, config.inspect):
@@ -128,7 +137,7 @@ def format_samples(config: PrepareConfig, encoder: Encoder) -> Iterator[tuple[st
                 yield source.path, f"dropped: {cleaned}"
                 continue
             try:
-                yield f"{source.path} ({item.layout})", encode_sample(encoder, config.template, cleaned, config.loss_on)
+                yield f"{source.path} ({item.layout})", encode_sample(encoder, chat, cleaned, config.loss_on)
             except ValueError as error:
                 yield source.path, f"dropped: {error}"
 

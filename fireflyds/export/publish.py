@@ -10,15 +10,17 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from fireflyds import registry
 from fireflyds.config import Precision, TrainConfig
+from fireflyds.data.chat_template import OWN, find_template
+from fireflyds.data.encode import stop_id
 from fireflyds.errors import UserError
+from fireflyds.fs import read_json
 from fireflyds.models.load import bare_model, load_for_inference
 from fireflyds.models.packed.forward import fuse, hidden_states
 from fireflyds.models.precision import DTYPES, is_emulated
 from fireflyds.models.tuning import keeps_training_mode
 from fireflyds.tokenizer.shards import TensorEntry, save_sharded
-from fireflyds.types import EOS, Encoder, PackedBatch
+from fireflyds.types import Encoder, PackedBatch
 
 MAX_SHARD_BYTES = 5 * 10**9
 _BASE_REMEDY = "Restore the base, or train again under another run="
@@ -67,14 +69,30 @@ def write_weights(
 
 
 def write_chat_settings(folder: Path, encoder: Encoder, template: str | None) -> None:
-    """Writes `generation_config.json`; with a template also `chat_template.jinja`, and its stop token as EOS token."""
-    stop = encoder.eos_id
+    """Writes `generation_config.json`; with a template also `chat_template.jinja`, and its stop token before EOS. The
+    tokenizer's own template stands in the folder already, byte for byte."""
+    stops = [encoder.eos_id]
     if template is not None:
-        chat = registry.find("fireflyds.data.templates", template, "template").CHAT
+        chat = find_template(encoder, template)
+        stops = [stop_id(encoder, chat), encoder.eos_id]
+    if template not in (None, OWN):
         (folder / "chat_template.jinja").write_text(chat.jinja, encoding="utf-8")
-        stop = encoder.eos_id if chat.stop == EOS else encoder.token_id(chat.stop)
-    settings = GenerationConfig(bos_token_id=encoder.bos_id, eos_token_id=stop, pad_token_id=encoder.eos_id)
+        _remove_other_templates(folder)
+    stops = [stop for stop in dict.fromkeys(stops) if stop is not None]
+    settings = GenerationConfig(
+        bos_token_id=encoder.bos_id,
+        eos_token_id=stops[0] if len(stops) == 1 else stops or None,
+        pad_token_id=encoder.eos_id,
+    )
     settings.save_pretrained(folder)
+
+
+def _remove_other_templates(folder: Path) -> None:
+    """Removes the base's chat template from `tokenizer_config.json`: readers differ in which one they take."""
+    file = folder / "tokenizer_config.json"
+    settings = read_json(file) if file.is_file() else {}
+    if settings.pop("chat_template", None) is not None:
+        file.write_text(json.dumps(settings, ensure_ascii=False, indent=2), encoding="utf-8")
 
 
 def probe_ids(vocab_size: int) -> Tensor:

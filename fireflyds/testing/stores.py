@@ -1,7 +1,7 @@
 """Token stores made from examples, without text or a tokenizer."""
 
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from fireflyds.config import DataConfig, PrepareConfig, SourceConfig
 from fireflyds.data.read.records import FilePart
@@ -35,8 +35,9 @@ def write_store(
         writer = PartWriter(folder / "parts", f"part{number}", token_dtype(vocab_size))
         for example in examples:
             writer.add(example)
-        info = {"key": f"part{number}", "counts": writer.counts(), "rejected": []}
-        info |= {name: {} for name in ("dropped", "formats", "unread", "markers")} | {"unknown": 0}
+        info: dict[str, Any] = {"key": f"part{number}", "counts": writer.counts(), "rejected": []}
+        info |= {"unknown": 0, "left_out_thoughts": 0}
+        info |= {name: {} for name in ("dropped", "formats", "unread", "markers")}
         writer.close(info)
         tasks.append(EncodeTask(number, FilePart("x"), 0, f"part{number}"))
         infos.append(info)

@@ -11,6 +11,7 @@ from fireflyds.tokenizer.sentencepiece_model import directory_proto
 from fireflyds.tokenizer.settings import (
     added_tokens,
     adds_bos,
+    chat_template,
     content,
     prefixes_after_special,
     raw_settings,
@@ -48,7 +49,18 @@ def model_file(path: str | Path) -> Path | None:
 
 
 def load_encoder(path: str | Path) -> Encoder:
-    """Loads the encoder of a `.model` file or of a Hugging Face directory.
+    """Loads the encoder of a `.model` file or of a Hugging Face directory, with the chat template of the directory.
+
+    Raises:
+        UserError: the path does not exist, or there is no readable tokenizer.
+    """
+    encoder = _load(path)
+    encoder.chat_template = chat_template(Path(path)) if Path(path).is_dir() else None
+    return encoder
+
+
+def _load(path: str | Path) -> Encoder:
+    """As `load_encoder`, without the chat template.
 
     Raises:
         UserError: the path does not exist, or there is no readable tokenizer.

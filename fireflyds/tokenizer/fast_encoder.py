@@ -30,6 +30,7 @@ class FastEncoder:
         self.bos_id = bos_id
         self.eos_id = eos_id
         self.adds_bos = adds_bos
+        self.chat_template: str | None = None
         self._bytes = byte_values() if '"ByteLevel"' in document else None
         added = self._model.get_added_tokens_decoder().values()
         self._strips = {token.content: Strip(left=token.lstrip, right=token.rstrip) for token in added}
@@ -62,6 +63,11 @@ class FastEncoder:
         """Returns the id of a token; None if the vocabulary does not contain it."""
         index = self._model.token_to_id(token)
         return None if index is None else int(index)
+
+    def special_tokens(self) -> tuple[str, ...]:
+        """Returns the texts of the special tokens."""
+        added = self._model.get_added_tokens_decoder().values()
+        return tuple(token.content for token in added if token.special)
 
     def strip_of(self, token: str) -> Strip:
         """Returns the white space that a special token removes from the text beside it."""

@@ -35,6 +35,7 @@ class SentencePieceEncoder:
         self.bos_id = self._special_id(bos_token, self._model.bos_id())
         self.eos_id = self._special_id(eos_token, self._model.eos_id())
         self.adds_bos = adds_bos
+        self.chat_template: str | None = None
         has_dummy_prefix = self._model.encode("a", out_type=str)[0].startswith("▁")
         self._lead = lead_of(self._model.encode, self._model.is_byte) if has_dummy_prefix else None
         self.prefix_after_special = prefix_after_special and has_dummy_prefix
@@ -62,6 +63,11 @@ class SentencePieceEncoder:
             return self._added[token]
         index = int(self._model.piece_to_id(token))
         return None if index == self._model.unk_id() else index
+
+    def special_tokens(self) -> tuple[str, ...]:
+        """Returns the texts of the control pieces and of the tokens that are no pieces."""
+        pieces = range(self._model.get_piece_size())
+        return (*(self._model.id_to_piece(index) for index in pieces if self._model.is_control(index)), *self._added)
 
     def strip_of(self, token: str) -> Strip:
         """Returns the white space that a special token removes from the text beside it."""

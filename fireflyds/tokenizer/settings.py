@@ -37,6 +37,19 @@ def raw_settings(folder: Path) -> dict[str, Any]:
     return _read(folder / "special_tokens_map.json") | _read(folder / "tokenizer_config.json")
 
 
+def chat_template(folder: Path) -> str | None:
+    """Returns the chat template of a directory: `chat_template.jinja`, else that of `tokenizer_config.json`, where it
+    may be a list of named ones, of which `default` counts."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = raw_settings(folder).get("chat_template")
+    if isinstance(template, list):
+        named = {row.get("name"): row.get("template") for row in template if isinstance(row, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
 def prefixes_after_special(folder: Path) -> bool:
     """True where text right after a special token gets the dummy prefix: as `tokenizer.json` says, else `legacy` of
     LLaMA's tokenizer (transformers#24565)."""

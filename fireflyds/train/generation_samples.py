@@ -6,17 +6,16 @@ ranks run every pass, each with its own prompts.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from fireflyds import registry
-from fireflyds.data.encode import encode_segments
+from fireflyds.data.chat_template import find_template
+from fireflyds.data.encode import encode_segments, stop_id
 from fireflyds.errors import UserError
 from fireflyds.models.packed.head import next_token_logits
-from fireflyds.types import EOS, Encoder, Message, PackedBatch
+from fireflyds.types import Encoder, Message, PackedBatch, Sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +38,10 @@ def encode_prompts(encoder: Encoder, template: str | None, texts: Sequence[str],
         bos = [encoder.bos_id] if encoder.adds_bos and encoder.bos_id is not None else []
         ids = [bos + encoder.encode(text) for text in texts]
     else:
-        chat = registry.find("fireflyds.data.templates", template, "template").CHAT
-        stops.add(encoder.eos_id if chat.stop == EOS else encoder.token_id(chat.stop))
-        ids = []
-        for text in texts:
-            segments = chat.render([Message("user", text), Message("assistant", "x")])
-            prompt_segments = list(takewhile(lambda segment: not segment.learn, segments))
-            ids.append(encode_segments(encoder, prompt_segments).input_ids.tolist())
+        chat = find_template(encoder, template)
+        stops |= {stop_id(encoder, chat)}
+        prompts = [chat.prompt(Sample(messages=(Message("user", text),))) for text in texts]
+        ids = [encode_segments(encoder, prompt).input_ids.tolist() for prompt in prompts]
     for text, tokens in zip(texts, ids, strict=True):
         if room is not None and len(tokens) >= room:
             raise UserError(

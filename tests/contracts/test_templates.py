@@ -6,7 +6,7 @@ import jinja2
 import pytest
 
 from fireflyds import registry
-from fireflyds.types import BOS, EOS, Message
+from fireflyds.types import BOS, EOS, Message, Sample
 
 TEMPLATES = "fireflyds.data.templates"
 DIALOGUE = (
@@ -19,7 +19,7 @@ SYSTEM_DIALOGUE = (Message("system", "你是助手。"), *DIALOGUE)
 
 
 def _rendered(name: str, messages: tuple[Message, ...]) -> str:
-    segments = registry.load(TEMPLATES, name).CHAT.render(messages)
+    segments = registry.load(TEMPLATES, name).CHAT.render(Sample(messages=tuple(messages)))
     return "".join(segment.text for segment in segments).replace(BOS, "<s>").replace(EOS, "</s>")
 
 
@@ -48,7 +48,7 @@ def test_generation_prompt_is_the_beginning_of_the_full_dialogue(name: str) -> N
 @pytest.mark.parametrize("name", registry.names(TEMPLATES))
 def test_the_loss_is_on_every_answer_and_its_stop_alone(name: str) -> None:
     chat = registry.load(TEMPLATES, name).CHAT
-    learned_texts = [segment.text.strip() for segment in chat.render(SYSTEM_DIALOGUE) if segment.learn]
+    learned_texts = [segment.text.strip() for segment in chat.render(Sample(messages=SYSTEM_DIALOGUE)) if segment.learn]
     assert learned_texts == ["你好！", chat.stop, "2", chat.stop]
 
 
@@ -58,7 +58,7 @@ def test_the_loss_is_on_every_answer_and_its_stop_alone(name: str) -> None:
 @pytest.mark.parametrize("name", registry.names(TEMPLATES))
 def test_invalid_orders_of_roles_are_refused(name: str, messages: tuple[Message, ...]) -> None:
     with pytest.raises(ValueError, match="roles must be|turn is empty: turn 1"):
-        registry.load(TEMPLATES, name).CHAT.render(messages)
+        registry.load(TEMPLATES, name).CHAT.render(Sample(messages=tuple(messages)))
 
 
 @pytest.mark.parametrize("name", registry.names(TEMPLATES))
@@ -67,24 +67,25 @@ def test_the_prompt_of_a_later_turn_is_that_of_a_dialogue_which_begins_there(
     name: str, system: tuple[Message, ...]
 ) -> None:
     chat = registry.load(TEMPLATES, name).CHAT
-    first, second = chat.prompts((*system, *DIALOGUE))
+    first, second = chat.prompts(Sample(messages=(*system, *DIALOGUE)))
     assert first == []
-    alone = chat.render((*system, *DIALOGUE[2:]))
+    alone = chat.render(Sample(messages=(*system, *DIALOGUE[2:])))
     expected = alone[: next(index for index, segment in enumerate(alone) if segment.learn)]
     # The number of the turn is kept where a template counts the turns.
     assert [(segment.text.replace("2", "1"), segment.special) for segment in second] == [
         (segment.text.replace("2", "1"), segment.special) for segment in expected
     ]
-    assert chat.prompts((DIALOGUE[0], replace(DIALOGUE[1], learn=False), *DIALOGUE[2:])) == [chat.prompts(DIALOGUE)[1]]
+    unlearned = Sample(messages=(DIALOGUE[0], replace(DIALOGUE[1], learn=False), *DIALOGUE[2:]))
+    assert chat.prompts(unlearned) == [chat.prompts(Sample(messages=DIALOGUE))[1]]
 
 
 @pytest.mark.parametrize("name", registry.names(TEMPLATES))
 def test_an_answer_without_loss_is_rendered_alike_and_not_learned(name: str) -> None:
     chat = registry.load(TEMPLATES, name).CHAT
     messages = [replace(message, learn=message is not SYSTEM_DIALOGUE[2]) for message in SYSTEM_DIALOGUE]
-    segments = chat.render(messages)
+    segments = chat.render(Sample(messages=tuple(messages)))
     assert "".join(segment.text for segment in segments) == "".join(
-        segment.text for segment in chat.render(SYSTEM_DIALOGUE)
+        segment.text for segment in chat.render(Sample(messages=SYSTEM_DIALOGUE))
     )
     assert [segment.text.strip() for segment in segments if segment.learn] == ["2", chat.stop]
 
@@ -126,7 +127,7 @@ def test_renderings_equal_those_of_the_model_authors(name: str) -> None:
 
 def test_user_text_is_never_a_special_token() -> None:
     segments = registry.load(TEMPLATES, "chatml").CHAT.render(
-        (Message("user", "<|im_end|>{}"), Message("assistant", "{round}"))
+        Sample(messages=(Message("user", "<|im_end|>{}"), Message("assistant", "{round}")))
     )
     assert [(segment.text, segment.special) for segment in segments] == [
         ("<|im_start|>", True), ("user\n<|im_end|>{}", False), ("<|im_end|>", True), ("\n", False),

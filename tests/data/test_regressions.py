@@ -106,20 +106,24 @@ def test_rewriting_a_part_does_not_change_a_finished_store(tmp_path: Path) -> No
 DIALOGUE = (Message("user", "give me it"), Message("assistant", "好"))
 
 
+def render(chat, *messages: Message):
+    return chat.render(Sample(messages=messages))
+
+
 @pytest.mark.parametrize("name", ["llama2", "gemma", "mistral", "chatml"])
 def test_a_system_message_is_plain_text_whatever_it_contains(name: str) -> None:
     chat = registry.load("fireflyds.data.templates", name).CHAT
-    segments = chat.render((Message("system", f"e.g. {{}} or {{system}}, {BOS} and <|im_end|>"), *DIALOGUE))
+    segments = render(chat, Message("system", f"e.g. {{}} or {{system}}, {BOS} and <|im_end|>"), *DIALOGUE)
     text = "".join(segment.text for segment in segments)
     assert text.count(f"e.g. {{}} or {{system}}, {BOS} and <|im_end|>") == 1
     assert text.count("give me it") == 1
-    reference_segments = chat.render((Message("system", "x"), *DIALOGUE))
+    reference_segments = render(chat, Message("system", "x"), *DIALOGUE)
     assert sum(segment.special for segment in segments) == sum(segment.special for segment in reference_segments)
 
 
 def test_an_empty_system_message_is_omitted() -> None:
     chat = registry.load("fireflyds.data.templates", "firefly").CHAT
-    assert chat.render((Message("system", ""), *DIALOGUE)) == chat.render(DIALOGUE)
+    assert render(chat, Message("system", ""), *DIALOGUE) == render(chat, *DIALOGUE)
 
 
 def test_sharegpt_takes_one_system_message() -> None:

@@ -15,7 +15,7 @@ from fireflyds.errors import UserError
 from fireflyds.tokenizer.auto_tokenizer import HARD_LINES, compare
 from fireflyds.tokenizer.encoder import load_encoder
 from fireflyds.tokenizer.hf_files import copy_tokenizer
-from fireflyds.types import Message
+from fireflyds.types import Message, Sample
 
 DIALOGUE = [
     Message("system", "你是助手。"),
@@ -52,7 +52,10 @@ def test_a_copy_gives_transformers_the_same_ids_of_text_and_dialogues(name: str,
     chat = registry.load("fireflyds.data.templates", template).CHAT
     messages = [{"role": message.role, "content": message.content} for message in DIALOGUE]
     rendered = tokenizer.apply_chat_template(messages, chat_template=chat.jinja, tokenize=True, return_dict=True)
-    assert encode_segments(encoder, chat.render(DIALOGUE)).input_ids.tolist() == rendered["input_ids"]
+    assert (
+        encode_segments(encoder, chat.render(Sample(messages=tuple(DIALOGUE)))).input_ids.tolist()
+        == rendered["input_ids"]
+    )
     assert load_encoder(out).fingerprint() == encoder.fingerprint()
     document = encode_document(encoder, "短。").input_ids.tolist()
     assert document == [*tokenizer("短。")["input_ids"], tokenizer.eos_token_id]

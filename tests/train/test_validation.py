@@ -14,6 +14,7 @@ import torch.distributed as dist
 from bitsandbytes.nn import Linear8bitLt
 
 from fireflyds import app, registry
+from fireflyds.data.chat_template import find_template
 from fireflyds.data.encode import encode_document, encode_sample
 from fireflyds.errors import UserError
 from fireflyds.models.packed.forward import fuse
@@ -300,7 +301,7 @@ def test_prompts_are_encoded_with_the_template_of_training(encoder) -> None:
     assert "firefly" in templates
     prompts = encode_prompts(encoder, "firefly", ["青岭镇的特产是什么？"], None)
     dialogue = Sample(messages=(Message("user", "青岭镇的特产是什么？"), Message("assistant", "蜂蜜。")))
-    example: Example = encode_sample(encoder, "firefly", dialogue)
+    example: Example = encode_sample(encoder, find_template(encoder, "firefly"), dialogue)
     assert prompts.ids[0] == example.input_ids[: example.spans[0][0]].tolist()
     assert encoder.eos_id in prompts.stops
 

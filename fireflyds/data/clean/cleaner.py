@@ -50,9 +50,13 @@ class Cleaner:
         if self._is_noop:
             return sample
         if self._text_changes:
-            sample = Sample(
-                text=None if sample.text is None else self._apply_changes(sample.text),
-                messages=tuple(replace(m, content=self._apply_changes(m.content)) for m in sample.messages),
+            change = self._apply_changes
+            sample = replace(
+                sample,
+                text=None if sample.text is None else change(sample.text),
+                messages=tuple(
+                    replace(m, content=change(m.content), reasoning=change(m.reasoning)) for m in sample.messages
+                ),
             )
         if sample.text is not None:
             result = self._filter_document(sample.text)

@@ -2,7 +2,15 @@
 
 from typing import Any
 
-from fireflyds.data.read.turns import label_keys, read_system, read_turns, require_wanted, turn_keys
+from fireflyds.data.read.turns import (
+    TOOL_KEYS,
+    label_keys,
+    read_system,
+    read_tools,
+    read_turns,
+    require_wanted,
+    turn_keys,
+)
 from fireflyds.types import Sample
 
 EXAMPLE = {
@@ -12,7 +20,7 @@ EXAMPLE = {
         {"role": "assistant", "content": "你好！"},
     ]
 }
-_READS = turn_keys("messages") | {"system", "loss_mask"}
+_READS = turn_keys("messages") | {"system", "loss_mask"} | TOOL_KEYS
 
 
 def matches(record: dict[str, Any]) -> bool:
@@ -33,4 +41,4 @@ def read(record: dict[str, Any]) -> Sample:
     """
     require_wanted(record)
     messages = read_turns(record["messages"], record.get("loss_mask"))
-    return Sample(messages=(*read_system(record, messages), *messages))
+    return Sample(messages=(*read_system(record, messages), *messages), tools=read_tools(record))

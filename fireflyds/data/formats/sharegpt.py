@@ -2,11 +2,19 @@
 
 from typing import Any
 
-from fireflyds.data.read.turns import label_keys, read_system, read_turns, require_wanted, turn_keys
+from fireflyds.data.read.turns import (
+    TOOL_KEYS,
+    label_keys,
+    read_system,
+    read_tools,
+    read_turns,
+    require_wanted,
+    turn_keys,
+)
 from fireflyds.types import Sample
 
 EXAMPLE = {"conversations": [{"from": "human", "value": "你好"}, {"from": "gpt", "value": "你好！"}]}
-_READS = turn_keys("conversations") | {"system", "loss_mask"}
+_READS = turn_keys("conversations") | {"system", "loss_mask"} | TOOL_KEYS
 
 
 def matches(record: dict[str, Any]) -> bool:
@@ -27,4 +35,4 @@ def read(record: dict[str, Any]) -> Sample:
     """
     require_wanted(record)
     messages = read_turns(record["conversations"], record.get("loss_mask"))
-    return Sample(messages=(*read_system(record, messages), *messages))
+    return Sample(messages=(*read_system(record, messages), *messages), tools=read_tools(record))

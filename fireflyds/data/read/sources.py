@@ -154,7 +154,9 @@ def read_texts(path: str) -> Iterator[str]:
 
 
 def _texts(sample: Sample) -> Iterable[str]:
-    return (sample.text,) if sample.text is not None else (message.content for message in sample.messages)
+    if sample.text is not None:
+        return (sample.text,)
+    return (text for message in sample.messages for text in (message.reasoning, message.content))
 
 
 def _template_marker(sample: Sample) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from fireflyds.types import Message
 
-# By the name in lower case; "tool" is the result of a tool, which no built-in chat template renders.
+# By the name in lower case; "tool" is the result of a tool. A turn of `function_call` is a call of the assistant.
 ROLES = {
     **dict.fromkeys(("system", "developer", "系统"), "system"),
     **dict.fromkeys(("user", "human", "prompter", "用户", "问"), "user"),
@@ -14,11 +14,18 @@ ROLES = {
         ("assistant", "gpt", "chatgpt", "model", "bot", "ai", "chatbot", "yayi", "助手", "答"), "assistant"
     ),
     **dict.fromkeys(("tool", "function", "observation"), "tool"),
+    "function_call": "assistant",
 }
+# Keys of a turn with the thoughts before an answer.
+_REASONING = ("reasoning_content", "reasoning", "thinking", "thought")
 # Keys of a turn that say whether it carries loss: 1 or true, 0 or false.
 LOSS_KEYS = ("weight", "train", "loss", "loss_mask")
 _LOSS_KEYS = frozenset(LOSS_KEYS)
-TURN_KEYS = ("role", "from", "content", "value", *LOSS_KEYS)
+_EXTRAS = frozenset((*_REASONING, "tool_calls", "tool_call_id"))
+TURN_KEYS = ("role", "from", "content", "value", *LOSS_KEYS, *_REASONING, "tool_calls", "tool_call_id")
+
+
+TOOL_KEYS = frozenset({"tools", *(f"tools[].{key}" for key in "type function name description parameters".split())})
 
 
 def turn_keys(*names: str) -> frozenset[str]:
@@ -118,14 +125,77 @@ def _read_turn(turn: Any, number: int, learn: Any) -> Message:
     if role is None:
         role = _role(turn, number)
     content = turn.get("content", turn.get("value"))
+    if name == "function_call" or not _EXTRAS.isdisjoint(turn):
+        return _read_extras(turn, number, role, learn)
     if not isinstance(content, str):
         content = _content(turn, f"turn {number} ({role})")
+    return Message(role, content, learn=_learns(turn, number, learn))
+
+
+def _learns(turn: dict[str, Any], number: int, learn: Any) -> bool:
+    """True where neither the keys of the turn nor `learn`, of the record, say that the turn carries no loss."""
     if learn is None and _LOSS_KEYS.isdisjoint(turn):
-        return Message(role, content)
+        return True
     given = [turn[key] for key in LOSS_KEYS if turn.get(key) is not None] + ([] if learn is None else [learn])
     if any(value not in (0, 1) for value in given):
         raise ValueError(f"turn {number}: weight {given[0]!r} is neither 0 nor 1")
-    return Message(role, content, learn=all(given))
+    return all(given)
+
+
+def _read_extras(turn: dict[str, Any], number: int, role: str, learn: Any) -> Message:
+    """A turn with thoughts or tool calls, or the answer of a tool."""
+    name = f"turn {number} ({role})"
+    calls, content = turn.get("tool_calls") or [], turn.get("content", turn.get("value"))
+    if turn.get("role", turn.get("from")) == "function_call":
+        calls, content = content, None
+    calls = read_json(calls, f"{name}: its call")
+    calls = [_tool_call(call, name) for call in (calls if isinstance(calls, list) else [calls])]
+    thoughts = [turn[key] for key in _REASONING if turn.get(key)]
+    if any(not isinstance(thought, str) for thought in thoughts) or len(set(thoughts)) > 1:
+        raise ValueError(f"{name} has reasoning that is not one text")
+    if role != "assistant" and (calls or thoughts):
+        raise ValueError(f"{name} has {'tool_calls' if calls else 'reasoning'}, which only the assistant has")
+    if not isinstance(content, str):
+        content = "" if content is None and calls else _content(turn, name)
+    learns = _learns(turn, number, learn)
+    reasoning = thoughts[0] if thoughts else ""
+    return Message(role, content, learns, reasoning, tuple(calls), str(turn.get("tool_call_id") or ""))
+
+
+def read_json(value: Any, name: str) -> Any:
+    """The value of a key that data sets hold as JSON or as a string of JSON; `ValueError` where the string is none."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is a string, but not JSON: {error}") from error
+
+
+def _tool_call(call: Any, name: str) -> dict[str, Any]:
+    """A call as chat templates expect it: `{"type": "function", "function": {"name", "arguments"}}`, the arguments as
+    an object."""
+    function = _function(call, f"{name} has a tool call")
+    arguments = read_json(function.get("arguments") or {}, f"{name}: arguments")
+    ids = {"id": call["id"]} if call.get("id") else {}
+    return {**ids, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+
+
+def _function(item: Any, name: str) -> dict[str, Any]:
+    function = item.get("function", item) if isinstance(item, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise ValueError(f"{name} without the name of a function")
+    return function
+
+
+def read_tools(record: dict[str, Any]) -> tuple[Any, ...]:
+    """The tools of a record, a list or a string of JSON; empty where there are none.
+
+    Raises:
+        ValueError: they are not objects with the name of a function.
+    """
+    tools = _require_list(read_json(record.get("tools") or [], "tools"), "tools")
+    return tuple({"type": "function", "function": _function(tool, "tools has an item")} for tool in tools)
 
 
 def _role(turn: dict[str, Any], number: int) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from fireflyds.config import PrepareConfig
+from fireflyds.data.chat_template import template_key
 from fireflyds.data.store.index import columns_of, per_domain, sentence_ends
 from fireflyds.data.store.parts import EncodeTask, WorkerContext, finished_part, init_worker, make_part, start_worker
 from fireflyds.data.store.store import MANIFEST, VERSION, token_dtype
@@ -22,17 +23,18 @@ from fireflyds.types import Encoder
 _FILES = (".ids", ".npz", ".json")
 
 
-def store_provenance(config: PrepareConfig, tokenizer: str, tasks: list[EncodeTask]) -> dict[str, Any]:
-    """Returns the provenance of a store; equal for two stores with equal contents. `tokenizer`: its fingerprint."""
+def store_provenance(config: PrepareConfig, encoder: Encoder, tasks: list[EncodeTask]) -> dict[str, Any]:
+    """Returns the provenance of a store; equal for two stores with equal contents."""
     sources = [
         {name: value if isinstance(value, str | int | float) else value.name for name, value in asdict(source).items()}
         for source in config.data.sources
     ]
     clean = {name: str(value) for name, value in asdict(config.clean).items()}
     return {
-        "tokenizer": tokenizer,
-        "template": config.template,
+        "tokenizer": encoder.fingerprint(),
+        "template": template_key(encoder, config.template),
         "loss_on": config.loss_on.name,
+        "learn_reasoning": config.learn_reasoning,
         "clean": clean,
         "sources": sources,
         "weights": config.data.shares,
@@ -41,14 +43,23 @@ def store_provenance(config: PrepareConfig, tokenizer: str, tasks: list[EncodeTa
 
 
 def make_parts(
-    config: PrepareConfig, tasks: list[EncodeTask], load_encoder: Callable[[], Encoder], folder: Path, earlier: Path
+    config: PrepareConfig,
+    tasks: list[EncodeTask],
+    load_encoder: Callable[[], Encoder],
+    folder: Path,
+    earlier: Path,
+    made_from: dict[str, Any],
 ) -> list[dict[str, Any]]:
-    """Encodes all parts into `folder`; complete parts in `folder` or `earlier` are reused. Returns the counts."""
+    """Encodes all parts into `folder`; complete parts in `folder` or `earlier` are reused. Returns the counts.
+
+    `made_from`: the provenance of the store, with the settings of dialogues.
+    """
+    dialogues = " ".join(str(made_from[name]) for name in ("template", "loss_on", "learn_reasoning"))
     folder.mkdir(parents=True, exist_ok=True)
     finished: dict[str, dict[str, Any]] = {}
     for task in tasks:
         for source in (folder, earlier):
-            info = finished_part(source, task, config.template, config.loss_on)
+            info = finished_part(source, task, dialogues)
             if info is not None and task.key not in finished:
                 finished[task.key] = info
                 if source is not folder:
@@ -56,7 +67,7 @@ def make_parts(
     missing = list({task.key: task for task in tasks if task.key not in finished}.values())
     if finished:
         print(f"{len(tasks) - len(missing):,} of {len(tasks):,} parts are reused", flush=True)
-    context = WorkerContext(load_encoder, config.data.sources, config.template, config.loss_on, config.clean, folder)
+    context = WorkerContext(load_encoder, config, dialogues, folder)
     started, bytes_read = time.perf_counter(), 0
     reported = started
     for task, info in _encode_parts(missing, context, config.workers or os.cpu_count() or 1):

@@ -139,6 +139,7 @@ def per_domain(
             "learned": int(columns["length"][selected & (counts == 0)].sum(dtype=np.int64))
             + int(widths[span_domains == number].sum(dtype=np.int64)),
             "unknown": sum(info["unknown"] for info in domain_infos),
+            "left_out_thoughts": sum(info["left_out_thoughts"] for info in domain_infos),
             "dropped": dropped.total(),
             "rejected": rejected,
             "reasons": {reason: count for reason, count in dropped.items() if count},

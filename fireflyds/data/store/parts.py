@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from fireflyds.config import CleanConfig, Duplicates, LossOn, PrepareConfig, SourceConfig, TextSplit
+from fireflyds.config import CleanConfig, Duplicates, PrepareConfig, SourceConfig, TextSplit
+from fireflyds.data.chat_template import ChatTemplate, find_template
 from fireflyds.data.clean.cleaner import Cleaner
 from fireflyds.data.clean.duplicates import NUM_PERM, signature, text_hash
 from fireflyds.data.encode import encode_samples
@@ -36,7 +37,7 @@ _ENCODE_BATCH_SIZE = 256
 
 @dataclass(frozen=True, slots=True)
 class EncodeTask:
-    """One part of one source. `key` hashes its contents and its encoding settings except `template` and `loss_on`."""
+    """One part of one source. `key` hashes its contents and its encoding settings, except those of dialogues."""
 
     source: int
     part: FilePart
@@ -107,24 +108,25 @@ class WorkerContext:
     """Settings that a worker process needs to encode parts."""
 
     load_encoder: Callable[[], Encoder]
-    sources: list[SourceConfig]
-    template: str
-    loss_on: LossOn
-    clean: CleanConfig
+    config: PrepareConfig
+    dialogues: str
+    """Hash of the settings that the encoding of dialogues depends on."""
     folder: Path
 
 
 _encoder: Encoder
+_chat: ChatTemplate
 _cleaner: Cleaner
 _context: WorkerContext
 
 
 def init_worker(context: WorkerContext) -> None:
     """Loads the encoder and the cleaner, once per process."""
-    global _encoder, _cleaner, _context
+    global _encoder, _chat, _cleaner, _context
     # The workers already use all cores.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _encoder, _cleaner, _context = context.load_encoder(), Cleaner(context.clean), context
+    _encoder, _cleaner, _context = context.load_encoder(), Cleaner(context.config.clean), context
+    _chat = find_template(_encoder, context.config.template, learn_reasoning=context.config.learn_reasoning)
 
 
 def start_worker(context: WorkerContext) -> None:
@@ -138,7 +140,7 @@ def start_worker(context: WorkerContext) -> None:
 def make_part(task: EncodeTask) -> dict[str, Any]:
     """Reads, cleans and encodes one part into the folder of the worker context. Returns its counts."""
     builder = _PartBuilder(task)
-    for item in read_part(_context.sources[task.source], task.part):
+    for item in read_part(_context.config.data.sources[task.source], task.part):
         if isinstance(item, RejectedRow):
             builder.reject(item.line, item.reason)
             continue
@@ -165,7 +167,7 @@ class _PartBuilder:
         self.markers: Counter[str] = Counter()
         self.rejected: list[dict[str, Any]] = []
         self._has_dialogues = False
-        self._num_unknown = 0
+        self._num_unknown = self._num_left_out = 0
         self._pending: list[tuple[Sample, int]] = []
         self._hashes: list[int] = []
         self._signatures: list[list[int]] = []
@@ -183,32 +185,32 @@ class _PartBuilder:
 
     def _encode(self) -> None:
         samples = [sample for sample, _ in self._pending]
-        encoded = encode_samples(_encoder, _context.template, samples, _context.loss_on)
+        encoded = encode_samples(_encoder, _chat, samples, _context.config.loss_on)
         for (sample, line), example in zip(self._pending, encoded, strict=True):
             if isinstance(example, str):
                 self.reject(line, example)
                 continue
             self._writer.add(example)
+            self._num_left_out += example.left_out_thoughts
             if _encoder.unknown_id is not None:
                 self._num_unknown += int(np.count_nonzero(example.input_ids == _encoder.unknown_id))
-            if _context.clean.duplicates is not Duplicates.keep:
+            if _context.config.clean.duplicates is not Duplicates.keep:
                 self._hash(sample)
         self._pending = []
 
     def _hash(self, sample: Sample) -> None:
-        text = sample.text if sample.text is not None else "\n".join(m.content for m in sample.messages)
+        text = sample.text if sample.text is not None else "\n".join(m.reasoning + m.content for m in sample.messages)
         # Equal dialogues whose loss is on different answers are no duplicates.
         unlearned = "".join(f"\0{number}" for number, message in enumerate(sample.messages) if not message.learn)
         self._hashes.append(text_hash(text + unlearned))
-        if _context.clean.duplicates is Duplicates.near:
+        if _context.config.clean.duplicates is Duplicates.near:
             self._signatures.append(signature(text))
 
     def close(self) -> dict[str, Any]:
         self._encode()
         info = {
             "key": self._task.key,
-            "template": _context.template,
-            "loss_on": _context.loss_on.name,
+            "dialogues": _context.dialogues,
             "counts": self._writer.counts(),
             "dropped": self.dropped,
             "formats": self.formats,
@@ -216,24 +218,24 @@ class _PartBuilder:
             "markers": self.markers,
             "rejected": self.rejected,
             "unknown": self._num_unknown,
+            "left_out_thoughts": self._num_left_out,
             "has_dialogues": self._has_dialogues,
         }
         arrays: dict[str, Any] = {}
-        if _context.clean.duplicates is not Duplicates.keep:
+        if _context.config.clean.duplicates is not Duplicates.keep:
             arrays["hashes"] = np.asarray(self._hashes, np.uint64)
-        if _context.clean.duplicates is Duplicates.near:
+        if _context.config.clean.duplicates is Duplicates.near:
             arrays["signatures"] = np.asarray(self._signatures, np.uint32).reshape(-1, NUM_PERM)
         self._writer.close(info, **arrays)
         return info
 
 
-def finished_part(folder: Path, task: EncodeTask, template: str, loss_on: LossOn) -> dict[str, Any] | None:
+def finished_part(folder: Path, task: EncodeTask, dialogues: str) -> dict[str, Any] | None:
     """Returns the counts of a complete and undamaged part in `folder` that can be reused, or None."""
     file = folder / f"{task.key}.json"
     try:
         info: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    # `template` and `loss_on` affect dialogues only.
-    fits = (info["template"], info["loss_on"]) == (template, loss_on.name) or not info["has_dialogues"]
+    fits = info.get("dialogues") == dialogues or not info["has_dialogues"]
     return info if fits and is_intact(folder, task.key, info) else None

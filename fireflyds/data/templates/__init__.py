@@ -9,7 +9,8 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from fireflyds.types import BOS, EOS, Message, Segment
+from fireflyds.data.chat_template import end_of_thought
+from fireflyds.types import BOS, EOS, Message, Sample, Segment
 
 _ORDER = "roles must be [system] user assistant user assistant …"
 
@@ -31,32 +32,50 @@ class Chat:
     """Format of the system message, placed before the first turn, or at `{system}` in the first user turn."""
     default_system: str = ""
     special: tuple[str, ...] = ()
+    learn_reasoning: bool = True
 
-    def render(self, messages: Sequence[Message]) -> list[Segment]:
+    def render(self, sample: Sample) -> list[Segment]:
         """Renders a dialogue as segments.
 
         Raises:
-            ValueError: the roles do not alternate, or a turn is empty.
+            ValueError: the roles do not alternate, a turn is empty, or there are tools or separate thoughts.
         """
-        system, pairs = turns(messages)
+        _require_plain(sample)
+        system, pairs = turns(sample.messages)
         segments: list[Segment] = []
         for number, (user, assistant) in enumerate(pairs, 1):
             segments += self._prompt(system, user, number) if number == 1 else self._next_prompt(user, number)
             before, _, behind = self.answer.partition("{}")
-            segments.append(Segment(before + assistant.content + behind, learn=assistant.learn, separate=True))
+            segments += (thought := self._thought(assistant))
+            answer = (before + assistant.content + behind).removeprefix("".join(part.text for part in thought))
+            segments.append(Segment(answer, learn=assistant.learn, separate=True))
             segments += (replace(part, separate=True) for part in self._cut(self.stop, learn=assistant.learn))
         return _joined([*segments, *self._cut(self.after, learn=False)])
 
-    def prompts(self, messages: Sequence[Message]) -> list[list[Segment]]:
+    def prompt(self, sample: Sample) -> list[Segment]:
+        """Renders a dialogue that ends with the turn of a user, up to where the answer begins."""
+        segments = self.render(Sample(messages=(*sample.messages, Message("assistant", "x"))))
+        return segments[: next(index for index, segment in enumerate(segments) if segment.learn)]
+
+    def prompts(self, sample: Sample) -> list[list[Segment]]:
         """Renders, for every answer that carries loss, what stands before it where the dialogue begins at its turn:
         nothing for the first turn, where that stands in the dialogue itself.
 
         Raises:
             ValueError: the roles do not alternate, or a turn is empty.
         """
-        system, pairs = turns(messages)
-        numbered = [(number, user) for number, (user, assistant) in enumerate(pairs, 1) if assistant.learn]
-        return [_joined(self._prompt(system, user, number)) if number > 1 else [] for number, user in numbered]
+        system, pairs = turns(sample.messages)
+        return [
+            [*_joined(self._prompt(system, user, number)), *self._thought(assistant)] if number > 1 else []
+            for number, (user, assistant) in enumerate(pairs, 1)
+            if assistant.learn
+        ]
+
+    def _thought(self, assistant: Message) -> list[Segment]:
+        """The beginning of an answer that carries no loss."""
+        answer = "".join((self.answer.partition("{}")[0], assistant.content))
+        thought = 0 if self.learn_reasoning else end_of_thought(answer, assistant)
+        return [Segment(answer[:thought], separate=True)] if thought else []
 
     def _prompt(self, system: str, user: str, number: int) -> list[Segment]:
         """The segments of turn `number` before its answer where it is the first of the dialogue."""
@@ -112,6 +131,17 @@ class Chat:
         for part in re.split("(" + "|".join(map(re.escape, (BOS, EOS, *self.special))) + ")", text):
             if part:
                 yield Segment(part, learn=learn, special=part in (BOS, EOS, *self.special))
+
+
+def _require_plain(sample: Sample) -> None:
+    """Raises `ValueError` for what only a template with tools and reasoning renders."""
+    parts = {
+        "tools": any((sample.tools, *(message.tool_calls or message.role == "tool" for message in sample.messages))),
+        "reasoning_content": any(message.reasoning for message in sample.messages),
+    }
+    for name, present in parts.items():
+        if present:
+            raise ValueError(f"the template does not render {name}; template=tokenizer or qwen3 may")
 
 
 def turns(messages: Sequence[Message]) -> tuple[str, Iterator[tuple[str, Message]]]:

@@ -103,14 +103,19 @@ def test_an_answer_of_weight_zero_stays_without_loss(tmp_path: Path, row: dict) 
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"messages": [Q, A], "tools": [{"name": "w"}]}, "the layout messages does not read tools"),
-        ({"messages": [Q, A | {"tool_calls": [{"id": 1}]}]}, "does not read messages[].tool_calls"),
-        ({"messages": json.dumps([Q, A | {"reasoning_content": "想"}])}, "does not read messages[].reasoning_content"),
+        ({"messages": [Q, A], "tools": [{"type": "x"}]}, "tools has an item without the name of a function"),
+        ({"messages": [Q, A], "functions": [{"name": "w"}]}, "the layout messages does not read functions"),
+        ({"messages": [Q, A | {"tool_calls": [{"id": 1}]}]}, "has a tool call without the name of a function"),
+        (
+            {"messages": [Q | {"reasoning_content": "想"}, A]},
+            "turn 1 (user) has reasoning, which only the assistant has",
+        ),
+        ({"prompt": "问", "response": "答", "tools": [{"name": "w"}]}, "prompt_completion does not read tools"),
         ({"prompt": "问", "response": "答", "images": ["a.png"]}, "prompt_completion does not read images"),
         ({"question": "问", "answer": "答", "context": "文"}, "prompt_completion does not read context"),
         ({"messages": [Q, A], "history": [["一", "二"]]}, "messages does not read history"),
         ({"conversation": [{"human": "问", "assistant": "答", "input": "文"}]}, "does not read conversation[].input"),
-        ({"Messages": [Q, A], "Tools": [{"name": "w"}]}, "messages does not read tools"),
+        ({"Messages": [Q, A], "Functions": [{"name": "w"}]}, "messages does not read functions"),
         ({"system": "甲", "系统": "乙", "messages": [Q, A]}, "messages does not read 系统"),
         ({"prompt": [Q], "completion": [A], "history": [["一", "二"]]}, "does not read history"),
         ({"instruction": "偶数吗？", "input": 0, "output": "是"}, "expected str instance, int found"),

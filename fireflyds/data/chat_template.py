@@ -1,0 +1,280 @@
+"""Chat templates in Jinja: a tokenizer's own, and those of recent models, with tools and reasoning.
+
+A template is rendered as transformers renders it, in its sandbox. What an answer is stands in the template itself
+(`{% generation %}`), or follows from renderings of the beginnings of the dialogue, each checked to be a prefix.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from fireflyds import registry
+from fireflyds.errors import UserError
+from fireflyds.types import BOS, EOS, Encoder, Message, Sample, Segment
+
+TEMPLATES = "fireflyds.data.templates"
+OWN = "tokenizer"
+AUTO = "auto"
+_GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
+_THINK_END = "</think>"
+
+
+class ChatTemplate(Protocol):
+    """What data, samples and the export need of a chat template."""
+
+    @property
+    def jinja(self) -> str:
+        """The template for `tokenizer.apply_chat_template`."""
+
+    def render(self, sample: Sample) -> list[Segment]:
+        """Renders a dialogue as segments. Raises `ValueError` where the template cannot."""
+
+    def prompts(self, sample: Sample) -> list[list[Segment]]:
+        """Renders, for every answer that carries loss, what stands before it where the dialogue begins at its turn:
+        nothing for the first, where that stands in the dialogue itself."""
+
+    def prompt(self, sample: Sample) -> list[Segment]:
+        """Renders a dialogue that ends with the turn of a user, up to where the answer begins."""
+
+
+def find_template(encoder: Encoder, name: str, *, learn_reasoning: bool = True) -> ChatTemplate:
+    """Returns the chat template `name`: `tokenizer` is the own one of the encoder's directory.
+
+    `learn_reasoning=False`: the thoughts at the beginning of answers carry no loss.
+
+    Raises:
+        UserError: there is no such template, or the tokenizer has none.
+    """
+    name = resolve(encoder, name)
+    if name != OWN:
+        return replace(registry.find(TEMPLATES, name, "template").CHAT, learn_reasoning=learn_reasoning)
+    if encoder.chat_template is None:
+        raise UserError(
+            "the tokenizer has no chat template of its own",
+            key="template",
+            value=OWN,
+            remedy=f"Give one of {', '.join(registry.names(TEMPLATES))}",
+        )
+    names = {"bos_token": encoder.bos_id, "eos_token": encoder.eos_id}
+    defined = frozenset(key for key, index in names.items() if index is not None)
+    return JinjaChat(encoder.chat_template, encoder.special_tokens(), defined, learn_reasoning)
+
+
+def resolve(encoder: Encoder, name: str) -> str:
+    """Returns the name of a template, where `auto` is the tokenizer's own if it has one, else Firefly's."""
+    if name != AUTO:
+        return name
+    return OWN if encoder.chat_template is not None else "firefly"
+
+
+def template_key(encoder: Encoder, name: str) -> str:
+    """Returns what the encoding of dialogues depends on: the name, and the text of a template that is not built in."""
+    name = resolve(encoder, name)
+    if name != OWN:
+        return name
+    return f"{OWN} {hashlib.sha256((encoder.chat_template or '').encode()).hexdigest()[:16]}"
+
+
+@dataclass(frozen=True, slots=True)
+class JinjaChat:
+    """A chat template in Jinja. `special`: strings that are single tokens; `defined`: the token names it may use."""
+
+    source: str
+    special: tuple[str, ...] = ()
+    defined: frozenset[str] = frozenset(("bos_token", "eos_token"))
+    learn_reasoning: bool = True
+
+    @property
+    def jinja(self) -> str:
+        """The template without `{% generation %}`, which only transformers knows."""
+        return _GENERATION.sub("", self.source)
+
+    def render(self, sample: Sample) -> list[Segment]:
+        """Renders a dialogue as segments: an answer with its end token carries loss where its message does.
+
+        Raises:
+            ValueError: the template refuses the dialogue or leaves a part of it out, a message spells a special token,
+                or the template renders a turn otherwise as soon as another follows.
+        """
+        self._check_texts(sample)
+        text, blocks = self._rendered(sample)
+        _require_complete(sample, text)
+        answers = self._answers(sample, text, blocks)
+        return list(self._segments(text, answers))
+
+    def prompts(self, sample: Sample) -> list[list[Segment]]:
+        """See `ChatTemplate`."""
+        messages, rendered = sample.messages, []
+        system = messages[:1] if messages and messages[0].role == "system" else ()
+        for index, message in enumerate(messages):
+            if message.role != "assistant" or not message.learn:
+                continue
+            start = max((number for number in range(index) if messages[number].role == "user"), default=index)
+            is_first = all(other.role != "user" for other in messages[len(system) : start])
+            beginning = replace(sample, messages=(*system, *messages[start : index + 1]))
+            rendered.append([] if is_first else self._before(beginning))
+        return rendered
+
+    def prompt(self, sample: Sample) -> list[Segment]:
+        """See `ChatTemplate`."""
+        self._check_texts(sample)
+        return list(self._segments(self._text(sample.messages, sample, prompt=True), []))
+
+    def _before(self, sample: Sample) -> list[Segment]:
+        """The segments before the last answer, which the template puts there whatever it is."""
+        text, _ = self._rendered(sample)
+        start = self._header(sample, text, len(sample.messages) - 1)
+        thought = 0 if self.learn_reasoning else end_of_thought(text[start:], sample.messages[-1])
+        return [*self._segments(text[:start], []), *self._cut(text[start : start + thought], separate=True)]
+
+    def _check_texts(self, sample: Sample) -> None:
+        for number, message in enumerate(sample.messages, 1):
+            text = message.content + message.reasoning
+            if token := next((token for token in self.special if token in text), None):
+                raise ValueError(f"turn {number} ({message.role}) spells the special token {token}")
+
+    def _rendered(self, sample: Sample) -> tuple[str, list[tuple[int, int]]]:
+        """The dialogue as text, with the ranges of `{% generation %}`."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        tracked = "generation" in self.source and _GENERATION.search(self.source) is not None
+        if not tracked:
+            return self._text(sample.messages, sample), []
+        text, blocks = self._call(
+            render_jinja_template, sample.messages, sample, return_assistant_tokens_mask=True, chat_template=self.source
+        )
+        return text[0], [(start, end) for start, end in blocks[0]]
+
+    def _text(self, messages: Sequence[Message], sample: Sample, *, prompt: bool = False, **variables: Any) -> str:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        text, _ = self._call(
+            render_jinja_template,
+            messages,
+            sample,
+            chat_template=self.source,
+            add_generation_prompt=prompt,
+            **variables,
+        )
+        return str(text[0])
+
+    def _call(self, render: Any, messages: Sequence[Message], sample: Sample, **variables: Any) -> Any:
+        import jinja2
+
+        tokens = {name: value for name, value in (("bos_token", BOS), ("eos_token", EOS)) if name in self.defined}
+        conversation = [_as_dict(message) for message in messages]
+        try:
+            return render([conversation], tools=list(sample.tools) or None, **tokens, **variables)
+        except (jinja2.TemplateError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"the chat template refuses the dialogue: {error}") from error
+
+    def _answers(self, sample: Sample, text: str, blocks: list[tuple[int, int]]) -> list[tuple[int, int, Message]]:
+        """The range of every answer in the text, with its end token."""
+        indices = [index for index, message in enumerate(sample.messages) if message.role == "assistant"]
+        if blocks:
+            if len(blocks) != len(indices):
+                raise ValueError(f"the chat template marks {len(blocks)} answers of {len(indices)}")
+            return [(*block, sample.messages[index]) for block, index in zip(blocks, indices, strict=True)]
+        ranges = []
+        for index in indices:
+            start = self._header(sample, text, index)
+            ranges.append((start, self._end(sample, text, index, start), sample.messages[index]))
+        return ranges
+
+    def _header(self, sample: Sample, text: str, index: int) -> int:
+        """The end of what stands before answer `index`: the generation prompt, where the text holds it whole."""
+        before = sample.messages[:index]
+        plain = self._text(before, sample) if before else ""
+        thinks = bool(sample.messages[index].reasoning) or _THINK_END in sample.messages[index].content
+        openings = [self._text(before, sample, prompt=True, enable_thinking=value) for value in (thinks, not thinks)]
+        for opening in openings:
+            if text.startswith(opening) and len(opening) > len(plain):
+                return len(opening)
+        # The prompt opens a thought that the text does not have here: what both share, up to a token or a line's end.
+        shared = next((n for n, (a, b) in enumerate(zip(openings[0], text, strict=False)) if a != b), len(text))
+        marks = [*self.special, BOS, EOS, "\n"]
+        start = max((text.rfind(mark, 0, shared) + len(mark) for mark in marks if mark in text[:shared]), default=0)
+        if start <= len(plain) or not text.startswith(plain):
+            raise ValueError(f"the chat template renders the turns before turn {index + 1} otherwise when it follows")
+        return start
+
+    def _end(self, sample: Sample, text: str, index: int, start: int) -> int:
+        """The end of answer `index`, without white space behind its end token."""
+        message = sample.messages[index]
+        content = message.content.rpartition(_THINK_END)[2].lstrip("\n")
+        for answer in (message, replace(message, content=content, reasoning="")):
+            whole = self._text((*sample.messages[:index], answer), sample)
+            if text.startswith(whole) and len(whole) > start:
+                stripped = whole.rstrip()
+                ends = any(stripped.endswith(token) for token in (*self.special, BOS, EOS))
+                return len(stripped) if ends else len(whole)
+        raise ValueError(f"the chat template renders turn {index + 1} otherwise when another turn follows")
+
+    def _segments(self, text: str, answers: Sequence[tuple[int, int, Message]]) -> Iterator[Segment]:
+        """Cuts the text at special tokens and at the bounds of answers."""
+        position = 0
+        for start, end, message in answers:
+            yield from self._cut(text[position:start])
+            thought = 0 if self.learn_reasoning else end_of_thought(text[start:end], message)
+            yield from self._cut(text[start : start + thought], separate=True)
+            yield from self._cut(text[start + thought : end], learn=message.learn, separate=True)
+            position = end
+        yield from self._cut(text[position:])
+
+    def _cut(self, text: str, *, learn: bool = False, separate: bool = False) -> Iterator[Segment]:
+        tokens = (BOS, EOS, *sorted(self.special, key=len, reverse=True))
+        for part in re.split("(" + "|".join(map(re.escape, tokens)) + ")", text):
+            if part:
+                yield Segment(part, learn=learn, special=part in tokens, separate=separate)
+
+
+def _as_dict(message: Message) -> dict[str, Any]:
+    """A message with the keys that templates know; reasoning has several names."""
+    row: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.reasoning:
+        row |= dict.fromkeys(("reasoning_content", "reasoning", "thinking"), message.reasoning)
+    if message.tool_calls:
+        row["tool_calls"] = list(message.tool_calls)
+    if message.tool_call_id:
+        row["tool_call_id"] = message.tool_call_id
+    return row
+
+
+def end_of_thought(answer: str, message: Message) -> int:
+    """Returns the length of the thought at the beginning of a rendered answer, with its closing tag; 0 without one."""
+    content = message.content.rpartition(_THINK_END)[2].strip()
+    thought = message.reasoning.strip() or message.content.rpartition(_THINK_END)[0].strip()
+    at = answer.find(thought) if thought else -1
+    if at < 0:
+        return 0
+    behind = answer.find(content, at + len(thought)) if content else -1
+    return behind if behind >= 0 else at + len(thought)
+
+
+def _require_complete(sample: Sample, text: str) -> None:
+    """Raises `ValueError` where the rendering lacks a turn, a tool or the last thought."""
+    answers = [message for message in sample.messages if message.role == "assistant"]
+    for number, message in enumerate(sample.messages, 1):
+        if message.content.rpartition(_THINK_END)[2].strip() not in text:
+            raise ValueError(f"the chat template leaves out turn {number} ({message.role})")
+        calls = [call.get("function", call).get("name", "") for call in message.tool_calls]
+        if missing := [name for name in calls if name not in text]:
+            raise ValueError(f"the chat template leaves out the tool call {missing[0]} of turn {number}")
+    for tool in sample.tools:
+        if str(tool.get("function", tool).get("name", "")) not in text:
+            raise ValueError("the chat template does not render tools")
+    if answers and answers[-1].reasoning.strip() not in text:
+        raise ValueError("the chat template does not render reasoning_content")
+
+
+def left_out_thoughts(sample: Sample, segments: Sequence[Segment]) -> int:
+    """Returns the number of earlier answers whose thoughts the template leaves out, as the models' makers do."""
+    thoughts = [
+        message.reasoning.strip() or message.content.rpartition(_THINK_END)[0].strip()
+        for message in sample.messages
+        if message.role == "assistant" and (message.reasoning or _THINK_END in message.content)
+    ]
+    text = "".join(segment.text for segment in segments) if thoughts else ""
+    return sum(bool(thought) and thought not in text for thought in thoughts)
