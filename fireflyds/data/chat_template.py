@@ -4,21 +4,26 @@ A template is rendered as transformers renders it, in its sandbox. What an answe
 (`{% generation %}`), or follows from renderings of the beginnings of the dialogue, each checked to be a prefix.
 """
 
+import datetime
+import functools
 import hashlib
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from fireflyds import registry
+from fireflyds.data.answer_ranges import AnswerFinder
+from fireflyds.data.rendering_checks import check_order, end_of_thought, require_complete
 from fireflyds.errors import UserError
 from fireflyds.types import BOS, EOS, Encoder, Message, Sample, Segment
 
 TEMPLATES = "fireflyds.data.templates"
 OWN = "tokenizer"
 AUTO = "auto"
+DATE = datetime.date(2025, 1, 1)
 _GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
-_THINK_END = "</think>"
 
 
 class ChatTemplate(Protocol):
@@ -49,7 +54,8 @@ def find_template(encoder: Encoder, name: str, *, learn_reasoning: bool = True) 
     """
     name = resolve(encoder, name)
     if name != OWN:
-        return replace(registry.find(TEMPLATES, name, "template").CHAT, learn_reasoning=learn_reasoning)
+        chat: ChatTemplate = replace(registry.find(TEMPLATES, name, "template").CHAT, learn_reasoning=learn_reasoning)
+        return chat
     if encoder.chat_template is None:
         raise UserError(
             "the tokenizer has no chat template of its own",
@@ -79,12 +85,17 @@ def template_key(encoder: Encoder, name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class JinjaChat:
-    """A chat template in Jinja. `special`: strings that are single tokens; `defined`: the token names it may use."""
+    """A chat template in Jinja. `special`: strings that are single tokens; `defined`: the token names it may use.
+
+    A template that writes the current date gets `DATE`: a row must give the same tokens on every day.
+    """
 
     source: str
     special: tuple[str, ...] = ()
     defined: frozenset[str] = frozenset(("bos_token", "eos_token"))
     learn_reasoning: bool = True
+    stop: str = EOS
+    """The token that ends an answer; it stands in `source`, too."""
 
     @property
     def jinja(self) -> str:
@@ -98,9 +109,10 @@ class JinjaChat:
             ValueError: the template refuses the dialogue or leaves a part of it out, a message spells a special token,
                 or the template renders a turn otherwise as soon as another follows.
         """
+        check_order(sample.messages)
         self._check_texts(sample)
         text, blocks = self._rendered(sample)
-        _require_complete(sample, text)
+        require_complete(sample, text)
         answers = self._answers(sample, text, blocks)
         return list(self._segments(text, answers))
 
@@ -120,13 +132,13 @@ class JinjaChat:
     def prompt(self, sample: Sample) -> list[Segment]:
         """See `ChatTemplate`."""
         self._check_texts(sample)
-        return list(self._segments(self._text(sample.messages, sample, prompt=True), []))
+        return list(self._segments(self.text(sample.messages, sample, prompt=True), []))
 
     def _before(self, sample: Sample) -> list[Segment]:
-        """The segments before the last answer, which the template puts there whatever it is."""
-        text, _ = self._rendered(sample)
-        start = self._header(sample, text, len(sample.messages) - 1)
-        thought = 0 if self.learn_reasoning else end_of_thought(text[start:], sample.messages[-1])
+        """The segments before the last answer, with its thoughts where they carry no loss."""
+        text, blocks = self._rendered(sample)
+        start, end, message = self._answers(sample, text, blocks)[-1]
+        thought = 0 if self.learn_reasoning else end_of_thought(text[start:end], message)
         return [*self._segments(text[:start], []), *self._cut(text[start : start + thought], separate=True)]
 
     def _check_texts(self, sample: Sample) -> None:
@@ -141,13 +153,14 @@ class JinjaChat:
 
         tracked = "generation" in self.source and _GENERATION.search(self.source) is not None
         if not tracked:
-            return self._text(sample.messages, sample), []
+            return self.text(sample.messages, sample), []
         text, blocks = self._call(
             render_jinja_template, sample.messages, sample, return_assistant_tokens_mask=True, chat_template=self.source
         )
         return text[0], [(start, end) for start, end in blocks[0]]
 
-    def _text(self, messages: Sequence[Message], sample: Sample, *, prompt: bool = False, **variables: Any) -> str:
+    def text(self, messages: Sequence[Message], sample: Sample, *, prompt: bool = False, **variables: Any) -> str:
+        """Returns messages rendered as text, with a generation prompt or without one."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         text, _ = self._call(
@@ -165,8 +178,16 @@ class JinjaChat:
 
         tokens = {name: value for name, value in (("bos_token", BOS), ("eos_token", EOS)) if name in self.defined}
         conversation = [_as_dict(message) for message in messages]
+        variables["strftime_now"] = DATE.strftime
+        call = functools.partial(render, tools=list(sample.tools) or None, **tokens, **variables)
         try:
-            return render([conversation], tools=list(sample.tools) or None, **tokens, **variables)
+            return call([conversation])
+        except TypeError:  # older templates take the arguments of a call as a string
+            conversation = [_with_string_arguments(row) for row in conversation]
+        except (jinja2.TemplateError, KeyError, AttributeError) as error:
+            raise ValueError(f"the chat template refuses the dialogue: {error}") from error
+        try:
+            return call([conversation])
         except (jinja2.TemplateError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"the chat template refuses the dialogue: {error}") from error
 
@@ -177,40 +198,8 @@ class JinjaChat:
             if len(blocks) != len(indices):
                 raise ValueError(f"the chat template marks {len(blocks)} answers of {len(indices)}")
             return [(*block, sample.messages[index]) for block, index in zip(blocks, indices, strict=True)]
-        ranges = []
-        for index in indices:
-            start = self._header(sample, text, index)
-            ranges.append((start, self._end(sample, text, index, start), sample.messages[index]))
-        return ranges
-
-    def _header(self, sample: Sample, text: str, index: int) -> int:
-        """The end of what stands before answer `index`: the generation prompt, where the text holds it whole."""
-        before = sample.messages[:index]
-        plain = self._text(before, sample) if before else ""
-        thinks = bool(sample.messages[index].reasoning) or _THINK_END in sample.messages[index].content
-        openings = [self._text(before, sample, prompt=True, enable_thinking=value) for value in (thinks, not thinks)]
-        for opening in openings:
-            if text.startswith(opening) and len(opening) > len(plain):
-                return len(opening)
-        # The prompt opens a thought that the text does not have here: what both share, up to a token or a line's end.
-        shared = next((n for n, (a, b) in enumerate(zip(openings[0], text, strict=False)) if a != b), len(text))
-        marks = [*self.special, BOS, EOS, "\n"]
-        start = max((text.rfind(mark, 0, shared) + len(mark) for mark in marks if mark in text[:shared]), default=0)
-        if start <= len(plain) or not text.startswith(plain):
-            raise ValueError(f"the chat template renders the turns before turn {index + 1} otherwise when it follows")
-        return start
-
-    def _end(self, sample: Sample, text: str, index: int, start: int) -> int:
-        """The end of answer `index`, without white space behind its end token."""
-        message = sample.messages[index]
-        content = message.content.rpartition(_THINK_END)[2].lstrip("\n")
-        for answer in (message, replace(message, content=content, reasoning="")):
-            whole = self._text((*sample.messages[:index], answer), sample)
-            if text.startswith(whole) and len(whole) > start:
-                stripped = whole.rstrip()
-                ends = any(stripped.endswith(token) for token in (*self.special, BOS, EOS))
-                return len(stripped) if ends else len(whole)
-        raise ValueError(f"the chat template renders turn {index + 1} otherwise when another turn follows")
+        found = _finder(self).ranges(sample, text)
+        return [(start, end, sample.messages[index]) for (start, end), index in zip(found, indices, strict=True)]
 
     def _segments(self, text: str, answers: Sequence[tuple[int, int, Message]]) -> Iterator[Segment]:
         """Cuts the text at special tokens and at the bounds of answers."""
@@ -230,6 +219,16 @@ class JinjaChat:
                 yield Segment(part, learn=learn, special=part in tokens, separate=separate)
 
 
+@functools.lru_cache(maxsize=8)
+def _finder(chat: JinjaChat) -> AnswerFinder:
+    return AnswerFinder(
+        lambda messages, sample, prompt, thinks: chat.text(
+            messages, sample, prompt=prompt, **({} if thinks is None else {"enable_thinking": thinks})
+        ),
+        chat.special,
+    )
+
+
 def _as_dict(message: Message) -> dict[str, Any]:
     """A message with the keys that templates know; reasoning has several names."""
     row: dict[str, Any] = {"role": message.role, "content": message.content}
@@ -242,39 +241,10 @@ def _as_dict(message: Message) -> dict[str, Any]:
     return row
 
 
-def end_of_thought(answer: str, message: Message) -> int:
-    """Returns the length of the thought at the beginning of a rendered answer, with its closing tag; 0 without one."""
-    content = message.content.rpartition(_THINK_END)[2].strip()
-    thought = message.reasoning.strip() or message.content.rpartition(_THINK_END)[0].strip()
-    at = answer.find(thought) if thought else -1
-    if at < 0:
-        return 0
-    behind = answer.find(content, at + len(thought)) if content else -1
-    return behind if behind >= 0 else at + len(thought)
-
-
-def _require_complete(sample: Sample, text: str) -> None:
-    """Raises `ValueError` where the rendering lacks a turn, a tool or the last thought."""
-    answers = [message for message in sample.messages if message.role == "assistant"]
-    for number, message in enumerate(sample.messages, 1):
-        if message.content.rpartition(_THINK_END)[2].strip() not in text:
-            raise ValueError(f"the chat template leaves out turn {number} ({message.role})")
-        calls = [call.get("function", call).get("name", "") for call in message.tool_calls]
-        if missing := [name for name in calls if name not in text]:
-            raise ValueError(f"the chat template leaves out the tool call {missing[0]} of turn {number}")
-    for tool in sample.tools:
-        if str(tool.get("function", tool).get("name", "")) not in text:
-            raise ValueError("the chat template does not render tools")
-    if answers and answers[-1].reasoning.strip() not in text:
-        raise ValueError("the chat template does not render reasoning_content")
-
-
-def left_out_thoughts(sample: Sample, segments: Sequence[Segment]) -> int:
-    """Returns the number of earlier answers whose thoughts the template leaves out, as the models' makers do."""
-    thoughts = [
-        message.reasoning.strip() or message.content.rpartition(_THINK_END)[0].strip()
-        for message in sample.messages
-        if message.role == "assistant" and (message.reasoning or _THINK_END in message.content)
+def _with_string_arguments(row: dict[str, Any]) -> dict[str, Any]:
+    calls = [
+        call
+        | {"function": call["function"] | {"arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False)}}
+        for call in row.get("tool_calls", [])
     ]
-    text = "".join(segment.text for segment in segments) if thoughts else ""
-    return sum(bool(thought) and thought not in text for thought in thoughts)
+    return row | ({"tool_calls": calls} if calls else {})

@@ -7,7 +7,8 @@ from itertools import pairwise
 import numpy as np
 
 from fireflyds.config import LossOn
-from fireflyds.data.chat_template import ChatTemplate, left_out_thoughts
+from fireflyds.data.chat_template import ChatTemplate
+from fireflyds.data.rendering_checks import left_out_thoughts
 from fireflyds.errors import UserError
 from fireflyds.types import BOS, EOS, Encoder, Example, Message, Sample, Segment, Strip, TurnPrompt
 

@@ -1,11 +1,13 @@
 """Every chat template renders the same text as its Jinja template, and its stop token is part of the loss."""
 
+import re
 from dataclasses import replace
 
 import jinja2
 import pytest
 
 from fireflyds import registry
+from fireflyds.data.chat_template import DATE
 from fireflyds.types import BOS, EOS, Message, Sample
 
 TEMPLATES = "fireflyds.data.templates"
@@ -15,6 +17,8 @@ DIALOGUE = (
     Message("user", "1+1=?"),
     Message("assistant", "2"),
 )
+# Templates with thoughts before answers.
+THINKING = ("qwen3", "deepseek_r1", "gpt_oss")
 SYSTEM_DIALOGUE = (Message("system", "你是助手。"), *DIALOGUE)
 
 
@@ -24,9 +28,9 @@ def _rendered(name: str, messages: tuple[Message, ...]) -> str:
 
 
 def _jinja_rendered(name: str, messages: tuple[Message, ...], *, prompt: bool) -> str:
-    template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(
-        registry.load(TEMPLATES, name).CHAT.jinja
-    )
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["strftime_now"] = DATE.strftime
+    template = environment.from_string(registry.load(TEMPLATES, name).CHAT.jinja)
     rows = [{"role": message.role, "content": message.content} for message in messages]
     return template.render(messages=rows, bos_token="<s>", eos_token="</s>", add_generation_prompt=prompt)
 
@@ -39,17 +43,25 @@ def test_jinja_renders_the_same_text(name: str, messages: tuple[Message, ...]) -
 
 @pytest.mark.parametrize("name", registry.names(TEMPLATES))
 def test_generation_prompt_is_the_beginning_of_the_full_dialogue(name: str) -> None:
-    prompt = _jinja_rendered(name, SYSTEM_DIALOGUE[:-1], prompt=True)
-    dialogue = _rendered(name, SYSTEM_DIALOGUE)
+    """Where a generation prompt opens a thought, that of an answer with a thought."""
+    answer = Message("assistant", "2", reasoning="加" if name in THINKING else "")
+    messages = (*SYSTEM_DIALOGUE[:-1], answer)
+    prompt = _jinja_rendered(name, messages[:-1], prompt=True)
+    dialogue = _rendered(name, messages)
     assert dialogue.startswith(prompt)
-    assert dialogue[len(prompt) :].lstrip().startswith("2")
+    assert re.match(
+        r"(<think>\n|<\|channel\|>\w+<\|message\|>)?" + (answer.reasoning or "2"), dialogue[len(prompt) :].lstrip()
+    )
 
 
 @pytest.mark.parametrize("name", registry.names(TEMPLATES))
 def test_the_loss_is_on_every_answer_and_its_stop_alone(name: str) -> None:
     chat = registry.load(TEMPLATES, name).CHAT
-    learned_texts = [segment.text.strip() for segment in chat.render(Sample(messages=SYSTEM_DIALOGUE)) if segment.learn]
-    assert learned_texts == ["你好！", chat.stop, "2", chat.stop]
+    segments = chat.render(Sample(messages=SYSTEM_DIALOGUE))
+    learned = "".join(segment.text for segment in segments if segment.learn)
+    # Only the last answer of gpt-oss ends a generation; its channel is part of an answer.
+    first_stop = "" if name == "gpt_oss" else chat.stop
+    assert re.sub(r"<\|channel\|>final<\|message\|>|\s", "", learned) == f"你好！{first_stop}2{chat.stop}"
 
 
 @pytest.mark.parametrize(
@@ -87,7 +99,8 @@ def test_an_answer_without_loss_is_rendered_alike_and_not_learned(name: str) -> 
     assert "".join(segment.text for segment in segments) == "".join(
         segment.text for segment in chat.render(Sample(messages=SYSTEM_DIALOGUE))
     )
-    assert [segment.text.strip() for segment in segments if segment.learn] == ["2", chat.stop]
+    assert [segment.text.strip() for segment in segments if segment.learn][-2:] == ["2", chat.stop]
+    assert "你好！" not in "".join(segment.text for segment in segments if segment.learn)
 
 
 TWO_TURNS = {

@@ -76,6 +76,7 @@ def test_all_verbs_in_sequence(verb, base: Path, tmp_path: Path) -> None:
         "dialogues": 0,
         "learned": totals["tokens"],
         "unknown": 0,
+        "left_out_thoughts": 0,
         "unreadable_bytes": 0,
         "source_bytes": (tmp_path / "zh.jsonl").stat().st_size,
     }

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from fireflyds.data.chat_template import end_of_thought
+from fireflyds.data.rendering_checks import end_of_thought
 from fireflyds.types import BOS, EOS, Message, Sample, Segment
 
 _ORDER = "roles must be [system] user assistant user assistant …"

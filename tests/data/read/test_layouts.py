@@ -108,7 +108,7 @@ def test_an_answer_of_weight_zero_stays_without_loss(tmp_path: Path, row: dict) 
         ({"messages": [Q, A | {"tool_calls": [{"id": 1}]}]}, "has a tool call without the name of a function"),
         (
             {"messages": [Q | {"reasoning_content": "想"}, A]},
-            "turn 1 (user) has reasoning, which only the assistant has",
+            "turn 1 (user) has reasoning, which only the",
         ),
         ({"prompt": "问", "response": "答", "tools": [{"name": "w"}]}, "prompt_completion does not read tools"),
         ({"prompt": "问", "response": "答", "images": ["a.png"]}, "prompt_completion does not read images"),
