@@ -1,36 +1,23 @@
 """Hydra: composes `conf/<verb>.yaml` and the command line into a typed config, and calls the verb with it."""
 
 import dataclasses
-import difflib
 import hashlib
 import logging
 import os
 import re
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fireflyds import option_reference
+from fireflyds import hub, option_reference, overrides
 from fireflyds.config import VERBS
 from fireflyds.errors import UserError
-
-CONF = Path(__file__).parents[1] / "conf"
+from fireflyds.overrides import CONF
 
 C = TypeVar("C")
-
-# Sections whose keys are the user's own; Hydra wants such keys announced with ++.
-OPEN_SECTIONS = (
-    "texts",
-    "bits_per_byte.texts",
-    "cluster.environment",
-    "data.weights",
-    "data.max_epochs",
-    "model.architecture",
-    "model.rope_scaling",
-    "zero.extra",
-)
 
 
 def main(verb: Callable[..., Any], description: str, *, passes_on: bool = False) -> None:
@@ -45,7 +32,7 @@ def main(verb: Callable[..., Any], description: str, *, passes_on: bool = False)
     os.environ.setdefault("TQDM_DISABLE", "1")
     # Its warning is about a kernel for 4-bit inference on CPUs, which training does not use.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    arguments = drop_local_rank(sys.argv[1:])
+    arguments = overrides.drop_local_rank(sys.argv[1:])
     try:
         if {"-h", "--help"} & set(arguments):
             print(option_reference.help_text(name, description, CONF), flush=True)
@@ -53,16 +40,16 @@ def main(verb: Callable[..., Any], description: str, *, passes_on: bool = False)
         show, file = _take(arguments, "--cfg"), _take(arguments, "--config")
         if show not in (None, "job"):
             raise UserError("only the value job is known", key="--cfg", value=show, remedy="Give --cfg job")
-        flags = [argument for argument in arguments if argument.startswith("-")]
-        if flags:
-            raise UserError("no such option", key=flags[0], remedy="Keys are written key=value; -h lists them")
+        config_dir = _take(arguments, "--config-dir")
+        overrides.refuse_flags(name, arguments)
         passed_on: list[str] = []
         if passes_on:
             arguments, passed_on = split(name, arguments)
-        config = compose(name, arguments) if file is None else _frozen(name, file, arguments)
+        config = compose(name, arguments, config_dir) if file is None else _frozen(name, file, arguments)
         if show:
             print(to_yaml(config), end="")
         else:
+            hub.localize(config, VERBS[name].models, weights=VERBS[name].needs_weights)
             verb(config, passed_on) if passes_on else verb(config)
     except _refusals() as error:
         # One message a node: an error may be of this machine alone.
@@ -85,49 +72,26 @@ def _refusals() -> tuple[type[Exception], ...]:
     return (UserError,) if kernels is None else (UserError, kernels.CannotRunError)
 
 
-def drop_local_rank(arguments: list[str]) -> list[str]:
-    """Launchers add `--local_rank N` in several spellings; the environment says the same, so it is dropped."""
-    kept_arguments: list[str] = []
-    skip = False
-    for argument in arguments:
-        if skip:
-            skip = False
-        elif re.fullmatch(r"--local[-_]rank", argument):
-            skip = True
-        elif not re.fullmatch(r"--local[-_]rank=.*", argument):
-            kept_arguments.append(argument)
-    return kept_arguments
-
-
-def compose(verb: str, overrides: list[str]) -> Any:
-    """The typed config of a verb.
+def compose(verb: str, words: Sequence[str], config_dir: str | None = None) -> Any:
+    """The typed config of a verb. `config_dir`: a folder with options of one's own, in the shape of `conf/`.
 
     Raises:
         UserError: an unknown key, a missing value, a wrong type, an unknown option or a rule broken.
     """
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-    from hydra.core.config_store import ConfigStore
     from hydra.errors import HydraException
-    from omegaconf import OmegaConf, open_dict
+    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    ConfigStore.instance().store(name=f"{verb}_schema", node=VERBS[verb].config)
-    plain = dict(override.split("=", 1) for override in overrides if _is_text(verb, override))
-    hydra_overrides = [
-        part for override in overrides if not _is_text(verb, override) for part in _rewrite(verb, override)
-    ]
+    folders = [CONF]
+    if config_dir is not None:
+        if not Path(config_dir).is_dir():
+            raise UserError(
+                "no such folder", key="--config-dir", value=config_dir, remedy="Give a folder in the shape of conf/"
+            )
+        folders.append(Path(config_dir).absolute())
+    given = overrides.sort(verb, words, folders)
     try:
-        with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-            composed = hydra_compose(config_name=verb, overrides=hydra_overrides)
-        for key, value in plain.items():
-            section, in_texts, name = key.partition("texts.")
-            text = value.replace("${", "\\${")
-            if in_texts:
-                with open_dict(composed):
-                    OmegaConf.select(composed, f"{section}texts")[name] = text
-            else:
-                OmegaConf.update(composed, key, text)
+        composed = _composed(verb, given, folders[1:])
         missing = sorted(OmegaConf.missing_keys(composed))
         if missing:
             raise UserError(
@@ -138,6 +102,36 @@ def compose(verb: str, overrides: list[str]) -> Any:
         raise
     except (HydraException, OmegaConfBaseException) as error:
         raise _user_error(verb, error) from error
+
+
+def _composed(verb: str, given: overrides.Overrides, own_folders: Sequence[Path]) -> Any:
+    """Composes the options and sets the values that Hydra's grammar cannot express."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf, open_dict
+
+    ConfigStore.instance().store(name=f"{verb}_schema", node=VERBS[verb].config)
+    with tempfile.TemporaryDirectory() as files, initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        for name, file in given.files.items():
+            link = Path(files) / f"{name}.yaml"
+            link.parent.mkdir(exist_ok=True)
+            link.symlink_to(file)
+        paths = [*own_folders, *([Path(files)] if given.files else [])]
+        search = ",".join(f"'file://{path}'" for path in paths)
+        composed = hydra_compose(
+            config_name=verb, overrides=[*([f"hydra.searchpath=[{search}]"] if paths else []), *given.for_hydra]
+        )
+    for key, value in given.values:
+        if isinstance(value, str):
+            value = value.replace("${", "\\${")
+        section = next((name for name in overrides.OPEN_SECTIONS if key.startswith(f"{name}.")), None)
+        if section is not None:  # its keys may have dots
+            with open_dict(composed):
+                OmegaConf.select(composed, section)[key.removeprefix(f"{section}.")] = value
+        else:
+            OmegaConf.update(composed, key, value, force_add=key in overrides.OPEN_SECTIONS)
+    return composed
 
 
 def to_yaml(config: Any) -> str:
@@ -230,62 +224,6 @@ def _frozen(verb: str, file: str, arguments: list[str]) -> Any:
     return from_yaml(Path(file), VERBS[verb].config)
 
 
-def _is_text(verb: str, override: str) -> bool:
-    """`prompt=Hi!`: a key whose value is text is taken as typed. Hydra's grammar would read some of its characters,
-    and would take `model=<dir>` for an option of `conf/model`."""
-    key, equals, _ = override.partition("=")
-    types = {field.name: field.type for field in dataclasses.fields(VERBS[verb].config)}
-    # A domain is a name of the user's own, in whatever script.
-    in_texts = any(key.startswith(f"{section}.") for section in OPEN_SECTIONS if section.endswith("texts"))
-    return bool(equals) and ((in_texts and key.partition(".")[0] in types) or types.get(key) is str)
-
-
-def _rewrite(verb: str, override: str) -> list[str]:
-    """Replaces `model=<path>` by `model=at_path` and `model.path=<path>`, and quotes values that Hydra misreads."""
-    key, equals, value = override.partition("=")
-    if not equals or key.startswith(("+", "~")):
-        return [override]
-    if key.startswith("sweep.space."):  # the range of a key, whose name has dots of its own
-        if value[:1] not in ("{", "["):
-            raise UserError(
-                "is no range", key=override, remedy=f"Give {key}={{low: 1e-5, high: 1e-3}} or {key}=[1e-5, 1e-4]"
-            )
-        one = f"{{choices: {value}}}" if value.startswith("[") else value
-        return [f"++sweep.space={{{key.removeprefix('sweep.space.')}: {one}}}"]
-    if key == "zero" and value in tuple("0123"):  # Hydra takes no number for an option
-        return [f"zero=stage{value}"]
-    is_open = key.partition(".")[0] in {field.name for field in dataclasses.fields(VERBS[verb].config)} and any(
-        key == section or key.startswith(f"{section}.") for section in OPEN_SECTIONS
-    )
-    if value[:1] in tuple("[{'\""):
-        return [f"++{override}" if is_open else override]
-    special = re.fullmatch(r"[\w./+-]*", value, re.ASCII) is None
-    quoted = "'" + value.replace("\\", "\\\\").replace("'", "\\'").replace("${", "\\${") + "'" if special else value
-    if is_open:
-        return [f"++{key}={quoted}"]
-    if key not in VERBS[verb].path_options or (CONF / key / f"{value}.yaml").exists():
-        return [f"{key}={quoted}"]
-    if not (os.sep in value or os.path.exists(value) or set("*?.") & set(value)):
-        known = sorted(p.stem for p in (CONF / key).glob("*.yaml"))
-        raise UserError(
-            f"neither a file or folder nor an option of conf/{key}",
-            key=key,
-            value=value,
-            remedy=f"Known: {', '.join(known)}",
-        )
-    short = VERBS[verb].path_options[key]
-    return [f"{key}={short.option}", short.override.format(quoted)]
-
-
-def unknown_key(verb: str, key: str, section: str = "") -> UserError:
-    """Returns the error for a key that a verb does not have; `section` is what stands before the key, as typed."""
-    known = [row[0] for row in option_reference.options(VERBS[verb].config)]
-    near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
-    hint = f"Did you mean {' or '.join(near)}? " if near else ""
-    remedy = f"{hint}`python launch/{verb}.py -h` lists all keys"
-    return UserError(f"no such key for {verb}", key=section + key, remedy=remedy)
-
-
 def _user_error(verb: str, error: Exception) -> UserError:
     """Hydra's error with what it leaves out: the nearest known keys, and where to look."""
     text = str(error.__cause__ or error).split("\nConfig search path")[0]
@@ -294,7 +232,7 @@ def _user_error(verb: str, error: Exception) -> UserError:
     found = re.search(r"[Kk]ey '([^']+)'", text)
     full = re.search(r"full_key: (\S+)", text)
     if found and ("not in" in text or "not exist" in text):
-        return unknown_key(verb, full.group(1) if full else found.group(1))
+        return overrides.unknown_key(verb, full.group(1) if full else found.group(1))
     first = " ".join(line.strip() for line in text.split("full_key:")[0].split("\n") if line.strip())
     remedy = f"`python launch/{verb}.py -h` lists all keys"
     return UserError(first.rstrip("."), key=full.group(1) if full else "", remedy=remedy)

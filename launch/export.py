@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fireflyds import app
+from fireflyds import app, hub
 from fireflyds.config import ExportConfig, ExportWhat, Precision, TrainConfig, TuningMethod, WandbMode
 from fireflyds.errors import UserError
 from fireflyds.fs import Output, atomic_dir
@@ -47,6 +47,8 @@ def export(config: ExportConfig) -> None:
     else:
         write_model(config, train_config, checkpoint, out, metadata, inputs["languages"])
     print(f"wrote {out}: {json.dumps(metadata)}")
+    if config.hub:
+        print(f"uploaded to {hub.push(out, config.hub, private=config.hub_private)}")
     if config.artifact:
         name = trackers.log_model_artifact(train_config.tracking, config.run, run_dir, out, metadata)
         sync_hint = f"; send it with `wandb sync {run_dir / layout.WANDB}/offline-run-*`"

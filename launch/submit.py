@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fireflyds import app
+from fireflyds import app, hub
 from fireflyds.cluster import input_checks, job_status, script, slurm, submission
 from fireflyds.cluster.submission import PlannedJob
 from fireflyds.config import (
@@ -90,6 +90,8 @@ def _plan_verb(config: SubmitConfig, overrides: list[str]) -> tuple[Path, list[P
     run_overrides = [f"run={config.run}"] if config.run and "run" in fields else []
     run_overrides += [f"runs={config.runs}"] if config.runs != "runs" and "runs" in fields else []
     composed = app.compose(verb, [*overrides, *run_overrides])
+    # Compute nodes may have no network.
+    hub.localize(composed, VERBS[verb].models, weights=VERBS[verb].needs_weights)
     name = config.run or getattr(composed, "run", "")
     if not name:
         raise UserError(f"is not set; it identifies the job of {verb}", key="run", remedy="Give run=<name>")
@@ -133,7 +135,9 @@ def _plan_pipeline(config: SubmitConfig, overrides: list[str]) -> tuple[Path, li
 def _compose_stage(file: Path, stage: StageConfig) -> Any:
     if stage.verb not in VERBS or not VERBS[stage.verb].submittable:
         raise UserError(f"stage {stage.name}: verb={stage.verb} is not submitted", key=file, remedy="Remove the stage")
-    return app.compose(stage.verb, stage.overrides)
+    composed = app.compose(stage.verb, stage.overrides)
+    hub.localize(composed, VERBS[stage.verb].models, weights=VERBS[stage.verb].needs_weights)
+    return composed
 
 
 def _check_inputs(

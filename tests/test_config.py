@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fireflyds import app, config, option_reference
+from fireflyds import app, config, option_reference, overrides
 from fireflyds.errors import UserError
 
 REQUIRED = ["run=x", "model=some/model", "data=some/store", "optim.steps=3"]
@@ -25,7 +25,7 @@ def test_overrides_reach_the_typed_config() -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "expected"),
+    ("words", "expected"),
     [
         ([*REQUIRED, "optim.stepz=3"], "Did you mean optim.steps"),
         ([*REQUIRED, "experiment=demo_ctp"], "demo_cpt"),
@@ -49,21 +49,21 @@ def test_overrides_reach_the_typed_config() -> None:
         ([*REQUIRED, "init_from=x"], "init_from=x: is the run itself"),
     ],
 )
-def test_errors_name_invalid_input_with_a_remedy(overrides: list[str], expected: str) -> None:
+def test_errors_name_invalid_input_with_a_remedy(words: list[str], expected: str) -> None:
     with pytest.raises(UserError) as exception:
-        app.compose("train", overrides)
+        app.compose("train", words)
     assert expected in str(exception.value)
 
 
 def test_texts_is_an_unknown_key_for_verbs_without_texts() -> None:
-    for verb, overrides in (
+    for verb, words in (
         ("train", REQUIRED),
         ("prepare", ["data=a/b", "tokenizer=t"]),
         ("chat", ["model=x"]),
         ("doctor", []),
     ):
         with pytest.raises(UserError, match=rf"texts(\.zh)?: no such key for {verb}"):
-            app.compose(verb, [*overrides, "texts.zh=a.jsonl"])
+            app.compose(verb, [*words, "texts.zh=a.jsonl"])
 
 
 def test_paths_with_spaces_and_chinese_are_accepted_unquoted() -> None:
@@ -71,6 +71,88 @@ def test_paths_with_spaces_and_chinese_are_accepted_unquoted() -> None:
     assert [source.path for source in prepare_config.data.sources] == ["我的 语料/*.txt"]
     assert prepare_config.tokenizer == "a b/t.model"
     assert prepare_config.out == "结果"
+
+
+def test_chinese_stands_in_lists_maps_and_keys() -> None:
+    train_config = app.compose(
+        "train",
+        [*REQUIRED, "tracking=wandb", "tracking.tags=[中文,a b]", "data.weights.网页=0.5", "data.max_epochs={对话: 2}"],
+    )
+    assert train_config.tracking.tags == ["中文", "a b"]
+    assert train_config.data.weights == {"网页": 0.5}
+    assert train_config.data.max_epochs == {"对话": 2.0}
+    assert app.compose("train", [*REQUIRED, "data.weights={web: 0.5, 书.v2: 1}"]).data.weights == {
+        "web": 0.5,
+        "书.v2": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("all-linear", ["all-linear"]), ("q_proj,v_proj", ["q_proj", "v_proj"]), ("[a,b]", ["a", "b"])],
+)
+def test_a_list_needs_no_brackets(value: str, expected: list[str]) -> None:
+    lora_config = app.compose("train", [*REQUIRED, "tuning=lora", f"tuning.target_modules={value}"])
+    assert lora_config.tuning.target_modules == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([*REQUIRED, "learning_rate=1e-4"], "Here it is optim.lr. "),
+        ([*REQUIRED, "cutoff_len=512"], "Here it is seq_len. "),
+        ([*REQUIRED, "qwen3"], 'qwen3: is not key=value. Quote a value that contains spaces, as in "key=qwen3'),
+        ([*REQUIRED, "seq_len"], "seq_len: is not key=value. Give seq_len=<value>"),
+        ([*REQUIRED, "data.weights={网页: [1"], "cannot be read"),
+        ([*REQUIRED, "data.weights.网页=viel"], "data.weights"),
+        ([*REQUIRED, "没有=1"], "没有: no such key for train"),
+    ],
+)
+def test_a_word_that_cannot_be_read_is_answered_with_what_to_type(words: list[str], message: str) -> None:
+    with pytest.raises(UserError) as refused:
+        app.compose("train", words)
+    assert message in str(refused.value)
+    assert "mismatched" not in str(refused.value)
+    assert "token recognition" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("-m", "Use python launch/sweep.py"),
+        ("--per_device_train_batch_size", "Here it is micro_batch_size"),
+        ("--seq_len=512", "Write seq_len=<value>"),
+        ("--nonsense", "Keys are written key=value"),
+    ],
+)
+def test_a_flag_is_answered_with_the_key(flag: str, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        overrides.refuse_flags("train", [flag])
+
+
+def test_every_other_name_leads_to_keys_that_exist() -> None:
+    known = {row.key for verb in config.VERBS.values() for row in option_reference.rows(verb.config)}
+    groups = {path.name for path in app.CONF.iterdir() if path.is_dir()}
+    for name, ours in overrides.OTHER_NAMES.items():
+        key = re.split("[=, ]", ours)[0]
+        assert key in known | groups | {"nothing:", "the"}, name
+
+
+def test_options_are_files_by_path_or_in_a_folder_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "mix.yaml").write_text("sources: [{path: 语料/*.txt, domain: web}]\nweights: {web: 1.0}\n")
+    prepare_config = app.compose("prepare", [f"data={tmp_path}/mix.yaml", "tokenizer=t", "out=o"])
+    assert [source.path for source in prepare_config.data.sources] == ["语料/*.txt"]
+    (tmp_path / "own" / "tuning").mkdir(parents=True)
+    (tmp_path / "own" / "tuning" / "small.yaml").write_text("defaults: [lora]\nr: 4\n")
+    train_config = app.compose("train", [*REQUIRED, "tuning=small"], str(tmp_path / "own"))
+    assert train_config.tuning.r == 4
+    (tmp_path / "mine.yaml").write_text("# @package _global_\nseq_len: 77\n")
+    assert app.compose("train", [*REQUIRED, f"experiment={tmp_path}/mine.yaml"]).seq_len == 77
+    with pytest.raises(UserError, match="--config-dir"):
+        app.compose("train", REQUIRED, str(tmp_path / "none"))
+    (tmp_path / "bad.yaml").write_text("sorces: []\n")
+    with pytest.raises(UserError, match="no such key"):
+        app.compose("prepare", [f"data={tmp_path}/bad.yaml", "tokenizer=t", "out=o"])
 
 
 def test_model_is_plain_text_for_verbs_without_a_model_group() -> None:
@@ -82,7 +164,7 @@ def test_model_is_plain_text_for_verbs_without_a_model_group() -> None:
     "spelling", [["--local_rank=1"], ["--local-rank", "1"], ["--local_rank", "1"], ["--local-rank=1"]]
 )
 def test_local_rank_is_dropped_in_any_spelling(spelling: list[str]) -> None:
-    assert app.drop_local_rank(["a=1", *spelling, "b=2"]) == ["a=1", "b=2"]
+    assert overrides.drop_local_rank(["a=1", *spelling, "b=2"]) == ["a=1", "b=2"]
 
 
 def test_a_composed_config_round_trips_through_yaml(tmp_path: Path) -> None:
@@ -108,8 +190,8 @@ def test_every_shipped_configuration_composes() -> None:
     experiments = [path.stem for path in (app.CONF / "experiment").glob("*.yaml")]
     assert "demo_cpt" in experiments
     for name in experiments:
-        overrides = [] if name.startswith("demo") else ["run=x", "data=some/store", "model.path=some/model"]
-        assert app.compose("train", [f"experiment={name}", *overrides]).run
+        words = [] if name.startswith("demo") else ["run=x", "data=some/store", "model.path=some/model"]
+        assert app.compose("train", [f"experiment={name}", *words]).run
         assert app.compose("plan", [f"experiment={name}"]).optim.lr > 0
     for group in ("tuning", "optim", "hardware", "zero"):
         for path in (app.CONF / group).glob("*.yaml"):

@@ -28,6 +28,10 @@ class ExportConfig:
     verify: bool = True
     """Load the exported model with plain transformers and compare its logits with the trained model's (not for
     `what=adapter`, which copies the trained tensors)."""
+    hub: str = ""
+    """Name on the Hugging Face Hub (`<owner>/<name>`) that the directory is uploaded to."""
+    hub_private: bool = True
+    """Whether a repository that `hub` makes is private."""
     artifact: bool = False
     """Upload the directory as an artifact of the run's W&B run (runs with `tracking=wandb`)."""
 

@@ -41,6 +41,10 @@ class Verb:
     config: type
     inputs: tuple[str, ...] = ()
     """Keys whose values are files or folders that must exist when the verb starts."""
+    models: tuple[str, ...] = ()
+    """Keys that take the name of a model on a hub too, in the place of its folder."""
+    needs_weights: bool = True
+    """False for a verb that reads the configuration of a model alone."""
     resources: Resources = Resources.cpu
     submittable: bool = True
     """False for a verb that starts jobs itself, finishes immediately or is interactive."""
@@ -53,20 +57,32 @@ _MODEL_AND_STORE = {
     "data": PathOption("at_path", "data.store={}"),
 }
 _SOURCES = {"data": PathOption("at_path", "data.sources=[{{path:{}}}]")}
+_MODEL_KEYS = ("model.path", "model.tokenizer")
 _TRAIN_INPUTS = ("model.path", "model.tokenizer", "data.store", "validation.store", "zero.json")
 _EVALUATE_INPUTS = ("model", "bits_per_byte.texts", "multiple_choice.questions", "cmmlu.data")
 
 VERBS: dict[str, Verb] = {
     "synthesize": Verb(SynthesizeConfig, inputs=("corpus",)),
     "learn": Verb(LearnConfig, inputs=("corpus",)),
-    "expand": Verb(ExpandConfig, inputs=("base", "corpus", "pieces", "texts", "other")),
-    "prepare": Verb(PrepareConfig, inputs=("tokenizer", "data.sources"), path_options=_SOURCES),
-    "plan": Verb(PlanConfig, submittable=False, path_options=_MODEL_AND_STORE),
-    "train": Verb(TrainConfig, inputs=_TRAIN_INPUTS, resources=Resources.all_gpus, path_options=_MODEL_AND_STORE),
+    "expand": Verb(ExpandConfig, inputs=("base", "corpus", "pieces", "texts", "other"), models=("base", "other")),
+    "prepare": Verb(PrepareConfig, inputs=("tokenizer", "data.sources"), models=("tokenizer",), path_options=_SOURCES),
+    "plan": Verb(PlanConfig, models=_MODEL_KEYS, needs_weights=False, submittable=False, path_options=_MODEL_AND_STORE),
+    "train": Verb(
+        TrainConfig,
+        inputs=_TRAIN_INPUTS,
+        models=_MODEL_KEYS,
+        resources=Resources.all_gpus,
+        path_options=_MODEL_AND_STORE,
+    ),
     "export": Verb(ExportConfig, resources=Resources.one_gpu),
-    "evaluate": Verb(EvaluateConfig, inputs=_EVALUATE_INPUTS, resources=Resources.one_gpu),
-    "chat": Verb(ChatConfig, inputs=("model",), submittable=False),
-    "doctor": Verb(DoctorConfig, inputs=("model", "tokenizer", "data"), resources=Resources.all_gpus),
+    "evaluate": Verb(EvaluateConfig, inputs=_EVALUATE_INPUTS, models=("model",), resources=Resources.one_gpu),
+    "chat": Verb(ChatConfig, inputs=("model",), models=("model",), submittable=False),
+    "doctor": Verb(
+        DoctorConfig,
+        inputs=("model", "tokenizer", "data"),
+        models=("model", "tokenizer"),
+        resources=Resources.all_gpus,
+    ),
     "submit": Verb(SubmitConfig, submittable=False),
     "sweep": Verb(SweepConfig, submittable=False),
     "demo": Verb(DemoConfig, submittable=False),

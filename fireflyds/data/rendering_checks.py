@@ -1,5 +1,6 @@
 """Checks of dialogues before and after a chat template renders them: orders of roles, and parts that it leaves out."""
 
+import re
 from collections.abc import Sequence
 
 from fireflyds.data.answer_ranges import THINK_END, has_thoughts, thought_of
@@ -42,9 +43,7 @@ def require_complete(sample: Sample, text: str) -> None:
 def left_out_thoughts(sample: Sample, segments: Sequence[Segment]) -> int:
     """Returns the number of earlier answers whose thoughts the template leaves out, as the models' makers do."""
     thoughts = [
-        thought_of(message)
-        for message in sample.messages
-        if message.role == "assistant" and has_thoughts(message)
+        thought_of(message) for message in sample.messages if message.role == "assistant" and has_thoughts(message)
     ]
     text = "".join(segment.text for segment in segments) if thoughts else ""
     return sum(bool(thought) and thought not in text for thought in thoughts)
@@ -58,4 +57,5 @@ def end_of_thought(answer: str, message: Message) -> int:
     if at < 0:
         return 0
     behind = answer.find(content, at + len(thought)) if content else -1
-    return behind if behind >= 0 else at + len(thought)
+    closing = re.compile(rf"\s*{THINK_END}\s*").match(answer, at + len(thought))
+    return behind if behind >= 0 else closing.end() if closing else at + len(thought)

@@ -15,6 +15,7 @@ from fireflyds.data.chat_template import OWN, find_template
 from fireflyds.data.encode import stop_id
 from fireflyds.errors import UserError
 from fireflyds.fs import read_json
+from fireflyds.hub import name_of
 from fireflyds.models.load import bare_model, load_for_inference
 from fireflyds.models.packed.forward import fuse, hidden_states
 from fireflyds.models.precision import DTYPES, is_emulated
@@ -148,13 +149,13 @@ def write_model_card(folder: Path, trained: TrainConfig, metadata: dict[str, Any
 
     `about`: metadata of the run, with the key `checkpoint`. `languages`: language codes of the training data.
     """
-    base = trained.model.path or "none (from scratch)"
+    base = name_of(trained.model.path) or "none (from scratch)"
     lines = [
         "---",
         "library_name: transformers",
         "pipeline_tag: text-generation",
         *([f"language: [{', '.join(languages)}]"] if languages else []),
-        *([f"base_model: {base}"] if trained.model.path else []),
+        *([f"base_model: {base.partition('@')[0]}"] if trained.model.path else []),
         "---",
         "",
         f"# {trained.run}",

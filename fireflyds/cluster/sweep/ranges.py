@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import is_dataclass
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from fireflyds.app import unknown_key
 from fireflyds.config import RangeConfig, TrainConfig
 from fireflyds.errors import UserError
+from fireflyds.overrides import unknown_key
 
 Value = bool | int | float | str | None
 

@@ -10,7 +10,7 @@ PREFIX = "hf:"
 
 
 def is_dataset(path: str) -> bool:
-    """True where `path` is `hf:<name>[:<config>]` or a folder written by `Dataset.save_to_disk`."""
+    """True where `path` is `hf:<name>[:<config>][@<revision>]` or a folder written by `Dataset.save_to_disk`."""
     return path.startswith(PREFIX) or any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
@@ -24,10 +24,11 @@ def read_dataset(path: str) -> Iterator[dict[str, Any]]:
 
     try:
         if path.startswith(PREFIX):
-            name, _, config = path.removeprefix(PREFIX).partition(":")
+            repository, _, revision = path.removeprefix(PREFIX).partition("@")
+            name, _, config = repository.partition(":")
             if not name:
                 raise ValueError("the name is empty")
-            loaded = datasets.load_dataset(name, config or None, streaming=True)
+            loaded = datasets.load_dataset(name, config or None, revision=revision or None, streaming=True)
         else:
             loaded = datasets.load_from_disk(path)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
@@ -35,7 +36,7 @@ def read_dataset(path: str) -> Iterator[dict[str, Any]]:
         raise UserError(
             f"cannot be read as a data set ({reason})",
             key=path,
-            remedy="Give hf:<name>, hf:<name>:<config> or a saved folder",
+            remedy="Give hf:<name>[:<config>][@<revision>] or a saved folder",
         ) from error
     splits = dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
     if len(splits) > 1 and "train" not in splits:
