@@ -17,6 +17,8 @@ from fireflyds.tokenizer.encoder import load_encoder
 from fireflyds.types import BOS, EOS, Message, Sample, Segment
 
 TEMPLATES = "fireflyds.data.templates"
+WITH_THOUGHTS = ("qwen3", "deepseek_r1", "gpt_oss")
+WITH_TOOLS = ("qwen3", "llama3_1")
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
 CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "weather", "arguments": {"city": "北京"}}}
 PLAIN = Sample(
@@ -130,11 +132,11 @@ def test_a_thought_before_a_tool_call_may_stand_without_loss() -> None:
 def test_answers_are_found_in_a_template_without_marks(name: str, sample: Sample) -> None:
     """Every built-in template, rendered as if it were a tokenizer's own, carries loss where it says itself."""
     chat = registry.load(TEMPLATES, name).CHAT
-    try:
-        expected = chat.render(sample)
-    except ValueError as refusal:
-        assert re.search(r"does not render|no tools", str(refusal))
+    if sample in (THOUGHTS, TOOLS) and name not in (WITH_THOUGHTS if sample == THOUGHTS else WITH_TOOLS):
+        with pytest.raises(ValueError, match=r"does not render|no tools"):
+            chat.render(sample)
         return
+    expected = chat.render(sample)
     own = JinjaChat(chat.jinja, chat.special).render(sample)
     text = "".join(segment.text for segment in own)
     assert text == "".join(segment.text for segment in expected)

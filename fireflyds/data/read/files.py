@@ -10,6 +10,7 @@ from typing import Any
 
 from fireflyds.config import TextSplit
 from fireflyds.data.read.encodings import UTF8, not_decodable
+from fireflyds.data.read.json_arrays import ArrayRows, holds_array, holds_lines
 from fireflyds.data.read.records import FilePart, RawRecord, RejectedRow, decoded_lines, make_record
 from fireflyds.data.read.streams import PACKED, kind, open_bytes
 from fireflyds.data.read.tables import read_arrow, read_parquet, read_text_table
@@ -157,31 +158,46 @@ def _json_lines(part: FilePart) -> Iterator[RawRecord | RejectedRow]:
 def _json(part: FilePart) -> Iterator[RawRecord | RejectedRow]:
     file = part.file
     try:
-        with open_bytes(file) as stream:
-            data = stream.read()
-            content = json.loads(data.decode("utf-8-sig" if part.encoding == UTF8 else part.encoding))
+        if part.start or holds_array(file, part.encoding):
+            yield from _json_array(part)
+        elif holds_lines(file, part.encoding):
+            yield from _json_lines(part)
+        else:
+            yield from _json_object(part)
     except UnicodeDecodeError as error:
-        yield RejectedRow(file, 0, not_decodable(data, error, part.encoding))
+        yield RejectedRow(file, 0, not_decodable(error.object, error, part.encoding))
     except json.JSONDecodeError as error:
-        if error.msg == "Extra data":  # JSON Lines with the suffix .json
+        if error.msg == "Extra data":  # objects one after another
             yield from _json_lines(part)
         else:
             # Nothing of the file is read, so it counts with all its bytes.
             yield RejectedRow(file, 0, f"cannot be read to its end: not JSON: {error}")
-    except RecursionError as error:
-        yield RejectedRow(file, 0, f"not JSON: {error}")
-    else:
-        if isinstance(content, dict) and _holds_rows(content.get("data")):  # such as {"version": 1, "data": [...]}
-            others = [key for key, value in content.items() if key != "data" and _holds_rows(value)]
-            if others:
-                yield RejectedRow(
-                    file, 0, f"beside data, {', '.join(others)} hold rows too; save each as a file of its own"
-                )
-                return
-            content = content["data"]
-        rows = content if isinstance(content, list) else [content]
-        for number, row in enumerate(rows, 1):
-            yield make_record(file, number, row)
+    except (ValueError, RecursionError) as error:
+        yield RejectedRow(file, 0, f"cannot be read to its end: {error}")
+
+
+def _json_array(part: FilePart) -> Iterator[RawRecord | RejectedRow]:
+    with open_bytes(part.file) as stream:
+        rows = ArrayRows(stream, part.encoding, part.start, part.end)
+        for number, row in enumerate(rows, part.first_line):
+            yield make_record(part.file, number, row)
+
+
+def _json_object(part: FilePart) -> Iterator[RawRecord | RejectedRow]:
+    """Yields the one row of a file, or those under its key `data`, such as in {"version": 1, "data": [...]}."""
+    file = part.file
+    with open_bytes(file) as stream:
+        content = json.loads(stream.read().decode("utf-8-sig" if part.encoding == UTF8 else part.encoding))
+    rows = [content]
+    if isinstance(content, dict) and _holds_rows(content.get("data")):
+        others = [key for key, value in content.items() if key != "data" and _holds_rows(value)]
+        if others:
+            reason = f"beside data, {', '.join(others)} hold rows too; save each as a file of its own"
+            yield RejectedRow(file, 0, reason)
+            return
+        rows = content["data"]
+    for number, row in enumerate(rows, 1):
+        yield make_record(file, number, row)
 
 
 def _holds_rows(value: Any) -> bool:

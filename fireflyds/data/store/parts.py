@@ -22,6 +22,7 @@ from fireflyds.data.encode import encode_samples
 from fireflyds.data.read.encodings import UTF8
 from fireflyds.data.read.files import find_files
 from fireflyds.data.read.hub import is_dataset
+from fireflyds.data.read.json_arrays import array_parts, holds_array
 from fireflyds.data.read.records import FilePart, RejectedRow
 from fireflyds.data.read.sources import read_part, source_parts
 from fireflyds.data.read.streams import kind
@@ -73,8 +74,11 @@ def _split_source(source: SourceConfig) -> Iterator[tuple[FilePart, int, str]]:
             continue
         file = Path(part.file)
         splittable = file.suffix == ".jsonl" or (file.suffix == ".txt" and source.split is TextSplit.line)
-        if splittable and kind(file) == file.suffix and source.encoding == UTF8:
+        is_plain = kind(file) == file.suffix and source.encoding == UTF8
+        if splittable and is_plain:
             yield from _split_by_line(file)
+        elif file.suffix == ".json" and is_plain and file.stat().st_size > PART_BYTES and holds_array(str(file), UTF8):
+            yield from _split_array(file)
         else:
             with file.open("rb") as stream:
                 yield part, file.stat().st_size, f"{kind(file)} {hashlib.file_digest(stream, 'sha256').hexdigest()}"
@@ -95,6 +99,15 @@ def _split_by_line(file: Path) -> Iterator[tuple[FilePart, int, str]]:
             )
             offset += len(data)
             line += data.count(b"\n")
+
+
+def _split_array(file: Path) -> Iterator[tuple[FilePart, int, str]]:
+    """Yields parts of a JSON array, which end between rows."""
+    with file.open("rb") as stream:
+        for start, end, row in array_parts(str(file)):
+            stream.seek(start)
+            contents = hashlib.sha256(stream.read(end - start)).hexdigest()
+            yield FilePart(str(file), start, end, row), end - start, f"{file.suffix} {start == 0} {contents}"
 
 
 def _dataset_state(path: str) -> str:
