@@ -12,7 +12,7 @@ SPELLED := fireflyds kernels launch conf tests benchmarks .github .ci README.md 
   .pre-commit-config.yaml
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo quick test test-all coverage lint clean
+.PHONY: demo quick test test-all test-external coverage lint clean
 
 demo: $(VENV)/installed
 	@$(BIN)/python launch/demo.py $(if $(CORPUS),'corpus=$(CORPUS)')
@@ -24,7 +24,10 @@ test: $(VENV)/installed
 	$(BIN)/pytest -n $(WORKERS) --dist loadscope
 
 test-all: $(VENV)/installed
-	$(BIN)/pytest -m "not gpu"
+	$(BIN)/pytest -m "not gpu and not external"
+
+test-external: $(VENV)/installed
+	$(BIN)/pytest -m external
 
 coverage: $(VENV)/installed
 	$(BIN)/coverage erase

@@ -14,6 +14,7 @@ from fireflyds.config import Precision, TrainConfig
 from fireflyds.data.chat_template import OWN, find_template
 from fireflyds.data.encode import stop_id
 from fireflyds.errors import UserError
+from fireflyds.export.older_readers import with_older_keys
 from fireflyds.fs import read_json
 from fireflyds.hub import name_of
 from fireflyds.models.load import bare_model, load_for_inference
@@ -66,6 +67,8 @@ def write_weights(
             remedy=_BASE_REMEDY,
         )
     plain_config.save_pretrained(folder)
+    settings = with_older_keys(read_json(folder / "config.json"))
+    (folder / "config.json").write_text(json.dumps(settings, ensure_ascii=False, indent=2), encoding="utf-8")
     save_sharded(folder, entries, max_shard_bytes)
 
 
