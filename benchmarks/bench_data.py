@@ -22,7 +22,7 @@ import psutil
 from machine import describe
 
 from fireflyds.config import DataConfig, PrepareConfig, SourceConfig
-from fireflyds.data.clean.duplicates import near_duplicates, signature
+from fireflyds.data.clean.duplicates import banded, near_duplicates, signature
 from fireflyds.data.pack.loader import PackedLoader
 from fireflyds.data.pack.mixture import PackedRowSampler
 from fireflyds.data.pack.packing import plan_rows
@@ -235,7 +235,7 @@ def near_duplicate_rows(source: Path) -> list[str]:
     pairs = [_similarity(a, b) for a, b in zip(documents, near_copies, strict=False)]
     start = time.perf_counter()
     signatures = np.array([signature(text) for text in documents + near_copies], np.uint32)
-    drop = near_duplicates(signatures, 0.8)
+    drop = near_duplicates(banded([signatures], len(signatures)), 0.8)
     seconds = time.perf_counter() - start
     expected = np.array(pairs) >= 0.8
     recall = drop[len(documents) :][expected].mean()

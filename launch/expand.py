@@ -17,9 +17,10 @@ from typing import Any
 
 from fireflyds import app
 from fireflyds.config import ExpandConfig, ReportMode, SourceConfig
-from fireflyds.data.read.sources import read_texts, source_parts
+from fireflyds.data.read.sources import read_texts, size_of, source_parts
 from fireflyds.errors import UserError
 from fireflyds.fs import Output, atomic_dir, refuse_inputs_inside
+from fireflyds.progress import counted
 from fireflyds.tokenizer.base import Base, load_base
 from fireflyds.tokenizer.encoder import load_encoder, model_file
 from fireflyds.tokenizer.expansion import Expansion, describe, plan_expansion
@@ -60,7 +61,8 @@ def expand(config: ExpandConfig) -> None:
     with atomic_dir(Path(config.out), Output("expand")) as out:
         sample = None
         if config.corpus:
-            sample = draw_sample(read_texts(config.corpus), characters=config.sample_characters, seed=config.seed)
+            texts = counted("expand: sampling the corpus", read_texts(config.corpus), size_of(config.corpus))
+            sample = draw_sample(texts, characters=config.sample_characters, seed=config.seed)
         expansion = plan_expansion(config, base, scripts, pieces, sample)
         base.write(expansion.plan.steps, out)
         if (base_path / "config.json").is_file():  # transformers chooses the tokenizer's class by it

@@ -11,8 +11,9 @@ from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 
 from fireflyds import app
 from fireflyds.config import LearnConfig, TokenizerKind
-from fireflyds.data.read.sources import read_texts
+from fireflyds.data.read.sources import read_texts, size_of
 from fireflyds.fs import Output, atomic_dir
+from fireflyds.progress import counted
 from fireflyds.tokenizer.hf_files import write_byte_level, write_tokenizer
 from fireflyds.tokenizer.learn import learn_bpe, learn_byte_level
 
@@ -24,7 +25,7 @@ def learn(config: LearnConfig) -> None:
         UserError: the corpus cannot be read or has no text, or `vocab_size` is too small for its characters.
     """
     with atomic_dir(Path(config.out), Output("learn")) as out:
-        texts = read_texts(config.corpus)
+        texts = counted("learn", read_texts(config.corpus), size_of(config.corpus))
         options = {"vocab_size": config.vocab_size, "max_piece_length": config.max_piece_length}
         if config.kind is TokenizerKind.byte_level:
             document = learn_byte_level(texts, **options)

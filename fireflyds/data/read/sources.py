@@ -153,6 +153,13 @@ def read_texts(path: str) -> Iterator[str]:
         print(f"{path}: {len(rejected):,} rows were rejected, the first: {first}", file=sys.stderr)
 
 
+def size_of(path: str) -> int:
+    """Returns the number of bytes of a source's text; 0 where it is not known beforehand, as in packed files."""
+    files = [] if is_dataset(path) else find_files(path)
+    plain = all(file.suffix in (".txt", ".jsonl", ".json", ".csv", ".tsv") for file in files)
+    return sum(file.stat().st_size for file in files) if plain else 0
+
+
 def _texts(sample: Sample) -> Iterable[str]:
     if sample.text is not None:
         return (sample.text,)

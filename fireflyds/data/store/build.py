@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -18,6 +17,7 @@ from fireflyds.data.store.index import columns_of, per_domain, sentence_ends
 from fireflyds.data.store.parts import EncodeTask, WorkerContext, finished_part, init_worker, make_part, start_worker
 from fireflyds.data.store.store import MANIFEST, VERSION, token_dtype
 from fireflyds.errors import UserError
+from fireflyds.progress import Progress
 from fireflyds.types import Encoder
 
 _FILES = (".ids", ".npz", ".json")
@@ -68,17 +68,10 @@ def make_parts(
     if finished:
         print(f"{len(tasks) - len(missing):,} of {len(tasks):,} parts are reused", flush=True)
     context = WorkerContext(load_encoder, config, dialogues, folder)
-    started, bytes_read = time.perf_counter(), 0
-    reported = started
-    for task, info in _encode_parts(missing, context, config.workers or os.cpu_count() or 1):
-        finished[task.key] = info
-        bytes_read += task.size
-        if time.perf_counter() - reported > 10:
-            reported = time.perf_counter()
-            print(
-                f"{len(finished):,} of {len(tasks):,} parts, {bytes_read / (reported - started) / 1e6:.1f} MB/s",
-                flush=True,
-            )
+    with Progress("prepare", sum(task.size for task in missing)) as progress:
+        for task, info in _encode_parts(missing, context, config.workers or os.cpu_count() or 1):
+            finished[task.key] = info
+            progress.advance(task.size, info["counts"]["documents"])
     return [finished[task.key] for task in tasks]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fireflyds.config import Duplicates, PrepareConfig
-from fireflyds.data.clean.duplicates import exact_duplicates, near_duplicates
+from fireflyds.data.clean.duplicates import banded, exact_duplicates, near_duplicates
 from fireflyds.data.store.parts import EncodeTask
 from fireflyds.types import Encoder
 
@@ -49,10 +49,8 @@ def columns_of(
     if config.clean.duplicates is not Duplicates.keep:
         copies = exact_duplicates(column((part["hashes"] for part in parts), np.uint64))
         if config.clean.duplicates is Duplicates.near:
-            remaining = np.flatnonzero(~copies)
-            signatures = np.concatenate([part["signatures"] for part in parts])[remaining]
             near = np.zeros(len(copies), bool)
-            near[remaining] = near_duplicates(signatures, config.clean.similarity)
+            near[~copies] = _near_duplicates(config, parts, sizes, copies, folder)
             dropped["near-duplicate"] = source[near]
             keep &= ~near
         dropped["duplicate"] = source[copies]
@@ -71,6 +69,19 @@ def columns_of(
     }
     columns = {name: values[keep] for name, values in columns.items()}
     return columns | _span_columns(parts, keep), dropped
+
+
+def _near_duplicates(
+    config: PrepareConfig, parts: list[Any], sizes: list[int], copies: np.ndarray, folder: Path
+) -> np.ndarray:
+    """True where a document that is no copy is similar to an earlier one. The signatures lie in a file meanwhile."""
+    unique = np.split(~copies, np.cumsum(sizes)[:-1])
+    file = folder / "signatures.npy"
+    try:
+        kept = (part["signatures"][rows] for part, rows in zip(parts, unique, strict=True))
+        return near_duplicates(banded(kept, int((~copies).sum()), file), config.clean.similarity)
+    finally:
+        file.unlink(missing_ok=True)
 
 
 def _span_columns(parts: list[Any], keep: np.ndarray) -> dict[str, np.ndarray]:

@@ -8,7 +8,7 @@ import pytest
 
 from fireflyds.config import CleanConfig, UnicodeForm
 from fireflyds.data.clean.cleaner import Cleaner, contamination, repetition, run_hashes
-from fireflyds.data.clean.duplicates import NUM_PERM, exact_duplicates, near_duplicates, signature
+from fireflyds.data.clean.duplicates import NUM_PERM, banded, exact_duplicates, near_duplicates, signature
 from fireflyds.errors import UserError
 from fireflyds.types import Message, Sample
 
@@ -101,7 +101,7 @@ def test_near_duplicates_are_found_and_others_kept() -> None:
     assert min(jaccard(a, b) for a, b in zip(originals, copies, strict=False)) >= 0.8
     half_copies = [text[:200] + "".join(map(chr, rng.integers(0x4E00, 0x9FA5, 200))) for text in originals[100:200]]
     signatures = np.array([signature(text) for text in originals + copies + half_copies], np.uint32)
-    is_duplicate = near_duplicates(signatures, 0.8)
+    is_duplicate = near_duplicates(banded([signatures], len(signatures)), 0.8)
     assert not is_duplicate[:300].any()
     assert is_duplicate[300:400].mean() >= 0.95
     assert not is_duplicate[400:].any()
@@ -115,7 +115,7 @@ def test_near_duplicates_of_one_page_are_found_in_memory_that_grows_with_the_doc
     changed_columns = rng.integers(0, NUM_PERM, (8_000, 2))
     signatures[np.arange(8_000)[:, None], changed_columns] = rng.integers(0, 1 << 32, (8_000, 2), dtype=np.uint32)
     tracemalloc.start()
-    is_duplicate = near_duplicates(signatures, 0.8)
+    is_duplicate = near_duplicates(banded([signatures], len(signatures)), 0.8)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert is_duplicate.tolist() == [False] + [True] * 7_999
@@ -138,4 +138,4 @@ def test_near_duplicates_equal_those_of_a_pairwise_comparison_in_order() -> None
             if not expected[first] and not expected[second] and bands[first] & bands[second]:
                 expected[second] = (signatures[first] == signatures[second]).mean() >= min_similarity
     assert 0 < expected.sum() < 399
-    assert near_duplicates(signatures, 0.8).tolist() == expected.tolist()
+    assert near_duplicates(banded([signatures], len(signatures)), 0.8).tolist() == expected.tolist()
