@@ -7,10 +7,13 @@
     python launch/prepare.py out=stores/cpt stats=only
 
 `data` is a file, a folder, a glob, or an option of `conf/data`. The same command resumes after a kill, and
-rebuilds only the parts that a changed source, tokenizer or template affects.
+rebuilds only the parts that a changed source, tokenizer or template affects. On several machines that share a file
+system: `submit verb=prepare cluster.nodes=8`, or srun or torchrun with one process a machine; a lost machine's parts
+are made by the others.
 """
 
 import functools
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,8 +26,10 @@ from fireflyds.data.chat_template import AUTO, OWN, TEMPLATES, find_template, re
 from fireflyds.data.encode import sample_dialogues
 from fireflyds.data.read.files import describe_folder
 from fireflyds.data.store.build import finish_store, make_parts, refuse_rejected_share, store_provenance
+from fireflyds.data.store.many_machines import board_of, follow, lead
 from fireflyds.data.store.parts import plan_tasks
 from fireflyds.data.store.store import MANIFEST, TokenStore, read_manifest
+from fireflyds.distributed.launcher_env import rank_from_environment
 from fireflyds.errors import UserError
 from fireflyds.fs import Output, refuse_inputs_inside, resumable_dir
 from fireflyds.tokenizer.auto_tokenizer import compare
@@ -63,6 +68,22 @@ def prepare(config: PrepareConfig) -> None:
     if out == Path():
         raise UserError("is empty and data.store too", key="out", remedy="Give out=<folder>")
     refuse_overlap(config, out)
+    place = rank_from_environment(os.environ)
+    load = functools.partial(load_encoder, config.tokenizer)
+    if place.rank:
+        follow(config, out, load, place.rank, place.world_size)
+        return
+    state = "failed"
+    try:
+        write_store(config, encoder, out, place.world_size)
+        state = "done"
+    finally:
+        if place.world_size > 1:
+            board_of(out).close(state)
+
+
+def write_store(config: PrepareConfig, encoder: Encoder, out: Path, num_processes: int) -> None:
+    """Writes the token store at `out`, with the other processes where there are several."""
     for line in tokenizer_notes(config, encoder):
         print(f"note: {line}", file=sys.stderr, flush=True)
     tasks = plan_tasks(config, encoder.fingerprint())
@@ -72,8 +93,11 @@ def prepare(config: PrepareConfig) -> None:
         print(f"{out}: complete and made from the same sources, tokenizer and template; nothing to do")
         return
     with resumable_dir(out, Output("prepare", caches=("plans", "stats.png")), pieces="parts") as folder:
-        load = functools.partial(load_encoder, config.tokenizer)
-        infos = make_parts(config, tasks, load, folder / "parts", out / "parts", made_from)
+        load, earlier = functools.partial(load_encoder, config.tokenizer), out / "parts"
+        if num_processes > 1:
+            infos = lead(config, tasks, load, folder, earlier, made_from, num_processes)
+        else:
+            infos = make_parts(config, tasks, load, folder / "parts", earlier, made_from)
         manifest = finish_store(config, tasks, infos, encoder, folder, made_from)
     print(show.format_manifest(manifest))
     totals = manifest["totals"]

@@ -81,7 +81,7 @@ def _options(job: Job, cluster: ClusterConfig) -> list[str]:
     partition = cluster.partition if on_gpu or cluster.on_cpu else cluster.cpu_partition or cluster.partition
     options = {
         "job-name": job.name,
-        "nodes": cluster.nodes if uses_all_gpus else 1,
+        "nodes": cluster.nodes if uses_all_gpus or resources is Resources.cpu_nodes else 1,
         "ntasks-per-node": cluster.gpus_per_node if uses_all_gpus else 1,
         "gpus-per-node": gpus,
         "cpus-per-task": cluster.cpus_per_task,
@@ -100,9 +100,11 @@ def _options(job: Job, cluster: ClusterConfig) -> list[str]:
         "signal": f"USR1@{cluster.signal_seconds}" if job.verb == "train" else "",
     }
     requeue_option = "--requeue" if cluster.requeue else "--no-requeue"
+    survives = ["--no-kill"] if resources is Resources.cpu_nodes and cluster.nodes > 1 else []
     return [
         *(_format_option(name, str(value)) for name, value in options.items() if value),
         requeue_option,
+        *survives,
         *extra_options,
     ]
 
@@ -134,7 +136,8 @@ def _setup_lines(job: Job, cluster: ClusterConfig) -> list[str]:
     lines += [f"module load {module}" for module in cluster.modules.split()]
     lines += cluster.setup
     lines += [f"export {name}={shlex.quote(value)}" for name, value in cluster.environment.items()]
-    if "MASTER_ADDR" not in cluster.environment and VERBS[job.verb].resources is Resources.all_gpus:
+    has_ranks = VERBS[job.verb].resources in (Resources.all_gpus, Resources.cpu_nodes)
+    if "MASTER_ADDR" not in cluster.environment and has_ranks:
         lines += ["# Rank 0 runs on the first node, where this script runs too.", "export MASTER_ADDR=$(hostname)"]
     lines += [
         "# srun does not inherit the job's --cpus-per-task by itself.",
@@ -154,7 +157,9 @@ def _command_lines(job: Job, cluster: ClusterConfig) -> list[str]:
     in_container = cluster.container is not Container.none
     python = cluster.python or ("python" if in_container else sys.executable)
     command = [python, str(LAUNCH / f"{job.verb}.py"), "--config", str(job.config)]
-    launcher = ["srun", f"--wait={job.wait_seconds}"]
+    shares_nodes = VERBS[job.verb].resources is Resources.cpu_nodes and cluster.nodes > 1
+    # The other processes of such a verb take over what a lost node had.
+    launcher = ["srun", "--wait=0", "--no-kill"] if shares_nodes else ["srun", f"--wait={job.wait_seconds}"]
     working_dir = str(Path.cwd())
     mounted = dict.fromkeys([working_dir, str(LAUNCH.parent)])
     folder = job.config.absolute().parent
@@ -170,7 +175,15 @@ def _command_lines(job: Job, cluster: ClusterConfig) -> list[str]:
     elif cluster.container is Container.apptainer:
         nv = [] if cluster.on_cpu else ["--nv"]
         launcher += ["apptainer", "exec", *nv, "--bind", ",".join(mounts), "--pwd", working_dir, cluster.image]
-    return [f"{shlex.join(launcher)} \\", f"  {shlex.join(command)}"]
+    lines = [f"{shlex.join(launcher)} \\", f"  {shlex.join(command)}"]
+    if shares_nodes:
+        alone = [launcher[0], "--nodes=1", "--ntasks=1", *launcher[1:]]
+        lines[-1] += " \\"
+        lines += [
+            "  || { echo 'a process was lost: one finishes what is left'; \\",
+            f"       {shlex.join(alone)} {shlex.join(command)}; }}",
+        ]
+    return lines
 
 
 def _exit_lines(job: Job, cluster: ClusterConfig) -> list[str]:

@@ -167,6 +167,9 @@ class PrepareConfig:
     """Maximum fraction of unreadable rows; above it no store is written."""
     workers: int = 0
     """Number of tokenization processes; 0: one per core."""
+    lost_after_seconds: float = 120.0
+    """On several machines: the parts of a process that shows no sign of life for as long are given to another. Network
+    file systems may show a sign a minute late."""
     inspect: int = 0
     """Print this many samples of each source with the tokens that contribute to the loss marked, and write nothing."""
     stats: StatsMode = StatsMode.full
@@ -174,7 +177,7 @@ class PrepareConfig:
     `stats.png`."""
 
     def __post_init__(self) -> None:
-        require_at_least(self, workers=0, inspect=0)
+        require_at_least(self, workers=0, inspect=0, lost_after_seconds=4)
         if self.loss_on is LossOn.all and not self.learn_reasoning:
             raise UserError(
                 "leaves out a part of the answers, but loss_on=all learns every token",

@@ -24,6 +24,8 @@ class Resources(Enum):
     one_gpu = 1
     all_gpus = 2
     """One rank per GPU on every node."""
+    cpu_nodes = 3
+    """One process per node."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,13 @@ VERBS: dict[str, Verb] = {
     "synthesize": Verb(SynthesizeConfig, inputs=("corpus",)),
     "learn": Verb(LearnConfig, inputs=("corpus",)),
     "expand": Verb(ExpandConfig, inputs=("base", "corpus", "pieces", "texts", "other"), models=("base", "other")),
-    "prepare": Verb(PrepareConfig, inputs=("tokenizer", "data.sources"), models=("tokenizer",), path_options=_SOURCES),
+    "prepare": Verb(
+        PrepareConfig,
+        inputs=("tokenizer", "data.sources"),
+        models=("tokenizer",),
+        resources=Resources.cpu_nodes,
+        path_options=_SOURCES,
+    ),
     "plan": Verb(PlanConfig, models=_MODEL_KEYS, needs_weights=False, submittable=False, path_options=_MODEL_AND_STORE),
     "train": Verb(
         TrainConfig,

@@ -223,6 +223,45 @@ overrides: [data=documents.txt, 'tokenizer={base_tokenizer}', out=runs/way/store
     assert "every stage is complete; nothing to submit" in cluster.submit(*arguments).stdout
 
 
+def test_two_nodes_prepare_one_store_though_one_is_killed(
+    cluster: Cluster, verbs_of, base_tokenizer: Path, tmp_path: Path
+) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(40):
+        lines = [json.dumps({"text": f"{number} {text}"}) for text in ENGLISH * 20]
+        (texts / f"{number:02}.jsonl").write_text("\n".join(lines) + "\n")
+    words = [f"data={texts}", f"tokenizer={base_tokenizer}", "workers=1"]
+    verbs_of(tmp_path)("prepare", *words, "out=alone")
+    together = cluster.folder / "together"
+    cluster.submit(
+        "verb=prepare", "run=shared", "cluster=slurm_cpu", "cluster.nodes=2", *words, f"out={together}",
+        "lost_after_seconds=5",
+    )  # fmt: skip
+    job = cluster.job("shared")
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    second: list[psutil.Process] = []
+    while not second or len(list(cluster.folder.glob(".together.partial/claims/*.claim"))) < 3:
+        assert time.monotonic() < deadline, cluster.log(job)
+        second = [process for process in psutil.process_iter() if _is_second_node(process)]
+        time.sleep(0.02)
+    for process in second:
+        process.kill()
+    cluster.wait(job, "COMPLETED")
+    files = [file.relative_to(together) for file in together.rglob("*") if file.is_file() and file.name[0] != "."]
+    assert len(files) > 120
+    assert all((together / file).read_bytes() == (tmp_path / "alone" / file).read_bytes() for file in files)
+    assert "a process was lost: one finishes what is left" in cluster.log(job)
+
+
+def _is_second_node(process: psutil.Process) -> bool:
+    try:
+        is_python = "launch/prepare.py" in _command_line(process) and "python" in process.name()
+        return is_python and process.environ().get("SLURM_PROCID") == "1"
+    except psutil.Error:
+        return False
+
+
 def test_a_submission_that_slurm_rejects_leaves_no_run_folder_and_no_job(cluster: Cluster, training: list[str]) -> None:
     for option, expected in (
         ("cluster.partition=nope", r"[Ii]nvalid partition.*\. Give cluster\.partition="),

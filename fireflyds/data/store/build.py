@@ -4,7 +4,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from fireflyds.config import PrepareConfig
 from fireflyds.data.chat_template import template_key
 from fireflyds.data.store.index import columns_of, per_domain, sentence_ends
 from fireflyds.data.store.parts import EncodeTask, WorkerContext, finished_part, init_worker, make_part, start_worker
+from fireflyds.data.store.shared_work import SharedPlace, deal
 from fireflyds.data.store.store import MANIFEST, VERSION, token_dtype
 from fireflyds.errors import UserError
 from fireflyds.progress import Progress
@@ -42,6 +43,11 @@ def store_provenance(config: PrepareConfig, encoder: Encoder, tasks: list[Encode
     }
 
 
+def dialogue_settings(made_from: dict[str, Any]) -> str:
+    """Returns the settings of a store's provenance that the encoding of dialogues depends on."""
+    return " ".join(str(made_from[name]) for name in ("template", "loss_on", "learn_reasoning"))
+
+
 def make_parts(
     config: PrepareConfig,
     tasks: list[EncodeTask],
@@ -54,7 +60,20 @@ def make_parts(
 
     `made_from`: the provenance of the store, with the settings of dialogues.
     """
-    dialogues = " ".join(str(made_from[name]) for name in ("template", "loss_on", "learn_reasoning"))
+    finished, missing = reuse_parts(tasks, folder, earlier, made_from)
+    context = WorkerContext(load_encoder, config, dialogue_settings(made_from), folder)
+    with Progress("prepare", sum(task.size for task in missing)) as progress:
+        for task, info in _encode_parts(missing, context, config.workers or os.cpu_count() or 1):
+            finished[task.key] = info
+            progress.advance(task.size, info["counts"]["documents"])
+    return [finished[task.key] for task in tasks]
+
+
+def reuse_parts(
+    tasks: list[EncodeTask], folder: Path, earlier: Path, made_from: dict[str, Any]
+) -> tuple[dict[str, dict[str, Any]], list[EncodeTask]]:
+    """Returns the counts of the complete parts, which then all lie in `folder`, and the parts to encode."""
+    dialogues = dialogue_settings(made_from)
     folder.mkdir(parents=True, exist_ok=True)
     finished: dict[str, dict[str, Any]] = {}
     for task in tasks:
@@ -65,14 +84,48 @@ def make_parts(
                 if source is not folder:
                     _link(source, folder, task.key)
     missing = list({task.key: task for task in tasks if task.key not in finished}.values())
+    for task in missing:  # a damaged or outdated part must not count as finished
+        (folder / f"{task.key}.json").unlink(missing_ok=True)
     if finished:
         print(f"{len(tasks) - len(missing):,} of {len(tasks):,} parts are reused", flush=True)
-    context = WorkerContext(load_encoder, config, dialogues, folder)
-    with Progress("prepare", sum(task.size for task in missing)) as progress:
-        for task, info in _encode_parts(missing, context, config.workers or os.cpu_count() or 1):
-            finished[task.key] = info
-            progress.advance(task.size, info["counts"]["documents"])
-    return [finished[task.key] for task in tasks]
+    return finished, missing
+
+
+def make_shared_parts(
+    config: PrepareConfig,
+    tasks: list[EncodeTask],
+    load_encoder: Callable[[], Encoder],
+    folder: Path,
+    made_from: dict[str, Any],
+    place: SharedPlace,
+) -> None:
+    """As `make_parts`, with the processes of other machines that share `folder`; ends when all parts are finished,
+    whoever made them."""
+    context = WorkerContext(load_encoder, config, dialogue_settings(made_from), folder)
+    by_key = {task.key: task for task in tasks}
+    workers = config.workers or os.cpu_count() or 1
+    running: dict[Future[dict[str, Any]], str] = {}
+    with (
+        Progress(f"prepare, process {place.rank + 1} of {place.size}") as progress,
+        ProcessPoolExecutor(workers, initializer=start_worker, initargs=(context,)) as pool,
+    ):
+
+        def collect(at_most: int) -> None:
+            while len(running) > at_most:
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    key = running.pop(future)
+                    info = future.result()
+                    place.claims.release(key)
+                    progress.advance(by_key[key].size, info["counts"]["documents"])
+
+        for key in deal(place, folder, by_key):
+            if key is None:
+                collect(0)
+            else:
+                running[pool.submit(make_part, by_key[key])] = key
+                collect(2 * workers)
+        collect(0)
 
 
 def _encode_parts(
@@ -136,7 +189,7 @@ def finish_store(
     totals.update(_unreadable(tasks, infos))
     keys = {task.key for task in tasks}
     for path in list((out / "parts").iterdir()):
-        if path.name.split(".")[0] not in keys:
+        if path.name.split(".")[0] not in keys or path.suffix == ".partial":
             path.unlink()
     manifest = {
         "version": VERSION,

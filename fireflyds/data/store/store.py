@@ -13,6 +13,8 @@ manifest.json         provenance (`made_from`) and counts; written last
 
 import hashlib
 import json
+import os
+import socket
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -99,7 +101,8 @@ class PartWriter:
             self._temporary(suffix).rename(self._base.with_suffix(suffix))
 
     def _temporary(self, suffix: str) -> Path:
-        return self._base.with_suffix(f"{suffix}.partial")
+        # Two processes may write a part where one was taken for lost.
+        return self._base.with_suffix(f"{suffix}.{socket.gethostname()}-{os.getpid()}.partial")
 
 
 def is_intact(folder: Path, key: str, info: dict[str, Any]) -> bool:
