@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fireflyds import app
-from fireflyds.config import ExpandConfig, ReportMode, SourceConfig
+from fireflyds.config import ExpandConfig, PreTokenizer, ReportMode, SourceConfig
 from fireflyds.data.read.sources import read_texts, size_of, source_parts
 from fireflyds.errors import UserError
 from fireflyds.fs import Output, atomic_dir, refuse_inputs_inside
@@ -51,7 +51,8 @@ def expand(config: ExpandConfig) -> None:
     )
     for path in config.texts.values():
         source_parts(SourceConfig(path=path))
-    base, scripts = load_base(base_path, tied=not config.cure, add_bytes=config.add_bytes), Scripts(config.scripts)
+    marks, scripts = config.pretokenizer is PreTokenizer.marks, Scripts(config.scripts)
+    base = load_base(base_path, tied=not config.cure, add_bytes=config.add_bytes, marks=marks)
     pieces = read_pieces(Path(config.pieces)) if config.pieces else []
     if (base_path / "config.json").is_file():
         from fireflyds.tokenizer.rows import check_model
@@ -67,12 +68,13 @@ def expand(config: ExpandConfig) -> None:
         base.write(expansion.plan.steps, out)
         if (base_path / "config.json").is_file():  # transformers chooses the tokenizer's class by it
             shutil.copy2(base_path / "config.json", out)
-        checks = verify_expansion(base, expansion.plan, scripts, out, proof_lines(config, sample))
+        checks = verify_expansion(base, expansion.plan, scripts, out, proof_lines(config, sample), marks=marks)
         refuse_broken(config, base, checks)
         report = describe(base, expansion, checks)
+        report["cut_by_marks"] = cut_words(base, scripts, sample)
         report["measured"] = [
             row.as_dict()
-            for row in compare_tokenizers(base.encoder([]), load_encoder(out), measured_texts(config, sample))
+            for row in compare_tokenizers(base.original_encoder(), load_encoder(out), measured_texts(config, sample))
         ]
         if (base_path / "config.json").is_file():
             report |= expand_rows(config, base, expansion, sample, out)
@@ -80,6 +82,12 @@ def expand(config: ExpandConfig) -> None:
         (out / "report.md").write_text(format_report(report), encoding="utf-8")
         plot_report(report, out / "report.png")
     print(format_summary(report))
+    if report["cut_by_marks"]["cut"] and not marks:
+        counts = report["cut_by_marks"]
+        print(
+            f"note: the base cuts {counts['cut']:,} of {counts['words']:,} words at combining marks, which no piece "
+            "can cross; pretokenizer=marks keeps them whole"
+        )
     earlier = report.get("model", {}).get("base_vocab_sizes", [])[:-1]
     if earlier:
         print(
@@ -107,6 +115,12 @@ def expand_rows(
     frequency = shares(base.encoder([]), sample.learn) if sample else None
     rows = NewRows(num_rows, old_ids, config.init, config.seed, frequency, config.init_head)
     return {"model": expand_model(Path(config.base), out, rows)}
+
+
+def cut_words(base: Base, scripts: Scripts, sample: CorpusSample | None) -> dict[str, int]:
+    """Returns the numbers of words of the new scripts in the sample, and of those that the base cuts at marks."""
+    words = [word for line in (sample.learn if sample else []) for word in scripts.words(line)]
+    return {"words": len(words), "cut": base.num_cut_words(words)}
 
 
 def proof_lines(config: ExpandConfig, sample: CorpusSample | None) -> Iterator[str]:

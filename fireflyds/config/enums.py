@@ -66,6 +66,13 @@ class RowInit(Enum):
     random = 2
 
 
+class PreTokenizer(Enum):
+    """Chooses where a base in `tokenizer.json` cuts text into words."""
+
+    base = 0
+    marks = 1
+
+
 class HeadInit(Enum):
     """Chooses the initial values of new rows of an output head that is not tied to the embeddings."""
 

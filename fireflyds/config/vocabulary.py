@@ -7,6 +7,7 @@ from omegaconf import MISSING
 from fireflyds.config.enums import (
     HeadInit,
     PieceAlgorithm,
+    PreTokenizer,
     ReportMode,
     RowInit,
     TokenizerKind,
@@ -66,6 +67,9 @@ class ExpandConfig:
     cure: bool = True
     """Drop pieces without a new character, and add the pieces without which a new one is unreachable; false: append the
     pieces as given, with tied scores, as in published Chinese-LLaMA vocabularies."""
+    pretokenizer: PreTokenizer = PreTokenizer.base
+    """Where text is cut before pieces are formed: as the `base` does, or with combining `marks` inside words (for Thai,
+    Hindi, Burmese, Khmer, Tibetan, vowelled Arabic). Text without marks keeps its ids."""
     add_bytes: bool = False
     """Add the 256 byte pieces to a base that has none, so that it can encode every character."""
     vocab_multiple: int = 64

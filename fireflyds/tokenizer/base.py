@@ -29,6 +29,12 @@ class Base(Protocol):
     def bpe(self) -> Bpe:
         """Returns a copy of the base's merges, for planning."""
 
+    def original_encoder(self) -> Encoder:
+        """Returns an encoder of the base as it is, also where its pre-tokenizer is changed."""
+
+    def num_cut_words(self, words: list[str]) -> int:
+        """Returns how many of the words with combining marks the base's pre-tokenizer cuts; no piece crosses a cut."""
+
     def spelled(self, text: str) -> str:
         """Converts text to the spelling of pieces, with `▁` or `Ġ` for a space."""
 
@@ -51,11 +57,12 @@ class Base(Protocol):
         """Writes the base with the steps appended, as a directory that `AutoTokenizer` loads."""
 
 
-def load_base(path: Path, *, tied: bool = False, add_bytes: bool = False) -> Base:
+def load_base(path: Path, *, tied: bool = False, add_bytes: bool = False, marks: bool = False) -> Base:
     """Loads the base tokenizer at `path`.
 
     Args:
         path: a SentencePiece `.model` file, or a directory with `tokenizer.model` or `tokenizer.json`.
+        marks: combining marks are parts of words.
         add_bytes: a base without byte pieces gets them.
         tied: all new pieces get the score 0 and may be unreachable, as in published vocabularies.
 
@@ -68,6 +75,13 @@ def load_base(path: Path, *, tied: bool = False, add_bytes: bool = False) -> Bas
         )
     file = model_file(path)
     if file is not None:
+        if marks:
+            raise UserError(
+                "SentencePiece cuts no words at combining marks",
+                key="pretokenizer",
+                value="marks",
+                remedy="Leave it out",
+            )
         return SentencePieceBase(file, path if path.is_dir() else None, tied=tied, add_bytes=add_bytes)
     if (path / "tokenizer.json").is_file():
         if tied:
@@ -77,7 +91,7 @@ def load_base(path: Path, *, tied: bool = False, add_bytes: bool = False) -> Bas
                 value="false",
                 remedy="Use cure=true",
             )
-        return JsonBase(path)
+        return JsonBase(path, marks=marks)
     raise UserError(
         "no tokenizer found (neither tokenizer.model nor tokenizer.json)",
         key="base",

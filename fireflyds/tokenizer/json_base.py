@@ -13,6 +13,7 @@ from fireflyds.tokenizer.bpe import Bpe, Step
 from fireflyds.tokenizer.byte_level import byte_values
 from fireflyds.tokenizer.fast_encoder import FastEncoder
 from fireflyds.tokenizer.hf_files import write_settings
+from fireflyds.tokenizer.pretokenizer import num_cut_words, with_marks
 from fireflyds.tokenizer.settings import content, settings_of, with_bos, without_limits
 
 
@@ -22,7 +23,7 @@ class JsonBase:
     disagreement: str | None = None
     num_added_bytes = 0
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, marks: bool = False) -> None:
         self._folder = folder
         file = folder / "tokenizer.json"
         try:
@@ -46,6 +47,17 @@ class JsonBase:
         # `tokenizers` renumbers added tokens that are not in the model's vocabulary; new pieces follow them.
         self._vocab |= {row["content"]: row["id"] for row in self._document.get("added_tokens", [])}
         self.num_tokens = max(self._vocab.values()) + 1
+        self._original = self._document
+        if marks:
+            changed = with_marks(self._document)
+            if changed is None:
+                raise UserError(
+                    "the base's pre-tokenizer takes no words as \\p{L}+",
+                    key="pretokenizer",
+                    value="marks",
+                    remedy="Leave it out: its words include marks already, or are not cut by an expression",
+                )
+            self._document = changed
         self._bytes = byte_values()
         self._base_bpe = self.bpe()
         self._characters = {byte: character for character, byte in self._bytes.items()}
@@ -90,6 +102,14 @@ class JsonBase:
     def encoder(self, steps: Sequence[Step]) -> FastEncoder:
         """Returns an in-memory encoder of the base with the steps appended."""
         return FastEncoder(json.dumps(self._merged(steps)))
+
+    def original_encoder(self) -> FastEncoder:
+        """Returns an encoder of the base as it is, also where its pre-tokenizer is changed."""
+        return FastEncoder(json.dumps(self._original))
+
+    def num_cut_words(self, words: list[str]) -> int:
+        """Returns how many of the words with combining marks the base's pre-tokenizer cuts."""
+        return num_cut_words(self._original, words)
 
     def write(self, steps: Sequence[Step], out: Path) -> None:
         """Writes `tokenizer.json` with the steps appended, and the settings of the base's directory."""

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
-from unicodedata import is_normalized
+from unicodedata import category, is_normalized
 
 import regex
 
@@ -14,8 +14,14 @@ PUNCTUATION = "CJK_Punctuation"
 # uses too (“ ” — …) are excluded, as text without the new scripts must keep its ids.
 # U+2329 and U+232A are canonically equivalent to the brackets U+3008 and U+3009.
 _PUNCTUATION = "\u2329\u232a\u3000-\u3004\u3006\u3008-\u3020\u302a-\u3037\u303c-\u303f\uff00-\uffef"
-# The long-vowel mark U+30FC has the script property Common, as both syllabaries use it.
-_EXTRA = {"Hiragana": "\u30fc", "Katakana": "\u30fc"}
+# Characters of the property Common or Inherited in the blocks of these scripts: the long-vowel mark and the voiced sound
+# marks of kana, the baht sign, the danda and the accents of Devanagari.
+_EXTRA = {
+    "Hiragana": "\u30fc\u309b\u309c",
+    "Katakana": "\u30fc\u30a0\u30fb",
+    "Thai": "\u0e3f",
+    "Devanagari": "\u0953\u0954\u0964\u0965",
+}
 # Scripts without spaces between words; in all others, a word may begin with a space.
 _UNSPACED = {"Han", "Hiragana", "Katakana", "Bopomofo", "Yi", "Thai", "Lao", "Khmer", "Myanmar", "Tibetan"}
 
@@ -97,7 +103,14 @@ def _letters(name: str) -> str:
             key="scripts",
             remedy=f"Give names like Han, Hiragana, Hangul, Cyrillic, Thai or {PUNCTUATION}",
         ) from error
-    return letters + _EXTRA.get(name, "")
+    return letters + _EXTRA.get(name, "") + _inherited_marks(name)
+
+
+@cache
+def _inherited_marks(name: str) -> str:
+    """Combining marks that several scripts use, such as the vowel marks of Arabic: their own script is Inherited."""
+    mark = regex.compile(rf"(?=\p{{M}})(?=\p{{Script=Inherited}})\p{{Script_Extensions={name}}}")
+    return "".join(chr(code) for code in range(0x300, 0x20000) if not 0xD800 <= code < 0xE000 and mark.match(chr(code)))
 
 
 @cache
@@ -110,7 +123,9 @@ def _covers_lead(scripts: Any, lead: bytes) -> bool:
     candidates = [(lead + tail).decode("utf-8", "ignore") for tail in tails]
     starts = [ord(text) for text in candidates if text]
     span = 64 ** (num_missing - 1)
-    return bool(starts) and all(scripts.covers(chr(code)) for start in starts for code in range(start, start + span))
+    codes = (chr(code) for start in starts for code in range(start, start + span))
+    # No text has unassigned characters.
+    return bool(starts) and all(scripts.covers(code) or category(code) == "Cn" for code in codes)
 
 
 def _utf8_length(first: int) -> int:

@@ -65,6 +65,14 @@ class SentencePieceBase:
         """Returns an in-memory encoder of the base with the steps appended."""
         return SentencePieceEncoder(self.merged(steps).SerializeToString())
 
+    def original_encoder(self) -> SentencePieceEncoder:
+        """Returns an encoder of the base as it is."""
+        return self.encoder([])
+
+    def num_cut_words(self, words: list[str]) -> int:
+        """Returns 0: SentencePiece cuts no words at combining marks."""
+        return 0
+
     def write(self, steps: Sequence[Step], out: Path) -> None:
         """Writes the base with the steps appended, and the settings of its directory if it has one."""
         write_tokenizer(self.merged(steps), out, source=self._folder)

@@ -12,7 +12,8 @@ from fireflyds.data.clean.duplicates import banded, exact_duplicates, near_dupli
 from fireflyds.data.store.parts import EncodeTask
 from fireflyds.types import Encoder
 
-_SENTENCE_ENDS = ("。", "！", "？", "!", "?", "…", "；", ".", "\n")
+# Those of Chinese and English, Devanagari, Arabic and Urdu, Ethiopic, Burmese, Khmer, Tibetan, Armenian and Syriac.
+_SENTENCE_ENDS = tuple("。！？!?…；.\n।॥؟۔።။។།։܀")
 
 
 def sentence_ends(encoder: Encoder) -> np.ndarray:
