@@ -82,21 +82,27 @@ def expand(config: ExpandConfig) -> None:
         (out / "report.md").write_text(format_report(report), encoding="utf-8")
         plot_report(report, out / "report.png")
     print(format_summary(report))
-    if report["cut_by_marks"]["cut"] and not marks:
-        counts = report["cut_by_marks"]
-        print(
-            f"note: the base cuts {counts['cut']:,} of {counts['words']:,} words at combining marks, which no piece "
-            "can cross; pretokenizer=marks keeps them whole"
+    for line in notes(config, base, report):
+        print(f"note: {line}")
+    print(f"wrote {config.out}")
+
+
+def notes(config: ExpandConfig, base: Base, report: dict[str, Any]) -> Iterator[str]:
+    """Yields what to know of the expansion: words that are cut, rows of earlier expansions, and known differences."""
+    counts = report["cut_by_marks"]
+    if counts["cut"] and config.pretokenizer is PreTokenizer.base:
+        yield (
+            f"the base cuts {counts['cut']:,} of {counts['words']:,} words at combining marks, which no piece can "
+            "cross; pretokenizer=marks keeps them whole"
         )
     earlier = report.get("model", {}).get("base_vocab_sizes", [])[:-1]
     if earlier:
-        print(
-            f"note: the base was expanded before, at {', '.join(map(str, earlier))} rows: new_rows trains the rows of "
-            f"this expansion; model.base_vocab_size={earlier[0]} trains those of the earlier one too"
+        yield (
+            f"the base was expanded before, at {', '.join(map(str, earlier))} rows: new_rows trains the rows of this "
+            f"expansion; model.base_vocab_size={earlier[0]} trains those of the earlier one too"
         )
     if base.disagreement:
-        print(f"note: {base.disagreement}; fireflyds encodes with SentencePiece")
-    print(f"wrote {config.out}")
+        yield f"{base.disagreement}; fireflyds encodes with SentencePiece"
 
 
 def expand_rows(
