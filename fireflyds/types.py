@@ -36,6 +36,10 @@ class Sample:
     text: str | None = None
     messages: tuple[Message, ...] = ()
     tools: tuple[Any, ...] = ()
+    rejected: tuple["Message", ...] = ()
+    """The dialogue with the rejected answer, of a preference pair whose chosen answer ends `messages`."""
+    label: bool | None = None
+    """Whether the answer is a wanted one, where the record says so (KTO)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +78,10 @@ class Example:
     """True for plain text: all tokens carry loss, and it may be split at any position."""
     prompts: tuple[TurnPrompt, ...] = ()
     """The prompt of every span, with which a dialogue that is longer than a row goes on in the next one."""
+    rejected_start: int = 0
+    """Of a preference pair: where the tokens of the rejected dialogue begin, behind those of the chosen one; else 0."""
+    label: int = -1
+    """1 or 0 where the record says whether its answer is wanted, else -1."""
     left_out_thoughts: int = 0
     """Number of earlier answers whose thoughts the chat template leaves out."""
 

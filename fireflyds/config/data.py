@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from fireflyds.config.enums import Duplicates, LossOn, StatsMode, TextSplit, UnicodeForm, require_at_least
+from fireflyds.config.enums import Duplicates, LossOn, Preference, StatsMode, TextSplit, UnicodeForm, require_at_least
 from fireflyds.errors import UserError
 
 
@@ -162,6 +162,9 @@ class PrepareConfig:
     """Tokens of a dialogue that contribute to the loss: all `answers`, the `last_answer`, or `all` tokens."""
     learn_reasoning: bool = True
     """Whether the thoughts before answers (`reasoning_content`, or up to `</think>`) contribute to the loss."""
+    preference: Preference = Preference.chosen
+    """What is stored of preference pairs and labelled answers: the `chosen` ones as dialogues to imitate; or `pairs`,
+    both answers of a pair in one document, and answers with their label, for objectives that compare them."""
     clean: CleanConfig = field(default_factory=CleanConfig)
     max_rejected: float = 0.01
     """Maximum fraction of unreadable rows; above it no store is written."""

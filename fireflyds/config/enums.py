@@ -156,6 +156,13 @@ class LossOn(Enum):
     all = 2
 
 
+class Preference(Enum):
+    """Chooses what is stored of preference pairs and of labelled answers."""
+
+    chosen = 0
+    pairs = 1
+
+
 class UnicodeForm(Enum):
     """Chooses the Unicode normalisation form."""
 

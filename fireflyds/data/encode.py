@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from fireflyds.config import LossOn
+from fireflyds.config import LossOn, Preference
 from fireflyds.data.chat_template import ChatTemplate
 from fireflyds.data.rendering_checks import left_out_thoughts
 from fireflyds.errors import UserError
@@ -31,7 +31,7 @@ def _document(encoder: Encoder, text: str, ids: list[int]) -> Example:
 
 
 def encode_samples(
-    encoder: Encoder, chat: ChatTemplate, samples: Sequence[Sample], loss_on: LossOn
+    encoder: Encoder, chat: ChatTemplate, samples: Sequence[Sample], loss_on: LossOn, preference: Preference
 ) -> list[Example | str]:
     """Returns the example of each sample, or why it cannot be encoded. Documents are tokenized in one batch."""
     documents = iter(encoder.encode_batch([sample.text for sample in samples if sample.text is not None]))
@@ -41,12 +41,55 @@ def encode_samples(
             encoded.append(_document(encoder, sample.text, next(documents)))
             continue
         try:
-            encoded.append(encode_sample(encoder, chat, sample, loss_on))
+            encoded.append(encode_preference(encoder, chat, sample, loss_on, preference))
         except UserError:
             raise
         except ValueError as error:
             encoded.append(str(error))
     return encoded
+
+
+def encode_preference(
+    encoder: Encoder, chat: ChatTemplate, sample: Sample, loss_on: LossOn, preference: Preference
+) -> Example:
+    """Encodes a sample; with `pairs`, a preference pair as one example and a labelled answer with its label.
+
+    A pair is the chosen dialogue followed by the rejected one, each with loss from where they differ.
+
+    Raises:
+        ValueError: see `encode_sample`; the two dialogues are equal, or an unwanted answer would be learned.
+    """
+    if preference is Preference.chosen:
+        if sample.label is False:
+            raise ValueError("label is false, so its answer must not be learned")
+        return encode_sample(encoder, chat, sample, loss_on)
+    if sample.label is not None:
+        return replace(encode_sample(encoder, chat, sample, loss_on), label=int(sample.label), prompts=())
+    if not sample.rejected:
+        raise ValueError("neither a pair whose rejected answer is text nor a labelled answer (preference=pairs)")
+    shared = 0
+    for one, other in zip(sample.messages, sample.rejected, strict=False):
+        if (one.role, one.content) != (other.role, other.content):
+            break
+        shared += 1
+    if shared in (len(sample.messages), len(sample.rejected)):
+        raise ValueError("chosen and rejected are equal, or one is the beginning of the other")
+    chosen, rejected = (
+        encode_sample(encoder, chat, replace(sample, messages=_unlearned(messages, shared)))
+        for messages in (sample.messages, sample.rejected)
+    )
+    start = len(chosen.input_ids)
+    return Example(
+        np.concatenate([chosen.input_ids, rejected.input_ids]),
+        (*chosen.spans, *((first + start, last + start) for first, last in rejected.spans)),
+        chosen.num_bytes + rejected.num_bytes,
+        rejected_start=start,
+        left_out_thoughts=chosen.left_out_thoughts + rejected.left_out_thoughts,
+    )
+
+
+def _unlearned(messages: Sequence[Message], count: int) -> tuple[Message, ...]:
+    return tuple(replace(message, learn=message.learn and index >= count) for index, message in enumerate(messages))
 
 
 def encode_segments(encoder: Encoder, segments: Sequence[Segment]) -> Example:

@@ -12,7 +12,7 @@ from rich.text import Text
 from fireflyds.config import PrepareConfig
 from fireflyds.data.chat_template import find_template
 from fireflyds.data.clean.cleaner import Cleaner
-from fireflyds.data.encode import encode_sample
+from fireflyds.data.encode import encode_preference
 from fireflyds.data.read.records import RejectedRow
 from fireflyds.data.read.sources import MARKERS, read_part, source_parts
 from fireflyds.data.store.store import TokenStore
@@ -66,6 +66,8 @@ def format_manifest(manifest: dict[str, Any]) -> str:
 
 def _findings(counts: dict[str, Any]) -> Iterator[str]:
     """Yields what was lost, guessed or not read of the rows of a domain."""
+    if counts["pairs"]:
+        yield f"{counts['pairs']:,} preference pairs, each in one document"
     if counts["left_out_thoughts"]:
         yield f"the template leaves out the thoughts of {counts['left_out_thoughts']:,} earlier answers"
     if counts["unknown"]:
@@ -137,7 +139,10 @@ def format_samples(config: PrepareConfig, encoder: Encoder) -> Iterator[tuple[st
                 yield source.path, f"dropped: {cleaned}"
                 continue
             try:
-                yield f"{source.path} ({item.layout})", encode_sample(encoder, chat, cleaned, config.loss_on)
+                yield (
+                    f"{source.path} ({item.layout})",
+                    encode_preference(encoder, chat, cleaned, config.loss_on, config.preference),
+                )
             except ValueError as error:
                 yield source.path, f"dropped: {error}"
 

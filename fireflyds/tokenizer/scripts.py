@@ -14,8 +14,8 @@ PUNCTUATION = "CJK_Punctuation"
 # uses too (“ ” — …) are excluded, as text without the new scripts must keep its ids.
 # U+2329 and U+232A are canonically equivalent to the brackets U+3008 and U+3009.
 _PUNCTUATION = "\u2329\u232a\u3000-\u3004\u3006\u3008-\u3020\u302a-\u3037\u303c-\u303f\uff00-\uffef"
-# Characters of the property Common or Inherited in the blocks of these scripts: the long-vowel mark and the voiced sound
-# marks of kana, the baht sign, the danda and the accents of Devanagari.
+# Characters of the property Common or Inherited in the blocks of these scripts: the long-vowel mark and the voiced
+# sound marks of kana, the baht sign, the danda and the accents of Devanagari.
 _EXTRA = {
     "Hiragana": "\u30fc\u309b\u309c",
     "Katakana": "\u30fc\u30a0\u30fb",

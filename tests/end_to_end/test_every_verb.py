@@ -77,6 +77,7 @@ def test_all_verbs_in_sequence(verb, base: Path, tmp_path: Path) -> None:
         "learned": totals["tokens"],
         "unknown": 0,
         "left_out_thoughts": 0,
+        "pairs": 0,
         "unreadable_bytes": 0,
         "source_bytes": (tmp_path / "zh.jsonl").stat().st_size,
     }

@@ -1,5 +1,5 @@
 """Preference pairs: a prompt or dialogue with the answers `chosen` and `rejected`, each a text, a turn or turns (TRL;
-LLaMA-Factory). The chosen answer is read; the rejected one is counted as not read."""
+LLaMA-Factory). With `preference=chosen` the rejected answer is counted as not read."""
 
 from typing import Any
 
@@ -27,23 +27,33 @@ def reads(record: dict[str, Any]) -> frozenset[str]:
 
 
 def read(record: dict[str, Any]) -> Sample:
-    """Returns the dialogue of the record with its chosen answer.
+    """Returns the dialogue of the record with its chosen answer, and with its rejected one where that can be read.
 
     Raises:
         ValueError: the prompt or the chosen answer is missing, is not text with known roles, or `chosen` is a whole
             dialogue that does not begin with the prompt.
     """
-    chosen = record["chosen"]
-    answer = {"role": "assistant", "content": chosen} if isinstance(chosen, str) else chosen
+    chosen = _with_answer(record, "chosen")
+    try:
+        rejected = tuple(_with_answer(record, "rejected"))
+    except (ValueError, TypeError, AttributeError):
+        rejected = ()
+    return Sample(messages=tuple(chosen), rejected=rejected)
+
+
+def _with_answer(record: dict[str, Any], key: str) -> list[Message]:
+    """The dialogue with the answer that `key` holds."""
+    given = record[key]
+    answer = {"role": "assistant", "content": given} if isinstance(given, str) else given
     turns = [answer] if isinstance(answer, dict) else answer
     dialogue = _dialogue(record)
     if isinstance(turns, list) and _is_whole(turns):
-        messages = _whole_dialogue(record, turns)
+        messages = _whole_dialogue(record, turns, key)
     elif dialogue:
         messages = read_turns([*record[dialogue], *turns])
     else:
         messages = [*read_history(record.get("history")), *_question(record), *read_turns(turns)]
-    return Sample(messages=(*read_system(record, messages), *messages))
+    return [*read_system(record, messages), *messages]
 
 
 def _is_whole(turns: list[Any]) -> bool:
@@ -52,16 +62,16 @@ def _is_whole(turns: list[Any]) -> bool:
     return any(isinstance(name, str) and ROLES.get(name.strip().lower()) == "user" for name in names)
 
 
-def _whole_dialogue(record: dict[str, Any], turns: list[Any]) -> list[Message]:
+def _whole_dialogue(record: dict[str, Any], turns: list[Any], name: str) -> list[Message]:
     for key in DIALOGUES:
         given = record.get(key)
         if isinstance(given, list) and given != turns[: len(given)]:
-            raise ValueError(f"chosen is a dialogue that does not begin with the turns of {key}")
+            raise ValueError(f"{name} is a dialogue that does not begin with the turns of {key}")
     messages = read_turns(turns)
     prompt = record.get("prompt")
     questions = [message.content.strip() for message in messages if message.role == "user"]
     if isinstance(prompt, str) and prompt.strip() not in questions:
-        raise ValueError("chosen is a dialogue without the text of prompt")
+        raise ValueError(f"{name} is a dialogue without the text of prompt")
     return messages
 
 

@@ -3,7 +3,7 @@ and ms-swift, `input`/`target`), each a text, or turns (TRL)."""
 
 from typing import Any
 
-from fireflyds.data.read.turns import label_keys, read_history, read_system, read_turns, require_wanted, turn_keys
+from fireflyds.data.read.turns import label_keys, read_history, read_label, read_system, read_turns, turn_keys
 from fireflyds.types import Message, Sample
 
 EXAMPLE = {"prompt": "中国的首都是哪里？", "completion": "北京。"}
@@ -38,10 +38,8 @@ def read(record: dict[str, Any]) -> Sample:
     """Returns the dialogue of the record: system message, history, and the question with its answer.
 
     Raises:
-        ValueError: one of the two fields is empty, `history` is neither pairs of strings nor turns, or `label` is
-            false.
+        ValueError: one of the two fields is empty, `history` is neither pairs of strings nor turns.
     """
-    require_wanted(record)
     prompt, completion = (record[key] for key in _pair(record))
     if not prompt or not completion:
         raise ValueError("prompt and completion must not be empty")
@@ -51,7 +49,7 @@ def read(record: dict[str, Any]) -> Sample:
     else:
         history = read_history(record.get("history"))
         messages = [*history, Message("user", prompt), Message("assistant", completion)]
-    return Sample(messages=(*read_system(record, messages), *messages))
+    return Sample(messages=(*read_system(record, messages), *messages), label=read_label(record))
 
 
 def _pair(record: dict[str, Any]) -> tuple[str, str]:

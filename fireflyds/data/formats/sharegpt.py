@@ -5,10 +5,10 @@ from typing import Any
 from fireflyds.data.read.turns import (
     TOOL_KEYS,
     label_keys,
+    read_label,
     read_system,
     read_tools,
     read_turns,
-    require_wanted,
     turn_keys,
 )
 from fireflyds.types import Sample
@@ -31,8 +31,8 @@ def read(record: dict[str, Any]) -> Sample:
     """Returns the dialogue of the record.
 
     Raises:
-        ValueError: a turn is not one of text with a known role, no answer carries loss, or `label` is false.
+        ValueError: a turn is not one of text with a known role, no answer carries loss.
     """
-    require_wanted(record)
     messages = read_turns(record["conversations"], record.get("loss_mask"))
-    return Sample(messages=(*read_system(record, messages), *messages), tools=read_tools(record))
+    whole = (*read_system(record, messages), *messages)
+    return Sample(messages=whole, tools=read_tools(record), label=read_label(record))

@@ -68,11 +68,10 @@ def label_keys(record: dict[str, Any]) -> frozenset[str]:
     return frozenset(key for key in ("label", "kto_tag") if isinstance(record.get(key), bool))
 
 
-def require_wanted(record: dict[str, Any]) -> None:
-    """Raises `ValueError` where `label` or `kto_tag` is false: such an answer must not be learned."""
-    for key in label_keys(record):
-        if not record[key]:
-            raise ValueError(f"{key} is false, so its answer must not be learned")
+def read_label(record: dict[str, Any]) -> bool | None:
+    """Whether the record's answer is a wanted one, as `label` or `kto_tag` says; None where neither is there."""
+    values = [record[key] for key in sorted(label_keys(record))]
+    return all(values) if values else None
 
 
 def read_history(value: Any) -> list[Message]:

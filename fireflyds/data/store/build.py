@@ -36,6 +36,7 @@ def store_provenance(config: PrepareConfig, encoder: Encoder, tasks: list[Encode
         "template": template_key(encoder, config.template),
         "loss_on": config.loss_on.name,
         "learn_reasoning": config.learn_reasoning,
+        "preference": config.preference.name,
         "clean": clean,
         "sources": sources,
         "weights": config.data.shares,
@@ -45,7 +46,7 @@ def store_provenance(config: PrepareConfig, encoder: Encoder, tasks: list[Encode
 
 def dialogue_settings(made_from: dict[str, Any]) -> str:
     """Returns the settings of a store's provenance that the encoding of dialogues depends on."""
-    return " ".join(str(made_from[name]) for name in ("template", "loss_on", "learn_reasoning"))
+    return " ".join(str(made_from[name]) for name in ("template", "loss_on", "learn_reasoning", "preference"))
 
 
 def make_parts(

@@ -67,6 +67,8 @@ def columns_of(
         "domain": repeated((domains.index(sources[task.source].domain) for task in tasks), np.uint16),
         "language": repeated((languages.index(sources[task.source].language) for task in tasks), np.uint16),
         "num_bytes": column((part["num_bytes"] for part in parts), np.int64),
+        "rejected_start": column((part["rejected_start"] for part in parts), np.int32),
+        "label": column((part["label"] for part in parts), np.int8),
     }
     columns = {name: values[keep] for name, values in columns.items()}
     return columns | _span_columns(parts, keep), dropped
@@ -150,13 +152,14 @@ def per_domain(
             "bytes": int(columns["num_bytes"][selected].sum()),
             "learned": int(columns["length"][selected & (counts == 0)].sum(dtype=np.int64))
             + int(widths[span_domains == number].sum(dtype=np.int64)),
+            "pairs": int(np.count_nonzero(columns["rejected_start"][selected])),
             "unknown": sum(info["unknown"] for info in domain_infos),
             "left_out_thoughts": sum(info["left_out_thoughts"] for info in domain_infos),
             "dropped": dropped.total(),
             "rejected": rejected,
             "reasons": {reason: count for reason, count in dropped.items() if count},
             "formats": dict(formats),
-            "unread": dict(unread),
+            "unread": {key: count for key, count in unread.items() if count > 0},
             "markers": dict(markers),
         }
     return result

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fireflyds.config import CleanConfig, Duplicates, PrepareConfig, SourceConfig, TextSplit
+from fireflyds.config import CleanConfig, Duplicates, Preference, PrepareConfig, SourceConfig, TextSplit
 from fireflyds.data.chat_template import ChatTemplate, find_template
 from fireflyds.data.clean.cleaner import Cleaner
 from fireflyds.data.clean.duplicates import NUM_PERM, signature, text_hash
@@ -159,6 +159,8 @@ def make_part(task: EncodeTask) -> dict[str, Any]:
             continue
         builder.formats[item.layout] += 1
         builder.unread.update(item.unread)
+        if item.sample.rejected and _context.config.preference is Preference.pairs:
+            builder.unread["rejected"] -= 1
         if item.marker:
             builder.markers[item.marker] += 1
         cleaned = _cleaner.clean(item.sample)
@@ -198,7 +200,7 @@ class _PartBuilder:
 
     def _encode(self) -> None:
         samples = [sample for sample, _ in self._pending]
-        encoded = encode_samples(_encoder, _chat, samples, _context.config.loss_on)
+        encoded = encode_samples(_encoder, _chat, samples, _context.config.loss_on, _context.config.preference)
         for (sample, line), example in zip(self._pending, encoded, strict=True):
             if isinstance(example, str):
                 self.reject(line, example)
@@ -213,6 +215,7 @@ class _PartBuilder:
 
     def _hash(self, sample: Sample) -> None:
         text = sample.text if sample.text is not None else "\n".join(m.reasoning + m.content for m in sample.messages)
+        text += "".join(f"\0{message.content}" for message in sample.rejected)
         # Equal dialogues whose loss is on different answers are no duplicates.
         unlearned = "".join(f"\0{number}" for number, message in enumerate(sample.messages) if not message.learn)
         self._hashes.append(text_hash(text + unlearned))

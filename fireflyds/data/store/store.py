@@ -4,7 +4,8 @@ parts/<key>.ids       uint16 or uint32, the concatenated documents of one part o
 parts/<key>.npz       their lengths, byte lengths and learned spans (and hashes, if duplicates are removed)
 parts/<key>.json      counts, written last: a part without it is incomplete
 index/*.npy           columns of all kept documents, in order: part int32, start int64 (within the part), length int32,
-                      domain uint16, language uint16, num_bytes int64, span_offsets int64 [n + 1], spans int32 [m, 2],
+                      domain uint16, language uint16, num_bytes int64, rejected_start int32,
+                      label int8, span_offsets int64 [n + 1], spans int32 [m, 2],
                       prompt_heads and prompt_tails int32 [m], prompt_offsets int64 [m + 1], prompts uint16 or uint32:
                       for every span its `TurnPrompt`; sentence_ends int64: ids of tokens that end a sentence
 rejected.jsonl        rows that cannot be used: file, line, reason
@@ -25,9 +26,9 @@ from fireflyds.fs import plain_file_name, read_json
 from fireflyds.types import Example, TurnPrompt
 
 MANIFEST = "manifest.json"
-VERSION = 5
+VERSION = 6
 INDEX = (
-    *("part", "start", "length", "domain", "language", "num_bytes"),
+    *("part", "start", "length", "domain", "language", "num_bytes", "rejected_start", "label"),
     *("span_offsets", "spans", "prompt_heads", "prompt_tails", "prompt_offsets", "prompts", "sentence_ends"),
 )
 
@@ -53,6 +54,8 @@ class PartWriter:
         self._file: BinaryIO = self._temporary(".ids").open("wb")
         self._lengths: list[int] = []
         self._num_bytes: list[int] = []
+        self._rejected_starts: list[int] = []
+        self._labels: list[int] = []
         self._spans: list[tuple[int, int]] = []
         self._span_counts: list[int] = []
         self._prompts: list[TurnPrompt] = []
@@ -62,6 +65,8 @@ class PartWriter:
         self._file.write(example.input_ids.astype(self._dtype).tobytes())
         self._lengths.append(len(example.input_ids))
         self._num_bytes.append(example.num_bytes)
+        self._rejected_starts.append(example.rejected_start)
+        self._labels.append(example.label)
         # All tokens of a document carry loss: no span is stored.
         spans = () if example.is_document else example.spans
         self._spans += spans
@@ -85,6 +90,8 @@ class PartWriter:
                 file,
                 length=np.asarray(self._lengths, np.int32),
                 num_bytes=np.asarray(self._num_bytes, np.int64),
+                rejected_start=np.asarray(self._rejected_starts, np.int32),
+                label=np.asarray(self._labels, np.int8),
                 span_counts=np.asarray(self._span_counts, np.int32),
                 spans=np.asarray(self._spans, np.int32).reshape(-1, 2),
                 prompt_heads=np.asarray([prompt.head for prompt in self._prompts], np.int32),
@@ -141,6 +148,7 @@ class TokenStore:
         """Tokens of each document: int32 `[n]`."""
         self.domain_ids, self.language_ids = arrays["domain"], arrays["language"]
         self.num_bytes = arrays["num_bytes"]
+        self.rejected_starts, self.labels = arrays["rejected_start"], arrays["label"]
         self._span_offsets, self._spans = arrays["span_offsets"], arrays["spans"]
         self._prompt_heads, self._prompt_tails = arrays["prompt_heads"], arrays["prompt_tails"]
         self._prompt_offsets, self._prompts = arrays["prompt_offsets"], arrays["prompts"]
@@ -250,6 +258,13 @@ def open_store(key: str, folder: str, fingerprint: str, tokenizer: str) -> Token
             key=key,
             value=folder,
             remedy=f"Prepare it again with tokenizer={tokenizer}",
+        )
+    if np.any(store.rejected_starts) or np.any(store.labels >= 0):
+        raise UserError(
+            "holds preference pairs or labelled answers, of which the unwanted ones would be learned",
+            key=key,
+            value=folder,
+            remedy="Prepare it with preference=chosen, which keeps the chosen answers alone",
         )
     return store
 

@@ -125,7 +125,6 @@ def test_an_answer_of_weight_zero_stays_without_loss(tmp_path: Path, row: dict) 
         ({"title": "题", "paragraphs": ["a", ["b"]]}, "paragraphs holds a list, not text"),
         ({"instruction": "a", "output": "b", "history": ["\ud800"]}, 'item 1 is "\\ud800", not a pair'),
         ({"messages": [Q, A], "label": "good"}, "messages does not read label"),
-        ({"messages": [Q, A], "kto_tag": False}, "kto_tag is false, so its answer must not be learned"),
         ({"messages": [Q, A | {"weight": 0}]}, "no turn of the assistant carries loss"),
         ({"messages": [Q, A | {"weight": 0.5}]}, "turn 2: weight 0.5 is neither 0 nor 1"),
         ({"messages": [Q, A], "loss_mask": [1]}, "loss_mask has 1 values for 2 turns"),
