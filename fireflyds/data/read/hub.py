@@ -7,6 +7,8 @@ from typing import Any
 from fireflyds.errors import UserError
 
 PREFIX = "hf:"
+# Rows of a part of a saved data set.
+SHARD_ROWS = 20_000
 
 
 def is_dataset(path: str) -> bool:
@@ -14,12 +16,28 @@ def is_dataset(path: str) -> bool:
     return path.startswith(PREFIX) or any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
-def read_dataset(path: str) -> Iterator[dict[str, Any]]:
-    """Yields the rows of the `train` split (or of the only split, if it has another name), one at a time.
+def num_shards(path: str) -> int:
+    """Returns the number of parts that a data set is read in: the files of one on the Hub, or runs of `SHARD_ROWS`.
+
+    Raises:
+        UserError: see `read_dataset`.
+    """
+    rows = _train_split(path)
+    return max(1, rows.num_shards if path.startswith(PREFIX) else -(-len(rows) // SHARD_ROWS))
+
+
+def read_dataset(path: str, shard: int = 0, count: int = 1) -> Iterator[dict[str, Any]]:
+    """Yields the rows of the `train` split (or of the only split, if it has another name), one at a time: of part
+    `shard` of `count`. The parts in order hold every row once.
 
     Raises:
         UserError: there is no such data set, or it has several splits and none is `train`.
     """
+    rows = _train_split(path)
+    yield from rows.shard(num_shards=count, index=shard, contiguous=True) if count > 1 else rows
+
+
+def _train_split(path: str) -> Any:
     import datasets
 
     try:
@@ -45,4 +63,4 @@ def read_dataset(path: str) -> Iterator[dict[str, Any]]:
             key=path,
             remedy="Save the required split as a separate data set",
         )
-    yield from splits.get("train", next(iter(splits.values())))
+    return splits.get("train", next(iter(splits.values())))

@@ -17,6 +17,8 @@ class FilePart:
     end: int | None = None
     first_line: int = 1
     encoding: str = UTF8
+    shard: tuple[int, int] | None = None
+    """Of a data set: the number of its part and of all parts."""
 
 
 @dataclass(frozen=True, slots=True)

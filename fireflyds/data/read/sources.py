@@ -11,7 +11,7 @@ from fireflyds import registry
 from fireflyds.config import SourceConfig
 from fireflyds.data.read.fields import is_decisive, normalize_keys, unread_keys, without_empty
 from fireflyds.data.read.files import find_files, read_records
-from fireflyds.data.read.hub import is_dataset, read_dataset
+from fireflyds.data.read.hub import is_dataset, num_shards, read_dataset
 from fireflyds.data.read.records import FilePart, RawRecord, RejectedRow
 from fireflyds.errors import UserError
 from fireflyds.types import Sample
@@ -69,7 +69,8 @@ def read_source(source: SourceConfig) -> Iterator[Sample | RejectedRow]:
 def source_parts(source: SourceConfig) -> list[FilePart]:
     """Returns the files of a source, each as one part; a data set is one part."""
     if is_dataset(source.path):
-        return [FilePart(source.path)]
+        count = num_shards(source.path)
+        return [FilePart(source.path, shard=(number, count)) for number in range(count)]
     return [FilePart(str(file), encoding=source.encoding) for file in find_files(source.path)]
 
 
@@ -125,7 +126,10 @@ def _printable(text: str) -> str:
 
 def _records(source: SourceConfig, part: FilePart) -> Iterable[RawRecord | RejectedRow]:
     if is_dataset(part.file):
-        return (RawRecord(part.file, number, fields) for number, fields in enumerate(read_dataset(part.file), 1))
+        number, count = part.shard or (0, 1)
+        name = part.file if count == 1 else f"{part.file} (part {number + 1} of {count})"
+        rows = read_dataset(part.file, number, count)
+        return (RawRecord(name, line, fields) for line, fields in enumerate(rows, 1))
     return read_records(part, source.split)
 
 

@@ -77,7 +77,7 @@ def follow(config: PrepareConfig, out: Path, load_encoder: Callable[[], Encoder]
         return
     if content["state"] == "work":
         folder = Path(content["folder"])
-        tasks = [EncodeTask(**{**task, "part": FilePart(**task["part"])}) for task in content["tasks"]]
+        tasks = [EncodeTask(**{**task, "part": _part(task["part"])}) for task in content["tasks"]]
         config = replace(config, template=content["template"])
         with Claims(folder / _CLAIMS, config.lost_after_seconds) as claims:
             place = SharedPlace(rank, size, claims)
@@ -95,6 +95,11 @@ def follow(config: PrepareConfig, out: Path, load_encoder: Callable[[], Encoder]
                 time.sleep(POLL_SECONDS)
     if content is not None and content["state"] == "failed":
         raise UserError("process 0 failed; its message says why", key="out", value=out, remedy="See its log")
+
+
+def _part(fields: dict[str, Any]) -> FilePart:
+    shard = fields["shard"] and tuple(fields["shard"])
+    return FilePart(**{**fields, "shard": shard})
 
 
 def _wait_for_plan(board: Board, out: Path) -> dict[str, Any] | None:

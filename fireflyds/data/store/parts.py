@@ -70,7 +70,7 @@ def _split_source(source: SourceConfig) -> Iterator[tuple[FilePart, int, str]]:
     """Yields the parts of a source with their size in bytes and a hash of their contents."""
     for part in source_parts(source):
         if is_dataset(part.file):
-            yield part, 0, _dataset_state(part.file)
+            yield part, 0, f"{_dataset_state(part.file)} {part.shard}"
             continue
         file = Path(part.file)
         splittable = file.suffix == ".jsonl" or (file.suffix == ".txt" and source.split is TextSplit.line)
