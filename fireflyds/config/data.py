@@ -162,6 +162,9 @@ class PrepareConfig:
     """Tokens of a dialogue that contribute to the loss: all `answers`, the `last_answer`, or `all` tokens."""
     learn_reasoning: bool = True
     """Whether the thoughts before answers (`reasoning_content`, or up to `</think>`) contribute to the loss."""
+    context_turns: int = 0
+    """Turns that a dialogue longer than a row repeats, without loss, before the turn with which it goes on in the next
+    row; its system message is always repeated."""
     preference: Preference = Preference.chosen
     """What is stored of preference pairs and labelled answers: the `chosen` ones as dialogues to imitate; or `pairs`,
     both answers of a pair in one document, and answers with their label, for objectives that compare them."""
@@ -180,7 +183,7 @@ class PrepareConfig:
     `stats.png`."""
 
     def __post_init__(self) -> None:
-        require_at_least(self, workers=0, inspect=0, lost_after_seconds=4)
+        require_at_least(self, workers=0, inspect=0, lost_after_seconds=4, context_turns=0)
         if self.loss_on is LossOn.all and not self.learn_reasoning:
             raise UserError(
                 "leaves out a part of the answers, but loss_on=all learns every token",

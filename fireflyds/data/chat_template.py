@@ -44,17 +44,19 @@ class ChatTemplate(Protocol):
         """Renders a dialogue that ends with the turn of a user, up to where the answer begins."""
 
 
-def find_template(encoder: Encoder, name: str, *, learn_reasoning: bool = True) -> ChatTemplate:
+def find_template(encoder: Encoder, name: str, *, learn_reasoning: bool = True, context_turns: int = 0) -> ChatTemplate:
     """Returns the chat template `name`: `tokenizer` is the own one of the encoder's directory.
 
-    `learn_reasoning=False`: the thoughts at the beginning of answers carry no loss.
+    `learn_reasoning=False`: the thoughts at the beginning of answers carry no loss. `context_turns`: the number of
+    turns that a dialogue repeats, without loss, where it goes on in another row.
 
     Raises:
         UserError: there is no such template, or the tokenizer has none.
     """
     name = resolve(encoder, name)
     if name != OWN:
-        chat: ChatTemplate = replace(registry.find(TEMPLATES, name, "template").CHAT, learn_reasoning=learn_reasoning)
+        entry = registry.find(TEMPLATES, name, "template").CHAT
+        chat: ChatTemplate = replace(entry, learn_reasoning=learn_reasoning, context_turns=context_turns)
         return chat
     if encoder.chat_template is None:
         raise UserError(
@@ -65,7 +67,13 @@ def find_template(encoder: Encoder, name: str, *, learn_reasoning: bool = True) 
         )
     names = {"bos_token": encoder.bos_id, "eos_token": encoder.eos_id}
     defined = frozenset(key for key, index in names.items() if index is not None)
-    return JinjaChat(encoder.chat_template, encoder.special_tokens(), defined, learn_reasoning)
+    return JinjaChat(
+        encoder.chat_template,
+        encoder.special_tokens(),
+        defined,
+        learn_reasoning=learn_reasoning,
+        context_turns=context_turns,
+    )
 
 
 def resolve(encoder: Encoder, name: str) -> str:
@@ -94,6 +102,7 @@ class JinjaChat:
     special: tuple[str, ...] = ()
     defined: frozenset[str] = frozenset(("bos_token", "eos_token"))
     learn_reasoning: bool = True
+    context_turns: int = 0
     stop: str = EOS
     """The token that ends an answer; it stands in `source`, too."""
 
@@ -123,8 +132,9 @@ class JinjaChat:
         for index, message in enumerate(messages):
             if message.role != "assistant" or not message.learn:
                 continue
-            start = max((number for number in range(index) if messages[number].role == "user"), default=index)
-            is_first = all(other.role != "user" for other in messages[len(system) : start])
+            users = [number for number in range(index) if messages[number].role == "user"] or [index]
+            start = users[max(0, len(users) - 1 - self.context_turns)]
+            is_first = len(users) == 1
             beginning = replace(sample, messages=(*system, *messages[start : index + 1]))
             rendered.append([] if is_first else self._before(beginning))
         return rendered

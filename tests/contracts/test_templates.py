@@ -92,6 +92,28 @@ def test_the_prompt_of_a_later_turn_is_that_of_a_dialogue_which_begins_there(
 
 
 @pytest.mark.parametrize("name", registry.names(TEMPLATES))
+def test_a_dialogue_that_goes_on_may_repeat_turns_without_loss(name: str) -> None:
+    chat = replace(registry.load(TEMPLATES, name).CHAT, context_turns=1)
+    longer = Sample(messages=(*SYSTEM_DIALOGUE, Message("user", "再见"), Message("assistant", "好走。")))
+    first, second, third = chat.prompts(longer)
+    assert first == []
+    # The prompt of the second turn is all that stands before its answer.
+    whole = "".join(segment.text for segment in chat.render(longer))
+    beginning = "".join(segment.text for segment in second)
+    # Of Mistral's later templates and Qwen3's, the last turn is rendered in a way of its own.
+    assert whole.startswith(beginning) or name in ("mistral_v3", "mistral_tekken", "qwen3")
+    assert "1+1=?" in beginning
+    assert "你好！" in beginning
+    assert not any(segment.learn for segment in (*second, *third))
+    text = "".join(segment.text for segment in third)
+    assert "你是助手。" in text
+    assert "1+1=?" in text
+    assert "你好！" not in text
+    assert "再见" in text
+    assert "好走" not in text
+
+
+@pytest.mark.parametrize("name", registry.names(TEMPLATES))
 def test_an_answer_without_loss_is_rendered_alike_and_not_learned(name: str) -> None:
     chat = registry.load(TEMPLATES, name).CHAT
     messages = [replace(message, learn=message is not SYSTEM_DIALOGUE[2]) for message in SYSTEM_DIALOGUE]

@@ -36,6 +36,7 @@ def store_provenance(config: PrepareConfig, encoder: Encoder, tasks: list[Encode
         "template": template_key(encoder, config.template),
         "loss_on": config.loss_on.name,
         "learn_reasoning": config.learn_reasoning,
+        "context_turns": config.context_turns,
         "preference": config.preference.name,
         "clean": clean,
         "sources": sources,
@@ -46,7 +47,9 @@ def store_provenance(config: PrepareConfig, encoder: Encoder, tasks: list[Encode
 
 def dialogue_settings(made_from: dict[str, Any]) -> str:
     """Returns the settings of a store's provenance that the encoding of dialogues depends on."""
-    return " ".join(str(made_from[name]) for name in ("template", "loss_on", "learn_reasoning", "preference"))
+    return " ".join(
+        str(made_from[name]) for name in ("template", "loss_on", "learn_reasoning", "context_turns", "preference")
+    )
 
 
 def make_parts(

@@ -139,7 +139,12 @@ def init_worker(context: WorkerContext) -> None:
     # The workers already use all cores.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _encoder, _cleaner, _context = context.load_encoder(), Cleaner(context.config.clean), context
-    _chat = find_template(_encoder, context.config.template, learn_reasoning=context.config.learn_reasoning)
+    _chat = find_template(
+        _encoder,
+        context.config.template,
+        learn_reasoning=context.config.learn_reasoning,
+        context_turns=context.config.context_turns,
+    )
 
 
 def start_worker(context: WorkerContext) -> None:

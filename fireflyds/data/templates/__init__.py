@@ -33,6 +33,7 @@ class Chat:
     default_system: str = ""
     special: tuple[str, ...] = ()
     learn_reasoning: bool = True
+    context_turns: int = 0
 
     def render(self, sample: Sample) -> list[Segment]:
         """Renders a dialogue as segments.
@@ -45,11 +46,7 @@ class Chat:
         segments: list[Segment] = []
         for number, (user, assistant) in enumerate(pairs, 1):
             segments += self._prompt(system, user, number) if number == 1 else self._next_prompt(user, number)
-            before, _, behind = self.answer.partition("{}")
-            segments += (thought := self._thought(assistant))
-            answer = (before + assistant.content + behind).removeprefix("".join(part.text for part in thought))
-            segments.append(Segment(answer, learn=assistant.learn, separate=True))
-            segments += (replace(part, separate=True) for part in self._cut(self.stop, learn=assistant.learn))
+            segments += self._answer(assistant)
         return _joined([*segments, *self._cut(self.after, learn=False)])
 
     def prompt(self, sample: Sample) -> list[Segment]:
@@ -64,12 +61,29 @@ class Chat:
         Raises:
             ValueError: the roles do not alternate, or a turn is empty.
         """
-        system, pairs = turns(sample.messages)
-        return [
-            [*_joined(self._prompt(system, user, number)), *self._thought(assistant)] if number > 1 else []
-            for number, (user, assistant) in enumerate(pairs, 1)
-            if assistant.learn
-        ]
+        system, pairs_of_turns = turns(sample.messages)
+        pairs, prompts = list(pairs_of_turns), []
+        for number, (_, assistant) in enumerate(pairs, 1):
+            if assistant.learn:
+                first = max(1, number - self.context_turns)
+                prompts.append(self._beginning(system, pairs[first - 1 : number], first) if number > 1 else [])
+        return prompts
+
+    def _beginning(self, system: str, pairs: Sequence[tuple[str, Message]], number: int) -> list[Segment]:
+        """The segments before the last answer of the turns from `number` on, where the dialogue begins there."""
+        segments = self._prompt(system, pairs[0][0], number)
+        for index, (user, _) in enumerate(pairs[1:], 1):
+            segments += self._answer(replace(pairs[index - 1][1], learn=False))
+            segments += self._next_prompt(user, number + index)
+        return [*_joined(segments), *self._thought(pairs[-1][1])]
+
+    def _answer(self, assistant: Message) -> list[Segment]:
+        """The segments of an answer with its stop."""
+        before, _, behind = self.answer.partition("{}")
+        thought = self._thought(assistant)
+        text = (before + assistant.content + behind).removeprefix("".join(part.text for part in thought))
+        stop = (replace(part, separate=True) for part in self._cut(self.stop, learn=assistant.learn))
+        return [*thought, Segment(text, learn=assistant.learn, separate=True), *stop]
 
     def _thought(self, assistant: Message) -> list[Segment]:
         """The beginning of an answer that carries no loss."""
