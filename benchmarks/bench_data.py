@@ -188,6 +188,8 @@ def resume_rows(folder: Path) -> list[str]:
         "domain": np.zeros(count, np.uint16),
         "language": np.zeros(count, np.uint16),
         "num_bytes": lengths.astype(np.int64),
+        "rejected_start": np.zeros(len(lengths), np.int32),
+        "label": np.full(len(lengths), -1, np.int8),
         "span_offsets": np.zeros(count + 1, np.int64),
         "spans": np.zeros((0, 2), np.int32),
         "prompt_heads": np.zeros(0, np.int32),
