@@ -106,15 +106,13 @@ class Encoder(Protocol):
     prefix_after_special: bool
     """True where text right after a special token gets the dummy prefix, as text at the beginning does."""
 
+    unknown_id: int | None
+    """The id of characters that the vocabulary lacks; None where every text can be encoded (bytes)."""
     chat_template: str | None
     """The Jinja template of the directory; None where it has none."""
 
     def special_tokens(self) -> tuple[str, ...]:
         """The texts of the special tokens, which no text of a dialogue may spell where they are found in text."""
-
-    @property
-    def unknown_id(self) -> int | None:
-        """The id of characters that the vocabulary lacks; None where every text can be encoded (bytes)."""
 
     def encode(self, text: str, *, continues: bool = False) -> list[int]:
         """Ids of plain text, without special tokens. `continues`: the text follows other text (no dummy prefix)."""

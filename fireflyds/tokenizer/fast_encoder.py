@@ -32,6 +32,9 @@ class FastEncoder:
         self.adds_bos = adds_bos
         self.chat_template: str | None = None
         self._bytes = byte_values() if '"ByteLevel"' in document else None
+        unknown = getattr(self._model.model, "unk_token", None)
+        complete = self._bytes is not None or self._model.token_to_id("<0x0A>") is not None
+        self.unknown_id: int | None = None if complete or unknown is None else self._model.token_to_id(unknown)
         added = self._model.get_added_tokens_decoder().values()
         self._strips = {token.content: Strip(left=token.lstrip, right=token.rstrip) for token in added}
         special = [token.content for token in added if token.special and not token.rstrip]
@@ -66,6 +69,9 @@ class FastEncoder:
 
     def special_tokens(self) -> tuple[str, ...]:
         """Returns the texts of the special tokens."""
+        unknown = getattr(self._model.model, "unk_token", None)
+        complete = self._bytes is not None or self._model.token_to_id("<0x0A>") is not None
+        self.unknown_id: int | None = None if complete or unknown is None else self._model.token_to_id(unknown)
         added = self._model.get_added_tokens_decoder().values()
         return tuple(token.content for token in added if token.special)
 
@@ -83,13 +89,6 @@ class FastEncoder:
     def fragments(self) -> frozenset[int]:
         """Returns the ids of tokens whose bytes are an incomplete character."""
         return frozenset(index for token, index in self._model.get_vocab().items() if self._text(token) is None)
-
-    @property
-    def unknown_id(self) -> int | None:
-        """The id that stands for characters without a token; None where every character can be encoded."""
-        token = getattr(self._model.model, "unk_token", None)
-        complete = self._bytes is not None or self._model.token_to_id("<0x0A>") is not None
-        return None if complete or token is None else self._model.token_to_id(token)
 
     def token(self, index: int) -> str:
         """Returns the text of a token, or its spelling where its bytes are an incomplete character."""

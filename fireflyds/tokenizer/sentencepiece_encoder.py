@@ -35,6 +35,8 @@ class SentencePieceEncoder:
         self.bos_id = self._special_id(bos_token, self._model.bos_id())
         self.eos_id = self._special_id(eos_token, self._model.eos_id())
         self.adds_bos = adds_bos
+        has_bytes = self._model.is_byte(self._model.piece_to_id("<0x0A>"))
+        self.unknown_id: int | None = None if has_bytes else int(self._model.unk_id())
         self.chat_template: str | None = None
         has_dummy_prefix = self._model.encode("a", out_type=str)[0].startswith("▁")
         self._lead = lead_of(self._model.encode, self._model.is_byte) if has_dummy_prefix else None
@@ -83,11 +85,6 @@ class SentencePieceEncoder:
     def fragments(self) -> frozenset[int]:
         """Returns the ids of byte pieces."""
         return frozenset(index for index in range(self._model.get_piece_size()) if self._model.is_byte(index))
-
-    @property
-    def unknown_id(self) -> int | None:
-        """The id that stands for characters without a piece; None where the model has byte pieces instead."""
-        return None if self._model.is_byte(self._model.piece_to_id("<0x0A>")) else int(self._model.unk_id())
 
     def token(self, index: int) -> str:
         """Returns the text of a token, with spaces for `▁`; empty for an unused id."""
