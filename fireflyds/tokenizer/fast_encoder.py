@@ -69,9 +69,6 @@ class FastEncoder:
 
     def special_tokens(self) -> tuple[str, ...]:
         """Returns the texts of the special tokens."""
-        unknown = getattr(self._model.model, "unk_token", None)
-        complete = self._bytes is not None or self._model.token_to_id("<0x0A>") is not None
-        self.unknown_id: int | None = None if complete or unknown is None else self._model.token_to_id(unknown)
         added = self._model.get_added_tokens_decoder().values()
         return tuple(token.content for token in added if token.special)
 
