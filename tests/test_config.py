@@ -150,7 +150,7 @@ def test_options_are_files_by_path_or_in_a_folder_of_ones_own(tmp_path: Path) ->
     assert app.compose("train", [*REQUIRED, f"experiment={tmp_path}/mine.yaml"]).seq_len == 77
     with pytest.raises(UserError, match="--config-dir"):
         app.compose("train", REQUIRED, str(tmp_path / "none"))
-    (tmp_path / "bad.yaml").write_text("sorces: []\n")
+    (tmp_path / "bad.yaml").write_text("quellen: []\n")
     with pytest.raises(UserError, match="no such key"):
         app.compose("prepare", [f"data={tmp_path}/bad.yaml", "tokenizer=t", "out=o"])
 

@@ -46,7 +46,7 @@ def test_rows_equal_those_of_the_whole_file(
     [
         ('[{"text": "a"}, {"text": "b"}, {"te', 2, "cannot be read to its end: not JSON in row 3"),
         ('[{"text": "a"}, {"text": "b"}', 2, "not JSON behind row 2: , expected, got the end"),
-        ('[{"text": "a"}, {"text": tru}, {"text": "c"}]', 1, "not JSON in row 2"),
+        ('[{"text": "a"}, {"text": yes}, {"text": "c"}]', 1, "not JSON in row 2"),
         ('[{"text": "a"}] x', 1, "'x' follows the end of the array"),
         ('[{"text": "a"} {"text": "b"}]', 1, "not JSON behind row 1: , expected, got {"),
         ("[]", 0, ""),
