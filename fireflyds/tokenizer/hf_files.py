@@ -10,7 +10,7 @@ from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 from fireflyds.errors import UserError
 from fireflyds.fs import read_json
 from fireflyds.tokenizer.auto_tokenizer import compare
-from fireflyds.tokenizer.encoder import load_encoder
+from fireflyds.tokenizer.encoder import load_encoder, model_file
 from fireflyds.tokenizer.sentencepiece_model import check_supported, directory_proto, disagreement, splits_after_prefix
 from fireflyds.tokenizer.settings import (
     FLAGS,
@@ -96,17 +96,16 @@ def copy_tokenizer(source: Path, out: Path) -> None:
                 shutil.copy2(source / name, out / name)
     else:
         shutil.copy2(source, out / "tokenizer.model")
-    known_reason = None
+    folder, file = source if source.is_dir() else None, model_file(out)
+    proto = directory_proto(file, folder)[0] if file else None
+    known_reason = disagreement(proto, folder) if proto else None
     if (out / "tokenizer.json").exists():
         _switch_off_limits(out / "tokenizer.json")
-    elif (out / "tokenizer.model").exists():
-        folder = source if source.is_dir() else None
-        proto, _ = directory_proto(out / "tokenizer.model", folder)
+    elif proto:
         try:
             write_tokenizer(proto, out, folder)
         except UserError as error:
             known_reason = str(error)
-        known_reason = known_reason or disagreement(proto, folder)
     _require_agreement(source, out, known_reason)
 
 
@@ -122,7 +121,7 @@ def _require_agreement(source: Path, out: Path, known_reason: str | None) -> Non
         if not compare(out, encoder):
             print(f"note: {difference}; written with tokenizer_class=PreTrainedTokenizerFast, which gives the same ids")
             return
-    if difference and known_reason:
+    if known_reason:
         print(f"note: {known_reason}; fireflyds encodes with SentencePiece")
     elif difference:
         raise UserError(

@@ -13,8 +13,11 @@ from fireflyds import registry
 from fireflyds.data.encode import encode_document, encode_segments
 from fireflyds.errors import UserError
 from fireflyds.tokenizer.auto_tokenizer import HARD_LINES, compare
+from fireflyds.tokenizer.base import load_base
+from fireflyds.tokenizer.bpe import Step
 from fireflyds.tokenizer.encoder import load_encoder
 from fireflyds.tokenizer.hf_files import copy_tokenizer
+from fireflyds.tokenizer.sentencepiece_model import TIES
 from fireflyds.types import Message, Sample
 
 DIALOGUE = [
@@ -84,6 +87,21 @@ def test_a_difference_names_the_class_and_a_line(tmp_path: Path) -> None:
     assert difference.tokenizer_class == "LlamaTokenizer"
     assert "lines have other ids, the first" in str(difference)
     assert "it puts no BOS before text" in str(difference)
+
+
+def test_a_vocabulary_with_equal_scores_is_copied_and_told(
+    base_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As published Chinese-LLaMA vocabularies: `tokenizer.json` cannot break such ties in SentencePiece's order."""
+    tied = tmp_path / "tied"
+    base = load_base(base_tokenizer, tied=True)
+    tied.mkdir()
+    base.write([Step(piece, None) for piece in ("青岭", "岭镇", "青", "岭", "镇")], tied)
+    (tmp_path / "out").mkdir()
+    encoder = load_encoder(tied)
+    copy_tokenizer(tied, tmp_path / "out")
+    assert load_encoder(tmp_path / "out").fingerprint() == encoder.fingerprint()
+    assert TIES in capsys.readouterr().out
 
 
 def test_a_class_that_cannot_be_avoided_is_refused(base_tokenizer: Path, tmp_path: Path) -> None:
