@@ -113,11 +113,14 @@ def _require_agreement(source: Path, out: Path, known_reason: str | None) -> Non
     encoder = load_encoder(source)
     difference = compare(out, encoder)
     if difference and (out / "tokenizer.json").exists():
-        document = read_json(out / "tokenizer.json")
-        if encoder.adds_bos and encoder.bos_id is not None and source.is_dir():
-            document = with_bos(document, str(content(settings_of(source)["bos_token"])), encoder.bos_id)
+        ids = {"bos_token": encoder.bos_id, "eos_token": encoder.eos_id}
+        names = {key: encoder.token(index) for key, index in ids.items() if index is not None}
+        settings = names | settings_of(out)
+        if encoder.adds_bos and encoder.bos_id is not None:
+            bos = str(content(settings["bos_token"]))
+            document = with_bos(read_json(out / "tokenizer.json"), bos, encoder.bos_id)
             (out / "tokenizer.json").write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
-        write_settings(out, settings_of(out), None)
+        write_settings(out, settings, None)
         if not compare(out, encoder):
             print(f"note: {difference}; written with tokenizer_class=PreTrainedTokenizerFast, which gives the same ids")
             return

@@ -104,6 +104,18 @@ def test_a_vocabulary_with_equal_scores_is_copied_and_told(
     assert TIES in capsys.readouterr().out
 
 
+def test_a_directory_without_settings_gets_them(base_tokenizer: Path, tmp_path: Path) -> None:
+    bare, out = tmp_path / "bare", tmp_path / "out"
+    bare.mkdir()
+    out.mkdir()
+    for name in ("tokenizer.model", "tokenizer.json"):
+        (bare / name).write_bytes((base_tokenizer / name).read_bytes())
+    copy_tokenizer(bare, out)
+    encoder, tokenizer = load_encoder(bare), AutoTokenizer.from_pretrained(out)
+    assert tokenizer("the river")["input_ids"] == [encoder.bos_id, *encoder.encode("the river")]
+    assert tokenizer.eos_token_id == encoder.eos_id
+
+
 def test_a_class_that_cannot_be_avoided_is_refused(base_tokenizer: Path, tmp_path: Path) -> None:
     """For qwen2, transformers takes its own class, whatever the settings name."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
