@@ -77,6 +77,7 @@ def test_paths_are_no_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert [name for name in (*names, *paths) if hub.is_name(name)] == names
 
 
+@pytest.mark.slow
 def test_verbs_take_names_and_an_export_is_uploaded(served, verb, tmp_path: Path) -> None:
     environment, _, _ = served
     (tmp_path / "en.txt").write_text("\n".join(ENGLISH), encoding="utf-8")

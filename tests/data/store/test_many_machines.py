@@ -69,6 +69,7 @@ def test_two_processes_make_the_store_of_one_though_one_is_killed(verb, words: l
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "texts", "together"]
 
 
+@pytest.mark.slow
 def test_both_end_well_and_a_second_start_has_nothing_to_do(words: list[str], tmp_path: Path) -> None:
     for expected in ("wrote store", "nothing to do"):
         processes = [start(rank, [*words, "out=store"], tmp_path) for rank in (1, 0)]
