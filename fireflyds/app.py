@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fireflyds import hub, option_reference, overrides
+from fireflyds import early_interrupt, hub, option_reference, overrides
 from fireflyds.config import VERBS
 from fireflyds.errors import UserError
 from fireflyds.overrides import CONF
@@ -62,8 +62,8 @@ def main(verb: Callable[..., Any], description: str, *, passes_on: bool = False)
     except BrokenPipeError:  # `... -h | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        print("interrupted: what is whole stays; give the same command again", file=sys.stderr)
-        sys.exit(130)
+        print(early_interrupt.MESSAGE, file=sys.stderr)
+        sys.exit(early_interrupt.EXIT_CODE)
 
 
 def _refusals() -> tuple[type[Exception], ...]:

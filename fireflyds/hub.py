@@ -7,6 +7,7 @@ files come from the library's cache, which is filled once per host; without a ne
 
 import os
 import re
+import sys
 import time
 from collections.abc import Sequence
 from operator import attrgetter
@@ -72,6 +73,7 @@ def fetch(name: str, key: str, *, weights: bool = True) -> Path:
         download = _from_modelscope if name.startswith(MODELSCOPE) else _from_hugging_face
         folder = download(repository, revision, key, weights)
         mark.write_text(str(folder), encoding="utf-8")
+    print(f"{key}={name}: {folder}", file=sys.stderr, flush=True)
     return folder
 
 

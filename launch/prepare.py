@@ -22,11 +22,11 @@ from pathlib import Path
 from fireflyds import app, registry
 from fireflyds.config import PrepareConfig, StatsMode
 from fireflyds.data import show
-from fireflyds.data.chat_template import AUTO, OWN, TEMPLATES, find_template, resolve
-from fireflyds.data.encode import sample_dialogues
+from fireflyds.data.chat_template import AUTO, DATE, OWN, TEMPLATES, find_template, resolve
+from fireflyds.data.encode import sample_dialogues, stop_id
 from fireflyds.data.read.files import describe_folder
 from fireflyds.data.store.build import finish_store, make_parts, refuse_rejected_share, store_provenance
-from fireflyds.data.store.many_machines import board_of, follow, lead
+from fireflyds.data.store.many_machines import Leader, follow
 from fireflyds.data.store.parts import plan_tasks
 from fireflyds.data.store.store import MANIFEST, TokenStore, read_manifest
 from fireflyds.distributed.launcher_env import rank_from_environment
@@ -73,16 +73,11 @@ def prepare(config: PrepareConfig) -> None:
     if place.rank:
         follow(config, out, load, place.rank, place.world_size)
         return
-    state = "failed"
-    try:
-        write_store(config, encoder, out, place.world_size)
-        state = "done"
-    finally:
-        if place.world_size > 1:
-            board_of(out).close(state)
+    with Leader(config, out, place.world_size) as leader:
+        write_store(config, encoder, out, leader)
 
 
-def write_store(config: PrepareConfig, encoder: Encoder, out: Path, num_processes: int) -> None:
+def write_store(config: PrepareConfig, encoder: Encoder, out: Path, leader: Leader) -> None:
     """Writes the token store at `out`, with the other processes where there are several."""
     for line in tokenizer_notes(config, encoder):
         print(f"note: {line}", file=sys.stderr, flush=True)
@@ -94,10 +89,10 @@ def write_store(config: PrepareConfig, encoder: Encoder, out: Path, num_processe
         return
     with resumable_dir(out, Output("prepare", caches=("plans", "stats.png")), pieces="parts") as folder:
         load, earlier = functools.partial(load_encoder, config.tokenizer), out / "parts"
-        if num_processes > 1:
-            infos = lead(config, tasks, load, folder, earlier, made_from, num_processes)
-        else:
+        if leader.is_alone:
             infos = make_parts(config, tasks, load, folder / "parts", earlier, made_from)
+        else:
+            infos = leader.make_parts(tasks, load, folder / "parts", earlier, made_from)
         manifest = finish_store(config, tasks, infos, encoder, folder, made_from)
     print(show.format_manifest(manifest))
     totals = manifest["totals"]
@@ -116,6 +111,10 @@ def tokenizer_notes(config: PrepareConfig, encoder: Encoder) -> Iterator[str]:
         difference = compare(Path(config.tokenizer), encoder, sample_dialogues(encoder, chat))
         if difference:
             yield f"{difference}. The ids here are those of the files; export writes them such that both agree"
+    if "strftime_now" in chat.jinja:
+        yield f"the chat template writes the current date; here it is always {DATE}, so that a row has the same tokens"
+    if config.template == OWN and stop_id(encoder, chat) is None:
+        yield "the chat template puts no end token behind the last answer: a model trained on it may not stop"
     if encoder.unknown_id is not None:
         yield f"{config.tokenizer} has no byte fallback: what it lacks becomes {encoder.token(encoder.unknown_id)}"
 

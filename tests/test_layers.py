@@ -6,9 +6,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # A package imports only packages that precede it.
 ORDER = (
-    "errors", "types", "registry", "fs", "progress", "hub", "config", "option_reference", "overrides", "app", "runs",
-    "tokenizer", "data", "models", "distributed", "optim", "zero", "checkpoint", "metrics", "planner", "train",
-    "doctor", "evaluation", "export", "inference", "cluster", "pipelines", "testing",
+    "errors", "types", "registry", "fs", "progress", "early_interrupt", "hub", "config", "option_reference",
+    "overrides", "app", "runs", "tokenizer", "data", "models", "distributed", "optim", "zero", "checkpoint", "metrics",
+    "planner", "train", "doctor", "evaluation", "export", "inference", "cluster", "pipelines", "testing",
 )  # fmt: skip
 # Libraries that only these modules or packages import.
 ALLOWED_IMPORTERS = {

@@ -56,10 +56,6 @@ class AnswerFinder:
             for index, (_, start), bound in zip(indices, headers, bounds, strict=True)
         ]
 
-    def start_of_last(self, sample: Sample, text: str) -> int:
-        """Returns where the last answer of the rendered dialogue begins."""
-        return self.ranges(sample, text)[-1][0]
-
     def _header_range(self, sample: Sample, text: str, index: int, position: int) -> Range:
         base, whole = self._header(sample, index)
         if not base:

@@ -1,7 +1,7 @@
 """Chat templates in Jinja: a tokenizer's own, and those of recent models, with tools and reasoning.
 
 A template is rendered as transformers renders it, in its sandbox. What an answer is stands in the template itself
-(`{% generation %}`), or follows from renderings of the beginnings of the dialogue, each checked to be a prefix.
+(`{% generation %}`), or follows from its generation prompt and from what ends its last turn (`answer_ranges`).
 """
 
 import datetime
@@ -159,45 +159,29 @@ class JinjaChat:
 
     def _rendered(self, sample: Sample) -> tuple[str, list[tuple[int, int]]]:
         """The dialogue as text, with the ranges of `{% generation %}`."""
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        tracked = "generation" in self.source and _GENERATION.search(self.source) is not None
-        if not tracked:
+        if not _GENERATION.search(self.source):
             return self.text(sample.messages, sample), []
-        text, blocks = self._call(
-            render_jinja_template, sample.messages, sample, return_assistant_tokens_mask=True, chat_template=self.source
-        )
+        text, blocks = self._call(sample.messages, sample, return_assistant_tokens_mask=True)
         return text[0], [(start, end) for start, end in blocks[0]]
 
     def text(self, messages: Sequence[Message], sample: Sample, *, prompt: bool = False, **variables: Any) -> str:
         """Returns messages rendered as text, with a generation prompt or without one."""
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        text, _ = self._call(
-            render_jinja_template,
-            messages,
-            sample,
-            chat_template=self.source,
-            add_generation_prompt=prompt,
-            **variables,
-        )
+        text, _ = self._call(messages, sample, add_generation_prompt=prompt, **variables)
         return str(text[0])
 
-    def _call(self, render: Any, messages: Sequence[Message], sample: Sample, **variables: Any) -> Any:
+    def _call(self, messages: Sequence[Message], sample: Sample, **variables: Any) -> Any:
         import jinja2
+        from transformers.utils.chat_template_utils import render_jinja_template
 
         tokens = {name: value for name, value in (("bos_token", BOS), ("eos_token", EOS)) if name in self.defined}
-        conversation = [_as_dict(message) for message in messages]
-        variables["strftime_now"] = DATE.strftime
-        call = functools.partial(render, tools=list(sample.tools) or None, **tokens, **variables)
+        variables |= tokens | {"chat_template": self.source, "strftime_now": DATE.strftime}
+        rows = [_as_dict(message) for message in messages]
         try:
-            return call([conversation])
-        except TypeError:  # older templates take the arguments of a call as a string
-            conversation = [_with_string_arguments(row) for row in conversation]
-        except (jinja2.TemplateError, KeyError, AttributeError) as error:
-            raise ValueError(f"the chat template refuses the dialogue: {error}") from error
-        try:
-            return call([conversation])
+            try:
+                return render_jinja_template([rows], tools=list(sample.tools) or None, **variables)
+            except TypeError:  # older templates take the arguments of a call as a string
+                rows = [_with_string_arguments(row) for row in rows]
+                return render_jinja_template([rows], tools=list(sample.tools) or None, **variables)
         except (jinja2.TemplateError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"the chat template refuses the dialogue: {error}") from error
 

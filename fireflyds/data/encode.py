@@ -165,8 +165,12 @@ def sample_dialogues(encoder: Encoder, chat: ChatTemplate) -> list[tuple[str, li
 
 
 def stop_id(encoder: Encoder, chat: ChatTemplate) -> int | None:
-    """Returns the token that ends an answer: the last one that carries loss; None where that is no special token."""
-    segments = chat.render(Sample(messages=(Message("user", "1"), Message("assistant", "2"))))
+    """Returns the token that ends an answer: the last one that carries loss; None where that is no special token, or
+    where the template takes no dialogue of two plain turns."""
+    try:
+        segments = chat.render(Sample(messages=(Message("user", "1"), Message("assistant", "2"))))
+    except ValueError:
+        return None
     learned = [segment for segment in segments if segment.learn]
     return _token_id(encoder, learned[-1].text) if learned and learned[-1].special else None
 

@@ -40,8 +40,16 @@ def encode_prompts(encoder: Encoder, template: str | None, texts: Sequence[str],
     else:
         chat = find_template(encoder, template)
         stops |= {stop_id(encoder, chat)}
-        prompts = [chat.prompt(Sample(messages=(Message("user", text),))) for text in texts]
-        ids = [encode_segments(encoder, prompt).input_ids.tolist() for prompt in prompts]
+        try:
+            prompts = [chat.prompt(Sample(messages=(Message("user", text),))) for text in texts]
+            ids = [encode_segments(encoder, prompt).input_ids.tolist() for prompt in prompts]
+        except ValueError as error:
+            raise UserError(
+                str(error),
+                key="validation.prompts",
+                value=list(texts),
+                remedy=f"Change the prompts, which template={template} renders as questions, or leave them out",
+            ) from error
     for text, tokens in zip(texts, ids, strict=True):
         if room is not None and len(tokens) >= room:
             raise UserError(

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from fireflyds.config import Precision, TrainConfig
+from fireflyds.data.chat_template import OWN, template_key
 from fireflyds.data.pack.mixture import PackedRowSampler, count_steps
 from fireflyds.data.store.store import TokenStore, open_store
+from fireflyds.errors import UserError
 from fireflyds.metrics import trackers
 from fireflyds.models.load import read_config
 from fireflyds.models.packed.forward import attention_override
@@ -52,6 +54,7 @@ class RunInputs:
         hf_config = read_config(config.model, encoder)
         check_max_positions(hf_config, "seq_len", config.seq_len)
         store = open_store("data.store", config.data.store, encoder.fingerprint(), config.model.tokenizer_path)
+        _require_template(store, encoder, config.model.tokenizer_path)
         rows = PackedRowSampler(store, config.seq_len, config.seed, config.data)
         total_steps = count_steps(config, rows)
         if config.profile.start > total_steps:
@@ -84,3 +87,16 @@ class RunInputs:
     def base_identity(self) -> dict[str, Any]:
         """The identity that trained weights belong to: hashes of base and tokenizer, and the vocabulary size."""
         return base_identity(self.config, self.encoder.fingerprint(), self.hf_config.vocab_size)
+
+
+def _require_template(store: TokenStore, encoder: Encoder, tokenizer: str) -> None:
+    """Raises `UserError` where the store's dialogues are in a tokenizer's own chat template, and this tokenizer has
+    another: samples and the export would use that one."""
+    if store.manifest["template"] == OWN and store.manifest["made_from"]["template"] != template_key(encoder, OWN):
+        raise UserError(
+            "its dialogues are in the chat template of the tokenizer that it was prepared with, and that of "
+            f"{tokenizer} {'differs' if encoder.chat_template else 'is missing'}",
+            key="data.store",
+            value=store.path,
+            remedy=f"Prepare it again with tokenizer={tokenizer}, or restore the template there",
+        )

@@ -241,7 +241,7 @@ def test_two_nodes_prepare_one_store_though_one_is_killed(
     job = cluster.job("shared")
     deadline = time.monotonic() + TIMEOUT_SECONDS
     second: list[psutil.Process] = []
-    while not second or len(list(cluster.folder.glob(".together.partial/claims/*.claim"))) < 3:
+    while not second or len(list(cluster.folder.glob(".together.claims/*.claim"))) < 4:
         assert time.monotonic() < deadline, cluster.log(job)
         second = [process for process in psutil.process_iter() if _is_second_node(process)]
         time.sleep(0.02)

@@ -54,8 +54,6 @@ class ArrayRows:
         self.cuts: list[tuple[int, int]] = []
         """Byte offsets at which a row begins, with the number of rows before it: one every `CHUNK_BYTES`."""
         self._num_rows = 0
-        self.is_closed = False
-        """True once the end of the array was read."""
 
     def __iter__(self) -> Iterator[Any]:
         """Yields the rows.
@@ -116,7 +114,6 @@ class ArrayRows:
         self._position += 1
         if following := self._next():
             raise ValueError(f"not JSON: {following!r} follows the end of the array")
-        self.is_closed = True
 
     def _read(self) -> bool:
         """Reads on; False at the end. What was used is dropped, so that the memory is that of a chunk and a row."""

@@ -21,8 +21,6 @@ from fireflyds.fs import atomic_write_text
 
 _TOUCH_SECONDS = 3.0
 POLL_SECONDS = 0.5
-# How long the end of process 0 stands on the board.
-_SEEN_SECONDS = 4 * POLL_SECONDS
 
 
 class Claims:
@@ -136,33 +134,41 @@ def deal(place: SharedPlace, folder: Path, keys: Iterable[str]) -> Iterator[str 
 
 
 class Board:
-    """The file by which process 0 tells the others what is to be made, and how it ended. It stands beside the store.
+    """Files beside the store by which process 0 tells each of the others what is to be made, and how it ended.
 
-    `job`: what the processes of one start have in common, so that the file of an earlier start does not count.
+    Each process removes its file when it has seen the end, however late it started. `job`: what the processes of one
+    start have in common, so that a file of an earlier start does not count.
     """
 
     def __init__(self, out: Path, job: str) -> None:
-        out = out.resolve()
-        self._file, self._job = out.with_name(f".{out.name}.work.json"), job
+        self._out, self._job = out.resolve(), job
 
-    def write(self, state: str, **content: Any) -> None:
-        """Writes `state`: `work` with the parts to make, `done` or `failed`."""
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(self._file, json.dumps({"job": self._job, "state": state, **content}))
+    def _file(self, rank: int | str) -> Path:
+        return self._out.with_name(f".{self._out.name}.work.{rank}.json")
 
-    def close(self, state: str) -> None:
-        """Writes how it ended, leaves the others time to see it, and removes the file."""
-        self.write(state)
-        time.sleep(_SEEN_SECONDS)
-        self._file.unlink(missing_ok=True)
+    def clear(self) -> None:
+        """Removes the files of earlier starts, which lost processes left."""
+        for file in self._out.parent.glob(self._file("*").name):
+            file.unlink(missing_ok=True)
 
-    def read(self) -> dict[str, Any] | None:
+    def write(self, size: int, state: str, **content: Any) -> None:
+        """Writes `state` for the processes 1 to `size` - 1: `planning`, `work` with the parts to make, `done` or
+        `failed`."""
+        self._out.parent.mkdir(parents=True, exist_ok=True)
+        for rank in range(1, size):
+            atomic_write_text(self._file(rank), json.dumps({"job": self._job, "state": state, **content}))
+
+    def read(self, rank: int) -> dict[str, Any] | None:
         """Returns what process 0 wrote in this start; None where it has not yet."""
         try:
-            content: dict[str, Any] = json.loads(self._file.read_text(encoding="utf-8"))
+            content: dict[str, Any] = json.loads(self._file(rank).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
         return content if content.get("job") == self._job else None
+
+    def seen(self, rank: int) -> None:
+        """Removes the file of a process that has seen the end."""
+        self._file(rank).unlink(missing_ok=True)
 
 
 def job_of(environment: Mapping[str, str]) -> str:

@@ -56,9 +56,9 @@ def words(tmp_path: Path, base_tokenizer: Path) -> list[str]:
 def test_two_processes_make_the_store_of_one_though_one_is_killed(verb, words: list[str], tmp_path: Path) -> None:
     verb("prepare", *words, "out=alone")
     first, second = (start(rank, [*words, "out=together"], tmp_path) for rank in (0, 1))
-    claims = tmp_path / ".together.partial" / "claims"
+    claims = tmp_path / ".together.claims"
     deadline = time.monotonic() + 120
-    while len(list(claims.glob("*.claim"))) < 3:  # process 1 has begun
+    while len(list(claims.glob("*.claim"))) < 4:  # process 1 has begun
         assert time.monotonic() < deadline
         time.sleep(0.01)
     os.killpg(second.pid, signal.SIGKILL)
@@ -66,7 +66,21 @@ def test_two_processes_make_the_store_of_one_though_one_is_killed(verb, words: l
     second.wait(10)
     assert first.returncode == 0, output
     assert files_of(tmp_path / "together") == files_of(tmp_path / "alone")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "texts", "together"]
+    # The file of the lost process stays until the next start.
+    left = [".together.work.1.json", "alone", "texts", "together"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
+    verb("prepare", *words, "out=together")
+    assert sorted(path.name for path in tmp_path.iterdir()) == left[1:]
+
+
+def test_a_process_that_starts_late_ends_as_the_first_did(verb, words: list[str], tmp_path: Path) -> None:
+    verb("prepare", *words, "out=store")
+    first = start(0, [*words, "out=store"], tmp_path)
+    assert "nothing to do" in first.communicate(timeout=120)[0]
+    late = start(1, [*words, "out=store"], tmp_path)
+    output, _ = late.communicate(timeout=120)
+    assert late.returncode == 0, output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["store", "texts"]
 
 
 @pytest.mark.slow
@@ -107,6 +121,10 @@ def test_parts_are_dealt_until_all_are_finished(tmp_path: Path) -> None:
 
 
 def test_the_board_of_an_earlier_start_does_not_count(tmp_path: Path) -> None:
-    Board(tmp_path / "store", "one").write("work", tasks=[])
-    assert Board(tmp_path / "store", "two").read() is None
-    assert Board(tmp_path / "store", "one").read() == {"job": "one", "state": "work", "tasks": []}
+    Board(tmp_path / "store", "one").write(3, "work", tasks=[])
+    assert Board(tmp_path / "store", "two").read(1) is None
+    assert Board(tmp_path / "store", "one").read(2) == {"job": "one", "state": "work", "tasks": []}
+    Board(tmp_path / "store", "one").seen(2)
+    assert len(list(tmp_path.iterdir())) == 1
+    Board(tmp_path / "store", "two").clear()
+    assert list(tmp_path.iterdir()) == []
