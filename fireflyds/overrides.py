@@ -143,9 +143,8 @@ def refuse_flags(verb: str, arguments: Sequence[str]) -> None:
     """Raises `UserError` for arguments with dashes, with what to type instead."""
     for argument in arguments:
         if argument in ("-m", "--multirun"):
-            raise UserError(
-                "sweeps are a verb of their own", key=argument, remedy="Use python launch/sweep.py; its -h has examples"
-            )
+            remedy = "Leave it out" if verb == "sweep" else "Use python launch/sweep.py; its -h has examples"
+            raise UserError("sweeps are a verb of their own", key=argument, remedy=remedy)
         if not argument.startswith("-"):
             continue
         name = argument.lstrip("-").partition("=")[0].replace("-", "_")

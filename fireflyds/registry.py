@@ -16,10 +16,12 @@ def names(package: str) -> tuple[str, ...]:
     return tuple(sorted(file.stem for file in _ROOT.joinpath(*package.split(".")).glob("[!_]*.py")))
 
 
-def require(package: str, name: str, key: str) -> None:
-    """Raises `UserError`, which lists the entries of `package`, where `name`, the value of `key`, is none of them."""
-    if name not in names(package):
-        raise UserError("no such entry", key=key, value=name, remedy=f"Known: {', '.join(names(package))}")
+def require(package: str, name: str, key: str, also: tuple[str, ...] = ()) -> None:
+    """Raises `UserError`, which lists the entries of `package` and the values `also`, where `name`, the value of `key`,
+    is none of them."""
+    known = (*also, *names(package))
+    if name not in known:
+        raise UserError("no such entry", key=key, value=name, remedy=f"Known: {', '.join(known)}")
 
 
 def find(package: str, name: str, key: str) -> ModuleType:

@@ -55,8 +55,7 @@ def prepare(config: PrepareConfig) -> None:
         )
     if not config.tokenizer:
         raise UserError("is not set; prepare needs it", key="tokenizer", remedy="Give tokenizer=<directory or .model>")
-    if config.template not in (AUTO, OWN):
-        registry.require(TEMPLATES, config.template, "template")
+    registry.require(TEMPLATES, config.template, "template", also=(AUTO, OWN))
     encoder = load_encoder(config.tokenizer)
     config = with_template(config, encoder)
     for source in config.data.sources:
