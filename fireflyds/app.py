@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fireflyds import early_interrupt, hub, option_reference, overrides
+from fireflyds import exit_handling, hub, option_reference, overrides
 from fireflyds.config import VERBS
 from fireflyds.errors import UserError
 from fireflyds.overrides import CONF
@@ -23,8 +23,8 @@ C = TypeVar("C")
 def main(verb: Callable[..., Any], description: str, *, passes_on: bool = False) -> None:
     """Compose the config of a verb from `sys.argv` and call it. Leaves the process with an exit code.
 
-    `about` is the verb's module docstring, shown by `-h`. With `passes_on` the verb also gets the arguments that are
-    none of its own keys. A `UserError` becomes one message on stderr and its `exit_code`, an interrupt exit code 130.
+    `description` is the verb's module docstring, shown by `-h`. With `passes_on` the verb also gets the arguments that
+    are none of its own keys. A `UserError` becomes one message on stderr and its `exit_code`, an interrupt code 130.
     """
     name = Path(sys.argv[0]).stem
     # Progress bars of weight loading are noise in logs; transformers' reads this when it is imported.
@@ -58,12 +58,15 @@ def main(verb: Callable[..., Any], description: str, *, passes_on: bool = False)
         else:
             # Launchers end all ranks as soon as one has left: rank 0 of the node prints its message first.
             time.sleep(2)
-        sys.exit(error.exit_code if isinstance(error, UserError) else UserError.exit_code)
+        code = error.exit_code if isinstance(error, UserError) else UserError.exit_code
+        if exit_handling.has_process_group():
+            exit_handling.end_process(code)
+        sys.exit(code)
     except BrokenPipeError:  # `... -h | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        print(early_interrupt.MESSAGE, file=sys.stderr)
-        sys.exit(early_interrupt.EXIT_CODE)
+        print(exit_handling.MESSAGE, file=sys.stderr)
+        exit_handling.end_process(exit_handling.EXIT_INTERRUPTED)
 
 
 def _refusals() -> tuple[type[Exception], ...]:

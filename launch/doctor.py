@@ -26,9 +26,7 @@ from fireflyds.doctor import signal_guards
 
 def doctor(config: DoctorConfig) -> None:
     """Runs the checks and exits with the code of `examine`."""
-    with signal_guards.sigint_guard():
-        code = examine(config)
-    sys.exit(code)
+    sys.exit(examine(config))
 
 
 def examine(config: DoctorConfig) -> int:

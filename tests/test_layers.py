@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # A package imports only packages that precede it.
 ORDER = (
-    "errors", "types", "registry", "fs", "progress", "early_interrupt", "hub", "config", "option_reference",
+    "errors", "types", "registry", "fs", "progress", "exit_handling", "hub", "config", "option_reference",
     "overrides", "app", "runs", "tokenizer", "data", "models", "distributed", "optim", "zero", "checkpoint", "metrics",
     "planner", "train", "doctor", "evaluation", "export", "inference", "cluster", "pipelines", "testing",
 )  # fmt: skip

@@ -1,14 +1,12 @@
 """Work on rank 0 while the other ranks wait, and leaving the process group."""
 
-import atexit
-import os
-import sys
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
 import torch.distributed as dist
 
 from fireflyds.errors import UserError, describe
+from fireflyds.exit_handling import end_process
 
 T = TypeVar("T")
 
@@ -20,17 +18,9 @@ def leave_group() -> None:
 
 
 def exit_process(exit_code: int) -> NoReturn:
-    """Leave the process group and end the process, without finalisation of the interpreter.
-
-    Threads of gloo and NCCL outlive their groups. One that acquires the GIL while Python finalises the interpreter ends
-    in C++ code that must not throw: "terminate called without an active exception", SIGABRT after a successful run. So
-    only the handlers registered with `atexit` are run.
-    """
+    """Leave the process group and end the process."""
     leave_group()
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(exit_code)
+    end_process(exit_code)
 
 
 def run_on_rank_zero(work: Callable[[], T]) -> T | None:

@@ -1,37 +1,12 @@
-"""Handling of Ctrl-C and SIGTERM, and the exit of a process that may have hanging threads."""
+"""Handling of SIGTERM, and the exit of a process that may have hanging threads."""
 
 import contextlib
-import os
 import signal
-import sys
 import traceback
 from collections.abc import Iterator
 from typing import Any
 
-from fireflyds.distributed.timeouts import has_hanging_threads
-
-
-@contextlib.contextmanager
-def sigint_guard() -> Iterator[None]:
-    """Raises `KeyboardInterrupt` on Ctrl-C within the block, also where a library converts it to another exception, as
-    transformers does during its import."""
-    received: list[int] = []
-
-    def handle_sigint(number: int, frame: Any) -> None:
-        received.append(number)
-        raise KeyboardInterrupt
-
-    previous_handler = signal.signal(signal.SIGINT, handle_sigint)
-    try:
-        yield
-    except Exception:
-        if received:
-            raise KeyboardInterrupt from None
-        raise
-    finally:
-        signal.signal(signal.SIGINT, previous_handler)
-    if received:
-        raise KeyboardInterrupt
+from fireflyds.exit_handling import end_process
 
 
 class TerminatedError(BaseException):
@@ -63,22 +38,14 @@ def sigterm_guard() -> Iterator[list[int]]:
 
 @contextlib.contextmanager
 def exit_guard() -> Iterator[None]:
-    """Ends the process with `exit_now` where the block raises `SystemExit`, receives SIGTERM or fails."""
+    """Ends the process at once where the block raises `SystemExit`, receives SIGTERM or fails: threads of checks that
+    timed out may still be running and would block an ordinary exit."""
     try:
         yield
     except SystemExit as error:
-        exit_now(error.code if isinstance(error.code, int) else int(error.code is not None))
+        end_process(error.code if isinstance(error.code, int) else int(error.code is not None))
     except TerminatedError:
-        exit_now(128 + signal.SIGTERM)
+        end_process(128 + signal.SIGTERM)
     except Exception:
         traceback.print_exc()
-        exit_now(1)
-
-
-def exit_now(code: int) -> None:
-    """Ends the process, also if threads that timed out are still running: they would block an ordinary exit."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if has_hanging_threads():
-        os._exit(code)
-    sys.exit(code)
+        end_process(1)
