@@ -83,6 +83,7 @@ OTHER_NAMES = {
     "run_name": "run",
     "resume_from_checkpoint": "the same run=<name>: a run resumes by itself",
     "train_on_prompt": "loss_on=all (prepare)",
+    "roles_to_train": "learn_roles=[assistant,user] (prepare)",
     "preprocessing_num_workers": "workers (prepare)",
     "export_dir": "out (export)",
     "export_hub_model_id": "hub (export)",

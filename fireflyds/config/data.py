@@ -5,7 +5,16 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from fireflyds.config.enums import Duplicates, LossOn, Preference, StatsMode, TextSplit, UnicodeForm, require_at_least
+from fireflyds.config.enums import (
+    Duplicates,
+    LossOn,
+    Preference,
+    Role,
+    StatsMode,
+    TextSplit,
+    UnicodeForm,
+    require_at_least,
+)
 from fireflyds.errors import UserError
 
 
@@ -160,6 +169,9 @@ class PrepareConfig:
     `fireflyds/data/templates`; or `auto`: `tokenizer` where it has one, else `firefly`."""
     loss_on: LossOn = LossOn.answers
     """Tokens of a dialogue that contribute to the loss: all `answers`, the `last_answer`, or `all` tokens."""
+    learn_roles: list[Role] = field(default_factory=lambda: [Role.assistant])
+    """Roles whose turns contribute to the loss: a model that plays the user has `[user]`. With others than `assistant`
+    a dialogue that is longer than a row goes on without its question repeated."""
     learn_reasoning: bool = True
     """Whether the thoughts before answers (`reasoning_content`, or up to `</think>`) contribute to the loss."""
     context_turns: int = 0
@@ -191,7 +203,24 @@ class PrepareConfig:
                 value="false",
                 remedy="Use loss_on=answers",
             )
+        self._check_roles()
         if not 0 <= self.max_rejected <= 1:
             raise UserError(
                 "must be in [0, 1]", key="max_rejected", value=self.max_rejected, remedy="Give a share such as 0.01"
+            )
+
+    def _check_roles(self) -> None:
+        roles = [role.name for role in self.learn_roles]
+        if not roles or len(set(roles)) < len(roles):
+            raise UserError(
+                "must name one role or more, each once", key="learn_roles", value=roles, remedy="Give [user]"
+            )
+        if roles == ["assistant"]:
+            return
+        if self.loss_on is not LossOn.answers or self.preference is Preference.pairs or not self.learn_reasoning:
+            raise UserError(
+                "needs loss_on=answers, preference=chosen and learn_reasoning=true",
+                key="learn_roles",
+                value=roles,
+                remedy="Leave the other key out, or learn_roles",
             )

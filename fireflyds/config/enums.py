@@ -156,6 +156,15 @@ class LossOn(Enum):
     all = 2
 
 
+class Role(Enum):
+    """The roles of turns in a dialogue."""
+
+    system = 0
+    user = 1
+    assistant = 2
+    tool = 3
+
+
 class Preference(Enum):
     """Chooses what is stored of preference pairs and of labelled answers."""
 

@@ -8,10 +8,13 @@ import numpy as np
 
 from fireflyds.config import LossOn, Preference
 from fireflyds.data.chat_template import ChatTemplate
+from fireflyds.data.learned_roles import role_spans
 from fireflyds.data.rendering_checks import left_out_thoughts
 from fireflyds.errors import UserError
 from fireflyds.types import BOS, EOS, Encoder, Example, Message, Sample, Segment, Strip, TurnPrompt
 
+# The roles whose turns carry loss where nothing else is said.
+ASSISTANT = ("assistant",)
 # Dialogues of at most as many tokens get no prompts: rows are longer.
 _MIN_CONTINUED = 128
 
@@ -31,7 +34,12 @@ def _document(encoder: Encoder, text: str, ids: list[int]) -> Example:
 
 
 def encode_samples(
-    encoder: Encoder, chat: ChatTemplate, samples: Sequence[Sample], loss_on: LossOn, preference: Preference
+    encoder: Encoder,
+    chat: ChatTemplate,
+    samples: Sequence[Sample],
+    loss_on: LossOn,
+    preference: Preference,
+    roles: Sequence[str] = ASSISTANT,
 ) -> list[Example | str]:
     """Returns the example of each sample, or why it cannot be encoded. Documents are tokenized in one batch."""
     documents = iter(encoder.encode_batch([sample.text for sample in samples if sample.text is not None]))
@@ -41,7 +49,7 @@ def encode_samples(
             encoded.append(_document(encoder, sample.text, next(documents)))
             continue
         try:
-            encoded.append(encode_preference(encoder, chat, sample, loss_on, preference))
+            encoded.append(encode_preference(encoder, chat, sample, loss_on, preference, roles))
         except UserError:
             raise
         except ValueError as error:
@@ -50,7 +58,12 @@ def encode_samples(
 
 
 def encode_preference(
-    encoder: Encoder, chat: ChatTemplate, sample: Sample, loss_on: LossOn, preference: Preference
+    encoder: Encoder,
+    chat: ChatTemplate,
+    sample: Sample,
+    loss_on: LossOn,
+    preference: Preference,
+    roles: Sequence[str] = ASSISTANT,
 ) -> Example:
     """Encodes a sample; with `pairs`, a preference pair as one example and a labelled answer with its label.
 
@@ -62,7 +75,7 @@ def encode_preference(
     if preference is Preference.chosen:
         if sample.label is False:
             raise ValueError("label is false, so its answer must not be learned")
-        return encode_sample(encoder, chat, sample, loss_on)
+        return encode_sample(encoder, chat, sample, loss_on, roles)
     if sample.label is not None:
         return replace(encode_sample(encoder, chat, sample, loss_on), label=int(sample.label), prompts=())
     if not sample.rejected:
@@ -164,6 +177,16 @@ def sample_dialogues(encoder: Encoder, chat: ChatTemplate) -> list[tuple[str, li
     return dialogues
 
 
+def _merged(spans: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    merged: list[tuple[int, int]] = []
+    for start, end in sorted(spans):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((start, end))
+    return tuple(merged)
+
+
 def stop_id(encoder: Encoder, chat: ChatTemplate) -> int | None:
     """Returns the token that ends an answer: the last one that carries loss; None where that is no special token, or
     where the template takes no dialogue of two plain turns."""
@@ -187,8 +210,14 @@ def turn_prompt(input_ids: np.ndarray, first: int, prompt: np.ndarray) -> TurnPr
     return TurnPrompt(head, prompt[head : len(prompt) - tail], tail)
 
 
-def encode_sample(encoder: Encoder, chat: ChatTemplate, sample: Sample, loss_on: LossOn = LossOn.answers) -> Example:
-    """Encodes a document, or a dialogue rendered with a chat template.
+def encode_sample(
+    encoder: Encoder,
+    chat: ChatTemplate,
+    sample: Sample,
+    loss_on: LossOn = LossOn.answers,
+    roles: Sequence[str] = ASSISTANT,
+) -> Example:
+    """Encodes a document, or a dialogue rendered with a chat template. `roles`: those whose turns carry loss.
 
     Raises:
         ValueError: the dialogue does not fit the template, or the tokenizer lacks one of its special tokens.
@@ -199,6 +228,9 @@ def encode_sample(encoder: Encoder, chat: ChatTemplate, sample: Sample, loss_on:
     example = replace(encode_segments(encoder, segments), left_out_thoughts=left_out_thoughts(sample, segments))
     if loss_on is LossOn.last_answer and not sample.messages[-1].learn:
         raise ValueError("loss_on=last_answer, but the last answer has weight 0")
+    if tuple(roles) != ASSISTANT:
+        others = role_spans(chat, sample, roles, lambda parts: encode_segments(encoder, parts).input_ids)
+        return replace(example, spans=_merged([*others, *(example.spans if ASSISTANT[0] in roles else ())]))
     if loss_on is not LossOn.all and len(example.input_ids) > _MIN_CONTINUED:
         prompts = [encode_segments(encoder, prompt).input_ids for prompt in chat.prompts(sample)]
         if len(prompts) == len(example.spans):

@@ -128,6 +128,7 @@ def format_samples(config: PrepareConfig, encoder: Encoder) -> Iterator[tuple[st
     """Yields a label and the example (or the reason for dropping it) of the first samples of each source."""
     cleaner = Cleaner(config.clean)
     chat = find_template(encoder, config.template, learn_reasoning=config.learn_reasoning)
+    roles = [role.name for role in config.learn_roles]
     for source in config.data.sources:
         items = (item for part in source_parts(source) for item in read_part(source, part))
         for item in islice(items, config.inspect):
@@ -141,7 +142,7 @@ def format_samples(config: PrepareConfig, encoder: Encoder) -> Iterator[tuple[st
             try:
                 yield (
                     f"{source.path} ({item.layout})",
-                    encode_preference(encoder, chat, cleaned, config.loss_on, config.preference),
+                    encode_preference(encoder, chat, cleaned, config.loss_on, config.preference, roles),
                 )
             except ValueError as error:
                 yield source.path, f"dropped: {error}"

@@ -217,3 +217,16 @@ def test_a_long_dialogue_goes_on_with_the_prompt_of_its_turn(chat_base: Path) ->
     assert "".join(segment.text for segment in chat.prompt(Sample(messages=(Message("user", "q"),)))).endswith(
         "assistant\n"
     )
+
+
+def test_results_of_tools_can_be_learned_in_an_own_template(chat_base: Path) -> None:
+    base = load_encoder(chat_base)
+    chat = find_template(base, OWN)
+    example = encode_sample(base, chat, TOOLS, roles=("tool", "user"))
+    assert example.input_ids.tolist() == encode_sample(base, chat, TOOLS).input_ids.tolist()
+    learned = [base.decode(example.input_ids[start:end].tolist()) for start, end in example.spans]
+    wanted = [message.content for message in TOOLS.messages if message.role in ("tool", "user")]
+    assert len(learned) == len(wanted)
+    for text, content in zip(learned, wanted, strict=True):
+        assert text.startswith(content)
+        assert text.removeprefix(content) in ("", "<|im_end|>")

@@ -116,3 +116,29 @@ def test_an_answer_without_loss_has_the_ids_of_one_with_loss(encoder: SentencePi
     messages[1], messages[3] = DIALOGUE.messages[1], replace(messages[3], learn=False)
     with pytest.raises(ValueError, match="the last answer has weight 0"):
         encoded(encoder, template, Sample(messages=tuple(messages)), LossOn.last_answer)
+
+
+@pytest.mark.parametrize("template", ["firefly", "llama2", "vicuna"])
+@pytest.mark.parametrize("roles", [("user",), ("assistant", "user"), ("system",)])
+def test_turns_of_other_roles_are_learned_without_another_id(
+    encoder: SentencePieceEncoder, template: str, roles: tuple[str, ...]
+) -> None:
+    chat = find_template(encoder, template)
+    # In Llama 2 the system message stands inside of the user's first turn.
+    sample = Sample(messages=(Message("system", "a small house"), *DIALOGUE.messages))
+    example = encode_sample(encoder, chat, sample, roles=roles)
+    answers = encode_sample(encoder, chat, sample)
+    assert example.input_ids.tolist() == answers.input_ids.tolist()
+    learned = "".join(encoder.decode(example.input_ids[start:end].tolist()) for start, end in example.spans)
+    for message in sample.messages:
+        assert (message.content in learned) == (message.role in roles), (message, learned)
+    if "assistant" in roles:
+        assert all(any(a <= start and end <= b for a, b in example.spans) for start, end in answers.spans)
+
+
+def test_a_turn_of_another_role_without_weight_is_not_learned(encoder: SentencePieceEncoder) -> None:
+    messages = (replace(DIALOGUE.messages[0], learn=False), *DIALOGUE.messages[1:])
+    example = encode_sample(encoder, find_template(encoder, "firefly"), Sample(messages=messages), roles=("user",))
+    assert [encoder.decode(example.input_ids[start : end - 1].tolist()).strip() for start, end in example.spans] == [
+        "when"
+    ]

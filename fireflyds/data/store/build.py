@@ -35,6 +35,7 @@ def store_provenance(config: PrepareConfig, encoder: Encoder, tasks: list[Encode
         "tokenizer": encoder.fingerprint(),
         "template": template_key(encoder, config.template),
         "loss_on": config.loss_on.name,
+        "learn_roles": [role.name for role in config.learn_roles],
         "learn_reasoning": config.learn_reasoning,
         "context_turns": config.context_turns,
         "preference": config.preference.name,
@@ -48,7 +49,8 @@ def store_provenance(config: PrepareConfig, encoder: Encoder, tasks: list[Encode
 def dialogue_settings(made_from: dict[str, Any]) -> str:
     """Returns the settings of a store's provenance that the encoding of dialogues depends on."""
     return " ".join(
-        str(made_from[name]) for name in ("template", "loss_on", "learn_reasoning", "context_turns", "preference")
+        str(made_from[name])
+        for name in ("template", "loss_on", "learn_roles", "learn_reasoning", "context_turns", "preference")
     )
 
 

@@ -205,7 +205,10 @@ class _PartBuilder:
 
     def _encode(self) -> None:
         samples = [sample for sample, _ in self._pending]
-        encoded = encode_samples(_encoder, _chat, samples, _context.config.loss_on, _context.config.preference)
+        config = _context.config
+        encoded = encode_samples(
+            _encoder, _chat, samples, config.loss_on, config.preference, [role.name for role in config.learn_roles]
+        )
         for (sample, line), example in zip(self._pending, encoded, strict=True):
             if isinstance(example, str):
                 self.reject(line, example)
