@@ -47,7 +47,12 @@ def expand(config: ExpandConfig) -> None:
         return
     base_path = Path(config.base)
     refuse_inputs_inside(
-        Path(config.out), base=config.base, pieces=config.pieces, corpus=config.corpus, **_input_paths(config.texts)
+        Path(config.out),
+        base=config.base,
+        pieces=config.pieces,
+        corpus=config.corpus,
+        donor=config.donor,
+        **_input_paths(config.texts),
     )
     for path in config.texts.values():
         source_parts(SourceConfig(path=path))
@@ -109,7 +114,9 @@ def expand_rows(
     config: ExpandConfig, base: Base, expansion: Expansion, sample: CorpusSample | None, out: Path
 ) -> dict[str, Any]:
     """Writes the model with the new embedding rows to `out`. Returns the counts for the report, under `model`."""
-    from fireflyds.tokenizer.rows import NewRows, expand_model
+    from fireflyds.tokenizer.donor import donor_rows
+    from fireflyds.tokenizer.row_init import NewRows
+    from fireflyds.tokenizer.rows import expand_model
     from fireflyds.tokenizer.select import shares
 
     num_rows = base.num_tokens - base.num_added_bytes
@@ -119,8 +126,14 @@ def expand_rows(
     for step in expansion.plan.steps:
         old_ids.append([index for index in base.old_ids(step.piece) if index < num_rows] or every_row)
     frequency = shares(base.encoder([]), sample.learn) if sample else None
-    rows = NewRows(num_rows, old_ids, config.init, config.seed, frequency, config.init_head)
-    return {"model": expand_model(Path(config.base), out, rows)}
+    donated = None
+    if config.donor:
+        texts = [None] * base.num_added_bytes + [base.text(step.piece) for step in expansion.plan.steps]
+        donated = donor_rows(Path(config.donor), base.original_encoder(), texts, config.donor_terms)
+    sums = donated and (donated.embeddings, donated.head)
+    rows = NewRows(num_rows, old_ids, config.init, config.seed, frequency, config.init_head, sums)
+    counts = expand_model(Path(config.base), out, rows)
+    return {"model": counts | ({"donor": donated.counts} if donated else {})}
 
 
 def cut_words(base: Base, scripts: Scripts, sample: CorpusSample | None) -> dict[str, int]:

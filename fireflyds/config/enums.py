@@ -64,6 +64,7 @@ class RowInit(Enum):
     mean = 0
     weighted = 1
     random = 2
+    omp = 3
 
 
 class PreTokenizer(Enum):

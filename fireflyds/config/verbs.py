@@ -66,7 +66,9 @@ _EVALUATE_INPUTS = ("model", "bits_per_byte.texts", "multiple_choice.questions",
 VERBS: dict[str, Verb] = {
     "synthesize": Verb(SynthesizeConfig, inputs=("corpus",)),
     "learn": Verb(LearnConfig, inputs=("corpus",)),
-    "expand": Verb(ExpandConfig, inputs=("base", "corpus", "pieces", "texts", "other"), models=("base", "other")),
+    "expand": Verb(
+        ExpandConfig, inputs=("base", "corpus", "pieces", "texts", "other", "donor"), models=("base", "other", "donor")
+    ),
     "prepare": Verb(
         PrepareConfig,
         inputs=("tokenizer", "data.sources"),

@@ -79,7 +79,12 @@ class ExpandConfig:
     """Maximum size of the whole vocabulary; the pieces that save the fewest tokens are left out. 0: no limit."""
     init: RowInit = RowInit.mean
     """Initialization of new rows: `mean` of the old tokens of the piece's text, `weighted` (the same, with larger
-    weights for rare old tokens) or `random` (normal with the old rows' mean and covariance)."""
+    weights for rare old tokens), `random` (normal with the old rows' mean and covariance) or `omp` (sums of old rows
+    that a `donor` model expresses the piece by; orthogonal matching pursuit)."""
+    donor: str = ""
+    """Model whose tokenizer has the new pieces, for `init=omp`: a Hugging Face directory, as of a Qwen for a LLaMA."""
+    donor_terms: int = 64
+    """Number of old rows in each sum of `init=omp`."""
     init_head: HeadInit = HeadInit.same
     """Initialization of the new rows of a head that is not tied: the `same` as the embeddings', the `mean` of the old
     rows of the piece's text, or the row of its `first_piece`, which the model would have written first."""
@@ -102,6 +107,7 @@ class ExpandConfig:
             max_vocab_size=0,
             min_count=1,
             sample_characters=1000,
+            donor_terms=1,
         )
         if self.report is ReportMode.only:
             if not (self.other and (self.corpus or self.texts)):
@@ -140,6 +146,13 @@ class ExpandConfig:
                 key="size",
                 value=self.size.name,
                 remedy="Give corpus=<file, folder or glob>",
+            )
+        if (self.init is RowInit.omp) != bool(self.donor):
+            raise UserError(
+                "init=omp and donor belong together",
+                key="donor",
+                value=repr(self.donor),
+                remedy="Give init=omp and donor=<model that has the pieces>, or neither",
             )
         if self.init is RowInit.weighted and not self.corpus:
             raise UserError(

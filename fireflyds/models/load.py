@@ -14,10 +14,9 @@ from fireflyds.config import ModelConfig, ModelInit, Precision
 from fireflyds.errors import UserError
 from fireflyds.models.precision import DTYPES, inference_dtype
 from fireflyds.models.rope_scaling import apply_rope_scaling
+from fireflyds.tokenizer.rows import MAX_PADDING
 from fireflyds.types import Encoder, Family, Loaded
 
-# Rows. Published models pad their embeddings by a few hundred rows at most (Qwen2: 271).
-MAX_PADDING = 1024
 _DISABLE_ASYNC_LOAD = "HF_DEACTIVATE_ASYNC_LOAD"
 
 

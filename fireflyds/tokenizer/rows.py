@@ -1,94 +1,27 @@
-"""Embedding and output-head rows for new pieces; rewrites a Hugging Face model shard by shard."""
+"""Writes a Hugging Face model with new rows in its embeddings and output head, shard by shard."""
 
 import json
 import math
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from fireflyds.config import HeadInit, RowInit
 from fireflyds.errors import UserError
 from fireflyds.fs import read_json
 from fireflyds.tokenizer.hf_files import FILES
+from fireflyds.tokenizer.row_init import NewRows
 from fireflyds.tokenizer.shards import TensorEntry, save_streamed, shard_name
 from fireflyds.tokenizer.weight_files import weight_readers
 
 # Names of the two matrices in transformers: LLaMA and similar models, InternLM2, Falcon and Bloom, GPT-2, GPT-NeoX.
 EMBEDDINGS = ("embed_tokens.weight", "tok_embeddings.weight", "word_embeddings.weight", "wte.weight", "embed_in.weight")
 HEADS = ("lm_head.weight", "lm_head.bias", "output.weight", "embed_out.weight")
+# Published models pad their embeddings by a few hundred rows at most (Qwen2: 271).
+MAX_PADDING = 1024
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
-# The a of smooth inverse frequency (Arora et al. 2017, "A simple but tough-to-beat baseline for sentence embeddings").
-_SIF_A = 1e-3
-
-
-@dataclass(frozen=True, slots=True)
-class NewRows:
-    """Initialisation of rows for new pieces: new row i, at index `num_tokens + i`, is computed from `old_ids[i]`.
-
-    `frequency`, `[num_tokens]`: the relative frequency of each old token in text, for `weighted`.
-    """
-
-    num_tokens: int
-    old_ids: Sequence[Sequence[int]]
-    init: RowInit
-    seed: int
-    frequency: np.ndarray | None = None
-    init_head: HeadInit = HeadInit.same
-
-    def make(self, weight: torch.Tensor, *, is_head: bool = False) -> torch.Tensor:
-        """Returns new rows `[len(old_ids), D]` for `weight` `[V, D]` (`[len(old_ids)]` for a bias `[V]`), in its dtype.
-
-        `mean`: the mean of the piece's old rows (as in Linly and Ziya; the published script of HIT includes `<s>` and
-        `▁` in every mean, which `old_ids` excludes). `weighted`: the weighted mean with weights a / (a + p), where p is
-        the relative frequency of the token, so that very frequent byte tokens have smaller weights. `random`: samples
-        of a normal distribution with the old rows' mean and covariance. All are computed in float32.
-
-        `is_head`: the rows of an output head, for which `init_head` counts. Its `first_piece` is the old row of the
-        token that the base writes first for the piece.
-        """
-        old = weight[: self.num_tokens]
-        if is_head and self.init_head is HeadInit.first_piece:
-            return old[[ids[0] for ids in self.old_ids]].clone()
-        init = RowInit.mean if is_head and self.init_head is HeadInit.mean else self.init
-        if init is RowInit.random:
-            return _normal_like(old, len(self.old_ids), self.seed).to(weight.dtype)
-        means = {ids: self._mean(old, list(ids), init) for ids in {tuple(ids) for ids in self.old_ids}}
-        return torch.stack([means[tuple(ids)] for ids in self.old_ids]).to(weight.dtype)
-
-    def grow(self, weight: torch.Tensor, *, is_head: bool = False) -> torch.Tensor:
-        """Returns the rows of the base's tokens followed by the new rows: `[num_tokens + len(old_ids), ...]`."""
-        return torch.cat([weight[: self.num_tokens], self.make(weight, is_head=is_head)])
-
-    def _mean(self, old: torch.Tensor, ids: list[int], init: RowInit) -> torch.Tensor:
-        rows = old[ids].float()
-        if init is RowInit.mean or self.frequency is None:
-            return rows.mean(0)
-        weights = torch.from_numpy(_SIF_A / (_SIF_A + self.frequency[ids])).float()
-        return torch.tensordot(weights / weights.sum(), rows, dims=1)
-
-
-def _normal_like(old: torch.Tensor, count: int, seed: int) -> torch.Tensor:
-    """Returns `count` samples of the normal distribution with the mean and covariance of the rows of `old`."""
-    generator = torch.Generator().manual_seed(seed)
-    columns = old if old.dim() == 2 else old[:, None]
-    width = columns.shape[1]
-    mean = columns.float().mean(0)
-    covariance = torch.zeros(width, width)
-    for chunk in columns.split(8192):
-        centred = chunk.float() - mean
-        covariance += centred.T @ centred
-    covariance /= len(columns)
-    # With fewer rows than columns the covariance is singular; the jitter is negligible against its diagonal.
-    jitter = 1e-6 * covariance.diagonal().mean() + 1e-30
-    cholesky = torch.linalg.cholesky(covariance + jitter * torch.eye(width))
-    samples = mean + torch.randn(count, width, generator=generator) @ cholesky.T
-    return samples if old.dim() == 2 else samples[:, 0]
 
 
 def expand_model(base: Path, out: Path, new: NewRows) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from fireflyds.config import HeadInit, ModelConfig, RowInit
 from fireflyds.errors import UserError
 from fireflyds.models.load import base_vocab_size
 from fireflyds.tokenizer.base import load_base
-from fireflyds.tokenizer.rows import NewRows, check_model, expand_model
+from fireflyds.tokenizer.row_init import NewRows
+from fireflyds.tokenizer.rows import check_model, expand_model
 
 TINY_LLAMA = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 

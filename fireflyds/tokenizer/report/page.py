@@ -109,10 +109,18 @@ def _costs(report: dict[str, Any]) -> str:
     head = "embeddings and head" if model["matrices"] == 2 else "the embeddings, to which the head is tied"
     parameters = rows * model["hidden_size"] * model["matrices"]
     mib = 2**20
+    donor = model.get("donor")
+    donated = (
+        f" New rows from the donor, over {donor['common']:,} common tokens: {donor['single']:,} pieces are one token "
+        f"there, {donor['several']:,} the mean of several; {donor['none']:,} are the mean of the base's rows."
+        if donor
+        else ""
+    )
     return (
         f"{rows:,} rows of {model['hidden_size']:,} in {head}: {parameters:,} parameters, {2 * parameters / mib:,.1f} "
         f"MiB in 16 bits, {TRAINING_BYTES * parameters / mib:,.1f} MiB in full training with Adam ({TRAINING_BYTES} "
         f"bytes each). The model: {model['parameters_before']:,} → {model['parameters_after']:,} parameters."
+        f"{donated}"
     )
 
 
