@@ -30,6 +30,10 @@ def main(verb: Callable[..., Any], description: str, *, passes_on: bool = False)
     # Progress bars of weight loading are noise in logs; transformers' reads this when it is imported.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
+    # Packed micro-batches all have other sizes: fixed segments would break into pieces that fit none. Torch reads it
+    # when it is imported.
+    if not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     # Its warning is about a kernel for 4-bit inference on CPUs, which training does not use.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     arguments = overrides.drop_local_rank(sys.argv[1:])

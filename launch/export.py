@@ -45,7 +45,7 @@ def export(config: ExportConfig) -> None:
     if config.what is ExportWhat.adapter:
         write_adapter(config, train_config, checkpoint, out)
     else:
-        write_model(config, train_config, checkpoint, out, metadata, inputs["languages"])
+        write_model(config, train_config, checkpoint, out, metadata, inputs)
     print(f"wrote {out}: {json.dumps(metadata)}")
     if config.hub:
         print(f"uploaded to {hub.push(out, config.hub, private=config.hub_private)}")
@@ -62,9 +62,9 @@ def write_model(
     checkpoint: Path,
     out: Path,
     metadata: dict[str, Any],
-    languages: list[str],
+    inputs: dict[str, Any],
 ) -> None:
-    """Writes the merged model. Memory: the model and one merged matrix at a time."""
+    """Writes the merged model. Memory: the model and one merged matrix at a time. `inputs`: the record of the run."""
     from fireflyds.checkpoint.init_from import restore_weights
     from fireflyds.export import publish
     from fireflyds.export.merged_weights import merged_entries
@@ -76,7 +76,10 @@ def write_model(
 
     encoder = load_encoder(trained.model.tokenizer_path)
     hf_config = read_config(trained.model, encoder)
-    training_precision = resolve_precision(trained.hardware)
+    # As trained, wherever this runs: the machine at hand may have no bf16, or choose another format by itself.
+    training_precision = (
+        Precision[inputs["precision"]] if "precision" in inputs else resolve_precision(trained.hardware)
+    )
     # Trained tensors stay in float32, as in the checkpoint; a quantised base has the same dtype as in training.
     quantised = trained.tuning.method is TuningMethod.qlora
     model = load_tuned_model(trained, hf_config, training_precision if quantised else Precision.fp32)
@@ -93,7 +96,7 @@ def write_model(
             del model
             precision = dtype if not quantised or dtype is not Precision.fp32 else training_precision
             metadata["reload_max_rel_diff"] = publish.reload_difference(folder, ids, logits, precision)
-        publish.write_model_card(folder, trained, metadata, languages)
+        publish.write_model_card(folder, trained, metadata, inputs["languages"])
         (folder / "export.json").write_text(json.dumps(metadata, indent=2), encoding="utf-8")
 
 

@@ -229,7 +229,7 @@ def test_option_reference_shows_every_key_of_every_verb_once() -> None:
     expected = {tuple(row) for verb in config.VERBS.values() for row in option_reference.rows(verb.config)}
     assert sorted(_parse_rows(text)) == sorted(expected)
     assert len(expected) > 200
-    assert "| `init` | `mean` \\| `weighted` \\| `random` | `mean` | " in text
+    assert "| `init` | `mean` \\| `weighted` \\| `random` \\| `omp` | `mean` | " in text
     assert "| `data.sources[].path` | `str` | `required` | " in text
     for verb, record in config.VERBS.items():
         block = re.split(r"\n##", text.partition(f"\n### Verb `{verb}`\n")[2])[0]
@@ -243,7 +243,7 @@ def test_option_reference_shows_every_key_of_every_verb_once() -> None:
 
 def test_help_names_the_type_and_the_default() -> None:
     help_text = option_reference.help_text("expand", "About.", app.CONF)
-    assert re.search(r"^  init  +.* \[mean \| weighted \| random; mean\]$", help_text, re.MULTILINE)
+    assert re.search(r"^  init  +.* \[mean \| weighted \| random \| omp; mean\]$", help_text, re.MULTILINE)
     assert re.search(r"^  base  +.* \[str; required\]$", help_text, re.MULTILINE)
 
 
@@ -277,7 +277,7 @@ def test_option_reference_distinguishes_sections_of_the_same_name(monkeypatch: p
     assert first.startswith("`train`\n")
     assert [row[:3] for row in _parse_rows(first)] == [
         ("part.size", "int", "1"),
-        ("part.rule", "mean | weighted | random | null", "null"),
+        ("part.rule", "mean | weighted | random | omp | null", "null"),
     ]
     assert second.startswith("`plan`\n")
     assert _parse_rows(second) == [("part.size", "int", "2", "Size.")]

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fireflyds.checkpoint.host_copies import HostCopier
 from fireflyds.checkpoint.storage import files_in, sha256_of
 from fireflyds.errors import UserError
 from fireflyds.fs import atomic_write_text, fsync, read_json
@@ -32,10 +33,11 @@ MANIFEST, CHECKSUMS = "manifest.json", "checksums.json"
 def stage_to_cpu(partitions: Iterator[tuple[int, FlatPartition]]) -> dict[str, Tensor]:
     """Copies partitions to host memory, by the names of the shard file. The numbers distinguish the partitions."""
     copies: dict[str, Tensor] = {}
+    copier = HostCopier()
 
     def add_copy(name: str, value: Any) -> None:
         # Weights in host memory are copied too: training continues while the copy is written.
-        copies[name] = torch.as_tensor(value).detach().reshape(-1).to("cpu", copy=True)
+        copies[name] = copier.copy(torch.as_tensor(value))
 
     for number, partition in partitions:
         opaque = partition.has_opaque_state

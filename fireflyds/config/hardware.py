@@ -22,7 +22,7 @@ class ZeroConfig:
     reduce_bucket_size: int = 50_000_000
     """Number of elements per gradient reduction."""
     overlap_comm: bool = False
-    """Overlap gradient reduction with the backward pass."""
+    """Overlap gradient reduction with the backward pass; zero=stage3 does, as is DeepSpeed's default there."""
     json: str = ""
     """DeepSpeed JSON file of another project: keys that this configuration has too must agree with it, keys that
     DeepSpeed has removed are errors, the others are passed on (and printed)."""

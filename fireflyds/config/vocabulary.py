@@ -140,6 +140,9 @@ class ExpandConfig:
             raise UserError(
                 "appends given pieces as they are", key="cure", value="false", remedy="Give pieces=<.model or list>"
             )
+        self._check_size_and_rows()
+
+    def _check_size_and_rows(self) -> None:
         if self.size is not VocabSizeRule.fixed and not self.corpus:
             raise UserError(
                 "is read from a curve on text",

@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import subprocess
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -75,12 +74,12 @@ def check_all(ranks_here: int) -> list[Check]:
     build, visible_gpus = torch_build(), look()
     if not visible_gpus:
         card_exists, visible_devices = has_card(Path("/dev")), os.environ.get("CUDA_VISIBLE_DEVICES")
-        return [check_none(build, card_exists, visible_devices, _cuda_error()), _build_tools("")]
+        return [check_none(build, card_exists, visible_devices, _cuda_error()), _build_tools()]
     checks = [check_gpus(visible_gpus, ranks_here), check_kernels_for(build, visible_gpus), check_ability(visible_gpus)]
     if (spec := find_spec("bitsandbytes")) is not None and spec.submodule_search_locations:
         files = [file.name for file in Path(spec.submodule_search_locations[0]).glob("libbitsandbytes_*")]
         checks.append(check_bitsandbytes(files, build.cuda))
-    return [*checks, _build_tools(build.cuda)]
+    return [*checks, _build_tools()]
 
 
 def check_none(build: TorchBuild, card: bool, visible: str | None, why: str) -> Check:
@@ -214,37 +213,18 @@ def check_bitsandbytes(files: list[str], cuda: str) -> Check:
     return failed("bitsandbytes", f"no library for CUDA {cuda}: {', '.join(available) or 'only a CPU build'}", remedy)
 
 
-def check_build_tools(cuda: str, ninja: bool, compiler: bool, nvcc: str | None) -> Check:
-    """Checks the tools that DeepSpeed needs to compile its CPU Adam on first use: nvcc of torch's CUDA version, or of
-    any 12.x for 12.x. `cuda` is empty without a GPU, where no nvcc is needed."""
+def check_build_tools(ninja: bool, compiler: bool) -> Check:
+    """Checks the tools that DeepSpeed needs to compile its CPU Adam on first use, with a GPU or without one."""
     missing = [name for name, is_available in (("ninja", ninja), ("a C++ compiler", compiler)) if not is_available]
-    missing += ["nvcc"] if cuda and nvcc is None else []
-    required = ".".join(cuda.split(".")[:2])
-    fits = not cuda or nvcc == required or (str(nvcc).startswith("12.") and required.startswith("12."))
-    if not missing and fits:
-        with_nvcc = f" and nvcc {nvcc}" if cuda else ""
-        return passed("build tools", f"ninja, a C++ compiler{with_nvcc}: DeepSpeed's CPU Adam can be built")
-    message = f"missing: {', '.join(missing)}" if missing else f"nvcc {nvcc}, but torch is for CUDA {cuda}"
-    toolkit = f", the CUDA toolkit {required} with CUDA_HOME set to it" if cuda else ""
-    remedy = f"only zero.offload_optimizer=cpu needs them: ninja on the PATH (activate the venv), g++{toolkit}"
-    return warning("build tools", message, remedy)
+    if not missing:
+        return passed("build tools", "ninja, a C++ compiler: DeepSpeed's CPU Adam can be built")
+    remedy = "only zero.offload_optimizer=cpu needs them: ninja on the PATH (activate the venv), g++"
+    return warning("build tools", f"missing: {', '.join(missing)}", remedy)
 
 
-def _build_tools(cuda: str) -> Check:
+def _build_tools() -> Check:
     compiler = shutil.which(os.environ.get("CXX", "c++"))
-    return check_build_tools(cuda, shutil.which("ninja") is not None, compiler is not None, _nvcc_version())
-
-
-def _nvcc_version() -> str | None:
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    # In torch's order: the environment variable, PATH, the default folder.
-    folders = [f"{home}/bin"] if home else [None, "/usr/local/cuda/bin"]
-    nvcc = next(filter(None, (shutil.which("nvcc", path=folder) for folder in folders)), None)
-    if nvcc is None:
-        return None
-    output = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-    match = re.search(r"release (\d+\.\d+)", output)
-    return match[1] if match else None
+    return check_build_tools(shutil.which("ninja") is not None, compiler is not None)
 
 
 def _cuda_error() -> str:

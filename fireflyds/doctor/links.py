@@ -97,7 +97,7 @@ def all_reduce(channel: StoreChannel, config: DoctorConfig) -> dict[str, Any]:
         channel.set(f"joined/{channel.me.rank}", True)
         import torch.distributed as dist
 
-        device = torch.device("cuda", channel.me.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         tensor = torch.empty(config.all_reduce_mib * MIB // 4, device=device)
         n, seconds, right = channel.me.world_size, [], True
         for _ in range(1 + config.all_reduce_repeats):

@@ -19,6 +19,14 @@ def has_bf16(capability: int) -> bool:
     return capability >= 80
 
 
+def local_capability() -> int:
+    """The compute capability of the current GPU, 80 for sm_80; 0 without one."""
+    if not torch.cuda.is_available():
+        return 0
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
 def is_emulated(dtype: torch.dtype) -> bool:
     """True where there is no GPU and the CPU computes `dtype` in software: the same values, many times slower."""
     if dtype not in (torch.bfloat16, torch.float16) or torch.cuda.is_available():
@@ -38,8 +46,7 @@ def resolve_precision(config: HardwareConfig, key: str = "hardware.precision") -
     """
     if not torch.cuda.is_available():
         return Precision.fp32 if config.precision is Precision.auto else config.precision
-    major, minor = torch.cuda.get_device_capability()
-    supported = has_bf16(10 * major + minor)
+    supported = has_bf16(local_capability())
     if config.precision is Precision.auto:
         return Precision.bf16 if supported else Precision.fp16
     if config.precision is Precision.bf16 and not supported:
@@ -76,5 +83,9 @@ def _matmul_seconds(dtype: torch.dtype) -> float:
 
 
 def inference_dtype(hf_config: Any) -> torch.dtype | str:
-    """Returns the dtype for loading an inference model: `auto` (its own), or float32 where the CPU would emulate it."""
-    return torch.float32 if is_emulated(getattr(hf_config, "dtype", None) or torch.float32) else "auto"
+    """Returns the dtype for loading an inference model: `auto` (its own), or another one where its own is emulated:
+    float32 on a CPU, float16 in the place of bf16 on a GPU."""
+    own = getattr(hf_config, "dtype", None) or torch.float32
+    if own is torch.bfloat16 and torch.cuda.is_available():
+        return "auto" if has_bf16(local_capability()) else torch.float16
+    return torch.float32 if is_emulated(own) else "auto"

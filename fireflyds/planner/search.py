@@ -6,7 +6,7 @@ from typing import Any
 from fireflyds.config import ClusterConfig, Offload, PlanConfig, Precision
 from fireflyds.errors import UserError
 from fireflyds.metrics.flops import StepFlops, visible_pairs
-from fireflyds.optim.compatibility import check_compatibility
+from fireflyds.optim.compatibility import check_compatibility, refuse_large_tensors
 from fireflyds.planner import memory
 from fireflyds.planner.memory import GIB, MemoryEstimate, Placement
 from fireflyds.planner.model_shape import ModelShape
@@ -171,7 +171,7 @@ def evaluate_candidate(
         placement,
         estimate,
         host_bytes,
-        _reason_not_to_fit(estimate, host_bytes, cluster, device),
+        _too_large(shape, config, placement) or _reason_not_to_fit(estimate, host_bytes, cluster, device),
         compute + launches,
         sent_bytes / (cluster.link_gb_per_s * 1e9),
         offload_seconds(shape, precision, placement, cluster),
@@ -203,19 +203,29 @@ def _reason_not_to_fit(estimate: MemoryEstimate, host: float, cluster: ClusterCo
     return ""
 
 
+def _too_large(shape: ModelShape, config: PlanConfig, placement: Placement) -> str:
+    sizes = [sizes for sizes, _ in shape.groups]
+    try:
+        refuse_large_tensors(config, sizes, placement.stage, placement.world_size)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 def communication_bytes(shape: ModelShape, precision: Precision, placement: Placement) -> float:
     """Bytes that one GPU sends per step (ring algorithms send (N - 1) / N of a tensor; an all-reduce does so twice).
 
     Stages 0 and 1 reduce gradients once per step, 2 and 3 after every micro-batch; 1 and 2 gather the updated weights
-    once per step, 3 gathers all weights twice per micro-batch.
+    once per step, 3 gathers all weights twice per micro-batch. Stages 1 and 2 all-reduce every bucket of gradients
+    (`use_multi_rank_bucket_allreduce`, DeepSpeed's default), 3 scatters them.
     """
     itemsize = 4 if precision is Precision.fp32 else 2
     gradients = shape.trained * itemsize
     all_weights = (shape.trained + shape.frozen) * itemsize + shape.quantised_bytes
     traffic = {
         0: 2 * gradients,
-        1: 2 * gradients,
-        2: (placement.accumulation + 1) * gradients,
+        1: 3 * gradients,
+        2: (2 * placement.accumulation + 1) * gradients,
         3: placement.accumulation * (gradients + 2 * all_weights),
     }[placement.stage]
     return traffic * (placement.world_size - 1) / placement.world_size

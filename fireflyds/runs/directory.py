@@ -13,10 +13,11 @@ from fireflyds.runs.config_diff import diff_configs, has_started, require_same_c
 from fireflyds.runs.provenance import provenance
 
 
-def open_run(config: TrainConfig, yaml_text: str, inputs: dict[str, Any]) -> IO[str]:
+def open_run(config: TrainConfig, yaml_text: str, inputs: dict[str, Any], precision: str) -> IO[str]:
     """Creates the run directory, or checks that the existing one belongs to the same run. Rank 0 only.
 
-    `inputs`: content hashes of the run's inputs (token store and base), which must be the same on resume.
+    `inputs`: content hashes of the run's inputs (token store and base), which must be the same on resume. `precision`:
+    the number format that it trains in here, recorded for the export.
     Returns a lock that excludes other processes until it is closed.
 
     Raises:
@@ -38,13 +39,15 @@ def open_run(config: TrainConfig, yaml_text: str, inputs: dict[str, Any]) -> IO[
             remedy="Give another run= or runs=",
         ) from error
     if file.exists() and has_started(run_dir):
-        input_changes = diff_configs(read_json(run_dir / layout.INPUTS), inputs)
-        require_same_config(run_dir, yaml_text, config.run, input_changes)
+        recorded = read_json(run_dir / layout.INPUTS)
+        recorded.pop("precision", None)
+        require_same_config(run_dir, yaml_text, config.run, diff_configs(recorded, inputs))
+        atomic_write_text(run_dir / layout.INPUTS, json.dumps(inputs | {"precision": precision}, indent=2))
         atomic_write_text(file, yaml_text)
         return lock
     # A run that failed before its first step does not reserve its name.
     shutil.rmtree(run_dir / layout.START, ignore_errors=True)
     atomic_write_text(run_dir / layout.PROVENANCE, json.dumps(provenance(), indent=2))
-    atomic_write_text(run_dir / layout.INPUTS, json.dumps(inputs, indent=2))
+    atomic_write_text(run_dir / layout.INPUTS, json.dumps(inputs | {"precision": precision}, indent=2))
     atomic_write_text(file, yaml_text)
     return lock

@@ -12,7 +12,7 @@ from fireflyds.errors import UserError
 from fireflyds.metrics import trackers
 from fireflyds.models.load import read_config
 from fireflyds.models.packed.forward import attention_override
-from fireflyds.models.precision import emulation_notes, resolve_precision
+from fireflyds.models.precision import emulation_notes, local_capability, resolve_precision
 from fireflyds.models.rope_scaling import check_max_positions
 from fireflyds.optim.compatibility import check_compatibility
 from fireflyds.runs.fingerprint import base_identity
@@ -45,7 +45,11 @@ class RunInputs:
     def open(cls, config: TrainConfig, world_size: int) -> "RunInputs":
         """Opens the inputs. Raises `UserError` where they are inconsistent, before anything is written or loaded."""
         precision = resolve_precision(config.hardware)
-        notes = [*check_compatibility(config, precision), *extra_settings(config)[1], *emulation_notes(precision)]
+        notes = [
+            *check_compatibility(config, precision, local_capability()),
+            *extra_settings(config)[1],
+            *emulation_notes(precision),
+        ]
         trackers.require_installed(config.tracking)
         accumulation = config.accumulation_steps(world_size)
         config.profile.check_world_size(world_size)

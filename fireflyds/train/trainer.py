@@ -93,7 +93,9 @@ class Trainer:
     ) -> "Trainer":
         config, run_dir, total_steps = inputs.config, Path(inputs.config.run_dir), inputs.total_steps
         identity = inputs.base_identity()
-        lock = run_on_rank_zero(lambda: open_run(config, text, identity | inputs.store.identity()))
+        lock = run_on_rank_zero(
+            lambda: open_run(config, text, identity | inputs.store.identity(), inputs.precision.name)
+        )
         if lock is not None:
             stack.enter_context(lock)
         status = stack.enter_context(Status(run_dir, rank.rank, total_steps))

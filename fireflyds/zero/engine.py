@@ -9,14 +9,16 @@ from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fireflyds.config import Precision, TrainConfig
 from fireflyds.distributed.host_identity import local_world_size
 from fireflyds.distributed.launcher_env import RankInfo
 from fireflyds.errors import UserError
+from fireflyds.optim.compatibility import refuse_large_tensors
 from fireflyds.optim.optimizers import build_optimizer, load_optimizer_spec, reset_step_counts
-from fireflyds.optim.param_groups import parameter_groups
+from fireflyds.optim.param_groups import logical_numel, parameter_groups
 from fireflyds.zero.ds_config import build_ds_config
 
 
@@ -77,8 +79,9 @@ def init_distributed(ranks: RankInfo, timeout_minutes: float) -> None:
     logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())
     # DeepSpeed uses collectives whose names newer versions of torch deprecate; users cannot change that.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    # DeepSpeed would compile a shared-memory all-reduce at the first start, for a minute; gloo's is sufficient.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed would compile a shared-memory all-reduce at the first start, for a minute; gloo's is sufficient. The
+    # table is set as a whole: reading it makes DeepSpeed compile a probe of every operator it has.
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if backend == "gloo":
         torch.set_num_threads(cpu_threads(ranks, os.environ))
@@ -136,7 +139,12 @@ def build_engine(model: nn.Module, config: TrainConfig, precision: Precision, ac
     if not load_optimizer_spec(config.optim.name).compiles:
         # DeepSpeed decorates its Muon with torch.compile wherever ZeRO is used, which loads a compiler at every start.
         compiler.compile = lambda *_, **__: lambda function: function
-    optimizer = build_optimizer(parameter_groups(model, config), config)
+    groups = parameter_groups(model, config)
+    sizes = [[logical_numel(parameter) for parameter in group.parameters] for group in groups]
+    ds_config = build_ds_config(config, precision, accumulation)
+    sub_group_size = int(ds_config["zero_optimization"].get("sub_group_size", 10**9))
+    refuse_large_tensors(config, sizes, config.zero.stage, dist.get_world_size(), sub_group_size)
+    optimizer = build_optimizer(groups, config)
     # At stage 0 the constructor of DeepSpeed's 16-bit wrapper takes an optimizer step with zero gradients: a rate of 0
     # keeps the weights unchanged, and the step counts are reset below.
     for group in optimizer.param_groups:
@@ -146,11 +154,15 @@ def build_engine(model: nn.Module, config: TrainConfig, precision: Precision, ac
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
-            config=build_ds_config(config, precision, accumulation),
+            config=ds_config,
             dist_init_required=False,
         )
     if config.zero.stage == 0:
         reset_step_counts(optimizer)
+    if torch.cuda.is_available():
+        # The measured peak is that of the training: loading and flattening take more, once.
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     return engine
 
 

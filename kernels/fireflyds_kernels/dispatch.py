@@ -14,7 +14,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -199,9 +198,10 @@ def select(
 
 
 def requires(
-    *, capability: int = 0, dtypes: tuple[torch.dtype, ...] = (), package: str = ""
+    *, capability: int = 0, dtypes: tuple[torch.dtype, ...] = (), package: str = "", function: str = ""
 ) -> Callable[[DispatchKey], str | None]:
-    """Returns a rule: a CUDA device of at least this capability, one of these number formats, an installed package."""
+    """Returns a rule: a CUDA device of at least this capability, one of these number formats, and a package that can
+    be imported and has `function`."""
 
     def refuses(key: DispatchKey) -> str | None:
         if key.device != "cuda" or not key.capability:
@@ -210,20 +210,20 @@ def requires(
             return f"needs sm_{capability} or newer"
         if dtypes and key.dtype not in dtypes:
             return f"supports {' and '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)} only"
-        if package and not installed(package):
-            return f"the package {package} is not installed"
-        return None
+        return import_problem(package, function) if package else None
 
     return refuses
 
 
 def requires_triton(capability: int) -> Callable[[DispatchKey], str | None]:
     """Returns a rule: Triton, on a GPU of at least this capability or in its interpreter (`TRITON_INTERPRET=1`)."""
-    on_gpu = requires(capability=capability, dtypes=HALF_OR_SINGLE, package="triton")
+    on_gpu = requires(capability=capability, dtypes=HALF_OR_SINGLE, package="triton", function="jit")
 
     def refuses(key: DispatchKey) -> str | None:
-        if key.device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1" and installed("triton"):
+        if key.device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1" and not import_problem("triton", "jit"):
             return None if key.dtype in HALF_OR_SINGLE else f"does not support {key.dtype}"
+        if key.dtype is torch.bfloat16 and 0 < key.capability < 80:
+            return "bfloat16 needs sm_80 or newer"  # some versions: ptxas, "Feature 'cvt.bf16.f32' requires sm_80"
         return on_gpu(key)
 
     return refuses
@@ -239,9 +239,21 @@ def always(key: DispatchKey) -> str | None:
 
 
 @functools.cache
-def installed(package: str) -> bool:
-    """True where a package can be imported; does not import it."""
-    return find_spec(package) is not None
+def import_problem(package: str, name: str) -> str | None:
+    """Imports `name` of a package. Returns why it cannot be used, None where it can.
+
+    A package may be found and not be usable: built for another torch or CUDA, or another one of the same name
+    (FlashAttention-4 installs a `flash_attn` that lacks FlashAttention-2's functions).
+    """
+    try:
+        getattr(importlib.import_module(package), name)
+    except AttributeError:
+        return f"the package {package} has no {name}"
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == package:
+            return f"the package {package} is not installed"
+        return f"the package {package} cannot be imported ({(str(error).splitlines() or [type(error).__name__])[0]})"
+    return None
 
 
 def runnable(kernel: str, key: DispatchKey) -> list[str]:

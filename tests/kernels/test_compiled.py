@@ -53,8 +53,9 @@ def test_attention_kernels_compile_at_every_head_dim(capability: int, tmp_path: 
     [70, 90, *(pytest.param(older_capability, marks=pytest.mark.slow) for older_capability in (75, 80, 86, 89))],
 )
 def test_elementwise_kernels_compile(capability: int, tmp_path: Path) -> None:
+    # In bfloat16 below sm_80 too, where the dispatch refuses them: not every Triton that is supported compiles them.
     rows = _compile(capability, "elementwise", tmp_path)
-    assert len(rows) == 6
+    assert len(rows) == 12
     for name, row in rows.items():
         assert row["products"] == 0, name
         assert row["spilled"] == 0, (capability, name, row)

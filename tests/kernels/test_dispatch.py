@@ -1,6 +1,7 @@
 """Kernel selection by capability, number format and options; forced choices are obeyed or refused."""
 
 import re
+import sys
 
 import fireflyds_kernels
 import pytest
@@ -12,7 +13,11 @@ PACKAGES = {"triton", "flash_attn", "flash_attn_interface", "bitsandbytes"}
 
 
 def _choose(monkeypatch, kernel: str, key: DispatchKey, packages=frozenset({"triton", "bitsandbytes"})) -> str:
-    monkeypatch.setattr(dispatch, "installed", lambda name: name in packages)
+    monkeypatch.setattr(
+        dispatch,
+        "import_problem",
+        lambda package, name: None if package in packages else f"the package {package} is not installed",
+    )
     return dispatch._KERNELS[kernel].choose(key)
 
 
@@ -60,6 +65,39 @@ def test_elementwise_triton_runs_on_a_v100(monkeypatch, kernel) -> None:
     assert _choose(monkeypatch, kernel, DispatchKey("cuda", 70, torch.float16), frozenset()) != "triton"
 
 
+@pytest.mark.parametrize("kernel", ["rms_norm", "rope", "swiglu", "linear_cross_entropy"])
+@pytest.mark.parametrize("capability", [60, 70, 75])
+def test_bfloat16_through_triton_is_refused_below_sm_80(monkeypatch, kernel, capability) -> None:
+    key = DispatchKey("cuda", capability, torch.bfloat16)
+    assert _choose(monkeypatch, kernel, key) != "triton"
+    assert dispatch.refusals(kernel, key)["triton"] == "bfloat16 needs sm_80 or newer"
+    assert _choose(monkeypatch, kernel, DispatchKey("cuda", 80, torch.bfloat16)) == "triton"
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("raise ImportError('undefined symbol: _ZN3c104cuda')", "cannot be imported (undefined symbol: _ZN3c104cuda)"),
+        ("import no_such_library", "cannot be imported (No module named 'no_such_library')"),
+        ("", "has no flash_attn_varlen_func"),
+        (None, "is not installed"),
+        ("def flash_attn_varlen_func(): ...", None),
+    ],
+)
+def test_a_package_that_is_found_and_cannot_be_used_is_refused(monkeypatch, tmp_path, source, reason) -> None:
+    if source is not None:
+        (tmp_path / "flash_attn.py").write_text(source, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    dispatch.import_problem.cache_clear()
+    try:
+        refusals = dispatch.refusals("packed_attention", DispatchKey("cuda", 80, torch.bfloat16, 128))
+    finally:
+        dispatch.import_problem.cache_clear()
+        sys.modules.pop("flash_attn", None)
+    assert refusals["flash_attn"] == (reason and f"the package flash_attn {reason}")
+
+
 def test_a_triton_matrix_product_is_refused_below_sm_80(monkeypatch) -> None:
     monkeypatch.setenv(dispatch.VARIABLE, "packed_attention=triton")
     with pytest.raises(CannotRunError, match="needs sm_80"):
@@ -68,7 +106,7 @@ def test_a_triton_matrix_product_is_refused_below_sm_80(monkeypatch) -> None:
 
 def test_the_environment_and_the_context_manager_force_an_implementation(monkeypatch) -> None:
     key = DispatchKey("cpu", 0, torch.float32)
-    monkeypatch.setattr(dispatch, "installed", lambda name: True)
+    monkeypatch.setattr(dispatch, "import_problem", lambda package, name: None)
     monkeypatch.setenv(dispatch.VARIABLE, "linear_cross_entropy=reference")
     assert dispatch._KERNELS["linear_cross_entropy"].choose(key) == "reference"
     assert dispatch._KERNELS["qlora_linear"].choose(key) == "fused"

@@ -39,6 +39,16 @@ def test_inference_uses_float32_where_the_saved_format_is_emulated() -> None:
         assert inference_dtype(saved_in_fp32) == "auto"
 
 
+def test_a_bf16_checkpoint_is_loaded_in_float16_on_a_gpu_without_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = {}
+    for capability in ((7, 0), (7, 5), (8, 0), (9, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        found[capability] = [inference_dtype(SimpleNamespace(dtype=dtype)) for dtype in (torch.bfloat16, torch.float16)]
+    old, new = [torch.float16, "auto"], ["auto", "auto"]
+    assert found == {(7, 0): old, (7, 5): old, (8, 0): new, (9, 0): new}
+
+
 def test_formats_a_gpu_lacks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))

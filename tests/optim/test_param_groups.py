@@ -10,7 +10,7 @@ from fireflyds.models import tuning
 from fireflyds.models.neftune import add_embedding_noise
 from fireflyds.models.packed.forward import fuse
 from fireflyds.optim import param_groups
-from fireflyds.optim.compatibility import check_compatibility
+from fireflyds.optim.compatibility import check_compatibility, refuse_large_tensors
 from fireflyds.optim.optimizers import gradient_clipping
 from fireflyds.testing.models import packed_inputs, tiny_model
 
@@ -146,3 +146,44 @@ def test_neftune_noise_scales_with_the_length_of_each_document(dtype: torch.dtyp
         bound = 10.0 / (length * width) ** 0.5
         assert 0.9 * bound < part.abs().max() <= bound * (1 if dtype is torch.float32 else 1.1)
         assert part.float().mean().abs() < 0.2 * bound
+
+
+@pytest.mark.parametrize(
+    ("stage", "ranks", "wrong", "remedy"),
+    [
+        (1, 1, True, "zero=3, 4 GPUs or more"),
+        (2, 2, True, "zero=3, 4 GPUs or more"),  # int32 would wrap to a positive number: a third would be updated
+        (2, 3, True, "zero=3, 4 GPUs or more"),
+        (2, 4, False, ""),
+        (3, 1, False, ""),
+        (0, 1, False, ""),
+    ],
+)
+@pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_32bit"])
+def test_a_flat_partition_beyond_int32_is_refused_for_bitsandbytes(name, stage, ranks, wrong, remedy) -> None:
+    layers = [[4096 * 4096] * 4 * 32 + [4096 * 11_008] * 3 * 32 + [55_296 * 4096] * 2, [4096] * 65]
+    assert sum(layers[0]) > 3 * 2**31
+    config = _config(f"optim={name}")
+    if not wrong:
+        refuse_large_tensors(config, layers, stage, ranks)
+        return
+    with pytest.raises(UserError, match=f"optim.name={name}: bitsandbytes counts .* in part. Use {remedy}"):
+        refuse_large_tensors(config, layers, stage, ranks)
+    refuse_large_tensors(_config("optim=adamw"), layers, stage, ranks)
+
+
+def test_limits_of_int32_hold_for_single_parameters_and_sub_groups() -> None:
+    config = _config("optim=adamw_8bit")
+    with pytest.raises(UserError, match="2,147,483,648"):
+        refuse_large_tensors(config, [[2**31, 5]], 0, 8)
+    refuse_large_tensors(config, [[2**31 - 1, 2**31 - 1]], 0, 8)
+    with pytest.raises(UserError, match="3,000,000,000"):
+        refuse_large_tensors(config, [[6 * 10**9]], 3, 2, sub_group_size=3 * 10**9)
+
+
+def test_eight_bit_weights_need_a_gpu_that_has_them() -> None:
+    config = _config("tuning=qlora", "tuning.bits=8", "zero=2")
+    with pytest.raises(UserError, match="tuning.bits=8: LLM.int8 needs a GPU of sm_75 or newer; this one is sm_70"):
+        check_compatibility(config, Precision.fp16, capability=70)
+    for capability in (0, 75, 90):
+        check_compatibility(config, Precision.fp16, capability=capability)

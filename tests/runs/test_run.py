@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 import fireflyds
 from fireflyds import app
 from fireflyds.errors import UserError
+from fireflyds.fs import read_json
 from fireflyds.metrics.plots import plot_loss
 from fireflyds.runs import fingerprint, provenance
 from fireflyds.runs.directory import open_run
@@ -21,7 +22,7 @@ from fireflyds.types import StepMetrics
 def _open(tmp_path: Path, *overrides: str, base: str = "b") -> Path:
     config = app.compose("train", [f"runs={tmp_path}", "run=r", "model=a/b", "data=c/d", "optim.steps=3", *overrides])
     text = app.to_yaml(config)
-    open_run(config, text, {"store": "s", "base": base}).close()
+    open_run(config, text, {"store": "s", "base": base}, "bf16").close()
     return tmp_path / "r"
 
 
@@ -140,3 +141,13 @@ def test_provenance_without_package_metadata(monkeypatch: pytest.MonkeyPatch) ->
     libraries = provenance.provenance()["libraries"]
     assert libraries["fireflyds"] == fireflyds.__version__
     assert libraries["torch"] is None
+
+
+def test_the_number_format_is_recorded_and_does_not_keep_a_run_from_going_on(tmp_path: Path) -> None:
+    config = app.compose("train", [f"runs={tmp_path}", "run=r", "model=a/b", "data=c/d", "optim.steps=3"])
+    run_dir = _open(tmp_path)
+    (run_dir / "checkpoints").mkdir()
+    inputs = {"store": "s", "base": "b"}
+    assert read_json(run_dir / "inputs.json") == inputs | {"precision": "bf16"}
+    open_run(config, app.to_yaml(config), inputs, "fp16").close()
+    assert read_json(run_dir / "inputs.json") == inputs | {"precision": "fp16"}

@@ -97,11 +97,11 @@ def elementwise_kernels(capability: int, dtype: torch.dtype) -> dict[str, dict[s
 
 
 def main(capability: int, kernels: str) -> None:
-    dtype = torch.bfloat16 if capability >= 80 else torch.float16
     if kernels == "elementwise":
-        rows = {name: row | {"of": kernels} for name, row in elementwise_kernels(capability, dtype).items()}
-        print(json.dumps(rows))
+        for dtype in (torch.float16, torch.bfloat16):
+            print(json.dumps({f"{name} {dtype}": row for name, row in elementwise_kernels(capability, dtype).items()}))
         return
+    dtype = torch.bfloat16 if capability >= 80 else torch.float16
     for head_dim in map(int, kernels.split(",")):
         print(
             json.dumps(

@@ -11,6 +11,8 @@ from fireflyds import registry
 from fireflyds.config import TrainConfig
 
 PACKAGE = "fireflyds.optim.optimizers"
+# bitsandbytes passes the number of elements to its kernels as an int32, which wraps (its backends/cuda/ops.py).
+BITSANDBYTES_MAX_ELEMENTS = 2**31 - 1
 
 
 @dataclass(slots=True)
@@ -59,6 +61,8 @@ class OptimizerSpec:
     """Whether a DeepSpeed JSON of another project may call it Adam or AdamW."""
     compiles: bool = False
     """Its step loads torch's compiler."""
+    max_elements: int | None = None
+    """Elements that one tensor may have; None: any number."""
     cpu_step_copies: int = 0
     """float32 copies of a parameter that its step holds on a CPU, one parameter at a time."""
 

@@ -6,7 +6,7 @@ import torch
 
 from fireflyds.config import TrainConfig
 from fireflyds.optim.compatibility import refuse_offload
-from fireflyds.optim.optimizers import OptimizerSpec, ParamGroup
+from fireflyds.optim.optimizers import BITSANDBYTES_MAX_ELEMENTS, OptimizerSpec, ParamGroup
 
 
 def build(groups: Sequence[ParamGroup], config: TrainConfig) -> torch.optim.Optimizer:
@@ -18,4 +18,6 @@ def build(groups: Sequence[ParamGroup], config: TrainConfig) -> torch.optim.Opti
     return optimizer
 
 
-OPTIMIZER = OptimizerSpec(build, state_bytes=2, check=refuse_offload, is_adam=True)
+OPTIMIZER = OptimizerSpec(
+    build, state_bytes=2, check=refuse_offload, is_adam=True, max_elements=BITSANDBYTES_MAX_ELEMENTS
+)

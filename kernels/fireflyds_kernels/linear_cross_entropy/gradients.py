@@ -80,11 +80,24 @@ def _product(left: Tensor, right: Tensor, factor: float) -> Tensor:
     return (left.float() @ right.float()).mul_(factor)
 
 
+def _accumulate(total: Tensor, left: Tensor, right: Tensor, factor: float) -> None:
+    """Adds `left @ right`, times `factor` for float16, to `total`, which has the wide type."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    elif left.is_cuda and left.dtype is torch.bfloat16 and "dtype_out" in torch.ops.aten.addmm.overloads():
+        # The product is never rounded to bfloat16, nor held in memory beside the sum.
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total += _product(left, right, factor)
+
+
 class _Block:
     """The gradient of one block of the head's rows."""
 
     def __init__(self, block: Tensor, dtype: torch.dtype, chunks: int) -> None:
         self._like, self._dtype, self._once = block, dtype, chunks <= 1
+        # Sums that are the result themselves are slices of it: nothing is put together at the end.
+        self._whole = block.new_empty(block.shape, dtype=dtype) if not self._once and dtype is wide(dtype) else None
         step = max(1, _SLICE_ELEMENTS // max(block.shape[1], 1))
         self._slices = [slice(start, min(start + step, len(block))) for start in range(0, len(block), step)]
         self._sums: list[Tensor | None] = [None] * len(self._slices)
@@ -96,15 +109,18 @@ class _Block:
         for index, rows in enumerate(self._slices):
             slice_dlogits, total = dlogits[:, rows].T, self._sums[index]
             if total is None:
-                self._sums[index] = _product(slice_dlogits, hidden, factor).to(wide(hidden.dtype))
-            elif total.dtype == hidden.dtype:
-                total.addmm_(slice_dlogits, hidden)
+                first = _product(slice_dlogits, hidden, factor)
+                self._sums[index] = (
+                    first.to(wide(hidden.dtype)) if self._whole is None else self._whole[rows].copy_(first)
+                )
             else:
-                total += _product(slice_dlogits, hidden, factor)
+                _accumulate(total, slice_dlogits, hidden, factor)
 
     def finish(self) -> Tensor:
         if not any(total is not None for total in self._sums):
             return self._like.new_zeros(self._like.shape, dtype=self._dtype)
+        if self._whole is not None:
+            return self._whole
         narrow = []
         # Each slice's float32 sum is freed as soon as it is rounded.
         for index, total in enumerate(self._sums):

@@ -82,6 +82,9 @@ def _check_shapes(
         )
 
 
+_VARLEN = "flash_attn_varlen_func"
+
+
 def _flash_attn_3(key: DispatchKey) -> str | None:
     if key.alibi:
         return "FlashAttention-3 has no ALiBi"
@@ -89,11 +92,13 @@ def _flash_attn_3(key: DispatchKey) -> str | None:
         return "FlashAttention-3 is for Hopper (sm_90)"
     if key.head_dim % 8:
         return f"head_dim {key.head_dim} is no multiple of 8"
-    return _head_dim_limit(key) or dispatch.requires(dtypes=HALF, package="flash_attn_interface")(key)
+    return _head_dim_limit(key) or dispatch.requires(dtypes=HALF, package="flash_attn_interface", function=_VARLEN)(key)
 
 
 def _flash_attn_2(key: DispatchKey) -> str | None:
-    return _head_dim_limit(key) or dispatch.requires(capability=80, dtypes=HALF, package="flash_attn")(key)
+    return _head_dim_limit(key) or dispatch.requires(
+        capability=80, dtypes=HALF, package="flash_attn", function=_VARLEN
+    )(key)
 
 
 def _head_dim_limit(key: DispatchKey) -> str | None:

@@ -5,6 +5,7 @@ Windows: their `(left, right)` excludes the row's own token, `window` includes i
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -117,7 +118,8 @@ def torch_varlen(
         options["scale"] = scale
     else:
         # Without the parameter, scores are scaled by 1/√D.
-        q = q * (scale * q.shape[2] ** 0.5)
+        factor = scale * q.shape[2] ** 0.5
+        q = q if math.isclose(factor, 1.0) else q * factor
     if "enable_gqa" not in parameters:
         k, v = for_every_head(q, k, v)
     elif q.shape[1] != k.shape[1]:

@@ -60,7 +60,7 @@ def qlora_linear(
 
 
 def _needs_bitsandbytes(key: DispatchKey) -> str | None:
-    return None if dispatch.installed("bitsandbytes") else "the package bitsandbytes is not installed"
+    return dispatch.import_problem("bitsandbytes", "functional")
 
 
 dispatch.Kernel(

@@ -25,8 +25,9 @@ def qlora_linear(
     block_sizes = [state.blocksize, state.state2.blocksize if state.nested else 0]
     rows = x.reshape(-1, x.shape[-1])
     out = _forward(
-        rows, base.data, state.absmax, nested, block_sizes, state.quant_type, len(lora_b), lora_a, lora_b, scaling,
-        bias, None if keep_mask is None else keep_mask.reshape(rows.shape), dropout, keep_weight,
+        rows, base.data, state.absmax, nested, block_sizes, state.quant_type, len(lora_b), lora_a, lora_b,
+        # Dropout's factor 1 / (1 - p) is part of the scaling: no pass over x of its own.
+        scaling / (1 - dropout), bias, None if keep_mask is None else keep_mask.reshape(rows.shape), keep_weight,
     )[0]  # fmt: skip
     return out.reshape(*x.shape[:-1], len(lora_b))
 
@@ -64,19 +65,19 @@ def _forward(
     scaling: float,
     bias: Tensor | None,
     keep_mask: Tensor | None,
-    dropout: float,
     keep_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The output `[T, out]`, the adapter's hidden values x Aᵀ `[T, r]`, and W (empty unless `keep_weight`)."""
+    """The output `[T, out]`, the adapter's hidden values x Aᵀ (without dropout's factor) `[T, r]`, and W (empty unless
+    `keep_weight`)."""
     weight = _unpack(packed, absmax, nested, block_sizes, kind, [out_features, x.shape[1]], x.dtype)
     out = x @ weight.T if bias is None else torch.addmm(bias.to(x.dtype), x, weight.T)
-    inner = _dropout(x, keep_mask, dropout) @ lora_a.to(x.dtype).T
+    inner = _dropped(x, keep_mask) @ lora_a.to(x.dtype).T
     out.addmm_(inner, lora_b.to(x.dtype).T, alpha=scaling)
     return out, inner, weight if keep_weight else x.new_empty(0)
 
 
-def _dropout(x: Tensor, keep_mask: Tensor | None, dropout: float) -> Tensor:
-    return x if keep_mask is None else x * keep_mask / (1 - dropout)
+def _dropped(x: Tensor, keep_mask: Tensor | None) -> Tensor:
+    return x if keep_mask is None else x * keep_mask
 
 
 @_forward.register_fake
@@ -93,7 +94,6 @@ def _(
     scaling: float,
     bias: Any,
     keep_mask: Any,
-    dropout: float,
     keep_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     weight = x.new_empty(out_features, x.shape[1]) if keep_weight else x.new_empty(0)
@@ -115,7 +115,6 @@ def _backward(
     lora_b: Tensor,
     scaling: float,
     keep_mask: Tensor | None,
-    dropout: float,
     needs_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
@@ -128,8 +127,8 @@ def _backward(
         if keep_mask is None:
             dx.addmm_(outer, a)
         else:
-            dx += (outer @ a).mul_(keep_mask).div_(1 - dropout)
-    da = outer.T @ _dropout(x, keep_mask, dropout)
+            dx += (outer @ a).mul_(keep_mask)
+    da = outer.T @ _dropped(x, keep_mask)
     db = (grad.T @ inner).mul_(scaling)
     return dx, da.to(lora_a.dtype), db.to(lora_b.dtype)
 
@@ -149,30 +148,28 @@ def _(
     lora_b: Tensor,
     scaling: float,
     keep_mask: Any,
-    dropout: float,
     needs_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x) if needs_dx else x.new_empty(0), torch.empty_like(lora_a), torch.empty_like(lora_b)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, packed, absmax, nested, block_sizes, kind, _, lora_a, lora_b, scaling, bias, keep_mask, dropout, _ = inputs
+    x, packed, absmax, nested, block_sizes, kind, _, lora_a, lora_b, scaling, bias, keep_mask, _ = inputs
     ctx.save_for_backward(x, output[1], output[2], packed, absmax, lora_a, lora_b, bias, keep_mask, *nested)
-    ctx.options = (block_sizes, kind, scaling, dropout)
+    ctx.options = (block_sizes, kind, scaling)
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     x, inner, weight, packed, absmax, lora_a, lora_b, bias, keep_mask, *nested = ctx.saved_tensors
-    block_sizes, kind, scaling, dropout = ctx.options
+    block_sizes, kind, scaling = ctx.options
     needs_dx = ctx.needs_input_grad[0]
     dx, da, db = _backward(
-        grad, x, inner, weight, packed, absmax, nested, block_sizes, kind, lora_a, lora_b, scaling, keep_mask, dropout,
-        needs_dx,
+        grad, x, inner, weight, packed, absmax, nested, block_sizes, kind, lora_a, lora_b, scaling, keep_mask, needs_dx,
     )  # fmt: skip
     dbias = grad.sum(0).to(bias.dtype) if bias is not None and ctx.needs_input_grad[10] else None
     empty = [None] * len(nested)
-    return dx if needs_dx else None, None, None, empty, None, None, None, da, db, None, dbias, None, None, None
+    return dx if needs_dx else None, None, None, empty, None, None, None, da, db, None, dbias, None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_save)
