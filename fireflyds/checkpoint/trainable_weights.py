@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fireflyds.errors import UserError
+from fireflyds.models.deferred import copy_rows
 from fireflyds.models.split_embeddings import SplitEmbedding, SplitLMHead
 from fireflyds.models.tuning import ADAPTER, is_quantised
 
@@ -182,7 +183,7 @@ def _load_parameter(parameter: Tensor, name: str, tensor: Tensor, first: int, so
             key=source,
             remedy="Its base changed since, or its adapters differ: give the base and the tuning of that run",
         )
-    target.copy_(tensor)
+    copy_rows(parameter, first, tensor)
 
 
 def _load_split_rows(matrix: Any, name: str, tensor: Tensor, first: int, source: Path | str) -> None:
@@ -195,5 +196,6 @@ def _load_split_rows(matrix: Any, name: str, tensor: Tensor, first: int, source:
             remedy="Its base changed since: give the base of that run",
         )
     split = max(matrix.first - first, 0)
-    matrix.frozen[first : first + split].copy_(tensor[:split])
-    matrix.trainable[max(first - matrix.first, 0) :].copy_(tensor[split:])
+    if split:
+        copy_rows(matrix.frozen, first, tensor[:split])
+    copy_rows(matrix.trainable, max(first - matrix.first, 0), tensor[split:])

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fireflyds import registry
 from fireflyds.config import ModelConfig, ModelInit, Precision
 from fireflyds.errors import UserError
+from fireflyds.models.deferred import deferred_model
 from fireflyds.models.precision import DTYPES, inference_dtype
 from fireflyds.models.rope_scaling import apply_rope_scaling
 from fireflyds.tokenizer.rows import MAX_PADDING
@@ -137,18 +138,28 @@ def family_of(model_type: str) -> Family:
 
 
 def load_model(
-    config: ModelConfig, hf_config: Any, precision: Precision, seed: int, quantization: Any = None
+    config: ModelConfig,
+    hf_config: Any,
+    precision: Precision,
+    seed: int,
+    quantization: Any = None,
+    *,
+    deferred: bool = False,
 ) -> Loaded:
     """Loads the model in the dtype of `precision`, quantised while loading where `quantization` is not None.
 
-    With `model.init` scratch the weights are random, drawn with `seed`.
+    With `model.init` scratch the weights are random, drawn with `seed`. `deferred`: weights of a directory are read
+    later, one by one, where its files allow it (see `models/deferred.py`).
     """
     family = family_of(hf_config.model_type)
     dtype = DTYPES[precision]
+    model = None
     if config.init is ModelInit.scratch:
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
-    else:
+    elif deferred:
+        model = deferred_model(config.path, hf_config, dtype, quantization)
+    if model is None:
         load = partial(AutoModelForCausalLM.from_pretrained, config.path, config=hf_config, dtype=dtype)
         model = load() if quantization is None else _load_quantised(load, quantization)
     return Loaded(model, family)

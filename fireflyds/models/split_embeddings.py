@@ -13,6 +13,7 @@ from torch.nn.functional import embedding, linear
 
 from fireflyds.config import TrainableRows, TuningConfig
 from fireflyds.errors import UserError
+from fireflyds.models.deferred import rows_of
 
 
 class SplitEmbedding(nn.Module):
@@ -21,8 +22,10 @@ class SplitEmbedding(nn.Module):
     def __init__(self, weight: Tensor, first: int) -> None:
         super().__init__()
         self.first = first
-        self.frozen = nn.Parameter(weight[:first].detach().clone(), requires_grad=False)
-        self.trainable = nn.Parameter(weight[first:].detach().float())
+        self.frozen = rows_of(weight, slice(first))
+        self.trainable = rows_of(weight, slice(first, None))
+        self.trainable.data = self.trainable.data.float()
+        self.trainable.requires_grad_(True)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Returns the embeddings `[..., d]` of ids `[...]`, in the dtype of `frozen`."""

@@ -1,7 +1,8 @@
 """Trainable parameters: full, freeze (by name), LoRA, QLoRA on a quantised base; plus rows of embeddings and head."""
 
 import re
-from collections.abc import Container
+from collections.abc import Container, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -39,10 +40,14 @@ def quantization_config(config: TuningConfig, precision: Precision, zero_stage: 
     )
 
 
-def load_tuned_model(config: TrainConfig, hf_config: Any, precision: Precision) -> Any:
-    """Loads the model of a run: weights in `precision`, quantised under QLoRA, `requires_grad` set by the tuning."""
+def load_tuned_model(config: TrainConfig, hf_config: Any, precision: Precision, *, deferred: bool = False) -> Any:
+    """Loads the model of a run: weights in `precision`, quantised under QLoRA, `requires_grad` set by the tuning.
+
+    `deferred`: its weights are read later, one by one, except under DoRA, whose magnitudes are norms of them.
+    """
     options = quantization_config(config.tuning, precision, config.zero.stage)
-    loaded = load_model(config.model, hf_config, precision, config.seed, options)
+    deferred = deferred and not config.tuning.use_dora
+    loaded = load_model(config.model, hf_config, precision, config.seed, options, deferred=deferred)
     rows = base_vocab_size(config.model, hf_config)
     return apply_tuning(loaded.model, loaded.family, config.tuning, rows, config.seed)
 
@@ -65,7 +70,8 @@ def apply_tuning(model: Any, family: Family, config: TuningConfig, base_vocab_si
         from peft import inject_adapter_in_model
 
         torch.manual_seed(seed)
-        inject_adapter_in_model(adapter_config(model, family, config), model, ADAPTER)
+        with _adapters_on_the_cpu() if _is_deferred(model) else nullcontext():
+            inject_adapter_in_model(adapter_config(model, family, config), model, ADAPTER)
     split_new_rows(model, config, base_vocab_size)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(
@@ -75,6 +81,29 @@ def apply_tuning(model: Any, family: Family, config: TuningConfig, base_vocab_si
             remedy="Give tuning.trainable=[<expression>], or rows of tuning.embeddings and tuning.head",
         )
     return model
+
+
+def _is_deferred(model: nn.Module) -> bool:
+    return any(hasattr(parameter, "read") for parameter in model.parameters())
+
+
+@contextmanager
+def _adapters_on_the_cpu() -> Iterator[None]:
+    """Context in which new adapters stay on the CPU, with their values, where PEFT would move them to the device of
+    weights on the meta device."""
+    move = nn.Module.to
+
+    def move_unless_meta(module: nn.Module, device: Any = None, **options: Any) -> nn.Module:
+        is_meta = isinstance(device, torch.device) and device.type == "meta"
+        return (
+            move(module, **options) if is_meta and options else module if is_meta else move(module, device, **options)
+        )
+
+    nn.Module.to = move_unless_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.to = move  # type: ignore[method-assign]
 
 
 def adapter_config(model: nn.Module, family: Family, config: TuningConfig) -> Any:
@@ -170,7 +199,9 @@ def _unfreeze(model: Any, expressions: list[str]) -> None:
 def is_quantised(weight: Any) -> bool:
     """True for a weight quantised by bitsandbytes, to 4 or 8 bits."""
     return isinstance(weight, Tensor) and (
-        getattr(weight, "quant_state", None) is not None or weight.dtype is torch.int8
+        getattr(weight, "quant_state", None) is not None
+        or weight.dtype is torch.int8
+        or type(weight).__name__ == "Params4bit"
     )
 
 

@@ -1,8 +1,8 @@
 """Estimated memory of a training step on one GPU (or one CPU rank), by item, and the measured peak.
 
-Memory peaks in one of four phases of a step: loss, start of the backward pass, end of the backward pass, optimizer. The
-memory of a phase is the sum of its items, and the estimate is that of the highest phase. Allocations of DeepSpeed
-follow its source (0.19), ZeRO stages follow arXiv 1910.02054.
+Memory peaks in one of four phases of a step (loss, start and end of the backward pass, optimizer) or, on a GPU, while
+the model is loaded; the phase with the highest sum counts. Allocations of DeepSpeed follow its source (0.19), ZeRO
+stages arXiv 1910.02054.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fireflyds.config import Offload, Precision, TrainConfig, TuningMethod
+from fireflyds.config import ModelInit, Offload, Precision, TrainConfig, TuningMethod
 from fireflyds.optim.optimizers import load_optimizer_spec
 from fireflyds.planner import activations
 from fireflyds.planner.activations import ForwardSpec
@@ -100,7 +100,7 @@ def estimate(
 def moments(
     shape: ModelShape, config: TrainConfig, precision: Precision, placement: Placement, device: str
 ) -> dict[str, dict[str, float]]:
-    """Bytes by item for every phase of a step; `estimate` selects the highest."""
+    """Bytes by item for every phase; `estimate` selects the highest."""
     return _MemoryModel(shape, config, precision, placement, device).moments(1.0)
 
 
@@ -126,10 +126,8 @@ class _MemoryModel:
         self.shards = placement.world_size if placement.stage else 1
         self.trained = shape.trained
         self.shard_numel = self.trained / self.shards
-        # Temporaries of an optimizer step, in copies of the largest tensor: none for fused AdamW (GPU, bitsandbytes);
-        # on the CPU square root and quotient.
-        spec = load_optimizer_spec(config.optim.name)
-        self.num_temporaries = spec.cpu_step_copies if device == "cpu" else 0
+        # In copies of the largest tensor: none for fused AdamW; on the CPU square root and quotient.
+        self.num_temporaries = load_optimizer_spec(config.optim.name).cpu_step_copies if device == "cpu" else 0
 
     def weights(self) -> float:
         total = self.trained * self.wide + self.shape.frozen * self.wide + self.shape.quantised_bytes
@@ -196,8 +194,7 @@ class _MemoryModel:
         }
         if placement.offload_param and self.device == "cuda":
             persistent["weights"] = 0.0
-        if placement.offload_optimizer:
-            # On the CPU, host memory is device memory.
+        if placement.offload_optimizer:  # on the CPU, host memory is device memory
             persistent["optimizer"] = self.offloaded() if self.device == "cpu" else 0.0
         gradients, buffers = self.gradients(end=False), self.buffers(backward=False)
         phases = {
@@ -220,10 +217,18 @@ class _MemoryModel:
             },
             "optimizer": {"gradients": self.update() + self.orthogonalising(), "buffers": buffers},
         }
+        if self.device == "cuda":
+            phases["loading"] = {"optimizer": 0.0, "buffers": self.loading_copy()}
         return {
             name: {item: float(round((persistent | items).get(item, 0.0))) for item in ITEMS}
             for name, items in phases.items()
         }
+
+    def loading_copy(self) -> float:
+        """Weights held twice before the first step: at stage 3 one parameter (as read, and in the model's format), at 1
+        and 2 those that DeepSpeed flattens."""
+        stage = self.placement.stage
+        return self.shape.largest * (4.0 + self.wide) if stage == 3 else self.trained * self.wide * (stage > 0)
 
     def orthogonalising(self) -> float:
         """New momentum and update of Muon, allocated in addition to the old ones until overflow is checked."""
@@ -259,9 +264,12 @@ class _MemoryModel:
         return self.offloaded() * self.placement.offload_optimizer + self.weights() * self.placement.offload_param
 
     def loading(self) -> float:
-        """Host memory while loading: every rank reads the whole model, unless it is quantised during loading."""
-        quantised = self.config.tuning.method is TuningMethod.qlora
-        return 0.0 if quantised else (self.trained + self.shape.frozen) * self.wide
+        """Host memory while loading: every rank reads the whole model, unless it is quantised or sharded meanwhile."""
+        if self.placement.stage == 3 and self.config.model.init is not ModelInit.scratch:
+            return self.loading_copy()
+        return (
+            0.0 if self.config.tuning.method is TuningMethod.qlora else (self.trained + self.shape.frozen) * self.wide
+        )
 
 
 def kept_of(sizes: tuple[int, ...], shards: int) -> int:

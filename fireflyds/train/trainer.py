@@ -262,7 +262,8 @@ def build_model(config: TrainConfig, hf_config: Any, precision: Precision) -> An
     DeepSpeed creates its fp32 master weights from the model's dtype: weights trained by an earlier run are rounded to
     16 bits once where this run trains in 16 bits.
     """
-    model = fuse(load_tuned_model(config, hf_config, precision))
+    # ZeRO-3 shards parameters one by one: weights are read then.
+    model = fuse(load_tuned_model(config, hf_config, precision, deferred=config.zero.stage == 3))
     init_from.restore_weights(model, Path(config.run_dir))
     add_embedding_noise(model, config.optim.neftune_noise_alpha)
     if config.hardware.gradient_checkpointing:

@@ -20,6 +20,7 @@ from fireflyds.optim.compatibility import refuse_large_tensors
 from fireflyds.optim.optimizers import build_optimizer, load_optimizer_spec, reset_step_counts
 from fireflyds.optim.param_groups import logical_numel, parameter_groups
 from fireflyds.zero.ds_config import build_ds_config
+from fireflyds.zero.sharding import shard_parameters
 
 
 class Engine(Protocol):
@@ -144,6 +145,9 @@ def build_engine(model: nn.Module, config: TrainConfig, precision: Precision, ac
     ds_config = build_ds_config(config, precision, accumulation)
     sub_group_size = int(ds_config["zero_optimization"].get("sub_group_size", 10**9))
     refuse_large_tensors(config, sizes, config.zero.stage, dist.get_world_size(), sub_group_size)
+    if config.zero.stage == 3:
+        # Behind the groups, which are made by shapes that sharded parameters no longer have.
+        shard_parameters(model, ds_config, config, precision)
     optimizer = build_optimizer(groups, config)
     # At stage 0 the constructor of DeepSpeed's 16-bit wrapper takes an optimizer step with zero gradients: a rate of 0
     # keeps the weights unchanged, and the step counts are reset below.
