@@ -42,7 +42,7 @@ def _run(base: Path, out: Path, ranks: int, *overrides: str) -> list[dict]:
     return [json.loads(Path(f"{out}.{rank}.json").read_text(encoding="utf-8")) for rank in range(ranks)]
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_rank_holds_its_share_and_one_tensor(base: Path, tmp_path: Path, ranks: int) -> None:
     weights = {}
     for file in base.glob("*.safetensors"):
@@ -63,6 +63,7 @@ def test_a_rank_holds_its_share_and_one_tensor(base: Path, tmp_path: Path, ranks
         assert total == pytest.approx(float(expected.sum()), abs=1e-4 * float(expected.abs().sum()))
 
 
+@pytest.mark.slow
 def test_a_quantised_base_is_sharded_as_it_is_read(base: Path, tmp_path: Path) -> None:
     quantised_bytes = 24 * (4 * 512 * 512 + 3 * 512 * 1408) // 2
     results = _run(base, tmp_path / "out", 2, "tuning=qlora", "tuning.r=4")
