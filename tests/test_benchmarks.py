@@ -5,6 +5,7 @@ import csv
 import importlib
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -191,3 +192,49 @@ def test_contenders_train_on_the_same_tokens_with_equal_losses(data_folder: Path
     for contender in ("HF Trainer, padded", "HF Trainer, packed by position_ids"):
         assert results[contender]["learned_tokens"] == reference["learned_tokens"]
         assert float(results[contender]["last_loss"]) == pytest.approx(float(reference["last_loss"]), abs=2e-4)
+
+
+def test_the_gpu_script_fits_its_time_and_goes_on_behind_a_part_that_fails(tmp_path: Path) -> None:
+    """Played: `python` and `timeout` write down what they are asked for; two of the parts fail."""
+    calls = tmp_path / "calls"
+    (tmp_path / "python").write_text(
+        f"""#!/bin/sh
+case "$*" in *is_available*) exit 0;; esac
+echo "python $*" >> {calls}
+case "$*" in *gpu_smoke*|*test_linear_cross_entropy*) exit 1;; esac
+"""
+    )
+    (tmp_path / "timeout").write_text(f"""#!/bin/sh\nshift\necho "limit $1" >> {calls}\nshift\nexec "$@"\n""")
+    for name in ("python", "timeout"):
+        (tmp_path / name).chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python")}
+    command = [str(FOLDER / "gpu.sh"), str(tmp_path / "results")]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    lines = calls.read_text().splitlines()
+    limits = [int(line.split()[1]) for line in lines if line.startswith("limit")]
+    beside = limits.count(200)
+    assert beside == 7
+    # The tests run beside each other. A command of the lent machine may take ten minutes, all of them fifteen.
+    assert sum(limits) - (beside - 1) * 200 <= 14 * 60
+    scripts = [word for line in lines for word in line.split() if word.startswith("benchmarks/")]
+    assert scripts == [f"benchmarks/{name}.py" for name in ("gpu_smoke", "bench_kernels_gpu", *["bench_train_gpu"] * 2)]
+    # Every file and option is there.
+    for line in lines:
+        for word in line.split():
+            assert not word.startswith(("tests/kernels/", "benchmarks/")) or (ROOT / word).is_file(), word
+    for text in ("--only full --rounds 1", "--only qlora --rounds 1"):
+        assert any(text in line for line in lines)
+    assert ended.returncode == 1
+    assert ended.stdout.count("error: ") == 2
+    refused = subprocess.run([*command, "tets"], env=environment, capture_output=True, text=True, timeout=60)
+    assert (refused.returncode, refused.stdout) == (2, "error: part=tets: one of smoke, tests, kernels, full, qlora\n")
+
+
+def test_the_smoke_test_gives_keys_that_the_verbs_have(benchmark, monkeypatch, tmp_path: Path) -> None:
+    gpu_smoke = benchmark("gpu_smoke")
+    monkeypatch.chdir(tmp_path)
+    for name in ("corpus", "store", "tokenizer", "runs/full/export"):
+        Path(name).mkdir(parents=True)
+    Path("corpus/zh.jsonl").touch()
+    for _, (verb, *words) in gpu_smoke.steps(gpu_smoke.SHAPE, 1024):
+        app.compose(verb, words)

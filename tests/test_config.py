@@ -1,7 +1,9 @@
 """Composition of configurations: accepted and refused overrides, messages, and the option reference."""
 
 import dataclasses
+import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -292,3 +294,22 @@ def test_help_and_cfg_job_do_not_import_torch(verb) -> None:
         assert "import time:" in completed.stderr
         assert "| torch\n" not in completed.stderr
     assert "seq_len: 7" in verb("train", *REQUIRED, "seq_len=7", "--cfg", "job").stdout
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
+        ({"PYTORCH_ALLOC_CONF": "garbage_collection_threshold:0.8"}, None),
+    ],
+)
+def test_gpu_memory_grows_in_segments_unless_the_user_says_how(monkeypatch, given: dict[str, str], expected) -> None:
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.setenv(name, "")  # so that it is restored
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["plan.py", "--help"])
+    app.main(lambda config: None, "About.")
+    assert os.environ.get("PYTORCH_CUDA_ALLOC_CONF") == expected

@@ -1,6 +1,7 @@
 """Initialisation of DeepSpeed (process group, engine), and the optimizer step."""
 
 import contextlib
+import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -194,8 +195,10 @@ def optimizer_step(engine: Engine) -> float:
     Raises:
         LossScaleError: a gradient overflowed float16 at the minimum loss scale.
     """
-    norm = _replicated_grad_norm(engine)
-    if norm is not None and not bool(norm.isfinite()):
+    replicated = _replicated_grad_norm(engine)
+    # One wait for the device: a tensor's truth and its value are two.
+    norm = None if replicated is None else float(replicated)
+    if norm is not None and not math.isfinite(norm):
         _skip_step(engine)
     else:
         try:
@@ -204,7 +207,10 @@ def optimizer_step(engine: Engine) -> float:
             if "loss scale already at minimum" not in str(error):
                 raise
             raise LossScaleError(str(error)) from error
-    return float(norm if norm is not None else engine.get_global_grad_norm() or 0.0)
+    if norm is None:
+        partitioned = engine.get_global_grad_norm()
+        norm = 0.0 if partitioned is None else float(partitioned)
+    return norm
 
 
 def _replicated_grad_norm(engine: Engine) -> Tensor | None:

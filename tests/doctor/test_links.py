@@ -1,6 +1,9 @@
 """Measurements between ranks and their severity."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from fireflyds.config import DoctorConfig
 from fireflyds.distributed.launcher_env import RankInfo
@@ -68,3 +71,22 @@ def test_clocks_are_compared_with_each_other_and_a_missing_one_is_an_error(
     check = clocks.check_clocks(offsets, [0, 1, 2], ["a", "b", "c"], 1.0)
     assert check.severity is severity
     assert message in check.message
+
+
+class _DeviceTakenError(Exception):
+    pass
+
+
+def test_the_all_reduce_runs_on_the_gpu_that_training_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Slurm shows each task one GPU, number 0, also to local rank 1.
+    def take(*sizes: int, device: torch.device) -> None:
+        raise _DeviceTakenError(device)
+
+    channel = SimpleNamespace(me=RankInfo(1, 1, 2, "127.0.0.1", 1), set=lambda key, value: None)
+    monkeypatch.setattr(links.engine, "init_distributed", lambda me, minutes: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch, "empty", take)
+    with pytest.raises(_DeviceTakenError) as taken:
+        links.all_reduce(channel, DoctorConfig(timeout=5))
+    assert taken.value.args == (torch.device("cuda", 0),)

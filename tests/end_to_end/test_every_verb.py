@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 from samples import CHINESE, ENGLISH
 
 pytestmark = pytest.mark.real_process
@@ -136,6 +137,18 @@ def test_the_export_loads_without_fireflyds(verb, base: Path, tmp_path: Path) ->
     )
     completed = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert completed.stdout.split() == ["400", "400"], completed.stderr[-2000:]
+
+
+def test_a_run_is_exported_in_the_format_it_was_trained_in(verb, base: Path, tmp_path: Path) -> None:
+    # As if it had been trained on a GPU with bf16, and were exported on this CPU, which would train in fp32.
+    inputs = json.loads((base / "inputs.json").read_text())
+    assert inputs["precision"] == "fp32"
+    (base / "inputs.json").write_text(json.dumps(inputs | {"precision": "bf16"}))
+    verb("export", "run=base", "out=bf16", "verify=false")
+    assert json.loads((tmp_path / "bf16" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert {str(tensor.dtype) for tensor in load_file(tmp_path / "bf16" / "model.safetensors").values()} == {
+        "torch.bfloat16"
+    }
 
 
 @pytest.mark.slow

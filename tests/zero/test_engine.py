@@ -1,3 +1,8 @@
+import os
+import socket
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -70,3 +75,37 @@ def test_more_ranks_than_gpus_are_refused_on_each(monkeypatch: pytest.MonkeyPatc
         UserError, match=f"LOCAL_RANK={local_rank}: ranks on this host: 8, visible GPUs: 4. Start no more ranks"
     ):
         engine.assign_device(RankInfo(local_rank, local_rank, 8, "a", 1))
+
+
+def test_a_start_compiles_no_probe_of_deepspeeds_operators() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        free_port = server.getsockname()[1]
+    script = f"""
+import deepspeed.ops
+def probe():
+    raise AssertionError("probed")
+deepspeed.ops._probe_compatible_ops = probe
+from fireflyds.distributed.launcher_env import RankInfo
+from fireflyds.zero.engine import init_distributed
+init_distributed(RankInfo(0, 0, 1, "127.0.0.1", {free_port}), 1)
+import torch.distributed as dist
+print(dist.get_backend())
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "DS_ACCELERATOR": "cpu"}
+    ended = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert ended.stdout.split()[-1] == "gloo"
+
+
+def test_measured_peaks_begin_behind_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty_cache"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: calls.append("reset"))
+    monkeypatch.setattr("deepspeed.initialize", lambda **options: (calls.append("initialize") or options["model"],))
+    monkeypatch.setattr(engine.dist, "get_world_size", lambda: 1)
+    model = torch.nn.Linear(2, 2)
+    monkeypatch.setattr(engine, "parameter_groups", lambda model, config: [])
+    monkeypatch.setattr(engine, "build_optimizer", lambda groups, config: torch.optim.SGD(model.parameters(), 1.0))
+    engine.build_engine(model, _config("zero=2"), Precision.fp32, 1)
+    assert calls == ["initialize", "empty_cache", "reset"]
