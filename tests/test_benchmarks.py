@@ -114,7 +114,8 @@ VERB_BENCHMARKS = {
 
 def test_every_benchmark_that_starts_a_verb_is_tested() -> None:
     benchmarks = {file.stem for file in FOLDER.glob("*.py") if '"launch"' in file.read_text(encoding="utf-8")}
-    assert benchmarks == set(VERB_BENCHMARKS)
+    # The smoke test lists its verbs: `test_the_smoke_test_gives_keys_that_the_verbs_have`.
+    assert benchmarks - {"gpu_smoke"} == set(VERB_BENCHMARKS)
 
 
 @pytest.mark.parametrize("name", VERB_BENCHMARKS)

@@ -139,6 +139,7 @@ def test_the_export_loads_without_fireflyds(verb, base: Path, tmp_path: Path) ->
     assert completed.stdout.split() == ["400", "400"], completed.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_a_run_is_exported_in_the_format_it_was_trained_in(verb, base: Path, tmp_path: Path) -> None:
     # As if it had been trained on a GPU with bf16, and were exported on this CPU, which would train in fp32.
     inputs = json.loads((base / "inputs.json").read_text())
