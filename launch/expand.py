@@ -59,10 +59,7 @@ def expand(config: ExpandConfig) -> None:
     marks, scripts = config.pretokenizer is PreTokenizer.marks, Scripts(config.scripts)
     base = load_base(base_path, tied=not config.cure, add_bytes=config.add_bytes, marks=marks)
     pieces = read_pieces(Path(config.pieces)) if config.pieces else []
-    if (base_path / "config.json").is_file():
-        from fireflyds.tokenizer.rows import check_model
-
-        check_model(base_path, base.num_tokens - base.num_added_bytes)
+    check_models(config, base)
     # The output folder is created before the work starts, so that an unwritable target fails early.
     with atomic_dir(Path(config.out), Output("expand")) as out:
         sample = None
@@ -90,6 +87,19 @@ def expand(config: ExpandConfig) -> None:
     for line in notes(config, base, report):
         print(f"note: {line}")
     print(f"wrote {config.out}")
+
+
+def check_models(config: ExpandConfig, base: Base) -> None:
+    """Raises `UserError`, before pieces are learned, where the models cannot get or give rows."""
+    base_path = Path(config.base)
+    if config.donor:
+        from fireflyds.tokenizer.donor import check_donor
+
+        check_donor(Path(config.donor), base_path)
+    if (base_path / "config.json").is_file():
+        from fireflyds.tokenizer.rows import check_model
+
+        check_model(base_path, base.num_tokens - base.num_added_bytes)
 
 
 def notes(config: ExpandConfig, base: Base, report: dict[str, Any]) -> Iterator[str]:

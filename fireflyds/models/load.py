@@ -1,6 +1,7 @@
 """Loading of models: configuration and weights from a directory, or random weights for an architecture."""
 
 import os
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -159,6 +160,12 @@ def load_model(
         model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
     elif deferred:
         model = deferred_model(config.path, hf_config, dtype, quantization)
+        if model is None:
+            warnings.warn(
+                f"model.path={config.path}: its files must be converted by transformers, so every rank reads the whole "
+                "model before zero.stage=3 shards it",
+                stacklevel=2,
+            )
     if model is None:
         load = partial(AutoModelForCausalLM.from_pretrained, config.path, config=hf_config, dtype=dtype)
         model = load() if quantization is None else _load_quantised(load, quantization)

@@ -37,6 +37,25 @@ class DonorRows:
     counts: dict[str, int]
 
 
+def check_donor(folder: Path, base: Path) -> None:
+    """Raises `UserError`, before pieces are learned, where the base has no rows or the donor is no whole model."""
+    if not (base / "config.json").is_file():
+        raise UserError(
+            f"base={base} is a tokenizer alone, which has no rows to make",
+            key="donor",
+            value=folder,
+            remedy="Give the directory of a model as base, or leave out init=omp and donor",
+        )
+    try:
+        load_encoder(folder)
+        weight_readers(folder)
+    except UserError as error:
+        remedy = "Give the directory of a whole model"
+        raise UserError(
+            f"is no model with a tokenizer ({error.rule})", key="donor", value=folder, remedy=remedy
+        ) from error
+
+
 def donor_rows(folder: Path, base: Encoder, texts: Sequence[str | None], num_terms: int) -> DonorRows:
     """Returns the new rows of the pieces with `texts` as sums of `num_terms` rows of the base.
 

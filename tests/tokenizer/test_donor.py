@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fireflyds.config import ExpandConfig, RowInit
 from fireflyds.errors import UserError
 from fireflyds.tokenizer.base import load_base
-from fireflyds.tokenizer.donor import donor_rows, matching_pursuit
+from fireflyds.tokenizer.donor import check_donor, donor_rows, matching_pursuit
 from fireflyds.tokenizer.encoder import load_encoder
 
 TEXTS = ["河流", "山", "大海"]
@@ -91,3 +91,15 @@ def test_init_omp_and_a_donor_belong_together() -> None:
     for options in ({"init": RowInit.omp}, {"donor": "models/qwen"}):
         with pytest.raises(UserError, match="init=omp and donor belong together"):
             ExpandConfig(base="b", out="o", corpus="c", num_pieces=10, **options)
+
+
+def test_a_donor_without_weights_and_a_base_without_rows_are_refused_at_once(tmp_path: Path) -> None:
+    base = KINDS["byte_level"](tmp_path / "base")
+    with pytest.raises(UserError, match="donor=.*is a tokenizer alone, which has no rows to make. Give the directory"):
+        check_donor(base, base)
+    (base / "config.json").write_text("{}", encoding="utf-8")
+    for donor in (base, tmp_path / "none"):
+        with pytest.raises(
+            UserError, match="donor=.*is no model with a tokenizer.*Give the directory of a whole model"
+        ):
+            check_donor(donor, base)
