@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import psutil
@@ -33,6 +34,7 @@ from fireflyds.tokenizer.encoder import load_encoder
 
 ROOT = Path(__file__).parents[1]
 SEQ_LEN = 4096
+ROUNDS = 5
 
 
 def repeated(source: Path, out: Path, size: int) -> None:
@@ -100,18 +102,22 @@ def encoding_rows(source: Path, model: Path, folder: Path) -> list[str]:
         check=True,
         capture_output=True,
     )
-    rows = []
-    for name, work in (
-        ("text → store, 2 processes", lambda: prepare_with_fireflyds(text, model, folder / "store")),
-        ("SentencePiece encoding alone, 2 threads (baseline)", lambda: encode_with_sentencepiece(documents, model)),
-        (
-            "`datasets.map`, fast tokenizer, `num_proc=2` (baseline)",
-            lambda: map_with_datasets(text, folder / "fast", folder / "cache"),
+    work: dict[str, Callable[[int], object]] = {
+        "text → store, 2 processes": lambda number: prepare_with_fireflyds(text, model, folder / f"store{number}"),
+        "SentencePiece encoding alone, 2 threads (baseline)": lambda _: encode_with_sentencepiece(documents, model),
+        "`datasets.map`, fast tokenizer, `num_proc=2` (baseline)": lambda number: map_with_datasets(
+            text, folder / "fast", folder / f"cache{number}"
         ),
-    ):
-        seconds = timed(work)
-        rows.append(f"| {name} | {megabytes / seconds:.1f} MB/s | {seconds:.1f} s for {megabytes:.0f} MB |")
-    return rows
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for number in range(ROUNDS):
+        for name, run in work.items():
+            seconds[name].append(timed(partial(run, number)))
+    return [
+        f"| {name}, median of {ROUNDS} | {megabytes / median(times):.1f} MB/s | "
+        f"{median(times):.1f} s for {megabytes:.0f} MB |"
+        for name, times in seconds.items()
+    ]
 
 
 def _one_piece(folder: Path) -> Path:

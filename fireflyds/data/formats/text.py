@@ -9,17 +9,23 @@ EXAMPLE = {"text": "白日依山尽，黄河入海流。"}
 _CHAPTER = frozenset(f"content[].{key}" for key in ("title", "chapter", "paragraphs", "content"))
 # Classes of documents and the like: decisions about dialogues only.
 PASSES_OVER = frozenset({"label", "weight", "input", "context", "images", "image"})
+_RENDERED = ("<s>Human:", "<s>System:")  # a dialogue of the layout flagalpha
 
 
 def matches(record: dict[str, Any]) -> bool:
     """True where the record has a text, or the lines of a poem or book."""
     text = record.get("text", record.get("content"))
-    rendered = isinstance(text, str) and text.startswith(("<s>Human:", "<s>System:"))  # the FlagAlpha layout
     return (
-        (isinstance(text, str) and not rendered)
+        (isinstance(text, str) and not text.startswith(_RENDERED))
         or isinstance(record.get("paragraphs"), list)
         or bool(isinstance(record.get("content"), list) and record["content"])
     )
+
+
+def holds_text_only(record: dict[str, Any]) -> bool:
+    """True for a row that is one text under `text` and nothing else: every line of a `.txt` file."""
+    text = record.get("text") if len(record) == 1 else None
+    return isinstance(text, str) and bool(text) and not text.isspace() and not text.startswith(_RENDERED)
 
 
 def reads(record: dict[str, Any]) -> frozenset[str]:

@@ -49,8 +49,6 @@ def normalize_keys(fields: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: a key that holds turns has a string that is not JSON.
     """
-    if len(fields) == 1 and isinstance(fields.get("text"), str):  # the most frequent row by far
-        return fields
     present = {key: value for key, value in fields.items() if value is not None}
     for key in [key for key in present if isinstance(key, str) and key not in _KNOWN]:
         name = NAMES.get(key) or (key.lower() if key.lower() in _KNOWN else key)

@@ -1,5 +1,6 @@
 """Rows of data as people publish them: every turn is read with its role and loss, or the row is rejected by name."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -236,3 +237,19 @@ def test_lines_of_a_book_are_read_in_order(tmp_path: Path) -> None:
     (item,) = read_rows(tmp_path, {"title": "题", "content": ["一", "二"]})
     assert isinstance(item, LocatedSample)
     assert item.sample.text == "题\n一\n二"
+
+
+def test_a_row_of_text_alone_is_read_as_one_with_a_null_field(tmp_path: Path) -> None:
+    texts = [
+        "  诗\t",
+        " ",
+        "",
+        "a\ud800b",
+        "<s>Human: 问\n</s><s>Assistant: 答\n</s>",
+        "<s>Human: 问",
+        "<|im_start|>user",
+        3,
+    ]
+    for text in texts:
+        alone, beside = read_rows(tmp_path, {"text": text}, {"text": text, "title": None})
+        assert dataclasses.replace(alone, line=2) == beside
