@@ -317,7 +317,7 @@ def main() -> None:
         folder = Path(temporary_folder)
         rows = encoding_rows(source, model, folder)
         rows += packing_rows()
-        rows += loader_rows(TokenStore(folder / "store"))
+        rows += loader_rows(TokenStore(folder / "store0"))
         rows += resume_rows(folder / "resume")
         rows += near_duplicate_rows(source)
         rows += memory_rows(source, model, folder)

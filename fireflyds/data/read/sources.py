@@ -94,7 +94,7 @@ def _read_text(record: RawRecord) -> LocatedSample | RejectedRow:
         _check_text(sample)
     except UnicodeEncodeError as error:
         return RejectedRow(record.file, record.line, f"not a valid text row: {error}")
-    return LocatedSample(sample, "text", record.file, record.line, (), _template_marker(sample))
+    return LocatedSample(sample, "text", record.file, record.line, [], _template_marker(sample))
 
 
 def _read_row(record: RawRecord, configured: ModuleType | None) -> LocatedSample | RejectedRow:
