@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from fireflyds_kernels import dispatch
+from fireflyds_kernels.requirements import DispatchKey, triton_build_problem
 
 from fireflyds.doctor.check import Check, failed, passed, warning
 from fireflyds.models.precision import has_bf16
@@ -74,12 +75,12 @@ def check_all(ranks_here: int) -> list[Check]:
     build, visible_gpus = torch_build(), look()
     if not visible_gpus:
         card_exists, visible_devices = has_card(Path("/dev")), os.environ.get("CUDA_VISIBLE_DEVICES")
-        return [check_none(build, card_exists, visible_devices, _cuda_error()), _build_tools()]
+        return [check_none(build, card_exists, visible_devices, _cuda_error()), _build_tools(on_gpu=False)]
     checks = [check_gpus(visible_gpus, ranks_here), check_kernels_for(build, visible_gpus), check_ability(visible_gpus)]
     if (spec := find_spec("bitsandbytes")) is not None and spec.submodule_search_locations:
         files = [file.name for file in Path(spec.submodule_search_locations[0]).glob("libbitsandbytes_*")]
         checks.append(check_bitsandbytes(files, build.cuda))
-    return [*checks, _build_tools()]
+    return [*checks, _build_tools(on_gpu=True)]
 
 
 def check_none(build: TorchBuild, card: bool, visible: str | None, why: str) -> Check:
@@ -182,7 +183,7 @@ def check_ability(gpus: list[Gpu]) -> Check:
     """Reports number formats and attention implementation of the GPU with the lowest capability."""
     lowest = min(gpu.capability for gpu in gpus)
     dtype = torch.bfloat16 if has_bf16(lowest) else torch.float16
-    attention = dispatch.runnable("packed_attention", dispatch.DispatchKey("cuda", lowest, dtype, 128))[0]
+    attention = dispatch.runnable("packed_attention", DispatchKey("cuda", lowest, dtype, 128))[0]
     if has_bf16(lowest):
         return passed("capability", f"sm_{lowest}: bf16 and FlashAttention-2; packed attention runs on {attention}")
     remedy = (
@@ -213,8 +214,12 @@ def check_bitsandbytes(files: list[str], cuda: str) -> Check:
     return failed("bitsandbytes", f"no library for CUDA {cuda}: {', '.join(available) or 'only a CPU build'}", remedy)
 
 
-def check_build_tools(ninja: bool, compiler: bool) -> Check:
-    """Checks the tools that DeepSpeed needs to compile its CPU Adam on first use, with a GPU or without one."""
+def check_build_tools(ninja: bool, compiler: bool, triton_problem: str | None) -> Check:
+    """Checks the tools that DeepSpeed needs to compile its CPU Adam on first use, with a GPU or without one, and on a
+    GPU those that Triton needs (`triton_problem`: why it cannot build)."""
+    if triton_problem:
+        remedy = "install gcc and the headers of this Python; until then our Triton kernels do not run, nor optim=muon"
+        return warning("build tools", triton_problem, remedy)
     missing = [name for name, is_available in (("ninja", ninja), ("a C++ compiler", compiler)) if not is_available]
     if not missing:
         return passed("build tools", "ninja, a C++ compiler: DeepSpeed's CPU Adam can be built")
@@ -222,9 +227,10 @@ def check_build_tools(ninja: bool, compiler: bool) -> Check:
     return warning("build tools", f"missing: {', '.join(missing)}", remedy)
 
 
-def _build_tools() -> Check:
+def _build_tools(*, on_gpu: bool) -> Check:
     compiler = shutil.which(os.environ.get("CXX", "c++"))
-    return check_build_tools(shutil.which("ninja") is not None, compiler is not None)
+    triton_problem = triton_build_problem() if on_gpu else None
+    return check_build_tools(shutil.which("ninja") is not None, compiler is not None, triton_problem)
 
 
 def _cuda_error() -> str:

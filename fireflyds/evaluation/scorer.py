@@ -93,7 +93,8 @@ def _packed_losses(model: EvaluatedModel, sequences: Sequence[Sequence[int]]) ->
     lengths = [len(sequence) for sequence in sequences]
     inputs = PackedBatch.from_documents(sequences).model_inputs(model.device)
     losses = model.model(**inputs, compute=head.token_losses)
-    return [part[:-1].cpu().numpy() for part in losses.split(lengths)]
+    # One copy from the device for the whole batch.
+    return [part[:-1].numpy() for part in losses.cpu().split(lengths)]
 
 
 def continuation_losses(model: EvaluatedModel, prompt: list[int], continuations: Sequence[list[int]]) -> list[float]:

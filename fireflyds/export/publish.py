@@ -135,7 +135,7 @@ def reload_difference(folder: Path, ids: Tensor, trained_logits: Tensor, dtype: 
     Raises:
         UserError: the difference exceeds the rounding error of the format (`TOLERANCE`).
     """
-    model = load_for_inference(folder)
+    model = load_for_inference(folder, or_on_cpu=True)
     logits = model(ids.to(model.device)).logits.float().cpu()
     difference = float((trained_logits - logits).abs().max() / trained_logits.abs().max())
     if not difference <= TOLERANCE[dtype]:

@@ -1,8 +1,8 @@
 """Metrics of a training step in addition to its loss: by domain, by parameter group, throughput, and timing by rank.
 
 Counts known on the host are part of the all-reduce before the step, loss sums of the all-reduce after the last backward
-pass; the timings of the ranks are all-gathered once at the end of the step. None of this adds a device synchronization
-to those of the training loop.
+pass; the timings of the ranks are all-gathered once at the end of the step. The host waits for the device once for each
+of the three, and for none of the micro-batches.
 """
 
 import math
@@ -77,7 +77,7 @@ class StepMetricsAccumulator:
         self._waited = self._host_seconds = 0.0
         self._events: list[tuple[Any, Any]] = []
         self._batch_domains: list[int | Tensor] = []
-        self._counts, self._losses = np.zeros(0), torch.zeros(0)
+        self._counts, self._losses, self._summed_losses = np.zeros(0), torch.zeros(0), np.zeros(0)
 
     def start_step(self, batches: list[PackedBatch], waited: float) -> tuple[int, int]:
         """Starts a step and sums its counts over all ranks.
@@ -142,10 +142,11 @@ class StepMetricsAccumulator:
         else:
             self._losses[1:].index_add_(0, domain.to(self._device, non_blocking=True), losses.double())
 
-    def reduce(self) -> Tensor:
-        """Sums the losses over all ranks. Returns the loss sum of the step without synchronizing with the device."""
+    def reduce(self) -> float:
+        """Sums the losses over all ranks, waiting for the device once. Returns the loss sum of the step."""
         dist.all_reduce(self._losses)
-        return self._losses[0]
+        self._summed_losses = self._losses.cpu().numpy()
+        return float(self._summed_losses[0])
 
     def finish_step(self, step: int, seconds: float, lrs: Sequence[float]) -> dict[str, float]:
         """Returns all metrics of the step by their keys in `metrics.jsonl`.
@@ -176,7 +177,7 @@ class StepMetricsAccumulator:
 
     def _domain_metrics(self) -> dict[str, float]:
         """Loss in nats per learned token and bits per byte, of the whole step and of every domain that occurs in it."""
-        losses, num_domains = self._losses.cpu().numpy(), len(self._context.domains)
+        losses, num_domains = self._summed_losses, len(self._context.domains)
         learned, num_bytes = (
             self._counts[_NUM_TOTALS : _NUM_TOTALS + num_domains],
             self._counts[_NUM_TOTALS + num_domains :],

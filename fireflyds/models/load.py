@@ -172,11 +172,39 @@ def load_model(
     return Loaded(model, family)
 
 
-def load_for_inference(folder: Path | str) -> Any:
-    """Loads a Hugging Face directory with plain transformers, in evaluation mode, on the first GPU if there is one."""
+def load_for_inference(folder: Path | str, *, or_on_cpu: bool = False) -> Any:
+    """Loads a Hugging Face directory with plain transformers, in evaluation mode, on the first GPU if there is one.
+
+    `or_on_cpu`: a model that this GPU has no memory for is loaded on the CPU.
+
+    Raises:
+        UserError: the weights need more memory than that GPU has free.
+    """
     hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    model = AutoModelForCausalLM.from_pretrained(folder, config=hf_config, dtype=inference_dtype(hf_config)).eval()
-    return model.cuda() if torch.cuda.is_available() else model
+    load = partial(AutoModelForCausalLM.from_pretrained, folder, config=hf_config, dtype=inference_dtype(hf_config))
+    if not torch.cuda.is_available():
+        return load().eval()
+    needed, (free, _) = _inference_bytes(Path(folder), hf_config), torch.cuda.mem_get_info(0)
+    if needed <= free:
+        return load(device_map={"": 0}).eval()  # each tensor is read onto the GPU, without a copy on the host
+    if or_on_cpu:
+        return load().eval()
+    raise UserError(
+        f"its weights take {needed / 2**30:.1f} GiB and the first GPU has {free / 2**30:.1f} GiB free; a model is "
+        "evaluated, and talks, on one GPU",
+        key="model",
+        value=folder,
+        remedy="Free the GPU, or use one with more memory",
+    )
+
+
+def _inference_bytes(folder: Path, hf_config: Any) -> int:
+    """Bytes of the weights in memory: those of the files where they are quantised, else parameters times their size."""
+    if getattr(hf_config, "quantization_config", None):
+        return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    dtype = inference_dtype(hf_config)
+    own: torch.dtype = (getattr(hf_config, "dtype", None) or torch.float32) if isinstance(dtype, str) else dtype
+    return sum(parameter.numel() for parameter in bare_model(hf_config).parameters()) * own.itemsize
 
 
 def _load_quantised(load: Callable[..., Any], quantization: Any) -> Any:

@@ -69,7 +69,7 @@ class _Step:
                     norm = self._update()
             else:
                 self.engine.step()
-        return float(accumulator.reduce()) / max(self.num_targets, 1), norm
+        return accumulator.reduce() / max(self.num_targets, 1), norm
 
     def _update(self) -> float:
         try:

@@ -164,6 +164,9 @@ def build_engine(model: nn.Module, config: TrainConfig, precision: Precision, ac
         )
     if config.zero.stage == 0:
         reset_step_counts(optimizer)
+        if hasattr(engine.optimizer, "overflow_checker"):
+            # It waits for the device once per parameter; `optimizer_step` has found the norm finite before.
+            engine.optimizer.overflow_checker.has_overflow_serial = lambda params: False
     if torch.cuda.is_available():
         # The measured peak is that of the training: loading and flattening take more, once.
         torch.cuda.empty_cache()

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fireflyds_kernels.requirements import HALF_OR_SINGLE, DispatchKey
+
 VARIABLE = "FIREFLYDS_KERNELS"
 _KERNELS: dict[str, "Kernel"] = {}
 _forced: list[str] = []
@@ -27,24 +29,6 @@ _loaded: dict[str, Callable[..., Any]] = {}
 
 class CannotRunError(RuntimeError):
     """An implementation was selected by name and cannot run here, or no implementation has that name."""
-
-
-@dataclass(frozen=True, slots=True)
-class DispatchKey:
-    """Properties that determine the choice. `capability` is 90 for sm_90, 0 without CUDA; `head_dim` is 0 where there
-    is none."""
-
-    device: str
-    capability: int
-    dtype: torch.dtype
-    head_dim: int = 0
-    window: bool = False
-    alibi: bool = False
-
-    def __str__(self) -> str:
-        device = f"sm_{self.capability}" if self.capability else self.device
-        extras = [f"head_dim {self.head_dim}"] * bool(self.head_dim) + ["window"] * self.window + ["ALiBi"] * self.alibi
-        return " ".join([device, str(self.dtype).removeprefix("torch."), *extras])
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,65 +179,6 @@ def select(
 ) -> Callable[..., Any]:
     """The function that computes `kernel` for tensors like this one. torch.compile treats the choice as a constant."""
     return _loaded[_select(kernel, tensor.device, tensor.dtype, head_dim, window, alibi)]
-
-
-def requires(
-    *, capability: int = 0, dtypes: tuple[torch.dtype, ...] = (), package: str = "", function: str = ""
-) -> Callable[[DispatchKey], str | None]:
-    """Returns a rule: a CUDA device of at least this capability, one of these number formats, and a package that can
-    be imported and has `function`."""
-
-    def refuses(key: DispatchKey) -> str | None:
-        if key.device != "cuda" or not key.capability:
-            return "needs an NVIDIA GPU"
-        if key.capability < capability:
-            return f"needs sm_{capability} or newer"
-        if dtypes and key.dtype not in dtypes:
-            return f"supports {' and '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)} only"
-        return import_problem(package, function) if package else None
-
-    return refuses
-
-
-def requires_triton(capability: int) -> Callable[[DispatchKey], str | None]:
-    """Returns a rule: Triton, on a GPU of at least this capability or in its interpreter (`TRITON_INTERPRET=1`)."""
-    on_gpu = requires(capability=capability, dtypes=HALF_OR_SINGLE, package="triton", function="jit")
-
-    def refuses(key: DispatchKey) -> str | None:
-        if key.device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1" and not import_problem("triton", "jit"):
-            return None if key.dtype in HALF_OR_SINGLE else f"does not support {key.dtype}"
-        if key.dtype is torch.bfloat16 and 0 < key.capability < 80:
-            return "bfloat16 needs sm_80 or newer"  # some versions: ptxas, "Feature 'cvt.bf16.f32' requires sm_80"
-        return on_gpu(key)
-
-    return refuses
-
-
-HALF = (torch.float16, torch.bfloat16)
-HALF_OR_SINGLE = (*HALF, torch.float32)
-
-
-def always(key: DispatchKey) -> str | None:
-    """The rule of an implementation that runs everywhere."""
-    return None
-
-
-@functools.cache
-def import_problem(package: str, name: str) -> str | None:
-    """Imports `name` of a package. Returns why it cannot be used, None where it can.
-
-    A package may be found and not be usable: built for another torch or CUDA, or another one of the same name
-    (FlashAttention-4 installs a `flash_attn` that lacks FlashAttention-2's functions).
-    """
-    try:
-        getattr(importlib.import_module(package), name)
-    except AttributeError:
-        return f"the package {package} has no {name}"
-    except Exception as error:
-        if isinstance(error, ModuleNotFoundError) and error.name == package:
-            return f"the package {package} is not installed"
-        return f"the package {package} cannot be imported ({(str(error).splitlines() or [type(error).__name__])[0]})"
-    return None
 
 
 def runnable(kernel: str, key: DispatchKey) -> list[str]:

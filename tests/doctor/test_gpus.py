@@ -112,4 +112,10 @@ def test_bitsandbytes_needs_its_library_for_the_cuda_of_torch(files, cuda: str, 
     [(True, True, Severity.ok), (False, True, Severity.warning), (True, False, Severity.warning)],
 )
 def test_cpu_adam_needs_ninja_and_a_compiler_alone(ninja, compiler, severity) -> None:
-    assert gpus.check_build_tools(ninja, compiler).severity is severity
+    assert gpus.check_build_tools(ninja, compiler, None).severity is severity
+
+
+def test_what_triton_lacks_is_named() -> None:
+    check = gpus.check_build_tools(True, True, "Triton needs gcc, clang or CC")
+    assert check.severity is Severity.warning
+    assert check.message == "Triton needs gcc, clang or CC"

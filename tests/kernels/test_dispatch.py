@@ -6,15 +6,16 @@ import sys
 import fireflyds_kernels
 import pytest
 import torch
-from fireflyds_kernels import CannotRunError, dispatch, force, swiglu
+from fireflyds_kernels import CannotRunError, dispatch, force, requirements, swiglu
 from fireflyds_kernels.dispatch import DispatchKey
 
 PACKAGES = {"triton", "flash_attn", "flash_attn_interface", "bitsandbytes"}
 
 
 def _choose(monkeypatch, kernel: str, key: DispatchKey, packages=frozenset({"triton", "bitsandbytes"})) -> str:
+    monkeypatch.setattr(requirements, "triton_build_problem", lambda: None)
     monkeypatch.setattr(
-        dispatch,
+        requirements,
         "import_problem",
         lambda package, name: None if package in packages else f"the package {package} is not installed",
     )
@@ -89,11 +90,11 @@ def test_a_package_that_is_found_and_cannot_be_used_is_refused(monkeypatch, tmp_
         (tmp_path / "flash_attn.py").write_text(source, encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
-    dispatch.import_problem.cache_clear()
+    requirements.import_problem.cache_clear()
     try:
         refusals = dispatch.refusals("packed_attention", DispatchKey("cuda", 80, torch.bfloat16, 128))
     finally:
-        dispatch.import_problem.cache_clear()
+        requirements.import_problem.cache_clear()
         sys.modules.pop("flash_attn", None)
     assert refusals["flash_attn"] == (reason and f"the package flash_attn {reason}")
 
@@ -106,7 +107,7 @@ def test_a_triton_matrix_product_is_refused_below_sm_80(monkeypatch) -> None:
 
 def test_the_environment_and_the_context_manager_force_an_implementation(monkeypatch) -> None:
     key = DispatchKey("cpu", 0, torch.float32)
-    monkeypatch.setattr(dispatch, "import_problem", lambda package, name: None)
+    monkeypatch.setattr(requirements, "import_problem", lambda package, name: None)
     monkeypatch.setenv(dispatch.VARIABLE, "linear_cross_entropy=reference")
     assert dispatch._KERNELS["linear_cross_entropy"].choose(key) == "reference"
     assert dispatch._KERNELS["qlora_linear"].choose(key) == "fused"
@@ -161,3 +162,28 @@ def test_forces_nest() -> None:
         with force("reference"):
             assert kernel.choose(key) == "reference"
         assert kernel.choose(key) == "chunked"
+
+
+@pytest.mark.parametrize(
+    ("compiler", "header", "reason"),
+    [
+        ("cc", True, None),
+        ("no-such-compiler", True, "Triton needs a C compiler (CC=no-such-compiler is none)"),
+        (None, True, "Triton needs gcc, clang or CC"),
+        ("cc", False, "Triton needs Python.h in {folder} (python3-dev)"),
+    ],
+)
+def test_triton_is_refused_where_it_cannot_build(monkeypatch, tmp_path, compiler, header, reason) -> None:
+    (tmp_path / "cc").touch(mode=0o755)
+    if header:
+        (tmp_path / "Python.h").touch()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CC", compiler) if compiler else monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(requirements.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setattr(requirements, "import_problem", lambda package, name: None)
+    requirements.triton_build_problem.cache_clear()
+    try:
+        refusal = dispatch.refusals("rms_norm", DispatchKey("cuda", 90, torch.bfloat16))["triton"]
+    finally:
+        requirements.triton_build_problem.cache_clear()
+    assert refusal == (reason and reason.format(folder=tmp_path))

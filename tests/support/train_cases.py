@@ -2,8 +2,9 @@
 
 A case: `overrides` of the training's configuration, `steps`, and where wanted `rows` of a step, `run_dir` (a checkpoint
 is saved there at the end), `overflow` (steps whose gradients leave float16's range), `nan_at` (the step from which on a
-layer outputs NaN), `spoilt_gradients` (steps with a finite loss and gradients that are not finite), `resume` (a run
-directory to resume from).
+layer outputs NaN), `host_waits` (true to record them; with `reads_outputs` a
+layer causes some), `spoilt_gradients` (steps with a finite loss and gradients that
+are not finite), `resume` (a run directory to resume from).
 """
 
 import json
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from host_waits import HostWaits
 
 from fireflyds import app
 from fireflyds.checkpoint import init_from
@@ -112,6 +114,13 @@ def _train(case: dict, rank_info: launcher_env.RankInfo) -> dict:
     if "nan_at" in case:
         model.get_submodule("model.layers.1.mlp.down_proj").register_forward_hook(nan_output)
 
+    def read_output(module, inputs, output):
+        bool(output.sum() > 0)
+        output.register_hook(lambda gradient: float(gradient.sum()) and None)
+
+    if case.get("reads_outputs"):
+        model.get_submodule("model.layers.1.mlp.down_proj").register_forward_hook(read_output)
+
     def infinite_gradient(gradient):
         return gradient * float("inf") if state.step + 1 in case.get("spoilt_gradients", ()) else gradient
 
@@ -119,8 +128,10 @@ def _train(case: dict, rank_info: launcher_env.RankInfo) -> dict:
         hidden = model.get_submodule("model.layers.0.mlp.down_proj")
         hidden.register_forward_hook(lambda module, inputs, output: output.register_hook(infinite_gradient) and None)
     end, batches = state.step + case["steps"], Batches(hf_config.vocab_size, rows, config.micro_batch_size, rank_info)
+    waits = HostWaits()
+    steps = train_steps(engine, objective, batches, state, config, end, metrics_context, waits.span)
     try:
-        for step in train_steps(engine, objective, batches, state, config, end, metrics_context):
+        for step in waits.recorded(steps) if case.get("host_waits") else steps:
             result["losses"].append(step.loss)
             result["extra"].append(step.extra)
             result["scales"].append(step.extra.get("loss_scale"))
@@ -130,6 +141,7 @@ def _train(case: dict, rank_info: launcher_env.RankInfo) -> dict:
             result["lrs"].append([group["lr"] for group in engine.optimizer.param_groups])
     except UserError as error:
         result["error"] = str(error)
+    result["host_waits"] = waits.records
     optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
     result["state_bytes"] = sum(
         t.numel() * t.element_size()

@@ -20,6 +20,7 @@ FP16 = [
     "hardware.loss_scale_window=2",
     "hardware.min_loss_scale=64",
 ]
+BF16 = "hardware.precision=bf16"
 NUM_ADAPTED = 2 * 4 * (4 * (64 + 64) + 3 * (64 + 128))
 
 
@@ -53,7 +54,7 @@ def results(folder: Path) -> dict:
         cases[f"tied again {stage}"] = case(tied, "lora", stage, *NEW_ROWS, checkpointing)
     for stage in (0, 2, 3):
         run_dir = str(folder / f"bf16-{stage}")
-        cases[f"bf16 {stage}"] = case(base, "qlora", stage, "hardware.precision=bf16", run_dir=run_dir)
+        cases[f"bf16 {stage}"] = case(base, "qlora", stage, BF16, run_dir=run_dir)
     for optim in ("adamw", "paged_adamw_32bit", "adamw_8bit"):
         cases[optim] = case(base, "full", 2, f"optim={optim}", "optim.lr=1e-2", "optim.betas=[0.9,0.95]")
     paged_options = ["optim=paged_adamw_32bit", "optim.lr=1e-2", "optim.betas=[0.9,0.95]"]
@@ -73,6 +74,9 @@ def results(folder: Path) -> dict:
     )
     cases["noise"] = case(base, "full", 2, "optim.neftune_noise_alpha=30")
     cases["lora fp32"] = case(base, "lora", 2)
+    for stage in STAGES:
+        cases[f"waits {stage}"] = case(base, "lora", stage, BF16, steps=3, rows=8, host_waits=True)
+    cases["waits of a layer"] = case(base, "full", 2, steps=2, rows=8, host_waits=True, reads_outputs=True)
     for stage in STAGES:
         max_skipped = "recovery.max_skipped=2"
         cases[f"nan {stage}"] = case(base, "full", stage, max_skipped, nan_at=3)
@@ -293,3 +297,27 @@ def test_every_group_logs_its_learning_rate(results: dict) -> None:
         assert list(logged_lrs) == ["lora_A", "lora_B", "embeddings", "head"]
         assert list(logged_lrs.values()) == lrs
         assert logged_lrs["lora_B"] == pytest.approx(16 * logged_lrs["lora_A"])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_host_waits_for_no_micro_batch(results: dict, stage: int) -> None:
+    # 8 rows are 4 micro-batches a rank. ZeRO-3 compares the order of the parameters over all ranks in its first step.
+    waits = [(step, part, place) for step, part, place in results[f"waits {stage}"]["host_waits"] if part != "data"]
+    assert not [wait for wait in waits if wait[1] in ("forward", "backward") and (stage < 3 or wait[0] > 0)]
+    ours = [
+        "accumulator.py:start_step",
+        "engine.py:optimizer_step",
+        "accumulator.py:reduce",
+        "accumulator.py:finish_step",
+    ]
+    files = {place.partition(":")[0] for place in ours}
+    for step in range(3):
+        places = [place for number, part, place in waits if number == step and part not in ("forward", "backward")]
+        assert [place for place in places if place.partition(":")[0] in files] == ours
+        # DeepSpeed's: of the whole step, and of each of the two parameter groups.
+        assert len(places) <= len(ours) + 2 + 2 * 2
+
+
+def test_waits_of_a_layer_are_recorded(results: dict) -> None:
+    waits = [tuple(wait[:2]) for wait in results["waits of a layer"]["host_waits"]]
+    assert [waits.count((step, part)) for step in (0, 1) for part in ("forward", "backward")] == [4] * 4

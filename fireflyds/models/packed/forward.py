@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from fireflyds_kernels import dispatch
+from fireflyds_kernels.requirements import DispatchKey
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
@@ -100,11 +101,11 @@ def fuse(model: Any) -> Any:
     return model
 
 
-def attention_dispatch_key(hf_config: Any, device: torch.device, dtype: torch.dtype) -> dispatch.DispatchKey:
+def attention_dispatch_key(hf_config: Any, device: torch.device, dtype: torch.dtype) -> DispatchKey:
     """Returns the dispatch key of packed attention for a model, derived from its configuration."""
     alibi = hf_config.model_type == "bloom" or bool(getattr(hf_config, "alibi", False))
     window = bool(getattr(hf_config, "sliding_window", None))
-    return dispatch.DispatchKey(device.type, dispatch.capability_of(device), dtype, head_dim(hf_config), window, alibi)
+    return DispatchKey(device.type, dispatch.capability_of(device), dtype, head_dim(hf_config), window, alibi)
 
 
 def attention_override(config: HardwareConfig, hf_config: Any, precision: Precision) -> AbstractContextManager[None]:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from fireflyds_kernels.requirements import import_problem, triton_build_problem
 
 from fireflyds.config import TrainConfig
 from fireflyds.errors import UserError
@@ -13,7 +14,7 @@ def check(config: TrainConfig) -> list[str]:
     """Returns notes on the configuration.
 
     Raises:
-        UserError: adapters are trained, so that Muon has no matrix to train.
+        UserError: adapters are trained, so that Muon has no matrix to train; a GPU for which nothing can be compiled.
     """
     if config.tuning.has_adapters:
         raise UserError(
@@ -21,6 +22,13 @@ def check(config: TrainConfig) -> list[str]:
             key="optim",
             value="muon",
             remedy="Use optim=adamw, or tuning=full",
+        )
+    if torch.cuda.is_available() and (problem := import_problem("triton", "jit") or triton_build_problem()):
+        raise UserError(
+            f"DeepSpeed compiles its Muon with torch.compile, which cannot run on this GPU: {problem}",
+            key="optim",
+            value="muon",
+            remedy="Install what it names, or use optim=adamw",
         )
     if not config.optim.max_grad_norm:
         return []

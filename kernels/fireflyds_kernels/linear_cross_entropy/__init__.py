@@ -6,7 +6,8 @@ from typing import Any, Literal, overload
 from torch import Tensor
 
 from fireflyds_kernels import dispatch
-from fireflyds_kernels.dispatch import Implementation, always, requires_triton
+from fireflyds_kernels.dispatch import Implementation
+from fireflyds_kernels.requirements import always, requires_triton
 
 
 @overload

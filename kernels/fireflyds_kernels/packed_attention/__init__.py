@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fireflyds_kernels import dispatch
-from fireflyds_kernels.dispatch import HALF, HALF_OR_SINGLE, DispatchKey, Implementation
+from fireflyds_kernels.dispatch import Implementation
+from fireflyds_kernels.requirements import HALF, HALF_OR_SINGLE, DispatchKey, requires, requires_triton
 
 
 def packed_attention(
@@ -92,13 +93,11 @@ def _flash_attn_3(key: DispatchKey) -> str | None:
         return "FlashAttention-3 is for Hopper (sm_90)"
     if key.head_dim % 8:
         return f"head_dim {key.head_dim} is no multiple of 8"
-    return _head_dim_limit(key) or dispatch.requires(dtypes=HALF, package="flash_attn_interface", function=_VARLEN)(key)
+    return _head_dim_limit(key) or requires(dtypes=HALF, package="flash_attn_interface", function=_VARLEN)(key)
 
 
 def _flash_attn_2(key: DispatchKey) -> str | None:
-    return _head_dim_limit(key) or dispatch.requires(
-        capability=80, dtypes=HALF, package="flash_attn", function=_VARLEN
-    )(key)
+    return _head_dim_limit(key) or requires(capability=80, dtypes=HALF, package="flash_attn", function=_VARLEN)(key)
 
 
 def _head_dim_limit(key: DispatchKey) -> str | None:
@@ -117,14 +116,14 @@ def _torch_varlen(key: DispatchKey) -> str | None:
 
         if not flash.varlen_has_window():
             return "varlen_attn has no window before torch 2.11"
-    return _head_dim_limit(key) or dispatch.requires(capability=80, dtypes=HALF)(key)
+    return _head_dim_limit(key) or requires(capability=80, dtypes=HALF)(key)
 
 
 def _triton(key: DispatchKey) -> str | None:
     if key.dtype is torch.float32 and key.head_dim > 128 and key.device == "cuda":
         return "float32 blocks of head_dim over 128 do not fit shared memory"
     # Below sm_80 Triton's matrix products do not use tensor cores: an order of magnitude slower.
-    return _head_dim_limit(key) or dispatch.requires_triton(80)(key)
+    return _head_dim_limit(key) or requires_triton(80)(key)
 
 
 def _efficient(key: DispatchKey) -> str | None:
@@ -136,7 +135,7 @@ def _efficient(key: DispatchKey) -> str | None:
         return "bfloat16 needs sm_80 or newer"
     if not hasattr(torch.ops.aten, "_efficient_attention_forward"):
         return "this torch has no aten::_efficient_attention_forward"
-    return dispatch.requires(capability=50, dtypes=HALF_OR_SINGLE)(key)
+    return requires(capability=50, dtypes=HALF_OR_SINGLE)(key)
 
 
 _PACKAGE = "fireflyds_kernels.packed_attention"

@@ -204,9 +204,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     q, k, v, cu_seqlens, causal, scale, window, slopes = inputs
     ctx.save_for_backward(q, k, v, *output, cu_seqlens, slopes)
     ctx.options = (causal, scale, window)
+    # Nothing uses the log-sum-exp outside: zeros in place of its gradient would be written and not read.
+    ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 8
     *tensors, slopes = ctx.saved_tensors
     return (*_backward(grad, *tensors, *ctx.options, slopes), *[None] * 5)
 

@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fireflyds_kernels import dispatch
-from fireflyds_kernels.dispatch import DispatchKey, Implementation, always
+from fireflyds_kernels import dispatch, requirements
+from fireflyds_kernels.dispatch import Implementation
+from fireflyds_kernels.requirements import DispatchKey, always
 
 
 def qlora_linear(
@@ -60,7 +61,7 @@ def qlora_linear(
 
 
 def _needs_bitsandbytes(key: DispatchKey) -> str | None:
-    return dispatch.import_problem("bitsandbytes", "functional")
+    return requirements.import_problem("bitsandbytes", "functional")
 
 
 dispatch.Kernel(

@@ -5,7 +5,8 @@ from typing import overload
 from torch import Tensor
 
 from fireflyds_kernels import dispatch
-from fireflyds_kernels.dispatch import Implementation, always, requires_triton
+from fireflyds_kernels.dispatch import Implementation
+from fireflyds_kernels.requirements import DispatchKey, always, requires_triton
 
 
 @overload
@@ -38,7 +39,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     return result
 
 
-def _triton(key: dispatch.DispatchKey) -> str | None:
+def _triton(key: DispatchKey) -> str | None:
     # One program processes a whole row.
     return (
         "rows of more than 32,768 elements do not fit in one program"

@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from fireflyds_kernels import dispatch
-from fireflyds_kernels.dispatch import Implementation, always, requires_triton
+from fireflyds_kernels.dispatch import Implementation
+from fireflyds_kernels.requirements import always, requires_triton
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
