@@ -3,12 +3,12 @@
 # benchmarks need besides goes to ./wheels, in the versions of .ci/constraints.txt, without what these need in turn.
 # benchmarks/gpu.sh takes them along. Above LIMIT_MIB (60) together it refuses.
 #
-#     benchmarks/gpu_wheels.sh [cuda]        # of that machine's torch, such as 128 for CUDA 12.8
+#     benchmarks/gpu_wheels.sh [cuda]        # of that machine's torch, 130 (CUDA 13.0) if not given
 #
 # bitsandbytes carries a library for every CUDA: only that one stays. DeepSpeed is built without its CUDA operators.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python=${PYTHON:-.venv/bin/python} cuda=${1:-128} limit=${LIMIT_MIB:-60}
+python=${PYTHON:-.venv/bin/python} cuda=${1:-130} limit=${LIMIT_MIB:-60}
 packages=(
   accelerate annotated-types antlr4-python3-runtime bitsandbytes deepspeed einops hjson hydra-core iniconfig
   markdown-it-py mdurl msgpack omegaconf peft pluggy protobuf psutil py-cpuinfo pydantic pydantic_core pygments pytest
