@@ -254,20 +254,27 @@ def qlora() -> Iterator[str]:
         leaf(64, 4096, scale=0.02, dtype=torch.float32),
         leaf(11_008, 64, scale=0.02, dtype=torch.float32),
     )
-    base = bitsandbytes.nn.Linear4bit(4096, 11_008, bias=False, compute_dtype=BF16, quant_type="nf4").cuda()
+    # Quantised from bfloat16, as models are: unpacked weights have the number format that was quantised.
+    base, peer = (
+        bitsandbytes.nn.Linear4bit(4096, 11_008, bias=False, compute_dtype=BF16, quant_type="nf4").to(BF16).cuda()
+        for _ in range(2)
+    )
     implementations: Implementations = {
         "ours": lambda: torch.autograd.grad(qlora_linear(x, base.weight, a, b, 0.25).sum(), (x, a, b))
     }
     if find_spec("peft"):
         from peft import LoraConfig, inject_adapter_in_model
 
-        holder = torch.nn.ModuleDict(
-            {"layer": bitsandbytes.nn.Linear4bit(4096, 11_008, bias=False, compute_dtype=BF16, quant_type="nf4")}
-        ).cuda()
+        holder = torch.nn.ModuleDict({"layer": peer})
         holder.is_loaded_in_4bit = True
         layer: Any = inject_adapter_in_model(LoraConfig(r=64, lora_alpha=16, target_modules=["layer"]), holder)["layer"]
         leaves = (x, layer.lora_A["default"].weight, layer.lora_B["default"].weight)
-        implementations["PEFT and bitsandbytes"] = lambda: torch.autograd.grad(layer(x).sum(), leaves)
+
+        def with_peft() -> Any:
+            with torch.autocast("cuda", BF16):  # its adapters are float32
+                return torch.autograd.grad(layer(x).sum(), leaves)
+
+        implementations["PEFT and bitsandbytes"] = with_peft
     times = milliseconds(implementations)
     rows = [[name, f"{ms:.3f}", f"{ms / times['ours']:.2f}×"] for name, ms in times.items()]
     yield timing.table(
@@ -291,11 +298,16 @@ def main(folder: Path) -> None:
         parts.append(f"Not installed, so not compared: {', '.join(missing)}.\n")
     short = name.lower().removeprefix("nvidia ").replace(" ", "-")
     out = folder / f"kernels_{short}_{date.today():%Y%m}.md"
+    failed = False
     for section in (attention, loss_head, elementwise, qlora):
-        parts += section()
-        # Written after every section, so that results remain if a later section fails.
+        try:
+            new = list(section())
+        except Exception as error:  # the others are measured all the same
+            new, failed = [f"{section.__name__} failed: {error!r}\n"], True
+        parts += new
+        print("\n".join(new), flush=True)
         out.write_text("\n".join(parts), encoding="utf-8")
-    print(out.read_text(encoding="utf-8"))
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

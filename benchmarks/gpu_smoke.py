@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_smoke.py [folder] [--seconds 90] [--small]
 
-Writes a corpus, learns a tokenizer, prepares, trains eight layers of TinyLlama (random weights, all parameters),
+Writes a corpus, learns a tokenizer, prepares, trains two layers of TinyLlama (random weights, all parameters),
 kills it behind its first checkpoint, resumes it, exports it, evaluates the export, trains QLoRA on it and exports that.
 Every line is a verb as a user would give it. `smoke_<device>_<yyyymm>.md` there is written after every step, so that
 what was seen remains when the time is up. `--small` takes a tiny model: a rehearsal on a CPU.
@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-SHAPE = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 8, "num_attention_heads": 32}
+SHAPE = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 2, "num_attention_heads": 32}
 SMALL_SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 Step = tuple[str, list[str]]
 

@@ -101,3 +101,11 @@ def verbs_in(folder: Path, server: ForkServer | None = None):
         return completed
 
     return run
+
+
+# Modules whose fixtures train for a minute: they start first, so that the many short tests fill the other worker.
+LONG = ("test_training.py", "test_resume.py", "test_every_verb.py", "test_sharding.py", "test_many_machines.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))

@@ -38,7 +38,12 @@ class RankInfo:
     master_port: int
 
     def export(self) -> None:
-        """Set the environment variables that torch and DeepSpeed read."""
+        """Set the environment variables that torch and DeepSpeed read.
+
+        DeepSpeed refuses a local rank that differs from Open MPI's, as it does where each task sees one GPU alone.
+        """
+        if _MPI[0][2] in os.environ:
+            os.environ[_MPI[0][2]] = str(self.local_rank)
         os.environ.update(
             RANK=str(self.rank),
             LOCAL_RANK=str(self.local_rank),

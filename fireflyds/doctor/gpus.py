@@ -11,6 +11,7 @@ import torch
 from fireflyds_kernels import dispatch
 from fireflyds_kernels.requirements import DispatchKey, triton_build_problem
 
+from fireflyds.distributed.host_identity import local_world_size
 from fireflyds.doctor.check import Check, failed, passed, warning
 from fireflyds.models.precision import has_bf16
 
@@ -104,7 +105,9 @@ def check_gpus(gpus: list[Gpu], ranks_here: int) -> Check:
     counts = {gpu.name: sum(other.name == gpu.name for other in gpus) for gpu in gpus}
     summary = ", ".join(f"{count} x {name}" for name, count in counts.items())
     summary += f", {min(gpu.memory_gib for gpu in gpus):.0f} GiB, {min(gpu.free_gib for gpu in gpus):.0f} GiB free"
-    if ranks_here > len(gpus):
+    # A wrapper of Slurm or mpirun may show each rank its own GPU alone, as `zero.engine.assign_device` takes it.
+    one_each = len(gpus) == 1 and not local_world_size()
+    if ranks_here > len(gpus) and not one_each:
         return failed("gpus", f"{summary}: {ranks_here} ranks on this host", f"start {len(gpus)} ranks on this host")
     if len(counts) > 1:
         return warning(

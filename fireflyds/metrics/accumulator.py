@@ -117,7 +117,9 @@ class StepMetricsAccumulator:
         token_domains = np.repeat(domains, lengths)
         counts[_NUM_TOTALS : _NUM_TOTALS + num_domains] += np.bincount(token_domains[learned], minlength=num_domains)
         counts[_NUM_TOTALS + num_domains :] += np.bincount(token_domains[learned], num_bytes, minlength=num_domains)
-        return torch.from_numpy(token_domains)
+        # A copy to a GPU from memory that is not pinned may wait.
+        tensor = torch.from_numpy(token_domains)
+        return tensor.pin_memory() if self._device.type == "cuda" else tensor
 
     @contextmanager
     def time_forward(self) -> Iterator[None]:

@@ -42,5 +42,7 @@ def build_ds_config(config: TrainConfig, precision: Precision, accumulation: int
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1 << 30,
+        # DeepSpeed's throughput timer waits for the device twice in every micro-batch; the metrics have their own.
+        "timers": {"throughput": {"enabled": False}},
         **extra,
     }

@@ -85,9 +85,9 @@ def init_distributed(ranks: RankInfo, timeout_minutes: float) -> None:
     # table is set as a whole: reading it makes DeepSpeed compile a probe of every operator it has.
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    if backend == "gloo":
-        torch.set_num_threads(cpu_threads(ranks, os.environ))
-    else:
+    # Also beside a GPU: DeepSpeed's Adam of an offloaded optimizer runs on these threads.
+    torch.set_num_threads(cpu_threads(ranks, os.environ))
+    if backend == "nccl":
         torch.cuda.set_device(ranks.local_rank)
     deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(minutes=timeout_minutes), verbose=False)
 

@@ -94,7 +94,8 @@ def triton_build_problem() -> str | None:
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None or shutil.which(compiler) is None:
         return f"Triton needs a C compiler (CC={compiler} is none)" if compiler else "Triton needs gcc, clang or CC"
-    folder = sysconfig.get_paths()["include"]
+    scheme = sysconfig.get_default_scheme()  # Triton reads Debian's own scheme as this one
+    folder = sysconfig.get_paths(scheme="posix_prefix" if scheme == "posix_local" else scheme)["include"]
     if not (Path(folder) / "Python.h").is_file():
         return f"Triton needs Python.h in {folder} (python3-dev)"
     return None

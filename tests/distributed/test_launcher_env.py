@@ -1,5 +1,6 @@
 """The variables of every launcher give the same rank information."""
 
+import os
 import socket
 import tempfile
 
@@ -178,3 +179,14 @@ def test_scontrol_gives_the_address_of_a_node_whose_name_does_not_resolve(tmp_pa
     scontrol.write_text('#!/bin/sh\necho "NodeName=$3 Arch=x86_64"\necho "   NodeAddr=10.1.2.3 NodeHostName=$3"\n')
     scontrol.chmod(0o755)
     assert rank_from_environment(slurm_variables).master_addr == "10.1.2.3"
+
+
+def test_open_mpis_local_rank_follows_the_device_of_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed asserts that the two are equal; a wrapper that shows each rank its own GPU makes local rank 3 take GPU
+    0."""
+    monkeypatch.setattr(os, "environ", {"OMPI_COMM_WORLD_LOCAL_RANK": "3"})
+    RankInfo(3, 0, 8, "127.0.0.1", 29500).export()
+    assert os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] == os.environ["LOCAL_RANK"] == "0"
+    monkeypatch.setattr(os, "environ", {})
+    RankInfo(3, 3, 8, "127.0.0.1", 29500).export()
+    assert "OMPI_COMM_WORLD_LOCAL_RANK" not in os.environ

@@ -50,7 +50,8 @@ def test_missing_features_of_v100_and_features_of_ampere_are_named() -> None:
     assert "bf16 and FlashAttention-2" in ampere_check.message
 
 
-def test_too_many_ranks_mixed_models_and_used_memory_are_reported() -> None:
+def test_too_many_ranks_mixed_models_and_used_memory_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert gpus.check_gpus([H200] * 8, 8).severity is Severity.ok
     assert gpus.check_gpus([H200] * 8, 8).message == "8 x H200, 139 GiB, 138 GiB free"
     too_many_ranks = gpus.check_gpus([H200], 2)
@@ -60,6 +61,15 @@ def test_too_many_ranks_mixed_models_and_used_memory_are_reported() -> None:
     used_memory = gpus.check_gpus([A100, Gpu("A100", 80, 80, 40)], 2)
     assert used_memory.severity is Severity.warning
     assert "memory of GPU 1" in used_memory.message
+
+
+def test_tasks_that_see_one_gpu_each_are_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(variable, raising=False)
+    one = [gpus.Gpu("A100", 80, 80, 79)]
+    assert gpus.check_gpus(one, 8).severity is Severity.ok
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert gpus.check_gpus(one, 8).severity is Severity.error
 
 
 def test_a_gpu_that_torch_does_not_see_is_explained() -> None:

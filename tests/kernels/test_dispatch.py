@@ -179,7 +179,7 @@ def test_triton_is_refused_where_it_cannot_build(monkeypatch, tmp_path, compiler
         (tmp_path / "Python.h").touch()
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CC", compiler) if compiler else monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(requirements.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setattr(requirements.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
     monkeypatch.setattr(requirements, "import_problem", lambda package, name: None)
     requirements.triton_build_problem.cache_clear()
     try:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -41,9 +42,15 @@ class HostWaits:
 
     def recorded(self, steps: Iterator[Any]) -> Iterator[Any]:
         """The steps of the training loop, recorded."""
+        accelerator = type(get_accelerator())
+        synchronize = accelerator.synchronize  # a CPU's does nothing, a GPU's waits for all that it has to do
         while True:
-            with _Functions(self), _Operators(self):
-                step = next(steps, None)
+            accelerator.synchronize = lambda *_: self.add()
+            try:
+                with _Functions(self), _Operators(self):
+                    step = next(steps, None)
+            finally:
+                accelerator.synchronize = synchronize
             if step is None:
                 return
             yield step
