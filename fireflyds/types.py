@@ -222,6 +222,8 @@ class Family:
     model_type: str
     linear_layers: tuple[str, ...]
     fused: Mapping[str, str]
+    transposed: bool = False
+    """True where its linear layers are `Conv1D`, whose weights are `[inputs, outputs]` (GPT-2)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,10 +43,11 @@ def plan(config: PlanConfig) -> None:
             f"note: no tokenizer at {config.model.tokenizer} yet: vocab_size={hf_config.vocab_size} was assumed"
         )
     data = summarize_data(config, None if encoder is None else encoder.fingerprint())
-    family = load.family_of(hf_config.model_type)
+    family = load.family_of(hf_config)
     new_rows_from = load.base_vocab_size(config.model, hf_config)
     model = tuning.apply_tuning(load.bare_model(hf_config), family, config.tuning, new_rows_from, config.seed)
     rows = param_groups.summarize_groups(model, config, precision)
+    notes += param_groups.notes_on_experts(model, config)
     total, trainable = param_groups.count_parameters(model)
 
     training_plan = make_plan(config, model_shape(model, config), step_flops(model), precision, data)

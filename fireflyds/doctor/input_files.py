@@ -85,7 +85,7 @@ def check_base(config: DoctorConfig, encoder: Encoder) -> Check:
     """Compares embedding rows with tokenizer pieces, and special ids; checks that the GPU supports the dtype."""
     model_config = ModelConfig(init=ModelInit.pretrained, path=config.model, tokenizer=config.tokenizer)
     hf_config: Any = read_config(model_config, encoder, "model")
-    family_of(hf_config.model_type)
+    family_of(hf_config)
     rows, pieces = hf_config.vocab_size, encoder.vocab_size
     summary = f"{config.model}: {hf_config.model_type}, {rows:,} rows for {pieces:,} pieces"
     tokenizer_ids = {"bos_token_id": encoder.bos_id, "eos_token_id": encoder.eos_id}

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from fireflyds.config import EvaluateConfig, PromptStyle
+from fireflyds.config import EvaluateConfig, Precision, PromptStyle
 from fireflyds.errors import UserError
-from fireflyds.models.load import config_of, family_of, load_for_inference
+from fireflyds.models.load import config_of, load_for_inference
 from fireflyds.models.packed import head
+from fireflyds.models.packed.derived_check import require_equivalence
 from fireflyds.models.packed.forward import fuse
 from fireflyds.tokenizer.encoder import load_encoder
 from fireflyds.types import Encoder, PackedBatch
@@ -63,7 +64,7 @@ def load_evaluated_model(config: EvaluateConfig) -> EvaluatedModel:
     from transformers import AutoTokenizer
 
     folder = Path(config.model)
-    family_of(config_of("model", config.model).model_type)
+    require_equivalence(config_of("model", config.model), Precision.fp32, print)
     encoder = load_encoder(folder)
     model = load_for_inference(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -40,8 +40,8 @@ def merged_entries(model: nn.Module, dtype: torch.dtype | None = None) -> dict[s
             rows = len(module.frozen) + len(module.trainable)
             add(f"{name}.weight", [rows, module.frozen.shape[1]], torch.float32, partial(_joined_rows, module))
         elif hasattr(module, "lora_A"):
-            out_features, in_features = module.out_features, module.in_features
-            add(f"{name}.weight", [out_features, in_features], torch.float32, partial(_adapted_weight, module))
+            shape = [module.out_features, module.in_features][:: -1 if module.fan_in_fan_out else 1]
+            add(f"{name}.weight", shape, torch.float32, partial(_adapted_weight, module))
             if module.base_layer.bias is not None:
                 bias = module.base_layer.bias
                 add(f"{name}.bias", bias.shape, bias.dtype, partial(_identity, bias))
@@ -71,7 +71,8 @@ def _adapted_weight(layer: Any) -> Tensor:
     weight = adapted_direction(layer)
     if ADAPTER in getattr(layer, "lora_magnitude_vector", {}):
         magnitude = layer.lora_magnitude_vector[ADAPTER].weight.float()
-        weight = weight * (magnitude / torch.linalg.norm(weight, dim=1))[:, None]
+        rows = weight.T if layer.fan_in_fan_out else weight
+        rows.mul_((magnitude / torch.linalg.norm(rows, dim=1))[:, None])
     return weight
 
 

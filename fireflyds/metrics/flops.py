@@ -5,16 +5,16 @@ forward pass, and those of the backward pass whose gradient is needed. Recomputa
 of MFU (PaLM, arXiv 2204.02311).
 """
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import nn
 
 from fireflyds.config import Precision
-from fireflyds.models.architecture import attention_windows, block_order, head_dim
+from fireflyds.models.architecture import LINEAR, attention_windows, block_order, experts_used, head_dim, linear_size
 
 _ATTENTION = 2
 _EMBEDDINGS, _AFTER_BLOCKS = (-1, 0, 0), 1 << 30
@@ -57,7 +57,8 @@ def step_flops(model: Any) -> StepFlops:
 
     Weight gradients are counted for trainable weights, input gradients for all layers above the lowest trainable
     parameter: with frozen embeddings the query, key and value projections of the first block need no input gradient.
-    Embedding lookups, norms, gates and softmax are not matrix products and are excluded.
+    Embedding lookups, norms, gates and softmax are not matrix products and are excluded. Of experts those count that a
+    token is sent to.
     """
     positions = dict(_positions(model))
     head = model.get_output_embeddings()
@@ -65,9 +66,14 @@ def step_flops(model: Any) -> StepFlops:
     lowest = min(trainable)
     per_token = 0.0
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module is not head:
+        if isinstance(module, LINEAR) and module is not head:
             gradients = module.weight.requires_grad + (lowest < positions[f"{name}.weight"])
-            per_token += 2 * module.in_features * module.out_features * (1 + gradients)
+            per_token += 2 * math.prod(linear_size(module)) * (1 + gradients)
+    share = experts_used(model.config)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 3 and share is not None and parameter.shape[0] == share[1]:  # the matrices of all experts
+            gradients = parameter.requires_grad + (lowest < positions[name])
+            per_token += 2 * parameter.numel() * share[0] / share[1] * (1 + gradients)
     # The head computes an input gradient unless it is the only trainable module.
     input_gradient = lowest < (_AFTER_BLOCKS, 1, 0)
     per_label = sum(2 * p.numel() * (1 + input_gradient + p.requires_grad) for p in head.parameters() if p.dim() == 2)

@@ -2,6 +2,11 @@
 
 from typing import Any
 
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+# Layers that multiply by a matrix: GPT-2's is stored transposed, `[inputs, outputs]`.
+LINEAR = (nn.Linear, Conv1D)
 # Execution order of the modules of a block; equal numbers are independent of each other. Norms precede their consumers.
 _ORDER = {
     "input_layernorm": 0, "ln_attn": 0, "ln_mlp": 0,
@@ -11,6 +16,11 @@ _ORDER = {
 }  # fmt: skip
 # Overrides for parallel blocks (Falcon), whose feed-forward layer has the same input as attention.
 _PARALLEL = {"dense_h_to_4h": 1, "dense_4h_to_h": 3}
+
+
+def linear_size(module: Any) -> tuple[int, int]:
+    """Inputs and outputs of a linear layer."""
+    return (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
 
 
 def head_dim(hf_config: Any) -> int:
@@ -24,6 +34,19 @@ def key_value_heads(hf_config: Any) -> int:
         return 1
     num_heads = getattr(hf_config, "num_key_value_heads", None) or getattr(hf_config, "num_kv_heads", None)
     return int(num_heads or hf_config.num_attention_heads)
+
+
+def experts_used(hf_config: Any) -> tuple[int, int] | None:
+    """How many experts a token is sent to, and how many there are; None for a model without experts."""
+    used = ("num_experts_per_tok", "moe_k", "moe_topk")
+    total = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    values = [next(filter(None, (getattr(hf_config, name, None) for name in names)), None) for names in (used, total)]
+    return None if None in values else (_first(values[0]), _first(values[1]))
+
+
+def _first(value: Any) -> int:
+    """A number, or that of the first layer."""
+    return int(value[0] if isinstance(value, list | tuple) else value)
 
 
 def attention_windows(hf_config: Any) -> list[int | None]:

@@ -14,6 +14,7 @@ from fireflyds import registry
 from fireflyds.config import ModelConfig, ModelInit, Precision
 from fireflyds.errors import UserError
 from fireflyds.models.deferred import deferred_model
+from fireflyds.models.derived_family import FAMILIES, derive_family
 from fireflyds.models.precision import DTYPES, inference_dtype
 from fireflyds.models.rope_scaling import apply_rope_scaling
 from fireflyds.tokenizer.rows import MAX_PADDING
@@ -132,9 +133,12 @@ def bare_model(hf_config: Any) -> Any:
         return AutoModelForCausalLM.from_config(hf_config)
 
 
-def family_of(model_type: str) -> Family:
-    """Returns the family of a Hugging Face `model_type`."""
-    family: Family = registry.find("fireflyds.models.families", model_type, "model_type").FAMILY
+def family_of(hf_config: Any) -> Family:
+    """Returns the family of a Hugging Face configuration: the one written for its model type, or one derived from the
+    modules of its model."""
+    if hf_config.model_type not in registry.names(FAMILIES):
+        return derive_family(bare_model(hf_config))
+    family: Family = registry.load(FAMILIES, hf_config.model_type).FAMILY
     return family
 
 
@@ -152,7 +156,7 @@ def load_model(
     With `model.init` scratch the weights are random, drawn with `seed`. `deferred`: weights of a directory are read
     later, one by one, where its files allow it (see `models/deferred.py`).
     """
-    family = family_of(hf_config.model_type)
+    family = family_of(hf_config)
     dtype = DTYPES[precision]
     model = None
     if config.init is ModelInit.scratch:
@@ -181,7 +185,8 @@ def load_for_inference(folder: Path | str, *, or_on_cpu: bool = False) -> Any:
         UserError: the weights need more memory than that GPU has free.
     """
     hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    load = partial(AutoModelForCausalLM.from_pretrained, folder, config=hf_config, dtype=inference_dtype(hf_config))
+    options = {"config": hf_config, "dtype": inference_dtype(hf_config)} | exact_attention(hf_config)
+    load = partial(AutoModelForCausalLM.from_pretrained, folder, **options)
     if not torch.cuda.is_available():
         return load().eval()
     needed, (free, _) = _inference_bytes(Path(folder), hf_config), torch.cuda.mem_get_info(0)
@@ -196,6 +201,11 @@ def load_for_inference(folder: Path | str, *, or_on_cpu: bool = False) -> Any:
         value=folder,
         remedy="Free the GPU, or use one with more memory",
     )
+
+
+def exact_attention(hf_config: Any) -> dict[str, str]:
+    """Options of loading under which transformers' own attention is exact: its `sdpa` leaves out soft caps."""
+    return {"attn_implementation": "eager"} if getattr(hf_config, "attn_logit_softcapping", None) else {}
 
 
 def _inference_bytes(folder: Path, hf_config: Any) -> int:

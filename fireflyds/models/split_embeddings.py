@@ -17,11 +17,17 @@ from fireflyds.models.deferred import rows_of
 
 
 class SplitEmbedding(nn.Module):
-    """Embedding of V rows in two parameters: `frozen` `[first, d]`, and `trainable` `[V - first, d]` in float32."""
+    """Embedding of V rows in two parameters: `frozen` `[first, d]`, and `trainable` `[V - first, d]` in float32.
 
-    def __init__(self, weight: Tensor, first: int) -> None:
+    `scale`: a factor of the embeddings, as Gemma's; None for none.
+    """
+
+    scale: Tensor | None
+
+    def __init__(self, weight: Tensor, first: int, scale: float | None = None) -> None:
         super().__init__()
         self.first = first
+        self.register_buffer("scale", None if scale is None else torch.tensor(scale), persistent=False)
         self.frozen = rows_of(weight, slice(first))
         self.trainable = rows_of(weight, slice(first, None))
         self.trainable.data = self.trainable.data.float()
@@ -31,18 +37,38 @@ class SplitEmbedding(nn.Module):
         """Returns the embeddings `[..., d]` of ids `[...]`, in the dtype of `frozen`."""
         base_rows = embedding(input_ids.clamp(max=self.first - 1), self.frozen)
         new_rows = embedding((input_ids - self.first).clamp(min=0), self.trainable).to(base_rows.dtype)
-        return torch.where((input_ids >= self.first)[..., None], new_rows, base_rows)
+        rows = torch.where((input_ids >= self.first)[..., None], new_rows, base_rows)
+        return rows if self.scale is None else rows * self.scale.to(rows.dtype)
 
 
-class FusedLossHead(nn.Linear):
+class _Logits(nn.Module):
+    """What models do to their logits behind the head: softcap · tanh(scale · logits / softcap); 0 for no cap."""
+
+    scale: float = 1.0
+    softcap: float = 0.0
+
+    def _scaled(self, hidden: Tensor) -> Tensor:
+        """`hidden` times the scale: the head is linear, so its logits are scaled exactly."""
+        if self.scale == 1:
+            return hidden
+        if getattr(self, "bias", None) is not None:
+            raise ValueError("a head with a bias whose logits are scaled is not supported")
+        return hidden * self.scale
+
+    def _capped(self, logits: Tensor) -> Tensor:
+        return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits
+
+
+class FusedLossHead(nn.Linear, _Logits):
     """Linear head that also computes the loss. It is called as a module, so that ZeRO-3 gathers its weight."""
 
     def forward(
         self, hidden: Tensor, labels: Tensor | None = None, reduction: str = "sum", num_labels: int | None = None
     ) -> Any:
         """Returns logits `[..., V]`, or with labels the loss (see `linear_cross_entropy`)."""
+        hidden = self._scaled(hidden)
         if labels is None:
-            return super().forward(hidden)
+            return self._capped(super().forward(hidden))
         return linear_cross_entropy(
             hidden,
             self.weight,
@@ -50,10 +76,11 @@ class FusedLossHead(nn.Linear):
             bias=self.bias,
             reduction=reduction,
             num_labels=num_labels,  # type: ignore[call-overload]
+            softcap=self.softcap,
         )
 
 
-class SplitLMHead(nn.Module):
+class SplitLMHead(_Logits):
     """Head over frozen and trainable rows; in a model with tied weights both parameters are those of the embeddings."""
 
     def __init__(self, frozen: nn.Parameter, trainable: nn.Parameter, bias: nn.Parameter | None) -> None:
@@ -65,8 +92,10 @@ class SplitLMHead(nn.Module):
         self, hidden: Tensor, labels: Tensor | None = None, reduction: str = "sum", num_labels: int | None = None
     ) -> Any:
         """Returns logits `[..., V]`, or with labels the loss (see `linear_cross_entropy`)."""
+        hidden = self._scaled(hidden)
         if labels is None:
-            return linear(hidden, torch.cat([self.frozen, self.trainable.to(self.frozen.dtype)]), self.bias)
+            weight = torch.cat([self.frozen, self.trainable.to(self.frozen.dtype)])
+            return self._capped(linear(hidden, weight, self.bias))
         return linear_cross_entropy(
             hidden,
             (self.frozen, self.trainable),
@@ -74,6 +103,7 @@ class SplitLMHead(nn.Module):
             bias=self.bias,
             reduction=reduction,
             num_labels=num_labels,  # type: ignore[call-overload]
+            softcap=self.softcap,
         )
 
 
@@ -88,7 +118,9 @@ def split_new_rows(model: Any, config: TuningConfig, base_vocab_size: int | None
     """
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head.weight is embeddings.weight
-    if TrainableRows.new_rows in (config.embeddings, config.head) and type(embeddings) is not nn.Embedding:
+    scale = getattr(embeddings, "scalar_embed_scale", None)
+    is_known = type(embeddings) is nn.Embedding or (isinstance(embeddings, nn.Embedding) and scale is not None)
+    if TrainableRows.new_rows in (config.embeddings, config.head) and not is_known:
         key = "tuning.embeddings" if config.embeddings is TrainableRows.new_rows else "tuning.head"
         raise UserError(
             f"the embeddings are a {type(embeddings).__name__}, which cannot be split",
@@ -112,7 +144,7 @@ def split_new_rows(model: Any, config: TuningConfig, base_vocab_size: int | None
         if rows is TrainableRows.all and config.method.name != "full":
             module.float()
     if config.embeddings is TrainableRows.new_rows:
-        embeddings = SplitEmbedding(embeddings.weight, base_vocab_size)  # type: ignore[arg-type]
+        embeddings = SplitEmbedding(embeddings.weight, base_vocab_size, scale)  # type: ignore[arg-type]
         model.set_input_embeddings(embeddings)
     if config.head is TrainableRows.new_rows:
         matrix = embeddings if tied else SplitEmbedding(head.weight, base_vocab_size)  # type: ignore[arg-type]

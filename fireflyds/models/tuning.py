@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fireflyds.config import Precision, TrainConfig, TuningConfig, TuningMethod
 from fireflyds.errors import UserError
+from fireflyds.models.architecture import LINEAR
 from fireflyds.models.load import base_vocab_size, load_model
 from fireflyds.models.precision import DTYPES
 from fireflyds.models.split_embeddings import split_new_rows
@@ -56,7 +57,8 @@ def apply_tuning(model: Any, family: Family, config: TuningConfig, base_vocab_si
     """Sets `requires_grad`, and inserts adapters and split embeddings, in place. The class of the model is unchanged.
 
     Raises:
-        UserError: names that match no parameter or layer, no trainable parameter, or an unknown first new row.
+        UserError: names that match no parameter or layer, no trainable parameter, an unknown first new row, or linear
+            layers that are not quantised under QLoRA.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -66,11 +68,18 @@ def apply_tuning(model: Any, family: Family, config: TuningConfig, base_vocab_si
         model.requires_grad_(False)
     if config.method is TuningMethod.freeze:
         _unfreeze(model, list(config.trainable))
+    if family.transposed and config.method is TuningMethod.qlora:
+        raise UserError(
+            f"the linear layers of {type(model).__name__} are Conv1D, which are not quantised here",
+            key="tuning",
+            value="qlora",
+            remedy="Use tuning=lora",
+        )
     if config.has_adapters:
         from peft import inject_adapter_in_model
 
         torch.manual_seed(seed)
-        with _adapters_on_the_cpu() if _is_deferred(model) else nullcontext():
+        with _adapters_on_the_cpu() if _is_deferred(model) else nullcontext(), _targets_as_given():
             inject_adapter_in_model(adapter_config(model, family, config), model, ADAPTER)
     split_new_rows(model, config, base_vocab_size)
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -106,6 +115,20 @@ def _adapters_on_the_cpu() -> Iterator[None]:
         nn.Module.to = move  # type: ignore[method-assign]
 
 
+@contextmanager
+def _targets_as_given() -> Iterator[None]:
+    """Context in which PEFT takes the targets as names of this model's modules. Otherwise it renames those of some
+    mixtures of experts, as they were called in transformers 4, to parameters of the experts."""
+    from peft.utils import transformers_weight_conversion
+
+    convert = transformers_weight_conversion.convert_peft_config_for_transformers
+    transformers_weight_conversion.convert_peft_config_for_transformers = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        transformers_weight_conversion.convert_peft_config_for_transformers = convert
+
+
 def adapter_config(model: nn.Module, family: Family, config: TuningConfig) -> Any:
     """Returns PEFT's `LoraConfig` of the adapters."""
     from peft import LoraConfig
@@ -117,6 +140,7 @@ def adapter_config(model: nn.Module, family: Family, config: TuningConfig) -> An
         target_modules=_resolve_targets(model, list(config.target_modules)) or list(family.linear_layers),
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
+        fan_in_fan_out=family.transposed,
         task_type="CAUSAL_LM",
     )
 
@@ -135,7 +159,7 @@ def _resolve_targets(model: Any, patterns: list[str]) -> list[str]:
         UserError: a pattern that matches no linear layer of the body.
     """
     head = model.get_output_embeddings()
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+    linear = [name for name, module in model.named_modules() if isinstance(module, LINEAR) and module is not head]
     targets: set[str] = set()
     for pattern in patterns:
         matches = [name for name in linear if name.endswith(f".{pattern}") or _full_match(pattern, name)]
@@ -223,7 +247,8 @@ def float_weight(layer: Any) -> Tensor:
 def adapted_direction(layer: Any) -> Tensor:
     """Returns W + scaling · B A of a LoRA layer in float32; under DoRA this is the direction, before its magnitudes."""
     a, b = layer.lora_A[ADAPTER].weight.float(), layer.lora_B[ADAPTER].weight.float()
-    return float_weight(layer.base_layer) + layer.scaling[ADAPTER] * (b @ a)
+    update = layer.scaling[ADAPTER] * (b @ a)
+    return float_weight(layer.base_layer) + (update.T if layer.fan_in_fan_out else update)
 
 
 @torch.no_grad()
@@ -236,4 +261,5 @@ def reset_dora_magnitudes(model: nn.Module, except_names: Container[str]) -> Non
         is_excepted = f"{name}.lora_magnitude_vector" in except_names
         if ADAPTER in getattr(module, "lora_magnitude_vector", {}) and not is_excepted:
             weight = adapted_direction(module)
-            module.lora_magnitude_vector[ADAPTER].weight.copy_(torch.linalg.norm(weight, dim=1))
+            outputs = 0 if module.fan_in_fan_out else 1
+            module.lora_magnitude_vector[ADAPTER].weight.copy_(torch.linalg.norm(weight, dim=outputs))

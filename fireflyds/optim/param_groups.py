@@ -7,6 +7,7 @@ from torch import nn
 
 from fireflyds.config import OptimConfig, Precision, TrainConfig, TuningMethod
 from fireflyds.errors import UserError
+from fireflyds.models.architecture import LINEAR
 from fireflyds.optim.optimizers import ParamGroup, load_optimizer_spec
 
 # Bytes per parameter, by bits. NF4: an 8-bit scale per block of 64, and a 32-bit scale per 256 of these (4.127 bits).
@@ -125,7 +126,7 @@ def _frozen_summary(model: Any, config: TrainConfig, precision: str, width: int)
     quantised_ids = {
         id(module.weight)
         for module in model.modules()
-        if isinstance(module, nn.Linear) and module is not head and config.tuning.method is TuningMethod.qlora
+        if isinstance(module, LINEAR) and module is not head and config.tuning.method is TuningMethod.qlora
     }
     for parameter in model.parameters():
         if not parameter.requires_grad and id(parameter) in quantised_ids:
@@ -147,6 +148,18 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Returns the number of all parameters, and of the trainable ones."""
     counts = [(logical_numel(parameter), parameter.requires_grad) for parameter in model.parameters()]
     return sum(number for number, _ in counts), sum(number for number, trainable in counts if trainable)
+
+
+def notes_on_experts(model: nn.Module, config: TrainConfig) -> list[str]:
+    """What adapters leave out: experts, which transformers holds as parameters of three dimensions, not as layers."""
+    if not config.tuning.has_adapters:
+        return []
+    experts = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() == 3)
+    share = experts / count_parameters(model)[0]
+    return [
+        f"note: tuning={config.tuning.method.name} puts no adapters on the experts, which hold {share:.0%} of the "
+        "parameters and stay as they are; tuning=full trains them"
+    ] * bool(experts)
 
 
 def format_groups(rows: list[ParamGroupSummary]) -> str:

@@ -7,7 +7,15 @@ from typing import Any
 from torch import nn
 
 from fireflyds.config import TrainConfig, TuningMethod
-from fireflyds.models.architecture import attention_windows, block_order, head_dim, is_parallel, key_value_heads
+from fireflyds.models.architecture import (
+    LINEAR,
+    attention_windows,
+    block_order,
+    head_dim,
+    is_parallel,
+    key_value_heads,
+    linear_size,
+)
 from fireflyds.optim import param_groups
 from fireflyds.optim.optimizers import load_optimizer_spec
 
@@ -121,7 +129,7 @@ def _quantised_weight_ids(model: Any, config: TrainConfig) -> set[int]:
     return {
         id(module.weight)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and ".lora_" not in name
+        if isinstance(module, LINEAR) and module is not head and ".lora_" not in name
     }
 
 
@@ -164,7 +172,7 @@ def _blocks(model: Any, quantised_ids: set[int], config: TrainConfig) -> tuple[B
         norms_train[layer] |= parameter.requires_grad and parameter.dim() == 1 and "norm" in name
     for name, module in model.named_modules():
         match = re.search(r"\.(\d+)\.", name)
-        if match is None or not isinstance(module, nn.Linear) or ".lora_" in name:
+        if match is None or not isinstance(module, LINEAR) or ".lora_" in name:
             continue
         owner = model.get_submodule(name.removesuffix(".base_layer"))
         adapter = next(iter(owner.lora_A.values())) if hasattr(owner, "lora_A") else None
@@ -172,8 +180,7 @@ def _blocks(model: Any, quantised_ids: set[int], config: TrainConfig) -> tuple[B
         linears[int(match[1])].append(
             LinearShape(
                 rank,
-                module.in_features,
-                module.out_features,
+                *linear_size(module),
                 module.weight.requires_grad,
                 id(module.weight) in quantised_ids,
                 0 if adapter is None else adapter.out_features,

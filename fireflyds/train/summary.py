@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from fireflyds.optim.param_groups import format_groups, summarize_groups
+from fireflyds.optim.param_groups import format_groups, notes_on_experts, summarize_groups
 from fireflyds.train.run_inputs import RunInputs
 from fireflyds.types import TrainState
 
 
 def describe_run(inputs: RunInputs, model: Any, world_size: int) -> str:
-    """Summarizes model, data and schedule in two lines, followed by the table of parameter groups."""
+    """Summarizes model, data and schedule in two lines, then the parameter groups and what adapters leave out."""
     config, store, rows = inputs.config, inputs.store, inputs.rows
     groups = summarize_groups(model, config, inputs.precision)
     total = sum(group.parameters for group in groups)
@@ -28,8 +28,8 @@ def describe_run(inputs: RunInputs, model: Any, world_size: int) -> str:
         f"{len(store):,} documents, {store.num_tokens:,} tokens, {rows.rows_per_epoch:,} rows an epoch{notes}; "
         f"{inputs.total_steps:,} steps of {config.global_batch_size} rows = {world_size} ranks x "
         f"{config.micro_batch_size} x "
-        f"{inputs.accumulation} accumulated\n{format_groups(groups)}"
-    )
+        f"{inputs.accumulation} accumulated\n"
+    ) + "\n".join([format_groups(groups), *notes_on_experts(model, config)])
 
 
 def describe_start(state: TrainState, steps: int) -> str:

@@ -28,6 +28,7 @@ from fireflyds.metrics.logger import MetricsLogger
 from fireflyds.metrics.profiler import StepProfiler
 from fireflyds.metrics.trackers import open_tracker
 from fireflyds.models.neftune import add_embedding_noise
+from fireflyds.models.packed.derived_check import require_equivalence
 from fireflyds.models.packed.forward import fuse
 from fireflyds.models.tuning import adapter_config_of, load_tuned_model
 from fireflyds.planner import measured_memory, memory
@@ -82,6 +83,7 @@ class Trainer:
         _channel, notes = check_ranks_agree(rank, config, text, inputs.compared())
         init_distributed(rank, config.hardware.timeout_minutes)
         del _channel
+        run_on_rank_zero(lambda: require_equivalence(inputs.hf_config, inputs.precision, notes.append))
         with contextlib.ExitStack() as stack:
             trainer = cls._build(rank, inputs, text, notes, stack)
             trainer._stack = stack.pop_all()

@@ -155,8 +155,8 @@ def processors(device: torch.device) -> int:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _select(kernel: str, device: torch.device, dtype: torch.dtype, head_dim: int, window: bool, alibi: bool) -> str:
-    return _resolve(kernel, device, dtype, head_dim, window, alibi, _settings())
+def _select(kernel: str, device: torch.device, dtype: torch.dtype, options: tuple[tuple[str, int], ...]) -> str:
+    return _resolve(kernel, device, dtype, options, _settings())
 
 
 @functools.cache
@@ -164,21 +164,21 @@ def _resolve(
     kernel: str,
     device: torch.device,
     dtype: torch.dtype,
-    head_dim: int,
-    window: bool,
-    alibi: bool,
+    options: tuple[tuple[str, int], ...],
     settings: tuple[str, ...],
 ) -> str:
-    name = _KERNELS[kernel].choose(DispatchKey(device.type, capability_of(device), dtype, head_dim, window, alibi))
+    key = DispatchKey(device.type, capability_of(device), dtype, **dict(options))  # type: ignore[arg-type]
+    name = _KERNELS[kernel].choose(key)
     _loaded[f"{kernel}.{name}"] = _KERNELS[kernel].implementations[name].load()
     return f"{kernel}.{name}"
 
 
-def select(
-    kernel: str, tensor: Tensor, *, head_dim: int = 0, window: bool = False, alibi: bool = False
-) -> Callable[..., Any]:
-    """The function that computes `kernel` for tensors like this one. torch.compile treats the choice as a constant."""
-    return _loaded[_select(kernel, tensor.device, tensor.dtype, head_dim, window, alibi)]
+def select(kernel: str, tensor: Tensor, **options: int) -> Callable[..., Any]:
+    """The function that computes `kernel` for tensors like this one. torch.compile treats the choice as a constant.
+
+    `options`: further fields of the dispatch key.
+    """
+    return _loaded[_select(kernel, tensor.device, tensor.dtype, tuple(options.items()))]
 
 
 def runnable(kernel: str, key: DispatchKey) -> list[str]:

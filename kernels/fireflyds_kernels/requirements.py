@@ -26,10 +26,13 @@ class DispatchKey:
     head_dim: int = 0
     window: bool = False
     alibi: bool = False
+    softcap: bool = False
+    sinks: bool = False
 
     def __str__(self) -> str:
         device = f"sm_{self.capability}" if self.capability else self.device
         extras = [f"head_dim {self.head_dim}"] * bool(self.head_dim) + ["window"] * self.window + ["ALiBi"] * self.alibi
+        extras += ["softcap"] * self.softcap + ["sinks"] * self.sinks
         return " ".join([device, str(self.dtype).removeprefix("torch."), *extras])
 
 

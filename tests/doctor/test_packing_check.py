@@ -9,7 +9,7 @@ from fireflyds.config import DoctorConfig, Precision
 from fireflyds.doctor import packing_check
 from fireflyds.doctor.check import Severity
 from fireflyds.errors import UserError
-from fireflyds.models.packed import boundaries
+from fireflyds.models.packed import boundaries, equivalence
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def model_folder(tmp_path):
 def _examine(folder, **options):
     config = DoctorConfig(packing=True, model=str(folder), documents=[7, 1, 30, 12], **options)
     model = packing_check.load_model(config, Precision.fp32)
-    return list(packing_check.compare_implementations(model, config.documents, config.seed)), model
+    return list(equivalence.compare_implementations(model, config.documents, config.seed)), model
 
 
 def test_a_correct_model_is_proven(model_folder) -> None:
@@ -45,7 +45,7 @@ def test_a_correct_model_is_proven(model_folder) -> None:
         assert finding.loss < 1e-6
         assert 0 < finding.gradients < 1e-5
         assert finding.leakage == 0
-    assert packing_check.table(findings).count("proven") == len(findings)
+    assert equivalence.table(findings).count("proven") == len(findings)
 
 
 def test_an_attention_that_crosses_documents_is_caught(model_folder, monkeypatch) -> None:
@@ -58,7 +58,7 @@ def test_an_attention_that_crosses_documents_is_caught(model_folder, monkeypatch
     assert not any(finding.proven for finding in findings)
     assert min(finding.leakage for finding in findings) > 1e-4
     assert min(finding.gradients for finding in findings) > 1e-3
-    assert "NOT EQUAL" in packing_check.table(findings)
+    assert "NOT EQUAL" in equivalence.table(findings)
 
 
 def test_a_slightly_wrong_attention_is_caught(model_folder, monkeypatch) -> None:
@@ -82,7 +82,7 @@ def test_configurations_that_cannot_be_examined_are_refused(model_folder, tmp_pa
         packing_check.load_model(DoctorConfig(packing=True, model=str(model_folder), device="tpu"), Precision.fp32)
     model = packing_check.load_model(DoctorConfig(packing=True, model=str(model_folder)), Precision.fp32)
     with pytest.raises(UserError, match="documents: the longest=65: the model has 64 positions"):
-        list(packing_check.compare_implementations(model, [65], 0))
+        list(equivalence.compare_implementations(model, [65], 0))
     shallow_model = packing_check.load_model(
         DoctorConfig(packing=True, model=str(model_folder), layers=9), Precision.fp32
     )
@@ -123,7 +123,7 @@ def test_an_error_during_the_proof_is_a_finding(model_folder, monkeypatch, error
     def raise_error(*arguments):
         raise error
 
-    monkeypatch.setattr(packing_check, "fuse", raise_error)
+    monkeypatch.setattr(equivalence, "fuse", raise_error)
     check, _ = packing_check.check_packing(DoctorConfig(packing=True, model=str(model_folder), documents=[5, 9]))
     assert check.severity is Severity.error
     assert message in check.message
@@ -131,7 +131,7 @@ def test_an_error_during_the_proof_is_a_finding(model_folder, monkeypatch, error
 
 
 def test_a_proof_without_implementations_is_an_error(model_folder, monkeypatch) -> None:
-    monkeypatch.setattr(packing_check, "_implementations", lambda model, device: [])
+    monkeypatch.setattr(equivalence, "_implementations", lambda model, device: [])
     check, _ = packing_check.check_packing(DoctorConfig(packing=True, model=str(model_folder), documents=[5, 9]))
     assert check.severity is Severity.error
     with pytest.raises(UserError, match=r"documents=\[1, 1\]: one token has none after it"):

@@ -170,7 +170,7 @@ def test_the_plan_of_published_recipes_has_the_published_parameter_counts(
 
     config = app.compose("plan", [f"experiment={experiment}", *options])
     hf_config = load.architecture_of(config.model)
-    family, rows = load.family_of(hf_config.model_type), load.base_vocab_size(config.model, hf_config)
+    family, rows = load.family_of(hf_config), load.base_vocab_size(config.model, hf_config)
     model = tuning.apply_tuning(load.bare_model(hf_config), family, config.tuning, rows, 0)
     assert param_groups.count_parameters(model) == (total, trainable)
     table = param_groups.summarize_groups(model, config, config.hardware.precision)

@@ -118,8 +118,8 @@ def test_registered_operators_pass_opcheck(inputs, operator) -> None:
         "rms_norm_residual": (x, x.detach().clone().requires_grad_(), norm, 1e-6),
         "rope": (q, q.detach().clone().requires_grad_(), table, table, 1.0),
         "swiglu": (x, x.detach().clone().requires_grad_()),
-        "linear_cross_entropy_sum": (x, [head], labels, None, None, -100, None, [True, False, True], False, True),
-        "linear_cross_entropy_each": (x, [head], labels, None, -100, None, False),
+        "linear_cross_entropy_sum": (x, [head], labels, None, None, -100, None, [True, False, True], False, True, 0.0),
+        "linear_cross_entropy_each": (x, [head], labels, None, -100, None, False, 0.0),
     }[operator]
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(getattr(torch.ops.fireflyds, operator), arguments, test_utils=checks)

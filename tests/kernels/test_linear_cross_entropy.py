@@ -32,6 +32,29 @@ def test_equals_cross_entropy_forward_and_backward(rows: int, labelled_share: fl
     torch.testing.assert_close(token_losses.sum(), loss, atol=1e-3, rtol=1e-6)
 
 
+@pytest.mark.parametrize("reduction", ["sum", "none", "both"])
+@pytest.mark.parametrize("implementation", ["chunked", "triton", "reference"])
+def test_capped_logits_equal_cross_entropy_over_them(reduction, implementation, monkeypatch, device) -> None:
+    monkeypatch.setitem(chunked.WHOLE_BYTES, "cpu", 30 * 97 * 4)
+    monkeypatch.setitem(chunked.CHUNK_BYTES, "cpu", 30 * 97 * 4)
+    hidden, weight, labels = (x.detach().to(device) for x in _inputs(200, torch.float32))
+    weight *= 3  # logits far beyond the cap
+    leaves = [hidden.requires_grad_(), weight[:60].clone().requires_grad_(), weight[60:].clone().requires_grad_()]
+    logits = torch.tanh(torch.nn.functional.linear(leaves[0], torch.cat(leaves[1:])) / 2.5) * 2.5
+    expected = cross_entropy(logits, labels, reduction="none" if reduction == "none" else "sum", ignore_index=-100)
+    upstream = torch.linspace(0.5, 2, 200, device=device) if reduction == "none" else torch.tensor(3.0, device=device)
+    expected_gradients = torch.autograd.grad(expected, leaves, upstream)
+    with force(implementation):
+        loss = linear_cross_entropy(leaves[0], leaves[1:], labels, reduction=reduction, softcap=2.5)
+        loss = loss[0] if reduction == "both" else loss
+        gradients = torch.autograd.grad(loss, leaves, upstream)
+    torch.testing.assert_close(loss, expected, atol=1e-4, rtol=1e-5)
+    for a, b in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="softcap=2.5"):
+        linear_cross_entropy(leaves[0], weight, labels, bias=torch.zeros(97), softcap=2.5)
+
+
 def test_logits_are_computed_only_for_labelled_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     logits_shapes: list[torch.Size] = []
     compute_logits = chunked._logits

@@ -7,6 +7,7 @@ import pytest
 import torch
 from fireflyds_kernels import CannotRunError, dispatch, force, packed_attention
 from fireflyds_kernels.packed_attention import bucketed, flash
+from fireflyds_kernels.requirements import DispatchKey
 from packed import TOLERANCES, assert_near, attention_inputs, gradients_of, naive_attention
 
 
@@ -51,6 +52,42 @@ def test_windows_and_alibi_equal_dense_masked_attention(implementation, window, 
     _compare(
         IMPLEMENTATIONS[implementation], [300, 1, 17, 40], 4, 2, 8, causal=causal, window=window, alibi_slopes=slopes
     )
+
+
+@pytest.mark.parametrize("softcap", [0.0, 1.5])
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("window", [None, 17])
+def test_soft_caps_and_sinks_equal_dense_attention(softcap, with_sinks, window, poisoned) -> None:
+    sinks = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64, requires_grad=True) if with_sinks else None
+    options = {"window": window, "softcap": softcap, "sinks": sinks}
+    with force(*([] if softcap or with_sinks else ["plain"])):
+        _compare(packed_attention, [300, 1, 17, 40], 4, 2, 8, **options)
+    if sinks is None:
+        return
+    q, k, v, cu_seqlens = attention_inputs([300, 1, 17, 40], 4, 2, 8)
+    gradients = [
+        torch.autograd.grad(attention(q, k, v, cu_seqlens, **options, **extras).square().sum(), sinks)[0]
+        for attention, extras in ((packed_attention, {"max_seqlen": 300}), (naive_attention, {}))
+    ]
+    torch.testing.assert_close(*gradients)
+
+
+def test_only_plain_attention_takes_soft_caps_and_sinks() -> None:
+    for extra in ("softcap", "sinks"):
+        key = DispatchKey("cuda", 90, torch.bfloat16, 128, **{extra: True})
+        assert dispatch.runnable("packed_attention", key) == ["plain"]
+
+
+@pytest.mark.parametrize(("dim", "value_dim"), [(24, 16), (8, 12)])
+def test_values_may_have_another_width_than_queries(dim, value_dim, poisoned) -> None:
+    q, k, _, cu_seqlens = attention_inputs([30, 1, 17], 4, 4, dim)
+    _, _, v, _ = attention_inputs([30, 1, 17], 4, 4, value_dim, seed=1)
+    output = packed_attention(q, k, v, cu_seqlens, max_seqlen=30)
+    expected = naive_attention(q, k, v, cu_seqlens)
+    assert output.shape == (48, 4, value_dim)
+    assert_near(output, expected, 1e-9)
+    for a, b in zip(*(torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (output, expected)), strict=True):
+        assert_near(a, b, 1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -17,7 +17,7 @@ from fireflyds.testing.models import packed_inputs, random_documents, tiny_model
 def _model_without_weights(*overrides: str):
     config = app.compose("plan", ["experiment=firefly_llama2_7b_ext_cpt_qlora", *overrides])
     hf_config = load.architecture_of(config.model)
-    family, rows = load.family_of(hf_config.model_type), load.base_vocab_size(config.model, hf_config)
+    family, rows = load.family_of(hf_config), load.base_vocab_size(config.model, hf_config)
     return tuning.apply_tuning(load.bare_model(hf_config), family, config.tuning, rows, 0)
 
 
@@ -134,3 +134,12 @@ def test_peak_flops_by_device_name() -> None:
 def test_a_peak_must_be_above_zero() -> None:
     with pytest.raises(UserError, match=r"hardware.peak_tflops=0.0: must be greater than 0"):
         app.compose("train", ["run=x", "model=a/b", "data=c/d", "optim.steps=1", "hardware.peak_tflops=0"])
+
+
+def test_experts_count_as_often_as_a_token_is_sent_to_one() -> None:
+    counts = {}
+    for used in (1, 2):
+        model = tiny_model("qwen3_moe", num_experts=4, num_experts_per_tok=used, moe_intermediate_size=24, head_dim=8)
+        counts[used] = step_flops(model).per_token
+    # Two layers of gate, up and down, 32 x 24 each, forward and twice backward.
+    assert counts[2] - counts[1] == 2 * (3 * 32 * 24) * 2 * 3

@@ -21,7 +21,7 @@ FULL = ["tuning=full", "tuning.embeddings=all", "tuning.head=all", "optim=adamw"
 def _arguments(*overrides: str, precision=Precision.bf16, device="cuda", **placement_options):
     config = app.compose("plan", ["experiment=firefly_llama2_7b_ext_cpt_qlora", "seq_len=4096", *overrides])
     hf_config = load.architecture_of(config.model)
-    family, rows = load.family_of(hf_config.model_type), load.base_vocab_size(config.model, hf_config)
+    family, rows = load.family_of(hf_config), load.base_vocab_size(config.model, hf_config)
     model = tuning.apply_tuning(load.bare_model(hf_config), family, config.tuning, rows, 0)
     placement = replace(Placement(0, False, False, 4, False, 1, 2), **placement_options)
     return model_shape(model, config), config, precision, placement, device

@@ -38,6 +38,8 @@ def naive_attention(
     scale: float | None = None,
     window: int | None = None,
     alibi_slopes: Tensor | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """One dense masked softmax over everything, in the inputs' number format."""
     total, heads, dim = q.shape
@@ -51,9 +53,15 @@ def naive_attention(
     if window is not None:
         mask &= distance.abs() < window
     scores = torch.einsum("ihd,jhd->hij", q, k) * (dim**-0.5 if scale is None else scale)
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
     if alibi_slopes is not None:
         scores = scores - alibi_slopes.to(q.dtype)[:, None, None] * distance.abs()
-    return torch.einsum("hij,jhd->ihd", scores.masked_fill(~mask, float("-inf")).softmax(-1), v)
+    exponentials = scores.masked_fill(~mask, float("-inf")).exp()
+    total_weight = exponentials.sum(-1, keepdim=True)
+    if sinks is not None:
+        total_weight = total_weight + sinks[:, None, None].exp()
+    return torch.einsum("hij,jhd->ihd", exponentials / total_weight, v)
 
 
 def assert_near(actual: Tensor, expected: Tensor, tolerance: float, name: str = "") -> None:

@@ -10,7 +10,7 @@ from fireflyds.planner.plan import TrainingPlan
 
 def plan_of(config: PlanConfig) -> TrainingPlan:
     hf_config = load.architecture_of(config.model)
-    family, rows = load.family_of(hf_config.model_type), load.base_vocab_size(config.model, hf_config)
+    family, rows = load.family_of(hf_config), load.base_vocab_size(config.model, hf_config)
     model = tuning.apply_tuning(load.bare_model(hf_config), family, config.tuning, rows, 0)
     precision = plan.cluster_precision(config)
     return plan.make_plan(

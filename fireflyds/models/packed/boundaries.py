@@ -1,8 +1,10 @@
 """Document boundaries of a packed batch: set once per batch, read by every attention layer of the model."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
+import torch
 from fireflyds_kernels import packed_attention
 from torch import Tensor
 
@@ -16,6 +18,12 @@ class SequenceBoundaries:
 
     cu_seqlens: Tensor
     max_seqlen: int
+
+    def in_chunks(self, size: int) -> "SequenceBoundaries":
+        """These boundaries and every `size` tokens of a document another one. The host reads the boundaries."""
+        bounds = [first for a, b in pairwise(self.cu_seqlens.tolist()) for first in range(a, b, size)]
+        cu_seqlens = torch.tensor([*bounds, int(self.cu_seqlens[-1])], dtype=torch.int32, device=self.cu_seqlens.device)
+        return SequenceBoundaries(cu_seqlens, min(size, self.max_seqlen))
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         """`packed_attention` of `[T, H, D]` over these boundaries."""

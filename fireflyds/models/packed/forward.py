@@ -1,5 +1,9 @@
 """The packed forward pass of a loaded model: packed attention, fused kernels, and the fused loss at the head."""
 
+import functools
+import importlib
+import inspect
+import math
 import types
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -14,6 +18,7 @@ from fireflyds import registry
 from fireflyds.config import HardwareConfig, Precision
 from fireflyds.errors import UserError
 from fireflyds.models.architecture import head_dim
+from fireflyds.models.load import family_of
 from fireflyds.models.packed import fused_modules
 from fireflyds.models.packed.boundaries import PackedContext, SequenceBoundaries
 from fireflyds.models.packed.head import HeadFunction, HeadInputs, loss_sum
@@ -21,8 +26,11 @@ from fireflyds.models.precision import DTYPES
 from fireflyds.models.split_embeddings import FusedLossHead, SplitLMHead
 
 ATTENTION = "fireflyds"
-# Configuration keys of transformations after the head, with their neutral values; the fused loss does not apply them.
-_LOGIT_TRANSFORMS = {"final_logit_softcapping": None, "logit_scale": None, "logits_scaling": 1, "lm_head_multiplier": 1}
+# Configuration keys of what models do to their logits: factors, and divisors.
+_LOGIT_FACTORS = ("logit_scale", "lm_head_multiplier")
+_LOGIT_DIVISORS = ("logits_scaling",)
+# Classes of transformers' activations `silu` and `swish`.
+_SILU = ("SiLU", "SiLUActivation")
 _OTHER_MODEL = "Give another model: fireflyds trains packed rows only"
 
 
@@ -33,7 +41,7 @@ def _attention(  # noqa: PLR0913  (the signature is that of transformers' Attent
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    boundaries: SequenceBoundaries,
+    boundaries: SequenceBoundaries | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     dropout: float = 0.0,
@@ -41,16 +49,27 @@ def _attention(  # noqa: PLR0913  (the signature is that of transformers' Attent
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Packed attention as a function of transformers' `AttentionInterface`: `[1, H, T, D]` in, `[1, T, H, D]` out."""
-    unsupported = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None] + ["dropout"] * bool(dropout)
-    if unsupported:
+    if dropout:
         raise UserError(
-            f"{type(module).__name__} uses {', '.join(unsupported)}, which packed attention does not support",
+            f"{type(module).__name__} uses dropout={dropout}, which packed attention does not support",
             key="model",
             remedy=_OTHER_MODEL,
         )
+    packing: PackedContext = module.packing  # type: ignore[assignment]
+    # Layers that do not pass on keyword arguments have no boundaries among them.
+    batch = packing.boundaries if boundaries is None else boundaries
+    if _is_chunked(module):
+        batch = batch.in_chunks(module.config.attention_chunk_size)  # type: ignore[union-attr, arg-type]
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    return boundaries.attention(q, k, v, scale=scaling, window=sliding_window, causal=causal)[None], None
+    extras = {"softcap": kwargs.get("softcap") or 0.0, "sinks": kwargs.get("s_aux")}
+    return batch.attention(q, k, v, scale=scaling, window=sliding_window, causal=causal, **extras)[None], None
+
+
+def _is_chunked(module: nn.Module) -> bool:
+    """True for a layer whose tokens see those of their own chunk of the document alone (Llama 4)."""
+    kinds: list[str] = getattr(module.config, "layer_types", None) or []
+    return bool(kinds) and kinds[module.layer_idx] == "chunked_attention"  # type: ignore[index]
 
 
 # The boundaries replace the attention mask. Without a function in AttentionMaskInterface transformers builds no mask;
@@ -70,12 +89,7 @@ def fuse(model: Any) -> Any:
         UserError: a model whose attention or head cannot be replaced.
     """
     name, config = type(model).__name__, model.config
-    families = registry.names("fireflyds.models.families")
-    table = (
-        registry.load("fireflyds.models.families", config.model_type).FAMILY.fused
-        if config.model_type in families
-        else {}
-    )
+    table = family_of(config).fused
     _check_supported(model, table)
     head = model.get_output_embeddings()
     if type(head) is nn.Linear:
@@ -86,6 +100,7 @@ def fuse(model: Any) -> Any:
             key="model",
             remedy=_OTHER_MODEL,
         )
+    head.scale, head.softcap = _logit_transform(config)
     config._attn_implementation = ATTENTION
     packing = PackedContext()
     for module in model.modules():
@@ -93,19 +108,45 @@ def fuse(model: Any) -> Any:
         function = table.get(type(module).__name__)
         if hasattr(module, "lora_A") and getattr(getattr(module.base_layer, "weight", None), "quant_state", None):
             function = "four_bit_lora"
-        if getattr(module, "rope_type", None) == "dynamic":
+        if any(isinstance(child, nn.Conv1d) for child in module.children()):
+            function = "by_document"
+        if getattr(module, "rope_type", None) == "longrope":
+            function = "long_rotary"
+        if getattr(module, "rope_type", None) == "dynamic" and not module.config.rope_parameters.get("alpha"):
             function = "dynamic_rotary"
-        if function and not (function == "gated_mlp" and config.hidden_act not in ("silu", "swish")):
+        if function and not (function == "gated_mlp" and type(module.act_fn).__name__ not in _SILU):
             module.forward = types.MethodType(getattr(fused_modules, function), module)
     model.forward = types.MethodType(_forward, model)
     return model
+
+
+def _logit_transform(hf_config: Any) -> tuple[float, float]:
+    """The factor of a model's logits, and their soft cap (0 for none)."""
+    values = {name: getattr(hf_config, name, None) for name in (*_LOGIT_FACTORS, *_LOGIT_DIVISORS)}
+    scale = math.prod(float(values[name] or 1) for name in _LOGIT_FACTORS)
+    scale /= math.prod(float(values[name] or 1) for name in _LOGIT_DIVISORS)
+    return scale, float(getattr(hf_config, "final_logit_softcapping", None) or 0)
 
 
 def attention_dispatch_key(hf_config: Any, device: torch.device, dtype: torch.dtype) -> DispatchKey:
     """Returns the dispatch key of packed attention for a model, derived from its configuration."""
     alibi = hf_config.model_type == "bloom" or bool(getattr(hf_config, "alibi", False))
     window = bool(getattr(hf_config, "sliding_window", None))
-    return DispatchKey(device.type, dispatch.capability_of(device), dtype, head_dim(hf_config), window, alibi)
+    softcap = bool(getattr(hf_config, "attn_logit_softcapping", None))
+    sinks = _has_sinks(type(hf_config))  # type: ignore[arg-type]
+    capability = dispatch.capability_of(device)
+    return DispatchKey(device.type, capability, dtype, head_dim(hf_config), window, alibi, softcap, sinks)
+
+
+@functools.cache
+def _has_sinks(config_class: Any) -> bool:
+    """True where layers of this architecture hand sinks to their attention function."""
+    try:
+        modeling = importlib.import_module(config_class.__module__.replace(".configuration_", ".modeling_"))
+    except ModuleNotFoundError:
+        return False
+    modules = [value for value in vars(modeling).values() if inspect.isclass(value) and issubclass(value, nn.Module)]
+    return any("sinks" in inspect.unwrap(cls.forward).__code__.co_names for cls in modules)
 
 
 def attention_override(config: HardwareConfig, hf_config: Any, precision: Precision) -> AbstractContextManager[None]:
@@ -137,7 +178,7 @@ def _check_supported(model: Any, table: Any) -> None:
     """Raises `UserError` for models that the packed forward pass would compute incorrectly."""
     name, config = type(model).__name__, model.config
     replaces_attention = any("attention" in function for function in table.values())
-    if not replaces_attention and not getattr(model, "_supports_attention_backend", False):
+    if not replaces_attention and not _uses_attention_interface(model):
         raise UserError(
             f"{name} does not use transformers' AttentionInterface, and no family of fireflyds replaces its attention",
             key="model",
@@ -150,27 +191,12 @@ def _check_supported(model: Any, table: Any) -> None:
             key="model",
             remedy="Set it to 0",
         )
-    other_types = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if other_types or any(isinstance(module, nn.Conv1d) for module in model.modules()):
-        raise UserError(
-            f"{name} has layers other than full or sliding-window attention "
-            f"({', '.join(other_types) or 'convolutions'}), which would mix packed documents",
-            key="model",
-            remedy=_OTHER_MODEL,
-        )
-    if any(getattr(module, "rope_type", None) == "longrope" for module in model.modules()):
-        raise UserError(
-            f"{name} has rope_type=longrope, whose frequencies depend on the longest document of a row",
-            key="model",
-            remedy=_OTHER_MODEL,
-        )
-    for key, neutral in _LOGIT_TRANSFORMS.items():
-        if getattr(config, key, None) not in (None, neutral):
-            raise UserError(
-                f"{name} transforms its logits ({key}={getattr(config, key)}), which the fused loss does not apply",
-                key="model",
-                remedy=_OTHER_MODEL,
-            )
+
+
+def _uses_attention_interface(model: Any) -> bool:
+    """True where a class of the model asks transformers' `AttentionInterface` for its attention function."""
+    forwards = (inspect.unwrap(cls.forward) for cls in {type(module) for module in model.get_decoder().modules()})
+    return any("ALL_ATTENTION_FUNCTIONS" in forward.__code__.co_names for forward in forwards)
 
 
 def _forward(
@@ -192,8 +218,9 @@ def hidden_states(model: Any, input_ids: Tensor, position_ids: Tensor, cu_seqlen
     packing: PackedContext = model.packing
     packing.batch = SequenceBoundaries(cu_seqlens, max_seqlen)
     packing.recomputing = getattr(model, "is_gradient_checkpointing", False)
+    decoder = model.get_decoder()
+    if decoder is model:  # Llama 4
+        decoder = model.model
     # BLOOM ignores `position_ids` and `boundaries`, which are not parameters of its decoder.
-    outputs = model.get_decoder()(
-        input_ids=input_ids, position_ids=position_ids, boundaries=packing.batch, use_cache=False
-    )
+    outputs = decoder(input_ids=input_ids, position_ids=position_ids, boundaries=packing.batch, use_cache=False)
     return outputs.last_hidden_state

@@ -7,11 +7,13 @@ ZeRO-3 gathers them when the module is called.
 
 import functools
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
 from fireflyds_kernels import qlora_linear, rms_norm, rope, swiglu
 from torch import Tensor, nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from fireflyds.models.packed.boundaries import SequenceBoundaries
 
@@ -82,6 +84,27 @@ def dynamic_rotary(self: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, 
     exponents = torch.arange(0, dim, 2, device=x.device).float() / dim
     angles = (position_ids[0].float() / base[:, None].pow(exponents).T).T.repeat(1, 2)[None]
     return (angles.cos() * self.attention_scaling).to(x.dtype), (angles.sin() * self.attention_scaling).to(x.dtype)
+
+
+@torch.no_grad()
+def long_rotary(self: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns cos and sin `[1, T, R]` under LongRoPE (arXiv 2402.13753): the long frequencies in documents that exceed
+    the original positions, the short ones in the others, as in transformers for a single sequence."""
+    original = self.config.rope_parameters["original_max_position_embeddings"]
+    lengths = self.packing.boundaries.cu_seqlens.diff()
+    per_token = lengths.repeat_interleave(lengths, output_size=position_ids.shape[1])
+    long, _ = ROPE_INIT_FUNCTIONS["longrope"](self.config, x.device, seq_len=original + 1)
+    frequencies = torch.where((per_token > original)[:, None], long, self.original_inv_freq.to(x.device))
+    angles = (position_ids[0].float()[:, None] * frequencies).repeat(1, 2)[None]
+    return (angles.cos() * self.attention_scaling).to(x.dtype), (angles.sin() * self.attention_scaling).to(x.dtype)
+
+
+def by_document(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """A mixer with a state or a convolution over `[1, T, d]`, on one document after the other: nothing is carried from
+    one to the next. The host reads the boundaries."""
+    bounds = self.packing.boundaries.cu_seqlens.tolist()
+    parts = [hidden_states[:, first:last] for first, last in pairwise(bounds) if last > first]
+    return torch.cat([type(self).forward(self, part, *args, **kwargs) for part in parts], dim=1)
 
 
 def pre_norm_layer(self: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:

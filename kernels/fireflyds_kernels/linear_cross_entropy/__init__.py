@@ -21,6 +21,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     reduction: Literal["sum", "none"] = "sum",
     num_labels: int | None = None,
+    softcap: float = 0.0,
 ) -> Tensor: ...
 
 
@@ -35,6 +36,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     reduction: Literal["both"],
     num_labels: int | None = None,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -48,6 +50,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     reduction: Literal["sum", "none", "both"] = "sum",
     num_labels: int | None = None,
+    softcap: float = 0.0,
 ) -> Any:
     """-token_weight · log softmax(hidden weightᵀ + bias)[label], over the rows that have a label.
 
@@ -64,6 +67,8 @@ def linear_cross_entropy(
         num_labels: number of rows that have a label, where the host knows it: avoids the only synchronisation with the
             device. On a GPU a wrong number, or a label outside the vocabulary, makes the loss NaN; on the CPU both are
             errors.
+        softcap: c > 0 replaces every logit l by c · tanh(l / c) (Gemma 2, arXiv 2408.00118); 0 for none. Not with a
+            bias.
 
     With `sum` the gradients are computed in the forward pass, chunk by chunk, while the chunk's logits are in memory:
     three matrix products as in the plain computation, not four. They are not normalised, and are accumulated over
@@ -77,8 +82,10 @@ def linear_cross_entropy(
     """
     blocks = [weight] if isinstance(weight, Tensor) else list(weight)
     _check_shapes(hidden, blocks, labels, bias, token_weights, reduction)
+    if softcap < 0 or (softcap and bias is not None):
+        raise ValueError(f"linear_cross_entropy: softcap={softcap} must be at least 0, and 0 where there is a bias")
     run = dispatch.select("linear_cross_entropy", hidden)
-    return run(hidden, blocks, labels, bias, token_weights, ignore_index, reduction, num_labels)
+    return run(hidden, blocks, labels, bias, token_weights, ignore_index, reduction, num_labels, softcap)
 
 
 def _check_shapes(

@@ -38,14 +38,17 @@ def _run(
     ignore_index: int,
     reduction: str,
     num_labels: int | None,
+    softcap: float,
 ) -> Any:
     if reduction == "none":
-        losses: Tensor = _row_losses(hidden, blocks, labels, bias, ignore_index, num_labels, fused)[0]
+        losses: Tensor = _row_losses(hidden, blocks, labels, bias, ignore_index, num_labels, fused, softcap)[0]
         return losses if token_weights is None else losses * token_weights.to(losses.dtype)
     grad_enabled = torch.is_grad_enabled()
     needs_grad = [grad_enabled and x is not None and x.requires_grad for x in (hidden, bias, *blocks)]
     both = reduction == "both"
-    outputs = _loss_sum(hidden, blocks, labels, bias, token_weights, ignore_index, num_labels, needs_grad, fused, both)
+    outputs = _loss_sum(
+        hidden, blocks, labels, bias, token_weights, ignore_index, num_labels, needs_grad, fused, both, softcap
+    )
     if not both:
         return outputs[0]
     losses = outputs[1].detach()
@@ -101,14 +104,6 @@ def _logits(hidden: Tensor, blocks: list[Tensor]) -> Tensor:
     return logits
 
 
-def _softmax(fused: bool) -> Any:
-    if fused:
-        from fireflyds_kernels.linear_cross_entropy import triton
-
-        return triton.losses_and_dlogits
-    return softmax.losses_and_dlogits
-
-
 @torch.library.custom_op("fireflyds::linear_cross_entropy_sum", mutates_args=())
 def _loss_sum(
     hidden: Tensor,
@@ -121,6 +116,7 @@ def _loss_sum(
     needs_grad: list[bool],
     fused: bool,
     with_losses: bool,
+    softcap: float,
 ) -> list[Tensor]:
     """The loss, the unweighted losses `[T]` (empty unless `with_losses`), then the gradients of hidden, bias and every
     block (empty where none is needed)."""
@@ -135,7 +131,7 @@ def _loss_sum(
     cast_blocks = [block.to(hidden.dtype) for block in blocks]
     chunks = list(_chunks(len(rows), vocab_size, hidden))
     gradients = Gradients(hidden, bias, blocks, needs_grad, len(chunks))
-    softmax_losses, total = _softmax(fused), hidden.new_zeros((), dtype=wide(hidden.dtype))
+    softmax_losses, total = softmax.function_for(fused, softcap), hidden.new_zeros((), dtype=wide(hidden.dtype))
     row_losses = total.new_zeros(len(labels) if with_losses else 0)
     for chunk in chunks:
         chunk_hidden, chunk_scale = hidden[rows[chunk]], None if scale is None else scale[chunk]
@@ -176,6 +172,7 @@ def _(
     needs_grad: list[bool],
     fused: bool,
     with_losses: bool,
+    softcap: float,
 ) -> list[Tensor]:
     total = hidden.new_empty((), dtype=wide(hidden.dtype))
     row_losses = total.new_empty(labels.shape[0] if with_losses else 0)
@@ -183,7 +180,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    hidden, blocks, _, bias, *_, needs_grad, _, _ = inputs
+    hidden, blocks, _, bias, *_, needs_grad, _, _, _ = inputs
     ctx.save_for_backward(*output[2:])
     ctx.gradient_mask = needs_grad
     ctx.types = [hidden.dtype, hidden.dtype if bias is None else bias.dtype, *(block.dtype for block in blocks)]
@@ -202,7 +199,7 @@ def _gradients(ctx: Any, upstream: list[Tensor]) -> tuple[Any, ...]:
         for gradient, needed, dtype in zip(ctx.saved_tensors, ctx.gradient_mask, ctx.types, strict=True)
     ]
     hidden, bias, *blocks = gradients
-    return hidden, blocks, None, bias, *[None] * 6
+    return hidden, blocks, None, bias, *[None] * 7
 
 
 _loss_sum.register_autograd(_gradients, setup_context=_save)
@@ -217,6 +214,7 @@ def _row_losses(
     ignore_index: int,
     num_labels: int | None,
     fused: bool,
+    softcap: float,
 ) -> list[Tensor]:
     """The losses `[T]`. No logits are saved: the upstream gradient differs from row to row."""
     vocab_size = sum(map(len, blocks))
@@ -225,7 +223,7 @@ def _row_losses(
     losses = hidden.new_zeros(len(labels), dtype=wide(hidden.dtype))
     for chunk in _chunks(len(rows), vocab_size, hidden):
         logits = _logits(hidden[rows[chunk]], cast_blocks)
-        losses[rows[chunk]] = _softmax(fused)(logits, targets[chunk], bias, None, 1.0, False)
+        losses[rows[chunk]] = softmax.function_for(fused, softcap)(logits, targets[chunk], bias, None, 1.0, False)
     return [losses if invalid is None else losses.masked_fill(invalid, float("nan"))]
 
 
@@ -245,10 +243,11 @@ def _row_losses_backward(
     num_labels: int | None,
     needs_grad: list[bool],
     fused: bool,
+    softcap: float,
 ) -> list[Tensor]:
     """The gradients of the sum whose token weights are the upstream gradients of the rows."""
     outputs: list[Tensor] = _loss_sum(
-        hidden, blocks, labels, bias, upstream, ignore_index, num_labels, needs_grad, fused, False
+        hidden, blocks, labels, bias, upstream, ignore_index, num_labels, needs_grad, fused, False, softcap
     )
     return outputs[2:]
 
@@ -264,6 +263,7 @@ def _(
     num_labels: Any,
     needs_grad: list[bool],
     fused: bool,
+    softcap: float,
 ) -> list[Tensor]:
     return _empty_gradients(hidden, bias, blocks, needs_grad)
 
@@ -276,17 +276,17 @@ def _save_row_losses(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) ->
 
 def _gradients_row_losses(ctx: Any, upstream: list[Tensor]) -> tuple[Any, ...]:
     hidden, labels, bias, *blocks = ctx.saved_tensors
-    ignore_index, num_labels, fused = ctx.saved_options
+    ignore_index, num_labels, fused, softcap = ctx.saved_options
     needs_grad = [x is not None and x.requires_grad for x in (hidden, bias, *blocks)]
     gradients = _row_losses_backward(
-        upstream[0], hidden, blocks, labels, bias, ignore_index, num_labels, needs_grad, fused
+        upstream[0], hidden, blocks, labels, bias, ignore_index, num_labels, needs_grad, fused, softcap
     )
     leaves = [hidden, hidden if bias is None else bias, *blocks]
     results = [
         gradient.to(x.dtype) if needed else None
         for gradient, x, needed in zip(gradients, leaves, needs_grad, strict=True)
     ]
-    return results[0], results[2:], None, results[1], None, None, None
+    return results[0], results[2:], None, results[1], *[None] * 4
 
 
 _row_losses.register_autograd(_gradients_row_losses, setup_context=_save_row_losses)

@@ -1,5 +1,8 @@
 """Losses and gradients of a chunk of logits, in plain PyTorch."""
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -37,3 +40,32 @@ def losses_and_dlogits(
             if buffer is not logits:
                 logits[rows] = block
     return losses
+
+
+def with_softcap(
+    function: Any,
+    softcap: float,
+    logits: Tensor,
+    labels: Tensor,
+    bias: None,
+    scale: Tensor | None,
+    lift: float,
+    dlogits: bool,
+) -> Tensor:
+    """As `losses_and_dlogits`, computed by `function`, of c · tanh(logits / c) with c = `softcap`."""
+    squashed = torch.tanh(logits / softcap)
+    torch.mul(squashed, softcap, out=logits)
+    losses: Tensor = function(logits, labels, bias, scale, lift, dlogits)
+    if dlogits:
+        logits.addcmul_(logits, squashed.square_(), value=-1)  # the derivative is 1 − tanh²(logits / c)
+    return losses
+
+
+def function_for(fused: bool, softcap: float) -> Any:
+    """`losses_and_dlogits` here or, `fused`, in Triton; with a soft cap around it where `softcap` is not 0."""
+    function: Any = losses_and_dlogits
+    if fused:
+        from fireflyds_kernels.linear_cross_entropy import triton
+
+        function = triton.losses_and_dlogits
+    return partial(with_softcap, function, softcap) if softcap else function

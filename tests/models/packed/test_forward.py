@@ -235,24 +235,6 @@ def test_other_instances_of_the_class_are_not_fused() -> None:
     [
         ("codegen", {"n_embd": 32, "n_head": 4, "n_layer": 1, "rotary_dim": 8}, "AttentionInterface.*Families: bloom"),
         ("llama", LLAMA | {"attention_dropout": 0.1}, "attention_dropout=0.1.*Set it to 0"),
-        ("cohere", LLAMA, "logit_scale=0.0625"),
-        ("gemma2", LLAMA | {"head_dim": 8}, "final_logit_softcapping"),
-        ("lfm2", LLAMA | {"layer_types": ["conv", "full_attention"]}, "would mix packed documents"),
-        (
-            "phi3",
-            LLAMA
-            | {
-                "original_max_position_embeddings": 16,
-                "rope_parameters": {
-                    "rope_type": "longrope",
-                    "rope_theta": 1e4,
-                    "short_factor": [1.0] * 4,
-                    "long_factor": [2.0] * 4,
-                    "original_max_position_embeddings": 16,
-                },
-            },
-            "longrope",
-        ),
     ],
 )
 def test_unsupported_models_are_refused(model_type: str, changes: dict, message: str) -> None:
