@@ -55,14 +55,14 @@ def config_of(key: str, path: str) -> Any:
     Remote code (`trust_remote_code`) is never run.
 
     Raises:
-        UserError: no config.json, or an architecture that transformers does not support.
+        UserError: no config.json, an architecture that transformers does not support, or one that wraps a text model.
     """
     if not (Path(path) / "config.json").is_file():
         raise UserError(
             "no config.json there", key=key, value=path, remedy="Give the directory of a Hugging Face model"
         )
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+        hf_config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (ValueError, OSError) as error:
         raise UserError(
             f"{str(error).splitlines()[0]}",
@@ -72,6 +72,16 @@ def config_of(key: str, path: str) -> Any:
                 "Remote code is not run (trust_remote_code): give a model that this version of transformers supports"
             ),
         ) from error
+    text_config = hf_config.get_text_config()
+    if text_config is not hf_config:
+        raise UserError(
+            f"is a {hf_config.model_type}: a text model ({text_config.model_type}) inside another that also takes "
+            "images or sound, which is not trained yet",
+            key=key,
+            value=path,
+            remedy="Give the text model alone, saved by itself",
+        )
+    return hf_config
 
 
 def _read_directory_config(config: ModelConfig, key: str = "model.path") -> Any:
