@@ -1,7 +1,9 @@
 """Likelihoods of token sequences under a model directory, many sequences in one packed forward pass."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +66,7 @@ def load_evaluated_model(config: EvaluateConfig) -> EvaluatedModel:
     from transformers import AutoTokenizer
 
     folder = Path(config.model)
-    require_equivalence(config_of("model", config.model), Precision.fp32, print)
+    require_equivalence(config_of("model", config.model), Precision.fp32, partial(print, file=sys.stderr))
     encoder = load_encoder(folder)
     model = load_for_inference(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -18,6 +18,11 @@ _ORDER = {
 _PARALLEL = {"dense_h_to_4h": 1, "dense_4h_to_h": 3}
 
 
+def is_stateful_mixer(module: nn.Module) -> bool:
+    """True for a layer that mixes tokens by a convolution or a state: linear attention, Mamba, short convolutions."""
+    return any(isinstance(child, nn.Conv1d) for child in module.children())
+
+
 def linear_size(module: Any) -> tuple[int, int]:
     """Inputs and outputs of a linear layer."""
     return (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)

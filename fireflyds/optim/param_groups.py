@@ -155,10 +155,11 @@ def notes_on_experts(model: nn.Module, config: TrainConfig) -> list[str]:
     if not config.tuning.has_adapters:
         return []
     experts = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() == 3)
+    quantised = config.tuning.method is TuningMethod.qlora  # bitsandbytes quantises layers alone
     share = experts / count_parameters(model)[0]
     return [
         f"note: tuning={config.tuning.method.name} puts no adapters on the experts, which hold {share:.0%} of the "
-        "parameters and stay as they are; tuning=full trains them"
+        "parameters and stay as they are" + ", in 16 bits" * quantised + "; tuning=full trains them"
     ] * bool(experts)
 
 

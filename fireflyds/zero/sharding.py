@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import nn
 
 from fireflyds.config import Offload, Precision, TrainConfig
+from fireflyds.errors import UserError
+from fireflyds.models.architecture import is_stateful_mixer
 from fireflyds.models.deferred import materialize
 from fireflyds.models.precision import DTYPES
 
@@ -32,7 +34,18 @@ class _Streamed(nn.Module):
 
 
 def shard_parameters(model: nn.Module, ds_config: dict[str, Any], config: TrainConfig, precision: Precision) -> None:
-    """Shards all parameters, in the number format of `precision`, and moves the buffers to the device."""
+    """Shards all parameters, in the number format of `precision`, and moves the buffers to the device.
+
+    Raises:
+        UserError: layers that run once for every document: DeepSpeed would free their weights after the first.
+    """
+    if mixer := next((module for module in model.modules() if is_stateful_mixer(module)), None):
+        raise UserError(
+            f"{type(mixer).__name__} runs once for every document, which DeepSpeed's stage 3 does not support",
+            key="zero.stage",
+            value=3,
+            remedy="Use zero=2",
+        )
     from deepspeed.accelerator import get_accelerator
     from deepspeed.runtime.zero import Init
 

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.olmo2 import modeling_olmo2
 from transformers.pytorch_utils import Conv1D
 
-from fireflyds import registry
+from fireflyds import app, registry
 from fireflyds.config import Precision, TrainableRows, TuningConfig, TuningMethod
 from fireflyds.errors import UserError
 from fireflyds.export.merged_weights import merged_entries
@@ -21,6 +21,7 @@ from fireflyds.models.load import config_of, family_of
 from fireflyds.models.packed.derived_check import require_equivalence, small_config
 from fireflyds.models.packed.equivalence import compare_implementations
 from fireflyds.models.tuning import apply_tuning
+from fireflyds.zero.sharding import shard_parameters
 
 LENGTHS = [5, 1, 70, 33, 90]
 SMALL = {
@@ -164,6 +165,12 @@ def test_new_rows_train_and_are_written_into_one_matrix(name: str) -> None:
     with torch.no_grad():
         expected = plain(ids).logits
     assert float((logits - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+
+
+def test_stage_3_refuses_layers_that_run_once_for_every_document() -> None:
+    config = app.compose("train", ["run=x", "model=a/b", "data=c/d", "optim.steps=3", "zero=3"])
+    with pytest.raises(UserError, match="zero.stage=3: Lfm2ShortConv runs once for every document"):
+        shard_parameters(model_of(*FAST["lfm2"]), {}, config, Precision.fp32)
 
 
 @pytest.mark.parametrize("name", registry.names(FAMILIES))

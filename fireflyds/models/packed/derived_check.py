@@ -53,7 +53,10 @@ def require_equivalence(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     where = torch.cuda.get_device_name() if device.type == "cuda" else "the CPU"
     formats = [Precision.fp32] + [precision] * (device.type == "cuda" and precision is not Precision.fp32)
-    small = small_config(hf_config)
+    try:
+        small = small_config(hf_config)
+    except Exception as error:
+        raise _not_supported(hf_config.model_type, error) from error
     versions = {name: version(name) for name in ("fireflyds", "torch", "transformers")}
     made_from = [small.to_dict(), where, [number_format.name for number_format in formats], versions]
     digest = hashlib.sha256(json.dumps(made_from, sort_keys=True, default=str).encode()).hexdigest()
@@ -145,12 +148,16 @@ def _compare(small: Any, device: torch.device, dtype: torch.dtype) -> tuple[str,
     except UserError:
         raise
     except Exception as error:
-        raise UserError(
-            f"its architecture does not run on packed documents ({describe(error)})",
-            key="model",
-            value=small.model_type,
-            remedy="Give a model of another architecture",
-        ) from error
+        raise _not_supported(small.model_type, error) from error
+
+
+def _not_supported(model_type: str, error: Exception) -> UserError:
+    return UserError(
+        f"its architecture does not run on packed documents ({describe(error)})",
+        key="model",
+        value=model_type,
+        remedy="Give a model of another architecture",
+    )
 
 
 def _cache_folder() -> Path:

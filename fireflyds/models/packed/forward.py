@@ -17,7 +17,7 @@ from transformers import AttentionInterface
 from fireflyds import registry
 from fireflyds.config import HardwareConfig, Precision
 from fireflyds.errors import UserError
-from fireflyds.models.architecture import head_dim
+from fireflyds.models.architecture import head_dim, is_stateful_mixer
 from fireflyds.models.load import family_of
 from fireflyds.models.packed import fused_modules
 from fireflyds.models.packed.boundaries import PackedContext, SequenceBoundaries
@@ -108,7 +108,7 @@ def fuse(model: Any) -> Any:
         function = table.get(type(module).__name__)
         if hasattr(module, "lora_A") and getattr(getattr(module.base_layer, "weight", None), "quant_state", None):
             function = "four_bit_lora"
-        if any(isinstance(child, nn.Conv1d) for child in module.children()):
+        if is_stateful_mixer(module):
             function = "by_document"
         if getattr(module, "rope_type", None) == "longrope":
             function = "long_rotary"
