@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fireflyds import registry
 from fireflyds.config import ModelConfig, ModelInit, Precision
 from fireflyds.errors import UserError
+from fireflyds.fs import read_json
 from fireflyds.models.deferred import deferred_model
 from fireflyds.models.derived_family import FAMILIES, derive_family
 from fireflyds.models.precision import DTYPES, inference_dtype
@@ -58,9 +59,7 @@ def config_of(key: str, path: str) -> Any:
         UserError: no config.json, an architecture that transformers does not support, or one that wraps a text model.
     """
     if not (Path(path) / "config.json").is_file():
-        raise UserError(
-            "no config.json there", key=key, value=path, remedy="Give the directory of a Hugging Face model"
-        )
+        raise _no_model(key, path)
     try:
         hf_config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (ValueError, OSError) as error:
@@ -84,9 +83,39 @@ def config_of(key: str, path: str) -> Any:
     return hf_config
 
 
+def _no_model(key: str, path: str) -> UserError:
+    """The error of a path without `config.json`, by what is there instead."""
+    folder = Path(path)
+    message, remedy = "no config.json there", "Give the directory of a Hugging Face model"
+    if (folder / "adapter_config.json").is_file():
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        message = f"{message}: it holds adapters of {base}, not a model"
+        remedy = "Merge them into their base and give the result, or give the base"
+    elif path and (folder.suffix == ".gguf" or any(folder.glob("*.gguf"))):
+        message = f"{message}: it holds GGUF, whose weights are quantised for inference"
+        remedy = "Give the Hugging Face directory that it was made from"
+    return UserError(message, key=key, value=path, remedy=remedy)
+
+
+def _refuse_quantised(hf_config: Any, key: str, path: str) -> None:
+    """Raises `UserError` for a model whose files are quantised: neither they nor adapters on them are trained."""
+    settings = getattr(hf_config, "quantization_config", None)
+    if settings is None:
+        return
+    method = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
+    method = getattr(method, "value", method)
+    raise UserError(
+        f"its weights are quantised ({method}), and training starts from weights in 16 or 32 bits",
+        key=key,
+        value=path,
+        remedy="Give the model that it was quantised from; tuning=qlora quantises that one while loading",
+    )
+
+
 def _read_directory_config(config: ModelConfig, key: str = "model.path") -> Any:
     """Reads the configuration of the model directory `key` and checks it against `model.architecture`."""
     folder, hf_config = Path(config.path), config_of(key, config.path)
+    _refuse_quantised(hf_config, key, config.path)
     for name, value in config.architecture.items():
         if getattr(hf_config, name, None) != value:
             raise UserError(
