@@ -9,7 +9,7 @@ fireflyds' rows, flattened by `DataCollatorWithFlattening`, documents separated 
 import sys
 from typing import Any
 
-from train_turn import IGNORE_INDEX, Documents, Record, Turn, deepspeed_settings, prepare_rank
+from train_turn import IGNORE_INDEX, Documents, Record, Turn, deepspeed_settings, end_turn, prepare_rank
 
 Features = list[dict[str, list[int]]]
 
@@ -116,6 +116,7 @@ def main(turn: Turn, layout: str) -> None:
     )
     trainer.train()
     record.write(turn)
+    end_turn()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 from train_hf import recording_trainer, training_arguments
-from train_turn import Documents, Record, Turn, prepare_rank
+from train_turn import Documents, Record, Turn, end_turn, prepare_rank
 
 
 def main(turn: Turn, layout: str) -> None:
@@ -41,6 +41,7 @@ def main(turn: Turn, layout: str) -> None:
     )
     trainer.train()
     record.write(turn)
+    end_turn()
 
 
 if __name__ == "__main__":
