@@ -198,6 +198,9 @@ def test_a_derived_family_is_compared_once(tmp_path: Path) -> None:
     assert "proven" in lines[0]
     require_equivalence(config, Precision.fp32, lines.append, tmp_path)
     assert len(lines) == 1
+    long = LONG | {"original_max_position_embeddings": 4096}
+    scaled = small_config(AutoConfig.for_model("phi3", **SMALL | {"rope_parameters": long}))
+    assert scaled.rope_parameters["original_max_position_embeddings"] == 100  # shorter than a document of the check
     small = small_config(config)
     assert (small.num_hidden_layers, small.hidden_size, small.num_attention_heads) == (2, 512, 4)
 

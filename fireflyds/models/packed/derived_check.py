@@ -31,9 +31,11 @@ _SMALL = {
     "num_experts_per_tok": 2, "moe_k": 2, "moe_topk": 2, "n_group": 1, "topk_group": 1, "sliding_window": 24,
     "attention_chunk_size": 32,
 }  # fmt: skip
-# Of layers that begin or end a model and are of another kind than the rest.
 _MAX_KINDS = 4
 _MAX_PARAMETERS = 300_000_000
+# Original positions of a scaled rotary embedding: some documents are shorter, some longer.
+_ORIGINAL = {"original_max_position_embeddings": 100}
+# Of layers that begin or end a model and are of another kind than the rest.
 _LEADING_LAYERS = ("first_k_dense_replace", "num_kv_shared_layers")
 
 
@@ -94,7 +96,10 @@ def small_config(hf_config: Any) -> Any:
     for name, value in lists.items():
         setattr(small, name, [value[index] for index in kept])
     small.num_hidden_layers = len(kept)
-    limits = _SMALL | _fewer_heads(hf_config) | dict.fromkeys(_LEADING_LAYERS, 1)
+    rope = getattr(hf_config, "rope_parameters", None)
+    if isinstance(rope, dict) and _ORIGINAL.keys() <= rope.keys():
+        small.rope_parameters = rope | _ORIGINAL
+    limits = _SMALL | _ORIGINAL | _fewer_heads(hf_config) | dict.fromkeys(_LEADING_LAYERS, 1)
     for name, value in limits.items():
         current = getattr(hf_config, name, None)
         if isinstance(current, int) and current > value:
@@ -133,17 +138,18 @@ def _compare(small: Any, device: torch.device, dtype: torch.dtype) -> tuple[str,
     Raises:
         UserError: the architecture cannot be built or run packed.
     """
-    torch.manual_seed(0)
     positions = getattr(small, "max_position_embeddings", None) or max(LENGTHS)
     lengths = [min(length, positions) for length in LENGTHS]
     try:
         size = sum(parameter.numel() for parameter in bare_model(small).parameters())
         if size > _MAX_PARAMETERS:
             raise ValueError(f"its smallest model has {size:,} parameters, too many to try")
-        model = AutoModelForCausalLM.from_config(small, attn_implementation="eager", dtype=dtype).eval()
-        for parameter in model.parameters():
-            # Biases start at zero and norms at one: every part must count.
-            parameter.data.add_(torch.randn_like(parameter), alpha=0.05)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(small, attn_implementation="eager", dtype=dtype).eval()
+            for parameter in model.parameters():
+                # Biases start at zero and norms at one: every part must count.
+                parameter.data.add_(torch.randn_like(parameter), alpha=0.05)
         return type(model).__name__, list(compare_implementations(model.to(device), lengths, seed=0))
     except UserError:
         raise
