@@ -103,6 +103,7 @@ def one_rank_results(two_rank_results: dict, folder: Path) -> dict:
     return run_cases(folder, cases, ranks=1)
 
 
+@pytest.mark.slow
 def test_resuming_on_fewer_ranks_gives_the_same_losses(two_rank_results: dict, one_rank_results: dict) -> None:
     for name, result in one_rank_results.items():
         near(result["losses"], two_rank_results[name]["losses"][2:3], TOLERANCE)
