@@ -53,7 +53,7 @@ run_tests() {
     wait "${pids[$number]}" || { echo "error: tests_$number.log: ${names[$number]}"; status=1; }
     tail -n 1 "$folder/tests_$number.log"
   done
-  # One file: a lent machine may give back only a few.
+  # One file: not every machine returns many.
   tail -n +1 "$folder"/tests_[0-9].log >"$folder/tests.log" && rm "$folder"/tests_[0-9].log
 }
 

@@ -215,7 +215,7 @@ case "$*" in *gpu_smoke*|*test_linear_cross_entropy*) exit 1;; esac
     limits = [int(line.split()[1]) for line in lines if line.startswith("limit")]
     beside = limits.count(200)
     assert beside == 7
-    # The tests run beside each other. A command of the lent machine may take ten minutes, all of them fifteen.
+    # The tests run beside each other. A command on a machine with a GPU may take ten minutes, all of them fifteen.
     assert sum(limits) - (beside - 1) * 200 <= 14 * 60
     scripts = [word for line in lines for word in line.split() if word.startswith("benchmarks/")]
     assert scripts == [f"benchmarks/{name}.py" for name in ("gpu_smoke", "bench_kernels_gpu", *["bench_train_gpu"] * 2)]

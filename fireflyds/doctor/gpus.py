@@ -107,7 +107,9 @@ def check_gpus(gpus: list[Gpu], ranks_here: int) -> Check:
     summary += f", {min(gpu.memory_gib for gpu in gpus):.0f} GiB, {min(gpu.free_gib for gpu in gpus):.0f} GiB free"
     # A wrapper of Slurm or mpirun may show each rank its own GPU alone, as `zero.engine.assign_device` takes it.
     one_each = len(gpus) == 1 and not local_world_size()
-    if ranks_here > len(gpus) and not one_each:
+    if one_each and ranks_here > 1:
+        summary += f", one visible to each of {ranks_here} ranks"
+    elif ranks_here > len(gpus):
         return failed("gpus", f"{summary}: {ranks_here} ranks on this host", f"start {len(gpus)} ranks on this host")
     if len(counts) > 1:
         return warning(

@@ -14,7 +14,15 @@ from typing import Any
 import numpy as np
 
 from fireflyds.config import Precision
-from fireflyds.models.architecture import LINEAR, attention_windows, block_order, experts_used, head_dim, linear_size
+from fireflyds.models.architecture import (
+    LINEAR,
+    attention_windows,
+    block_order,
+    expert_parameters,
+    experts_used,
+    head_dim,
+    linear_size,
+)
 
 _ATTENTION = 2
 _EMBEDDINGS, _AFTER_BLOCKS = (-1, 0, 0), 1 << 30
@@ -69,11 +77,10 @@ def step_flops(model: Any) -> StepFlops:
         if isinstance(module, LINEAR) and module is not head:
             gradients = module.weight.requires_grad + (lowest < positions[f"{name}.weight"])
             per_token += 2 * math.prod(linear_size(module)) * (1 + gradients)
-    share = experts_used(model.config)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 3 and share is not None and parameter.shape[0] == share[1]:  # the matrices of all experts
-            gradients = parameter.requires_grad + (lowest < positions[name])
-            per_token += 2 * parameter.numel() * share[0] / share[1] * (1 + gradients)
+    used, total = experts_used(model.config) or (0, 1)
+    for name, parameter in expert_parameters(model):
+        gradients = parameter.requires_grad + (lowest < positions[name])
+        per_token += 2 * parameter.numel() * used / total * (1 + gradients)
     # The head computes an input gradient unless it is the only trainable module.
     input_gradient = lowest < (_AFTER_BLOCKS, 1, 0)
     per_label = sum(2 * p.numel() * (1 + input_gradient + p.requires_grad) for p in head.parameters() if p.dim() == 2)

@@ -49,6 +49,14 @@ def experts_used(hf_config: Any) -> tuple[int, int] | None:
     return None if None in values else (_first(values[0]), _first(values[1]))
 
 
+def expert_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The matrices of experts with their names: transformers holds those of all experts of a layer as one parameter of
+    three dimensions, the first of which counts them."""
+    used = experts_used(getattr(model, "config", None))
+    named = model.named_parameters()
+    return [] if used is None else [(n, p) for n, p in named if p.dim() == 3 and p.shape[0] == used[1]]
+
+
 def _first(value: Any) -> int:
     """A number, or that of the first layer."""
     return int(value[0] if isinstance(value, list | tuple) else value)

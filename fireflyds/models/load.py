@@ -234,8 +234,8 @@ def load_for_inference(folder: Path | str, *, or_on_cpu: bool = False) -> Any:
     if or_on_cpu:
         return load().eval()
     raise UserError(
-        f"its weights take {needed / 2**30:.1f} GiB and the first GPU has {free / 2**30:.1f} GiB free; a model is "
-        "evaluated, and talks, on one GPU",
+        f"its weights take {needed / 2**30:.1f} GiB and the first GPU has {free / 2**30:.1f} GiB free; "
+        "evaluation and chat use one GPU",
         key="model",
         value=folder,
         remedy="Free the GPU, or use one with more memory",

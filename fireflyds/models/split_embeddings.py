@@ -48,12 +48,8 @@ class _Logits(nn.Module):
     softcap: float = 0.0
 
     def _scaled(self, hidden: Tensor) -> Tensor:
-        """`hidden` times the scale: the head is linear, so its logits are scaled exactly."""
-        if self.scale == 1:
-            return hidden
-        if getattr(self, "bias", None) is not None:
-            raise ValueError("a head with a bias whose logits are scaled is not supported")
-        return hidden * self.scale
+        """`hidden` times the scale: a head without a bias is linear, so its logits are scaled exactly."""
+        return hidden if self.scale == 1 else hidden * self.scale
 
     def _capped(self, logits: Tensor) -> Tensor:
         return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits

@@ -7,7 +7,7 @@ from torch import nn
 
 from fireflyds.config import OptimConfig, Precision, TrainConfig, TuningMethod
 from fireflyds.errors import UserError
-from fireflyds.models.architecture import LINEAR
+from fireflyds.models.architecture import LINEAR, expert_parameters
 from fireflyds.optim.optimizers import ParamGroup, load_optimizer_spec
 
 # Bytes per parameter, by bits. NF4: an 8-bit scale per block of 64, and a 32-bit scale per 256 of these (4.127 bits).
@@ -151,16 +151,18 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def notes_on_experts(model: nn.Module, config: TrainConfig) -> list[str]:
-    """What adapters leave out: experts, which transformers holds as parameters of three dimensions, not as layers."""
-    if not config.tuning.has_adapters:
+    """What is not done with the experts of a model: a loss that balances their load, and adapters on them."""
+    experts = sum(parameter.numel() for _, parameter in expert_parameters(model))
+    if not experts:
         return []
-    experts = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() == 3)
+    if not config.tuning.has_adapters:
+        return ["note: no loss that balances the load of the experts is added, as by default in transformers"]
     quantised = config.tuning.method is TuningMethod.qlora  # bitsandbytes quantises layers alone
     share = experts / count_parameters(model)[0]
     return [
         f"note: tuning={config.tuning.method.name} puts no adapters on the experts, which hold {share:.0%} of the "
         "parameters and stay as they are" + ", in 16 bits" * quantised + "; tuning=full trains them"
-    ] * bool(experts)
+    ]
 
 
 def format_groups(rows: list[ParamGroupSummary]) -> str:

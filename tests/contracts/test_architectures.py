@@ -21,6 +21,7 @@ from fireflyds.models.load import config_of, family_of
 from fireflyds.models.packed.derived_check import require_equivalence, small_config
 from fireflyds.models.packed.equivalence import compare_implementations
 from fireflyds.models.tuning import apply_tuning
+from fireflyds.optim.param_groups import notes_on_experts
 from fireflyds.zero.sharding import shard_parameters
 
 LENGTHS = [5, 1, 70, 33, 90]
@@ -165,6 +166,22 @@ def test_new_rows_train_and_are_written_into_one_matrix(name: str) -> None:
     with torch.no_grad():
         expected = plain(ids).logits
     assert float((logits - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "note"),
+    [
+        ("qwen3_moe", "lora", "no adapters on the experts, which hold"),
+        ("qwen3_moe", "full", "no loss that balances the load"),
+        ("lfm2", "lora", None),  # the weights of its convolutions have three dimensions too
+        ("gemma3", "full", None),
+    ],
+)
+def test_what_is_not_done_with_experts_is_said(name: str, method: str, note: str | None) -> None:
+    config = app.compose("train", ["run=x", "model=a/b", "data=c/d", "optim.steps=3", f"tuning={method}"])
+    notes = notes_on_experts(model_of(*FAST[name]), config)
+    assert len(notes) == (note is not None)
+    assert note is None or note in notes[0]
 
 
 def test_stage_3_refuses_layers_that_run_once_for_every_document() -> None:

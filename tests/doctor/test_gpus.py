@@ -68,6 +68,7 @@ def test_tasks_that_see_one_gpu_each_are_no_error(monkeypatch: pytest.MonkeyPatc
         monkeypatch.delenv(variable, raising=False)
     one = [gpus.Gpu("A100", 80, 80, 79)]
     assert gpus.check_gpus(one, 8).severity is Severity.ok
+    assert gpus.check_gpus(one, 8).message.endswith("one visible to each of 8 ranks")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert gpus.check_gpus(one, 8).severity is Severity.error
 

@@ -68,9 +68,7 @@ def require_equivalence(
     reports = []
     for number_format in formats:
         name, results = _compare(small, device, DTYPES[number_format])
-        summary = (
-            f"{name}, {number_format.name}, documents of {LENGTHS} tokens on {where}, each compared with itself alone"
-        )
+        summary = f"{name}, {number_format.name}, on {where}: {len(LENGTHS)} documents, packed and one by one"
         reports.append(f"{summary}\n{table(results)}")
         if not results or not all(result.proven for result in results):
             raise UserError(

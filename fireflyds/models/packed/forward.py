@@ -14,7 +14,6 @@ from fireflyds_kernels.requirements import DispatchKey
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from fireflyds import registry
 from fireflyds.config import HardwareConfig, Precision
 from fireflyds.errors import UserError
 from fireflyds.models.architecture import head_dim, is_stateful_mixer
@@ -101,6 +100,13 @@ def fuse(model: Any) -> Any:
             remedy=_OTHER_MODEL,
         )
     head.scale, head.softcap = _logit_transform(config)
+    if head.bias is not None and (head.scale, head.softcap) != (1, 0):
+        raise UserError(
+            f"the head of {name} has a bias and its logits a factor or a soft cap; the fused loss does not have both",
+            key="model",
+            value=config.model_type,
+            remedy=_OTHER_MODEL,
+        )
     config._attn_implementation = ATTENTION
     packing = PackedContext()
     for module in model.modules():
@@ -182,7 +188,8 @@ def _check_supported(model: Any, table: Any) -> None:
         raise UserError(
             f"{name} does not use transformers' AttentionInterface, and no family of fireflyds replaces its attention",
             key="model",
-            remedy=f"Families: {', '.join(registry.names('fireflyds.models.families'))}",
+            value=config.model_type,
+            remedy="Give a model of another architecture; fireflyds/models/README.md says which are known to train",
         )
     dropout = getattr(config, "attention_dropout", 0.0)
     if dropout:

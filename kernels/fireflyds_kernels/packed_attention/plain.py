@@ -1,6 +1,6 @@
 """Attention document by document in plain PyTorch, with soft-capped scores and sinks: any device, any option.
 
-For what no fused implementation has. The host reads the boundaries once a batch; scores are `[H, 256, columns]`.
+For what no fused implementation has. The host reads the boundaries in every call; scores are `[H, 256, columns]`.
 """
 
 from itertools import pairwise

@@ -233,7 +233,7 @@ def test_other_instances_of_the_class_are_not_fused() -> None:
 @pytest.mark.parametrize(
     ("model_type", "changes", "message"),
     [
-        ("codegen", {"n_embd": 32, "n_head": 4, "n_layer": 1, "rotary_dim": 8}, "AttentionInterface.*Families: bloom"),
+        ("codegen", {"n_embd": 32, "n_head": 4, "n_layer": 1, "rotary_dim": 8}, "model=codegen: .*AttentionInterface"),
         ("llama", LLAMA | {"attention_dropout": 0.1}, "attention_dropout=0.1.*Set it to 0"),
     ],
 )
