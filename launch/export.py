@@ -87,7 +87,9 @@ def write_model(
     dtype = training_precision if config.dtype is Precision.auto else config.dtype
     metadata["dtype"] = dtype.name
     with atomic_dir(out, Output("export")) as folder:
-        publish.write_weights(folder, hf_config, merged_entries(model, DTYPES[dtype]), DTYPES[dtype])
+        base = Path(trained.model.path) if trained.model.path else None
+        copied = publish.write_weights(folder, hf_config, merged_entries(model, DTYPES[dtype]), DTYPES[dtype], base)
+        metadata |= {"tensors_copied_from_base": copied} if copied else {}
         copy_tokenizer(Path(trained.model.tokenizer_path), folder)
         publish.write_chat_settings(folder, encoder, metadata["template"])
         if config.verify:

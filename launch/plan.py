@@ -39,9 +39,8 @@ def plan(config: PlanConfig) -> None:
     encoder = load_encoder(config.model.tokenizer_path) if _has_tokenizer(config.model) else None
     hf_config = load.architecture_of(config.model) if encoder is None else load.read_config(config.model, encoder)
     if encoder is None and config.model.init is ModelInit.scratch and "vocab_size" not in config.model.architecture:
-        notes.append(
-            f"note: no tokenizer at {config.model.tokenizer} yet: vocab_size={hf_config.vocab_size} was assumed"
-        )
+        rows = hf_config.get_text_config().vocab_size
+        notes.append(f"note: no tokenizer at {config.model.tokenizer} yet: vocab_size={rows} was assumed")
     data = summarize_data(config, None if encoder is None else encoder.fingerprint())
     family = load.family_of(hf_config)
     new_rows_from = load.base_vocab_size(config.model, hf_config)

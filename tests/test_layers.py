@@ -18,11 +18,11 @@ ALLOWED_IMPORTERS = {
     "wandb": ("metrics/trackers",),
     "tensorboard": ("metrics/trackers",),
     "datasets": ("data/read/hub.py",),
-    "huggingface_hub": ("hub.py",),
+    "huggingface_hub": ("hub.py", "models/baichuan.py"),
     "modelscope": ("hub.py",),
     "peft": ("models/tuning.py",),
     "optuna": ("cluster/sweep/",),
-    "bitsandbytes": ("optim/optimizers",),
+    "bitsandbytes": ("optim/optimizers", "models/convert/dequantize.py"),
     "matplotlib": ("metrics/plots.py", "data/show.py", "tokenizer/report/page.py", "cluster/sweep/study.py"),
 }
 # Packages that a submitting host without torch must be able to import.

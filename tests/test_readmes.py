@@ -42,6 +42,7 @@ REGISTRIES = (
     "data/formats",
     "data/templates",
     "evaluation/tasks",
+    "models/convert/layouts",
     "models/families",
     "optim/optimizers",
     "train/objectives",
@@ -214,9 +215,10 @@ def test_package_readmes_name_every_file(package: str) -> None:
     text = (folder / "README.md").read_text(encoding="utf-8")
     for path in sorted(folder.rglob("*.py")):
         name = path.relative_to(folder)
-        registry = f"{package}/{name.parts[0]}" in REGISTRIES
+        entries = name.parent.as_posix()
         if path.name != "__init__.py":
-            assert f"`{name.parts[0]}/`" in text if registry else f"`{name}`" in text, name
+            registry = f"{package}/{entries}" in REGISTRIES
+            assert f"`{entries}/`" in text if registry else f"`{name}`" in text, name
 
 
 @pytest.mark.parametrize("name", READMES)

@@ -6,6 +6,7 @@ The docstring under a field is its entry in the option reference (`conf/README.m
 
 from fireflyds.config.chat import ChatConfig
 from fireflyds.config.cluster import ClusterConfig
+from fireflyds.config.convert import ConvertConfig
 from fireflyds.config.data import CleanConfig, DataConfig, PhaseConfig, PrepareConfig, SourceConfig
 from fireflyds.config.doctor import DoctorConfig
 from fireflyds.config.enums import (
@@ -75,6 +76,7 @@ __all__ = [
     "ClusterConfig",
     "CmmluConfig",
     "Container",
+    "ConvertConfig",
     "DataConfig",
     "DemoConfig",
     "Direction",

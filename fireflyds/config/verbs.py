@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from fireflyds.config.chat import ChatConfig
+from fireflyds.config.convert import ConvertConfig
 from fireflyds.config.data import PrepareConfig
 from fireflyds.config.doctor import DoctorConfig
 from fireflyds.config.evaluate import EvaluateConfig
@@ -66,6 +67,7 @@ _EVALUATE_INPUTS = ("model", "bits_per_byte.texts", "multiple_choice.questions",
 VERBS: dict[str, Verb] = {
     "synthesize": Verb(SynthesizeConfig, inputs=("corpus",)),
     "learn": Verb(LearnConfig, inputs=("corpus",)),
+    "convert": Verb(ConvertConfig, inputs=("model",), models=("model",)),
     "expand": Verb(
         ExpandConfig, inputs=("base", "corpus", "pieces", "texts", "other", "donor"), models=("base", "other", "donor")
     ),

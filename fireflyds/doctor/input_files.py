@@ -86,10 +86,11 @@ def check_base(config: DoctorConfig, encoder: Encoder) -> Check:
     model_config = ModelConfig(init=ModelInit.pretrained, path=config.model, tokenizer=config.tokenizer)
     hf_config: Any = read_config(model_config, encoder, "model")
     family_of(hf_config)
-    rows, pieces = hf_config.vocab_size, encoder.vocab_size
+    text_config = hf_config.get_text_config()
+    rows, pieces = text_config.vocab_size, encoder.vocab_size
     summary = f"{config.model}: {hf_config.model_type}, {rows:,} rows for {pieces:,} pieces"
     tokenizer_ids = {"bos_token_id": encoder.bos_id, "eos_token_id": encoder.eos_id}
-    config_ids = {name: getattr(hf_config, name, None) for name in tokenizer_ids}
+    config_ids = {name: getattr(text_config, name, None) for name in tokenizer_ids}
     mismatches = [
         f"{name} is {config_ids[name]} in config.json and {value} in the tokenizer"
         for name, value in tokenizer_ids.items()

@@ -69,10 +69,10 @@ def load_model(config: DoctorConfig, precision: Precision) -> Any:
     Raises:
         UserError: no model at that path, or no such device.
     """
-    from transformers import AutoModelForCausalLM
+    from fireflyds.models.text_model import trained_class
 
     settings, device = _settings(config), _device(config.device)
-    model = AutoModelForCausalLM.from_pretrained(
+    model = trained_class(settings).from_pretrained(
         config.model, config=settings, dtype=DTYPES[precision], **exact_attention(settings)
     )
     return model.to(device).eval()
@@ -81,9 +81,10 @@ def load_model(config: DoctorConfig, precision: Precision) -> Any:
 def _settings(config: DoctorConfig) -> Any:
     settings = config_of("model", config.model)
     if config.layers is not None:
-        settings.num_hidden_layers = min(config.layers, settings.num_hidden_layers)
-        if getattr(settings, "layer_types", None):
-            settings.layer_types = settings.layer_types[: settings.num_hidden_layers]
+        text = settings.get_text_config()
+        text.num_hidden_layers = min(config.layers, text.num_hidden_layers)
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[: text.num_hidden_layers]
     return settings
 
 

@@ -44,7 +44,8 @@ class EvaluatedModel:
     @property
     def max_length(self) -> int:
         """Longest input in tokens: `max_tokens`, or the model's number of positions if that is smaller."""
-        return min(self.max_tokens, getattr(self.model.config, "max_position_embeddings", self.max_tokens))
+        text_config = self.model.config.get_text_config()
+        return min(self.max_tokens, getattr(text_config, "max_position_embeddings", None) or self.max_tokens)
 
     def prompt_ids(self, question: str) -> list[int]:
         """A question, in the model's chat template when it is a chat model."""

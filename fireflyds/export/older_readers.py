@@ -5,7 +5,7 @@ from typing import Any
 
 def with_older_keys(config: dict[str, Any]) -> dict[str, Any]:
     """Returns the contents of a `config.json` with `rope_theta`, `rope_scaling` and `torch_dtype` as transformers 4
-    has them. Without `rope_theta` it takes 10,000 for every model."""
+    has them, also in its `text_config`. Without `rope_theta` it takes 10,000 for every model."""
     older: dict[str, Any] = {}
     rope = config.get("rope_parameters") or {}
     kinds = {name: value for name, value in rope.items() if isinstance(value, dict)}
@@ -19,4 +19,6 @@ def with_older_keys(config: dict[str, Any]) -> dict[str, Any]:
         older["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
     if config.get("dtype"):
         older["torch_dtype"] = config["dtype"]
+    if "text_config" in config:
+        config = config | {"text_config": with_older_keys(config["text_config"])}
     return {name: value for name, value in older.items() if name not in config} | config

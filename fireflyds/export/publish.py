@@ -2,18 +2,21 @@
 
 import copy
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 from transformers import GenerationConfig
 
 from fireflyds.config import Precision, TrainConfig
 from fireflyds.data.chat_template import OWN, find_template
 from fireflyds.data.encode import stop_id
 from fireflyds.errors import UserError
+from fireflyds.export.file_layout import as_in_files, names_in_files, tensors_left_out
 from fireflyds.export.older_readers import with_older_keys
 from fireflyds.fs import read_json
 from fireflyds.hub import name_of
@@ -24,7 +27,6 @@ from fireflyds.models.tuning import keeps_training_mode
 from fireflyds.tokenizer.shards import TensorEntry, save_sharded
 from fireflyds.types import Encoder, PackedBatch
 
-MAX_SHARD_BYTES = 5 * 10**9
 _BASE_REMEDY = "Restore the base, or train again under another run="
 # Largest difference of logits between the trained and the reloaded model, relative to the largest logit: rounding only.
 TOLERANCE = {Precision.fp32: 1e-5, Precision.bf16: 5e-2, Precision.fp16: 1e-2}
@@ -35,9 +37,15 @@ def write_weights(
     hf_config: Any,
     entries: dict[str, TensorEntry],
     dtype: torch.dtype,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> None:
-    """Writes `config.json` and safetensors shards of at most `max_shard_bytes` (or one tensor), tensor by tensor.
+    base: Path | None = None,
+) -> int:
+    """Writes `config.json` and safetensors shards, tensor by tensor.
+
+    Weights are named and laid out as in files of the architecture. What the files of `base` have beside the trained
+    model, such as a tower for images, is copied as it is.
+
+    Returns:
+        The number of tensors that were copied.
 
     Raises:
         UserError: names or shapes of the weights are not those of the architecture.
@@ -48,7 +56,7 @@ def write_weights(
     plain_config.dtype = dtype
     model = bare_model(plain_config)
     plain_config.architectures = [type(model).__name__]
-    tied = set(model._tied_weights_keys or ()) if plain_config.tie_word_embeddings else set()
+    tied = set(model.all_tied_weights_keys)
     entries = {name: entry for name, entry in entries.items() if name not in tied}
     expected = {name: [*tensor.shape] for name, tensor in model.state_dict().items()}
     for name, entry in entries.items():
@@ -66,10 +74,25 @@ def write_weights(
             key="run",
             remedy=_BASE_REMEDY,
         )
+    if getattr(plain_config, "normalized_head", False) and not plain_config.other_readers_normalize:
+        entries["lm_head.weight"] = _with_unit_rows(entries["lm_head.weight"])
     plain_config.save_pretrained(folder)
     settings = with_older_keys(read_json(folder / "config.json"))
     (folder / "config.json").write_text(json.dumps(settings, ensure_ascii=False, indent=2), encoding="utf-8")
-    save_sharded(folder, entries, max_shard_bytes)
+    copied = {} if base is None else tensors_left_out(model, base)
+    written = as_in_files(model, entries, set() if base is None else names_in_files(base))
+    save_sharded(folder, written | copied)
+    if base is not None:
+        # Settings of the images' processor, and what `auto_map` of the base's config.json names.
+        for pattern in ("*processor_config.json", *["*.py"] * hasattr(plain_config, "auto_map")):
+            for file in base.glob(pattern):
+                shutil.copy2(file, folder)
+    return len(copied)
+
+
+def _with_unit_rows(entry: TensorEntry) -> TensorEntry:
+    """Rows divided by their norms: dividing again, as the model does, changes nothing but rounding."""
+    return TensorEntry(entry.shape, entry.dtype, lambda: normalize(entry.make().float()).to(entry.dtype))
 
 
 def write_chat_settings(folder: Path, encoder: Encoder, template: str | None) -> None:

@@ -52,7 +52,7 @@ class ChatSession:
     def _inputs(self) -> dict[str, torch.Tensor]:
         """Returns the encoded history; drops the oldest turns until the prompt and the answer fit the context."""
         # BLOOM's ALiBi has no maximum position, and its configuration no such key.
-        positions = getattr(self._model.config, "max_position_embeddings", None) or math.inf
+        positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None) or math.inf
         max_prompt_tokens = positions - self._config.max_new_tokens
         first = 1 if self._config.system else 0
         while True:

@@ -77,14 +77,14 @@ def step_flops(model: Any) -> StepFlops:
         if isinstance(module, LINEAR) and module is not head:
             gradients = module.weight.requires_grad + (lowest < positions[f"{name}.weight"])
             per_token += 2 * math.prod(linear_size(module)) * (1 + gradients)
-    used, total = experts_used(model.config) or (0, 1)
+    used, total = experts_used(model.config.get_text_config()) or (0, 1)
     for name, parameter in expert_parameters(model):
         gradients = parameter.requires_grad + (lowest < positions[name])
         per_token += 2 * parameter.numel() * used / total * (1 + gradients)
     # The head computes an input gradient unless it is the only trainable module.
     input_gradient = lowest < (_AFTER_BLOCKS, 1, 0)
     per_label = sum(2 * p.numel() * (1 + input_gradient + p.requires_grad) for p in head.parameters() if p.dim() == 2)
-    return StepFlops(per_token, per_label, _attention_flops(model.config, lowest))
+    return StepFlops(per_token, per_label, _attention_flops(model.config.get_text_config(), lowest))
 
 
 def _attention_flops(hf_config: Any, lowest: Place) -> tuple[tuple[int | None, float], ...]:
@@ -101,7 +101,7 @@ def _positions(model: Any) -> Iterator[tuple[str, Place]]:
     """Parameter names with their position in the forward pass: block, module, and LoRA B after A and base weights."""
     head = {id(parameter) for parameter in model.get_output_embeddings().parameters()}
     embeddings = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
-    order, in_blocks = block_order(model.config), False
+    order, in_blocks = block_order(model.config.get_text_config()), False
     for name, parameter in model.named_parameters(remove_duplicate=False):
         block = re.search(r"\.(\d+)\.", name)
         in_blocks = in_blocks or block is not None

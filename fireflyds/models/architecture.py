@@ -52,7 +52,8 @@ def experts_used(hf_config: Any) -> tuple[int, int] | None:
 def expert_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """The matrices of experts with their names: transformers holds those of all experts of a layer as one parameter of
     three dimensions, the first of which counts them."""
-    used = experts_used(getattr(model, "config", None))
+    config = getattr(model, "config", None)
+    used = experts_used(config and config.get_text_config())
     named = model.named_parameters()
     return [] if used is None else [(n, p) for n, p in named if p.dim() == 3 and p.shape[0] == used[1]]
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 
 from fireflyds.errors import UserError
+from fireflyds.models.text_model import build
 from fireflyds.tokenizer.weight_files import weight_readers
 
 
@@ -27,7 +28,7 @@ def deferred_model(path: str, hf_config: Any, dtype: torch.dtype, quantization: 
 
     # Buffers, such as rotary frequencies, are computed: no file has them.
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
+        model = build(hf_config, dtype=dtype)
         if quantization is not None:
             _replace_linear_layers(model, quantization)
     model.tie_weights()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from fireflyds import registry
 from fireflyds.config import ModelConfig, ModelInit, Precision
@@ -18,7 +18,8 @@ from fireflyds.models.deferred import deferred_model
 from fireflyds.models.derived_family import FAMILIES, derive_family
 from fireflyds.models.precision import DTYPES, inference_dtype
 from fireflyds.models.rope_scaling import apply_rope_scaling
-from fireflyds.tokenizer.rows import MAX_PADDING
+from fireflyds.models.text_model import build, is_wrapper, plain_class, trained_class
+from fireflyds.tokenizer.rows import MAX_PADDING, ties_embeddings
 from fireflyds.types import Encoder, Family, Loaded
 
 _DISABLE_ASYNC_LOAD = "HF_DEACTIVATE_ASYNC_LOAD"
@@ -37,11 +38,12 @@ def read_config(config: ModelConfig, encoder: Encoder, key: str = "model.path") 
     if config.init is ModelInit.scratch:
         defaults = {"vocab_size": encoder.vocab_size, "bos_token_id": encoder.bos_id, "eos_token_id": encoder.eos_id}
         settings = defaults | config.architecture
-        return apply_rope_scaling(AutoConfig.for_model(settings.pop("model_type"), **settings), config)
+        return apply_rope_scaling(_of_architecture(settings), config)
     folder, hf_config = Path(config.path), _read_directory_config(config, key)
-    if not 0 <= hf_config.vocab_size - encoder.vocab_size < MAX_PADDING:
+    rows = hf_config.get_text_config().vocab_size
+    if not 0 <= rows - encoder.vocab_size < MAX_PADDING:
         raise UserError(
-            f"the embeddings have {hf_config.vocab_size} rows but the tokenizer {config.tokenizer_path} has "
+            f"the embeddings have {rows} rows but the tokenizer {config.tokenizer_path} has "
             f"{encoder.vocab_size} tokens; rows may exceed tokens by padding only",
             key=key,
             value=folder,
@@ -56,7 +58,7 @@ def config_of(key: str, path: str) -> Any:
     Remote code (`trust_remote_code`) is never run.
 
     Raises:
-        UserError: no config.json, an architecture that transformers does not support, or one that wraps a text model.
+        UserError: no config.json, or an architecture that transformers does not support as a causal language model.
     """
     if not (Path(path) / "config.json").is_file():
         raise _no_model(key, path)
@@ -64,21 +66,40 @@ def config_of(key: str, path: str) -> Any:
         hf_config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (ValueError, OSError) as error:
         raise UserError(
-            f"{str(error).splitlines()[0]}",
+            str(error).splitlines()[0].rstrip("."),
             key=key,
             value=path,
             remedy=(
-                "Remote code is not run (trust_remote_code): give a model that this version of transformers supports"
+                "Remote code is not run (trust_remote_code): convert it with launch/convert.py, or give a model that "
+                "this version of transformers supports"
             ),
         ) from error
-    text_config = hf_config.get_text_config()
-    if text_config is not hf_config:
+    if plain_class(hf_config) is None:
         raise UserError(
-            f"is a {hf_config.model_type}: a text model ({text_config.model_type}) inside another that also takes "
-            "images or sound, which is not trained yet",
+            f"is a {hf_config.model_type}, which transformers does not build as a causal language model",
             key=key,
             value=path,
-            remedy="Give the text model alone, saved by itself",
+            remedy="Give a causal language model",
+        )
+    if is_wrapper(hf_config) and any(Path(path).glob("*.index.json")) | any(Path(path).glob("*.safetensors")):
+        tied = ties_embeddings(Path(path), read_json(Path(path) / "config.json"))
+        hf_config.tie_word_embeddings = hf_config.get_text_config().tie_word_embeddings = tied
+    return hf_config
+
+
+def _of_architecture(settings: dict[str, Any]) -> Any:
+    """The configuration of `model.architecture`.
+
+    Raises:
+        UserError: a model that wraps a text model; its other parts are read from files alone.
+    """
+    hf_config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    if is_wrapper(hf_config):
+        raise UserError(
+            f"{hf_config.model_type} holds a text model beside towers for images or sound, which have no files here",
+            key="model.architecture.model_type",
+            value=hf_config.model_type,
+            remedy=f"Give model=<path>, or the text model alone ({hf_config.get_text_config().model_type})",
         )
     return hf_config
 
@@ -108,7 +129,10 @@ def _refuse_quantised(hf_config: Any, key: str, path: str) -> None:
         f"its weights are quantised ({method}), and training starts from weights in 16 or 32 bits",
         key=key,
         value=path,
-        remedy="Give the model that it was quantised from; tuning=qlora quantises that one while loading",
+        remedy=(
+            "Give the model that it was quantised from, or this one from launch/convert.py, which de-quantises it; "
+            "tuning=qlora quantises while loading"
+        ),
     )
 
 
@@ -142,7 +166,7 @@ def architecture_of(config: ModelConfig) -> Any:
             key="model",
             remedy="Give model=<path>, or an option of conf/model",
         )
-    return apply_rope_scaling(AutoConfig.for_model(settings.pop("model_type"), **settings), config)
+    return apply_rope_scaling(_of_architecture(settings), config)
 
 
 def base_vocab_size(config: ModelConfig, hf_config: Any) -> int | None:
@@ -153,6 +177,7 @@ def base_vocab_size(config: ModelConfig, hf_config: Any) -> int | None:
     Raises:
         UserError: configuration and model have different numbers.
     """
+    hf_config = hf_config.get_text_config()
     recorded: int | None = getattr(hf_config, "base_vocab_size", None)
     configured = config.base_vocab_size
     known = getattr(hf_config, "base_vocab_sizes", None) or [recorded]
@@ -167,9 +192,9 @@ def base_vocab_size(config: ModelConfig, hf_config: Any) -> int | None:
 
 
 def bare_model(hf_config: Any) -> Any:
-    """Returns the model without weights, on the meta device."""
+    """Returns the model to train without weights, on the meta device."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(hf_config)
+        return build(hf_config)
 
 
 def family_of(hf_config: Any) -> Family:
@@ -200,7 +225,7 @@ def load_model(
     model = None
     if config.init is ModelInit.scratch:
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
+        model = build(hf_config, dtype=dtype)
     elif deferred:
         model = deferred_model(config.path, hf_config, dtype, quantization)
         if model is None:
@@ -210,7 +235,7 @@ def load_model(
                 stacklevel=2,
             )
     if model is None:
-        load = partial(AutoModelForCausalLM.from_pretrained, config.path, config=hf_config, dtype=dtype)
+        load = partial(trained_class(hf_config).from_pretrained, config.path, config=hf_config, dtype=dtype)
         model = load() if quantization is None else _load_quantised(load, quantization)
     return Loaded(model, family)
 
@@ -225,7 +250,7 @@ def load_for_inference(folder: Path | str, *, or_on_cpu: bool = False) -> Any:
     """
     hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     options = {"config": hf_config, "dtype": inference_dtype(hf_config)} | exact_attention(hf_config)
-    load = partial(AutoModelForCausalLM.from_pretrained, folder, **options)
+    load = partial(plain_class(hf_config).from_pretrained, folder, **options)
     if not torch.cuda.is_available():
         return load().eval()
     needed, (free, _) = _inference_bytes(Path(folder), hf_config), torch.cuda.mem_get_info(0)
@@ -244,7 +269,9 @@ def load_for_inference(folder: Path | str, *, or_on_cpu: bool = False) -> Any:
 
 def exact_attention(hf_config: Any) -> dict[str, str]:
     """Options of loading under which transformers' own attention is exact: its `sdpa` leaves out soft caps."""
-    return {"attn_implementation": "eager"} if getattr(hf_config, "attn_logit_softcapping", None) else {}
+    return (
+        {"attn_implementation": "eager"} if getattr(hf_config.get_text_config(), "attn_logit_softcapping", None) else {}
+    )
 
 
 def _inference_bytes(folder: Path, hf_config: Any) -> int:

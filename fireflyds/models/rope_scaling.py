@@ -42,7 +42,7 @@ def ntk_alpha(seq_len: int, half_context: float, coefficient: float = 1.0) -> fl
 
 
 def apply_rope_scaling(hf_config: Any, config: ModelConfig) -> Any:
-    """Writes `model.rope_scaling` into `hf_config`, in place, and returns it.
+    """Writes `model.rope_scaling` into the text model's part of `hf_config`, in place, and returns `hf_config`.
 
     `max_position_embeddings` grows with the scaling factor, except for `dynamic`.
 
@@ -58,10 +58,11 @@ def apply_rope_scaling(hf_config: Any, config: ModelConfig) -> Any:
         raise UserError(
             "no such kind", key="model.rope_scaling.rope_type", value=kind, remedy=f"Known: {', '.join(_REQUIRED)}"
         )
-    rope_parameters = getattr(hf_config, "rope_parameters", None)
+    text_config = hf_config.get_text_config()
+    rope_parameters = getattr(text_config, "rope_parameters", None)
     if not rope_parameters or "rope_theta" not in rope_parameters:
         raise UserError(
-            f"{hf_config.model_type} does not have one set of RoPE parameters for all layers",
+            f"{text_config.model_type} does not have one set of RoPE parameters for all layers",
             key="model.rope_scaling",
             remedy="Remove the setting",
         )
@@ -78,7 +79,7 @@ def apply_rope_scaling(hf_config: Any, config: ModelConfig) -> Any:
         raise UserError(problem, key="model.rope_scaling", remedy=f"Settings of {kind}: {accepted}")
     for name, value in settings.items():
         _check_value(name, value)
-    _apply_settings(hf_config, kind, settings, rope_parameters)
+    _apply_settings(text_config, kind, settings, rope_parameters)
     return hf_config
 
 
@@ -137,6 +138,7 @@ def _apply_settings(hf_config: Any, kind: str, settings: dict[str, Any], rope_pa
 
 def check_max_positions(hf_config: Any, key: str, length: int) -> None:
     """Raises `UserError` where `length`, the document length in tokens set by `key`, exceeds the model's positions."""
+    hf_config = hf_config.get_text_config()
     max_positions = getattr(hf_config, "max_position_embeddings", None)
     # Dynamic NTK scaling adapts the positions to the length of each document.
     is_dynamic = (getattr(hf_config, "rope_parameters", None) or {}).get("rope_type") == "dynamic"

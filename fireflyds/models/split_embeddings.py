@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from fireflyds_kernels import linear_cross_entropy
 from torch import Tensor, nn
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import embedding, linear, normalize
 
 from fireflyds.config import TrainableRows, TuningConfig
 from fireflyds.errors import UserError
+from fireflyds.models.baichuan import NormHead
 from fireflyds.models.deferred import rows_of
 
 
@@ -42,14 +43,21 @@ class SplitEmbedding(nn.Module):
 
 
 class _Logits(nn.Module):
-    """What models do to their logits behind the head: softcap · tanh(scale · logits / softcap); 0 for no cap."""
+    """What models do to their logits behind the head: softcap · tanh(scale · logits / softcap); 0 for no cap.
+
+    `normalized`: the rows of the head are divided by their norms (Baichuan 2).
+    """
 
     scale: float = 1.0
     softcap: float = 0.0
+    normalized: bool = False
 
     def _scaled(self, hidden: Tensor) -> Tensor:
         """`hidden` times the scale: a head without a bias is linear, so its logits are scaled exactly."""
         return hidden if self.scale == 1 else hidden * self.scale
+
+    def _rows(self, weight: Tensor) -> Tensor:
+        return normalize(weight) if self.normalized else weight
 
     def _capped(self, logits: Tensor) -> Tensor:
         return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits
@@ -64,10 +72,10 @@ class FusedLossHead(nn.Linear, _Logits):
         """Returns logits `[..., V]`, or with labels the loss (see `linear_cross_entropy`)."""
         hidden = self._scaled(hidden)
         if labels is None:
-            return self._capped(super().forward(hidden))
+            return self._capped(linear(hidden, self._rows(self.weight), self.bias))
         return linear_cross_entropy(
             hidden,
-            self.weight,
+            self._rows(self.weight),
             labels,
             bias=self.bias,
             reduction=reduction,
@@ -91,10 +99,10 @@ class SplitLMHead(_Logits):
         hidden = self._scaled(hidden)
         if labels is None:
             weight = torch.cat([self.frozen, self.trainable.to(self.frozen.dtype)])
-            return self._capped(linear(hidden, weight, self.bias))
+            return self._capped(linear(hidden, self._rows(weight), self.bias))
         return linear_cross_entropy(
             hidden,
-            (self.frozen, self.trainable),
+            (self._rows(self.frozen), self._rows(self.trainable)),
             labels,
             bias=self.bias,
             reduction=reduction,
@@ -144,7 +152,9 @@ def split_new_rows(model: Any, config: TuningConfig, base_vocab_size: int | None
         model.set_input_embeddings(embeddings)
     if config.head is TrainableRows.new_rows:
         matrix = embeddings if tied else SplitEmbedding(head.weight, base_vocab_size)  # type: ignore[arg-type]
-        model.set_output_embeddings(SplitLMHead(matrix.frozen, matrix.trainable, head.bias))
+        split = SplitLMHead(matrix.frozen, matrix.trainable, head.bias)
+        split.normalized = isinstance(head, NormHead)
+        model.set_output_embeddings(split)
 
 
 def check_first_new_row(name: str, first: int | None, rows: int) -> None:

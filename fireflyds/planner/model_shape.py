@@ -96,7 +96,7 @@ class ModelShape:
 
 def model_shape(model: Any, config: TrainConfig) -> ModelShape:
     """Reads the sizes of a model. Call it before a ZeRO-3 engine is built, which removes the parameters' shapes."""
-    hf_config = model.config
+    hf_config = model.config.get_text_config()
     head = model.get_output_embeddings()
     quantised_ids = _quantised_weight_ids(model, config)
     frozen = [p for p in model.parameters() if not p.requires_grad]
@@ -138,10 +138,11 @@ def _arch_traits(model: Any) -> ArchTraits:
     modules = {name.partition(".0.")[2]: module for name, module in model.named_modules() if ".0." in name}
     norms = {name: module for name, module in modules.items() if "norm" in type(module).__name__.lower()}
     head_norms = [name for name in norms if name.endswith(("q_norm", "k_norm"))]
-    rotary = model.config.model_type != "bloom" and not getattr(model.config, "alibi", False)
+    hf_config = model.config.get_text_config()
+    rotary = hf_config.model_type != "bloom" and not getattr(hf_config, "alibi", False)
     return ArchTraits(
         gated=any(name.endswith("gate_proj") for name in modules),
-        parallel=is_parallel(model.config),
+        parallel=is_parallel(hf_config),
         norms=len(norms) - len(head_norms),
         layer_norm=any(isinstance(module, nn.LayerNorm) for module in norms.values()),
         head_norms=bool(head_norms),
@@ -153,11 +154,11 @@ def _input_order(model: Any) -> dict[str, int]:
     """`flops.block_order`, except that feed-forward layers of parallel blocks have separate inputs: after the
     activation function, and before it if there is a second norm."""
     overrides = {"dense_4h_to_h": 6} | ({"dense_h_to_4h": 5} if _arch_traits(model).norms > 1 else {})
-    return block_order(model.config) | overrides
+    return block_order(model.config.get_text_config()) | overrides
 
 
 def _blocks(model: Any, quantised_ids: set[int], config: TrainConfig) -> tuple[BlockShape, ...]:
-    order, windows = _input_order(model), attention_windows(model.config)
+    order, windows = _input_order(model), attention_windows(model.config.get_text_config())
     linears: list[list[LinearShape]] = [[] for _ in windows]
     trained, norms_train = [False for _ in windows], [False for _ in windows]
     repeats_product = config.tuning.has_adapters and config.tuning.use_dora and config.tuning.dropout > 0

@@ -35,17 +35,23 @@ def model_file(path: str | Path) -> Path | None:
     file = path / "tokenizer.model" if path.is_dir() else path
     if file.suffix != ".model" or not file.is_file():
         return None
-    with file.open("rb") as stream:
-        has_ranks = _TIKTOKEN_RANK.fullmatch(stream.readline(200).rstrip(b"\r\n"))
-    if not has_ranks:
+    if not holds_ranks(file):
         return file
     if path.is_dir() and (path / "tokenizer.json").is_file():
         return None
     raise UserError(
         "holds tiktoken's ranks, which are no SentencePiece model",
         key=f"tokenizer {file}",
-        remedy="Give a directory with the tokenizer.json of the model's Hugging Face version",
+        remedy="Convert the model with launch/convert.py, or give the tokenizer.json of its Hugging Face version",
     )
+
+
+def holds_ranks(file: Path) -> bool:
+    """True for a file of tiktoken's ranks."""
+    if not file.is_file():
+        return False
+    with file.open("rb") as stream:
+        return _TIKTOKEN_RANK.fullmatch(stream.readline(200).rstrip(b"\r\n")) is not None
 
 
 def load_encoder(path: str | Path) -> Encoder:

@@ -19,6 +19,10 @@ from fireflyds.tokenizer.weight_files import weight_readers
 # Names of the two matrices in transformers: LLaMA and similar models, InternLM2, Falcon and Bloom, GPT-2, GPT-NeoX.
 EMBEDDINGS = ("embed_tokens.weight", "tok_embeddings.weight", "word_embeddings.weight", "wte.weight", "embed_in.weight")
 HEADS = ("lm_head.weight", "lm_head.bias", "output.weight", "embed_out.weight")
+# Of text models inside others, and of DeepSeek's layers that predict several tokens.
+_INNER_HEADS = (".lm_head.weight", ".lm_head.bias", ".shared_head.head.weight")
+# Gemma 3n and 4 add a second embedding in every layer.
+_SECOND_TABLE = "embed_tokens_per_layer.weight"
 # Published models pad their embeddings by a few hundred rows at most (Qwen2: 271).
 MAX_PADDING = 1024
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
@@ -39,7 +43,8 @@ def expand_model(base: Path, out: Path, new: NewRows) -> dict[str, Any]:
             contradicts `tie_word_embeddings`.
     """
     config, tied = _read_config(base)
-    rows = config["vocab_size"]
+    text = text_part(config)
+    rows = text["vocab_size"]
     check_model(base, new.num_tokens)
     tracker = _MatrixTracker(base, rows, tied)
     out.mkdir(parents=True, exist_ok=True)
@@ -53,7 +58,7 @@ def expand_model(base: Path, out: Path, new: NewRows) -> dict[str, Any]:
             if is_copy:  # tied models store one matrix
                 continue
             shape = [new.num_tokens + len(new.old_ids), *tensor.shape[1:]] if grown else [*tensor.shape]
-            read_rows = partial(new.grow, tensor, is_head=key in HEADS) if grown else partial(_as_is, tensor)
+            read_rows = partial(new.grow, tensor, is_head=_is_head(key)) if grown else partial(_as_is, tensor)
             entries[key] = TensorEntry(shape, tensor.dtype, read_rows)
             tracker.after += math.prod(shape)
             total += math.prod(shape) * tensor.element_size()
@@ -65,23 +70,28 @@ def expand_model(base: Path, out: Path, new: NewRows) -> dict[str, Any]:
     if len(files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
-    config |= {"vocab_size": new.num_tokens + len(new.old_ids), "tie_word_embeddings": tied}
+    text |= {"vocab_size": new.num_tokens + len(new.old_ids)}
+    config["tie_word_embeddings"] = text["tie_word_embeddings"] = tied
     # Transformers preserves unknown keys; training reads the index of the first new row from this one, and those of
     # earlier expansions where their rows are to be trained too.
-    sizes = config.get("base_vocab_sizes") or [config["base_vocab_size"]] if "base_vocab_size" in config else []
-    config |= {"base_vocab_size": new.num_tokens, "base_vocab_sizes": [*sizes, new.num_tokens]}
+    sizes = text.get("base_vocab_sizes") or [text["base_vocab_size"]] if "base_vocab_size" in text else []
+    text |= {"base_vocab_size": new.num_tokens, "base_vocab_sizes": [*sizes, new.num_tokens]}
     (out / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
     return {
         "parameters_before": tracker.before,
         "parameters_after": tracker.after,
         "hidden_size": tracker.width,
         "matrices": 1 if tied else 2,
-        "base_vocab_sizes": config["base_vocab_sizes"],
+        "base_vocab_sizes": text["base_vocab_sizes"],
     }
 
 
 def _as_is(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
+
+
+def _is_head(name: str) -> bool:
+    return name in HEADS or name.endswith(_INNER_HEADS)
 
 
 class _MatrixTracker:
@@ -105,7 +115,14 @@ class _MatrixTracker:
         Raises:
             UserError: its number of rows differs from `vocab_size`.
         """
-        is_embeddings, is_head = name.endswith(EMBEDDINGS), name in HEADS
+        is_embeddings, is_head = name.endswith(EMBEDDINGS), _is_head(name)
+        if name.endswith(_SECOND_TABLE):
+            raise UserError(
+                f"{name} is a second table with a row of each token, which is not expanded",
+                key="base",
+                value=self.base,
+                remedy="Give a model of another architecture",
+            )
         if not (is_embeddings or is_head):
             self.before += tensor.numel()
             return False, False
@@ -158,12 +175,16 @@ class _MatrixTracker:
 def _read_config(base: Path) -> tuple[dict[str, Any], bool]:
     """Returns the contents of `config.json`, and True where the head is tied to the embeddings."""
     config = read_json(base / "config.json")
-    if "vocab_size" not in config:
+    text = text_part(config)
+    if "vocab_size" not in text:
         raise UserError(
-            "config.json has no top-level vocab_size", key="base", value=base, remedy="Give the language model only"
+            "config.json has no vocab_size",
+            key="base",
+            value=base,
+            remedy="Convert an original checkpoint with launch/convert.py, or add the key",
         )
-    if "tie_word_embeddings" in config:
-        return config, bool(config["tie_word_embeddings"])
+    if (tied := ties_embeddings(base, config)) is not None:
+        return config, tied
     from transformers import AutoConfig
 
     try:  # each architecture has its own default
@@ -178,6 +199,27 @@ def _read_config(base: Path) -> tuple[dict[str, Any], bool]:
         ) from error
 
 
+def text_part(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of the contents of `config.json` that describes the text model: all of it but in wrappers."""
+    part: dict[str, Any] = config.get("text_config") or config
+    return part
+
+
+def ties_embeddings(base: Path, config: dict[str, Any]) -> bool | None:
+    """True where the head of a model is its embeddings; None where neither its `config.json` nor its files say so.
+
+    Wrappers that do not say so have a head of their own if it is among their weights: transformers' defaults for the
+    wrapper and for its text model may differ.
+    """
+    text = text_part(config)
+    for part in (config, text):
+        if part.get("tie_word_embeddings") is not None:
+            return bool(part["tie_word_embeddings"])
+    if text is config:
+        return None
+    return not any(_is_head(name) for _, read in weight_readers(base) for name, _ in read())
+
+
 def check_model(base: Path, num_tokens: int) -> None:
     """Checks, before pieces are learned, that rows can be added to a model.
 
@@ -185,17 +227,20 @@ def check_model(base: Path, num_tokens: int) -> None:
         UserError: there are no weights, fewer rows than tokens, or special tokens that the tokenizer does not have.
     """
     config, _ = _read_config(base)
-    if config["vocab_size"] < num_tokens:
+    text = text_part(config)
+    if text["vocab_size"] < num_tokens:
         raise UserError(
-            f"config.json has vocab_size={config['vocab_size']}, fewer than the tokenizer's {num_tokens} tokens",
+            f"config.json has vocab_size={text['vocab_size']}, fewer than the tokenizer's {num_tokens} tokens",
             key="base",
             value=base,
             remedy="Give the tokenizer and the weights of the same model",
         )
     for file in (base / "config.json", base / "generation_config.json"):
         settings = read_json(file) if file.is_file() else {}
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            value = settings.get(name)
+        ids = [item for part in (settings, settings.get("text_config") or {}) for item in part.items()]
+        for name, value in ids:
+            if not name.endswith(("_token_id", "_token_index")):
+                continue
             for index in value if isinstance(value, list) else [value]:
                 if isinstance(index, int) and index >= num_tokens:
                     raise UserError(

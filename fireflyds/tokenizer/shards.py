@@ -9,7 +9,9 @@ import torch
 
 from fireflyds.errors import UserError
 from fireflyds.fs import plain_file_name, read_json
+from fireflyds.progress import Progress
 
+MAX_SHARD_BYTES = 5 * 10**9
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.int64: "I64", torch.int32: "I32",
@@ -43,7 +45,7 @@ class TensorEntry:
         return int(torch.Size(self.shape).numel() * self.dtype.itemsize)
 
 
-def save_streamed(file: Path, entries: dict[str, TensorEntry]) -> None:
+def save_streamed(file: Path, entries: dict[str, TensorEntry], progress: Progress | None = None) -> None:
     """Writes a safetensors file (https://github.com/huggingface/safetensors, section Format): the length of the header
     as a little-endian 64-bit integer, the header in JSON, padded to a multiple of eight bytes, and the tensor data.
 
@@ -69,11 +71,13 @@ def save_streamed(file: Path, entries: dict[str, TensorEntry]) -> None:
         for entry in entries.values():
             tensor = entry.make().contiguous()
             stream.write(tensor.flatten().view(torch.uint8).numpy().data)
+            if progress is not None:
+                progress.advance(entry.num_bytes)
 
 
-def save_sharded(folder: Path, entries: dict[str, TensorEntry], max_bytes: int) -> None:
+def save_sharded(folder: Path, entries: dict[str, TensorEntry], max_bytes: int = MAX_SHARD_BYTES) -> None:
     """Writes `model.safetensors` or, where the tensors exceed `max_bytes`, several files and their index, named as in
-    transformers."""
+    transformers. Shows its progress."""
     shards: list[dict[str, TensorEntry]] = [{}]
     size = total = 0
     for name, entry in entries.items():
@@ -84,8 +88,9 @@ def save_sharded(folder: Path, entries: dict[str, TensorEntry], max_bytes: int) 
         size += entry.num_bytes
         total += entry.num_bytes
     names = [shard_name(number, len(shards)) for number in range(1, len(shards) + 1)]
-    for file, shard in zip(names, shards, strict=True):
-        save_streamed(folder / file, shard)
+    with Progress("writing weights", total) as progress:
+        for file, shard in zip(names, shards, strict=True):
+            save_streamed(folder / file, shard, progress)
     if len(shards) > 1:
         weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}

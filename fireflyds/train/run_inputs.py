@@ -90,7 +90,7 @@ class RunInputs:
 
     def base_identity(self) -> dict[str, Any]:
         """The identity that trained weights belong to: hashes of base and tokenizer, and the vocabulary size."""
-        return base_identity(self.config, self.encoder.fingerprint(), self.hf_config.vocab_size)
+        return base_identity(self.config, self.encoder.fingerprint(), self.hf_config.get_text_config().vocab_size)
 
 
 def _require_template(store: TokenStore, encoder: Encoder, tokenizer: str) -> None:

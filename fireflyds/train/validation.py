@@ -238,7 +238,7 @@ def open_validator(
             value=validation.guard,
             remedy=f"It has: {', '.join(held_out.domains)}",
         )
-    room = getattr(hf_config, "max_position_embeddings", None)
+    room = getattr(hf_config.get_text_config(), "max_position_embeddings", None)
     prompts = (
         encode_prompts(encoder, trained_on.manifest["template"], validation.prompts, room)
         if validation.prompts

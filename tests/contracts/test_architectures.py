@@ -17,7 +17,7 @@ from fireflyds.errors import UserError
 from fireflyds.export.merged_weights import merged_entries
 from fireflyds.export.publish import packed_logits
 from fireflyds.models.derived_family import FAMILIES, derive_family
-from fireflyds.models.load import config_of, family_of
+from fireflyds.models.load import family_of
 from fireflyds.models.packed.derived_check import require_equivalence, small_config
 from fireflyds.models.packed.equivalence import compare_implementations
 from fireflyds.models.tuning import apply_tuning
@@ -199,12 +199,6 @@ def test_the_derived_family_of_a_written_one_is_the_written_one(name: str) -> No
     if name != "falcon":  # its layers are of a class of its own, which the written family knows
         assert set(derived.linear_layers) == set(written.linear_layers)
     assert derived.fused == written.fused
-
-
-def test_a_text_model_inside_another_is_refused_by_name(tmp_path: Path) -> None:
-    AutoConfig.for_model("gemma3").save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"is a gemma3: a text model \(gemma3_text\) inside another"):
-        config_of("model", str(tmp_path))
 
 
 def test_a_derived_family_is_compared_once(tmp_path: Path) -> None:

@@ -194,7 +194,7 @@ def test_tiktoken_ranks_give_way_to_a_tokenizer_json(fast_only: Path) -> None:
     (fast_only / "tokenizer.json").unlink()
     for path in (fast_only, fast_only / "tokenizer.model"):
         with pytest.raises(
-            UserError, match=r"tokenizer.model: holds tiktoken's ranks, .* Give a directory with the tok"
+            UserError, match=r"tokenizer.model: holds tiktoken's ranks, .* Convert the model with launch/convert.py"
         ):
             load_encoder(path)
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from fireflyds import registry
 from fireflyds.config import Precision
@@ -21,6 +20,7 @@ from fireflyds.models.derived_family import FAMILIES
 from fireflyds.models.load import bare_model
 from fireflyds.models.packed.equivalence import ImplementationResult, compare_implementations, table
 from fireflyds.models.precision import DTYPES
+from fireflyds.models.text_model import build, is_wrapper
 
 # Documents of one token, one block, and more than the windows below.
 LENGTHS = [7, 1, 130, 64, 300]
@@ -88,6 +88,10 @@ def require_equivalence(
 
 def small_config(hf_config: Any) -> Any:
     """The architecture with one layer of each kind, at least two, narrow; heads keep their size, windows are short."""
+    if is_wrapper(hf_config):
+        small = copy.deepcopy(hf_config)
+        small.text_config = small_config(hf_config.get_text_config())
+        return small
     small, num_layers = copy.deepcopy(hf_config), hf_config.num_hidden_layers
     lists = {name: value for name, value in vars(hf_config).items() if _is_by_layer(value, num_layers)}
     kept = _layers_of_each_kind(_kinds(lists.values()), num_layers)
@@ -136,7 +140,7 @@ def _compare(small: Any, device: torch.device, dtype: torch.dtype) -> tuple[str,
     Raises:
         UserError: the architecture cannot be built or run packed.
     """
-    positions = getattr(small, "max_position_embeddings", None) or max(LENGTHS)
+    positions = getattr(small.get_text_config(), "max_position_embeddings", None) or max(LENGTHS)
     lengths = [min(length, positions) for length in LENGTHS]
     try:
         size = sum(parameter.numel() for parameter in bare_model(small).parameters())
@@ -144,7 +148,7 @@ def _compare(small: Any, device: torch.device, dtype: torch.dtype) -> tuple[str,
             raise ValueError(f"its smallest model has {size:,} parameters, too many to try")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(small, attn_implementation="eager", dtype=dtype).eval()
+            model = build(small, attn_implementation="eager", dtype=dtype).eval()
             for parameter in model.parameters():
                 # Biases start at zero and norms at one: every part must count.
                 parameter.data.add_(torch.randn_like(parameter), alpha=0.05)

@@ -40,7 +40,7 @@ def compare_implementations(model: Any, lengths: list[int], seed: int) -> Iterat
     check_max_positions(model.config, "documents: the longest", max(lengths))
     device = model.get_input_embeddings().weight.device
     generator = torch.Generator().manual_seed(seed)
-    vocab_size = model.config.vocab_size
+    vocab_size = model.config.get_text_config().vocab_size
     documents = [torch.randint(0, vocab_size, (length,), generator=generator).to(device) for length in lengths]
     reference_loss = sum(_separate_loss(model, ids) for ids in documents)
     # Kept on the host, since two sets of gradients may not fit on the device.

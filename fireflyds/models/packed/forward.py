@@ -17,6 +17,7 @@ from transformers import AttentionInterface
 from fireflyds.config import HardwareConfig, Precision
 from fireflyds.errors import UserError
 from fireflyds.models.architecture import head_dim, is_stateful_mixer
+from fireflyds.models.baichuan import NormHead
 from fireflyds.models.load import family_of
 from fireflyds.models.packed import fused_modules
 from fireflyds.models.packed.boundaries import PackedContext, SequenceBoundaries
@@ -62,6 +63,7 @@ def _attention(  # noqa: PLR0913  (the signature is that of transformers' Attent
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     extras = {"softcap": kwargs.get("softcap") or 0.0, "sinks": kwargs.get("s_aux")}
+    extras["alibi_slopes"] = kwargs.get("alibi_slopes")
     return batch.attention(q, k, v, scale=scaling, window=sliding_window, causal=causal, **extras)[None], None
 
 
@@ -87,11 +89,12 @@ def fuse(model: Any) -> Any:
     Raises:
         UserError: a model whose attention or head cannot be replaced.
     """
-    name, config = type(model).__name__, model.config
-    table = family_of(config).fused
+    name, config = type(model).__name__, model.config.get_text_config()
+    table = family_of(model.config).fused
     _check_supported(model, table)
     head = model.get_output_embeddings()
-    if type(head) is nn.Linear:
+    if type(head) in (nn.Linear, NormHead):
+        head.normalized = isinstance(head, NormHead)
         head.__class__ = FusedLossHead
     elif not isinstance(head, FusedLossHead | SplitLMHead):
         raise UserError(
@@ -136,6 +139,7 @@ def _logit_transform(hf_config: Any) -> tuple[float, float]:
 
 def attention_dispatch_key(hf_config: Any, device: torch.device, dtype: torch.dtype) -> DispatchKey:
     """Returns the dispatch key of packed attention for a model, derived from its configuration."""
+    hf_config = hf_config.get_text_config()
     alibi = hf_config.model_type == "bloom" or bool(getattr(hf_config, "alibi", False))
     window = bool(getattr(hf_config, "sliding_window", None))
     softcap = bool(getattr(hf_config, "attn_logit_softcapping", None))
@@ -182,7 +186,7 @@ def attention_override(config: HardwareConfig, hf_config: Any, precision: Precis
 
 def _check_supported(model: Any, table: Any) -> None:
     """Raises `UserError` for models that the packed forward pass would compute incorrectly."""
-    name, config = type(model).__name__, model.config
+    name, config = type(model).__name__, model.config.get_text_config()
     replaces_attention = any("attention" in function for function in table.values())
     if not replaces_attention and not _uses_attention_interface(model):
         raise UserError(
@@ -226,8 +230,8 @@ def hidden_states(model: Any, input_ids: Tensor, position_ids: Tensor, cu_seqlen
     packing.batch = SequenceBoundaries(cu_seqlens, max_seqlen)
     packing.recomputing = getattr(model, "is_gradient_checkpointing", False)
     decoder = model.get_decoder()
-    if decoder is model:  # Llama 4
-        decoder = model.model
+    if decoder.get_output_embeddings() is not None:  # Llama 4's has the head too
+        decoder = decoder.model
     # BLOOM ignores `position_ids` and `boundaries`, which are not parameters of its decoder.
     outputs = decoder(input_ids=input_ids, position_ids=position_ids, boundaries=packing.batch, use_cache=False)
     return outputs.last_hidden_state

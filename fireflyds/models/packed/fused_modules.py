@@ -6,7 +6,6 @@ ZeRO-3 gathers them when the module is called.
 """
 
 import functools
-import math
 from itertools import pairwise
 from typing import Any
 
@@ -15,6 +14,7 @@ from fireflyds_kernels import qlora_linear, rms_norm, rope, swiglu
 from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from fireflyds.models.baichuan import alibi_slopes
 from fireflyds.models.packed.boundaries import SequenceBoundaries
 
 
@@ -116,17 +116,6 @@ def pre_norm_layer(self: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
 
 
 @functools.cache
-def alibi_slopes(num_heads: int, device: torch.device) -> Tensor:
-    """ALiBi slopes, float32 `[H]`: a geometric sequence (arXiv 2108.12409).
-
-    Where `num_heads` is not a power of two, every second slope of the next power of two fills up the rest.
-    """
-    power = 2 ** math.floor(math.log2(num_heads))
-    slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
-    slopes += [2 ** (-4 * (2 * i + 1) / power) for i in range(num_heads - power)]
-    return torch.tensor(slopes, device=device)
-
-
 def bloom_attention(self: Any, hidden_states: Tensor, residual: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
     """BLOOM's attention over `[1, T, d]` with ALiBi, plus the residual."""
     tokens = hidden_states.shape[1]
