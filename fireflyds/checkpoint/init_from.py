@@ -117,7 +117,7 @@ def _check_adapters(config: TrainConfig, earlier: TrainConfig, weights: Trainabl
     if not weights.adapters:
         return
     before, now = earlier.tuning, config.tuning
-    for key in ("r", "alpha", "use_rslora", "use_dora", "target_modules"):
+    for key in ("r", "alpha", "use_rslora", "use_dora", "target_modules", "experts"):
         if not now.has_adapters or getattr(before, key) != getattr(now, key):
             value = getattr(now, key) if now.has_adapters else f"none, tuning={now.method.name}"
             raise UserError(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fireflyds.errors import UserError
 from fireflyds.models.deferred import copy_rows
+from fireflyds.models.expert_adapters import plain_name
 from fireflyds.models.split_embeddings import SplitEmbedding, SplitLMHead
 from fireflyds.models.tuning import ADAPTER, is_quantised
 
@@ -88,7 +89,10 @@ def base_name(name: str) -> str:
         return f"{name.removesuffix('.trainable')}.weight"
     if "lora_magnitude_vector" in name:
         return name.removesuffix(f".{ADAPTER}.weight")
-    return name.replace(f".{ADAPTER}.", ".").replace(".base_layer.", ".")
+    if is_adapter(name):
+        # PEFT's files name nested adapters, of the matrices of experts, by their nesting.
+        return name.replace(f".{ADAPTER}.", ".")
+    return plain_name(name)
 
 
 def is_adapter(name: str) -> bool:

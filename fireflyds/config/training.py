@@ -65,9 +65,21 @@ class ObjectiveConfig:
 
     name: str = MISSING
     """Training objective: an entry of `fireflyds/train/objectives`."""
+    router_aux_loss: float = 0.0
+    """Coefficient of the loss that balances the load of experts (Switch Transformer, arXiv 2101.03961), over the
+    learned tokens of a micro-batch and all layers together, as in transformers; 0: none. `loss` is without it."""
+    router_z_loss: float = 0.0
+    """Coefficient of the router's z-loss (ST-MoE, arXiv 2202.08906): the mean of the squared logsumexp of its logits
+    over learned tokens and layers; 0: none. `loss` is without it."""
 
     def __post_init__(self) -> None:
         registry.require("fireflyds.train.objectives", self.name, "objective.name")
+        require_at_least(self, "objective.", router_aux_loss=0, router_z_loss=0)
+
+    @property
+    def has_router_losses(self) -> bool:
+        """True where a loss of the routers is added."""
+        return bool(self.router_aux_loss or self.router_z_loss)
 
 
 @dataclass(kw_only=True, slots=True)

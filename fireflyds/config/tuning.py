@@ -35,6 +35,9 @@ class TuningConfig:
     """Rank-stabilised scaling (arXiv 2312.03732)."""
     use_dora: bool = False
     """Train magnitudes and directions separately (DoRA, arXiv 2402.09353)."""
+    experts: bool = False
+    """Adapters on the matrices of experts too, one of rank `r` for each expert. They have no dropout and no DoRA, so
+    `dropout=0` is required with it. Under `qlora` the experts themselves stay in 16 bits."""
     loraplus_lr_ratio: float = 1.0
     """Learning rate of the adapters' B divided by that of A (LoRA+, arXiv 2402.12354; 16 in the paper)."""
     bits: int = 4
@@ -59,7 +62,7 @@ class TuningConfig:
                 value="8",
                 remedy="Leave it out",
             )
-        adapter_defaults = {"use_rslora": False, "use_dora": False, "loraplus_lr_ratio": 1.0}
+        adapter_defaults = {"use_rslora": False, "use_dora": False, "experts": False, "loraplus_lr_ratio": 1.0}
         for name, default in adapter_defaults.items():
             if getattr(self, name) != default and not self.has_adapters:
                 raise UserError(
@@ -68,12 +71,33 @@ class TuningConfig:
                     value=getattr(self, name),
                     remedy="Use tuning=lora or qlora",
                 )
+        self._check_experts()
         if self.trainable and self.method is not TuningMethod.freeze:
             raise UserError(
                 f"only tuning=freeze reads it, this is {self.method.name}",
                 key="tuning.trainable",
                 value=list(self.trainable),
                 remedy="Use tuning=freeze, or leave it out",
+            )
+
+    def _check_experts(self) -> None:
+        """Raises `UserError` for what the adapters of experts, which are added to the weights, cannot compute."""
+        if not self.experts:
+            return
+        if self.dropout:
+            raise UserError(
+                "adapters of experts are added to the weights, so there is no input of theirs to drop; PEFT has one "
+                "dropout for all adapters",
+                key="tuning.dropout",
+                value=self.dropout,
+                remedy="Give tuning.dropout=0, or tuning.experts=false",
+            )
+        if self.use_dora:
+            raise UserError(
+                "PEFT has no DoRA for experts",
+                key="tuning.use_dora",
+                value="true",
+                remedy="Give tuning.use_dora=false, or tuning.experts=false",
             )
 
     @property

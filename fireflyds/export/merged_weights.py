@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fireflyds.models.expert_adapters import adapted_experts, is_expert_adapter, other_tensors, plain_name
 from fireflyds.models.split_embeddings import SplitEmbedding, SplitLMHead
 from fireflyds.models.tuning import ADAPTER, adapted_direction, float_weight, is_quantised
 from fireflyds.tokenizer.shards import TensorEntry
@@ -39,6 +40,8 @@ def merged_entries(model: nn.Module, dtype: torch.dtype | None = None) -> dict[s
                 del entries[f"{name}.{part}"]
             rows = len(module.frozen) + len(module.trainable)
             add(f"{name}.weight", [rows, module.frozen.shape[1]], torch.float32, partial(_joined_rows, module))
+        elif is_expert_adapter(module):
+            _add_experts(entries, plain_name(f"{name}."), module, add)
         elif hasattr(module, "lora_A"):
             shape = [module.out_features, module.in_features][:: -1 if module.fan_in_fan_out else 1]
             add(f"{name}.weight", shape, torch.float32, partial(_adapted_weight, module))
@@ -49,6 +52,15 @@ def merged_entries(model: nn.Module, dtype: torch.dtype | None = None) -> dict[s
             shape = [module.out_features, module.in_features]
             add(f"{name}.weight", shape, torch.float32, partial(float_weight, module))
     return entries
+
+
+def _add_experts(entries: dict[str, TensorEntry], prefix: str, layer: Any, add: Callable[..., None]) -> None:
+    """Adds the matrices of experts that one wrapper adapts, and what is beside them in their module."""
+    name, shape = f"{prefix}{layer.parameter_name}", layer.get_param().shape
+    add(name, shape, torch.float32, partial(adapted_experts, layer, ADAPTER))
+    for other, tensor in other_tensors(layer):
+        if f"{prefix}{other}" not in entries:  # a wrapper around this one may have added it with its adapters
+            add(f"{prefix}{other}", tensor.shape, tensor.dtype, partial(_identity, tensor))
 
 
 @torch.no_grad()

@@ -78,6 +78,7 @@ class StepMetricsAccumulator:
         self._events: list[tuple[Any, Any]] = []
         self._batch_domains: list[int | Tensor] = []
         self._counts, self._losses, self._summed_losses = np.zeros(0), torch.zeros(0), np.zeros(0)
+        self.summed_more = np.zeros(0)
 
     def start_step(self, batches: list[PackedBatch], waited: float) -> tuple[int, int]:
         """Starts a step and sums its counts over all ranks.
@@ -144,10 +145,14 @@ class StepMetricsAccumulator:
         else:
             self._losses[1:].index_add_(0, domain.to(self._device, non_blocking=True), losses.double())
 
-    def reduce(self) -> float:
-        """Sums the losses over all ranks, waiting for the device once. Returns the loss sum of the step."""
-        dist.all_reduce(self._losses)
-        self._summed_losses = self._losses.cpu().numpy()
+    def reduce(self, more: Tensor | None = None) -> float:
+        """Sums the losses over all ranks, waiting for the device once. Returns the loss sum of the step.
+
+        `more`: what else the step counted, float64 `[n]` of equal length on all ranks; its sums are `summed_more`.
+        """
+        sums = self._losses if more is None else torch.cat([self._losses, more])
+        dist.all_reduce(sums)
+        self._summed_losses, self.summed_more = np.split(sums.cpu().numpy(), [len(self._losses)])
         return float(self._summed_losses[0])
 
     def finish_step(self, step: int, seconds: float, lrs: Sequence[float]) -> dict[str, float]:

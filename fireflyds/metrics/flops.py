@@ -23,6 +23,7 @@ from fireflyds.models.architecture import (
     head_dim,
     linear_size,
 )
+from fireflyds.models.expert_adapters import is_expert_adapter
 
 _ATTENTION = 2
 _EMBEDDINGS, _AFTER_BLOCKS = (-1, 0, 0), 1 << 30
@@ -73,11 +74,13 @@ def step_flops(model: Any) -> StepFlops:
     trainable = [positions[name] for name, parameter in model.named_parameters() if parameter.requires_grad]
     lowest = min(trainable)
     per_token = 0.0
+    used, total = experts_used(model.config.get_text_config()) or (0, 1)
+    of_experts = {id(part) for module in model.modules() if is_expert_adapter(module) for part in module.modules()}
     for name, module in model.named_modules():
         if isinstance(module, LINEAR) and module is not head:
             gradients = module.weight.requires_grad + (lowest < positions[f"{name}.weight"])
-            per_token += 2 * math.prod(linear_size(module)) * (1 + gradients)
-    used, total = experts_used(model.config.get_text_config()) or (0, 1)
+            share = used / total if id(module) in of_experts else 1
+            per_token += 2 * math.prod(linear_size(module)) * (1 + gradients) * share
     for name, parameter in expert_parameters(model):
         gradients = parameter.requires_grad + (lowest < positions[name])
         per_token += 2 * parameter.numel() * used / total * (1 + gradients)

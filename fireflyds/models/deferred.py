@@ -4,6 +4,7 @@ Parameters are on the meta device until then. What `parameter.read()` returns is
 pages all processes of a host share.
 """
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,8 @@ def deferred_model(path: str, hf_config: Any, dtype: torch.dtype, quantization: 
     """
     from accelerate import init_empty_weights
 
+    # transformers writes the quantisation into it, and refuses one that has it where it loads the model instead.
+    hf_config = copy.deepcopy(hf_config)
     # Buffers, such as rotary frequencies, are computed: no file has them.
     with init_empty_weights(include_buffers=False):
         model = build(hf_config, dtype=dtype)

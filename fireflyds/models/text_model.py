@@ -40,6 +40,7 @@ def build(hf_config: Any, **options: Any) -> Any:
 
     with init_empty_weights(include_buffers=False):  # towers may be larger than the text model
         model = trained_class(hf_config)._from_config(hf_config, **options)
+    model.tie_weights()
     if torch.get_default_device().type != "meta":
         _draw_weights(model)
     return model
@@ -51,7 +52,7 @@ def _draw_weights(model: Any) -> None:
         for name, parameter in [*module.named_parameters(recurse=False)]:
             setattr(module, name, nn.Parameter(torch.empty_like(parameter, device="cpu")))
         module._is_hf_initialized = False
-    model.tie_weights()
+    model.tie_weights()  # every parameter is a new one
     model.initialize_weights()
 
 

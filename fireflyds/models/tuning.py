@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fireflyds.config import Precision, TrainConfig, TuningConfig, TuningMethod
 from fireflyds.errors import UserError
 from fireflyds.models.architecture import LINEAR
+from fireflyds.models.expert_adapters import expert_targets, keep_in_float32
 from fireflyds.models.load import base_vocab_size, load_model
 from fireflyds.models.precision import DTYPES
 from fireflyds.models.split_embeddings import split_new_rows
@@ -81,6 +82,7 @@ def apply_tuning(model: Any, family: Family, config: TuningConfig, base_vocab_si
         torch.manual_seed(seed)
         with _adapters_on_the_cpu() if _is_deferred(model) else nullcontext(), _targets_as_given():
             inject_adapter_in_model(adapter_config(model, family, config), model, ADAPTER)
+        keep_in_float32(model, ADAPTER)
     split_new_rows(model, config, base_vocab_size)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(
@@ -138,6 +140,7 @@ def adapter_config(model: nn.Module, family: Family, config: TuningConfig) -> An
         lora_alpha=config.alpha,  # type: ignore[arg-type]
         lora_dropout=config.dropout,
         target_modules=_resolve_targets(model, list(config.target_modules)) or list(family.linear_layers),
+        target_parameters=expert_targets(model) if config.experts else None,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
         fan_in_fan_out=family.transposed,

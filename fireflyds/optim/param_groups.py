@@ -8,6 +8,7 @@ from torch import nn
 from fireflyds.config import OptimConfig, Precision, TrainConfig, TuningMethod
 from fireflyds.errors import UserError
 from fireflyds.models.architecture import LINEAR, expert_parameters
+from fireflyds.models.packed.routing import has_router_losses
 from fireflyds.optim.optimizers import ParamGroup, load_optimizer_spec
 
 # Bytes per parameter, by bits. NF4: an 8-bit scale per block of 64, and a 32-bit scale per 256 of these (4.127 bits).
@@ -156,12 +157,20 @@ def notes_on_experts(model: nn.Module, config: TrainConfig) -> list[str]:
     if not experts:
         return []
     if not config.tuning.has_adapters:
-        return ["note: no loss that balances the load of the experts is added, as by default in transformers"]
+        if config.objective.router_aux_loss:
+            return []
+        remedy = "; objective.router_aux_loss=0.001 adds one" * has_router_losses(model.config)
+        return [f"note: no loss that balances the load of the experts is added, as by default in transformers{remedy}"]
     quantised = config.tuning.method is TuningMethod.qlora  # bitsandbytes quantises layers alone
     share = experts / count_parameters(model)[0]
+    if config.tuning.experts:
+        return [
+            f"note: bitsandbytes quantises linear layers alone: the experts, which hold {share:.0%} of the parameters, "
+            "stay in 16 bits"
+        ] * quantised
     return [
         f"note: tuning={config.tuning.method.name} puts no adapters on the experts, which hold {share:.0%} of the "
-        "parameters and stay as they are" + ", in 16 bits" * quantised + "; tuning=full trains them"
+        "parameters and stay as they are" + ", in 16 bits" * quantised + "; tuning.experts=true puts adapters on them"
     ]
 
 

@@ -95,9 +95,10 @@ def _adapter_bytes(linear: LinearShape, how: ForwardSpec) -> float:
 
 
 def weight_bytes(block: BlockShape, how: ForwardSpec) -> float:
-    """Bytes of dequantised weights that a block saves for any number of tokens: those of DoRA's second product."""
+    """Bytes of weights that a block saves for any number of tokens: dequantised ones, of DoRA's second product, and
+    those of experts with their adapters added."""
     numel = sum(linear.inputs * linear.outputs for linear in block.linears if linear.twice and linear.quantised)
-    return float(how.wide * numel * block.needs_gradient)
+    return float(how.wide * (numel + block.adapted_experts) * block.needs_gradient)
 
 
 def boundary_bytes(block: BlockShape, shape: ModelShape, how: ForwardSpec) -> float:
@@ -117,13 +118,14 @@ def passing_bytes(shape: ModelShape, how: ForwardSpec) -> float:
 
 def unpacked_bytes(shape: ModelShape, how: ForwardSpec) -> float:
     """Peak bytes of dequantised weights: those of a whole block where it is recomputed, which saves them for its
-    backward pass, else those of one layer."""
+    backward pass, else those of one layer. And of the gradients of experts with their adapters added."""
     block_numels = [
         [linear.inputs * linear.outputs for linear in block.linears if linear.quantised] or [0]
         for block in shape.blocks
     ]
     whole_block = how.checkpointing and how.fused_adapters
-    return float(how.wide * max(sum(numels) if whole_block else max(numels) for numels in block_numels))
+    experts = max(block.adapted_experts for block in shape.blocks)
+    return float(how.wide * (experts + max(sum(numels) if whole_block else max(numels) for numels in block_numels)))
 
 
 @dataclass(frozen=True, slots=True)

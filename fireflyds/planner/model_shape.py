@@ -16,6 +16,7 @@ from fireflyds.models.architecture import (
     key_value_heads,
     linear_size,
 )
+from fireflyds.models.expert_adapters import is_expert_adapter
 from fireflyds.optim import param_groups
 from fireflyds.optim.optimizers import load_optimizer_spec
 
@@ -45,6 +46,8 @@ class BlockShape:
     needs_gradient: bool
     window: int | None
     """Sliding window of attention in tokens; None: all previous tokens of the document."""
+    adapted_experts: int = 0
+    """Elements of the experts' matrices that have adapters: a forward pass computes and saves W + BA."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,8 +174,11 @@ def _blocks(model: Any, quantised_ids: set[int], config: TrainConfig) -> tuple[B
         layer = int(match[1])
         trained[layer] |= parameter.requires_grad
         norms_train[layer] |= parameter.requires_grad and parameter.dim() == 1 and "norm" in name
+    adapted = [0 for _ in windows]
     for name, module in model.named_modules():
         match = re.search(r"\.(\d+)\.", name)
+        if match is not None and is_expert_adapter(module):
+            adapted[int(match[1])] += module.get_param().numel()
         if match is None or not isinstance(module, LINEAR) or ".lora_" in name:
             continue
         owner = model.get_submodule(name.removesuffix(".base_layer"))
@@ -191,7 +197,7 @@ def _blocks(model: Any, quantised_ids: set[int], config: TrainConfig) -> tuple[B
     blocks = []
     for layer, window in enumerate(windows):
         needs_gradient = needs_gradient or trained[layer]
-        blocks.append(BlockShape(tuple(linears[layer]), norms_train[layer], needs_gradient, window))
+        blocks.append(BlockShape(tuple(linears[layer]), norms_train[layer], needs_gradient, window, adapted[layer]))
     return tuple(blocks)
 
 

@@ -18,6 +18,7 @@ from fireflyds.metrics.profiler import Span
 from fireflyds.optim.lr_schedule import lr_factor
 from fireflyds.train.nonfinite import NonFiniteDetector, SkippedSteps
 from fireflyds.train.objectives import Objective
+from fireflyds.train.routing import StepRouting
 from fireflyds.types import PackedBatch, StepMetrics, TrainState
 from fireflyds.zero.engine import Engine, LossScaleError, loss_scale, optimizer_step, set_learning_rates
 
@@ -47,21 +48,26 @@ class _Step:
     documents: Callable[[int], str]
     """Describes the documents of a micro-batch, given its number, for error messages."""
     span: Span
+    routing: StepRouting
 
-    def run(self, accumulator: StepMetricsAccumulator, *, watching: bool) -> tuple[float, float]:
-        """Runs forward, backward and update. Returns the normalized loss and the gradient norm before clipping.
+    def run(self, accumulator: StepMetricsAccumulator, *, watching: bool) -> tuple[float, float, dict[str, float]]:
+        """Runs forward, backward and update. Returns the normalized loss, the gradient norm before clipping, and the
+        metrics of the routing.
 
         `watching`: check outputs and gradients of all modules for non-finite values.
         """
         # DeepSpeed averages gradients over ranks and divides the loss by the accumulation; this factor undoes both.
         scale = dist.get_world_size() * len(self.batches) / max(self.num_targets, 1)
         norm = 0.0
+        self.routing.start_step()
         for number, batch in enumerate(self.batches):
             with self.detector.watch(number) if watching else nullcontext():
                 with self.span("forward"), accumulator.time_forward():
                     inputs = batch.model_inputs(self.engine.device)
                     loss_sum, token_losses = self.engine(**inputs, compute=self.objective)
                 accumulator.add_micro_batch(number, loss_sum, token_losses)
+                counts = batch.num_learned, self.objective.count(batch)
+                loss_sum = self.routing.with_router_losses(loss_sum, inputs["labels"][0], *counts)
                 with self.span("backward"):
                     self.engine.backward(loss_sum * scale)
             if self.engine.is_gradient_accumulation_boundary():
@@ -69,7 +75,9 @@ class _Step:
                     norm = self._update()
             else:
                 self.engine.step()
-        return accumulator.reduce() / max(self.num_targets, 1), norm
+        num_targets = max(self.num_targets, 1)
+        loss = accumulator.reduce(self.routing.sums()) / num_targets
+        return loss, norm, self.routing.metrics(accumulator.summed_more, num_targets)
 
     def _update(self) -> float:
         try:
@@ -124,6 +132,7 @@ def train_steps(
     engine.train()
     detector = NonFiniteDetector(engine.module)
     accumulator = StepMetricsAccumulator(metrics_context, objective.count, engine.device, total_steps)
+    routing = StepRouting(engine.module.packing.routing, config.objective)
     skips = SkippedSteps(engine, config.recovery.max_skipped)
     batches_of_steps = loader.steps(state.step + state.skipped_batches, total_steps + state.skipped_batches)
     for number in range(state.step, total_steps):
@@ -139,9 +148,9 @@ def train_steps(
         rates = set_learning_rates(engine, factor)
         detector.reset()
         documents = partial(loader.documents, number + state.skipped_batches)
-        step = _Step(engine, objective, batches, num_targets, detector, documents, span)
+        step = _Step(engine, objective, batches, num_targets, detector, documents, span, routing)
         try:
-            loss, norm = step.run(accumulator, watching=skips.begin_step())
+            loss, norm, routed = step.run(accumulator, watching=skips.begin_step())
             if skips.end_step(loss):
                 reseed()
                 raise step.non_finite_error(loss, norm, skips.consecutive)
@@ -151,7 +160,7 @@ def train_steps(
         state.learned_tokens += accumulator.learned_tokens
         seconds = time.perf_counter() - started
         extra = {"skipped_steps": float(engine.skipped_steps)} | ({} if scale is None else {"loss_scale": scale})
-        extra |= accumulator.finish_step(state.step, seconds, rates)
+        extra |= accumulator.finish_step(state.step, seconds, rates) | routed
         yield StepMetrics(
             step=state.step, loss=loss, lr=config.optim.lr * factor, grad_norm=norm, tokens=state.tokens,
             learned_tokens=state.learned_tokens, tokens_per_second=tokens / seconds, seconds=seconds, extra=extra,

@@ -18,6 +18,7 @@ from fireflyds.optim.compatibility import check_compatibility
 from fireflyds.runs.fingerprint import base_identity
 from fireflyds.tokenizer.encoder import load_encoder
 from fireflyds.train.objectives import Objective, load_objective
+from fireflyds.train.routing import require_router_losses
 from fireflyds.train.validation import Validator, open_validator
 from fireflyds.types import Encoder
 from fireflyds.zero.import_json import extra_settings
@@ -56,6 +57,7 @@ class RunInputs:
         objective = load_objective(config.objective)
         encoder = load_encoder(config.model.tokenizer_path)
         hf_config = read_config(config.model, encoder)
+        require_router_losses(config.objective, hf_config)
         check_max_positions(hf_config, "seq_len", config.seq_len)
         store = open_store("data.store", config.data.store, encoder.fingerprint(), config.model.tokenizer_path)
         _require_template(store, encoder, config.model.tokenizer_path)

@@ -85,6 +85,9 @@ def test_text_is_trained_and_all_else_is_written_bit_for_bit(model_type: str, me
     keys = ["run=x", f"model={base}", "data=c/d", "optim.steps=3", f"tuning={method}", "tuning.dropout=0"]
     config = app.compose("train", keys)
     hf_config = config_of("model", str(base))
+    bare = bare_model(hf_config)
+    is_tied = bare.get_output_embeddings().weight is bare.get_input_embeddings().weight
+    assert is_tied == WRAPPERS[model_type][0]["tie_word_embeddings"]
     model = load_tuned_model(config, hf_config, Precision.fp32)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():

@@ -8,6 +8,8 @@ import torch
 from fireflyds_kernels import packed_attention
 from torch import Tensor
 
+from fireflyds.models.packed.routing import Routing
+
 
 @dataclass(frozen=True, slots=True)
 class SequenceBoundaries:
@@ -35,6 +37,7 @@ class PackedContext:
     """State shared by the modules of one fused model.
 
     `batch`: boundaries of the last forward pass. `recomputing`: True where gradient checkpointing is enabled.
+    `routing`: the choices of its routers; None for a model without experts.
 
     Layers that forward keyword arguments receive the boundaries as one of them, so that gradient checkpointing
     recomputes with the boundaries of the same batch. Layers of Falcon and BLOOM do not; they read `batch` here, so with
@@ -43,6 +46,7 @@ class PackedContext:
 
     batch: SequenceBoundaries | None = None
     recomputing: bool = False
+    routing: Routing | None = None
 
     @property
     def boundaries(self) -> SequenceBoundaries:

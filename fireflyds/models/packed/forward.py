@@ -22,6 +22,7 @@ from fireflyds.models.load import family_of
 from fireflyds.models.packed import fused_modules
 from fireflyds.models.packed.boundaries import PackedContext, SequenceBoundaries
 from fireflyds.models.packed.head import HeadFunction, HeadInputs, loss_sum
+from fireflyds.models.packed.routing import watch_routing
 from fireflyds.models.precision import DTYPES
 from fireflyds.models.split_embeddings import FusedLossHead, SplitLMHead
 
@@ -125,6 +126,7 @@ def fuse(model: Any) -> Any:
             function = "dynamic_rotary"
         if function and not (function == "gated_mlp" and type(module.act_fn).__name__ not in _SILU):
             module.forward = types.MethodType(getattr(fused_modules, function), module)
+    packing.routing = watch_routing(model)
     model.forward = types.MethodType(_forward, model)
     return model
 
@@ -232,6 +234,8 @@ def hidden_states(model: Any, input_ids: Tensor, position_ids: Tensor, cu_seqlen
     decoder = model.get_decoder()
     if decoder.get_output_embeddings() is not None:  # Llama 4's has the head too
         decoder = decoder.model
-    # BLOOM ignores `position_ids` and `boundaries`, which are not parameters of its decoder.
-    outputs = decoder(input_ids=input_ids, position_ids=position_ids, boundaries=packing.batch, use_cache=False)
+    records = packing.routing is not None and model.training
+    with packing.routing.recorded() if records else nullcontext():  # type: ignore[union-attr]
+        # BLOOM ignores `position_ids` and `boundaries`, which are not parameters of its decoder.
+        outputs = decoder(input_ids=input_ids, position_ids=position_ids, boundaries=packing.batch, use_cache=False)
     return outputs.last_hidden_state
