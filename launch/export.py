@@ -94,7 +94,7 @@ def write_model(
         publish.write_chat_settings(folder, encoder, metadata["template"])
         if config.verify:
             ids = publish.probe_ids(encoder.vocab_size)
-            logits = publish.packed_logits(model, ids)
+            logits = publish.trained_logits(model, ids, packed=trained.packing)
             del model
             precision = dtype if not quantised or dtype is not Precision.fp32 else training_precision
             metadata["reload_max_rel_diff"] = publish.reload_difference(folder, ids, logits, precision)

@@ -53,6 +53,8 @@ class EvaluateConfig:
     """Maximum number of documents or questions per task (per subject where a task has subjects); unset: all."""
     prompt: PromptStyle = PromptStyle.auto
     """`chat` applies the model's chat template to questions, `plain` does not, `auto` does where the model has one."""
+    packing: bool = True
+    """Run many texts in one forward pass. `false`: every text runs by itself, exact for any causal model, and slow."""
     max_tokens: int = 4096
     """Maximum number of tokens in one forward pass."""
     bits_per_byte: BitsPerByteConfig = field(default_factory=BitsPerByteConfig)

@@ -172,6 +172,9 @@ class TrainConfig:
     init_from: str = ""
     """Earlier run whose trained weights initialize this run, with a new schedule (to resume a run, give the same `run`
     instead)."""
+    packing: bool = True
+    """Run the documents of a row in one forward pass. `false`: every document runs by itself through transformers' own
+    forward pass, exact for any causal model, and slow."""
     seq_len: int = 1024
     """Tokens per packed row; longer documents are split at the end of a sentence, dialogues at a turn of the
     user."""

@@ -67,7 +67,8 @@ def load_evaluated_model(config: EvaluateConfig) -> EvaluatedModel:
     from transformers import AutoTokenizer
 
     folder = Path(config.model)
-    require_equivalence(config_of("model", config.model), Precision.fp32, partial(print, file=sys.stderr))
+    settings, log = config_of("model", config.model), partial(print, file=sys.stderr)
+    require_equivalence(settings, Precision.fp32, log, packed=config.packing)
     encoder = load_encoder(folder)
     model = load_for_inference(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -75,7 +76,9 @@ def load_evaluated_model(config: EvaluateConfig) -> EvaluatedModel:
     if config.prompt is PromptStyle.chat and not has_template:
         raise UserError(f"{folder} has no chat template", key="prompt", value="chat", remedy="Use prompt=plain")
     wants_chat = has_template and config.prompt is not PromptStyle.plain
-    return EvaluatedModel(fuse(model), encoder, tokenizer if wants_chat else None, config.max_tokens)
+    return EvaluatedModel(
+        fuse(model, packed=config.packing), encoder, tokenizer if wants_chat else None, config.max_tokens
+    )
 
 
 def token_losses(model: EvaluatedModel, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:

@@ -128,12 +128,12 @@ def probe_ids(vocab_size: int) -> Tensor:
 
 
 @torch.no_grad()
-def packed_logits(model: Any, ids: Tensor) -> Tensor:
-    """Returns the logits `[1, 64, V]` of a tuned model's packed forward pass, float32 on the host.
+def trained_logits(model: Any, ids: Tensor, *, packed: bool = True) -> Tensor:
+    """Returns the logits `[1, 64, V]` of the forward pass that a tuned model is trained with, float32 on the host.
 
     The model is modified in place: it is fused, and its weights are cast.
     """
-    device, model = model.device, fuse(model.eval())
+    device, model = model.device, fuse(model.eval(), packed=packed)
     for module in model.modules():
         if keeps_training_mode(module):
             module.train()

@@ -72,6 +72,12 @@ def attention_windows(hf_config: Any) -> list[int | None]:
     return [window] * int(hf_config.num_hidden_layers)
 
 
+def falcon_alibi_width(hf_config: Any) -> int:
+    """Elements of queries and keys that hold Falcon's ALiBi: one, and zeros, for kernels that take multiples of eight;
+    0 for other models."""
+    return 8 if hf_config.model_type == "falcon" and getattr(hf_config, "alibi", False) else 0
+
+
 def is_parallel(hf_config: Any) -> bool:
     """True where the feed-forward layer has the same input as attention (Falcon)."""
     return bool(getattr(hf_config, "parallel_attn", False) or getattr(hf_config, "new_decoder_architecture", False))

@@ -5,6 +5,7 @@ models without `max_position_embeddings` (13B) have ALiBi instead of rotary posi
 divided by their norms.
 """
 
+import functools
 from typing import Any, ClassVar
 
 import torch
@@ -109,6 +110,7 @@ class BaichuanAttention(nn.Module):
         return self.o_proj(out.flatten(2)), weights
 
 
+@functools.cache
 def alibi_slopes(num_heads: int, device: torch.device) -> Tensor:
     """ALiBi slopes, float32 `[H]`: a geometric sequence (arXiv 2108.12409).
 

@@ -33,17 +33,18 @@ def block_bytes(block: BlockShape, shape: ModelShape, how: ForwardSpec) -> float
     if not block.needs_gradient:
         return 0.0
     itemsize = how.wide
-    query_width = shape.num_heads * shape.head_dim
+    wider = shape.form.alibi_in_keys
+    key_heads = shape.num_heads if wider else shape.num_key_value_heads
     # Queries and output, keys and values, and the float32 log-sum-exp of every head.
-    attention_width = query_width + shape.num_key_value_heads * shape.head_dim
+    attention_width = (shape.num_heads + key_heads) * (shape.head_dim + wider)
     attention = (3 if shape.form.turned_apart else 2) * itemsize * attention_width + 4 * shape.num_heads
     # Inputs that linear layers save for weight gradients: layers of equal `rank` share one input, and the output of
-    # attention (rank 3) is already saved by attention.
+    # attention (rank 3) is already saved by attention, unless it is cut out of a wider one.
     inputs: dict[int, int] = {}
     adapters = 0.0
     for linear in block.linears:
         shares_input = linear.r and (how.fused_adapters or not how.dropout)
-        if (linear.trains or shares_input) and linear.rank != 3:
+        if (linear.trains or shares_input) and (linear.rank != 3 or wider):
             inputs[linear.rank] = linear.inputs
         adapters += _adapter_bytes(linear, how)
     return (

@@ -11,6 +11,7 @@ from fireflyds.models.architecture import (
     LINEAR,
     attention_windows,
     block_order,
+    falcon_alibi_width,
     head_dim,
     is_parallel,
     key_value_heads,
@@ -63,6 +64,8 @@ class ArchTraits:
     """True for layer norms, False for RMS norms."""
     head_norms: bool
     """Query and key heads have norms (Qwen3)."""
+    alibi_in_keys: int
+    """Elements by which queries, keys and values are wider than a head, for every query head (Falcon with ALiBi)."""
     turned_apart: bool
     """One product computes queries, keys and values, queries and keys are rotated: values keep the whole product."""
 
@@ -149,6 +152,7 @@ def _arch_traits(model: Any) -> ArchTraits:
         norms=len(norms) - len(head_norms),
         layer_norm=any(isinstance(module, nn.LayerNorm) for module in norms.values()),
         head_norms=bool(head_norms),
+        alibi_in_keys=falcon_alibi_width(hf_config),
         turned_apart=rotary and any(name.endswith("query_key_value") for name in modules),
     )
 

@@ -4,6 +4,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,8 @@ class Trainer:
         _channel, notes = check_ranks_agree(rank, config, text, inputs.compared())
         init_distributed(rank, config.hardware.timeout_minutes)
         del _channel
-        run_on_rank_zero(lambda: require_equivalence(inputs.hf_config, inputs.precision, notes.append))
+        checked = partial(require_equivalence, inputs.hf_config, inputs.precision, notes.append)
+        run_on_rank_zero(partial(checked, packed=config.packing))
         with contextlib.ExitStack() as stack:
             trainer = cls._build(rank, inputs, text, notes, stack)
             trainer._stack = stack.pop_all()
@@ -265,7 +267,8 @@ def build_model(config: TrainConfig, hf_config: Any, precision: Precision) -> An
     16 bits once where this run trains in 16 bits.
     """
     # ZeRO-3 shards parameters one by one: weights are read then.
-    model = fuse(load_tuned_model(config, hf_config, precision, deferred=config.zero.stage == 3))
+    tuned = load_tuned_model(config, hf_config, precision, deferred=config.zero.stage == 3)
+    model = fuse(tuned, packed=config.packing)
     init_from.restore_weights(model, Path(config.run_dir))
     add_embedding_noise(model, config.optim.neftune_noise_alpha)
     if config.hardware.gradient_checkpointing:

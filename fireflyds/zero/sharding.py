@@ -39,12 +39,13 @@ def shard_parameters(model: nn.Module, ds_config: dict[str, Any], config: TrainC
     Raises:
         UserError: layers that run once for every document: DeepSpeed would free their weights after the first.
     """
-    if mixer := next((module for module in model.modules() if is_stateful_mixer(module)), None):
+    mixer = next((module for module in model.modules() if is_stateful_mixer(module)), None)
+    if config.packing and mixer is not None:
         raise UserError(
             f"{type(mixer).__name__} runs once for every document, which DeepSpeed's stage 3 does not support",
             key="zero.stage",
             value=3,
-            remedy="Use zero=2",
+            remedy="Use zero=2, or packing=false",
         )
     from deepspeed.accelerator import get_accelerator
     from deepspeed.runtime.zero import Init

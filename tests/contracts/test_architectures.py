@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import FAST, LENGTHS, LONG, SLOW, SMALL, model_of
+from architectures import FAST, LENGTHS, LONG, NO_DROPOUT, SLOW, SMALL, model_of
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.olmo2 import modeling_olmo2
@@ -16,11 +16,12 @@ from fireflyds import app, registry
 from fireflyds.config import Precision, TrainableRows, TuningConfig, TuningMethod
 from fireflyds.errors import UserError
 from fireflyds.export.merged_weights import merged_entries
-from fireflyds.export.publish import packed_logits
+from fireflyds.export.publish import trained_logits
 from fireflyds.models.derived_family import FAMILIES, derive_family
 from fireflyds.models.load import family_of
 from fireflyds.models.packed.derived_check import require_equivalence, small_config
 from fireflyds.models.packed.equivalence import compare_implementations
+from fireflyds.models.packed.forward import fuse
 from fireflyds.models.tuning import apply_tuning
 from fireflyds.optim.param_groups import notes_on_experts
 from fireflyds.zero.sharding import shard_parameters
@@ -38,6 +39,27 @@ def test_packed_documents_train_as_single_ones(model_type: str, changes: dict[st
     assert all(result.proven for result in results), results
 
 
+UNPACKED: dict[str, tuple[str, dict[str, Any]]] = {
+    "gptj": ("gptj", NO_DROPOUT | {"n_embd": 48, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_positions": 256}),
+    "mpt": ("mpt", {"d_model": 48, "n_heads": 4, "n_layers": 2, "max_seq_len": 256}),
+    "llama": ("llama", {}),  # a written family
+    "gemma2": FAST["gemma2"],  # soft caps, which transformers' sdpa leaves out
+}
+
+
+@pytest.mark.parametrize(("model_type", "changes"), UNPACKED.values(), ids=UNPACKED)
+def test_without_packing_every_document_runs_by_itself(model_type: str, changes: dict[str, Any]) -> None:
+    results = list(compare_implementations(model_of(model_type, changes), LENGTHS, seed=1, packed=False))
+    assert [result.implementation for result in results] == ["not packed"]
+    assert results[0].proven, results
+
+
+@pytest.mark.parametrize("name", ["gptj", "mpt"])
+def test_attention_of_its_own_is_refused_with_what_to_give(name: str) -> None:
+    with pytest.raises(UserError, match="does not use transformers' AttentionInterface.*Give packing=false"):
+        fuse(model_of(*UNPACKED[name]))
+
+
 @pytest.mark.parametrize(("model_type", "changes"), CASES)
 def test_merged_adapters_are_the_plain_models_weights(model_type: str, changes: dict[str, Any]) -> None:
     model, plain = model_of(model_type, changes), model_of(model_type, changes, seed=1)
@@ -45,13 +67,15 @@ def test_merged_adapters_are_the_plain_models_weights(model_type: str, changes: 
     config = TuningConfig(method=TuningMethod.lora, r=2, alpha=4.0, dropout=0.1)
     apply_tuning(model, family_of(model.config), config, None, 0)
     adapted = [name for name, layer in model.get_decoder().named_modules() if hasattr(layer, "lora_A")]
-    assert adapted == [name for name in linear if name != "lm_head" and not name.endswith("mamba.out_proj")]
+    assert adapted == [
+        name for name in linear if name != "lm_head" and not name.endswith(("mamba.out_proj", "mixer.out_proj"))
+    ]
     generator = torch.Generator().manual_seed(2)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
     ids = torch.randint(0, 128, (1, 30), generator=generator)
-    logits = packed_logits(model, ids)
+    logits = trained_logits(model, ids)
     plain.load_state_dict({name: entry.make() for name, entry in merged_entries(model).items()})
     with torch.no_grad():
         expected = plain(ids).logits
@@ -70,7 +94,7 @@ def test_new_rows_train_and_are_written_into_one_matrix(name: str) -> None:
     assert trained.shape == (28, 48)
     trained.data.add_(1.0)
     ids = torch.arange(90, 128)[None]
-    logits = packed_logits(model, ids)
+    logits = trained_logits(model, ids)
     plain.load_state_dict({name: entry.make() for name, entry in merged_entries(model).items()}, strict=False)
     with torch.no_grad():
         expected = plain(ids).logits

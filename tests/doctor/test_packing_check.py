@@ -120,7 +120,7 @@ def test_the_proof_is_reported_as_a_finding(model_folder, monkeypatch) -> None:
     ],
 )
 def test_an_error_during_the_proof_is_a_finding(model_folder, monkeypatch, error, message: str, remedy: str) -> None:
-    def raise_error(*arguments):
+    def raise_error(*arguments, **options):
         raise error
 
     monkeypatch.setattr(equivalence, "fuse", raise_error)

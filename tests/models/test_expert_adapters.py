@@ -15,7 +15,7 @@ from fireflyds.checkpoint.trainable_weights import TrainableWeights, base_name
 from fireflyds.config import TrainableRows, TuningConfig, TuningMethod
 from fireflyds.errors import UserError
 from fireflyds.export.merged_weights import merged_entries
-from fireflyds.export.publish import packed_logits
+from fireflyds.export.publish import trained_logits
 from fireflyds.metrics.flops import step_flops
 from fireflyds.models.load import family_of
 from fireflyds.models.packed.equivalence import compare_implementations
@@ -73,7 +73,7 @@ def test_adapted_experts_compute_and_merge_what_the_update_by_hand_does(name: st
     changed = [key for key, tensor in plain.state_dict().items() if not torch.equal(tensor, expected_weights[key])]
     assert sum(".experts." in key and "shared" not in key for key in changed) == (2 if name == "deepseek_v3" else 4)
     ids = torch.arange(3, 67)[None]
-    logits = packed_logits(model, ids)
+    logits = trained_logits(model, ids)
     merged = {key: entry.make() for key, entry in merged_entries(model).items()}
     assert merged.keys() == expected_weights.keys()
     for key, tensor in merged.items():
@@ -102,7 +102,7 @@ def test_adapted_experts_train_packed_as_on_single_documents(name: str) -> None:
 def test_every_architecture_merges_its_adapted_experts(name: str) -> None:
     model, plain = tuned(model_of(*SLOW[name])), model_of(*SLOW[name])
     ids = torch.arange(3, 67)[None]
-    logits = packed_logits(model, ids)
+    logits = trained_logits(model, ids)
     plain.load_state_dict({key: entry.make() for key, entry in merged_entries(model).items()})
     with torch.no_grad():
         expected = plain(ids).logits
@@ -143,7 +143,7 @@ def test_adapters_of_experts_in_16_bits_are_trained_and_merged_in_float32() -> N
     for expert in range(4):
         update = b[:, expert::4] @ a[expert * RANK : (expert + 1) * RANK]
         torch.testing.assert_close(merged[expert], down[expert].float() + ALPHA / RANK * update.T)
-    assert torch.isfinite(packed_logits(model, torch.arange(3, 67)[None])).all()
+    assert torch.isfinite(trained_logits(model, torch.arange(3, 67)[None])).all()
 
 
 def test_the_plan_counts_the_experts_with_their_adapters_added() -> None:

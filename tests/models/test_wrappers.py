@@ -13,7 +13,7 @@ from fireflyds import app
 from fireflyds.config import Precision, RowInit
 from fireflyds.errors import UserError
 from fireflyds.export.merged_weights import merged_entries
-from fireflyds.export.publish import packed_logits, write_weights
+from fireflyds.export.publish import trained_logits, write_weights
 from fireflyds.models.load import architecture_of, bare_model, config_of
 from fireflyds.models.packed.equivalence import compare_implementations
 from fireflyds.models.text_model import plain_class, trained_class
@@ -112,7 +112,7 @@ def test_text_is_trained_and_all_else_is_written_bit_for_bit(model_type: str, me
     ids = torch.arange(5, 60)[None]
     with torch.no_grad():
         expected = reloaded(ids).logits
-    logits = packed_logits(model, ids)
+    logits = trained_logits(model, ids)
     assert float((logits - expected).abs().max()) <= 5e-5 * float(expected.abs().max())
 
 

@@ -82,6 +82,14 @@ SLOW: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "bamba": ("bamba", MAMBA | {"attn_layer_indices": [1]}),
     "falcon_h1": ("falcon_h1", MAMBA | {"head_dim": 12, "mamba_d_ssm": 96, "lm_head_multiplier": 0.5}),
+    "mamba2": ("mamba2", {"num_heads": 6, "head_dim": 16, "state_size": 8, "n_groups": 1, "expand": 2}),
+    "gemma3n": (
+        "gemma3n_text",
+        {"head_dim": 12, "num_hidden_layers": 4, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8}
+        | {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 20, "laurel_rank": 8}
+        | {"vocab_size_per_layer_input": 128, "altup_num_inputs": 2}
+        | {"activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0]},
+    ),
     "helium": ("helium", {"head_dim": 12}),
     "apertus": ("apertus", {}),
     "arcee": ("arcee", {}),

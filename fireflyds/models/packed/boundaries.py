@@ -27,6 +27,11 @@ class SequenceBoundaries:
         cu_seqlens = torch.tensor([*bounds, int(self.cu_seqlens[-1])], dtype=torch.int32, device=self.cu_seqlens.device)
         return SequenceBoundaries(cu_seqlens, min(size, self.max_seqlen))
 
+    def positions(self, tokens: int) -> Tensor:
+        """The position of every token in its document, int32 `[tokens]`."""
+        index = torch.arange(tokens, dtype=torch.int32, device=self.cu_seqlens.device)
+        return index - self.cu_seqlens[torch.searchsorted(self.cu_seqlens, index, right=True) - 1]
+
     def attention(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         """`packed_attention` of `[T, H, D]` over these boundaries."""
         return packed_attention(q, k, v, self.cu_seqlens, max_seqlen=self.max_seqlen, **options)
@@ -37,7 +42,8 @@ class PackedContext:
     """State shared by the modules of one fused model.
 
     `batch`: boundaries of the last forward pass. `recomputing`: True where gradient checkpointing is enabled.
-    `routing`: the choices of its routers; None for a model without experts.
+    `packed`: False where every document runs by itself. `routing`: the choices of its routers; None for a model without
+    experts.
 
     Layers that forward keyword arguments receive the boundaries as one of them, so that gradient checkpointing
     recomputes with the boundaries of the same batch. Layers of Falcon and BLOOM do not; they read `batch` here, so with
@@ -46,6 +52,7 @@ class PackedContext:
 
     batch: SequenceBoundaries | None = None
     recomputing: bool = False
+    packed: bool = True
     routing: Routing | None = None
 
     @property

@@ -26,10 +26,10 @@ from fireflyds.models.text_model import build, is_wrapper
 LENGTHS = [7, 1, 130, 64, 300]
 # What of an architecture may be small without another computation: widths, counts of experts, lengths of windows.
 _SMALL = {
-    "vocab_size": 512, "intermediate_size": 96, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
-    "ffn_dim": 96, "n_inner": 96, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4,
-    "num_experts_per_tok": 2, "moe_k": 2, "moe_topk": 2, "n_group": 1, "topk_group": 1, "sliding_window": 24,
-    "attention_chunk_size": 32,
+    "vocab_size": 512, "vocab_size_per_layer_input": 512, "intermediate_size": 96, "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32, "ffn_dim": 96, "n_inner": 96, "num_experts": 4, "num_local_experts": 4,
+    "n_routed_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2, "moe_k": 2, "moe_topk": 2, "n_group": 1,
+    "topk_group": 1, "sliding_window": 24, "attention_chunk_size": 32,
 }  # fmt: skip
 _MAX_KINDS = 4
 _MAX_PARAMETERS = 300_000_000
@@ -40,9 +40,16 @@ _LEADING_LAYERS = ("first_k_dense_replace", "num_kv_shared_layers")
 
 
 def require_equivalence(
-    hf_config: Any, precision: Precision, log: Callable[[str], None], folder: Path | None = None
+    hf_config: Any,
+    precision: Precision,
+    log: Callable[[str], None],
+    folder: Path | None = None,
+    *,
+    packed: bool = True,
 ) -> None:
     """Compares packed documents with single ones for an architecture without a written family, once per version.
+
+    `packed=False`: documents that run one after the other, for every architecture: does the loss know its head?
 
     In float32, and on a GPU also in `precision`, which takes other implementations there. The result is kept in
     `folder` (`~/.cache/fireflyds`), by architecture, device, number formats and versions of the libraries.
@@ -50,7 +57,7 @@ def require_equivalence(
     Raises:
         UserError: loss, gradients or independence of the documents differ, or the architecture cannot run packed.
     """
-    if hf_config.model_type in registry.names(FAMILIES):
+    if packed and hf_config.model_type in registry.names(FAMILIES):
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     where = torch.cuda.get_device_name() if device.type == "cuda" else "the CPU"
@@ -60,14 +67,14 @@ def require_equivalence(
     except Exception as error:
         raise _not_supported(hf_config.model_type, error) from error
     versions = {name: version(name) for name in ("fireflyds", "torch", "transformers")}
-    made_from = [small.to_dict(), where, [number_format.name for number_format in formats], versions]
+    made_from = [small.to_dict(), where, [number_format.name for number_format in formats], versions, packed]
     digest = hashlib.sha256(json.dumps(made_from, sort_keys=True, default=str).encode()).hexdigest()
     file = (folder or _cache_folder()) / f"packing-{digest[:24]}.txt"
     if file.is_file():
         return
     reports = []
     for number_format in formats:
-        name, results = _compare(small, device, DTYPES[number_format])
+        name, results = _compare(small, device, DTYPES[number_format], packed=packed)
         summary = f"{name}, {number_format.name}, on {where}: {len(LENGTHS)} documents, packed and one by one"
         reports.append(f"{summary}\n{table(results)}")
         if not results or not all(result.proven for result in results):
@@ -75,10 +82,11 @@ def require_equivalence(
                 f"packed documents do not train as single ones:\n{reports[-1]}",
                 key="model",
                 value=hf_config.model_type,
-                remedy="Give a model of another architecture, and report the table",
+                remedy="Give packing=false, which runs every document by itself, and report the table",
             )
     report = "\n".join(reports)
-    log(f"no family is written for {hf_config.model_type}: it was derived from the modules. {report}")
+    how = "it was derived from the modules" if packed else "every document runs by itself (packing=false)"
+    log(f"no family is written for {hf_config.model_type}: {how}. {report}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_text(file, report + "\n")
@@ -103,9 +111,11 @@ def small_config(hf_config: Any) -> Any:
         small.rope_parameters = rope | _ORIGINAL
     limits = _SMALL | _ORIGINAL | _fewer_heads(hf_config) | dict.fromkeys(_LEADING_LAYERS, 1)
     for name, value in limits.items():
-        current = getattr(hf_config, name, None)
+        current = getattr(small, name, None)
         if isinstance(current, int) and current > value:
             setattr(small, name, value)
+        elif isinstance(current, list):  # one of each layer
+            setattr(small, name, [min(of_layer, value) for of_layer in current])
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(small, name, None)
     return small
@@ -129,12 +139,16 @@ def _layers_of_each_kind(kinds: list[str], num_layers: int) -> list[int]:
 
 def _fewer_heads(hf_config: Any) -> dict[str, int]:
     """Four query heads, with as many key heads for each as before, and a hidden size of four heads."""
-    heads, key_heads = hf_config.num_attention_heads, getattr(hf_config, "num_key_value_heads", None)
+    heads, key_heads = getattr(hf_config, "num_attention_heads", None), getattr(hf_config, "num_key_value_heads", None)
+    if heads is None:  # pure state-space models
+        return {}
     limits = {"num_attention_heads": 4, "hidden_size": 4 * head_dim(hf_config)}
     return limits | ({} if key_heads is None else {"num_key_value_heads": max(1, 4 * key_heads // heads)})
 
 
-def _compare(small: Any, device: torch.device, dtype: torch.dtype) -> tuple[str, list[ImplementationResult]]:
+def _compare(
+    small: Any, device: torch.device, dtype: torch.dtype, *, packed: bool
+) -> tuple[str, list[ImplementationResult]]:
     """The class of a small model with random weights, and its results.
 
     Raises:
@@ -152,7 +166,7 @@ def _compare(small: Any, device: torch.device, dtype: torch.dtype) -> tuple[str,
             for parameter in model.parameters():
                 # Biases start at zero and norms at one: every part must count.
                 parameter.data.add_(torch.randn_like(parameter), alpha=0.05)
-        return type(model).__name__, list(compare_implementations(model.to(device), lengths, seed=0))
+        return type(model).__name__, list(compare_implementations(model.to(device), lengths, seed=0, packed=packed))
     except UserError:
         raise
     except Exception as error:
@@ -164,7 +178,7 @@ def _not_supported(model_type: str, error: Exception) -> UserError:
         f"its architecture does not run on packed documents ({describe(error)})",
         key="model",
         value=model_type,
-        remedy="Give a model of another architecture",
+        remedy="Give packing=false, which runs every document by itself, or a model of another architecture",
     )
 
 

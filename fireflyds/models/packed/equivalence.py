@@ -1,6 +1,7 @@
 """Compares a model's packed forward pass with transformers' own on single documents: loss, gradients, independence."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,8 +32,12 @@ class ImplementationResult:
     proven: bool
 
 
-def compare_implementations(model: Any, lengths: list[int], seed: int) -> Iterator[ImplementationResult]:
+def compare_implementations(
+    model: Any, lengths: list[int], seed: int, *, packed: bool = True
+) -> Iterator[ImplementationResult]:
     """Yields a result per implementation of packed attention that can run, the preferred one first. Fuses the model.
+
+    `packed=False`: one result, of documents that run one after the other.
 
     Raises:
         UserError: the model cannot be fused, or documents are longer than its number of positions.
@@ -45,14 +50,14 @@ def compare_implementations(model: Any, lengths: list[int], seed: int) -> Iterat
     reference_loss = sum(_separate_loss(model, ids) for ids in documents)
     # Kept on the host, since two sets of gradients may not fit on the device.
     reference_gradients = _take_gradients(model)
-    fuse(model)
+    fuse(model, packed=packed)
     batch = _packed(documents)
     replacement = torch.randint(0, vocab_size, (lengths[len(lengths) // 2],), generator=generator).to(device)
     changed_batch = _packed([replacement if i == len(lengths) // 2 else ids for i, ids in enumerate(documents)])
     is_unchanged = torch.ones(sum(lengths), dtype=torch.bool, device=device)
     is_unchanged[sum(lengths[: len(lengths) // 2]) : sum(lengths[: len(lengths) // 2 + 1])] = False
-    for name in _implementations(model, device):
-        with dispatch.force(packed_attention=name):
+    for name in _implementations(model, device) if packed else ["not packed"]:
+        with dispatch.force(packed_attention=name) if packed else nullcontext():
             loss = model(**batch)
             loss.backward()
             gradients = _distance(_take_gradients(model), reference_gradients)

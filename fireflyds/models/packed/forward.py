@@ -6,6 +6,7 @@ import inspect
 import math
 import types
 from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,9 +17,9 @@ from transformers import AttentionInterface
 
 from fireflyds.config import HardwareConfig, Precision
 from fireflyds.errors import UserError
-from fireflyds.models.architecture import head_dim, is_stateful_mixer
+from fireflyds.models.architecture import falcon_alibi_width, head_dim, is_stateful_mixer
 from fireflyds.models.baichuan import NormHead
-from fireflyds.models.load import family_of
+from fireflyds.models.load import exact_attention, family_of
 from fireflyds.models.packed import fused_modules
 from fireflyds.models.packed.boundaries import PackedContext, SequenceBoundaries
 from fireflyds.models.packed.head import HeadFunction, HeadInputs, loss_sum
@@ -32,7 +33,7 @@ _LOGIT_FACTORS = ("logit_scale", "lm_head_multiplier")
 _LOGIT_DIVISORS = ("logits_scaling",)
 # Classes of transformers' activations `silu` and `swish`.
 _SILU = ("SiLU", "SiLUActivation")
-_OTHER_MODEL = "Give another model: fireflyds trains packed rows only"
+_OTHER_MODEL = "Give another model, or packing=false"
 
 
 def _attention(  # noqa: PLR0913  (the signature is that of transformers' AttentionInterface)
@@ -79,7 +80,7 @@ def _is_chunked(module: nn.Module) -> bool:
 AttentionInterface.register(ATTENTION, _attention)
 
 
-def fuse(model: Any) -> Any:
+def fuse(model: Any, *, packed: bool = True) -> Any:
     """Binds the packed forward pass to this instance and returns it; the class and other instances are unchanged.
 
     Afterwards `model(input_ids, labels, position_ids, cu_seqlens, max_seqlen)` returns the sum of the token losses, or
@@ -87,12 +88,33 @@ def fuse(model: Any) -> Any:
     rotary embeddings, gated MLPs and attention on `fireflyds_kernels`; any other model that uses transformers'
     `AttentionInterface` runs its attention and its loss on them.
 
+    `packed=False`: transformers' own forward pass runs on one document after the other; only the loss is ours.
+
     Raises:
         UserError: a model whose attention or head cannot be replaced.
     """
+    config = model.config.get_text_config()
+    context = PackedContext(packed=packed)
+    for module in model.modules():
+        module.packing = context
+    if packed:
+        _bind_packed_modules(model)
+        config._attn_implementation = ATTENTION
+    else:
+        config._attn_implementation = exact_attention(config).get("attn_implementation", config._attn_implementation)
+    _bind_loss(model)
+    context.routing = watch_routing(model)
+    model.forward = types.MethodType(_forward, model)
+    return model
+
+
+def _bind_loss(model: Any) -> None:
+    """Makes the head compute the loss.
+
+    Raises:
+        UserError: a head that the fused loss does not support.
+    """
     name, config = type(model).__name__, model.config.get_text_config()
-    table = family_of(model.config).fused
-    _check_supported(model, table)
     head = model.get_output_embeddings()
     if type(head) in (nn.Linear, NormHead):
         head.normalized = isinstance(head, NormHead)
@@ -111,10 +133,17 @@ def fuse(model: Any) -> Any:
             value=config.model_type,
             remedy=_OTHER_MODEL,
         )
-    config._attn_implementation = ATTENTION
-    packing = PackedContext()
+
+
+def _bind_packed_modules(model: Any) -> None:
+    """Replaces the forward pass of modules, in the instance.
+
+    Raises:
+        UserError: a model whose attention cannot be replaced.
+    """
+    table = family_of(model.config).fused
+    _check_supported(model, table)
     for module in model.modules():
-        module.packing = packing
         function = table.get(type(module).__name__)
         if hasattr(module, "lora_A") and getattr(getattr(module.base_layer, "weight", None), "quant_state", None):
             function = "four_bit_lora"
@@ -126,9 +155,6 @@ def fuse(model: Any) -> Any:
             function = "dynamic_rotary"
         if function and not (function == "gated_mlp" and type(module.act_fn).__name__ not in _SILU):
             module.forward = types.MethodType(getattr(fused_modules, function), module)
-    packing.routing = watch_routing(model)
-    model.forward = types.MethodType(_forward, model)
-    return model
 
 
 def _logit_transform(hf_config: Any) -> tuple[float, float]:
@@ -143,11 +169,13 @@ def attention_dispatch_key(hf_config: Any, device: torch.device, dtype: torch.dt
     """Returns the dispatch key of packed attention for a model, derived from its configuration."""
     hf_config = hf_config.get_text_config()
     alibi = hf_config.model_type == "bloom" or bool(getattr(hf_config, "alibi", False))
+    in_keys = falcon_alibi_width(hf_config)
     window = bool(getattr(hf_config, "sliding_window", None))
     softcap = bool(getattr(hf_config, "attn_logit_softcapping", None))
     sinks = _has_sinks(type(hf_config))  # type: ignore[arg-type]
     capability = dispatch.capability_of(device)
-    return DispatchKey(device.type, capability, dtype, head_dim(hf_config), window, alibi, softcap, sinks)
+    width = head_dim(hf_config) + in_keys
+    return DispatchKey(device.type, capability, dtype, width, window, alibi and not in_keys, softcap, sinks)
 
 
 @functools.cache
@@ -190,12 +218,12 @@ def _check_supported(model: Any, table: Any) -> None:
     """Raises `UserError` for models that the packed forward pass would compute incorrectly."""
     name, config = type(model).__name__, model.config.get_text_config()
     replaces_attention = any("attention" in function for function in table.values())
-    if not replaces_attention and not _uses_attention_interface(model):
+    if not (replaces_attention or _uses_attention_interface(model) or _has_no_attention(model)):
         raise UserError(
             f"{name} does not use transformers' AttentionInterface, and no family of fireflyds replaces its attention",
             key="model",
             value=config.model_type,
-            remedy="Give a model of another architecture; fireflyds/models/README.md says which are known to train",
+            remedy="Give packing=false, which runs every document by itself",
         )
     dropout = getattr(config, "attention_dropout", 0.0)
     if dropout:
@@ -204,6 +232,13 @@ def _check_supported(model: Any, table: Any) -> None:
             key="model",
             remedy="Set it to 0",
         )
+
+
+def _has_no_attention(model: Any) -> bool:
+    """True for a pure state-space model, whose mixers run on one document after the other."""
+    modules = list(model.get_decoder().modules())
+    has_attention = any("attention" in type(module).__name__.lower() for module in modules)
+    return any(map(is_stateful_mixer, modules)) and not has_attention
 
 
 def _uses_attention_interface(model: Any) -> bool:
@@ -236,6 +271,10 @@ def hidden_states(model: Any, input_ids: Tensor, position_ids: Tensor, cu_seqlen
         decoder = decoder.model
     records = packing.routing is not None and model.training
     with packing.routing.recorded() if records else nullcontext():  # type: ignore[union-attr]
+        if not packing.packed:
+            parts = (input_ids[:, first:last] for first, last in pairwise(cu_seqlens.tolist()) if last > first)
+            hidden = [decoder(input_ids=part, use_cache=False).last_hidden_state for part in parts]
+            return torch.cat(hidden, dim=1)
         # BLOOM ignores `position_ids` and `boundaries`, which are not parameters of its decoder.
         outputs = decoder(input_ids=input_ids, position_ids=position_ids, boundaries=packing.batch, use_cache=False)
     return outputs.last_hidden_state

@@ -5,7 +5,6 @@ Each has the signature of the transformers module that it replaces and uses that
 ZeRO-3 gathers them when the module is called.
 """
 
-import functools
 from itertools import pairwise
 from typing import Any
 
@@ -14,6 +13,7 @@ from fireflyds_kernels import qlora_linear, rms_norm, rope, swiglu
 from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from fireflyds.models.architecture import falcon_alibi_width
 from fireflyds.models.baichuan import alibi_slopes
 from fireflyds.models.packed.boundaries import SequenceBoundaries
 
@@ -115,7 +115,6 @@ def pre_norm_layer(self: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
     return total + self.mlp(normed)
 
 
-@functools.cache
 def bloom_attention(self: Any, hidden_states: Tensor, residual: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
     """BLOOM's attention over `[1, T, d]` with ALiBi, plus the residual."""
     tokens = hidden_states.shape[1]
@@ -139,14 +138,28 @@ def falcon_attention(
         q, k, v = heads[:, :-2], heads[:, -2:-1], heads[:, -1:]
     else:
         q, k, v = fused.view(tokens, self.num_heads, 3, self.head_dim).unbind(2)
-    slopes = None
     if alibi is None:
         q, k = rope(q, k, *(table[0] for table in position_embeddings))
     else:
-        # Falcon scales the ALiBi bias together with the attention scores.
-        slopes = alibi_slopes(self.num_heads, q.device) * self.inv_norm_factor
-    out = self.packing.boundaries.attention(q, k, v, scale=self.inv_norm_factor, alibi_slopes=slopes)
+        q, k, v = _with_falcon_alibi(q, k, v, self.packing.boundaries, falcon_alibi_width(self.config))
+    out = self.packing.boundaries.attention(q, k, v, scale=self.inv_norm_factor)
     return self.dense(out.flatten(1)[None]), None
+
+
+def _with_falcon_alibi(
+    q: Tensor, k: Tensor, v: Tensor, boundaries: SequenceBoundaries, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys whose products contain Falcon's ALiBi, which is scaled together with them.
+
+    Transformers rounds slope times position to bfloat16, 8 bits, so the bias is not the slope times the distance. Among
+    the keys of one query it depends on the key alone, and becomes one more element of it.
+    """
+    heads = q.shape[1]
+    slopes = alibi_slopes(heads, q.device).bfloat16()
+    bias = (slopes * boundaries.positions(len(q))[:, None]).to(q.dtype)[..., None]
+    k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
+    ones, bias = (nn.functional.pad(x, (0, width - 1)) for x in (torch.ones_like(bias), bias))
+    return torch.cat([q, ones], -1), torch.cat([k, bias], -1), v
 
 
 def four_bit_lora(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -11,6 +11,7 @@ from fireflyds.config import TrainableRows, TuningConfig, TuningMethod
 from fireflyds.errors import UserError
 from fireflyds.models import tuning
 from fireflyds.models.packed import fused_modules, head
+from fireflyds.models.packed.equivalence import compare_implementations
 from fireflyds.models.packed.forward import fuse
 from fireflyds.testing.models import loss_of_documents, packed_inputs, random_documents, tiny_model
 
@@ -66,6 +67,17 @@ def test_packed_documents_equal_separate_documents(name: str) -> None:
     assert torch.equal(total, loss)
     torch.testing.assert_close(token_losses, model(**batch, compute=head.token_losses).detach())
     torch.testing.assert_close(model(**batch, num_labels=sum(len(ids) - 1 for ids in random_documents())), loss)
+
+
+@pytest.mark.parametrize("changes", [{"multi_query": False}, {"multi_query": True}, {"num_attention_heads": 6}])
+def test_falcons_alibi_is_rounded_as_in_transformers(changes: dict) -> None:
+    """Slope times position is rounded to 8 bits there: beyond 256 tokens, and for slopes that are no powers of two."""
+    settings = {"alibi": True, "hidden_size": 24, "max_position_embeddings": 512} | changes
+    model = tiny_model("falcon", **settings)
+    lengths = [7, 400, 30]
+    results = list(compare_implementations(model, lengths, seed=0))
+    assert results
+    assert all(result.proven for result in results), results
 
 
 @pytest.mark.parametrize("family", registry.names(FAMILIES))
