@@ -19,7 +19,8 @@ from fireflyds.errors import UserError
 MODELSCOPE = "ms:"
 _NAME = re.compile(r"(?:ms:)?[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?:@[\w./-]+)?", re.ASCII)
 _CACHED = re.compile(r".*/models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{7,40})/?")
-_TOKENIZER_FILES = ("*.json", "*.model", "*.jinja", "*.txt")
+# Code is never run; `convert` searches one, and an export in a maker's layout carries what its config.json names.
+_TOKENIZER_FILES = ("*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken", "*.py")
 _WEIGHTS = ("*.safetensors", "*.bin")
 # Formats of other programs, and copies of the weights in them.
 _LEFT_OUT = ("*.gguf", "*.onnx", "*.pth", "*.msgpack", "*.h5", "original/*", "onnx/*", "openvino/*", "coreml/*")

@@ -47,8 +47,11 @@ def convert(config: ConvertConfig) -> None:
             (written / "chat_template.jinja").write_text(template.jinja, encoding="utf-8")
         save_sharded(written, converted.entries)
     parameters = sum(entry.num_bytes // entry.dtype.itemsize for entry in converted.entries.values())
-    note = "" if has_tokenizer else "; it has no tokenizer files: give model.tokenizer= to what reads it"
-    print(f"wrote {out}: {converted.config['model_type']} from {converted.kind}, {parameters:,} parameters{note}")
+    print(f"wrote {out}: {converted.config['model_type']} from {converted.kind}, {parameters:,} parameters")
+    if not has_tokenizer:
+        print("note: there are no tokenizer files; give model.tokenizer= to what reads the model")
+    elif converted.templates and not config.template and load_encoder(out).chat_template is None:
+        print(f"note: it has no chat template; for a chat model give template={' or '.join(converted.templates)}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Weights in the names and shapes that the files of an architecture have, where its model holds them otherwise, and
 tensors of the base's files that its text model does not have."""
 
-import functools
 import re
 from collections.abc import Iterator, Set
 from functools import partial
@@ -10,14 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    rename_source_key,
-    revert_weight_conversion,
-)
+from transformers.core_model_loading import revert_weight_conversion
 
+from fireflyds.models.file_names import FileNames
 from fireflyds.tokenizer.shards import TensorEntry
 from fireflyds.tokenizer.weight_files import weight_readers
 
@@ -50,10 +44,11 @@ def as_in_files(model: Any, entries: dict[str, TensorEntry], base_names: Set[str
 def tensors_left_out(model: Any, base: Path) -> dict[str, TensorEntry]:
     """Returns what the base's files have beside the weights of `model`: towers for images or sound, layers that predict
     several tokens. They are copied as they are."""
+    names = FileNames(model)
     return {
         name: TensorEntry([*tensor.shape], tensor.dtype, partial(_as_is, tensor))
         for name, tensor in _tensors(base)
-        if not (_BUFFERS.search(name) or _is_loaded(model, name))
+        if names.read_into(name)[0] is None and not _BUFFERS.search(name)
     }
 
 
@@ -82,22 +77,6 @@ def _converted(model: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _meta(entry: TensorEntry) -> Tensor:
     return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
-
-
-def _is_loaded(model: Any, name: str) -> bool:
-    """True where transformers loads a tensor of this name into the model, as it is or as a part of a weight."""
-    weights, renamings, converters = _loading_rules(model)
-    prefix = model.base_model_prefix
-    loaded_as, _ = rename_source_key(name, renamings, converters, prefix, weights)
-    unchanged, _ = rename_source_key(name, [], [], prefix, weights)
-    return loaded_as in weights or (name in weights and unchanged in weights)
-
-
-@functools.lru_cache(maxsize=1)
-def _loading_rules(model: Any) -> tuple[dict[str, Tensor], list[WeightRenaming], list[WeightConverter]]:
-    rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    return model.state_dict(), renamings, [rule for rule in rules if isinstance(rule, WeightConverter)]
 
 
 def _tensors(base: Path) -> Iterator[tuple[str, Tensor]]:

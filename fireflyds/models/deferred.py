@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from fireflyds.errors import UserError
+from fireflyds.models.file_names import FileNames
 from fireflyds.models.text_model import build
 from fireflyds.tokenizer.weight_files import weight_readers
 
@@ -36,13 +37,13 @@ def deferred_model(path: str, hf_config: Any, dtype: torch.dtype, quantization: 
             _replace_linear_layers(model, quantization)
     model.tie_weights()
     try:
-        tensors = {name: tensor for _, read in weight_readers(Path(path)) for name, tensor in read()}
+        files = {name: tensor for _, read in weight_readers(Path(path)) for name, tensor in read()}
     except UserError:
         return None
-    prefix = f"{model.base_model_prefix}."
+    names = FileNames(model)
+    tensors = {names.read_into(name): tensor for name, tensor in files.items()}
     for name, parameter in model.named_parameters():
-        names = (name, name.removeprefix(prefix), prefix + name)
-        tensor = next((tensors[known] for known in names if known in tensors), None)
+        tensor = tensors.get((name, False))
         if tensor is None or tensor.shape != parameter.shape:
             return None
         defer(parameter, partial(_as_is, tensor))

@@ -14,6 +14,7 @@ from fireflyds.config import Precision, RowInit
 from fireflyds.errors import UserError
 from fireflyds.export.merged_weights import merged_entries
 from fireflyds.export.publish import trained_logits, write_weights
+from fireflyds.models.deferred import deferred_model
 from fireflyds.models.load import architecture_of, bare_model, config_of
 from fireflyds.models.packed.equivalence import compare_implementations
 from fireflyds.models.text_model import plain_class, trained_class
@@ -165,3 +166,15 @@ def test_a_wrapper_from_scratch_is_refused_by_name() -> None:
     config = app.compose("train", [*keys, "model.architecture={model_type: gemma3}", "model.tokenizer=x"])
     with pytest.raises(UserError, match="gemma3 holds a text model beside towers.*gemma3_text"):
         architecture_of(config.model)
+
+
+@pytest.mark.parametrize("model_type", WRAPPERS)
+def test_weights_of_a_wrapper_are_read_one_by_one_when_they_are_sharded(model_type: str, tmp_path: Path) -> None:
+    """Also where its files have the names of older versions of transformers."""
+    base = save_wrapper(model_type, tmp_path)
+    model = deferred_model(str(base), config_of("model", str(base)), torch.float32)
+    assert model is not None
+    whole = trained_class(model.config).from_pretrained(base).state_dict()
+    for name, parameter in model.named_parameters():
+        assert parameter.is_meta
+        assert torch.equal(parameter.read(), whole[name]), name

@@ -33,6 +33,8 @@ class Converted:
     entries: dict[str, TensorEntry]
     kind: str
     """The layout or method of quantisation that was recognised."""
+    templates: tuple[str, ...] = ()
+    """Chat templates of the layout's chat models, whose own are code."""
 
 
 def convert_checkpoint(folder: Path) -> Converted:
@@ -43,7 +45,7 @@ def convert_checkpoint(folder: Path) -> Converted:
             shape than the architecture's.
     """
     if (folder / meta_llama.PARAMS).is_file():
-        converted = Converted(*meta_llama.read(folder), "Meta's files")
+        converted = Converted(*meta_llama.read(folder), "Meta's files", meta_llama.TEMPLATES)
         return _checked(folder, converted)
     if not (folder / "config.json").is_file():
         raise UserError(
@@ -69,7 +71,7 @@ def convert_checkpoint(folder: Path) -> Converted:
         )
     layout = registry.load(LAYOUTS, name)
     config = layout.config(source, folder)
-    return _checked(folder, Converted(config, _entries(layout, source, tensors), name))
+    return _checked(folder, Converted(config, _entries(layout, source, tensors), name, layout.TEMPLATES))
 
 
 def _entries(layout: ModuleType, source: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, TensorEntry]:

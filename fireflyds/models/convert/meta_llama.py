@@ -18,6 +18,7 @@ from fireflyds.models.convert.fields import is_computed, rotary
 from fireflyds.tokenizer.shards import TensorEntry
 
 PARAMS = "params.json"
+TEMPLATES = ("llama2", "llama3")
 _NAMES = {
     "tok_embeddings.": "model.embed_tokens.", "norm.": "model.norm.", "output.": "lm_head.", "layers.": "model.layers.",
     "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj",

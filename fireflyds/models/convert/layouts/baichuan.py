@@ -11,6 +11,7 @@ from fireflyds.models.baichuan import BaichuanConfig
 from fireflyds.models.convert.fields import is_computed, llama, split
 
 _PACKED = ".W_pack.weight"
+TEMPLATES = ("baichuan", "baichuan2")
 
 
 def config(source: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ _REQUIRED = {
     "rmsnorm": True, "post_layer_norm": True, "apply_residual_connection_post_layernorm": False,
     "add_bias_linear": False, "original_rope": True,
 }  # fmt: skip
+TEMPLATES = ("chatglm2", "chatglm3")
 
 
 def config(source: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from fireflyds.models.convert.fields import is_computed, llama, refuse, rotary
 
+TEMPLATES = ("internlm",)
+
 
 def config(source: dict[str, Any], folder: Path) -> dict[str, Any]:
     """LLaMA's `config.json`. The `dynamic` base grows for longer documents than the model was trained on, as

@@ -13,6 +13,7 @@ _NAMES = {
     ".feed_forward.w2.": ".mlp.down_proj.", ".attention_norm.": ".input_layernorm.",
     ".ffn_norm.": ".post_attention_layernorm.",
 }  # fmt: skip
+TEMPLATES = ("internlm2",)
 
 
 def config(source: dict[str, Any], folder: Path) -> dict[str, Any]:

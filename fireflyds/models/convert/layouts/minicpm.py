@@ -8,6 +8,8 @@ from torch import Tensor
 
 from fireflyds.models.convert.fields import common, is_computed, refuse, rotary
 
+TEMPLATES = ("minicpm",)
+
 
 def config(source: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Granite's `config.json`: embeddings times `scale_emb`, branches times `scale_depth` / √layers, logits divided by

@@ -12,6 +12,7 @@ _NAMES = {
     ".attn.c_proj.": ".self_attn.o_proj.", ".ln_1.": ".input_layernorm.", ".ln_2.": ".post_attention_layernorm.",
     ".mlp.w2.": ".mlp.gate_proj.", ".mlp.w1.": ".mlp.up_proj.", ".mlp.c_proj.": ".mlp.down_proj.",
 }  # fmt: skip
+TEMPLATES = ("qwen",)
 
 
 def config(source: dict[str, Any], folder: Path) -> dict[str, Any]:

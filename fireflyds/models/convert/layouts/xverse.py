@@ -7,6 +7,8 @@ from torch import Tensor
 
 from fireflyds.models.convert.fields import is_computed, llama, rotary
 
+TEMPLATES = ("xverse",)
+
 
 def config(source: dict[str, Any], folder: Path) -> dict[str, Any]:
     """LLaMA's `config.json`."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from fireflyds.models.convert.fields import is_computed, llama, rotary
 
 _NORMS = {".ln1.": ".input_layernorm.", ".ln2.": ".post_attention_layernorm."}
+TEMPLATES = ("chatml",)
 
 
 def config(source: dict[str, Any], folder: Path) -> dict[str, Any]:
