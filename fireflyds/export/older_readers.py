@@ -2,6 +2,9 @@
 
 from typing import Any
 
+# Kinds of scaled rotary embeddings that transformers 4 had; later ones are for readers of `rope_parameters` alone.
+_OLDER_KINDS = ("linear", "dynamic", "yarn", "longrope", "llama3")
+
 
 def with_older_keys(config: dict[str, Any]) -> dict[str, Any]:
     """Returns the contents of a `config.json` with `rope_theta`, `rope_scaling` and `torch_dtype` as transformers 4
@@ -16,7 +19,7 @@ def with_older_keys(config: dict[str, Any]) -> dict[str, Any]:
     if rope:
         scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
         older["rope_theta"] = rope.get("rope_theta")
-        older["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
+        older["rope_scaling"] = scaling if scaling.get("rope_type") in _OLDER_KINDS else None
     if config.get("dtype"):
         older["torch_dtype"] = config["dtype"]
     if "text_config" in config:

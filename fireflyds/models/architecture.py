@@ -7,6 +7,8 @@ from transformers.pytorch_utils import Conv1D
 
 # Layers that multiply by a matrix: GPT-2's is stored transposed, `[inputs, outputs]`.
 LINEAR = (nn.Linear, Conv1D)
+# Linear layers whose weights their model reads and clamps itself (Gemma 3n): neither adapted nor quantised.
+READ_DIRECTLY = ("prediction_coefs", "correction_coefs")
 # Execution order of the modules of a block; equal numbers are independent of each other. Norms precede their consumers.
 _ORDER = {
     "input_layernorm": 0, "ln_attn": 0, "ln_mlp": 0,

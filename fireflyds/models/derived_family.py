@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fireflyds import registry
-from fireflyds.models.architecture import LINEAR
+from fireflyds.models.architecture import LINEAR, READ_DIRECTLY
 from fireflyds.types import Family
 
 FAMILIES = "fireflyds.models.families"
@@ -22,9 +22,9 @@ def derive_family(model: Any) -> Family:
     """Returns the family of a model, which may be on the meta device.
 
     Linear layers are those of the decoder, but for the last of Mamba's mixers, whose kernel takes its weight and would
-    pass over an adapter. They are given by the last part of their names where that names no other
-    module, else in full. Classes whose forward pass is, to the instruction, that of a class of a written family take
-    the same fused function.
+    pass over an adapter, and those whose weights the model reads itself. They are given by the last part of their names
+    where that names no other module, else in full. Classes whose forward pass is, to the instruction, that of a class
+    of a written family take the same fused function.
     """
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     prefix = next((f"{name}." for name, module in model.named_modules() if module is decoder and name), "")
@@ -32,7 +32,7 @@ def derive_family(model: Any) -> Family:
     linear = [
         prefix + name
         for name, module in decoder.named_modules()
-        if type(module) in LINEAR and module is not head and name not in bypassed
+        if type(module) in LINEAR and module is not head and name not in bypassed and not name.endswith(READ_DIRECTLY)
     ]
     leaves = sorted({name.rsplit(".", 1)[-1] for name in linear})
     named_alike = [name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in leaves]

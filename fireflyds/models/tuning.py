@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fireflyds.config import Precision, TrainConfig, TuningConfig, TuningMethod
 from fireflyds.errors import UserError
-from fireflyds.models.architecture import LINEAR
+from fireflyds.models.architecture import LINEAR, READ_DIRECTLY
 from fireflyds.models.expert_adapters import expert_targets, keep_in_float32
 from fireflyds.models.load import base_vocab_size, load_model
 from fireflyds.models.precision import DTYPES
@@ -18,6 +18,7 @@ from fireflyds.models.split_embeddings import split_new_rows
 from fireflyds.types import Family
 
 ADAPTER = "default"
+_NOT_QUANTISED = ("lm_head", *READ_DIRECTLY)
 
 
 def quantization_config(config: TuningConfig, precision: Precision, zero_stage: int) -> Any:
@@ -31,14 +32,14 @@ def quantization_config(config: TuningConfig, precision: Precision, zero_stage: 
     from transformers import BitsAndBytesConfig
 
     if config.bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head"])
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(_NOT_QUANTISED))
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=DTYPES[precision],
         bnb_4bit_quant_storage=DTYPES[precision] if zero_stage == 3 else torch.uint8,
-        llm_int8_skip_modules=["lm_head"],
+        llm_int8_skip_modules=list(_NOT_QUANTISED),
     )
 
 
