@@ -21,6 +21,7 @@ from fireflyds.models.architecture import (
     expert_parameters,
     experts_used,
     head_dim,
+    layer_configs,
     linear_size,
 )
 from fireflyds.models.expert_adapters import is_expert_adapter
@@ -92,11 +93,11 @@ def step_flops(model: Any) -> StepFlops:
 
 def _attention_flops(hf_config: Any, lowest: Place) -> tuple[tuple[int | None, float], ...]:
     """FLOPs per query-key pair. Forward: scores, weighted sum; backward: dV, dP, dQ, dK, without recomputed scores."""
-    query_width = hf_config.num_attention_heads * head_dim(hf_config)
+    widths = [hf_config.num_attention_heads * head_dim(layer) for layer in layer_configs(hf_config)]
     costs: dict[int | None, float] = {}
     for layer, window in enumerate(attention_windows(hf_config)):
         backward = 4 if lowest < (layer, _ATTENTION, 0) else 0
-        costs[window] = costs.get(window, 0.0) + 2 * query_width * (2 + backward)
+        costs[window] = costs.get(window, 0.0) + 2 * widths[layer if len(widths) > 1 else 0] * (2 + backward)
     return tuple(costs.items())
 
 

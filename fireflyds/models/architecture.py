@@ -30,13 +30,25 @@ def linear_size(module: Any) -> tuple[int, int]:
     return (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
 
 
+def layer_configs(hf_config: Any) -> list[Any]:
+    """The configuration of every layer where layers differ in their sizes (Gemma 4), else the configuration itself."""
+    return list(hf_config.per_layer_config) if getattr(hf_config, "is_heterogeneous", False) else [hf_config]
+
+
 def head_dim(hf_config: Any) -> int:
-    """Width of one attention head: `head_dim` of the configuration, else hidden size / number of heads."""
-    return int(getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads)
+    """Width of one attention head: `head_dim` of the configuration, else hidden size / number of heads; that of the
+    widest layer."""
+    layers = layer_configs(hf_config)
+    return max(int(getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads) for c in layers)
 
 
 def key_value_heads(hf_config: Any) -> int:
-    """Number of key-value heads: one in Falcon's multi-query layout, and that of the queries where none is given."""
+    """Number of key-value heads: one in Falcon's multi-query layout, and that of the queries where none is given; that
+    of the layer with most."""
+    return max(map(_key_value_heads, layer_configs(hf_config)))
+
+
+def _key_value_heads(hf_config: Any) -> int:
     if getattr(hf_config, "multi_query", False) and not getattr(hf_config, "new_decoder_architecture", False):
         return 1
     num_heads = getattr(hf_config, "num_key_value_heads", None) or getattr(hf_config, "num_kv_heads", None)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig
 
 from fireflyds import app, registry
 from fireflyds.config import Precision
@@ -143,3 +144,11 @@ def test_experts_count_as_often_as_a_token_is_sent_to_one() -> None:
         counts[used] = step_flops(model).per_token
     # Two layers of gate, up and down, 32 x 24 each, forward and twice backward.
     assert counts[2] - counts[1] == 2 * (3 * 32 * 24) * 2 * 3
+
+
+def test_layers_with_heads_of_another_size_cost_their_own() -> None:
+    """Gemma 4: four heads of 12 in a layer with a window of 20, of 24 in one without; six products a pair."""
+    settings = {"num_attention_heads": 4, "head_dim": 12, "global_head_dim": 24, "sliding_window": 20}
+    kinds = {"layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2, "hidden_size": 48}
+    model = load.bare_model(AutoConfig.for_model("gemma4_text", **settings, **kinds))
+    assert dict(step_flops(model).per_pair) == {20: 12 * 4 * 12, None: 12 * 4 * 24}

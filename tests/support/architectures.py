@@ -90,6 +90,11 @@ SLOW: dict[str, tuple[str, dict[str, Any]]] = {
         | {"vocab_size_per_layer_input": 128, "altup_num_inputs": 2}
         | {"activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0]},
     ),
+    "gemma4": (  # heads of another size in some layers
+        "gemma4_text",
+        ONE_OF_EACH | {"head_dim": 12, "global_head_dim": 24, "hidden_size_per_layer_input": 8}
+        | {"vocab_size_per_layer_input": 128},
+    ),
     "helium": ("helium", {"head_dim": 12}),
     "apertus": ("apertus", {}),
     "arcee": ("arcee", {}),

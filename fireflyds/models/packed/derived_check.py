@@ -15,7 +15,7 @@ from fireflyds import registry
 from fireflyds.config import Precision
 from fireflyds.errors import UserError, describe
 from fireflyds.fs import atomic_write_text
-from fireflyds.models.architecture import head_dim
+from fireflyds.models.architecture import head_dim, layer_configs
 from fireflyds.models.derived_family import FAMILIES
 from fireflyds.models.load import bare_model
 from fireflyds.models.packed.equivalence import ImplementationResult, compare_implementations, table
@@ -99,13 +99,19 @@ def small_config(hf_config: Any) -> Any:
     if is_wrapper(hf_config):
         small = copy.deepcopy(hf_config)
         small.text_config = small_config(hf_config.get_text_config())
+        small.text_config.pad_token_id = 0  # Gemma 4 puts it in the place of images
         return small
-    small, num_layers = copy.deepcopy(hf_config), hf_config.num_hidden_layers
+    small, num_layers, differ = copy.deepcopy(hf_config), hf_config.num_hidden_layers, layer_configs(hf_config)
     lists = {name: value for name, value in vars(hf_config).items() if _is_by_layer(value, num_layers)}
     kept = _layers_of_each_kind(_kinds(lists.values()), num_layers)
     for name, value in lists.items():
         setattr(small, name, [value[index] for index in kept])
     small.num_hidden_layers = len(kept)
+    if len(differ) > 1:
+        small.allow_global_per_layer_attribute_access = True
+        names, heads = hf_config.per_layer_attributes, hf_config.num_attention_heads
+        of_layers = [{name: getattr(differ[index], name) for name in names} for index in kept]
+        small.per_layer_config = dict(enumerate(_with_four_heads(layer, heads) for layer in of_layers))
     rope = getattr(hf_config, "rope_parameters", None)
     if isinstance(rope, dict) and _ORIGINAL.keys() <= rope.keys():
         small.rope_parameters = rope | _ORIGINAL
@@ -119,6 +125,12 @@ def small_config(hf_config: Any) -> Any:
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(small, name, None)
     return small
+
+
+def _with_four_heads(settings: dict[str, Any], heads: int) -> dict[str, Any]:
+    """The settings of one layer with as many key heads for each of four query heads as before."""
+    keys = settings.get("num_key_value_heads")
+    return settings | ({} if keys is None else {"num_key_value_heads": max(1, 4 * keys // heads)})
 
 
 def _is_by_layer(value: Any, num_layers: int) -> bool:
@@ -139,10 +151,11 @@ def _layers_of_each_kind(kinds: list[str], num_layers: int) -> list[int]:
 
 def _fewer_heads(hf_config: Any) -> dict[str, int]:
     """Four query heads, with as many key heads for each as before, and a hidden size of four heads."""
-    heads, key_heads = getattr(hf_config, "num_attention_heads", None), getattr(hf_config, "num_key_value_heads", None)
+    heads = getattr(hf_config, "num_attention_heads", None)
     if heads is None:  # pure state-space models
         return {}
     limits = {"num_attention_heads": 4, "hidden_size": 4 * head_dim(hf_config)}
+    key_heads = getattr(layer_configs(hf_config)[0], "num_key_value_heads", None)
     return limits | ({} if key_heads is None else {"num_key_value_heads": max(1, 4 * key_heads // heads)})
 
 
