@@ -96,7 +96,7 @@ def _gptq(folder: Path, settings: dict[str, Any], tensors: Tensors, name: str) -
         raise _unknown(folder, f"bits={bits}")
     names = {f"{prefix}.{part}" for part in ("qweight", "qzeros", "scales", "g_idx")} & tensors.keys()
     packed, outputs = tensors[name].shape
-    offset = 0 if settings.get("checkpoint_format") == "gptq_v2" else 1
+    offset = 0 if "gptq_v2" in (settings.get("checkpoint_format"), settings.get("format")) else 1
     size = int(settings.get("group_size", -1))
     qzeros, scales = tensors[f"{prefix}.qzeros"], tensors[f"{prefix}.scales"]
     make = partial(_by_groups, tensors[name], qzeros, scales, tensors.get(f"{prefix}.g_idx"), bits, offset, size)
@@ -162,8 +162,9 @@ def _compressed_tensors(folder: Path, settings: dict[str, Any], tensors: Tensors
     scales = tensors.get(f"{prefix}.weight_scale")
     if scales is None or kind not in ("weight", "weight_packed"):
         return None
-    if f"{prefix}.weight_zero_point" in tensors:
-        raise _unknown(folder, "asymmetric weights (weight_zero_point)")
+    for part in ("weight_zero_point", "weight_g_idx"):
+        if f"{prefix}.{part}" in tensors:
+            raise _unknown(folder, f"{part}: asymmetric weights, or groups in another order")
     names = {name, f"{prefix}.weight_scale", f"{prefix}.weight_shape", f"{prefix}.input_scale"} & tensors.keys()
     weight = tensors[name]
     if kind == "weight":

@@ -160,3 +160,10 @@ def test_other_methods_are_refused_by_name(settings: dict[str, Any], message: st
     tensors = gptq(torch.Generator().manual_seed(0))[1]
     with pytest.raises(UserError, match=f"quantised in a way that is not read here.*{message}"):
         convert_checkpoint(save(tmp_path, settings, tensors))
+
+
+@pytest.mark.parametrize("part", ["weight_zero_point", "weight_g_idx"])
+def test_variants_of_compressed_tensors_are_refused_by_name(part: str, tmp_path: Path) -> None:
+    settings, tensors, _, _ = compressed_int4(torch.Generator().manual_seed(0))
+    with pytest.raises(UserError, match=part):
+        convert_checkpoint(save(tmp_path, settings, tensors | {f"{NAME}.{part}": torch.zeros(4)}))
