@@ -6,7 +6,7 @@ autograd saves (`fireflyds_kernels/*/reference.py`). Tested against the tensors 
 
 from dataclasses import dataclass
 
-from fireflyds.planner.model_shape import BlockShape, LinearShape, ModelShape
+from fireflyds.planner.model_shape import BlockShape, ExpertShape, LinearShape, ModelShape
 
 # Same values as `fireflyds_kernels/linear_cross_entropy/chunked.py`: maximum bytes of logits unchunked, and per chunk.
 _MAX_UNCHUNKED_BYTES = {"cpu": 1 << 28, "cuda": 1 << 29}
@@ -50,7 +50,7 @@ def block_bytes(block: BlockShape, shape: ModelShape, how: ForwardSpec) -> float
     return (
         attention
         + _norm_bytes(block, shape, how)
-        + _gate_bytes(block, shape, how)
+        + (_gate_bytes(block, shape, how) if block.experts is None else _expert_bytes(block.experts, shape, how))
         + itemsize * sum(inputs.values())
         + adapters
     )
@@ -80,6 +80,15 @@ def _gate_bytes(block: BlockShape, shape: ModelShape, how: ForwardSpec) -> float
     if not shape.form.gated:
         return float(how.wide * hidden)
     return float(how.wide * hidden * (2 if how.device == "cuda" else 3))
+
+
+def _expert_bytes(experts: ExpertShape, shape: ModelShape, how: ForwardSpec) -> float:
+    """Bytes per token of experts in transformers' `grouped_mm`: for every expert used gate and up, silu(gate) and its
+    output; the inputs of both products, and of the router, where they train; its probabilities, and five indices."""
+    of_each, of_router = 3 * experts.inner + shape.hidden_size, 0
+    if experts.trains:
+        of_each, of_router = of_each + experts.inner + shape.hidden_size, shape.hidden_size
+    return float(how.wide * (experts.used * of_each + of_router) + 4 * experts.count + 40 * experts.used)
 
 
 def _adapter_bytes(linear: LinearShape, how: ForwardSpec) -> float:

@@ -11,6 +11,8 @@ from fireflyds.models.architecture import (
     LINEAR,
     attention_windows,
     block_order,
+    expert_parameters,
+    experts_used,
     falcon_alibi_width,
     head_dim,
     is_parallel,
@@ -39,6 +41,17 @@ class LinearShape:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertShape:
+    """The experts of a block: `used` of `count` for every token, each gated, `inner` wide."""
+
+    used: int
+    count: int
+    inner: int
+    trains: bool
+    """Their matrices, or adapters added to them, have gradients."""
+
+
+@dataclass(frozen=True, slots=True)
 class BlockShape:
     """One transformer block. `needs_gradient`: it or an earlier block is trainable, so it saves activations."""
 
@@ -47,6 +60,7 @@ class BlockShape:
     needs_gradient: bool
     window: int | None
     """Sliding window of attention in tokens; None: all previous tokens of the document."""
+    experts: ExpertShape | None = None
     adapted_experts: int = 0
     """Elements of the experts' matrices that have adapters: a forward pass computes and saves W + BA."""
 
@@ -201,8 +215,20 @@ def _blocks(model: Any, quantised_ids: set[int], config: TrainConfig) -> tuple[B
     blocks = []
     for layer, window in enumerate(windows):
         needs_gradient = needs_gradient or trained[layer]
-        blocks.append(BlockShape(tuple(linears[layer]), norms_train[layer], needs_gradient, window, adapted[layer]))
+        experts = _experts(model, layer, adapted[layer])
+        norms = norms_train[layer]
+        blocks.append(BlockShape(tuple(linears[layer]), norms, needs_gradient, window, experts, adapted[layer]))
     return tuple(blocks)
+
+
+def _experts(model: Any, layer: int, adapted: int) -> ExpertShape | None:
+    """The experts of one layer; the smaller of their matrices has the inner width."""
+    used = experts_used(model.config.get_text_config())
+    matrices = [p for name, p in expert_parameters(model) if re.search(rf"\.{layer}\.", name)]
+    if used is None or not matrices:
+        return None
+    inner = min(p.numel() for p in matrices) // (used[1] * model.config.get_text_config().hidden_size)
+    return ExpertShape(*used, inner, adapted > 0 or any(p.requires_grad for p in matrices))
 
 
 def _is_embedding(model: Any, parameter: Any) -> bool:

@@ -12,7 +12,7 @@ from fireflyds.config import Precision, TrainConfig
 from fireflyds.models import load, tuning
 from fireflyds.models.packed.forward import fuse
 from fireflyds.planner import activations
-from fireflyds.planner.model_shape import ModelShape, model_shape
+from fireflyds.planner.model_shape import ExpertShape, ModelShape, model_shape
 from fireflyds.testing.models import packed_inputs, tiny_model
 
 TOKENS = 37
@@ -72,8 +72,8 @@ def _measure(
     model_type: str, form: dict, overrides: list[str], layers: int, dtype: torch.dtype, kernels: dict[str, str]
 ):
     config = app.compose("train", ["run=x", "model=a/b", "data=c/d", "optim.steps=1", *overrides])
-    family = registry.load("fireflyds.models.families", model_type).FAMILY
     model = tiny_model(model_type, num_hidden_layers=layers, tie_word_embeddings=False, **form)
+    family = load.family_of(model.config)
     model = tuning.apply_tuning(model, family, config.tuning, None, 0).to(dtype).train()
     shape = model_shape(model, config)
     with dispatch.force(**kernels):
@@ -120,6 +120,25 @@ def test_planned_activations_of_a_block_equal_the_tensors_autograd_saves(
     assert _planned_bytes(shape, config, dtype, device, fused=False) == pytest.approx(
         bytes_of_three_blocks - bytes_of_two_blocks, rel=rel
     )
+
+
+EXPERTS = {"num_experts": 7, "num_local_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 40}
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize(
+    ("overrides", "dtype"), [(["tuning=full"], torch.float32), ([*LORA, "tuning.dropout=0"], torch.bfloat16)]
+)
+def test_planned_activations_of_experts_are_near_what_autograd_saves(
+    model_type: str, overrides: list[str], dtype: torch.dtype
+) -> None:
+    form = EXPERTS | {"num_key_value_heads": 2, "head_dim": 8, "hidden_size": 48, "sliding_window": None}
+    two, _, _ = _measure(model_type, form, overrides, 2, dtype, {})
+    three, shape, config = _measure(model_type, form, overrides, 3, dtype, {})
+    assert shape.blocks[2].experts == ExpertShape(
+        3, 7, 40 if model_type == "qwen3_moe" else 64, "lora" not in overrides[0]
+    )
+    assert _planned_bytes(shape, config, dtype, "cpu", fused=False) == pytest.approx(three - two, rel=0.05)
 
 
 def _measure_quantised(folder: Path, *overrides: str):
