@@ -34,6 +34,11 @@ class SplitEmbedding(nn.Module):
         self.trainable.data = self.trainable.data.float()
         self.trainable.requires_grad_(True)
 
+    @property
+    def weight(self) -> Tensor:
+        """The frozen rows: models ask the weight of their embeddings for its device (Llama 4)."""
+        return self.frozen
+
     def forward(self, input_ids: Tensor) -> Tensor:
         """Returns the embeddings `[..., d]` of ids `[...]`, in the dtype of `frozen`."""
         base_rows = embedding(input_ids.clamp(max=self.first - 1), self.frozen)

@@ -16,8 +16,11 @@ from fireflyds.tokenizer.row_init import NewRows
 from fireflyds.tokenizer.shards import TensorEntry, save_streamed, shard_name
 from fireflyds.tokenizer.weight_files import weight_readers
 
-# Names of the two matrices in transformers: LLaMA and similar models, InternLM2, Falcon and Bloom, GPT-2, GPT-NeoX.
-EMBEDDINGS = ("embed_tokens.weight", "tok_embeddings.weight", "word_embeddings.weight", "wte.weight", "embed_in.weight")
+# Names of the two matrices: LLaMA and similar models, InternLM2, Falcon and Bloom, GPT-2, GPT-NeoX, Mamba.
+EMBEDDINGS = (
+    "embed_tokens.weight", "tok_embeddings.weight", "word_embeddings.weight", "wte.weight", "embed_in.weight",
+    "backbone.embeddings.weight",
+)  # fmt: skip
 HEADS = ("lm_head.weight", "lm_head.bias", "output.weight", "embed_out.weight")
 # Of text models inside others, and of DeepSeek's layers that predict several tokens.
 _INNER_HEADS = (".lm_head.weight", ".lm_head.bias", ".shared_head.head.weight")

@@ -82,7 +82,7 @@ def test_merged_adapters_are_the_plain_models_weights(model_type: str, changes: 
     assert float((logits - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
 
 
-@pytest.mark.parametrize("name", ["gemma3", "granite", "phi3 longrope"])
+@pytest.mark.parametrize("name", ["gemma3", "granite", "phi3 longrope", "llama4"])
 def test_new_rows_train_and_are_written_into_one_matrix(name: str) -> None:
     """Gemma scales its embeddings, Granite their sum; the plain model has the joined rows."""
     model, plain = model_of(*FAST[name]), model_of(*FAST[name], seed=1)
