@@ -2,8 +2,8 @@
 
 from typing import Any
 
-# Kinds of scaled rotary embeddings that transformers 4 had; later ones are for readers of `rope_parameters` alone.
-_OLDER_KINDS = ("linear", "dynamic", "yarn", "longrope", "llama3")
+# Kinds of rotary embeddings that transformers 4 had; a model with a later one has no keys of these.
+_OLDER_KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 
 def with_older_keys(config: dict[str, Any]) -> dict[str, Any]:
@@ -14,12 +14,12 @@ def with_older_keys(config: dict[str, Any]) -> dict[str, Any]:
     kinds = {name: value for name, value in rope.items() if isinstance(value, dict)}
     if kinds:  # by kind of attention: Gemma 3
         rope = kinds.get("full_attention", next(iter(kinds.values())))
+    if rope and rope.get("rope_type", "default") in _OLDER_KINDS:
         if local := kinds.get("sliding_attention"):
             older["rope_local_base_freq"] = local.get("rope_theta")
-    if rope:
         scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
         older["rope_theta"] = rope.get("rope_theta")
-        older["rope_scaling"] = scaling if scaling.get("rope_type") in _OLDER_KINDS else None
+        older["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
     if config.get("dtype"):
         older["torch_dtype"] = config["dtype"]
     if "text_config" in config:

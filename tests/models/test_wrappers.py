@@ -13,6 +13,7 @@ from fireflyds import app
 from fireflyds.config import Precision, RowInit
 from fireflyds.errors import UserError
 from fireflyds.export.merged_weights import merged_entries
+from fireflyds.export.older_readers import with_older_keys
 from fireflyds.export.publish import trained_logits, write_weights
 from fireflyds.models.deferred import deferred_model
 from fireflyds.models.load import architecture_of, bare_model, config_of
@@ -178,3 +179,17 @@ def test_weights_of_a_wrapper_are_read_one_by_one_when_they_are_sharded(model_ty
     for name, parameter in model.named_parameters():
         assert parameter.is_meta
         assert torch.equal(parameter.read(), whole[name]), name
+
+
+def test_older_readers_find_their_keys_in_the_text_model() -> None:
+    rope = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
+    local = {"rope_type": "default", "rope_theta": 1e4}
+    text = {"rope_parameters": {"full_attention": rope, "sliding_attention": local}, "dtype": "bfloat16"}
+    written = with_older_keys({"model_type": "gemma3", "text_config": text})
+    older = {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "torch_dtype": "bfloat16"}
+    older["rope_scaling"] = {"rope_type": "linear", "factor": 8.0}
+    assert written == {"model_type": "gemma3", "text_config": text | older}
+    # A kind that they do not know has none of their keys, and neither has a model without rotary embeddings.
+    later = {"rope_parameters": {"full_attention": rope | {"rope_type": "proportional"}, "sliding_attention": local}}
+    assert with_older_keys(later) == later
+    assert with_older_keys({"model_type": "bloom"}) == {"model_type": "bloom"}
