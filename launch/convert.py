@@ -37,8 +37,9 @@ def convert(config: ConvertConfig) -> None:
     with atomic_dir(out, Output("convert")) as written:
         settings = json.dumps(with_older_keys(converted.config), ensure_ascii=False, indent=2)
         (written / "config.json").write_text(settings, encoding="utf-8")
-        if (folder / "generation_config.json").is_file():
-            shutil.copy2(folder / "generation_config.json", written)
+        for pattern in ("generation_config.json", "*processor_config.json"):
+            for file in folder.glob(pattern):
+                shutil.copy2(file, written)
         has_tokenizer = write_tokenizer_of(folder, written, converted.kind)
         if config.template:
             if not has_tokenizer:

@@ -18,8 +18,8 @@ from fireflyds.models.deferred import deferred_model
 from fireflyds.models.derived_family import FAMILIES, derive_family
 from fireflyds.models.precision import DTYPES, inference_dtype
 from fireflyds.models.rope_scaling import apply_rope_scaling
-from fireflyds.models.text_model import build, is_wrapper, plain_class, trained_class
-from fireflyds.tokenizer.rows import MAX_PADDING, ties_embeddings
+from fireflyds.models.text_model import build, is_wrapper, plain_class, tie_as_stored, trained_class
+from fireflyds.tokenizer.rows import MAX_PADDING
 from fireflyds.types import Encoder, Family, Loaded
 
 _DISABLE_ASYNC_LOAD = "HF_DEACTIVATE_ASYNC_LOAD"
@@ -81,9 +81,7 @@ def config_of(key: str, path: str) -> Any:
             value=path,
             remedy="Give a causal language model",
         )
-    if is_wrapper(hf_config) and any(Path(path).glob("*.index.json")) | any(Path(path).glob("*.safetensors")):
-        tied = ties_embeddings(Path(path), read_json(Path(path) / "config.json"))
-        hf_config.tie_word_embeddings = hf_config.get_text_config().tie_word_embeddings = tied
+    tie_as_stored(hf_config, Path(path))
     return hf_config
 
 

@@ -2,6 +2,7 @@
 or sound, which are left out of it."""
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,7 +10,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto import modeling_auto
 
+from fireflyds.fs import read_json
 from fireflyds.models import baichuan  # noqa: F401  (its classes are registered with transformers)
+from fireflyds.tokenizer.rows import ties_embeddings
 
 # Auto classes of transformers whose models wrap a text model.
 _WRAPPERS = (modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING)
@@ -30,6 +33,16 @@ def plain_class(hf_config: Any) -> Any:
 def trained_class(hf_config: Any) -> Any:
     """The class of the model that is trained: of a wrapper the same class, without its towers."""
     return _without_towers(plain_class(hf_config)) if is_wrapper(hf_config) else AutoModelForCausalLM
+
+
+def tie_as_stored(hf_config: Any, folder: Path) -> None:
+    """Sets in the configuration of a wrapper whether its head is its embeddings, as `config.json` or its weights say:
+    transformers' defaults for the wrapper and for its text model may differ."""
+    if not is_wrapper(hf_config) or not (any(folder.glob("*.safetensors")) or any(folder.glob("*.index.json"))):
+        return
+    tied = ties_embeddings(folder, read_json(folder / "config.json"))
+    if tied is not None:
+        hf_config.tie_word_embeddings = hf_config.get_text_config().tie_word_embeddings = tied
 
 
 def build(hf_config: Any, **options: Any) -> Any:
