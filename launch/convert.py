@@ -49,6 +49,8 @@ def convert(config: ConvertConfig) -> None:
         save_sharded(written, converted.entries)
     parameters = sum(entry.num_bytes // entry.dtype.itemsize for entry in converted.entries.values())
     print(f"wrote {out}: {converted.config['model_type']} from {converted.kind}, {parameters:,} parameters")
+    for note in converted.notes:
+        print(f"note: {note}")
     if not has_tokenizer:
         print("note: there are no tokenizer files; give model.tokenizer= to what reads the model")
     elif converted.templates and not config.template and load_encoder(out).chat_template is None:

@@ -189,6 +189,13 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require_at_least(self, seq_len=2, micro_batch_size=1, global_batch_size=1, log_every=1)
+        if not self.packing and self.hardware.attention != "auto":
+            raise UserError(
+                "packing=false runs transformers' own attention",
+                key="hardware.attention",
+                value=self.hardware.attention,
+                remedy="Leave it out, or give packing=true",
+            )
         if not self.run or self.run.startswith("/") or ".." in self.run.split("/"):
             raise UserError(
                 "must be a name below the folder of runs",

@@ -14,6 +14,7 @@ from transformers import AutoConfig
 from fireflyds import registry
 from fireflyds.errors import UserError
 from fireflyds.fs import read_json
+from fireflyds.models.baichuan import BaichuanConfig
 from fireflyds.models.convert import meta_llama
 from fireflyds.models.convert.dequantize import dequantized
 from fireflyds.models.load import bare_model
@@ -35,6 +36,8 @@ class Converted:
     """The layout or method of quantisation that was recognised."""
     templates: tuple[str, ...] = ()
     """Chat templates of the layout's chat models, whose own are code."""
+    notes: tuple[str, ...] = ()
+    """What was left out or not said by the checkpoint."""
 
 
 def convert_checkpoint(folder: Path) -> Converted:
@@ -45,8 +48,12 @@ def convert_checkpoint(folder: Path) -> Converted:
             shape than the architecture's.
     """
     if (folder / meta_llama.PARAMS).is_file():
-        converted = Converted(*meta_llama.read(folder), "Meta's files", meta_llama.TEMPLATES)
-        return _checked(folder, converted)
+        config, entries = meta_llama.read(folder)
+        note = (
+            f"max_position_embeddings={config['max_position_embeddings']} is that of the release that rope_theta and "
+        )
+        note += f"norm_eps belong to; {meta_llama.PARAMS} does not say it"
+        return _checked(folder, Converted(config, entries, "Meta's files", meta_llama.TEMPLATES, (note,)))
     if not (folder / "config.json").is_file():
         raise UserError(
             f"neither config.json nor {meta_llama.PARAMS} is there",
@@ -56,12 +63,15 @@ def convert_checkpoint(folder: Path) -> Converted:
         )
     source = read_json(folder / "config.json")
     tensors = {name: tensor for _, read in weight_readers(folder) for name, tensor in read()}
+    entries = {name: TensorEntry([*t.shape], t.dtype, partial(_as_is, t)) for name, t in tensors.items()}
+    name = str(source.get("model_type", "")).lower()
     if settings := source.get("quantization_config") or source.get("compression_config"):
         dtype = getattr(torch, source.get("dtype") or source.get("torch_dtype") or "bfloat16")
-        config = {key: value for key, value in source.items() if key not in _OF_FILES}
-        kind = str(settings.get("quant_method", "quantised"))
-        return Converted(config, dequantized(folder, settings, tensors, dtype), kind)
-    name = str(source.get("model_type", "")).lower()
+        entries = dequantized(folder, settings, tensors, dtype)
+        # Baichuan's own layout is trained as it is.
+        if name not in registry.names(LAYOUTS) or name == BaichuanConfig.model_type:
+            config = {key: value for key, value in source.items() if key not in _OF_FILES}
+            return Converted(config, entries, str(settings.get("quant_method", "quantised")))
     if name not in registry.names(LAYOUTS):
         raise UserError(
             f"model_type={source.get('model_type')} is not converted, and its weights are not quantised",
@@ -71,22 +81,33 @@ def convert_checkpoint(folder: Path) -> Converted:
         )
     layout = registry.load(LAYOUTS, name)
     config = layout.config(source, folder)
-    return _checked(folder, Converted(config, _entries(layout, source, tensors), name, layout.TEMPLATES))
+    converted, left_out = _entries(layout, source, entries)
+    notes = (f"left out, because it is computed or tied: {', '.join(sorted(left_out))}",) if left_out else ()
+    return _checked(folder, Converted(config, converted, name, layout.TEMPLATES, notes))
 
 
-def _entries(layout: ModuleType, source: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, TensorEntry]:
-    entries = {}
-    for name, tensor in tensors.items():
-        for target, part in layout.convert(source, name, tensor.to("meta")).items():
-            entries[target] = TensorEntry(
-                [*part.shape], part.dtype, partial(_part, layout, source, name, tensor, target)
-            )
-    return entries
+def _entries(
+    layout: ModuleType, source: dict[str, Any], entries: dict[str, TensorEntry]
+) -> tuple[dict[str, TensorEntry], set[str]]:
+    """The weights that tensors become, and the last parts of the names of those that become none."""
+    converted, left_out = {}, set()
+    for name, entry in entries.items():
+        parts = layout.convert(source, name, torch.empty(entry.shape, dtype=entry.dtype, device="meta"))
+        for target, part in parts.items():
+            make = partial(_part, layout, source, name, entry, target)
+            converted[target] = TensorEntry([*part.shape], part.dtype, make)
+        if not parts:
+            left_out.add(".".join(name.split(".")[-2:]))
+    return converted, left_out
 
 
-def _part(layout: ModuleType, source: dict[str, Any], name: str, tensor: Tensor, target: str) -> Tensor:
-    part: Tensor = layout.convert(source, name, tensor)[target]
+def _part(layout: ModuleType, source: dict[str, Any], name: str, entry: TensorEntry, target: str) -> Tensor:
+    part: Tensor = layout.convert(source, name, entry.make())[target]
     return part
+
+
+def _as_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _checked(folder: Path, converted: Converted) -> Converted:

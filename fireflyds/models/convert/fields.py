@@ -35,6 +35,13 @@ def rotary(base: float, scaling: dict[str, Any] | None = None) -> dict[str, Any]
     return {"rope_parameters": scaling | {"rope_type": kind, "rope_theta": float(base)}}
 
 
+def renamed(name: str, names: dict[str, str]) -> str:
+    """The name with every part that stands in `names` replaced."""
+    for theirs, ours in names.items():
+        name = name.replace(theirs, ours)
+    return name
+
+
 def is_computed(name: str) -> bool:
     """True for a tensor of rotary frequencies, which files of older models carry."""
     return name.endswith(_COMPUTED)
@@ -45,7 +52,7 @@ def refuse(source: dict[str, Any], key: str, why: str) -> UserError:
     return UserError(
         f"its config.json has {key}={source.get(key)!r}: {why}",
         key="model",
-        remedy="This variant is not converted",
+        remedy="Give a checkpoint without it, or one that its maker converted",
     )
 
 

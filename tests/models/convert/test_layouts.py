@@ -95,6 +95,31 @@ def test_metas_parts_are_joined(version: str, count: int, tmp_path: Path) -> Non
     assert difference(tmp_path, tmp_path / "out", expected, ids, "LlamaForCausalLM") < 5e-6
 
 
+def test_quantised_weights_of_a_makers_layout_become_plain_in_one_go(tmp_path: Path) -> None:
+    """A Qwen whose last products are in eight bits: the reference takes the same rounded weights."""
+    layout = LAYOUTS["qwen1"]
+    config, generator = layout.config() | {"torch_dtype": "float32"}, torch.Generator().manual_seed(0)
+    weights = layout.weights(config, generator)
+    stored, rounded = dict(weights), dict(weights)
+    for name in [name for name in weights if name.endswith("c_proj.weight")]:
+        largest = weights[name].abs().amax(1)
+        stored[name] = (weights[name] / largest[:, None] * 127).round().to(torch.int8)
+        stored[name.replace(".weight", ".SCB")] = largest
+        rounded[name] = stored[name].float() * largest[:, None] / 127
+    settings = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}
+    folder = save_original(tmp_path / "original", config | settings, stored)
+    ids = torch.randint(3, 131, (2, 40), generator=generator)
+    expected = layout.logits(config, rounded, ids)
+    assert difference(folder, tmp_path / "out", expected, ids, "Qwen2ForCausalLM") < 5e-6
+
+
+def test_tensors_that_are_left_out_are_named(tmp_path: Path) -> None:
+    layout = LAYOUTS["xverse"]
+    weights = layout.weights(layout.config(), torch.Generator().manual_seed(0))
+    folder = save_original(tmp_path / "original", layout.config(), weights)
+    assert convert_checkpoint(folder).notes == ("left out, because it is computed or tied: rotary_emb.inv_freq",)
+
+
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "alibi": ("baichuan_13b", {"normalized_head": False}, "has ALiBi.*Give it to train, evaluate and export as it is"),
     "rope_ratio": ("chatglm2", {"rope_ratio": 8}, "rope_ratio=8, which divides the positions in ChatGLM2"),

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from fireflyds.errors import UserError
-from fireflyds.models.convert.fields import common, is_computed, refuse, rotary, split
+from fireflyds.models.convert.fields import common, is_computed, refuse, renamed, rotary, split
 
 _NAMES = {
     "transformer.embedding.word_embeddings.": "model.embed_tokens.", "transformer.encoder.layers.": "model.layers.",
@@ -71,8 +71,7 @@ def convert(source: dict[str, Any], name: str, tensor: Tensor) -> dict[str, Tens
     """Splits `query_key_value`: all queries, then keys and values of every group."""
     if is_computed(name):
         return {}
-    for theirs, ours in _NAMES.items():
-        name = name.replace(theirs, ours)
+    name = renamed(name, _NAMES)
     if ".self_attention.query_key_value." in name:
         prefix, _, kind = name.partition(".self_attention.query_key_value.")
         width, heads = source["kv_channels"], source["num_attention_heads"]

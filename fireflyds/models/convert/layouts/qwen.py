@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fireflyds.models.convert.fields import common, is_computed, refuse, rotary, split
+from fireflyds.models.convert.fields import common, is_computed, refuse, renamed, rotary, split
 
 _NAMES = {
     "transformer.wte.": "model.embed_tokens.", "transformer.ln_f.": "model.norm.", "transformer.h.": "model.layers.",
@@ -41,8 +41,7 @@ def convert(source: dict[str, Any], name: str, tensor: Tensor) -> dict[str, Tens
     """Splits `c_attn`. The product `w2` is the gate."""
     if is_computed(name):
         return {}
-    for theirs, ours in _NAMES.items():
-        name = name.replace(theirs, ours)
+    name = renamed(name, _NAMES)
     if ".attn.c_attn." in name:
         prefix, _, kind = name.partition(".attn.c_attn.")
         rows = source["hidden_size"]

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fireflyds.models.convert.fields import is_computed, llama, rotary
+from fireflyds.models.convert.fields import is_computed, llama, renamed, rotary
 
 _NORMS = {".ln1.": ".input_layernorm.", ".ln2.": ".post_attention_layernorm."}
 TEMPLATES = ("chatml",)
@@ -20,6 +20,5 @@ def convert(source: dict[str, Any], name: str, tensor: Tensor) -> dict[str, Tens
     """Renames the norms."""
     if is_computed(name):
         return {}
-    for theirs, ours in _NORMS.items():
-        name = name.replace(theirs, ours)
+    name = renamed(name, _NORMS)
     return {name: tensor}
