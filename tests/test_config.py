@@ -313,3 +313,10 @@ def test_gpu_memory_grows_in_segments_unless_the_user_says_how(monkeypatch, give
     monkeypatch.setattr(sys, "argv", ["plan.py", "--help"])
     app.main(lambda config: None, "About.")
     assert os.environ.get("PYTORCH_CUDA_ALLOC_CONF") == expected
+
+
+def test_an_implementation_of_packed_attention_is_refused_where_nothing_is_packed() -> None:
+    keys = ["run=x", "model=a/b", "data=c/d", "optim.steps=3", "packing=off"]
+    assert app.compose("train", keys).packing is False
+    with pytest.raises(UserError, match="hardware.attention=plain: packing=false runs transformers' own attention"):
+        app.compose("train", [*keys, "hardware.attention=plain"])
