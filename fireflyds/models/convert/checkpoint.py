@@ -50,9 +50,9 @@ def convert_checkpoint(folder: Path) -> Converted:
     if (folder / meta_llama.PARAMS).is_file():
         config, entries = meta_llama.read(folder)
         note = (
-            f"max_position_embeddings={config['max_position_embeddings']} is that of the release that rope_theta and "
+            f"max_position_embeddings={config['max_position_embeddings']} is that of the release which rope_theta and "
+            f"norm_eps belong to; {meta_llama.PARAMS} does not say it"
         )
-        note += f"norm_eps belong to; {meta_llama.PARAMS} does not say it"
         return _checked(folder, Converted(config, entries, "Meta's files", meta_llama.TEMPLATES, (note,)))
     if not (folder / "config.json").is_file():
         raise UserError(
